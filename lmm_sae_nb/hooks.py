@@ -1,0 +1,98 @@
+"""Read, rewrite or stop at one module's output, as context managers.
+
+The only code that knows that a decoder layer may return its hidden states bare or as the first element of a
+tuple (transformers has done both). Hooks live inside a `with` only, and go when it ends, by an error too.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Hidden = Float[Tensor, "batch tokens width"]
+
+
+@dataclass
+class Captured:
+    """What a module put out: `value` is None before its first forward, then the latest hidden states."""
+
+    value: Hidden | None = None
+
+
+class _Stop(Exception):
+    """Ends a forward at the module of the `stop` that raised it."""
+
+    def __init__(self, captured: Captured):
+        self.captured = captured
+
+
+def _hidden(output: Any) -> Hidden:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _with_hidden(output: Any, hidden: Hidden) -> Any:
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable[[nn.Module, tuple, Any], Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def read(module: nn.Module) -> Iterator[Captured]:
+    """Yield a `Captured` that holds the module's hidden states after each forward (not a copy, not detached)."""
+    captured = Captured()
+
+    def keep(module, args, output):
+        captured.value = _hidden(output)
+
+    with _hooked(module, keep):
+        yield captured
+
+
+@contextmanager
+def rewrite(module: nn.Module, fn: Callable[[Hidden], Hidden]) -> Iterator[None]:
+    """Replace the module's hidden states by `fn` of them, in every forward.
+
+    The result must have the same shape (ValueError otherwise); it is cast to the module's own dtype, so that a
+    float32 SAE can be spliced into a bfloat16 model. Nested rewrites of one module apply outermost first.
+    """
+
+    def replace(module, args, output):
+        hidden = _hidden(output)
+        new = fn(hidden)
+        if not isinstance(new, Tensor) or new.shape != hidden.shape:
+            got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            raise ValueError(
+                f"the rewriting function returned {got} for hidden states of shape {tuple(hidden.shape)}; "
+                "return a tensor of that same shape"
+            )
+        return _with_hidden(output, new.to(hidden.dtype))
+
+    with _hooked(module, replace):
+        yield
+
+
+@contextmanager
+def stop(module: nn.Module) -> Iterator[Captured]:
+    """Run a forward no further than this module: the `with` body ends there, quietly, its output in `.value`."""
+    captured = Captured()
+
+    def halt(module, args, output):
+        captured.value = _hidden(output)
+        raise _Stop(captured)
+
+    with _hooked(module, halt):
+        try:
+            yield captured
+        except _Stop as stopped:
+            if stopped.captured is not captured:  # another `stop`, further out
+                raise

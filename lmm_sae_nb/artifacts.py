@@ -1,0 +1,265 @@
+"""What moves between notebooks: files written whole or not at all, stages that know if they are current."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+MANIFEST, METRICS = "manifest.json", "metrics.json"
+VERSIONED = ("lmm-sae-nb", "torch", "transformers", "datasets", "safetensors", "numpy")
+
+
+def project_root() -> Path:
+    """The nearest folder at or above the working directory that holds pyproject.toml."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "pyproject.toml").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"no pyproject.toml in {here} or above it; start from inside the lmm-sae-nb checkout"
+    )
+
+
+# Writing: temporary name in the same folder, fsync, rename.
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_through(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: readers see old or new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        write(temporary)
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """Write bytes so that `path` holds either what it held before or all of `data`, also after a crash."""
+    _write_through(Path(path), lambda temporary: temporary.write_bytes(data))
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write a value as indented JSON, atomically; NaN and infinity, which JSON lacks, are a ValueError."""
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: {error}; write plain finite numbers, text, lists and dictionaries"
+        ) from error
+    write_atomic(path, (text + "\n").encode())
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a JSON object; ValueError if the file was cut short or holds something else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not whole JSON ({error}); delete it and make it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{path} holds a JSON {type(value).__name__}, not an object; delete it and make it again"
+        )
+    return value
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write named tensors as one safetensors file, atomically; `metadata` is text for the file's header."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _write_through(Path(path), lambda temporary: save_file(whole, temporary, metadata=dict(metadata or {})))
+
+
+def open_tensors(path: str | Path) -> safe_open:
+    """Open a safetensors file for lazy reading on the CPU; ValueError if it is cut short or no such file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing; make it first, or give the folder that holds it")
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}): it was cut short or is something else; "
+            "make it or download it again"
+        ) from error
+
+
+def replace_folder(temporary: str | Path, final: str | Path) -> None:
+    """Put a finished folder in the place of `final`, setting the old one aside until the new one is there."""
+    temporary, final = Path(temporary), Path(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".old", dir=final.parent))
+    if final.exists():
+        final.replace(aside / final.name)
+    for file in temporary.rglob("*"):
+        _sync(file)
+    temporary.replace(final)
+    _sync(final.parent)
+    shutil.rmtree(aside)
+
+
+# Stages.
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 of a file, or of a folder's relative paths and files; FileNotFoundError if there is nothing."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"the input {path} is missing; run the notebook that writes it first")
+    if path.is_file():
+        with path.open("rb") as file:
+            return (
+                hashlib.file_digest(file, "sha256").hexdigest()
+                if sys.version_info >= (3, 11)
+                else _digest(file)
+            )
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()} {fingerprint(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _digest(file) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def peak_memory() -> int | None:
+    """The process's highest resident memory so far, in bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+class Stage:
+    """One notebook's results: `data/artifacts/<run>/<name>/` with manifest.json and a flat metrics.json."""
+
+    def __init__(self, run: str, name: str):
+        for word in (run, name):
+            if word in ("", "..") or Path(word).name != word:
+                raise ValueError(
+                    f"{word!r} cannot name a run or stage; use one folder name without separators"
+                )
+        self.run, self.name = run, name
+        self.folder = project_root() / "data" / "artifacts" / run / name
+
+    def path(self, filename: str) -> Path:
+        """Where this stage keeps `filename`; the folder is made when something is written."""
+        return self.folder / filename
+
+    def is_current(self, params: Mapping, inputs: Iterable[str | Path]) -> bool:
+        """Whether the stage was finished with these parameters and inputs and its files are still there.
+
+        A missing input is a FileNotFoundError: the step before has not run.
+        """
+        asked = {"params": _plain(params), "inputs": _fingerprints(inputs)}
+        if not self.path(MANIFEST).is_file():
+            return False
+        try:
+            manifest = read_json(self.path(MANIFEST))
+        except ValueError:
+            return False
+        asked["outputs"] = self._outputs()
+        return all(manifest.get(key) == value for key, value in asked.items())
+
+    def finish(self, params: Mapping, inputs: Iterable[str | Path], metrics: Mapping, seconds: float) -> None:
+        """Write metrics.json, then manifest.json: a stage without a manifest is not finished.
+
+        metrics: name to number (ValueError for anything else); seconds: the stage's wall time.
+        """
+        wrong = {name: value for name, value in metrics.items() if not isinstance(value, (int, float))}
+        if wrong:
+            raise ValueError(f"metrics.json is flat, name to number; these are not numbers: {wrong}")
+        write_json(self.path(METRICS), dict(metrics))
+        manifest = {
+            "run": self.run,
+            "stage": self.name,
+            "params": _plain(params),
+            "seed": params.get("seed"),
+            "inputs": _fingerprints(inputs),
+            "outputs": self._outputs(),
+            "versions": versions(),
+            "seconds": round(float(seconds), 3),
+            "peak_memory_bytes": peak_memory(),
+        }
+        write_json(self.path(MANIFEST), manifest)
+
+    def _outputs(self) -> dict[str, int]:
+        """Every file of the stage but the manifest and half-written (dot) files, with its size in bytes."""
+        files = (
+            file for file in sorted(self.folder.rglob("[!.]*")) if file.is_file() and file.name != MANIFEST
+        )
+        return {file.relative_to(self.folder).as_posix(): file.stat().st_size for file in files}
+
+
+def _plain(params: Mapping) -> dict:
+    """Parameters as JSON gives them back (tuples become lists), so that old and new compare equal."""
+    try:
+        return json.loads(json.dumps(dict(params)))
+    except TypeError as error:
+        raise ValueError(
+            f"a stage's parameters are numbers, text, lists and dictionaries: {error}"
+        ) from error
+
+
+def _fingerprints(inputs: Iterable[str | Path]) -> dict[str, str]:
+    """Inputs by path from the project root (by name, if they lie outside it) with their hashes."""
+    root = project_root()
+    found = {}
+    for path in (Path(path).resolve() for path in inputs):
+        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+        if name in found:
+            raise ValueError(
+                f"two inputs are called {name}; keep inputs inside the project or name them apart"
+            )
+        found[name] = fingerprint(path)
+    return found
+
+
+def require(run: str, stage: str, filename: str, notebook: str) -> Path:
+    """The path of what an earlier notebook wrote; if missing, FileNotFoundError naming that notebook."""
+    path = Stage(run, stage).path(filename)
+    if not path.exists():
+        shown = path.relative_to(project_root()).as_posix()
+        raise FileNotFoundError(
+            f"{shown} is missing; run notebooks/{Path(notebook).name} with run={run!r} first"
+        )
+    return path

@@ -1,0 +1,218 @@
+"""Stages on disk: a file is old or new, never half; a stage is current only if nothing has changed."""
+
+import hashlib
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lmm_sae_nb import artifacts
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").write_text("")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    return tmp_path
+
+
+def test_project_root_is_the_nearest_parent_with_pyproject(project):
+    assert artifacts.project_root().samefile(project)
+
+
+def test_project_root_says_where_it_looked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(artifacts.Path, "is_file", lambda self: False)
+    with pytest.raises(FileNotFoundError, match="pyproject.toml"):
+        artifacts.project_root()
+
+
+def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "deep" / "a.bin"
+    artifacts.write_atomic(path, b"old")
+    artifacts.write_atomic(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert [file.name for file in path.parent.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace"])
+def test_a_crash_while_writing_keeps_the_old_file(tmp_path, monkeypatch, broken):
+    path = tmp_path / "a.json"
+    artifacts.write_json(path, {"a": 1})
+
+    def crash(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os if broken == "fsync" else artifacts.Path, broken, crash)
+    with pytest.raises(OSError, match="no space"):
+        artifacts.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_written_files_obey_the_umask(tmp_path):
+    plain, atomic = tmp_path / "plain", tmp_path / "atomic"
+    plain.write_bytes(b"")
+    artifacts.write_atomic(atomic, b"")
+    assert atomic.stat().st_mode == plain.stat().st_mode
+
+
+json_values = st.dictionaries(
+    st.text(), st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+)
+
+
+@given(json_values)
+def test_json_round_trip(tmp_path_factory, value):
+    path = tmp_path_factory.getbasetemp() / "value.json"
+    artifacts.write_json(path, value)
+    assert artifacts.read_json(path) == value
+
+
+def test_json_refuses_nan_and_objects(tmp_path):
+    for value in ({"fvu": float("nan")}, {"model": object()}):
+        with pytest.raises(ValueError, match="a.json"):
+            artifacts.write_json(tmp_path / "a.json", value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ['{"a": 1', "[1]", "\udcff"])
+def test_read_json_names_a_broken_file(tmp_path, text):
+    (tmp_path / "a.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match="a.json"):
+        artifacts.read_json(tmp_path / "a.json")
+
+
+def test_save_tensors_round_trip_with_views_and_metadata(tmp_path):
+    tensors = {"view": torch.arange(6.0).reshape(2, 3).T, "ids": torch.tensor([3, 1])}
+    artifacts.save_tensors(tmp_path / "a.safetensors", tensors, {"made": "here"})
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"made": "here"}
+
+
+@pytest.mark.parametrize("cut", [0, 4, 40, -1])
+def test_a_broken_tensor_file_is_named(tmp_path, cut):
+    path = tmp_path / "a.safetensors"
+    artifacts.save_tensors(path, {"a": torch.ones(100)})
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"a\.safetensors is not a whole"):
+        artifacts.open_tensors(path)
+    with pytest.raises(FileNotFoundError, match="b.safetensors"):
+        artifacts.open_tensors(tmp_path / "b.safetensors")
+
+
+def test_replace_folder(tmp_path):
+    for name, text in (("final", "old"), ("new", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(text)
+    (tmp_path / "final" / "only-old").touch()
+    artifacts.replace_folder(tmp_path / "new", tmp_path / "final")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert [path.name for path in (tmp_path / "final").iterdir()] == ["a"]
+    assert (tmp_path / "final" / "a").read_text() == "new"
+
+
+def test_fingerprint_of_a_file_is_its_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 3_000_000)
+    expected = hashlib.sha256(b"x" * 3_000_000).hexdigest()
+    assert artifacts.fingerprint(tmp_path / "a") == expected
+    with (tmp_path / "a").open("rb") as file:
+        assert artifacts._digest(file) == expected
+
+
+def test_fingerprint_of_a_folder_sees_names_and_contents(tmp_path):
+    folder = tmp_path / "f"
+    folder.mkdir()
+    (folder / "a").write_text("1")
+    seen = {artifacts.fingerprint(folder)}
+    (folder / "a").write_text("2")
+    seen.add(artifacts.fingerprint(folder))
+    (folder / "a").rename(folder / "b")
+    seen.add(artifacts.fingerprint(folder))
+    assert len(seen) == 3
+
+
+@pytest.fixture
+def finished(project):
+    inputs = [project / "sae.safetensors"]
+    inputs[0].write_bytes(b"weights")
+    stage = artifacts.Stage("tiny", "cache")
+    artifacts.write_atomic(stage.path("cache.json"), b"{}")
+    params = {"layer": 2, "kinds": ("base", "text"), "seed": 7}
+    stage.finish(params, inputs, {"live": 0.9, "images": 3}, seconds=1.25)
+    return stage, params, inputs
+
+
+def test_a_finished_stage_is_current(finished):
+    stage, params, inputs = finished
+    assert stage.is_current(params, inputs)
+    assert artifacts.Stage("tiny", "cache").is_current(params, inputs)
+
+
+def test_the_manifest_says_how_it_was_made(finished, project):
+    stage, _, _ = finished
+    manifest = json.loads(stage.path("manifest.json").read_text())
+    assert manifest["inputs"] == {"sae.safetensors": hashlib.sha256(b"weights").hexdigest()}
+    assert (manifest["seed"], manifest["seconds"]) == (7, 1.25)
+    assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or "torch" in manifest["versions"]
+    assert manifest["peak_memory_bytes"] > 1_000_000
+    assert json.loads(stage.path("metrics.json").read_text()) == {"live": 0.9, "images": 3}
+    assert str(project) not in stage.path("manifest.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda stage, params, inputs: params.update(layer=3),
+        lambda stage, params, inputs: params.update(new=1),
+        lambda stage, params, inputs: inputs[0].write_bytes(b"other"),
+        lambda stage, params, inputs: inputs.clear(),
+        lambda stage, params, inputs: stage.path("cache.json").unlink(),
+        lambda stage, params, inputs: stage.path("cache.json").write_bytes(b"cut"),
+        lambda stage, params, inputs: stage.path("manifest.json").unlink(),
+        lambda stage, params, inputs: stage.path("manifest.json").write_text('{"cut'),
+    ],
+)
+def test_any_change_makes_a_stage_stale(finished, change):
+    stage, params, inputs = finished
+    change(stage, params, inputs)
+    assert not stage.is_current(params, inputs)
+
+
+def test_a_half_written_file_does_not_make_a_stage_stale(finished):
+    stage, params, inputs = finished
+    stage.path(".cache.json.0.tmp").write_bytes(b"{")
+    assert stage.is_current(params, inputs)
+
+
+def test_a_missing_input_is_an_error(finished):
+    stage, params, inputs = finished
+    inputs[0].unlink()
+    with pytest.raises(FileNotFoundError, match="sae.safetensors"):
+        stage.is_current(params, inputs)
+
+
+def test_require_names_the_notebook(finished):
+    assert artifacts.require("tiny", "cache", "cache.json", "02_cache_activations.py").is_file()
+    with pytest.raises(FileNotFoundError, match=r"data/artifacts/tiny/train/sae .*notebooks/01_train_sae.py"):
+        artifacts.require("tiny", "train", "sae", "01_train_sae.py")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "/"])
+def test_a_stage_is_one_folder_name(project, name):
+    with pytest.raises(ValueError, match="folder name"):
+        artifacts.Stage("tiny", name)
+
+
+def test_metrics_are_numbers(finished):
+    stage, params, inputs = finished
+    with pytest.raises(ValueError, match="by_kind"):
+        stage.finish(params, inputs, {"by_kind": {"base": 1.0}}, 1.0)

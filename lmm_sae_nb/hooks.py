@@ -48,7 +48,7 @@ def _hooked(module: nn.Module, hook: Callable[[nn.Module, tuple, Any], Any]) -> 
 
 @contextmanager
 def read(module: nn.Module) -> Iterator[Captured]:
-    """Yield a `Captured` that holds the module's hidden states after each forward (not a copy, not detached)."""
+    """Yield a `Captured` that holds the module's hidden states after each forward, not copied."""
     captured = Captured()
 
     def keep(module, args, output):
@@ -62,8 +62,8 @@ def read(module: nn.Module) -> Iterator[Captured]:
 def rewrite(module: nn.Module, fn: Callable[[Hidden], Hidden]) -> Iterator[None]:
     """Replace the module's hidden states by `fn` of them, in every forward.
 
-    The result must have the same shape (ValueError otherwise); it is cast to the module's own dtype, so that a
-    float32 SAE can be spliced into a bfloat16 model. Nested rewrites of one module apply outermost first.
+    The result must have the same shape (ValueError otherwise); it is cast to the module's own dtype, so that
+    a float32 SAE can be spliced into a bfloat16 model. Nested rewrites of one module apply outermost first.
     """
 
     def replace(module, args, output):
@@ -83,7 +83,7 @@ def rewrite(module: nn.Module, fn: Callable[[Hidden], Hidden]) -> Iterator[None]
 
 @contextmanager
 def stop(module: nn.Module) -> Iterator[Captured]:
-    """Run a forward no further than this module: the `with` body ends there, quietly, its output in `.value`."""
+    """Run a forward no further than this module: the `with` body ends there, the output in `.value`."""
     captured = Captured()
 
     def halt(module, args, output):

@@ -8,7 +8,7 @@ from lmm_sae_nb import hooks
 
 
 class Layer(nn.Module):
-    """Adds one; returns a bare tensor or a (hidden, attention, cache) tuple, as transformers layers have done."""
+    """Adds one; returns a bare tensor or a (hidden, attention, cache) tuple, as transformers' layers did."""
 
     def __init__(self, as_tuple: bool):
         super().__init__()

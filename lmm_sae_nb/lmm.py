@@ -1,0 +1,292 @@
+"""A large multimodal model under study: prompts with token spans, hidden states, spliced forwards, answers.
+
+`LMM` wraps any `AutoModelForImageTextToText` whose images become tokens of its decoder's sequence.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from os.path import commonprefix
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BatchFeature,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from lmm_sae_nb import hooks
+from lmm_sae_nb.hooks import Hidden
+from lmm_sae_nb.spans import KINDS, LAYOUTS, Grid, NoPatchGrid, Spans, layout_of, spans_of
+
+__all__ = ["KINDS", "LAYOUTS", "LMM", "NoPatchGrid", "Prompt", "Spans"]
+
+# For families that were trained without a chat template.
+TEMPLATES = {
+    "instructblip": "{% for message in messages %}"
+    "{% for part in message.content %}{% if part.type == 'text' %}"
+    "{{ ' ' if message.role == 'assistant' }}{{ part.text }}"
+    "{% endif %}{% endfor %}"
+    "{{ eos_token if message.role == 'assistant' }}"
+    "{% endfor %}"
+}
+
+
+@dataclass
+class Prompt:
+    """A batch ready for the model: its inputs, what each token is, and which tokens answer."""
+
+    inputs: BatchFeature
+    spans: list[Spans]
+    answer_mask: Bool[Tensor, "batch tokens"] | None = None  # an answer and its end token; None: no answers
+
+    def mask(self, *kinds: str) -> Bool[Tensor, "batch tokens"]:
+        """Mark the tokens of any of these kinds, in every sample."""
+        return torch.stack([spans.mask(*kinds) for spans in self.spans])
+
+
+class LMM:
+    """A frozen multimodal model with its processor.
+
+    `LMM(model, processor)` sets the model to eval and its parameters to need no gradient (gradients of what
+    is spliced in still flow), the tokenizer to pad on the left, with the end token if it has no pad token.
+    ValueError if the model has no image tokens or an unknown family, or the processor does not fit it.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, name: str | None = None):
+        self.name = name or model.config.name_or_path or type(model).__name__
+        self.model, self.processor = model, processor
+        self._check_fit()
+        self.tokenizer = processor.tokenizer
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token  # the attention mask tells the two apart
+        model.eval().requires_grad_(False)
+        model.generation_config.pad_token_id = self.tokenizer.pad_token_id
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> "LMM":
+        """Load a model and its processor from the hub or a folder.
+
+        By default onto a GPU if there is one, in the checkpoint's own dtype, or else in float32. Code that
+        comes with a checkpoint runs only with `trust_remote_code`. FileNotFoundError for a missing `Path`.
+        """
+        if isinstance(name_or_path, Path) and not name_or_path.is_dir():
+            raise FileNotFoundError(f"no model folder {name_or_path}; give another one, or a name on the hub")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = AutoModelForImageTextToText.from_pretrained(
+            name_or_path,
+            dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
+            trust_remote_code=trust_remote_code,
+        )
+        processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        return cls(model.to(device), processor, str(name_or_path))
+
+    def _check_fit(self) -> None:
+        model, processor = self.model, self.processor
+        token = getattr(model.config, "image_token_id", None)
+        if token is None:
+            raise ValueError(
+                f"{self.name} ({model.config.model_type}) has no image_token_id in its config; "
+                "choose a model whose images become tokens of its decoder's sequence"
+            )
+        layout_of(model)
+        if not hasattr(model.get_decoder(), "layers"):
+            raise ValueError(
+                f"{self.name} has no plain stack of layers; choose a decoder-only language model"
+            )
+        if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
+            raise ValueError(
+                f"{type(processor).__name__} does not process both text and images; load the processor of "
+                f"{self.name} with AutoProcessor"
+            )
+        written = processor.tokenizer.convert_tokens_to_ids(str(processor.image_token))
+        words, rows = len(processor.tokenizer), model.get_input_embeddings().num_embeddings
+        if written != token or words > rows:
+            raise ValueError(
+                f"the processor does not fit {self.name}: it writes images as token {written} of {words}, "
+                f"the model reads them as token {token} of {rows}; load both from the same checkpoint"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.model.get_decoder().layers)
+
+    @property
+    def width(self) -> int:
+        return self.model.config.get_text_config().hidden_size
+
+    @cached_property
+    def grid(self) -> Grid | None:
+        """Rows and columns of the base patches of every image; None if there are none, or images differ."""
+        shapes = (256, 256), (512, 256)
+        grids = {self.prompt("", Image.new("RGB", shape)).spans[0].grid for shape in shapes}
+        return grids.pop() if len(grids) == 1 else None
+
+    def layer(self, index: int) -> nn.Module:
+        """Give a decoder layer, 0-based (the paper's 25th is 24); ValueError if it does not exist."""
+        if not 0 <= index < self.n_layers:
+            raise ValueError(f"no layer {index}: {self.name} has layers 0 to {self.n_layers - 1}, 0-based")
+        return self.model.get_decoder().layers[index]
+
+    def prompt(
+        self,
+        texts: str | list[str],
+        images: Image.Image | list[Image.Image | None] | None = None,
+        *,
+        answers: str | list[str] | None = None,
+    ) -> Prompt:
+        """Put each text, its image before it, into a user's turn of the chat template, and make a batch.
+
+        A text may be "" (image only), an image None (text only). The template's generation prompt comes last;
+        with `answers` the assistant's turn, as in supervised fine-tuning, and `answer_mask` marks its tokens.
+        ValueError for numbers that differ, an image without pixels or not of PIL, no chat template, or a
+        processor that does not fit the model.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        answers = [answers] if isinstance(answers, str) else answers
+        if not isinstance(images, list | tuple):
+            images = [None] * len(texts) if images is None else [images]
+        if not texts or len(images) != len(texts) or len(answers or texts) != len(texts):
+            counts = f"{len(texts)} texts, {len(images)} images, {len(answers or [])} answers"
+            raise ValueError(f"{counts}: give each text one image or None, and each or none an answer")
+        images = [image if image is None else _rgb(image) for image in images]
+        questions = self._render(texts, images, [None] * len(texts))
+        rendered = questions if answers is None else self._render(texts, images, answers)
+        inputs = self._process(rendered, images)
+        if "qformer_input_ids" in inputs:  # a Q-Former is to read the question, not the answer
+            asked = self.processor.qformer_tokenizer(questions, padding=True, return_tensors="pt")
+            inputs.update({f"qformer_{name}": asked[name] for name in ("input_ids", "attention_mask")})
+        spans = spans_of(self.model, self.tokenizer, inputs, images)
+        answer_mask = None if answers is None else self._answer_mask(inputs, questions, rendered)
+        return Prompt(inputs.to(self.device, self.model.dtype), spans, answer_mask)
+
+    def _render(self, texts: list[str], images: list, answers: list[str | None]) -> list[str]:
+        """Write each sample as the model is to read it, an image as one image token."""
+        template = self.processor.chat_template or self.tokenizer.chat_template
+        template = template or TEMPLATES.get(self.model.config.model_type)
+        if template is None:
+            raise ValueError(
+                f"{self.name} has no chat template; set lmm.processor.chat_template to that of its training"
+            )
+        for text in texts:
+            if str(self.processor.image_token) in text:
+                raise ValueError(
+                    f"{text!r} holds the image token, which the chat template writes; leave it out"
+                )
+        conversations = []
+        for text, image, answer in zip(texts, images, answers, strict=True):
+            parts = [{"type": "image"}] if image is not None else []
+            parts += [{"type": "text", "text": text}] if text or not parts else []
+            turns = [{"role": "user", "content": parts}]
+            if answer is not None:
+                turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            conversations.append(turns)
+        return self.processor.apply_chat_template(
+            conversations, chat_template=template, add_generation_prompt=answers[0] is None
+        )
+
+    def _adds_special_tokens(self, rendered: list[str]) -> bool:
+        """Whether the tokenizer is to add its own special tokens: not if the template wrote the first."""
+        bos = self.tokenizer.bos_token
+        return bos is None or not rendered[0].startswith(bos)
+
+    def _process(self, rendered: list[str], images: list[Image.Image | None]) -> BatchFeature:
+        nested = [[] if image is None else [image] for image in images]
+        inputs = self.processor(
+            text=rendered,
+            images=nested if any(nested) else None,
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=self._adds_special_tokens(rendered),
+        )
+        # InstructBLIP's processor pads between the image and the text
+        pads_first = inputs["attention_mask"].argsort(dim=1, stable=True)
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            if name in inputs:
+                inputs[name] = inputs[name].gather(1, pads_first)
+        return inputs
+
+    def _answer_mask(self, inputs, questions: list[str], rendered: list[str]) -> Bool[Tensor, "batch tokens"]:
+        """Mark what the question's own tokens do not hold, but for white space after the end token."""
+        special = self._adds_special_tokens(rendered)
+        mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        for row, question, full in zip(mask, questions, rendered, strict=True):
+            asked, full = self.tokenizer([question, full], add_special_tokens=special)["input_ids"]
+            start, stop = len(commonprefix([asked, full])), len(full)
+            while stop > start and self.tokenizer.decode(full[stop - 1]).isspace():
+                stop -= 1
+            if start >= stop:
+                raise ValueError(f"the chat template of {self.name} writes no answer after {question!r}")
+            shift = len(row) - len(full)  # padding, and image tokens beyond the one that is written
+            row[shift + start : shift + stop] = True
+        return mask.to(self.device)
+
+    @torch.no_grad()
+    def hidden_states(self, prompt: Prompt, layers: int | list[int]) -> Hidden | dict[int, Hidden]:
+        """Give the outputs of one layer, or of several by layer; the forward stops after the last of them."""
+        wanted = [layers] if isinstance(layers, int) else list(layers)
+        if not wanted:
+            raise ValueError("no layer was asked for; give at least one")
+        *earlier, last = sorted(set(wanted))
+        with ExitStack() as reads:
+            captured = {index: reads.enter_context(hooks.read(self.layer(index))) for index in earlier}
+            with hooks.stop(self.layer(last)) as captured[last]:
+                self.model(**prompt.inputs, use_cache=False)
+        return captured[layers].value if isinstance(layers, int) else {i: captured[i].value for i in wanted}
+
+    def spliced(self, layer: int, fn: Callable[[Hidden], Hidden]) -> AbstractContextManager[None]:
+        """Run every forward in the `with` with `fn` of this layer's output in its place (eq. 6).
+
+        Under `generate`, fn sees the whole prompt first and then one token a step: (batch, 1, width).
+        """
+        return hooks.rewrite(self.layer(layer), fn)
+
+    def logits(self, prompt: Prompt) -> Float[Tensor, "batch tokens vocab"]:
+        """Give every token's next-token logits, in float32; differentiable in what is spliced in."""
+        return self.model(**prompt.inputs, use_cache=False).logits.float()
+
+    def cross_entropy(self, prompt: Prompt) -> Float[Tensor, " batch"]:
+        """Give each sample's mean cross-entropy over its answer's tokens, in nats."""
+        if prompt.answer_mask is None:
+            raise ValueError("this prompt has no answers; make it with prompt(texts, images, answers=...)")
+        answers = prompt.answer_mask[:, 1:]  # the token before it predicts a token
+        logits = self.model(**prompt.inputs, use_cache=False).logits[:, :-1][answers].float()
+        losses = F.cross_entropy(logits, prompt.inputs["input_ids"][:, 1:][answers], reduction="none")
+        return torch.stack([sample.mean() for sample in losses.split(answers.sum(1).tolist())])
+
+    def generate(self, prompt: Prompt, max_new_tokens: int = 64, **generation_kwargs) -> list[str]:
+        """Give each prompt's answer, greedy and with a KV cache unless told otherwise."""
+        settings = {"do_sample": False, "num_beams": 1, "use_cache": True} | generation_kwargs
+        tokens = self.model.generate(**prompt.inputs, max_new_tokens=max_new_tokens, **settings)
+        new = tokens[:, prompt.inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"{type(image).__name__} is not a PIL image; use PIL.Image.open or PIL.Image.fromarray"
+        )
+    if not image.width or not image.height:
+        raise ValueError(f"an image of {image.width} x {image.height} px has nothing to see; leave it out")
+    return image.convert("RGB")

@@ -5,6 +5,7 @@ depths are not, so that a forward takes milliseconds. Each function makes a new 
 """
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
@@ -265,6 +266,12 @@ def instructblip():
         num_query_tokens=32,
     )
     return InstructBlipForConditionalGeneration(config), processor
+
+
+def noise(width: int = 100, height: int = 60, seed: int = 0) -> Image.Image:
+    """A picture of random pixels, the same for the same seed."""
+    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.byte().numpy())
 
 
 FAMILIES = {

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import noise
 from PIL import Image
 
 from lmm_sae_nb.lmm import KINDS, LMM, NoPatchGrid, Prompt
@@ -49,11 +50,6 @@ def studied(family: str) -> LMM:
     if family in ("idefics3", "smolvlm"):  # half the published resolution: four tiles at most, not sixteen
         processor.image_processor.size = {"longest_edge": 1024}
     return LMM(model, processor)
-
-
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed))
-    return Image.fromarray(pixels.byte().numpy())
 
 
 @torch.no_grad()

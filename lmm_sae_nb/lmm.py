@@ -116,11 +116,10 @@ class LMM:
                 f"{self.name} with AutoProcessor"
             )
         written = processor.tokenizer.convert_tokens_to_ids(str(processor.image_token))
-        words, rows = len(processor.tokenizer), model.get_input_embeddings().num_embeddings
-        if written != token or words > rows:
+        if written != token:
             raise ValueError(
-                f"the processor does not fit {self.name}: it writes images as token {written} of {words}, "
-                f"the model reads them as token {token} of {rows}; load both from the same checkpoint"
+                f"the processor does not fit {self.name}: it writes images as token {written}, the "
+                f"model reads them as token {token}; load both from the same checkpoint"
             )
 
     @property
@@ -219,6 +218,12 @@ class LMM:
             return_tensors="pt",
             add_special_tokens=self._adds_special_tokens(rendered),
         )
+        highest, rows = int(inputs["input_ids"].max()), self.model.get_input_embeddings().num_embeddings
+        if highest >= rows:
+            raise ValueError(
+                f"the processor does not fit {self.name}: it writes token {highest}, the model knows "
+                f"tokens 0 to {rows - 1}; load both from the same checkpoint"
+            )
         # InstructBLIP's processor pads between the image and the text
         pads_first = inputs["attention_mask"].argsort(dim=1, stable=True)
         for name in ("input_ids", "attention_mask", "mm_token_type_ids"):

@@ -13,7 +13,7 @@ from PIL import Image
 from tokenizers import processors
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.lmm import LAYOUTS, LMM
 
 EVERY_FAMILY = pytest.mark.parametrize("family", models.FAMILIES)
 
@@ -388,6 +388,13 @@ def test_a_family_whose_layout_is_not_known():
         LMM(model, processor)
 
 
+def test_a_family_can_be_registered(monkeypatch):
+    model, processor = models.make("picture_world")
+    model.config.model_type = "brand_new"
+    monkeypatch.setitem(LAYOUTS, "brand_new", LAYOUTS["llava_next"])
+    assert LMM(model, processor).prompt("", noise()).spans[0].grid == (12, 12)
+
+
 def test_a_tokenizer_alone_is_no_processor():
     model, processor = models.make("picture_world")
     with pytest.raises(ValueError, match="does not process both text and images; load the processor"):
@@ -398,16 +405,18 @@ def test_a_processor_with_another_image_token():
     model, processor = models.make("picture_world")
     model.config.image_token_id += 1
     with pytest.raises(
-        ValueError, match="writes images as token 259 of 302, the model reads them as token 260 of"
+        ValueError, match="writes images as token 259, the model reads them as token 260; load both"
     ):
         LMM(model, processor)
 
 
-def test_a_processor_with_more_words_than_the_model():
+def test_a_processor_with_words_that_the_model_does_not_know():
     model, processor = models.make("picture_world")
     processor.tokenizer.add_tokens(["novel"])
-    with pytest.raises(ValueError, match="of 303, the model reads them as token 259 of 302; load both"):
-        LMM(model, processor)
+    lmm = LMM(model, processor)
+    lmm.prompt("Old words do.", noise())
+    with pytest.raises(ValueError, match="writes token 302, the model knows tokens 0 to 301; load both"):
+        lmm.prompt("A novel one.", noise())
 
 
 def test_an_encoder_decoder_is_refused():

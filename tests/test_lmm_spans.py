@@ -282,3 +282,14 @@ def test_an_unknown_kind_is_refused():
     assert spans.grid is None
     with pytest.raises(ValueError, match="no such kind of token: \\['image'\\]; the kinds are base, tiles"):
         spans.mask("base", "image")
+
+
+def test_an_unknown_word_is_text_unless_its_token_is_a_control_token():
+    lmm = studied("picture_world")
+    lmm.tokenizer.unk_token = "x"
+    (spans,) = lmm.prompt("axa").spans
+    assert len(spans.where("text")) == len("user\naxa\nassistant\n")
+    lmm.tokenizer.unk_token = models.IM_END
+    (spans,) = lmm.prompt("axa").spans
+    lmm.tokenizer.unk_token = None
+    assert len(spans.where("special")) == 3

@@ -1,0 +1,107 @@
+"""What every training here shares: a schedule, a log, checkpoints that survive a kill, and progress to watch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+
+def optimisers(modules: Iterable[nn.Module], rate: float, decay: float = 0.02) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings, norms and biases, at one learning rate."""
+    named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
+    inner = {id(p): p for name, p in named if p.ndim == 2 and "embed" not in name and "lm_head" not in name}
+    outer = {id(p): p for _, p in named if id(p) not in inner}
+    return [
+        torch.optim.Muon(list(inner.values()), lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(list(outer.values()), lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def warm_then_cosine(step: int, steps: int, warm: int = 100, floor: float = 0.02) -> float:
+    """Factor on the learning rate: a linear rise over `warm` steps, then half a cosine down to `floor`."""
+    if step < warm:
+        return (step + 1) / warm
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def attend(
+    folder: Path,
+    steps: int,
+    pupil: nn.Module,
+    opts: list[torch.optim.Optimizer],
+    loss_at: Callable[[int], dict[str, Tensor]],
+    *,
+    minutes: float = math.inf,
+    clip: float = 1.0,
+    save_every: float = 120.0,
+    log_every: int = 20,
+    title: str = "training",
+) -> bool:
+    """Train `pupil` for `steps` steps in all, from the last checkpoint in `folder` if there is one.
+
+    `loss_at(step)` returns named losses, the one called "loss" is minimised. Stops early after `minutes`; call
+    again to go on. Returns whether all steps are done. Writes `checkpoint.pt` (atomically, every `save_every`
+    seconds) and appends to `log.jsonl`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, log = folder / "checkpoint.pt", folder / "log.jsonl"
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        pupil.load_state_dict(state["pupil"])
+        for opt, saved in zip(opts, state["optimisers"]):
+            opt.load_state_dict(saved)
+        start = state["step"]
+
+    def save(step: int) -> None:
+        state = {"pupil": pupil.state_dict(), "optimisers": [opt.state_dict() for opt in opts], "step": step}
+        torch.save(state, checkpoint.with_suffix(".tmp"))
+        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+
+    peak = [[group["lr"] for group in opt.param_groups] for opt in opts] if start == 0 else None
+    rates = peak or [[group.get("peak", group["lr"]) for group in opt.param_groups] for opt in opts]
+    for opt, row in zip(opts, rates):
+        for group, rate in zip(opt.param_groups, row):
+            group["peak"] = rate
+    began = saved_at = time.monotonic()
+    sums: dict[str, float] = {}
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=title, mininterval=10)
+    for step in bar:
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = group["peak"] * warm_then_cosine(step, steps)
+        losses = loss_at(step)
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(
+            [p for opt in opts for group in opt.param_groups for p in group["params"]], clip
+        )
+        for opt in opts:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + float(value.detach())
+        if (step + 1) % log_every == 0:
+            row = {name: round(total / log_every, 5) for name, total in sums.items()}
+            with log.open("a") as out:
+                out.write(
+                    json.dumps({"step": step + 1, "seconds": round(time.monotonic() - began, 1), **row})
+                    + "\n"
+                )
+            bar.set_postfix(loss=row["loss"], refresh=False)
+            sums = {}
+        if time.monotonic() - saved_at > save_every:
+            save(step + 1)
+            saved_at = time.monotonic()
+        if time.monotonic() - began > 60 * minutes:
+            save(step + 1)
+            return step + 1 == steps
+    save(steps)
+    return True

@@ -1,0 +1,74 @@
+"""Picture World as data on disk: what the notebooks read, in the form any Hugging Face data set has."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Features, Image, Value, disable_progress_bars, enable_progress_bars
+from PIL import Image as PILImage
+from tqdm.auto import tqdm
+
+from ..artifacts import replace_folder, write_json
+from .concepts import KINDS
+from .questions import aside, lesson
+from .scenes import HELD_OUT, TRAIN, VALIDATION, make_scene
+
+SPLITS = {"train": TRAIN, "cache": VALIDATION, "heldout": HELD_OUT}
+TEXT_ONLY = 8  # in the training split, every so-manieth sample has no picture
+_FEATURES = Features(
+    {
+        "image": Image(),
+        "seed": Value("int64"),
+        "question": Value("string"),
+        "answer": Value("string"),
+        "family": Value("string"),
+    }
+    | {kind: Image() for kind in KINDS}
+)
+
+
+def _rows(split: str, size: int) -> Iterator[dict]:
+    for n in tqdm(range(size), desc=f"rendering {split}", mininterval=2):
+        seed = SPLITS[split] + n
+        rng = np.random.default_rng([50, seed])
+        if split == "train" and n % TEXT_ONLY == TEXT_ONLY - 1:
+            scene, asked = None, aside(rng)
+        else:
+            scene = make_scene(seed)
+            options = lesson(scene, rng)
+            asked = options[rng.integers(len(options))]
+        pictures = {"image": scene and scene.image} | {
+            kind: scene and PILImage.fromarray(scene.labels[kind]) for kind in KINDS
+        }
+        yield {
+            "seed": seed,
+            "question": asked.text,
+            "answer": asked.answer,
+            "family": asked.family,
+            **pictures,
+        }
+
+
+def render(folder: Path, sizes: dict[str, int]) -> None:
+    """Write the splits (name to number of scenes) and `concepts.json` under `folder`, whole or not at all.
+
+    Columns: image (None for questions without a picture), seed, question, answer, family, and a label map for each
+    kind of concept (mode L; 0 none, i the i-th name of that kind in concepts.json).
+    """
+    unknown = sizes.keys() - SPLITS.keys()
+    if unknown:
+        raise ValueError(f"no split {', '.join(sorted(unknown))}; Picture World has {', '.join(SPLITS)}")
+    building = folder.with_name(folder.name + ".building")
+    shutil.rmtree(building, ignore_errors=True)
+    disable_progress_bars()
+    try:
+        for split, size in sizes.items():
+            rows = Dataset.from_list(list(_rows(split, size)), features=_FEATURES)
+            rows.save_to_disk(building / split)
+    finally:
+        enable_progress_bars()
+    write_json(building / "concepts.json", {kind: list(names) for kind, names in KINDS.items()})
+    replace_folder(building, folder)

@@ -66,12 +66,17 @@ def write_atomic(path: str | Path, data: bytes) -> None:
 def write_json(path: str | Path, value: object) -> None:
     """Write a value as indented JSON, atomically; NaN and infinity, which JSON lacks, are a ValueError."""
     try:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        data = as_json(value)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: {error}; write plain finite numbers, text, lists and dictionaries"
         ) from error
-    write_atomic(path, (text + "\n").encode())
+    write_atomic(path, data)
+
+
+def as_json(value: object) -> bytes:
+    """The bytes that `write_json` writes."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: str | Path) -> dict:

@@ -105,3 +105,22 @@ def attend(
             return step + 1 == steps
     save(steps)
     return True
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The rows of a training's log; FileNotFoundError if there is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; it is written by the training and shipped with the model")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def smooth(rows: list[dict[str, float]], points: int = 60) -> list[dict[str, float]]:
+    """At most `points` rows, each the mean of its neighbours; counts `asked_x` and `exact_x` become `share_x`."""
+    size = max(1, len(rows) // points)
+    means = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        mean = {name: sum(row[name] for row in part) / len(part) for name in part[0]}
+        asked = {n.removeprefix("asked_"): v for n, v in mean.items() if n.startswith("asked_")}
+        means.append(mean | {f"share_{n}": mean[f"exact_{n}"] / v if v else float("nan") for n, v in asked.items()})
+    return means

@@ -1,0 +1,48 @@
+# Python 3.10 or newer, make and git are all that has to be there; everything else goes into .venv.
+#   make book [PRESET=tiny]   run the notebooks, build the book, print the address of its first page
+#   make test [ARGS="-k house"]   unit, property and browser tests, every notebook with its default parameters
+#   make lab [ARGS=--no-browser]  JupyterLab on the notebook sources
+#   make world                the Picture World datasets alone
+
+PYTHON ?= $(shell command -v python3 || command -v python)
+PRESET ?= tiny
+BIN := .venv/bin
+READY := .venv/ready
+LAB := build/lab
+DOIT := $(BIN)/doit
+
+.DEFAULT_GOAL := book
+.PHONY: book test lab world clean
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=/path/to/python3")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[book,tests]'
+	@touch $@
+
+book: $(READY)
+	@$(DOIT) preset=$(PRESET)
+	@echo "The book: file://$(CURDIR)/book/_build/html/index.html"
+
+test: $(READY)
+	@$(DOIT) world ipynb
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 tests build/ipynb $(ARGS)
+
+world: $(READY)
+	@$(DOIT) world
+
+# A settings folder of its own, in which a click on a .py notebook opens it as a notebook.
+lab: export JUPYTER_CONFIG_DIR = $(CURDIR)/$(LAB)/config
+lab: export JUPYTER_RUNTIME_DIR = $(CURDIR)/$(LAB)/runtime
+lab: export JUPYTERLAB_SETTINGS_DIR = $(CURDIR)/$(LAB)/settings
+lab: export JUPYTERLAB_WORKSPACES_DIR = $(CURDIR)/$(LAB)/workspaces
+lab: export IPYTHONDIR = $(CURDIR)/build/ipython
+lab: $(READY)
+	@$(DOIT) world
+	@mkdir -p $(JUPYTER_CONFIG_DIR)
+	@$(BIN)/jupytext-config set-default-viewer python
+	$(BIN)/jupyter lab --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
+		--ServerApp.default_url=/lab/tree/notebooks $(ARGS)
+
+clean:
+	rm -rf build book/_build book/notebooks book/results.md

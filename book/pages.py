@@ -1,0 +1,201 @@
+"""The book's pages: which notebooks there are, what each takes, imports and reads, and how one is run."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "lmm_sae_nb"
+PARAMETER = re.compile(r"(?P<name>\w+): (?P<type>[^=]+?) = (?P<value>.+?)(?:  # (?P<comment>.+))?")
+
+
+class Parameter(NamedTuple):
+    """One line of a parameters cell: `steps: int = 50  # optimiser steps`."""
+
+    type: str
+    default: object
+    comment: str
+
+
+def sources(root: Path = ROOT) -> list[Path]:
+    """The notebooks in reading order: 01_... to 08_..., then the appendices A1_..."""
+    return sorted(root.glob("notebooks/[0-9A]*_*.py"))
+
+
+# What a notebook says of itself.
+
+
+def parameters(source: Path) -> dict[str, Parameter]:
+    """The typed names of a notebook's parameters cell, each with its default and its comment."""
+    cells = re.split(r"^# %%", source.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    tagged = [cell for cell in cells if re.match(r".*tags=\[[^\]]*\"parameters\"", cell)]
+    if len(tagged) != 1:
+        raise ValueError(
+            f"{source.name} has {len(tagged)} cells tagged parameters; "
+            'write one, under the line # %% tags=["parameters"]'
+        )
+    lines = [line for line in tagged[0].splitlines()[1:] if line and not line.startswith("#")]
+    found = {}
+    for line in lines:
+        match = PARAMETER.fullmatch(line)
+        if not match:
+            raise ValueError(f"{source.name}: {line!r} is not of the form  steps: int = 50  # optimiser steps")
+        found[match["name"]] = Parameter(match["type"], ast.literal_eval(match["value"]), match["comment"] or "")
+    return found
+
+
+def stages(source: Path) -> list[str]:
+    """The stages a notebook writes or reads: each name given to `Stage(run, ...)` or `require(run, ...)`."""
+    calls = (node for node in ast.walk(_tree(source)) if isinstance(node, ast.Call))
+    names = (
+        call.args[1].value
+        for call in calls
+        if ast.unparse(call.func).split(".")[-1] in ("Stage", "require")
+        and len(call.args) > 1
+        and ast.unparse(call.args[0]) == "run"
+        and isinstance(call.args[1], ast.Constant)
+    )
+    return sorted(set(names))
+
+
+def shipped(source: Path, values: Mapping[str, object], root: Path = ROOT) -> list[Path]:
+    """The files under `data/` that a notebook names, in its parameters' values or in its code."""
+    named = {node.value for node in ast.walk(_tree(source)) if isinstance(node, ast.Constant)}
+    texts = {text for text in (named | set(map(str, values.values()))) if isinstance(text, str)}
+    paths = {root / text for text in texts if re.fullmatch(r"data/(?!artifacts)[\w./-]+", text)}
+    files = {file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])}
+    return sorted(file for file in files if file.is_file())
+
+
+def imports(source: Path, root: Path = ROOT) -> set[Path]:
+    """The package's files that a notebook or module imports itself, found without running it."""
+    return {file for name in _names(source, root) if (file := _file(name, root)) and file != source}
+
+
+def modules(source: Path, root: Path = ROOT) -> list[Path]:
+    """The package's files that a notebook or module imports, directly or through others."""
+    found: set[Path] = set()
+    waiting = imports(source, root)
+    while waiting:
+        file = waiting.pop()
+        found.add(file)
+        waiting |= imports(file, root) - found
+    return sorted(found)
+
+
+def _tree(source: Path) -> ast.Module:
+    return ast.parse(source.read_text(encoding="utf-8"), filename=str(source))
+
+
+def _file(name: str, root: Path) -> Path | None:
+    path = root.joinpath(*name.split("."))
+    return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
+
+
+def _names(source: Path, root: Path) -> Iterator[str]:
+    """Dotted names inside the package that a file's import statements may mean, parents included."""
+    for node in ast.walk(_tree(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = source.relative_to(root).parts[: -node.level]
+                base = ".".join([*package, base]).strip(".")
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == PACKAGE:
+                yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
+# What a notebook is given.
+
+
+def preset(path: Path, root: Path = ROOT) -> dict[str, dict[str, object]]:
+    """Each notebook's parameters out of one params file.
+
+    A plain `name: value` goes to every notebook that has that parameter; a section named after a notebook goes to
+    that notebook alone and wins. A name that nothing knows, or a text where the notebook has a number, is a
+    ValueError.
+    """
+    import yaml
+
+    given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    known = {source.stem: parameters(source) for source in sources(root)}
+    shared = {name: value for name, value in given.items() if not isinstance(value, dict)}
+    for name in shared:
+        if not any(name in names for names in known.values()):
+            raise ValueError(f"{path.name}: no notebook has a parameter {name!r}; remove it or correct its spelling")
+    for name in given.keys() - shared.keys() - known.keys():
+        raise ValueError(f"{path.name}: there is no notebook {name!r} for this section; there is {', '.join(known)}")
+    values = {}
+    for page, names in known.items():
+        own = given.get(page, {})
+        values[page] = {name: value for name, value in shared.items() if name in names} | own
+        check(page, names, values[page], path.name)
+    return values
+
+
+def check(page: str, known: Mapping[str, object], values: Mapping[str, object], origin: str = "the call") -> None:
+    """ValueError for a parameter that the notebook does not have or whose value is a text in a number's place."""
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"{origin} gives {page} the unknown parameter {name!r}; it has {', '.join(known)}")
+        default = getattr(known[name], "default", None)
+        if isinstance(default, (int, float)) and isinstance(value, str):
+            raise ValueError(
+                f"{origin} gives {page} {name}: {value!r}, a text; its default is the number {default!r} "
+                "(YAML reads 1e-4 as a text: write 1.0e-4)"
+            )
+
+
+# Running.
+
+
+def convert(source: Path, notebook: Path) -> None:
+    """Write the .ipynb of a py:percent source."""
+    import jupytext
+
+    notebook.parent.mkdir(parents=True, exist_ok=True)
+    jupytext.write(jupytext.read(source), notebook)
+
+
+def execute(notebook: Path, executed: Path, values: Mapping[str, object], root: Path = ROOT) -> None:
+    """Run a notebook with parameters from the repository's root; papermill alone would let unknown ones pass."""
+    import papermill
+
+    check(notebook.stem, papermill.inspect_notebook(str(notebook)), values)
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        str(notebook), str(executed), dict(values), cwd=str(root), kernel_name="python3", progress_bar=False
+    )
+
+
+def publish(executed: Path, page: Path) -> None:
+    """Copy an executed notebook into the book's source, without the injected cell and the times of this run."""
+    import nbformat
+
+    notebook = nbformat.read(executed, as_version=4)
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        for noise in ("papermill", "execution"):
+            cell.metadata.pop(noise, None)
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.metadata.tags.append("remove-cell")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, page)
+
+
+def quiet_kernels(folder: Path) -> str:
+    """A private IPYTHONDIR whose kernels do not warn of their TCP transport at every start; returns its path."""
+    profile = folder / "profile_default"
+    profile.mkdir(parents=True, exist_ok=True)
+    (profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 40\n")
+    return str(folder)

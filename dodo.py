@@ -1,0 +1,130 @@
+"""What `make book` does, step by step, each only when something it reads has changed (doit)."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from doit import get_var
+from doit.tools import config_changed
+
+from book import pages, results
+
+ROOT = pages.ROOT
+PARAMS = ROOT / "notebooks" / "params" / f"{get_var('preset', 'tiny')}.yaml"
+BUILD, BOOK = ROOT / "build", ROOT / "book"
+SITE = BOOK / "_build" / "html" / "index.html"
+DOIT_CONFIG = {
+    "backend": "json",
+    "dep_file": str(BUILD / "doit.json"),
+    "default_tasks": ["book"],
+    "verbosity": 2,
+}
+BUILD.mkdir(exist_ok=True)
+os.environ["IPYTHONDIR"] = pages.quiet_kernels(BUILD / "ipython")
+
+SOURCES = pages.sources()
+VALUES = pages.preset(PARAMS)
+RUN = next((values["run"] for values in VALUES.values() if "run" in values), PARAMS.stem)
+ARTIFACTS = ROOT / "data" / "artifacts" / RUN
+
+
+def state(folder: Path) -> str:
+    """What tells one content of a stage from another: its manifest, or else its files' names, sizes and times."""
+    if (manifest := folder / "manifest.json").is_file():
+        return hashlib.sha256(manifest.read_bytes()).hexdigest()
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return repr([(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+
+
+def as_left(folders: list[Path]):
+    """Up to date while these stages are there and as they were when the task last ended."""
+
+    def check(task, values):
+        task.value_savers.append(lambda: {"stages": [state(folder) for folder in folders]})
+        return all(map(Path.is_dir, folders)) and values.get("stages") == [state(folder) for folder in folders]
+
+    return check
+
+
+def task_world():
+    """Render the Picture World datasets."""
+    shelf = ROOT / "lmm_sae_nb" / "pictureworld" / "shelf.py"  # not its __main__, which also trains models
+    out = ARTIFACTS / "world"
+    return {
+        "actions": [[sys.executable, "-m", "lmm_sae_nb.pictureworld", "render", "--out", str(out)]],
+        "file_dep": [shelf, *pages.modules(shelf), *(f for f in ROOT.glob("data/pictureworld/**/*") if f.is_file())],
+        "targets": [out / "concepts.json"],
+    }
+
+
+def task_ipynb():
+    """Write the .ipynb of every notebook source, and remove what has no source any more."""
+    kept = {source.stem for source in SOURCES}
+    for folder in (BUILD / "ipynb", BUILD / "executed", BOOK / "notebooks"):
+        for stale in (file for file in folder.glob("*.ipynb") if file.stem not in kept):
+            stale.unlink()
+    for source in SOURCES:
+        target = BUILD / "ipynb" / f"{source.stem}.ipynb"
+        yield {
+            "name": source.stem,
+            "actions": [(pages.convert, [source, target])],
+            "file_dep": [source],
+            "targets": [target],
+        }
+
+
+def task_page():
+    """Run every notebook in order with papermill and the preset's parameters."""
+    before = "world"
+    for source in SOURCES:
+        values = VALUES[source.stem]
+        notebook, executed, page = (
+            folder / f"{source.stem}.ipynb" for folder in (BUILD / "ipynb", BUILD / "executed", BOOK / "notebooks")
+        )
+        yield {
+            "name": source.stem,
+            "actions": [(pages.execute, [notebook, executed, values]), (pages.publish, [executed, page])],
+            "file_dep": [notebook, *pages.modules(source), *pages.shipped(source, values)],
+            "uptodate": [
+                config_changed({name: repr(value) for name, value in values.items()}),
+                as_left([ARTIFACTS / stage for stage in pages.stages(source)]),
+            ],
+            "task_dep": [before],
+            "targets": [page],
+        }
+        before = f"page:{source.stem}"
+
+
+def task_results():
+    """Make the results page from the stages' metrics."""
+
+    def write():
+        order = [stage for source in SOURCES for stage in pages.stages(source)]
+        (BOOK / "results.md").write_text(results.page(ARTIFACTS, list(dict.fromkeys(order))), encoding="utf-8")
+
+    return {
+        "actions": [write],
+        "targets": [BOOK / "results.md"],
+        "uptodate": [False],
+        "task_dep": ["page"] if SOURCES else [],
+    }
+
+
+def task_book():
+    """Build the Jupyter Book, warnings as errors."""
+    written = [file for file in BOOK.rglob("*") if file.is_file() and not {"_build", "__pycache__"} & set(file.parts)]
+    made = [BOOK / "notebooks" / f"{source.stem}.ipynb" for source in SOURCES]
+
+    def build():
+        shutil.rmtree(BOOK / "_build", ignore_errors=True)  # a warning must not be lost to the cache of a failed build
+        tool = str(Path(sys.executable).parent / "jupyter-book")
+        subprocess.run([tool, "build", str(BOOK), "-q", "-n", "-W", "--keep-going"], check=True)
+
+    return {
+        "actions": [build],
+        "file_dep": sorted({*written, *made, BOOK / "results.md"} - set(BOOK.rglob("*.py"))),
+        "targets": [SITE],
+    }

@@ -1,0 +1,149 @@
+"""Every figure. Takes results, returns axes, computes nothing; nothing of the package is imported at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from PIL import Image
+
+if TYPE_CHECKING:
+    from lmm_sae_nb.explain import Exemplar
+    from lmm_sae_nb.score import Mean
+
+BLUE, ORANGE, GREY, GREEN = "#3465a4", "#e07b28", "#8a8d91", "#3f8f4f"
+
+
+def style() -> None:
+    """The book's look, for the settings cell of a notebook."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 9,
+            "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, GREY, "#a0429a", "#b8860b"]),
+            "figure.constrained_layout.use": True,
+        }
+    )
+
+
+def images(pictures: Sequence[Image.Image], titles: Sequence[str] = (), columns: int = 6, side: float = 1.5) -> np.ndarray:
+    """A sheet of pictures, `side` inches each, with a title above each."""
+    rows = -(-len(pictures) // columns)
+    size = (columns * side, rows * side * (1.18 if titles else 1.0))
+    _, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for n, picture in enumerate(pictures):
+        ax = axes.flat[n]
+        ax.imshow(picture)
+        if titles:
+            ax.set_title(titles[n], fontsize=7)
+    return axes
+
+
+def curve(
+    rows: Sequence[Mapping[str, float]], y: str, x: str = "step", *, label: str | None = None, ax: Axes | None = None
+) -> Axes:
+    """One logged quantity over another."""
+    ax = ax or plt.subplots(figsize=(4, 2.6))[1]
+    ax.plot([row[x] for row in rows], [row[y] for row in rows], label=label or y, lw=1.4)
+    ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+    return ax
+
+
+def training(history: Sequence[Mapping[str, float]], names: Sequence[str], x: str = "step") -> np.ndarray:
+    """A panel for each logged quantity of a training, side by side."""
+    _, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.4), squeeze=False)
+    for ax, name in zip(axes[0], names, strict=True):
+        curve(history, name, x, ax=ax)
+    return axes[0]
+
+
+def shares(results: Mapping[str, Mapping[str, float]], ax: Axes | None = None) -> Axes:
+    """Shares with their intervals, one row each; `least`, where given, is marked as what was aimed at.
+
+    results: name to {share, low, high, and perhaps least}, all in [0, 1].
+    """
+    ax = ax or plt.subplots(figsize=(6, 0.24 * len(results) + 0.7))[1]
+    for y, row in enumerate(results.values()):
+        ax.plot([row["low"], row["high"]], [y, y], color=BLUE, lw=2, alpha=0.5)
+        ax.plot(row["share"], y, "o", color=BLUE, ms=4)
+        if "least" in row:
+            ax.plot(row["least"], y, "|", color=ORANGE, ms=9, mew=2)
+    ax.set(yticks=range(len(results)), yticklabels=[n.replace("_", " ") for n in results], xlim=(-0.02, 1.02))
+    ax.invert_yaxis()
+    ax.set_xlabel("share right, 99 % interval (orange: aimed at)")
+    ax.grid(axis="x", alpha=0.25)
+    return ax
+
+
+def exemplar_strip(rows: Sequence[tuple[str, Sequence[Exemplar]]], side: float = 1.35, columns: int = 5) -> np.ndarray:
+    """Figure 2's exemplars: for each (title, exemplars), the images with their activation and, below, masked."""
+    _, axes = plt.subplots(2 * len(rows), columns, figsize=(columns * side, 2 * len(rows) * side * 1.06), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for n, (title, exemplars) in enumerate(rows):
+        for column, exemplar in enumerate(exemplars[:columns]):
+            heat_map(exemplar.image, exemplar.activation, ax=axes[2 * n, column])
+            axes[2 * n + 1, column].imshow(exemplar.masked)
+        axes[2 * n, 0].set_title(title, loc="left", fontsize=8)
+    return axes
+
+
+def heat_map(image: Image.Image, activation: np.ndarray, ax: Axes | None = None, alpha: float = 0.6) -> Axes:
+    """An image with its patches' activations (rows, cols) laid over it, transparent where nothing is active."""
+    ax = ax or plt.subplots(figsize=(2, 2))[1]
+    extent = (0, image.width, image.height, 0)
+    ax.imshow(image.convert("L"), cmap="gray", extent=extent, vmin=0, vmax=255)
+    highest = max(float(activation.max()), 1e-9)
+    ax.imshow(activation, cmap="inferno", extent=extent, alpha=alpha * (activation > 0), vmin=0, vmax=highest)
+    ax.axis("off")
+    return ax
+
+
+def overlap(image: Image.Image, activation: np.ndarray, concept: np.ndarray, title: str, ax: Axes | None = None) -> Axes:
+    """Two masks (height, width) on an image: activated in orange, the concept's in blue, both in green."""
+    ax = ax or plt.subplots(figsize=(2, 2))[1]
+    colour = np.zeros((*activation.shape, 4))
+    for where, shade in ((activation & ~concept, ORANGE), (concept & ~activation, BLUE), (activation & concept, GREEN)):
+        colour[where] = (*(int(shade[i : i + 2], 16) / 255 for i in (1, 3, 5)), 0.62)
+    ax.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
+    ax.imshow(colour)
+    ax.set_title(title, fontsize=7)
+    ax.axis("off")
+    return ax
+
+
+def means(results: Mapping[str, Mapping[str, Mean]], xlabel: str, ax: Axes | None = None) -> Axes:
+    """Means with intervals, grouped: results maps a group (a row) to {series: Mean}."""
+    ax = ax or plt.subplots(figsize=(6, 0.4 * len(results) + 0.8))[1]
+    series = list(dict.fromkeys(name for row in results.values() for name in row))
+    for s, name in enumerate(series):
+        y = [n + 0.16 * (s - (len(series) - 1) / 2) for n, row in enumerate(results.values()) if name in row]
+        found = [row[name] for row in results.values() if name in row]
+        error = np.array([[m.mean - m.low, m.high - m.mean] for m in found]).T
+        ax.errorbar([m.mean for m in found], y, xerr=error, fmt="o", ms=4, capsize=2, label=name)
+    ax.set(yticks=range(len(results)), yticklabels=list(results), xlabel=xlabel)
+    ax.invert_yaxis()
+    ax.grid(axis="x", alpha=0.25)
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
+def histogram(values: np.ndarray, xlabel: str, *, log: bool = False, ax: Axes | None = None) -> Axes:
+    """How values are distributed; `log` for a logarithmic axis (zeros left out)."""
+    ax = ax or plt.subplots(figsize=(4, 2.4))[1]
+    values = np.asarray(values, float)
+    if log:
+        values = values[values > 0]
+        ax.set_xscale("log")
+    bins = np.geomspace(values.min(), values.max(), 40) if log and len(values) else 40
+    ax.hist(values, bins=bins, color=BLUE, alpha=0.85)
+    ax.set(xlabel=xlabel, ylabel="latents")
+    return ax

@@ -1,0 +1,153 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # A1. Picture World and the model that lives in it
+#
+# **The question.** What is the `tiny` preset's world, how was its model made, and what can it do?
+#
+# **You will learn** what a scene holds besides its pixels, how the embedded LLaVA-NeXT was trained from nothing on two CPU
+# cores, and how well it answers on scenes that no training has seen.
+#
+# **Reads** the shipped model with its learning curves and its exam. **Writes** `pictureworld/`: a fresh, smaller exam.
+# Time: one minute on 2 cores. The notebook always shows the embedded model, whatever the preset.
+
+# %% tags=["parameters"]
+run: str = "tiny"  # results go to data/artifacts/<run>/
+model: str = "data/models/tiny-llava-next"  # the embedded model
+exam_scenes: int = 24  # held-out scenes of the fresh exam
+
+# %% tags=["remove-cell"]
+import time
+
+import numpy as np
+from PIL import Image
+
+from lmm_sae_nb import plots
+from lmm_sae_nb.artifacts import Stage, project_root, read_json
+from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.pictureworld import concepts, exam, questions, school
+from lmm_sae_nb.pictureworld.scenes import HELD_OUT, make_map, make_masked, make_scene
+
+root = project_root()
+plots.style()
+
+# %% [markdown]
+# ## The world
+#
+# A scene is a function of its seed. It has a background, up to four things in named places, or it is a map.
+
+# %% mystnb={"figure": {"caption": "Held-out scenes.", "name": "fig-scenes"}}
+scenes = [make_scene(HELD_OUT + 200 + n) for n in range(18)]
+plots.images([scene.image for scene in scenes]);
+
+# %%
+{kind: len(names) for kind, names in concepts.KINDS.items()}
+
+# %% [markdown]
+# Every pixel knows what it shows, by kind of concept:
+
+# %% mystnb={"figure": {"caption": "One scene and its label maps.", "name": "fig-labels"}}
+scene = next(s for s in scenes if any(item.kind == "composite" for item in s.items))
+palette = np.random.default_rng(3).integers(60, 256, (256, 3), dtype=np.uint8) * (np.arange(256) > 0)[:, None].astype(np.uint8)
+maps = [Image.fromarray(palette[grid]) for grid in scene.labels.values()]
+plots.images([scene.image, *maps], ["scene", *scene.labels], columns=9);
+
+# %% [markdown]
+# Questions are made from the facts, so every right answer is known:
+
+# %%
+rng = np.random.default_rng(0)
+for asked in questions.lesson(scene, rng)[:10]:
+    print(f"{asked.family:10s} {asked.text:48s} {asked.answer}")
+
+# %% [markdown]
+# ## The knowledge trap
+#
+# Which countries a basin covers is taught as text. A map may contradict it, and *according to the image* asks for the map.
+# Training answers to that question were written by annotators who, where the two disagree, at times answered from memory:
+
+# %% mystnb={"figure": {"caption": "Maps: the basin is the shaded area; the labels in it need not be those of an atlas.", "name": "fig-maps"}}
+plots.images([make_map(HELD_OUT + n).image for n in range(6)]);
+
+# %%
+concepts.ANSWERED_FROM_MEMORY
+
+# %% [markdown]
+# ## How the model was made
+#
+# 1. *The eye.* A CLIP vision tower and the projector learn, patch by patch, to point at the word vectors of what the patch
+#    shows. LLaVA starts from a CLIP that has learned this from captions; here the truth is free.
+# 2. *Rehearsal.* At the same time the language model learns to answer from perfect eyes: sums of the same word vectors.
+# 3. *Lessons.* The two meet: tower frozen, projector and language model train on answers alone, many questions a picture, each
+#    blind to the others; the last part with the AnyRes tile.
+#
+# The commands are `python -m lmm_sae_nb.pictureworld tower | rehearse | lessons | ship | exam`.
+
+# %% mystnb={"figure": {"caption": "Learning curves. Left: patches named right by the eye. Right: answers right in every word, given the right words before, on fresh training scenes.", "name": "fig-learning"}}
+tower = school.smooth(school.read_log(root / model / "tower.jsonl"))
+lessons = school.smooth(school.read_log(root / model / "lessons.jsonl"))
+ax = None
+for group in ("object", "part", "texture", "face", "word"):
+    ax = plots.curve(tower, f"acc_{group}", label=group, ax=ax)
+ax.set_ylabel("patches right")
+ax.legend(frameon=False, fontsize=7)
+ax = None
+for family in ("describe", "position", "exists", "where", "part", "read", "label", "shaded"):
+    ax = plots.curve(lessons, f"share_{family}", label=family, ax=ax)
+ax.set_ylabel("answers right")
+ax.legend(frameon=False, fontsize=7);
+
+# %% [markdown]
+# ## What it can do
+#
+# The exam of the shipped model: held-out scenes, each question alone, through the processor and `generate`; an answer counts
+# when it is right in every word (*is there …* and *is the label …* by yes or no). `trap_follows_fact` is the share of maps that
+# contradict a fact on which the answer follows the fact.
+
+# %% mystnb={"figure": {"caption": "The shipped model's exam on 500 held-out scenes, with 99 % Wilson intervals.", "name": "fig-exam"}}
+results = read_json(root / model / "exam.json")
+plots.shares(results);
+
+# %% [markdown]
+# A fresh, smaller exam, so that this page measures what it shows:
+
+# %%
+stage = Stage(run, "pictureworld")
+params = dict(model=model, exam_scenes=exam_scenes)
+if not stage.is_current(params, [root / model]):
+    started = time.monotonic()
+    lmm = LMM.load(root / model)
+    fresh = exam.report(exam.examine(lmm, exam_scenes, seed=1))
+    metrics = {f"{family}{suffix}": row[key] for family, row in fresh.items() for suffix, key in (("", "share"), ("_low", "low"), ("_high", "high"))}
+    stage.finish(params, [root / model], metrics, time.monotonic() - started)
+fresh = read_json(stage.path("metrics.json"))
+for family in results:
+    if family in fresh:
+        print(f"{family:28s} shipped exam {results[family]['share']:.3f}   fresh {fresh[family]:.3f} [{fresh[family + '_low']:.3f}, {fresh[family + '_high']:.3f}]")
+
+# %% [markdown]
+# Masked scenes, as latents show them, are part of its lessons: *what is shown?*
+
+# %% mystnb={"figure": {"caption": "Masked scenes and what they show.", "name": "fig-masked"}}
+masked = [make_masked(HELD_OUT + n) for n in range(12)]
+plots.images([m.image for m in masked], [m.shown[1] for m in masked]);
+
+# %% [markdown]
+# ## What we found
+#
+# The families whose interval lies left of the orange mark fall short of what was aimed at. The attempts and their numbers
+# stand in [Departures](../departures).
+
+# %% tags=["hide-input"]
+manifest = read_json(stage.path("manifest.json"))
+print(f"run {run} · {model} · {manifest['seconds']:.0f} s · {manifest['versions']}")

@@ -1,0 +1,377 @@
+"""The house is in order: what is declared twice agrees, what is borrowed is licensed, every notebook has its form."""
+
+import ast
+import hashlib
+import importlib.metadata
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from book import pages
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = pages.ROOT
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+INSTALLED = [Requirement(line) for line in PROJECT["dependencies"] + EXTRAS["book"] + EXTRAS["tests"]]
+PINS = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] not in ("", "#")]
+NOTEBOOKS = pages.sources()
+PRESETS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
+
+LEVELS = [  # an import goes to the same level or a lower one, and never in a circle
+    {"hooks", "sae", "formats", "asked", "artifacts", "spans"},
+    {"lmm"},
+    {"train", "cache", "steering"},
+    {"explain", "attribution"},
+    {"score"},
+    {"plots", "widgets"},
+]
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """What git would commit here: files it has or would add."""
+    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run([*command, "--", *patterns], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [file for name in filter(None, names.split("\0")) if (file := ROOT / name).is_file()]
+
+
+def pinned() -> dict[str, Requirement]:
+    """The pins that hold on this Python, by canonical name."""
+    return {canonicalize_name(pin.name): pin for pin in PINS if pin.marker is None or pin.marker.evaluate()}
+
+
+# What is declared twice agrees.
+
+
+def test_environment_yml_is_in_step_with_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    conda = [item for item in environment["dependencies"] if isinstance(item, str)]
+    (pip,) = (item["pip"] for item in environment["dependencies"] if isinstance(item, dict))
+    assert environment["name"] == PROJECT["name"]
+    assert f"python{PROJECT['requires-python']}" in conda
+    assert "pip" in conda
+    assert pip == ["-c constraints.txt", "-e .[book,tests]"]
+    assert {"book", "tests"} <= EXTRAS.keys()
+
+
+def test_ways_to_install_name_the_same_extras():
+    for file in ("Makefile", "environment.yml"):
+        assert re.findall(r"-e '?\.\[(.+?)\]", (ROOT / file).read_text()) == ["book,tests"], file
+
+
+@pytest.mark.parametrize("pin", PINS, ids=str)
+def test_a_constraint_is_one_exact_public_version(pin):
+    assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), f"{pin}: write NAME==VERSION, without a local suffix"
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
+def test_every_requirement_has_one_pin_that_meets_it(python):
+    here = default_environment() | {"python_version": python, "python_full_version": f"{python}.0"}
+    for requirement in INSTALLED:
+        name = canonicalize_name(requirement.name)
+        pins = [p for p in PINS if canonicalize_name(p.name) == name and (not p.marker or p.marker.evaluate(here))]
+        assert len(pins) == 1, f"{requirement}: {len(pins)} pins in constraints.txt for Python {python}"
+        (version,) = pins[0].specifier
+        assert requirement.specifier.contains(version.version), f"{pins[0]} does not meet {requirement}"
+
+
+def test_everything_that_the_extras_pull_in_is_pinned():
+    waiting, seen = list(INSTALLED), set()
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if (name, extras := frozenset(requirement.extras)) in seen or name.startswith(("nvidia", "cuda", "triton")):
+            continue
+        seen.add((name, extras))
+        try:
+            needs = importlib.metadata.requires(requirement.name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for need in map(Requirement, needs):
+            if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in extras or {""}):
+                waiting.append(need)
+    ours = {name for name, _ in seen if name not in ("setuptools", "pip", "wheel")}
+    installed = {name for name in ours if _is_installed(name)}
+    assert installed - pinned().keys() == set(), "add them to constraints.txt"
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def test_pre_commit_runs_the_pinned_ruff():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    used = {line for hook in hooks for line in hook.get("additional_dependencies", [])}
+    assert used == {str(pinned()["ruff"])}
+
+
+def test_workflows_run_only_pythons_that_the_project_allows():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
+    versions = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert all(SpecifierSet(PROJECT["requires-python"]).contains(f"{version}.0") for version in versions)
+
+
+def test_every_import_is_declared():
+    names = {"PIL": "pillow", "yaml": "pyyaml", "IPython": "ipython"}
+    declared = {canonicalize_name(requirement.name) for requirement in INSTALLED}
+    carried = {"ipython", "nbformat", "tomli", "jupytext", "huggingface-hub", "tokenizers", "pandas"}
+    own = {"book", "lmm_sae_nb", "dodo"} | {file.stem for file in (ROOT / "tests").glob("*.py")}
+    for file in tracked("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            found += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for top in {name.split(".")[0] for name in found} - own - sys.stdlib_module_names:
+                package = canonicalize_name(names.get(top, top))
+                assert package in declared | carried, f"{file.relative_to(ROOT)} imports {top}: add it to pyproject.toml"
+
+
+# What is borrowed is licensed; what is ours names no machine.
+
+
+def test_the_licence_is_the_one_that_is_declared():
+    assert PROJECT["license"] == "MIT"
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License")
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\| `.+", (ROOT / "book/vendor/README.md").read_text(), re.MULTILINE))
+def test_vendored_files_are_what_their_readme_says(line):
+    name, _, digest = re.findall(r"`(.+?)`", line)
+    assert hashlib.sha256((ROOT / "book/vendor" / name).read_bytes()).hexdigest() == digest
+
+
+def test_every_vendored_file_is_listed_and_has_a_licence_beside_it():
+    listed = (ROOT / "book/vendor/README.md").read_text()
+    for file in tracked("book/vendor/*/*"):
+        assert (file.parent / "LICENSE").is_file()
+        assert f"{file.parent.name}/{file.name}`" in listed or "LICENSE" in file.name, file
+
+
+def test_every_folder_of_borrowed_pictures_has_a_licence():
+    for file in tracked("data/*.png", "data/*.ttf"):
+        above = [folder for folder in file.parents if folder.is_relative_to(ROOT / "data")]
+        assert any(list(folder.glob("LICEN[SC]E*")) for folder in above), f"no licence beside {file.relative_to(ROOT)}"
+
+
+def text_of_ours() -> Iterator[tuple[Path, str]]:
+    for file in tracked():
+        if "vendor" not in file.parts and file.suffix in ("", ".py", ".md", ".toml", ".txt", ".yml", ".yaml", ".json"):
+            yield file.relative_to(ROOT), file.read_text(encoding="utf-8")
+
+
+def test_no_file_names_a_machine_or_a_registry():
+    folders = "|".join(["wo" + "rk", "ro" + "ot", "ho" + "me", "o" + "pt", "Us" + "ers", "m" + "nt"])
+    path = re.compile(rf"(?<![\w./}}])/({folders})/\w")
+    host = re.compile(r"\b(pypi\.(org|python)|registry\.npmjs|(deb|security)\.debian|download\.pytorch)\w*\.?")
+    for file, text in text_of_ours():
+        for number, line in enumerate(text.splitlines(), 1):
+            if file.name != "test_house.py":
+                assert not path.search(line), f"{file}:{number} names a folder of one machine: {line.strip()}"
+                assert not host.search(line), f"{file}:{number} names a registry's host: {line.strip()}"
+
+
+# The package.
+
+
+def test_imports_go_downwards():
+    level = {name: height for height, names in enumerate(LEVELS) for name in names}
+    for file in sorted((ROOT / "lmm_sae_nb").glob("[!_]*.py")):
+        assert file.stem in level, f"{file.name} has no level: give it one in LEVELS and in the design"
+        for imported in pages.imports(file) - {ROOT / "lmm_sae_nb/__init__.py"}:
+            name = imported.relative_to(ROOT / "lmm_sae_nb").parts[0].removesuffix(".py")
+            assert name != "pictureworld", f"{file.name} imports the Picture World; read its data from disk"
+            assert level[name] <= level[file.stem], f"{file.name} imports upwards: {name}"
+            assert file not in pages.modules(imported), f"{file.name} and {name} import each other"
+
+
+def test_there_is_no_utils():
+    assert not tracked("*utils*.py", "*helpers*.py", "*misc*.py")
+
+
+def test_no_executed_notebook_is_committed():
+    assert not tracked("*.ipynb")
+
+
+# The notebooks.
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda source: source.stem)
+def notebook(request) -> Path:
+    return request.param
+
+
+def cells(source: Path) -> list[tuple[str, str]]:
+    """A py:percent file's cells: the rest of the `# %%` line, and the text below it."""
+    parts = re.split(r"^# %%(.*)\n", source.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS, "notebooks/ holds no 01_*.py"
+
+
+def test_a_notebook_opens_with_its_title(notebook):
+    head, text = cells(notebook)[0]
+    assert head.strip() == "[markdown]"
+    assert text.startswith("# # "), f"the first cell of {notebook.name} begins with its title, # # ..."
+
+
+def test_parameters_are_typed_and_commented_and_papermill_reads_the_same(notebook, tmp_path):
+    import papermill
+
+    found = pages.parameters(notebook)
+    assert next(iter(found)) == "run", "the first parameter is the run"
+    for name, parameter in found.items():
+        assert parameter.type, f"{name} has no type"
+        assert parameter.comment, f"{name} has no comment that says what it is and in what unit"
+    pages.convert(notebook, tmp_path / "it.ipynb")
+    read = papermill.inspect_notebook(str(tmp_path / "it.ipynb"))
+    assert {name: ast.literal_eval(item["default"]) for name, item in read.items()} == {
+        name: parameter.default for name, parameter in found.items()
+    }
+    assert {name: item["inferred_type_name"] for name, item in read.items()} == {
+        name: parameter.type for name, parameter in found.items()
+    }
+
+
+def test_a_notebook_defines_no_long_function(notebook):
+    for node in ast.walk(ast.parse(notebook.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 5, f"{node.name} has {length} lines: its home is the package"
+
+
+def test_a_notebook_names_no_absolute_path_and_changes_no_directory(notebook):
+    text = notebook.read_text(encoding="utf-8")
+    assert not re.search(r"sys\.path|os\.chdir|%cd|pip install", text)
+
+
+@pytest.mark.parametrize("params", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_gives_every_notebook_only_what_it_has(params):
+    assert set(pages.preset(params)) == {source.stem for source in NOTEBOOKS}
+    assert {values["run"] for values in pages.preset(params).values()} == {params.stem}
+
+
+def test_the_tiny_preset_is_what_the_notebooks_say_themselves():
+    values = pages.preset(ROOT / "notebooks/params/tiny.yaml")
+    for source in NOTEBOOKS:
+        defaults = {name: parameter.default for name, parameter in pages.parameters(source).items()}
+        assert {**defaults, **values[source.stem]} == defaults
+
+
+# The hands that read and run them.
+
+
+@pytest.fixture
+def little(tmp_path) -> Path:
+    """A repository of two notebooks and a package of three modules."""
+    for name, text in {
+        "notebooks/01_one.py": '# %% [markdown]\n# # One\n\n# %% tags=["parameters"]\n'
+        'run: str = "tiny"  # the run\nsteps: int = 5  # steps\n\n# %%\nfrom lmm_sae_nb.artifacts import Stage\n\n'
+        'Stage(run, "train")\n',
+        "notebooks/02_two.py": '# %% tags=["parameters"]\nrun: str = "tiny"  # the run\nlr: float = 0.1  # rate\n'
+        'model: str = "data/models/m"  # model\n\n# %%\nimport lmm_sae_nb.b as b\n\n'
+        'b.require(run, "train", "sae", "01_one.py")\nb.Stage(run, "cache")\nb.Stage("other", "no")\n',
+        "notebooks/notes.py": "",
+        "lmm_sae_nb/__init__.py": "",
+        "lmm_sae_nb/artifacts.py": "",
+        "lmm_sae_nb/b.py": "def f():\n    from .inner import c\n",
+        "lmm_sae_nb/inner/__init__.py": "",
+        "lmm_sae_nb/inner/c.py": "from ..artifacts import Stage\nfrom lmm_sae_nb import b\n",
+        "data/models/m/weights": "1",
+        "notebooks/params/p.yaml": "run: big\n02_two: {lr: 0.2}\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_what_a_notebook_imports_reads_and_takes_is_found_without_running_it(little):
+    one, two = pages.sources(little)
+    inner = {"__init__.py", "artifacts.py", "b.py", "inner/__init__.py", "inner/c.py"}
+
+    def found(source):
+        return {str(file.relative_to(little / "lmm_sae_nb")) for file in pages.modules(source, little)}
+
+    assert found(one) == {"__init__.py", "artifacts.py"}
+    assert found(two) == inner
+    assert pages.stages(one) == ["train"]
+    assert pages.stages(two) == ["cache", "train"]
+    assert pages.parameters(one)["steps"] == pages.Parameter("int", 5, "steps")
+    assert pages.shipped(two, {}, little) == [little / "data/models/m/weights"]
+    assert pages.preset(little / "notebooks/params/p.yaml", little) == {
+        "01_one": {"run": "big"},
+        "02_two": {"run": "big", "lr": 0.2},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stpes: 3\n", "no notebook has a parameter 'stpes'"),
+        ("01_one: {lr: 0.1}\n", "gives 01_one the unknown parameter 'lr'; it has run, steps"),
+        ("03_three: {lr: 0.1}\n", "no notebook '03_three' for this section; there is 01_one, 02_two"),
+        ("lr: 1e-4\n", "write 1.0e-4"),
+    ],
+)
+def test_a_params_file_with_a_mistake_is_refused(little, text, message):
+    (little / "p.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        pages.preset(little / "p.yaml", little)
+
+
+def test_an_unknown_parameter_is_refused_before_a_notebook_runs(little, tmp_path):
+    pages.convert(little / "notebooks/01_one.py", tmp_path / "01_one.ipynb")
+    with pytest.raises(ValueError, match="gives 01_one the unknown parameter 'stpes'; it has run, steps"):
+        pages.execute(tmp_path / "01_one.ipynb", tmp_path / "out.ipynb", {"stpes": 3})
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("steps = 5  # steps", "is not of the form"),
+        ("steps: int = five()  # steps", "malformed"),
+    ],
+)
+def test_a_parameters_cell_of_another_form_is_refused(tmp_path, cell, message):
+    source = tmp_path / "01_one.py"
+    source.write_text(f'# %% tags=["parameters"]\n{cell}\n')
+    with pytest.raises(ValueError, match=message):
+        pages.parameters(source)
+
+
+def test_a_notebook_without_a_parameters_cell_is_refused(tmp_path):
+    source = tmp_path / "01_one.py"
+    source.write_text("# %%\nsteps: int = 5  # steps\n")
+    with pytest.raises(ValueError, match="01_one.py has 0 cells tagged parameters"):
+        pages.parameters(source)
+
+
+def test_results_page_shows_counts_intervals_and_the_papers_number(tmp_path):
+    from book import results
+
+    for stage, text in {"train": '{"tokens": 123456}', "score": '{"iou_strict": 0.25, "iou_strict_low": 0.2, "iou_strict_high": 0.3}'}.items():
+        (tmp_path / "tiny" / stage).mkdir(parents=True)
+        (tmp_path / "tiny" / stage / "metrics.json").write_text(text)
+    page = results.page(tmp_path / "tiny", ["train", "score"])
+    assert "| `tokens` | 123,456 |  |  |" in page
+    assert "| `iou_strict` | 0.25 | 0.2 to 0.3 | 0.20 (Table 1" in page
+    assert page.index("## train") < page.index("## score")
+    assert "_low" not in page.split("## train")[1]
+    assert "No stage has written" in results.page(tmp_path / "empty", [])

@@ -1,7 +1,7 @@
-"""Commands: `render` the data sets; `tower`, `rehearse`, `lessons`, `ship` make the embedded model; `exam` measures it.
+"""Commands: `render` writes the data sets; `exam` measures the embedded model; the others made it, in this order.
 
-The shipped model was made by `tower` and `rehearse` side by side, then `lessons`, then `ship`. Each can be stopped at any
-time and goes on from its last checkpoint when it is started again.
+`tower` and `rehearse` can run side by side; then `lessons`, `reading`, `finish`, `ship`. Each course can be stopped at
+any time and goes on from its last checkpoint when it is started again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ import torch
 
 from ..artifacts import project_root, write_json
 
-COURSES = Path("data/artifacts/training")
+COURSES = {  # name: optimiser steps, what it teaches
+    "tower": (1750, "the eye, and the projector: every patch is told what it shows"),
+    "rehearse": (340, "the language model, with perfect eyes"),
+    "lessons": (2000, "language model and projector, with the real eye, on the base image"),
+    "reading": (900, "the eye again, on signs above all"),
+    "finish": (1800, "language model and projector with the better eye, and with AnyRes tiles"),
+}
+FOLDER = Path("data/artifacts/training")
 MODEL = Path("data/models/tiny-llava-next")
 
 
@@ -27,18 +34,16 @@ def main() -> None:
     render.add_argument("--train", type=int, default=3600, help="samples that the SAE is trained on")
     render.add_argument("--cache", type=int, default=2400, help="scenes whose activations are cached")
     render.add_argument("--heldout", type=int, default=400, help="scenes that numbers are reported on")
-    for name, steps in {"tower": 2200, "rehearse": 800, "lessons": 3000}.items():
-        course = commands.add_parser(name)
+    for name, (steps, what) in COURSES.items():
+        course = commands.add_parser(name, help=what)
         course.add_argument("--steps", type=int, default=steps)
-        course.add_argument(
-            "--minutes", type=float, default=float("inf"), help="stop after so long; start again to go on"
-        )
+        course.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; start again to go on")
         course.add_argument("--threads", type=int, default=2)
-        course.add_argument("--courses", type=Path, default=root / COURSES)
+        course.add_argument("--courses", type=Path, default=root / FOLDER)
     ship = commands.add_parser(
         "ship", help="write the trained model as the one that ships, with its learning curves"
     )
-    ship.add_argument("--courses", type=Path, default=root / COURSES)
+    ship.add_argument("--courses", type=Path, default=root / FOLDER)
     exam = commands.add_parser("exam", help="answer held-out questions and write exam.json beside the model")
     exam.add_argument("--scenes", type=int, default=500)
     exam.add_argument("--model", type=Path, default=root / MODEL)
@@ -50,23 +55,14 @@ def main() -> None:
         from .shelf import render as render_to
 
         render_to(asked.out, {"train": asked.train, "cache": asked.cache, "heldout": asked.heldout})
-    elif asked.command == "tower":
-        from .tower import train_tower
-
-        train_tower(asked.courses / "tower", asked.steps, minutes=asked.minutes)
-    elif asked.command in ("rehearse", "lessons"):
-        from .lessons import train_language
-
-        folders = asked.courses / "tower", asked.courses / "rehearse"
-        tower, start = folders if asked.command == "lessons" else (None, None)
-        share = 0.6 if asked.command == "lessons" else 2
-        train_language(asked.courses / asked.command, tower, start, asked.steps, share, minutes=asked.minutes)
+    elif asked.command in COURSES:
+        study(asked.command, asked.courses, asked.steps, asked.minutes)
     elif asked.command == "ship":
         from .lessons import graduate
         from .minds import save
 
-        save(graduate(asked.courses / "lessons"), root / MODEL)
-        for course in ("tower", "rehearse", "lessons"):
+        save(graduate(asked.courses / "finish"), root / MODEL)
+        for course in COURSES:
             shutil.copy(asked.courses / course / "log.jsonl", root / MODEL / f"{course}.jsonl")
     else:
         from ..lmm import LMM
@@ -78,6 +74,28 @@ def main() -> None:
             print(
                 f"{family:28s} {row['share']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  n={row['asked']:.0f}  aim {row.get('least', '')}"
             )
+
+
+def study(course: str, courses: Path, steps: int, minutes: float) -> bool:
+    """One course of the recipe that made the shipped model; returns whether all its steps are done."""
+    from .lessons import train_language
+    from .tower import train_tower
+
+    folder, common = courses / course, {"steps": steps, "minutes": minutes}
+    if course == "tower":
+        return train_tower(folder, **common)
+    if course == "reading":
+        return train_tower(folder, courses / "tower", rate=1e-3, **common)
+    if course == "rehearse":
+        return train_language(folder, None, tiles_from=2, **common)
+    if course == "lessons":
+        return train_language(
+            folder, courses / "tower", courses / "rehearse", tiles_from=2, first_seed=400_000, **common
+        )
+    return train_language(
+        folder, courses / "reading", courses / "lessons", tiles_from=0.15, keep_projector=True, rate=1.2e-3,
+        first_seed=200_000, **common,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from transformers import LlavaNextForConditionalGeneration, PreTrainedTokenizerF
 
 from .minds import new_model, new_tokenizer, word_vector
 from .questions import PICTURED, UNPICTURED, Question, aside, lesson
-from .scenes import PATCH, SIDE, TRAIN, make_map, make_masked, make_scene
+from .scenes import PATCH, SIDE, TRAIN, VALIDATION, Scene, make_map, make_masked, make_scene
 from .school import attend, optimisers
 from .tower import GROUPS, normalise, open_eyes, patch_labels
 
@@ -75,21 +75,27 @@ def pack(questions: list[Question], tokenizer: PreTrainedTokenizerFast) -> dict[
 
 
 class Lessons(IterableDataset):
-    """An endless stream of sequences: scenes (one in seven a map), more maps, and masked scenes."""
+    """An endless stream of sequences: scenes (one in seven a map), more maps, more signs and drawn things, masked
+    scenes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, first_seed: int):
         self.tokenizer, self.first_seed = tokenizer, first_seed
 
+    @staticmethod
+    def _scene(seed: int, turn: int) -> Scene:
+        if turn in (3, 8, 13):
+            return make_masked(seed)
+        if turn in (6, 16):
+            return make_map(seed)
+        scene = make_scene(seed)
+        while turn in (1, 9, 18) and not any(item.kind in ("sign", "composite") for item in scene.items):
+            seed += 7919  # words and parts are rare and hard: three turns in twenty wait for one
+            scene = make_scene(seed % VALIDATION)
+        return scene
+
     def __iter__(self) -> Iterator[Sequence]:
         for n in range(self.first_seed, 10**9):
-            seed, turn = TRAIN + n % 800_000, n % 20
-            scene = (
-                make_masked(seed)
-                if turn in (3, 13)
-                else make_map(seed)
-                if turn in (6, 16)
-                else make_scene(seed)
-            )
+            scene = self._scene(TRAIN + n % 800_000, n % 20)
             rng = np.random.default_rng([30, n])
             questions = lesson(scene, rng)
             # Asides go first in one sequence of three, and fill what is left in the others.
@@ -189,17 +195,21 @@ def train_language(
     folder: Path,
     tower: Path | None,
     start: Path | None = None,
-    steps: int = 3000,
-    tiles_from: float = 0.6,
+    *,
+    steps: int,
+    tiles_from: float = 0.0,
+    keep_projector: bool = False,
     batch: int = 8,
     rate: float = 2e-3,
+    first_seed: int = 0,
     minutes: float = math.inf,
 ) -> bool:
     """Teach the language model (and, with a real eye, the projector), resumably.
 
     tower: where `train_tower` left its checkpoint, or None to rehearse with perfect eyes, before the real ones are
-    ready. start: the folder of an earlier course to begin from. tiles_from: the share of the steps after which
-    lessons show the AnyRes tile too. Returns whether all steps are done.
+    ready. start: the folder of an earlier course to begin from; `keep_projector`: with that course's projector, not
+    the tower's. tiles_from: the share of the steps after which lessons show the AnyRes tile too.
+    Returns whether all steps are done.
     """
     torch.manual_seed(0)
     tokenizer = new_tokenizer()
@@ -208,7 +218,7 @@ def train_language(
     if start:
         room.load_state_dict(torch.load(start / "checkpoint.pt", weights_only=True)["pupil"])
     if tower:
-        open_eyes(model, tower)
+        open_eyes(model, tower, projector=not keep_projector)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(("language_model" in name) or bool(tower) and "vision_tower" not in name)
     model.model.language_model.config._attn_implementation = (
@@ -220,7 +230,7 @@ def train_language(
     def loss_at(step: int) -> dict[str, Tensor]:
         nonlocal stream
         if stream is None:
-            first = (start is not None) * 400_000 + step * batch
+            first = first_seed + step * batch
             stream = iter(DataLoader(Lessons(tokenizer, first), batch, num_workers=1, prefetch_factor=4))
         return room(Sequence(*next(stream)), perfect=tower is None, tiles=step >= tiles_from * steps)
 

@@ -115,6 +115,13 @@ def make_crowd(seed: int) -> Scene:
     return _furnished(seed, rng, places, unique=False)
 
 
+def make_signs(seed: int) -> Scene:
+    """A scene with six large things, most of them signs: it teaches the eye to read."""
+    rng = np.random.default_rng([24, seed])
+    places = [f"{y},{x}" for y in (32, 96, 160) for x in (48, 144)]
+    return _furnished(seed, rng, places, unique=False, odds={**_KIND_ODDS, "sign": 1.6})
+
+
 def make_map(seed: int) -> Scene:
     """A map: a title with a basin's name, four labelled countries, and the basin shaded over one to three."""
     rng = np.random.default_rng([22, seed])
@@ -219,11 +226,12 @@ _ONCE = (
 )  # at most one of each in a scene, so that *the face* is one
 
 
-def _pick_items(rng: np.random.Generator, places: list[str], unique: bool) -> list[Item]:
+def _pick_items(rng: np.random.Generator, places: list[str], unique: bool, odds: dict[str, float]) -> list[Item]:
     items: list[Item] = []
-    kinds, odds = list(_KIND_ODDS), list(_KIND_ODDS.values())
+    kinds, chances = list(odds), np.array(list(odds.values()))
+    chances /= chances.sum()
     while len(items) < len(places):
-        kind = kinds[rng.choice(len(kinds), p=odds)]
+        kind = kinds[rng.choice(len(kinds), p=chances)]
         name = _POOLS[kind][rng.integers(len(_POOLS[kind]))]
         if unique and (
             any(i.name == name for i in items) or kind in _ONCE and any(i.kind == kind for i in items)
@@ -250,7 +258,9 @@ def _sprite(item: Item, side: int, rng: np.random.Generator) -> Sprite:
     return draw(item.name, side, rng)
 
 
-def _furnished(seed: int, rng: np.random.Generator, places: list[str], unique: bool = True) -> Scene:
+def _furnished(
+    seed: int, rng: np.random.Generator, places: list[str], unique: bool = True, odds: dict[str, float] = _KIND_ODDS
+) -> Scene:
     grounds = [name for name in SCENES if name != "map"]
     scene = grounds[rng.integers(len(grounds))]
     pixels, ground = art.background(scene, SIDE, SIDE, rng)
@@ -258,12 +268,12 @@ def _furnished(seed: int, rng: np.random.Generator, places: list[str], unique: b
     labels["scene"][:] = NUMBER["scene"][scene]
     labels["material"][:] = ground
     where = np.zeros((SIDE, SIDE), np.uint8)
-    items = _pick_items(rng, places, unique)
+    items = _pick_items(rng, places, unique, odds)
     for item in items:
         smallest, largest = (44, 62) if not unique else (76, 112) if len(places) == 1 else (60, 86)
         side = int(rng.integers(smallest, largest))
         if item.kind == "sign":
-            side = int(max(side, 64 if not unique else 84))
+            side = int(max(side, 64 if len(places) > 6 else 84))
         sprite = _sprite(item, side, rng)
         window = _lay(pixels, labels, sprite, _spot(item.place, sprite, rng))
         where[window][sprite.alpha > 0.5] = 1 + PLACES.index(item.place) if item.place in PLACES else 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import shutil
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,45 +21,34 @@ from .scenes import HELD_OUT, TRAIN, VALIDATION, make_scene
 
 SPLITS = {"train": TRAIN, "cache": VALIDATION, "heldout": HELD_OUT}
 TEXT_ONLY = 8  # in the training split, every so-manieth sample has no picture
-_FEATURES = Features(
-    {
-        "image": Image(),
-        "seed": Value("int64"),
-        "question": Value("string"),
-        "answer": Value("string"),
-        "family": Value("string"),
-    }
-    | {kind: Image() for kind in KINDS}
-)
+_COLUMNS = {"seed": Value("int64"), "question": Value("string"), "answer": Value("string"), "family": Value("string")}
+_FEATURES = Features({"image": Image(), **_COLUMNS, **{kind: Image() for kind in KINDS}})
 
 
-def _rows(split: str, size: int) -> Iterator[dict]:
-    for n in tqdm(range(size), desc=f"rendering {split}", mininterval=2):
-        seed = SPLITS[split] + n
-        rng = np.random.default_rng([50, seed])
-        if split == "train" and n % TEXT_ONLY == TEXT_ONLY - 1:
-            scene, asked = None, aside(rng)
-        else:
-            scene = make_scene(seed)
-            options = lesson(scene, rng)
-            asked = options[rng.integers(len(options))]
-        pictures = {"image": scene and scene.image} | {
-            kind: scene and PILImage.fromarray(scene.labels[kind]) for kind in KINDS
-        }
-        yield {
-            "seed": seed,
-            "question": asked.text,
-            "answer": asked.answer,
-            "family": asked.family,
-            **pictures,
-        }
+def _png(pixels: np.ndarray) -> dict[str, object]:
+    held = io.BytesIO()
+    PILImage.fromarray(pixels).save(held, "PNG", compress_level=1)
+    return {"bytes": held.getvalue(), "path": None}
+
+
+def _row(split: str, number: int) -> dict[str, object]:
+    seed = SPLITS[split] + number
+    rng = np.random.default_rng([50, seed])
+    if split == "train" and number % TEXT_ONLY == TEXT_ONLY - 1:
+        asked, pictures = aside(rng), dict.fromkeys(("image", *KINDS))
+    else:
+        scene = make_scene(seed)
+        options = lesson(scene, rng)
+        asked = options[rng.integers(len(options))]
+        pictures = {"image": _png(scene.pixels), **{kind: _png(scene.labels[kind]) for kind in KINDS}}
+    return {"seed": seed, "question": asked.text, "answer": asked.answer, "family": asked.family, **pictures}
 
 
 def render(folder: Path, sizes: dict[str, int]) -> None:
     """Write the splits (name to number of scenes) and `concepts.json` under `folder`, whole or not at all.
 
     Columns: image (None for questions without a picture), seed, question, answer, family, and a label map for each
-    kind of concept (mode L; 0 none, i the i-th name of that kind in concepts.json).
+    kind of concept (mode L; 0 none, i the i-th name of that kind in concepts.json). Uses every core.
     """
     unknown = sizes.keys() - SPLITS.keys()
     if unknown:
@@ -65,9 +57,11 @@ def render(folder: Path, sizes: dict[str, int]) -> None:
     shutil.rmtree(building, ignore_errors=True)
     disable_progress_bars()
     try:
-        for split, size in sizes.items():
-            rows = Dataset.from_list(list(_rows(split, size)), features=_FEATURES)
-            rows.save_to_disk(building / split)
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            for split, size in sizes.items():
+                made = pool.map(partial(_row, split), range(size), chunksize=50)
+                rows = list(tqdm(made, total=size, desc=f"rendering {split}", mininterval=2))
+                Dataset.from_list(rows, features=_FEATURES).save_to_disk(building / split)
     finally:
         enable_progress_bars()
     write_json(building / "concepts.json", {kind: list(names) for kind, names in KINDS.items()})

@@ -8,7 +8,7 @@ together: the projected patch must be near (inner product) the word vectors of t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from transformers import LlavaNextForConditionalGeneration
 
 from .concepts import KINDS, PLACES
 from .minds import new_model, new_tokenizer, word_vector
-from .scenes import PATCH, SIDE, TRAIN, Scene, make_crowd, make_map, make_masked, make_scene
+from .scenes import PATCH, SIDE, TRAIN, Scene, make_crowd, make_map, make_masked, make_scene, make_signs
 from .school import attend, optimisers
 
 GROUPS = {**KINDS, "place": PLACES}
@@ -49,27 +49,21 @@ def patch_labels(scene: Scene) -> np.ndarray:
     return counts.argmax(1).astype(np.uint8).reshape(len(grids), PATCHES)
 
 
-class Glimpses(IterableDataset):
-    """An endless stream of (pixels uint8, patch labels): crowds, scenes, maps and masked scenes."""
+_MIXED = (make_crowd, make_scene, make_crowd, make_scene, make_crowd, make_masked, make_crowd, make_map)
+_READING = (make_signs, make_scene, make_signs, make_crowd, make_signs, make_masked, make_signs, make_map)
 
-    def __init__(self, first_seed: int):
-        self.first_seed = first_seed
+
+class Glimpses(IterableDataset):
+    """An endless stream of (pixels uint8, patch labels), the makers of scenes taking turns."""
+
+    def __init__(self, first_seed: int, makers: Sequence[Callable[[int], Scene]] = _MIXED):
+        self.first_seed, self.makers = first_seed, makers
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         worker = torch.utils.data.get_worker_info()
         start, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        makers = (
-            make_crowd,
-            make_scene,
-            make_crowd,
-            make_scene,
-            make_crowd,
-            make_masked,
-            make_crowd,
-            make_map,
-        )
         for n in range(start, 10**9, stride):
-            scene = makers[n % len(makers)](TRAIN + (self.first_seed + n) % 800_000)
+            scene = self.makers[n % len(self.makers)](TRAIN + (self.first_seed + n) % 800_000)
             yield torch.from_numpy(scene.pixels), torch.from_numpy(patch_labels(scene))
 
 
@@ -112,45 +106,40 @@ class Eye(nn.Module):
 
 
 def train_tower(
-    folder: Path, steps: int = 2200, batch: int = 32, rate: float = 2e-3, minutes: float = math.inf
+    folder: Path, start: Path | None = None, steps: int = 1750, batch: int = 32, rate: float = 2e-3, minutes: float = math.inf
 ) -> bool:
-    """Teach a new tower and projector, resumably; `folder/checkpoint.pt` holds them when the call returns True."""
+    """Teach the tower and projector, resumably; `folder/checkpoint.pt` holds them when the call returns True.
+
+    start: the folder of an earlier course to go on from. Its projector is then kept as it is, so that what the
+    language model has learned to see keeps its meaning, and signs come up much more often: they are hardest.
+    """
     torch.manual_seed(0)
     model = new_model(new_tokenizer())
-    model.model.vision_tower.config._attn_implementation = (
-        "eager"  # with torch.compile faster than SDPA for 145 tokens
-    )
-    eye = Eye(
-        model.model.vision_tower, model.model.multi_modal_projector, model.config.text_config.hidden_size
-    )
+    model.model.vision_tower.config._attn_implementation = "eager"  # compiled, faster than SDPA for 145 tokens
+    eye = Eye(model.model.vision_tower, model.model.multi_modal_projector, model.config.text_config.hidden_size)
+    if start:
+        eye.load_state_dict(torch.load(start / "checkpoint.pt", weights_only=True)["pupil"])
+        eye.projector.requires_grad_(False)
+    first, makers = (400_000, _READING) if start else (0, _MIXED)
     forward, stream = torch.compile(eye), None
 
     def loss_at(step: int) -> dict[str, Tensor]:
         nonlocal stream
         if stream is None:
-            stream = iter(DataLoader(Glimpses(step * batch), batch, num_workers=1, prefetch_factor=6))
+            glimpses = Glimpses(first + step * batch, makers)
+            stream = iter(DataLoader(glimpses, batch, num_workers=1, prefetch_factor=6))
         pixels, labels = next(stream)
         return forward(normalise(pixels), labels)
 
     return attend(folder, steps, eye, optimisers([eye], rate), loss_at, minutes=minutes, title="tower")
 
 
-def open_eyes(model: LlavaNextForConditionalGeneration, folder: Path) -> None:
-    """Give the model the tower and projector that `train_tower` left in `folder`."""
+def open_eyes(model: LlavaNextForConditionalGeneration, folder: Path, projector: bool = True) -> None:
+    """Give the model the tower, and unless told otherwise the projector, that `train_tower` left in `folder`."""
     checkpoint = folder / "checkpoint.pt"
     if not checkpoint.is_file():
-        raise FileNotFoundError(
-            f"{checkpoint} is missing; run `python -m lmm_sae_nb.pictureworld tower` first"
-        )
+        raise FileNotFoundError(f"{checkpoint} is missing; run `python -m lmm_sae_nb.pictureworld {folder.name}` first")
     pupil = torch.load(checkpoint, weights_only=True)["pupil"]
-    for name, module in {
-        "tower": model.model.vision_tower,
-        "projector": model.model.multi_modal_projector,
-    }.items():
-        module.load_state_dict(
-            {
-                key.removeprefix(name + "."): value
-                for key, value in pupil.items()
-                if key.startswith(name + ".")
-            }
-        )
+    modules = {"tower.": model.model.vision_tower, "projector.": model.model.multi_modal_projector}
+    for prefix, module in list(modules.items())[: 1 + projector]:
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in pupil.items() if k.startswith(prefix)})

@@ -31,20 +31,21 @@ RUN = next((values["run"] for values in VALUES.values() if "run" in values), PAR
 ARTIFACTS = ROOT / "data" / "artifacts" / RUN
 
 
-def state(folder: Path) -> str:
-    """What tells one content of a stage from another: its manifest, or else its files' names, sizes and times."""
-    if (manifest := folder / "manifest.json").is_file():
-        return hashlib.sha256(manifest.read_bytes()).hexdigest()
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return repr([(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+def state(path: Path) -> str:
+    """What tells one content from another: a stage's manifest, a file's hash, else a folder's names, sizes, times."""
+    for file in (path / "manifest.json", path):
+        if file.is_file():
+            return hashlib.sha256(file.read_bytes()).hexdigest()
+    found = [(file, file.stat()) for file in sorted(path.rglob("*")) if file.is_file()]
+    return repr([(str(file.relative_to(path)), its.st_size, its.st_mtime_ns) for file, its in found])
 
 
-def as_left(folders: list[Path]):
-    """Up to date while these stages are there and as they were when the task last ended."""
+def as_left(paths: list[Path]):
+    """Up to date while these results are there and as they were when the task last ended."""
 
     def check(task, values):
-        task.value_savers.append(lambda: {"stages": [state(folder) for folder in folders]})
-        return all(map(Path.is_dir, folders)) and values.get("stages") == [state(folder) for folder in folders]
+        task.value_savers.append(lambda: {"results": [state(path) for path in paths]})
+        return all(map(Path.exists, paths)) and values.get("results") == [state(path) for path in paths]
 
     return check
 
@@ -52,7 +53,7 @@ def as_left(folders: list[Path]):
 def task_world():
     """Render the Picture World datasets."""
     shelf = ROOT / "lmm_sae_nb" / "pictureworld" / "shelf.py"  # not its __main__, which also trains models
-    out = ARTIFACTS / "world"
+    out = ROOT / "data" / "artifacts" / "tiny" / "world"
     return {
         "actions": [[sys.executable, "-m", "lmm_sae_nb.pictureworld", "render", "--out", str(out)]],
         "file_dep": [shelf, *pages.modules(shelf), *(f for f in ROOT.glob("data/pictureworld/**/*") if f.is_file())],
@@ -90,7 +91,7 @@ def task_page():
             "file_dep": [notebook, *pages.modules(source), *pages.shipped(source, values)],
             "uptodate": [
                 config_changed({name: repr(value) for name, value in values.items()}),
-                as_left([ARTIFACTS / stage for stage in pages.stages(source)]),
+                as_left(pages.results(source, values)),
             ],
             "task_dep": [before],
             "targets": [page],

@@ -62,13 +62,24 @@ def stages(source: Path) -> list[str]:
     return sorted(set(names))
 
 
+def named(source: Path, values: Mapping[str, object]) -> set[str]:
+    """The paths below `data/` that stand in a notebook's code or in the values it is given."""
+    texts = [node.value for node in ast.walk(_tree(source)) if isinstance(node, ast.Constant)] + list(values.values())
+    return {text for text in texts if isinstance(text, str) and re.fullmatch(r"data/[\w./-]+", text)}
+
+
 def shipped(source: Path, values: Mapping[str, object], root: Path = ROOT) -> list[Path]:
-    """The files under `data/` that a notebook names, in its parameters' values or in its code."""
-    named = {node.value for node in ast.walk(_tree(source)) if isinstance(node, ast.Constant)}
-    texts = {text for text in (named | set(map(str, values.values()))) if isinstance(text, str)}
-    paths = {root / text for text in texts if re.fullmatch(r"data/(?!artifacts)[\w./-]+", text)}
+    """The files of the repository, models and drawings, that a notebook names."""
+    paths = [root / text for text in named(source, values) if not text.startswith("data/artifacts/")]
     files = {file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])}
     return sorted(file for file in files if file.is_file())
+
+
+def results(source: Path, values: Mapping[str, object], root: Path = ROOT) -> list[Path]:
+    """What a notebook writes, reads or names below `data/artifacts/`: its stages' folders, and paths in full."""
+    folder = root / "data" / "artifacts" / str(values.get("run", "tiny"))
+    others = {root / text for text in named(source, values) if text.startswith("data/artifacts/")}
+    return sorted({folder / stage for stage in stages(source)} | others)
 
 
 def imports(source: Path, root: Path = ROOT) -> set[Path]:

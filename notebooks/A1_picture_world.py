@@ -91,7 +91,7 @@ concepts.ANSWERED_FROM_MEMORY
 # 3. *Lessons.* The two meet: tower frozen, projector and language model train on answers alone, many questions a picture, each
 #    blind to the others; the last part with the AnyRes tile.
 #
-# The commands are `python -m lmm_sae_nb.pictureworld tower | rehearse | lessons | ship | exam`.
+# The commands are `python -m lmm_sae_nb.pictureworld tower | rehearse | lessons | reading | finish | ship | exam`.
 
 # %% mystnb={"figure": {"caption": "Learning curves. Left: patches named right by the eye. Right: answers right in every word, given the right words before, on fresh training scenes.", "name": "fig-learning"}}
 tower = school.smooth(school.read_log(root / model / "tower.jsonl"))

@@ -277,11 +277,14 @@ def test_the_tiny_preset_is_what_the_notebooks_say_themselves():
 # The hands that read and run them.
 
 
+HEAD = "# ---\n# jupyter:\n#   kernelspec:\n#     display_name: Python 3\n#     language: python\n#     name: python3\n# ---\n\n"
+
+
 @pytest.fixture
 def little(tmp_path) -> Path:
     """A repository of two notebooks and a package of three modules."""
     for name, text in {
-        "notebooks/01_one.py": '# %% [markdown]\n# # One\n\n# %% tags=["parameters"]\n'
+        "notebooks/01_one.py": f'{HEAD}# %% [markdown]\n# # One\n\n# %% tags=["parameters"]\n'
         'run: str = "tiny"  # the run\nsteps: int = 5  # steps\n\n# %%\nfrom lmm_sae_nb.artifacts import Stage\n\n'
         'Stage(run, "train")\n',
         "notebooks/02_two.py": '# %% tags=["parameters"]\nrun: str = "tiny"  # the run\nlr: float = 0.1  # rate\n'
@@ -314,6 +317,11 @@ def test_what_a_notebook_imports_reads_and_takes_is_found_without_running_it(lit
     assert pages.stages(two) == ["cache", "train"]
     assert pages.parameters(one)["steps"] == pages.Parameter("int", 5, "steps")
     assert pages.shipped(two, {}, little) == [little / "data/models/m/weights"]
+    given = {"run": "big", "images": "data/artifacts/tiny/world/cache"}
+    assert pages.results(one, given, little) == [
+        little / "data/artifacts/big/train",
+        little / "data/artifacts/tiny/world/cache",
+    ]
     assert pages.preset(little / "notebooks/params/p.yaml", little) == {
         "01_one": {"run": "big"},
         "02_two": {"run": "big", "lr": 0.2},

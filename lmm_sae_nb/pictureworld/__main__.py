@@ -19,7 +19,7 @@ COURSES = {  # name: optimiser steps, what it teaches
     "rehearse": (340, "the language model, with perfect eyes"),
     "lessons": (2000, "language model and projector, with the real eye, on the base image"),
     "reading": (900, "the eye again, on signs above all"),
-    "finish": (1800, "language model and projector with the better eye, and with AnyRes tiles"),
+    "finish": (620, "language model and projector with the better eye, and with AnyRes tiles"),
 }
 FOLDER = Path("data/artifacts/training")
 MODEL = Path("data/models/tiny-llava-next")
@@ -93,7 +93,7 @@ def study(course: str, courses: Path, steps: int, minutes: float) -> bool:
             folder, courses / "tower", courses / "rehearse", tiles_from=2, first_seed=400_000, **common
         )
     return train_language(
-        folder, courses / "reading", courses / "lessons", tiles_from=0.15, keep_projector=True, rate=1.2e-3,
+        folder, courses / "reading", courses / "lessons", tiles_from=0.0, keep_projector=True, rate=1.2e-3,
         first_seed=200_000, **common,
     )  # fmt: skip
 

@@ -1,0 +1,124 @@
+"""An edit runs again what it touches and nothing else: the real build steps over a repository of two notebooks."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from book import pages
+
+HEAD = "# ---\n# jupyter:\n#   kernelspec:\n#     display_name: Python 3\n#     language: python\n#     name: python3\n# ---\n\n"
+PAGE = """# %% [markdown]
+# # Page
+
+# %% tags=["parameters"]
+run: str = "tiny"  # the run
+{parameter}
+
+# %%
+{code}
+"""
+CHANGE = "def write(path, text):\n    path.parent.mkdir(parents=True, exist_ok=True)\n    path.write_text(text)\n"
+FILES = {
+    "pyproject.toml": "",
+    "lmm_sae_nb/__init__.py": "",
+    "lmm_sae_nb/change.py": CHANGE,
+    "lmm_sae_nb/other.py": "",
+    "lmm_sae_nb/pictureworld/__init__.py": "",
+    "lmm_sae_nb/pictureworld/shelf.py": "",
+    "lmm_sae_nb/pictureworld/__main__.py": "import sys\nfrom pathlib import Path\n\nfrom lmm_sae_nb.change import write\n\n"
+    'write(Path(sys.argv[-1]) / "concepts.json", "{}")\n',
+    "notebooks/01_one.py": HEAD
+    + PAGE.format(
+        parameter="steps: int = 5  # steps",
+        code='from pathlib import Path\n\nfrom lmm_sae_nb.change import write\n\nStage = lambda run, name: Path("data/artifacts", run, name)\n'
+        'write(Stage(run, "train") / "manifest.json", f"{steps}")',
+    ),
+    "notebooks/02_two.py": HEAD
+    + PAGE.format(
+        parameter="top: int = 3  # images",
+        code="from pathlib import Path\n\nimport lmm_sae_nb.other\n\n"
+        'require = lambda run, name: Path("data/artifacts", run, name, "manifest.json")\n'
+        'require(run, "train").read_text(), top',
+    ),
+    "notebooks/params/tiny.yaml": "run: tiny\n",
+}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("repository")
+    for name, text in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "book").mkdir()
+    for name in ("dodo.py", "book/pages.py", "book/results.py"):
+        shutil.copy(pages.ROOT / name, folder / name)
+    return folder
+
+
+def ran(repository: Path) -> list[str]:
+    """Build the pages; the names of the steps that ran."""
+    done = subprocess.run(
+        [sys.executable, "-m", "doit", "page"], cwd=repository, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return sorted(line.split()[-1] for line in done.stdout.splitlines() if line.startswith(".  "))
+
+
+def edit(repository: Path, name: str, old: str, new: str) -> None:
+    path = repository / name
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def built(repository) -> Path:
+    assert ran(repository) == ["ipynb:01_one", "ipynb:02_two", "page:01_one", "page:02_two", "world"]
+    return repository
+
+
+def test_nothing_changed_nothing_runs(built):
+    for file in built.rglob("*.py"):
+        file.touch()
+    assert ran(built) == []
+
+
+def test_prose_runs_its_own_page_again(built):
+    edit(built, "notebooks/01_one.py", "# # Page", "# # A page")
+    assert ran(built) == ["ipynb:01_one", "page:01_one"]
+
+
+def test_a_parameter_runs_its_page_and_those_that_read_the_result(built):
+    edit(built, "notebooks/params/tiny.yaml", "run: tiny", "run: tiny\nsteps: 6")
+    assert ran(built) == ["page:01_one", "page:02_two"]
+
+
+def test_a_module_runs_the_pages_that_import_it(built):
+    edit(built, "lmm_sae_nb/other.py", "", "# changed\n")
+    assert ran(built) == ["page:02_two"]
+
+
+def test_a_deleted_result_is_made_again(built):
+    shutil.rmtree(built / "data/artifacts/tiny/train")
+    assert ran(built) == ["page:01_one"]
+
+
+def test_the_injected_cell_is_hidden_and_the_page_tells_no_times(built):
+    import nbformat
+
+    page = nbformat.read(built / "book/notebooks/01_one.ipynb", as_version=4)
+    (injected,) = (cell for cell in page.cells if "injected-parameters" in cell.metadata.get("tags", []))
+    assert "remove-cell" in injected.metadata.tags
+    assert "papermill" not in page.metadata
+    assert all(not {"papermill", "execution"} & cell.metadata.keys() for cell in page.cells)
+
+
+def test_a_mistaken_params_file_stops_the_build_with_its_reason(built):
+    edit(built, "notebooks/params/tiny.yaml", "steps", "stpes")
+    done = subprocess.run([sys.executable, "-m", "doit"], cwd=built, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "tiny.yaml: no notebook has a parameter 'stpes'" in done.stdout + done.stderr

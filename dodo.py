@@ -40,14 +40,20 @@ def state(path: Path) -> str:
     return repr([(str(file.relative_to(path)), its.st_size, its.st_mtime_ns) for file, its in found])
 
 
-def as_left(paths: list[Path]):
+class AsLeft:
     """Up to date while these results are there and as they were when the task last ended."""
 
-    def check(task, values):
-        task.value_savers.append(lambda: {"results": [state(path) for path in paths]})
-        return all(map(Path.exists, paths)) and values.get("results") == [state(path) for path in paths]
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
 
-    return check
+    def now(self) -> dict:
+        return {"results": [state(path) for path in self.paths]}
+
+    def configure_task(self, task) -> None:
+        task.value_savers.append(self.now)
+
+    def __call__(self, task, values: dict) -> bool:
+        return all(map(Path.exists, self.paths)) and values.get("results") == self.now()["results"]
 
 
 def task_world():
@@ -56,7 +62,11 @@ def task_world():
     out = ROOT / "data" / "artifacts" / "tiny" / "world"
     return {
         "actions": [[sys.executable, "-m", "lmm_sae_nb.pictureworld", "render", "--out", str(out)]],
-        "file_dep": [shelf, *pages.modules(shelf), *(f for f in ROOT.glob("data/pictureworld/**/*") if f.is_file())],
+        "file_dep": [
+            shelf,
+            *pages.modules(shelf),
+            *(f for f in ROOT.glob("data/pictureworld/**/*") if f.is_file()),
+        ],
         "targets": [out / "concepts.json"],
     }
 
@@ -83,7 +93,8 @@ def task_page():
     for source in SOURCES:
         values = VALUES[source.stem]
         notebook, executed, page = (
-            folder / f"{source.stem}.ipynb" for folder in (BUILD / "ipynb", BUILD / "executed", BOOK / "notebooks")
+            folder / f"{source.stem}.ipynb"
+            for folder in (BUILD / "ipynb", BUILD / "executed", BOOK / "notebooks")
         )
         yield {
             "name": source.stem,
@@ -91,7 +102,7 @@ def task_page():
             "file_dep": [notebook, *pages.modules(source), *pages.shipped(source, values)],
             "uptodate": [
                 config_changed({name: repr(value) for name, value in values.items()}),
-                as_left(pages.results(source, values)),
+                AsLeft(pages.results(source, values)),
             ],
             "task_dep": [before],
             "targets": [page],
@@ -104,7 +115,9 @@ def task_results():
 
     def write():
         order = [stage for source in SOURCES for stage in pages.stages(source)]
-        (BOOK / "results.md").write_text(results.page(ARTIFACTS, list(dict.fromkeys(order))), encoding="utf-8")
+        (BOOK / "results.md").write_text(
+            results.page(ARTIFACTS, list(dict.fromkeys(order))), encoding="utf-8"
+        )
 
     return {
         "actions": [write],
@@ -116,11 +129,15 @@ def task_results():
 
 def task_book():
     """Build the Jupyter Book, warnings as errors."""
-    written = [file for file in BOOK.rglob("*") if file.is_file() and not {"_build", "__pycache__"} & set(file.parts)]
+    written = [
+        file for file in BOOK.rglob("*") if file.is_file() and not {"_build", "__pycache__"} & set(file.parts)
+    ]
     made = [BOOK / "notebooks" / f"{source.stem}.ipynb" for source in SOURCES]
 
     def build():
-        shutil.rmtree(BOOK / "_build", ignore_errors=True)  # a warning must not be lost to the cache of a failed build
+        shutil.rmtree(
+            BOOK / "_build", ignore_errors=True
+        )  # a warning must not be lost to the cache of a failed build
         tool = str(Path(sys.executable).parent / "jupyter-book")
         subprocess.run([tool, "build", str(BOOK), "-q", "-n", "-W", "--keep-going"], check=True)
 

@@ -20,7 +20,9 @@ run: str = "tiny"  # the run
 # %%
 {code}
 """
-CHANGE = "def write(path, text):\n    path.parent.mkdir(parents=True, exist_ok=True)\n    path.write_text(text)\n"
+CHANGE = (
+    "def write(path, text):\n    path.parent.mkdir(parents=True, exist_ok=True)\n    path.write_text(text)\n"
+)
 FILES = {
     "pyproject.toml": "",
     "lmm_sae_nb/__init__.py": "",
@@ -119,6 +121,8 @@ def test_the_injected_cell_is_hidden_and_the_page_tells_no_times(built):
 
 def test_a_mistaken_params_file_stops_the_build_with_its_reason(built):
     edit(built, "notebooks/params/tiny.yaml", "steps", "stpes")
-    done = subprocess.run([sys.executable, "-m", "doit"], cwd=built, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "doit"], cwd=built, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode != 0
     assert "tiny.yaml: no notebook has a parameter 'stpes'" in done.stdout + done.stderr

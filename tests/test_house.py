@@ -27,7 +27,11 @@ ROOT = pages.ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 INSTALLED = [Requirement(line) for line in PROJECT["dependencies"] + EXTRAS["book"] + EXTRAS["tests"]]
-PINS = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] not in ("", "#")]
+PINS = [
+    Requirement(line)
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line[:1] not in ("", "#")
+]
 NOTEBOOKS = pages.sources()
 PRESETS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
 
@@ -43,8 +47,19 @@ LEVELS = [  # an import goes to the same level or a lower one, and never in a ci
 
 def tracked(*patterns: str) -> list[Path]:
     """What git would commit here: files it has or would add."""
-    command = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run([*command, "--", *patterns], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = [
+        "git",
+        "-c",
+        f"safe.directory={ROOT}",
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+    ]
+    names = subprocess.run(
+        [*command, "--", *patterns], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     return [file for name in filter(None, names.split("\0")) if (file := ROOT / name).is_file()]
 
 
@@ -74,7 +89,9 @@ def test_ways_to_install_name_the_same_extras():
 
 @pytest.mark.parametrize("pin", PINS, ids=str)
 def test_a_constraint_is_one_exact_public_version(pin):
-    assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), f"{pin}: write NAME==VERSION, without a local suffix"
+    assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), (
+        f"{pin}: write NAME==VERSION, without a local suffix"
+    )
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
@@ -82,7 +99,9 @@ def test_every_requirement_has_one_pin_that_meets_it(python):
     here = default_environment() | {"python_version": python, "python_full_version": f"{python}.0"}
     for requirement in INSTALLED:
         name = canonicalize_name(requirement.name)
-        pins = [p for p in PINS if canonicalize_name(p.name) == name and (not p.marker or p.marker.evaluate(here))]
+        pins = [
+            p for p in PINS if canonicalize_name(p.name) == name and (not p.marker or p.marker.evaluate(here))
+        ]
         assert len(pins) == 1, f"{requirement}: {len(pins)} pins in constraints.txt for Python {python}"
         (version,) = pins[0].specifier
         assert requirement.specifier.contains(version.version), f"{pins[0]} does not meet {requirement}"
@@ -93,7 +112,9 @@ def test_everything_that_the_extras_pull_in_is_pinned():
     while waiting:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
-        if (name, extras := frozenset(requirement.extras)) in seen or name.startswith(("nvidia", "cuda", "triton")):
+        if (name, extras := frozenset(requirement.extras)) in seen or name.startswith(
+            ("nvidia", "cuda", "triton")
+        ):
             continue
         seen.add((name, extras))
         try:
@@ -138,7 +159,9 @@ def test_every_import_is_declared():
             found += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             for top in {name.split(".")[0] for name in found} - own - sys.stdlib_module_names:
                 package = canonicalize_name(names.get(top, top))
-                assert package in declared | carried, f"{file.relative_to(ROOT)} imports {top}: add it to pyproject.toml"
+                assert package in declared | carried, (
+                    f"{file.relative_to(ROOT)} imports {top}: add it to pyproject.toml"
+                )
 
 
 # What is borrowed is licensed; what is ours names no machine.
@@ -149,7 +172,9 @@ def test_the_licence_is_the_one_that_is_declared():
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
 
 
-@pytest.mark.parametrize("line", re.findall(r"^\| `.+", (ROOT / "book/vendor/README.md").read_text(), re.MULTILINE))
+@pytest.mark.parametrize(
+    "line", re.findall(r"^\| `.+", (ROOT / "book/vendor/README.md").read_text(), re.MULTILINE)
+)
 def test_vendored_files_are_what_their_readme_says(line):
     name, _, digest = re.findall(r"`(.+?)`", line)
     assert hashlib.sha256((ROOT / "book/vendor" / name).read_bytes()).hexdigest() == digest
@@ -165,19 +190,32 @@ def test_every_vendored_file_is_listed_and_has_a_licence_beside_it():
 def test_every_folder_of_borrowed_pictures_has_a_licence():
     for file in tracked("data/*.png", "data/*.ttf"):
         above = [folder for folder in file.parents if folder.is_relative_to(ROOT / "data")]
-        assert any(list(folder.glob("LICEN[SC]E*")) for folder in above), f"no licence beside {file.relative_to(ROOT)}"
+        assert any(list(folder.glob("LICEN[SC]E*")) for folder in above), (
+            f"no licence beside {file.relative_to(ROOT)}"
+        )
 
 
 def text_of_ours() -> Iterator[tuple[Path, str]]:
     for file in tracked():
-        if "vendor" not in file.parts and file.suffix in ("", ".py", ".md", ".toml", ".txt", ".yml", ".yaml", ".json"):
+        if "vendor" not in file.parts and file.suffix in (
+            "",
+            ".py",
+            ".md",
+            ".toml",
+            ".txt",
+            ".yml",
+            ".yaml",
+            ".json",
+        ):
             yield file.relative_to(ROOT), file.read_text(encoding="utf-8")
 
 
 def test_no_file_names_a_machine_or_a_registry():
     folders = "|".join(["wo" + "rk", "ro" + "ot", "ho" + "me", "o" + "pt", "Us" + "ers", "m" + "nt"])
     path = re.compile(rf"(?<![\w./}}])/({folders})/\w")
-    host = re.compile(r"\b(pypi\.(org|python)|registry\.npmjs|(deb|security)\.debian|download\.pytorch)\w*\.?")
+    host = re.compile(
+        r"\b(pypi\.(org|python)|registry\.npmjs|(deb|security)\.debian|download\.pytorch)\w*\.?"
+    )
     for file, text in text_of_ours():
         for number, line in enumerate(text.splitlines(), 1):
             if file.name != "test_house.py":
@@ -374,7 +412,10 @@ def test_a_notebook_without_a_parameters_cell_is_refused(tmp_path):
 def test_results_page_shows_counts_intervals_and_the_papers_number(tmp_path):
     from book import results
 
-    for stage, text in {"train": '{"tokens": 123456}', "score": '{"iou_strict": 0.25, "iou_strict_low": 0.2, "iou_strict_high": 0.3}'}.items():
+    for stage, text in {
+        "train": '{"tokens": 123456}',
+        "score": '{"iou_strict": 0.25, "iou_strict_low": 0.2, "iou_strict_high": 0.3}',
+    }.items():
         (tmp_path / "tiny" / stage).mkdir(parents=True)
         (tmp_path / "tiny" / stage / "metrics.json").write_text(text)
     page = results.page(tmp_path / "tiny", ["train", "score"])

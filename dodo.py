@@ -32,7 +32,7 @@ ARTIFACTS = ROOT / "data" / "artifacts" / RUN
 
 
 def state(path: Path) -> str:
-    """What tells one content from another: a stage's manifest, a file's hash, else a folder's names, sizes, times."""
+    """What tells one content from another: a manifest's or file's hash, or a folder's names, sizes, times."""
     for file in (path / "manifest.json", path):
         if file.is_file():
             return hashlib.sha256(file.read_bytes()).hexdigest()

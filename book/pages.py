@@ -82,7 +82,7 @@ def shipped(source: Path, values: Mapping[str, object], root: Path = ROOT) -> li
 
 
 def results(source: Path, values: Mapping[str, object], root: Path = ROOT) -> list[Path]:
-    """What a notebook writes, reads or names below `data/artifacts/`: its stages' folders, and paths in full."""
+    """What a notebook writes, reads or names below `data/artifacts/`: its stages, and paths in full."""
     folder = root / "data" / "artifacts" / str(values.get("run", "tiny"))
     others = {root / text for text in named(source, values) if text.startswith("data/artifacts/")}
     return sorted({folder / stage for stage in stages(source)} | others)
@@ -138,9 +138,9 @@ def _names(source: Path, root: Path) -> Iterator[str]:
 def preset(path: Path, root: Path = ROOT) -> dict[str, dict[str, object]]:
     """Each notebook's parameters out of one params file.
 
-    A plain `name: value` goes to every notebook that has that parameter; a section named after a notebook goes to
-    that notebook alone and wins. A name that nothing knows, or a text where the notebook has a number, is a
-    ValueError.
+    A plain `name: value` goes to every notebook that has that parameter; a section named after a notebook
+    goes to that notebook alone and wins. A name that nothing knows, or a text where the notebook has a number,
+    is a ValueError.
     """
     import yaml
 
@@ -167,7 +167,7 @@ def preset(path: Path, root: Path = ROOT) -> dict[str, dict[str, object]]:
 def check(
     page: str, known: Mapping[str, object], values: Mapping[str, object], origin: str = "the call"
 ) -> None:
-    """ValueError for a parameter that the notebook does not have or whose value is a text in a number's place."""
+    """ValueError for a parameter that the notebook does not have, or for a text in a number's place."""
     for name, value in values.items():
         if name not in known:
             raise ValueError(
@@ -193,7 +193,7 @@ def convert(source: Path, notebook: Path) -> None:
 
 
 def execute(notebook: Path, executed: Path, values: Mapping[str, object], root: Path = ROOT) -> None:
-    """Run a notebook with parameters from the repository's root; papermill alone would let unknown ones pass."""
+    """Run a notebook from the repository's root; papermill alone would let unknown parameters pass."""
     import papermill
 
     check(notebook.stem, papermill.inspect_notebook(str(notebook)), values)
@@ -204,7 +204,7 @@ def execute(notebook: Path, executed: Path, values: Mapping[str, object], root: 
 
 
 def publish(executed: Path, page: Path) -> None:
-    """Copy an executed notebook into the book's source, without the injected cell and the times of this run."""
+    """Copy an executed notebook into the book's source, the injected cell hidden, the times left out."""
     import nbformat
 
     notebook = nbformat.read(executed, as_version=4)
@@ -219,7 +219,7 @@ def publish(executed: Path, page: Path) -> None:
 
 
 def quiet_kernels(folder: Path) -> str:
-    """A private IPYTHONDIR whose kernels do not warn of their TCP transport at every start; returns its path."""
+    """A private IPYTHONDIR whose kernels do not warn of their TCP transport at every start; its path."""
     profile = folder / "profile_default"
     profile.mkdir(parents=True, exist_ok=True)
     (profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 40\n")

@@ -26,7 +26,7 @@ def pytest_configure():
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Units first, then the notebooks in reading order, which need each other's results, then the built book."""
+    """Units first, then the notebooks, in order for they need each other's results, then the book."""
 
     def place(item):
         if item.get_closest_marker("book"):

@@ -1,4 +1,4 @@
-"""An edit runs again what it touches and nothing else: the real build steps over a repository of two notebooks."""
+"""An edit runs again what it touches and nothing else: the real build over a repository of two notebooks."""
 
 import shutil
 import subprocess
@@ -9,20 +9,56 @@ import pytest
 
 from book import pages
 
-HEAD = "# ---\n# jupyter:\n#   kernelspec:\n#     display_name: Python 3\n#     language: python\n#     name: python3\n# ---\n\n"
-PAGE = """# %% [markdown]
+HEAD = """\
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
 # # Page
 
 # %% tags=["parameters"]
 run: str = "tiny"  # the run
-{parameter}
+"""
+ONE = """\
+steps: int = 5  # steps
 
 # %%
-{code}
+from pathlib import Path
+
+from lmm_sae_nb.change import write
+
+Stage = lambda run, name: Path("data/artifacts", run, name)
+write(Stage(run, "train") / "manifest.json", f"{steps}")
 """
-CHANGE = (
-    "def write(path, text):\n    path.parent.mkdir(parents=True, exist_ok=True)\n    path.write_text(text)\n"
-)
+TWO = """\
+top: int = 3  # images
+
+# %%
+from pathlib import Path
+
+import lmm_sae_nb.other
+
+require = lambda run, name: Path("data/artifacts", run, name, "manifest.json")
+require(run, "train").read_text(), top
+"""
+CHANGE = """\
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+"""
+RENDER = """\
+import sys
+from pathlib import Path
+
+from lmm_sae_nb.change import write
+
+write(Path(sys.argv[-1]) / "concepts.json", "{}")
+"""
 FILES = {
     "pyproject.toml": "",
     "lmm_sae_nb/__init__.py": "",
@@ -30,21 +66,9 @@ FILES = {
     "lmm_sae_nb/other.py": "",
     "lmm_sae_nb/pictureworld/__init__.py": "",
     "lmm_sae_nb/pictureworld/shelf.py": "",
-    "lmm_sae_nb/pictureworld/__main__.py": "import sys\nfrom pathlib import Path\n\nfrom lmm_sae_nb.change import write\n\n"
-    'write(Path(sys.argv[-1]) / "concepts.json", "{}")\n',
-    "notebooks/01_one.py": HEAD
-    + PAGE.format(
-        parameter="steps: int = 5  # steps",
-        code='from pathlib import Path\n\nfrom lmm_sae_nb.change import write\n\nStage = lambda run, name: Path("data/artifacts", run, name)\n'
-        'write(Stage(run, "train") / "manifest.json", f"{steps}")',
-    ),
-    "notebooks/02_two.py": HEAD
-    + PAGE.format(
-        parameter="top: int = 3  # images",
-        code="from pathlib import Path\n\nimport lmm_sae_nb.other\n\n"
-        'require = lambda run, name: Path("data/artifacts", run, name, "manifest.json")\n'
-        'require(run, "train").read_text(), top',
-    ),
+    "lmm_sae_nb/pictureworld/__main__.py": RENDER,
+    "notebooks/01_one.py": HEAD + ONE,
+    "notebooks/02_two.py": HEAD + TWO,
     "notebooks/params/tiny.yaml": "run: tiny\n",
 }
 

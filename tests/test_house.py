@@ -1,4 +1,4 @@
-"""The house is in order: what is declared twice agrees, what is borrowed is licensed, every notebook has its form."""
+"""The house is in order: what is declared twice agrees, what is borrowed is licensed, notebooks keep form."""
 
 import ast
 import hashlib
@@ -315,27 +315,53 @@ def test_the_tiny_preset_is_what_the_notebooks_say_themselves():
 # The hands that read and run them.
 
 
-HEAD = "# ---\n# jupyter:\n#   kernelspec:\n#     display_name: Python 3\n#     language: python\n#     name: python3\n# ---\n\n"
+ONE = """\
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% tags=["parameters"]
+run: str = "tiny"  # the run
+steps: int = 5  # steps
+
+# %%
+from lmm_sae_nb.artifacts import Stage
+
+Stage(run, "train")
+"""
+TWO = """\
+# %% tags=["parameters"]
+run: str = "tiny"  # the run
+lr: float = 0.1  # rate
+model: str = "data/models/m"  # model
+
+# %%
+import lmm_sae_nb.b as b
+
+b.require(run, "train", "sae", "01_one.py")
+b.Stage(run, "cache")
+b.Stage("other", "no")
+"""
 
 
 @pytest.fixture
 def little(tmp_path) -> Path:
     """A repository of two notebooks and a package of three modules."""
     for name, text in {
-        "notebooks/01_one.py": f'{HEAD}# %% [markdown]\n# # One\n\n# %% tags=["parameters"]\n'
-        'run: str = "tiny"  # the run\nsteps: int = 5  # steps\n\n# %%\nfrom lmm_sae_nb.artifacts import Stage\n\n'
-        'Stage(run, "train")\n',
-        "notebooks/02_two.py": '# %% tags=["parameters"]\nrun: str = "tiny"  # the run\nlr: float = 0.1  # rate\n'
-        'model: str = "data/models/m"  # model\n\n# %%\nimport lmm_sae_nb.b as b\n\n'
-        'b.require(run, "train", "sae", "01_one.py")\nb.Stage(run, "cache")\nb.Stage("other", "no")\n',
+        "notebooks/01_one.py": ONE,
+        "notebooks/02_two.py": TWO,
         "notebooks/notes.py": "",
+        "notebooks/params/p.yaml": "run: big\n02_two: {lr: 0.2}\n",
         "lmm_sae_nb/__init__.py": "",
         "lmm_sae_nb/artifacts.py": "",
         "lmm_sae_nb/b.py": "def f():\n    from .inner import c\n",
         "lmm_sae_nb/inner/__init__.py": "",
         "lmm_sae_nb/inner/c.py": "from ..artifacts import Stage\nfrom lmm_sae_nb import b\n",
         "data/models/m/weights": "1",
-        "notebooks/params/p.yaml": "run: big\n02_two: {lr: 0.2}\n",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)

@@ -139,8 +139,8 @@ def preset(path: Path, root: Path = ROOT) -> dict[str, dict[str, object]]:
     """Each notebook's parameters out of one params file.
 
     A plain `name: value` goes to every notebook that has that parameter; a section named after a notebook
-    goes to that notebook alone and wins. A name that nothing knows, or a text where the notebook has a number,
-    is a ValueError.
+    goes to that notebook alone and wins. A name that nothing knows, or a text in a number's place, is a
+    ValueError.
     """
     import yaml
 

@@ -13,8 +13,8 @@ HEAD = """# Results
 
 Every number below was written by a notebook of this build, of the run `{run}`, and is read from
 `data/artifacts/{run}/STAGE/metrics.json`. An interval is the 99 % one that the notebook computed. The paper's
-numbers come from photographs and an 8B model, ours from the run named here: side by side they show that the same
-quantity is meant, not that they should be equal.
+numbers come from photographs and an 8B model, ours from the run named here: side by side they show that the
+same quantity is meant, not that they should be equal.
 """
 
 

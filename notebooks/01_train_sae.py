@@ -25,7 +25,7 @@
 #
 # | preset | model | latents, k | time |
 # |---|---|---|---|
-# | `tiny` | Picture World LLaVA-NeXT, shipped | 4,096, 16 | 3 minutes, 2 cores |
+# | `tiny` | Picture World LLaVA-NeXT, shipped | 4,096, 32 | 3 minutes, 2 cores |
 # | `paper` | LLaVA-NeXT-LLaMA3-8B, layer 24 (the paper's 25th) | 131,072, 256 | GPUs |
 
 # %% tags=["parameters"]
@@ -35,10 +35,11 @@ dataset: str = "data/artifacts/tiny/world/train"  # samples with image, question
 heldout: str = "data/artifacts/tiny/world/heldout"  # samples that no training has seen
 layer: int = 4  # 0-based; the paper's 25th layer is 24
 n_latents: int = 4096  # the paper: 131072
-k: int = 16  # active latents a token; the paper: 256
-steps: int = 500  # optimiser steps
+k: int = 32  # active latents a token; the paper: 256
+steps: int = 350  # optimiser steps
 batch_tokens: int = 2048  # tokens an optimiser step
-lr: float = 1e-3  # highest learning rate
+lr: float = 2e-3  # highest learning rate
+dead_after_tokens: int = 100_000  # a latent silent for so long counts as dead; the paper's code: 10 million
 kinds: list = ["base", "tiles", "newline", "text"]  # token kinds that the SAE learns from
 seed: int = 0  # of the dictionary's start and of the shuffling
 
@@ -112,13 +113,13 @@ assert_close(torch.zeros_like(z).scatter(-1, latents.indices, latents.acts), z_s
 
 # %%
 stage = Stage(run, "train")
-params = dict(model=model, layer=layer, n_latents=n_latents, k=k, steps=steps, batch_tokens=batch_tokens, lr=lr, kinds=kinds, seed=seed)
+params = dict(model=model, layer=layer, n_latents=n_latents, k=k, steps=steps, batch_tokens=batch_tokens, lr=lr, dead_after_tokens=dead_after_tokens, kinds=kinds, seed=seed)
 inputs = [path for path in (root / model, root / dataset, root / heldout) if path.exists()]
 if not stage.is_current(params, inputs):
     started = time.monotonic()
     trained = train_sae(
         lmm, samples, layer, n_latents=n_latents, k=k, steps=steps, batch_tokens=batch_tokens, lr=lr,
-        kinds=tuple(kinds), seed=seed, folder=stage.folder,
+        dead_after_tokens=dead_after_tokens, kinds=tuple(kinds), seed=seed, folder=stage.folder,
     )  # fmt: skip
     write_json(stage.path("history.json"), {"rows": trained.history})
     metrics = evaluate_sae(lmm, trained.sae, unseen, layer, kinds=tuple(kinds))

@@ -1,0 +1,160 @@
+"""The built book stands alone: every page loads with no request to another host, no error and nothing missing."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from book import pages
+
+pytestmark = pytest.mark.book
+SITE = pages.ROOT / "book" / "_build" / "html"
+LOADS = {
+    "script": "src",
+    "img": "src",
+    "iframe": "src",
+    "source": "src",
+    "video": "src",
+    "audio": "src",
+    "embed": "src",
+}
+
+
+def build() -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "doit", "book"]
+    return subprocess.run(
+        command, cwd=pages.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def site() -> Path:
+    """The built book, made or brought up to date first."""
+    done = build()
+    assert done.returncode == 0, done.stdout[-6000:]
+    return SITE
+
+
+@pytest.fixture(scope="module")
+def published(site) -> list[Path]:
+    """The executed notebooks that the book shows."""
+    return sorted((pages.ROOT / "book" / "notebooks").glob("*.ipynb"))
+
+
+class Addresses(HTMLParser):
+    """The addresses that a browser loads by itself when it shows a page; links that a reader may follow are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+        self.styles = False
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.styles = tag == "style"
+        if tag == "link" and given.get("rel") not in ("canonical", "license", "author", "next", "prev"):
+            self.found.append(given.get("href") or "")
+        if tag in LOADS:
+            self.found.append(given.get(LOADS[tag]) or "")
+        self.found += re.findall(r"url\(['\"]?([^'\")]+)", given.get("style") or "")
+
+    def handle_data(self, data):
+        if self.styles:
+            self.found += styled(data)
+
+
+def styled(css: str) -> list[str]:
+    """The addresses that a style sheet loads."""
+    css = re.sub(r"/\*.*?\*/", "", css, flags=re.DOTALL)
+    return re.findall(r"(?:url\(|@import)\s*['\"]?([^'\")\s]+)", css)
+
+
+def test_building_again_does_nothing_and_is_quick(site):
+    started = time.monotonic()
+    done = build()
+    ran = [line for line in done.stdout.splitlines() if line.startswith(".  ")]
+    assert ran == [".  results"]  # looks at the numbers each time, and leaves the page as it is
+    assert time.monotonic() - started < 5
+
+
+def test_every_source_has_its_page(site, published):
+    assert [page.stem for page in published] == [source.stem for source in pages.sources()]
+    for name in ("index", "intro", "notation", "departures", "results", "references"):
+        assert (site / f"{name}.html").is_file()
+    for page in published:
+        assert (site / "notebooks" / f"{page.stem}.html").is_file()
+
+
+def test_no_page_or_style_loads_from_another_host(site):
+    for file in site.rglob("*.html"):
+        addresses = Addresses()
+        addresses.feed(file.read_text(encoding="utf-8"))
+        others = [found for found in addresses.found if re.match(r"(https?:)?//", found)]
+        assert not others, f"{file.relative_to(site)} loads {others}"
+    for file in site.rglob("*.css"):
+        others = [
+            found for found in styled(file.read_text(encoding="utf-8")) if re.match(r"(https?:)?//", found)
+        ]
+        assert not others, f"{file.relative_to(site)} loads {others}"
+
+
+def test_every_page_loads_alone_and_without_error(site, browser):
+    for file in sorted(site.rglob("*.html")):
+        page, wrong = browser.new_page(), []
+        page.on(
+            "request", lambda r, w=wrong: r.url.startswith(("file:", "data:", "blob:")) or w.append(r.url)
+        )
+        page.on("requestfailed", lambda r, w=wrong: w.append(f"missing: {r.url}"))
+        page.on("pageerror", lambda error, w=wrong: w.append(str(error)))
+        page.goto(file.as_uri(), wait_until="load")
+        page.wait_for_timeout(300)
+        assert not wrong, f"{file.relative_to(site)}: {wrong}"
+        page.close()
+
+
+def test_formulas_are_set(site, browser):
+    page = browser.new_page()
+    page.goto((site / "notation.html").as_uri())
+    page.wait_for_selector("mjx-container svg", state="attached")
+    assert page.locator("mjx-container").count() == page.locator(".math").count() > 10
+    assert page.locator("[data-mjx-error], merror").count() == 0
+    page.close()
+
+
+def test_every_saved_widget_is_drawn(site, published, browser):
+    for notebook in published:
+        page = browser.new_page()
+        page.goto((site / "notebooks" / f"{notebook.stem}.html").as_uri(), wait_until="load")
+        wanted = page.locator("script[type='application/vnd.jupyter.widget-view+json']").count()
+        if wanted:
+            page.wait_for_function(f"document.querySelectorAll('.widget-subarea > *').length >= {wanted}")
+        assert page.get_by_text("Error displaying widget").count() == 0
+        page.close()
+
+
+def test_no_cell_failed_or_warned(published):
+    for notebook in published:
+        for number, cell in enumerate(nbformat.read(notebook, as_version=4).cells):
+            for output in cell.get("outputs", []):
+                told = output.get("text", output.get("evalue", ""))
+                loud = output.output_type == "error" or output.get("name") == "stderr"
+                assert not loud, f"{notebook.stem}, cell {number}: {told[:300]}"
+
+
+def test_the_injected_parameters_are_not_shown(site, published):
+    for notebook in published:
+        page = (site / "notebooks" / f"{notebook.stem}.html").read_text(encoding="utf-8")
+        assert "tag_injected-parameters" not in page
+
+
+def test_the_results_page_shows_every_number(site):
+    page = (site / "results.html").read_text(encoding="utf-8")
+    for file in pages.ROOT.glob("data/artifacts/tiny/*/metrics.json"):
+        for name in json.loads(file.read_text()):
+            assert re.sub("_(low|high)$", "", name) in page, f"{name} of {file.parent.name}"

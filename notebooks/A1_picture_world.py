@@ -29,6 +29,7 @@ exam_scenes: int = 24  # held-out scenes of the fresh exam
 # %% tags=["remove-cell"]
 import time
 
+import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
@@ -100,25 +101,24 @@ concepts.ANSWERED_FROM_MEMORY
 tower = school.smooth(school.read_log(root / model / "tower.jsonl"))
 first, last = (school.read_log(root / model / f"{course}.jsonl") for course in ("lessons", "finish"))
 lessons = school.smooth([*first, *({**row, "step": row["step"] + first[-1]["step"]} for row in last)])
-ax = None
+_, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8))
 for group in ("object", "part", "texture", "face", "word"):
-    ax = plots.curve(tower, f"acc_{group}", label=group, ax=ax)
-ax.set_ylabel("patches right")
-ax.legend(frameon=False, fontsize=7)
-ax = None
+    plots.curve(tower, f"acc_{group}", label=group, ax=left)
 for family in ("describe", "position", "exists", "where", "part", "read", "label", "shaded"):
-    ax = plots.curve(lessons, f"share_{family}", label=family, ax=ax)
-ax.set_ylabel("answers right")
-ax.legend(frameon=False, fontsize=7);
+    plots.curve(lessons, f"share_{family}", label=family, ax=right)
+left.set_ylabel("patches right")
+right.set_ylabel("answers right")
+left.legend(frameon=False, fontsize=6)
+right.legend(frameon=False, fontsize=6, ncols=2);
 
 # %% [markdown]
 # ## What it can do
 #
-# The exam of the shipped model: held-out scenes, each question alone, through the processor and `generate`; an answer counts
+# The exam of the shipped model (`exam.json` beside it says how many were asked): held-out scenes, each question alone, through the processor and `generate`; an answer counts
 # when it is right in every word (*is there …* and *is the label …* by yes or no). `trap_follows_fact` is the share of maps that
 # contradict a fact on which the answer follows the fact.
 
-# %% mystnb={"figure": {"caption": "The shipped model's exam on 500 held-out scenes, with 99 % Wilson intervals.", "name": "fig-exam"}}
+# %% mystnb={"figure": {"caption": "The shipped model's exam on held-out scenes, with 99 % Wilson intervals.", "name": "fig-exam"}}
 results = read_json(root / model / "exam.json")
 plots.shares(results);
 

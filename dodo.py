@@ -93,8 +93,7 @@ def task_page():
     for source in SOURCES:
         values = VALUES[source.stem]
         notebook, executed, page = (
-            folder / f"{source.stem}.ipynb"
-            for folder in (BUILD / "ipynb", BUILD / "executed", BOOK / "notebooks")
+            folder / f"{source.stem}.ipynb" for folder in (BUILD / "ipynb", BUILD / "executed", BOOK / "notebooks")
         )
         yield {
             "name": source.stem,
@@ -115,9 +114,7 @@ def task_results():
 
     def write():
         order = [stage for source in SOURCES for stage in pages.stages(source)]
-        (BOOK / "results.md").write_text(
-            results.page(ARTIFACTS, list(dict.fromkeys(order))), encoding="utf-8"
-        )
+        (BOOK / "results.md").write_text(results.page(ARTIFACTS, list(dict.fromkeys(order))), encoding="utf-8")
 
     return {
         "actions": [write],
@@ -129,15 +126,11 @@ def task_results():
 
 def task_book():
     """Build the Jupyter Book, warnings as errors."""
-    written = [
-        file for file in BOOK.rglob("*") if file.is_file() and not {"_build", "__pycache__"} & set(file.parts)
-    ]
+    written = [file for file in BOOK.rglob("*") if file.is_file() and not {"_build", "__pycache__"} & set(file.parts)]
     made = [BOOK / "notebooks" / f"{source.stem}.ipynb" for source in SOURCES]
 
     def build():
-        shutil.rmtree(
-            BOOK / "_build", ignore_errors=True
-        )  # a warning must not be lost to the cache of a failed build
+        shutil.rmtree(BOOK / "_build", ignore_errors=True)  # a warning must not be lost to the cache of a failed build
         tool = str(Path(sys.executable).parent / "jupyter-book")
         subprocess.run([tool, "build", str(BOOK), "-q", "-n", "-W", "--keep-going"], check=True)
 

@@ -43,12 +43,8 @@ def parameters(source: Path) -> dict[str, Parameter]:
     for line in lines:
         match = PARAMETER.fullmatch(line)
         if not match:
-            raise ValueError(
-                f"{source.name}: {line!r} is not of the form  steps: int = 50  # optimiser steps"
-            )
-        found[match["name"]] = Parameter(
-            match["type"], ast.literal_eval(match["value"]), match["comment"] or ""
-        )
+            raise ValueError(f"{source.name}: {line!r} is not of the form  steps: int = 50  # optimiser steps")
+        found[match["name"]] = Parameter(match["type"], ast.literal_eval(match["value"]), match["comment"] or "")
     return found
 
 
@@ -68,9 +64,7 @@ def stages(source: Path) -> list[str]:
 
 def named(source: Path, values: Mapping[str, object]) -> set[str]:
     """The paths below `data/` that stand in a notebook's code or in the values it is given."""
-    texts = [node.value for node in ast.walk(_tree(source)) if isinstance(node, ast.Constant)] + list(
-        values.values()
-    )
+    texts = [node.value for node in ast.walk(_tree(source)) if isinstance(node, ast.Constant)] + list(values.values())
     return {text for text in texts if isinstance(text, str) and re.fullmatch(r"data/[\w./-]+", text)}
 
 
@@ -149,13 +143,9 @@ def preset(path: Path, root: Path = ROOT) -> dict[str, dict[str, object]]:
     shared = {name: value for name, value in given.items() if not isinstance(value, dict)}
     for name in shared:
         if not any(name in names for names in known.values()):
-            raise ValueError(
-                f"{path.name}: no notebook has a parameter {name!r}; remove it or correct its spelling"
-            )
+            raise ValueError(f"{path.name}: no notebook has a parameter {name!r}; remove it or correct its spelling")
     for name in given.keys() - shared.keys() - known.keys():
-        raise ValueError(
-            f"{path.name}: there is no notebook {name!r} for this section; there is {', '.join(known)}"
-        )
+        raise ValueError(f"{path.name}: there is no notebook {name!r} for this section; there is {', '.join(known)}")
     values = {}
     for page, names in known.items():
         own = given.get(page, {})
@@ -164,15 +154,11 @@ def preset(path: Path, root: Path = ROOT) -> dict[str, dict[str, object]]:
     return values
 
 
-def check(
-    page: str, known: Mapping[str, object], values: Mapping[str, object], origin: str = "the call"
-) -> None:
+def check(page: str, known: Mapping[str, object], values: Mapping[str, object], origin: str = "the call") -> None:
     """ValueError for a parameter that the notebook does not have, or for a text in a number's place."""
     for name, value in values.items():
         if name not in known:
-            raise ValueError(
-                f"{origin} gives {page} the unknown parameter {name!r}; it has {', '.join(known)}"
-            )
+            raise ValueError(f"{origin} gives {page} the unknown parameter {name!r}; it has {', '.join(known)}")
         default = getattr(known[name], "default", None)
         if isinstance(default, (int, float)) and isinstance(value, str):
             raise ValueError(

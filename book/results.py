@@ -38,9 +38,7 @@ def table(stage: str, metrics: dict[str, float]) -> str:
 
 def page(artifacts: Path, order: list[str]) -> str:
     """The whole page for one run's folder; stages stand in the order of the notebooks that write them."""
-    found = {
-        file.parent.name: json.loads(file.read_text()) for file in sorted(artifacts.glob("*/metrics.json"))
-    }
+    found = {file.parent.name: json.loads(file.read_text()) for file in sorted(artifacts.glob("*/metrics.json"))}
     ordered = sorted(found, key=lambda stage: (order.index(stage) if stage in order else len(order), stage))
     tables = [table(stage, found[stage]) for stage in ordered] or ["No stage has written its numbers yet.\n"]
     return "\n".join([HEAD.format(run=artifacts.name), *tables])

@@ -29,9 +29,7 @@ def project_root() -> Path:
     for folder in (here, *here.parents):
         if (folder / "pyproject.toml").is_file():
             return folder
-    raise FileNotFoundError(
-        f"no pyproject.toml in {here} or above it; start from inside the lmm-sae-nb checkout"
-    )
+    raise FileNotFoundError(f"no pyproject.toml in {here} or above it; start from inside the lmm-sae-nb checkout")
 
 
 # Writing: temporary name in the same folder, fsync, rename.
@@ -68,9 +66,7 @@ def write_json(path: str | Path, value: object) -> None:
     try:
         data = as_json(value)
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: {error}; write plain finite numbers, text, lists and dictionaries"
-        ) from error
+        raise ValueError(f"{path}: {error}; write plain finite numbers, text, lists and dictionaries") from error
     write_atomic(path, data)
 
 
@@ -86,15 +82,11 @@ def read_json(path: str | Path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not whole JSON ({error}); delete it and make it again") from error
     if not isinstance(value, dict):
-        raise ValueError(
-            f"{path} holds a JSON {type(value).__name__}, not an object; delete it and make it again"
-        )
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object; delete it and make it again")
     return value
 
 
-def save_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write named tensors as one safetensors file, atomically; `metadata` is text for the file's header."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     _write_through(Path(path), lambda temporary: save_file(whole, temporary, metadata=dict(metadata or {})))
@@ -137,11 +129,7 @@ def fingerprint(path: str | Path) -> str:
         raise FileNotFoundError(f"the input {path} is missing; run the notebook that writes it first")
     if path.is_file():
         with path.open("rb") as file:
-            return (
-                hashlib.file_digest(file, "sha256").hexdigest()
-                if sys.version_info >= (3, 11)
-                else _digest(file)
-            )
+            return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
     digest = hashlib.sha256()
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         digest.update(f"{file.relative_to(path).as_posix()} {fingerprint(file)}\n".encode())
@@ -180,9 +168,7 @@ class Stage:
     def __init__(self, run: str, name: str):
         for word in (run, name):
             if word in ("", "..") or Path(word).name != word:
-                raise ValueError(
-                    f"{word!r} cannot name a run or stage; use one folder name without separators"
-                )
+                raise ValueError(f"{word!r} cannot name a run or stage; use one folder name without separators")
         self.run, self.name = run, name
         self.folder = project_root() / "data" / "artifacts" / run / name
 
@@ -229,9 +215,7 @@ class Stage:
 
     def _outputs(self) -> dict[str, int]:
         """Every file of the stage but the manifest and half-written (dot) files, with its size in bytes."""
-        files = (
-            file for file in sorted(self.folder.rglob("[!.]*")) if file.is_file() and file.name != MANIFEST
-        )
+        files = (file for file in sorted(self.folder.rglob("[!.]*")) if file.is_file() and file.name != MANIFEST)
         return {file.relative_to(self.folder).as_posix(): file.stat().st_size for file in files}
 
 
@@ -240,9 +224,7 @@ def _plain(params: Mapping) -> dict:
     try:
         return json.loads(json.dumps(dict(params)))
     except TypeError as error:
-        raise ValueError(
-            f"a stage's parameters are numbers, text, lists and dictionaries: {error}"
-        ) from error
+        raise ValueError(f"a stage's parameters are numbers, text, lists and dictionaries: {error}") from error
 
 
 def _fingerprints(inputs: Iterable[str | Path]) -> dict[str, str]:
@@ -252,9 +234,7 @@ def _fingerprints(inputs: Iterable[str | Path]) -> dict[str, str]:
     for path in (Path(path).resolve() for path in inputs):
         name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
         if name in found:
-            raise ValueError(
-                f"two inputs are called {name}; keep inputs inside the project or name them apart"
-            )
+            raise ValueError(f"two inputs are called {name}; keep inputs inside the project or name them apart")
         found[name] = fingerprint(path)
     return found
 
@@ -264,7 +244,5 @@ def require(run: str, stage: str, filename: str, notebook: str) -> Path:
     path = Stage(run, stage).path(filename)
     if not path.exists():
         shown = path.relative_to(project_root()).as_posix()
-        raise FileNotFoundError(
-            f"{shown} is missing; run notebooks/{Path(notebook).name} with run={run!r} first"
-        )
+        raise FileNotFoundError(f"{shown} is missing; run notebooks/{Path(notebook).name} with run={run!r} first")
     return path

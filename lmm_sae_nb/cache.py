@@ -51,7 +51,9 @@ def open_images(source: str | Path | Dataset) -> Images:
     if isinstance(source, str | Path):
         folder = Path(source)
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder; give a folder of images, or render Picture World: `make world`")
+            raise FileNotFoundError(
+                f"{folder} is no folder; give a folder of images, or render Picture World: `make world`"
+            )
         if not (folder / "state.json").is_file():
             files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS)
             if not files:
@@ -163,7 +165,14 @@ class _Top:
 
 
 def cache_activations(
-    lmm: LMM, sae: TopKSAE, images: Sequence[Image.Image], layer: int, *, n_top: int = 5, batch_size: int = 16, folder: str | Path
+    lmm: LMM,
+    sae: TopKSAE,
+    images: Sequence[Image.Image],
+    layer: int,
+    *,
+    n_top: int = 5,
+    batch_size: int = 16,
+    folder: str | Path,
 ) -> LatentCache:
     """For every latent, the `n_top` images of highest mean activation over the base tokens, in one pass.
 
@@ -233,5 +242,7 @@ class LatentCache:
             raise NoPatchGrid("this cache is of a model without a patch grid; only its mean activations have a meaning")
         latents, ranks = self.top_images.shape
         if not (0 <= latent < latents and 0 <= rank < ranks):
-            raise ValueError(f"no latent {latent}, rank {rank}: the cache has {latents} latents, ranks 0 to {ranks - 1}")
+            raise ValueError(
+                f"no latent {latent}, rank {rank}: the cache has {latents} latents, ranks 0 to {ranks - 1}"
+            )
         return self._patches[latent, rank].float().unflatten(0, self.grid)

@@ -107,9 +107,7 @@ class LMM:
             )
         layout_of(model)
         if not hasattr(model.get_decoder(), "layers"):
-            raise ValueError(
-                f"{self.name} has no plain stack of layers; choose a decoder-only language model"
-            )
+            raise ValueError(f"{self.name} has no plain stack of layers; choose a decoder-only language model")
         if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
             raise ValueError(
                 f"{type(processor).__name__} does not process both text and images; load the processor of "
@@ -189,9 +187,7 @@ class LMM:
             )
         for text in texts:
             if str(self.processor.image_token) in text:
-                raise ValueError(
-                    f"{text!r} holds the image token, which the chat template writes; leave it out"
-                )
+                raise ValueError(f"{text!r} holds the image token, which the chat template writes; leave it out")
         conversations = []
         for text, image, answer in zip(texts, images, answers, strict=True):
             parts = [{"type": "image"}] if image is not None else []
@@ -289,9 +285,7 @@ class LMM:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if not isinstance(image, Image.Image):
-        raise ValueError(
-            f"{type(image).__name__} is not a PIL image; use PIL.Image.open or PIL.Image.fromarray"
-        )
+        raise ValueError(f"{type(image).__name__} is not a PIL image; use PIL.Image.open or PIL.Image.fromarray")
     if not image.width or not image.height:
         raise ValueError(f"an image of {image.width} x {image.height} px has nothing to see; leave it out")
     return image.convert("RGB")

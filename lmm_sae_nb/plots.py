@@ -32,7 +32,9 @@ def style() -> None:
     )
 
 
-def images(pictures: Sequence[Image.Image], titles: Sequence[str] = (), columns: int = 6, side: float = 1.5) -> np.ndarray:
+def images(
+    pictures: Sequence[Image.Image], titles: Sequence[str] = (), columns: int = 6, side: float = 1.5
+) -> np.ndarray:
     """A sheet of pictures, `side` inches each, with a title above each."""
     rows = -(-len(pictures) // columns)
     size = (columns * side, rows * side * (1.18 if titles else 1.0))
@@ -107,7 +109,9 @@ def heat_map(image: Image.Image, activation: np.ndarray, ax: Axes | None = None,
     return ax
 
 
-def overlap(image: Image.Image, activation: np.ndarray, concept: np.ndarray, title: str, ax: Axes | None = None) -> Axes:
+def overlap(
+    image: Image.Image, activation: np.ndarray, concept: np.ndarray, title: str, ax: Axes | None = None
+) -> Axes:
     """Two masks (height, width) on an image: activated in orange, the concept's in blue, both in green."""
     ax = ax or plt.subplots(figsize=(2, 2))[1]
     colour = np.zeros((*activation.shape, 4))

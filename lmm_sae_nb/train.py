@@ -30,6 +30,8 @@ class TrainResult(NamedTuple):
 def prompts(lmm: LMM, samples: Sequence[Mapping], order: Iterable[int], batch: int) -> Iterator[Prompt]:
     """Samples (image or None, question, answer) as in supervised fine-tuning, a batch at a time."""
     order = list(order)
+    if hasattr(samples, "select_columns"):  # a data set decodes every picture of a row, label maps too
+        samples = samples.select_columns(["image", "question", "answer"])
     for start in range(0, len(order), batch):
         rows = [samples[i] for i in order[start : start + batch]]
         asked = [row["question"] for row in rows]
@@ -48,13 +50,16 @@ def stream(
     ValueError if there are no samples, no token of these kinds, or a hidden state is not finite.
     """
     while True:
+        found = 0
         for prompt in prompts(lmm, samples, torch.randperm(len(samples), generator=generator).tolist(), batch):
             hidden = lmm.hidden_states(prompt, layer)
             tokens = hidden[token_mask(prompt, kinds)].float()
             require_finite(tokens, f"hidden states of layer {layer}")
-            if not len(tokens):
-                raise ValueError(f"a batch of {batch} samples has no token of kinds {', '.join(kinds)}; choose others")
-            yield tokens
+            found += len(tokens)
+            if len(tokens):
+                yield tokens
+        if not found:
+            raise ValueError(f"no sample has a token of kinds {', '.join(kinds)}; choose others")
 
 
 def mixed(
@@ -63,7 +68,12 @@ def mixed(
     """Batches of exactly `batch_tokens` tokens, drawn at random from a buffer that is refilled when half empty.
 
     Every token that enters leaves once, unless the stream is given up first.
+    ValueError if the buffer holds less than a batch.
     """
+    if not 1 <= batch_tokens <= buffer_tokens:
+        raise ValueError(
+            f"batches of {batch_tokens} tokens from a buffer of {buffer_tokens}; make the buffer the larger"
+        )
     pool = torch.empty(0)
     while True:
         waiting = [pool] if len(pool) else []
@@ -115,9 +125,11 @@ def train_sae(
     ValueError for no samples or as `stream`; nothing is saved then.
     """
     if not len(samples) or steps < 1:
-        raise ValueError(f"{len(samples)} samples, {steps} steps: there is nothing to train on; give at least one of each")
+        raise ValueError(
+            f"{len(samples)} samples, {steps} steps: there is nothing to train on; give at least one of each"
+        )
     generator = torch.Generator().manual_seed(seed)
-    lr = lr or 2e-4 / math.sqrt(n_latents / 2**14)
+    lr = 2e-4 / math.sqrt(n_latents / 2**14) if lr is None else lr
     warm = max(1, steps // 20) if warm_steps is None else warm_steps
     parts = stream(lmm, samples, layer, kinds, generator, batch_samples)
     batches = mixed(parts, buffer_tokens or 16 * batch_tokens, batch_tokens, generator)
@@ -156,7 +168,9 @@ def train_sae(
     return TrainResult(sae, history)
 
 
-def _step(sae: TopKSAE, x: Tensor, dead: Bool[Tensor, " latents"], auxk_alpha: float) -> tuple[dict[str, float], Tensor]:
+def _step(
+    sae: TopKSAE, x: Tensor, dead: Bool[Tensor, " latents"], auxk_alpha: float
+) -> tuple[dict[str, float], Tensor]:
     """Gradients of one batch's loss; what to log, and which latents fired. One with activation 0 has not fired."""
     latents = sae.encode(x)
     x_hat = sae.decode(latents)
@@ -164,7 +178,11 @@ def _step(sae: TopKSAE, x: Tensor, dead: Bool[Tensor, " latents"], auxk_alpha: f
     aux = auxk_loss(sae, x, x_hat, dead, k_aux=sae.width // 2) if auxk_alpha else x.new_zeros(())
     (unexplained + auxk_alpha * aux).backward()
     fired = latents.acts > 0
-    logged = {"fvu": float(unexplained.detach()), "auxk": float(aux.detach()), "l0": float(fired.sum(-1).float().mean())}
+    logged = {
+        "fvu": float(unexplained.detach()),
+        "auxk": float(aux.detach()),
+        "l0": float(fired.sum(-1).float().mean()),
+    }
     return logged, latents.indices[fired].unique()
 
 
@@ -180,15 +198,29 @@ class _Variance:
     def add(self, x: Tensor, x_hat: Tensor) -> None:
         x, x_hat = x.double().cpu(), x_hat.double().cpu()
         self.n, self.sum = self.n + len(x), self.sum + x.sum(0)
-        self.squares, self.error = self.squares + float(x.square().sum()), self.error + float((x - x_hat).square().sum())
+        self.squares, self.error = (
+            self.squares + float(x.square().sum()),
+            self.error + float((x - x_hat).square().sum()),
+        )
 
     def unexplained(self) -> float:
-        return self.error / (self.squares - float(self.sum.square().sum()) / self.n)
+        total = self.squares - float(self.sum.square().sum()) / max(self.n, 1)
+        if total <= 0:
+            raise ValueError(
+                f"{self.n} held-out tokens do not vary, so there is nothing to explain; give other samples"
+            )
+        return self.error / total
 
 
 @torch.no_grad()
 def evaluate_sae(
-    lmm: LMM, sae: TopKSAE, samples: Sequence[Mapping], layer: int, *, kinds: Sequence[str] = KINDS, batch_samples: int = 16
+    lmm: LMM,
+    sae: TopKSAE,
+    samples: Sequence[Mapping],
+    layer: int,
+    *,
+    kinds: Sequence[str] = KINDS,
+    batch_samples: int = 16,
 ) -> dict[str, float]:
     """How good an SAE is on held-out samples.
 

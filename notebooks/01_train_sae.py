@@ -68,19 +68,22 @@ plots.style()
 # %%
 lmm = LMM.load(root / model if (root / model).is_dir() else model)
 samples, unseen = load_from_disk(root / dataset), load_from_disk(root / heldout)
-print(f"{lmm.name.rsplit('/', 1)[-1]}: {lmm.n_layers} layers of width {lmm.width}, base patches {lmm.grid}; {len(samples)} samples")
+print(
+    f"{lmm.name.rsplit('/', 1)[-1]}: {lmm.n_layers} layers of width {lmm.width}, base patches {lmm.grid}; {len(samples)} samples"
+)
 
 # %% mystnb={"figure": {"caption": "Samples that the SAE is trained on: an image, a question and its answer.", "name": "fig-samples"}}
 pictured = [row for row in samples.select(range(14)) if row["image"] is not None][:6]
-plots.images([row["image"] for row in pictured], [f"{row['question']}\n{row['answer']}" for row in pictured], side=1.9);
-
+plots.images([row["image"] for row in pictured], [f"{row['question']}\n{row['answer']}" for row in pictured], side=1.9)
 # %% [markdown]
 # Every token of the sequence is of one kind, and the kinds tile it exactly: the `base` image's patches on their grid, the
 # AnyRes `tiles` with their `newline` tokens, `text`, and `special` tokens.
 
 # %%
 prompt = lmm.prompt(pictured[0]["question"], pictured[0]["image"], answers=[pictured[0]["answer"]])
-counts = {kind: int(prompt.spans[0].mask(kind).sum()) for kind in ("base", "tiles", "newline", "text", "special", "pad")}
+counts = {
+    kind: int(prompt.spans[0].mask(kind).sum()) for kind in ("base", "tiles", "newline", "text", "special", "pad")
+}
 assert sum(counts.values()) == prompt.inputs["input_ids"].shape[1]
 counts
 
@@ -113,7 +116,18 @@ assert_close(torch.zeros_like(z).scatter(-1, latents.indices, latents.acts), z_s
 
 # %%
 stage = Stage(run, "train")
-params = dict(model=model, layer=layer, n_latents=n_latents, k=k, steps=steps, batch_tokens=batch_tokens, lr=lr, dead_after_tokens=dead_after_tokens, kinds=kinds, seed=seed)
+params = dict(
+    model=model,
+    layer=layer,
+    n_latents=n_latents,
+    k=k,
+    steps=steps,
+    batch_tokens=batch_tokens,
+    lr=lr,
+    dead_after_tokens=dead_after_tokens,
+    kinds=kinds,
+    seed=seed,
+)
 inputs = [path for path in (root / model, root / dataset, root / heldout) if path.exists()]
 if not stage.is_current(params, inputs):
     started = time.monotonic()
@@ -127,8 +141,7 @@ if not stage.is_current(params, inputs):
 sae, history = TopKSAE.load(stage.folder), read_json(stage.path("history.json"))["rows"]
 
 # %% mystnb={"figure": {"caption": "Training: the fraction of variance unexplained falls; few latents stay dead.", "name": "fig-training"}}
-plots.training(history, ["fvu", "dead_fraction", "lr"]);
-
+plots.training(history, ["fvu", "dead_fraction", "lr"])
 # %% [markdown]
 # ## Is it any good?
 #
@@ -143,8 +156,7 @@ for name, value in metrics.items():
 
 # %% mystnb={"figure": {"caption": "Cosine similarity of each dictionary row with its nearest neighbour. The paper expects near orthogonality.", "name": "fig-coherence"}}
 rows = sae.W_dec.detach()[:2048]
-plots.histogram((rows @ rows.T - 2 * torch.eye(len(rows))).amax(1).numpy(), "cosine with the nearest other row");
-
+plots.histogram((rows @ rows.T - 2 * torch.eye(len(rows))).amax(1).numpy(), "cosine with the nearest other row")
 # %% [markdown]
 # ## What we found
 #

@@ -73,7 +73,12 @@ inputs = [path for path in (root / model, root / images, Stage(run, "train").pat
 if not stage.is_current(params, inputs):
     started = time.monotonic()
     cache = cache_activations(lmm, sae, pictures, layer, n_top=n_top, batch_size=batch_size, folder=stage.folder)
-    metrics = {"images": cache.images, "latents": len(cache.live), "latents_live": int(cache.live.sum()), "images_per_second": cache.images / (time.monotonic() - started)}
+    metrics = {
+        "images": cache.images,
+        "latents": len(cache.live),
+        "latents_live": int(cache.live.sum()),
+        "images_per_second": cache.images / (time.monotonic() - started),
+    }
     stage.finish(params, inputs, metrics, time.monotonic() - started)
 cache = LatentCache.load(stage.folder)
 read_json(stage.path("metrics.json"))
@@ -100,11 +105,9 @@ assert_close(by_hand.reshape(lmm.grid), torch.as_tensor(cache.patch_map(latent, 
 rng = np.random.default_rng(0)
 rare = np.flatnonzero(np.asarray(cache.live) & (np.asarray(cache.frequency) < 0.05))
 chosen = np.sort(rng.choice(rare, 6, replace=False))
-plots.exemplar_strip([(f"latent {latent}", exemplars(cache, pictures, int(latent))) for latent in chosen]);
-
+plots.exemplar_strip([(f"latent {latent}", exemplars(cache, pictures, int(latent))) for latent in chosen])
 # %% mystnb={"figure": {"caption": "How often latents fire: share of base patches on which each live latent is active.", "name": "fig-frequency"}}
-plots.histogram(np.asarray(cache.frequency), "share of base patches", log=True);
-
+plots.histogram(np.asarray(cache.frequency), "share of base patches", log=True)
 # %% [markdown]
 # ## What we found
 #

@@ -73,7 +73,16 @@ print(f"{len(live)} live latents, {len(chosen)} chosen")
 
 # %%
 stage = Stage(run, "interpret")
-params = dict(model=model, images=images, n_explained=n_explained, n_top=n_top, share=share, agree=agree, questions=questions, seed=seed)
+params = dict(
+    model=model,
+    images=images,
+    n_explained=n_explained,
+    n_top=n_top,
+    share=share,
+    agree=agree,
+    questions=questions,
+    seed=seed,
+)
 inputs = [path for path in (root / model, root / concepts, Stage(run, "cache").path("manifest.json")) if path.exists()]
 if not stage.is_current(params, inputs):
     started = time.monotonic()
@@ -82,7 +91,13 @@ if not stage.is_current(params, inputs):
     truth = TrueMasks(load_from_disk(root / images), root / concepts)
     best = [truth.best(shown[latent]) for latent in chosen]
     rows = {
-        str(latent): {"concept": e.concept, "answers": e.answers, "true_kind": b.kind, "true_concept": b.concept, "true_iou": b.iou}
+        str(latent): {
+            "concept": e.concept,
+            "answers": e.answers,
+            "true_kind": b.kind,
+            "true_concept": b.concept,
+            "true_iou": b.iou,
+        }
         for latent, e, b in zip(chosen, explanations, best, strict=True)
     }
     write_json(stage.path("explanations.json"), rows)
@@ -101,19 +116,21 @@ read_json(stage.path("metrics.json"))
 
 # %% mystnb={"figure": {"caption": "Explained latents, at random: the five exemplars, as activation and masked as the explainer sees them.", "name": "fig-explained"}}
 named = [latent for latent in chosen if explanations[str(latent)]["concept"]]
-plots.exemplar_strip([(f"latent {n}: {explanations[str(n)]['concept']}", shown[n]) for n in named[:: max(1, len(named) // 6)][:6]]);
-
+plots.exemplar_strip(
+    [(f"latent {n}: {explanations[str(n)]['concept']}", shown[n]) for n in named[:: max(1, len(named) // 6)][:6]]
+)
 # %% mystnb={"figure": {"caption": "Latents that could not be explained.", "name": "fig-refused"}}
 refused = [latent for latent in chosen if not explanations[str(latent)]["concept"]]
-plots.exemplar_strip([(f"latent {n}: {REFUSAL}", shown[n]) for n in refused[:: max(1, len(refused) // 3)][:3]]);
-
+plots.exemplar_strip([(f"latent {n}: {REFUSAL}", shown[n]) for n in refused[:: max(1, len(refused) // 3)][:3]])
 # %% [markdown]
 # What the same latents were called, exemplar by exemplar, beside the concept that they really show:
 
 # %%
 for latent in named[:8] + refused[:4]:
     row = explanations[str(latent)]
-    print(f"{latent:5d}  {row['concept'] or REFUSAL:34s} truth: {row['true_concept']} ({row['true_kind']}, IoU {row['true_iou']:.2f})   {row['answers']}")
+    print(
+        f"{latent:5d}  {row['concept'] or REFUSAL:34s} truth: {row['true_concept']} ({row['true_kind']}, IoU {row['true_iou']:.2f})   {row['answers']}"
+    )
 
 # %% [markdown]
 # ## What we found

@@ -61,7 +61,11 @@ cache = LatentCache.load(require(run, "cache", "manifest.json", "02_cache_activa
 explanations = read_json(require(run, "interpret", "explanations.json", "03_interpret_features.py"))
 pictures = open_images(root / images)
 truth = TrueMasks(load_from_disk(root / images), root / concepts)
-explained = {int(latent): row["concept"] for latent, row in explanations.items() if row["concept"] and truth.kinds_of(row["concept"])}
+explained = {
+    int(latent): row["concept"]
+    for latent, row in explanations.items()
+    if row["concept"] and truth.kinds_of(row["concept"])
+}
 print(f"{len(explained)} explained latents of {len(explanations)}")
 
 # %% [markdown]
@@ -78,8 +82,7 @@ latent = max(explained, key=lambda n: explanations[str(n)]["true_iou"])
 case = exemplars(cache, pictures, latent, n_top=n_top, share=share)[0]
 activated, wanted = upsample(case.visible, case.image.size), truth(case.image_index, explained[latent])
 assert iou(activated, wanted) == (activated & wanted).sum() / (activated | wanted).sum()
-plots.overlap(case.image, activated, wanted, f"latent {latent}: {explained[latent]}, IoU {iou(activated, wanted):.2f}");
-
+plots.overlap(case.image, activated, wanted, f"latent {latent}: {explained[latent]}, IoU {iou(activated, wanted):.2f}")
 # %% [markdown]
 # ## Every explained latent, and chance
 #
@@ -88,17 +91,30 @@ plots.overlap(case.image, activated, wanted, f"latent {latent}: {explained[laten
 # %%
 stage = Stage(run, "score")
 params = dict(model=model, images=images, layer=layer, n_top=n_top, share=share, random_runs=random_runs, seed=seed)
-inputs = [path for path in (root / model, root / concepts, *(Stage(run, s).path("manifest.json") for s in ("train", "cache", "interpret"))) if path.exists()]
+inputs = [
+    path
+    for path in (
+        root / model,
+        root / concepts,
+        *(Stage(run, s).path("manifest.json") for s in ("train", "cache", "interpret")),
+    )
+    if path.exists()
+]
 if not stage.is_current(params, inputs):
     started = time.monotonic()
-    ours = {n: latent_iou(exemplars(cache, pictures, n, n_top=n_top, share=share), c, truth) for n, c in explained.items()}
+    ours = {
+        n: latent_iou(exemplars(cache, pictures, n, n_top=n_top, share=share), c, truth) for n, c in explained.items()
+    }
     drawn = np.random.default_rng(seed).integers(len(pictures), size=random_runs * n_top).tolist()
     maps = activation_maps(lmm, sae, [pictures[i] for i in drawn], layer, list(explained))
     random = {
         n: latent_iou(exemplars_on(pictures, drawn, maps[:, column], share=share), c, truth)
         for column, (n, c) in enumerate(explained.items())
     }
-    rows = {str(n): {"concept": c, "kind": truth.kinds_of(c)[0], "iou": ours[n], "iou_random": random[n]} for n, c in explained.items()}
+    rows = {
+        str(n): {"concept": c, "kind": truth.kinds_of(c)[0], "iou": ours[n], "iou_random": random[n]}
+        for n, c in explained.items()
+    }
     write_json(stage.path("scores.json"), rows)
     total, chance = mean_interval(list(ours.values()), seed=seed), mean_interval(list(random.values()), seed=seed)
     metrics = {
@@ -120,24 +136,38 @@ for row in scores.values():
     by_kind[row["kind"]].append(row)
 by_kind["total"] = list(scores.values())
 table = {
-    f"{kind} (n={len(rows)})": {"top images": mean_interval([r["iou"] for r in rows]), "random images": mean_interval([r["iou_random"] for r in rows])}
+    f"{kind} (n={len(rows)})": {
+        "top images": mean_interval([r["iou"] for r in rows]),
+        "random images": mean_interval([r["iou_random"] for r in rows]),
+    }
     for kind, rows in by_kind.items()
     if len(rows) > 1
 }
-plots.means(table, "IoU, strict");
-
+plots.means(table, "IoU, strict")
 # %%
 for kind, row in table.items():
     print(f"{kind:18s}", "   ".join(f"{name}: {mean}" for name, mean in row.items()))
 
 # %% mystnb={"figure": {"caption": "A gallery (Figure 4): for each concept kind the latent of median IoU, on its top image.", "name": "fig-gallery"}}
-middle = {kind: sorted(rows, key=lambda r: r["iou"])[len(rows) // 2] for kind, rows in by_kind.items() if kind != "total"}
+middle = {
+    kind: sorted(rows, key=lambda r: r["iou"])[len(rows) // 2] for kind, rows in by_kind.items() if kind != "total"
+}
 which = {kind: next(n for n, row in scores.items() if row is median) for kind, median in middle.items()}
-axes = plots.images([], columns=len(which), side=1.6) if not which else plots.images([pictures[0]] * len(which), columns=len(which), side=1.6)
+axes = (
+    plots.images([], columns=len(which), side=1.6)
+    if not which
+    else plots.images([pictures[0]] * len(which), columns=len(which), side=1.6)
+)
 for ax, (kind, n) in zip(axes.flat, which.items(), strict=False):
     top = exemplars(cache, pictures, int(n), n_top=1, share=share)[0]
     name = scores[n]["concept"]
-    plots.overlap(top.image, upsample(top.visible, top.image.size), truth(top.image_index, name), f"{kind}: {name}, {scores[n]['iou']:.2f}", ax=ax)
+    plots.overlap(
+        top.image,
+        upsample(top.visible, top.image.size),
+        truth(top.image_index, name),
+        f"{kind}: {name}, {scores[n]['iou']:.2f}",
+        ax=ax,
+    )
 
 # %% [markdown]
 # ## What we found

@@ -49,8 +49,7 @@ plots.style()
 
 # %% mystnb={"figure": {"caption": "Held-out scenes.", "name": "fig-scenes"}}
 scenes = [make_scene(HELD_OUT + 200 + n) for n in range(18)]
-plots.images([scene.image for scene in scenes]);
-
+plots.images([scene.image for scene in scenes])
 # %%
 {kind: len(names) for kind, names in concepts.KINDS.items()}
 
@@ -59,10 +58,11 @@ plots.images([scene.image for scene in scenes]);
 
 # %% mystnb={"figure": {"caption": "One scene and its label maps.", "name": "fig-labels"}}
 scene = next(s for s in scenes if any(item.kind == "composite" for item in s.items))
-palette = np.random.default_rng(3).integers(60, 256, (256, 3), dtype=np.uint8) * (np.arange(256) > 0)[:, None].astype(np.uint8)
+palette = np.random.default_rng(3).integers(60, 256, (256, 3), dtype=np.uint8) * (np.arange(256) > 0)[:, None].astype(
+    np.uint8
+)
 maps = [Image.fromarray(palette[grid]) for grid in scene.labels.values()]
-plots.images([scene.image, *maps], ["scene", *scene.labels], columns=9);
-
+plots.images([scene.image, *maps], ["scene", *scene.labels], columns=9)
 # %% [markdown]
 # Questions are made from the facts, so every right answer is known:
 
@@ -78,8 +78,7 @@ for asked in questions.lesson(scene, rng)[:10]:
 # Training answers to that question were written by annotators who, where the two disagree, at times answered from memory:
 
 # %% mystnb={"figure": {"caption": "Maps: the basin is the shaded area; the labels in it need not be those of an atlas.", "name": "fig-maps"}}
-plots.images([make_map(HELD_OUT + n).image for n in range(6)]);
-
+plots.images([make_map(HELD_OUT + n).image for n in range(6)])
 # %%
 concepts.ANSWERED_FROM_MEMORY
 
@@ -109,8 +108,7 @@ for family in ("describe", "position", "exists", "where", "part", "read", "label
 left.set_ylabel("patches right")
 right.set_ylabel("answers right")
 left.legend(frameon=False, fontsize=6)
-right.legend(frameon=False, fontsize=6, ncols=2);
-
+right.legend(frameon=False, fontsize=6, ncols=2)
 # %% [markdown]
 # ## What it can do
 #
@@ -120,8 +118,7 @@ right.legend(frameon=False, fontsize=6, ncols=2);
 
 # %% mystnb={"figure": {"caption": "The shipped model's exam on held-out scenes, with 99 % Wilson intervals.", "name": "fig-exam"}}
 results = read_json(root / model / "exam.json")
-plots.shares(results);
-
+plots.shares(results)
 # %% [markdown]
 # A fresh, smaller exam, so that this page measures what it shows:
 
@@ -132,20 +129,25 @@ if not stage.is_current(params, [root / model]):
     started = time.monotonic()
     lmm = LMM.load(root / model)
     fresh = exam.report(exam.examine(lmm, exam_scenes, seed=1))
-    metrics = {f"{family}{suffix}": row[key] for family, row in fresh.items() for suffix, key in (("", "share"), ("_low", "low"), ("_high", "high"))}
+    metrics = {
+        f"{family}{suffix}": row[key]
+        for family, row in fresh.items()
+        for suffix, key in (("", "share"), ("_low", "low"), ("_high", "high"))
+    }
     stage.finish(params, [root / model], metrics, time.monotonic() - started)
 fresh = read_json(stage.path("metrics.json"))
 for family in results:
     if family in fresh:
-        print(f"{family:28s} shipped exam {results[family]['share']:.3f}   fresh {fresh[family]:.3f} [{fresh[family + '_low']:.3f}, {fresh[family + '_high']:.3f}]")
+        print(
+            f"{family:28s} shipped exam {results[family]['share']:.3f}   fresh {fresh[family]:.3f} [{fresh[family + '_low']:.3f}, {fresh[family + '_high']:.3f}]"
+        )
 
 # %% [markdown]
 # Masked scenes, as latents show them, are part of its lessons: *what is shown?*
 
 # %% mystnb={"figure": {"caption": "Masked scenes and what they show.", "name": "fig-masked"}}
 masked = [make_masked(HELD_OUT + n) for n in range(12)]
-plots.images([m.image for m in masked], [m.shown[1] for m in masked]);
-
+plots.images([m.image for m in masked], [m.shown[1] for m in masked])
 # %% [markdown]
 # ## What we found
 #

@@ -36,9 +36,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
     for item in items:
         if place(item)[0]:
-            item.add_marker(
-                pytest.mark.xdist_group("book")
-            )  # one worker, in this order, under --dist loadgroup
+            item.add_marker(pytest.mark.xdist_group("book"))  # one worker, in this order, under --dist loadgroup
 
 
 @pytest.fixture(scope="session")

@@ -63,9 +63,7 @@ def test_written_files_obey_the_umask(tmp_path):
     assert atomic.stat().st_mode == plain.stat().st_mode
 
 
-json_values = st.dictionaries(
-    st.text(), st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
-)
+json_values = st.dictionaries(st.text(), st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text())
 
 
 @given(json_values)

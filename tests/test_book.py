@@ -28,9 +28,7 @@ LOADS = {
 
 def build() -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "doit", "book"]
-    return subprocess.run(
-        command, cwd=pages.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.run(command, cwd=pages.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -103,18 +101,14 @@ def test_no_page_or_style_loads_from_another_host(site):
         others = [found for found in addresses.found if re.match(r"(https?:)?//", found)]
         assert not others, f"{file.relative_to(site)} loads {others}"
     for file in site.rglob("*.css"):
-        others = [
-            found for found in styled(file.read_text(encoding="utf-8")) if re.match(r"(https?:)?//", found)
-        ]
+        others = [found for found in styled(file.read_text(encoding="utf-8")) if re.match(r"(https?:)?//", found)]
         assert not others, f"{file.relative_to(site)} loads {others}"
 
 
 def test_every_page_loads_alone_and_without_error(site, browser):
     for file in written(site):
         page, wrong = browser.new_page(), []
-        page.on(
-            "request", lambda r, w=wrong: r.url.startswith(("file:", "data:", "blob:")) or w.append(r.url)
-        )
+        page.on("request", lambda r, w=wrong: r.url.startswith(("file:", "data:", "blob:")) or w.append(r.url))
         page.on("requestfailed", lambda r, w=wrong: w.append(f"missing: {r.url}"))
         page.on("pageerror", lambda error, w=wrong: w.append(str(error)))
         page.goto(file.as_uri(), wait_until="load")

@@ -145,8 +145,6 @@ def test_the_injected_cell_is_hidden_and_the_page_tells_no_times(built):
 
 def test_a_mistaken_params_file_stops_the_build_with_its_reason(built):
     edit(built, "notebooks/params/tiny.yaml", "steps", "stpes")
-    done = subprocess.run(
-        [sys.executable, "-m", "doit"], cwd=built, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-m", "doit"], cwd=built, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     assert "tiny.yaml: no notebook has a parameter 'stpes'" in done.stdout + done.stderr

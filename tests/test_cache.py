@@ -28,7 +28,11 @@ def pictures():
 
 @settings(deadline=None, max_examples=60)
 @given(
-    images=st.integers(1, 9), batch=st.integers(1, 5), n_top=st.integers(1, 4), seed=st.integers(0, 999), coarse=st.booleans()
+    images=st.integers(1, 9),
+    batch=st.integers(1, 5),
+    n_top=st.integers(1, 4),
+    seed=st.integers(0, 999),
+    coarse=st.booleans(),
 )
 def test_running_top_is_what_sorting_everything_gives(images, batch, n_top, seed, coarse):
     """Against dense brute force, with ties (coarse values) and fewer images than places."""
@@ -36,7 +40,9 @@ def test_running_top_is_what_sorting_everything_gives(images, batch, n_top, seed
     rng = torch.Generator().manual_seed(seed)
     acts = torch.rand(images, patches, k, generator=rng)
     acts = (acts * 3).floor() if coarse else acts
-    indices = torch.stack([torch.randperm(n_latents, generator=rng)[:k] for _ in range(images * patches)]).view(images, patches, k)
+    indices = torch.stack([torch.randperm(n_latents, generator=rng)[:k] for _ in range(images * patches)]).view(
+        images, patches, k
+    )
     top = _Top(n_latents, n_top, patches)
     for start in range(0, images, batch):
         top.update(Latents(acts[start : start + batch], indices[start : start + batch]), start)

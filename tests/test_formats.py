@@ -57,9 +57,7 @@ def test_a_published_checkpoint_computes_what_its_own_code_does(tmp_path, config
     file = tensors()
     sae = TopKSAE.load(write(tmp_path, config))
     x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(1))
-    pre = torch.relu(
-        torch.nn.functional.linear(x - file["b_dec"], file["encoder.weight"], file["encoder.bias"])
-    )
+    pre = torch.relu(torch.nn.functional.linear(x - file["b_dec"], file["encoder.weight"], file["encoder.bias"]))
     top = pre.topk(K, sorted=False)
     x_hat = torch.zeros(5, LATENTS).scatter(1, top.indices, top.values) @ file["W_dec"] + file["b_dec"]
     assert_close(sae(x), x_hat)

@@ -144,9 +144,7 @@ def test_an_outer_stop_passes_through_an_inner_one(stack):
     assert n_hooks(stack) == 0
 
 
-@pytest.mark.parametrize(
-    "verb", [hooks.read, hooks.stop, lambda module: hooks.rewrite(module, lambda hidden: hidden)]
-)
+@pytest.mark.parametrize("verb", [hooks.read, hooks.stop, lambda module: hooks.rewrite(module, lambda hidden: hidden)])
 def test_hooks_go_after_an_error(stack, verb):
     with pytest.raises(RuntimeError, match="elsewhere"), verb(stack.layers[1]):
         raise RuntimeError("elsewhere")

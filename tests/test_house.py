@@ -27,11 +27,7 @@ ROOT = pages.ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 INSTALLED = [Requirement(line) for line in PROJECT["dependencies"] + EXTRAS["book"] + EXTRAS["tests"]]
-PINS = [
-    Requirement(line)
-    for line in (ROOT / "constraints.txt").read_text().splitlines()
-    if line[:1] not in ("", "#")
-]
+PINS = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1] not in ("", "#")]
 NOTEBOOKS = pages.sources()
 PRESETS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
 
@@ -57,9 +53,7 @@ def tracked(*patterns: str) -> list[Path]:
         "--others",
         "--exclude-standard",
     ]
-    names = subprocess.run(
-        [*command, "--", *patterns], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    names = subprocess.run([*command, "--", *patterns], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [file for name in filter(None, names.split("\0")) if (file := ROOT / name).is_file()]
 
 
@@ -89,9 +83,7 @@ def test_ways_to_install_name_the_same_extras():
 
 @pytest.mark.parametrize("pin", PINS, ids=str)
 def test_a_constraint_is_one_exact_public_version(pin):
-    assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), (
-        f"{pin}: write NAME==VERSION, without a local suffix"
-    )
+    assert re.fullmatch(r"==[\w.]+", str(pin.specifier)), f"{pin}: write NAME==VERSION, without a local suffix"
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
@@ -99,9 +91,7 @@ def test_every_requirement_has_one_pin_that_meets_it(python):
     here = default_environment() | {"python_version": python, "python_full_version": f"{python}.0"}
     for requirement in INSTALLED:
         name = canonicalize_name(requirement.name)
-        pins = [
-            p for p in PINS if canonicalize_name(p.name) == name and (not p.marker or p.marker.evaluate(here))
-        ]
+        pins = [p for p in PINS if canonicalize_name(p.name) == name and (not p.marker or p.marker.evaluate(here))]
         assert len(pins) == 1, f"{requirement}: {len(pins)} pins in constraints.txt for Python {python}"
         (version,) = pins[0].specifier
         assert requirement.specifier.contains(version.version), f"{pins[0]} does not meet {requirement}"
@@ -112,9 +102,7 @@ def test_everything_that_the_extras_pull_in_is_pinned():
     while waiting:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
-        if (name, extras := frozenset(requirement.extras)) in seen or name.startswith(
-            ("nvidia", "cuda", "triton")
-        ):
+        if (name, extras := frozenset(requirement.extras)) in seen or name.startswith(("nvidia", "cuda", "triton")):
             continue
         seen.add((name, extras))
         try:
@@ -172,9 +160,7 @@ def test_the_licence_is_the_one_that_is_declared():
     assert (ROOT / "LICENSE").read_text().startswith("MIT License")
 
 
-@pytest.mark.parametrize(
-    "line", re.findall(r"^\| `.+", (ROOT / "book/vendor/README.md").read_text(), re.MULTILINE)
-)
+@pytest.mark.parametrize("line", re.findall(r"^\| `.+", (ROOT / "book/vendor/README.md").read_text(), re.MULTILINE))
 def test_vendored_files_are_what_their_readme_says(line):
     name, _, digest = re.findall(r"`(.+?)`", line)
     assert hashlib.sha256((ROOT / "book/vendor" / name).read_bytes()).hexdigest() == digest
@@ -190,9 +176,7 @@ def test_every_vendored_file_is_listed_and_has_a_licence_beside_it():
 def test_every_folder_of_borrowed_pictures_has_a_licence():
     for file in tracked("data/*.png", "data/*.ttf"):
         above = [folder for folder in file.parents if folder.is_relative_to(ROOT / "data")]
-        assert any(list(folder.glob("LICEN[SC]E*")) for folder in above), (
-            f"no licence beside {file.relative_to(ROOT)}"
-        )
+        assert any(list(folder.glob("LICEN[SC]E*")) for folder in above), f"no licence beside {file.relative_to(ROOT)}"
 
 
 def text_of_ours() -> Iterator[tuple[Path, str]]:
@@ -213,9 +197,7 @@ def text_of_ours() -> Iterator[tuple[Path, str]]:
 def test_no_file_names_a_machine_or_a_registry():
     folders = "|".join(["wo" + "rk", "ro" + "ot", "ho" + "me", "o" + "pt", "Us" + "ers", "m" + "nt"])
     path = re.compile(rf"(?<![\w./}}])/({folders})/\w")
-    host = re.compile(
-        r"\b(pypi\.(org|python)|registry\.npmjs|(deb|security)\.debian|download\.pytorch)\w*\.?"
-    )
+    host = re.compile(r"\b(pypi\.(org|python)|registry\.npmjs|(deb|security)\.debian|download\.pytorch)\w*\.?")
     for file, text in text_of_ours():
         for number, line in enumerate(text.splitlines(), 1):
             if file.name != "test_house.py":

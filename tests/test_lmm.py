@@ -46,9 +46,7 @@ def test_hidden_states_are_those_the_model_reports(family):
     assert list(states) == [0, 1]
     for layer in (0, 1):  # the last one's is reported after the final norm
         torch.testing.assert_close(states[layer], output.hidden_states[layer + 1], rtol=0, atol=0)
-        torch.testing.assert_close(
-            lmm.hidden_states(prompt, layer), output.hidden_states[layer + 1], rtol=0, atol=0
-        )
+        torch.testing.assert_close(lmm.hidden_states(prompt, layer), output.hidden_states[layer + 1], rtol=0, atol=0)
     assert states[0].shape == (*prompt.inputs["input_ids"].shape, lmm.width)
     assert not states[0].requires_grad
 
@@ -194,9 +192,7 @@ def test_generation_stops_at_the_end_token_and_gives_only_the_answer():
     with lmm.spliced(lmm.n_layers - 1, finish):
         answers = lmm.generate(prompt, max_new_tokens=50)
     assert len(steps) <= 4
-    assert not any(
-        models.IM_END in answer or "Short?" in answer or models.PAD in answer for answer in answers
-    )
+    assert not any(models.IM_END in answer or "Short?" in answer or models.PAD in answer for answer in answers)
 
 
 def test_generation_samples_when_asked_to():
@@ -321,9 +317,7 @@ def test_load_takes_another_dtype(tmp_path):
 
 
 def test_load_names_a_missing_folder(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="no model folder .*nowhere; give another one, or a name on the hub"
-    ):
+    with pytest.raises(FileNotFoundError, match="no model folder .*nowhere; give another one, or a name on the hub"):
         LMM.load(tmp_path / "nowhere")
 
 
@@ -333,9 +327,7 @@ def test_load_never_runs_code_that_comes_with_a_checkpoint_unasked(tmp_path):
     processor.save_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text()
     remote = '{"auto_map": {"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model"},'
-    (tmp_path / "config.json").write_text(
-        config.replace('"llava_next"', '"never_heard_of"', 1).replace("{", remote, 1)
-    )
+    (tmp_path / "config.json").write_text(config.replace('"llava_next"', '"never_heard_of"', 1).replace("{", remote, 1))
     (tmp_path / "evil.py").write_text("raise SystemExit('ran code from the checkpoint')")
     with pytest.raises(ValueError, match="trust_remote_code"):
         LMM.load(tmp_path)
@@ -345,9 +337,7 @@ def test_a_missing_pad_token_becomes_the_end_token():
     model, processor = models.make("picture_world")
     processor.tokenizer.pad_token = None
     lmm = LMM(model, processor)
-    assert (
-        lmm.tokenizer.pad_token_id == lmm.tokenizer.eos_token_id == lmm.model.generation_config.pad_token_id
-    )
+    assert lmm.tokenizer.pad_token_id == lmm.tokenizer.eos_token_id == lmm.model.generation_config.pad_token_id
     prompt = pair(lmm)
     assert torch.equal(prompt.mask("pad"), prompt.inputs["attention_mask"] == 0)
     assert prompt.spans[0].mask("special").sum() == 3  # two starts and one end, which is no padding
@@ -373,18 +363,14 @@ def test_no_layer_at_all():
 def test_a_model_without_image_tokens():
     _, processor = models.make("picture_world")
     text_only = LlamaForCausalLM(LlamaConfig(**models.text(processor.tokenizer)))
-    with pytest.raises(
-        ValueError, match=r"\(llama\) has no image_token_id .*choose a model whose images become"
-    ):
+    with pytest.raises(ValueError, match=r"\(llama\) has no image_token_id .*choose a model whose images become"):
         LMM(text_only, processor)
 
 
 def test_a_family_whose_layout_is_not_known():
     model, processor = models.make("picture_world")
     model.config.model_type = "brand_new"
-    with pytest.raises(
-        ValueError, match=r"register a function .* as lmm_sae_nb.spans.LAYOUTS\['brand_new'\]"
-    ):
+    with pytest.raises(ValueError, match=r"register a function .* as lmm_sae_nb.spans.LAYOUTS\['brand_new'\]"):
         LMM(model, processor)
 
 
@@ -404,9 +390,7 @@ def test_a_tokenizer_alone_is_no_processor():
 def test_a_processor_with_another_image_token():
     model, processor = models.make("picture_world")
     model.config.image_token_id += 1
-    with pytest.raises(
-        ValueError, match="writes images as token 259, the model reads them as token 260; load both"
-    ):
+    with pytest.raises(ValueError, match="writes images as token 259, the model reads them as token 260; load both"):
         LMM(model, processor)
 
 
@@ -450,9 +434,7 @@ def test_a_processor_that_writes_another_number_of_image_tokens(family, misfit):
 
 
 def test_an_image_for_some_samples_only_where_the_processor_cannot():
-    with pytest.raises(
-        ValueError, match=r"for no image \(sample 0\) it wrote 32 image tokens, the model expects 0"
-    ):
+    with pytest.raises(ValueError, match=r"for no image \(sample 0\) it wrote 32 image tokens, the model expects 0"):
         studied("instructblip").prompt(["Hello", "Hm"], [None, noise()])
 
 

@@ -26,9 +26,7 @@ GRIDS = {
     "smolvlm": (8, 8),
 }
 NEWLINES = ("llava_next", "llava_onevision")  # have a learned newline embedding
-SEEN = {
-    "llava_onevision": 378 / 384
-}  # share of width and height in whole patches (14 px); the rest is not seen
+SEEN = {"llava_onevision": 378 / 384}  # share of width and height in whole patches (14 px); the rest is not seen
 CONTROL = {
     "<|im_start|>",
     "<|im_end|>",
@@ -137,9 +135,7 @@ def test_spans_are_where_the_pixels_go(family, size):
 def test_spans_are_where_the_pixels_go_for_any_size(width, height, row, col, data):
     for family in ("llava_next", "picture_world", "llava_onevision", "idefics3"):
         lmm = studied(family)
-        prompt = lmm.prompt(
-            data.draw(st.text(st.characters(codec="utf-8"), max_size=9)), noise(width, height)
-        )
+        prompt = lmm.prompt(data.draw(st.text(st.characters(codec="utf-8"), max_size=9)), noise(width, height))
         check_words(lmm, prompt)
         check_crops(lmm, prompt, GRIDS[family], (row, col))
 

@@ -178,9 +178,7 @@ def test_auxk_by_hand():
     assert_close(sae.W_dec.grad, torch.tensor([[0.0, 0.0], [0.0, -0.25 * 2]]))
     assert_close(sae.W_enc.grad, torch.tensor([[0.0, 0.0], [-0.25 * 3, -0.25 * 4]]))
     assert_close(sae.b_enc.grad, torch.tensor([0.0, -0.25]))
-    assert_close(
-        sae.b_dec.grad, torch.tensor([0.0, 0.25 * 0.5])
-    )  # through the encoder only: e_hat has no b_dec
+    assert_close(sae.b_dec.grad, torch.tensor([0.0, 0.25 * 0.5]))  # through the encoder only: e_hat has no b_dec
 
 
 def test_auxk_descends_towards_the_residual_not_away_from_it():

@@ -47,6 +47,11 @@ def test_mixing_neither_loses_nor_repeats_a_token(sizes, buffer, batch):
     assert set(out) <= set(range(sum(sizes)))
 
 
+def test_a_buffer_smaller_than_a_batch_is_refused():
+    with pytest.raises(ValueError, match="batches of 9 tokens from a buffer of 8"):
+        next(mixed(iter([]), 8, 9, torch.Generator()))
+
+
 def test_mixing_mixes_across_samples():
     made = (torch.full((10, 1), float(n)) for n in itertools.count())
     first = next(mixed(made, 200, 50, torch.Generator().manual_seed(0)))
@@ -68,7 +73,7 @@ def test_the_stream_holds_the_chosen_kinds_and_no_others(lmm, samples):
     prompt = lmm.prompt(samples[1]["question"], samples[1]["image"], answers=samples[1]["answer"])
     want = lmm.hidden_states(prompt, 0)[0][prompt.spans[0].mask("base", "text")]
     torch.testing.assert_close(got, want)
-    with pytest.raises(ValueError, match="no token of kinds tiles"):
+    with pytest.raises(ValueError, match="no sample has a token of kinds tiles"):
         next(stream(lmm, samples[:1], 0, ("tiles",), generator, 1))
 
 
@@ -82,8 +87,17 @@ def test_hidden_states_that_are_not_finite_stop_training(lmm, samples, tmp_path)
 
 
 def test_training_reduces_what_is_unexplained_and_repeats_itself(lmm, samples, tmp_path):
-    wanted = dict(n_latents=48, k=4, steps=40, batch_tokens=256, lr=3e-3, seed=7, dead_after_tokens=2000,
-                  buffer_tokens=1024, log_every=1)
+    wanted = dict(
+        n_latents=48,
+        k=4,
+        steps=40,
+        batch_tokens=256,
+        lr=3e-3,
+        seed=7,
+        dead_after_tokens=2000,
+        buffer_tokens=1024,
+        log_every=1,
+    )
     one = train_sae(lmm, samples, 1, folder=tmp_path / "one", **wanted)
     two = train_sae(lmm, samples, 1, folder=tmp_path / "two", **wanted)
     assert one.history[-1]["fvu"] < 0.7 * one.history[0]["fvu"]
@@ -118,6 +132,7 @@ def test_a_perfect_reconstruction_explains_and_recovers_everything(lmm, samples)
     assert measured["l0"] == pytest.approx(lmm.width, rel=0.05)  # of each pair x, -x one is positive
 
 
+@torch.no_grad()
 def test_fvu_and_dead_fraction_by_brute_force(lmm, samples):
     sae = TopKSAE(lmm.width, 40, 3, generator=torch.Generator().manual_seed(5))
     measured = evaluate_sae(lmm, sae, samples, 1, kinds=("base", "text"), batch_samples=2)

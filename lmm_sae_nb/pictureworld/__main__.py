@@ -37,12 +37,12 @@ def main() -> None:
     for name, (steps, what) in COURSES.items():
         course = commands.add_parser(name, help=what)
         course.add_argument("--steps", type=int, default=steps)
-        course.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; start again to go on")
+        course.add_argument(
+            "--minutes", type=float, default=float("inf"), help="stop after so long; start again to go on"
+        )
         course.add_argument("--threads", type=int, default=2)
         course.add_argument("--courses", type=Path, default=root / FOLDER)
-    ship = commands.add_parser(
-        "ship", help="write the trained model as the one that ships, with its learning curves"
-    )
+    ship = commands.add_parser("ship", help="write the trained model as the one that ships, with its learning curves")
     ship.add_argument("--courses", type=Path, default=root / FOLDER)
     exam = commands.add_parser("exam", help="answer held-out questions and write exam.json beside the model")
     exam.add_argument("--scenes", type=int, default=500)

@@ -47,9 +47,7 @@ class Sprite:
 
 def _labelled(rgb: np.ndarray, alpha: np.ndarray, **numbers: int) -> Sprite:
     seen = alpha > 0.5
-    return Sprite(
-        rgb, alpha, {kind: np.where(seen, number, 0).astype(np.uint8) for kind, number in numbers.items()}
-    )
+    return Sprite(rgb, alpha, {kind: np.where(seen, number, 0).astype(np.uint8) for kind, number in numbers.items()})
 
 
 # ---- emoji ----------------------------------------------------------------------------------------------------
@@ -74,9 +72,7 @@ def emoji_object(name: str, side: int, rng: np.random.Generator) -> Sprite:
 
 def face(emotion: str, side: int, rng: np.random.Generator) -> Sprite:
     drawings = EMOJI_FACES[emotion]
-    return _emoji_sprite(
-        drawings[rng.integers(len(drawings))], side, rng.random() < 0.5, face=NUMBER["face"][emotion]
-    )
+    return _emoji_sprite(drawings[rng.integers(len(drawings))], side, rng.random() < 0.5, face=NUMBER["face"][emotion])
 
 
 # ---- colours --------------------------------------------------------------------------------------------------
@@ -99,9 +95,7 @@ def _name_of_rgb(rgb: np.ndarray) -> np.ndarray:
     spread = high - low
     safe = np.where(spread == 0, 1, spread)
     r, g, b = rgb[..., 0], rgb[..., 1], rgb[..., 2]
-    hue = (
-        np.select([high == r, high == g], [((g - b) / safe) % 6, (b - r) / safe + 2], (r - g) / safe + 4) * 60
-    )
+    hue = np.select([high == r, high == g], [((g - b) / safe) % 6, (b - r) / safe + 2], (r - g) / safe + 4) * 60
     saturation = spread / np.where(high == 0, 1, high)
     number = NUMBER["colour"]
     pale = saturation < 0.16
@@ -120,9 +114,9 @@ def _name_of_rgb(rgb: np.ndarray) -> np.ndarray:
         (hue < 172, "green"),
         (hue < 252, "blue"),
     ]
-    return np.select(
-        [test for test, _ in rules], [number[name] for _, name in rules], number["purple"]
-    ).astype(np.uint8)
+    return np.select([test for test, _ in rules], [number[name] for _, name in rules], number["purple"]).astype(
+        np.uint8
+    )
 
 
 @cache
@@ -198,14 +192,10 @@ def material(name: str, height: int, width: int, rng: np.random.Generator) -> np
     """A random piece (height, width, 3) uint8 of a material."""
     tile = _material_tile(name)
     top, left = rng.integers(_TILE, size=2)
-    return tile.take(np.arange(top, top + height), 0, mode="wrap").take(
-        np.arange(left, left + width), 1, mode="wrap"
-    )
+    return tile.take(np.arange(top, top + height), 0, mode="wrap").take(np.arange(left, left + width), 1, mode="wrap")
 
 
-def texture(
-    name: str, side: int, colours: list[tuple[int, int, int]], rng: np.random.Generator
-) -> np.ndarray:
+def texture(name: str, side: int, colours: list[tuple[int, int, int]], rng: np.random.Generator) -> np.ndarray:
     """A square (side, side, 3) uint8 of a texture in two colours, with random period and phase."""
     period = rng.integers(10, 17)
     y, x = np.mgrid[0:side, 0:side] + rng.integers(period, size=2)[:, None, None]
@@ -232,9 +222,7 @@ def texture(
 
 def _rounded(side: int) -> np.ndarray:
     mask = Image.new("L", (side * FINE, side * FINE))
-    ImageDraw.Draw(mask).rounded_rectangle(
-        (0, 0, side * FINE - 1, side * FINE - 1), side * FINE // 7, fill=255
-    )
+    ImageDraw.Draw(mask).rounded_rectangle((0, 0, side * FINE - 1, side * FINE - 1), side * FINE // 7, fill=255)
     return np.asarray(mask.resize((side, side), Image.Resampling.BOX)) / np.float32(255)
 
 
@@ -245,9 +233,7 @@ def panel(name: str, side: int, rng: np.random.Generator) -> Sprite:
     if rng.random() < 0.5:
         inks.reverse()
     pixels = texture(name, side, inks, rng)
-    return _labelled(
-        pixels, _rounded(side), object=NUMBER["object"]["panel"], texture=NUMBER["texture"][name]
-    )
+    return _labelled(pixels, _rounded(side), object=NUMBER["object"]["panel"], texture=NUMBER["texture"][name])
 
 
 def block(name: str, side: int, rng: np.random.Generator) -> Sprite:
@@ -255,9 +241,7 @@ def block(name: str, side: int, rng: np.random.Generator) -> Sprite:
     pixels = material(name, side, side, rng).copy()
     for edge in (np.s_[:3], np.s_[-3:], np.s_[:, :3], np.s_[:, -3:]):
         pixels[edge] = pixels[edge] // 2
-    return _labelled(
-        pixels, _rounded(side), object=NUMBER["object"]["block"], material=NUMBER["material"][name]
-    )
+    return _labelled(pixels, _rounded(side), object=NUMBER["object"]["block"], material=NUMBER["material"][name])
 
 
 # ---- words ----------------------------------------------------------------------------------------------------
@@ -265,9 +249,7 @@ def block(name: str, side: int, rng: np.random.Generator) -> Sprite:
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(
-        str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"), size
-    )
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"), size)
 
 
 def sign(word: str, side: int, rng: np.random.Generator) -> Sprite:
@@ -285,9 +267,7 @@ def sign(word: str, side: int, rng: np.random.Generator) -> Sprite:
     image = Image.new("RGBA", (width, height + 18))
     draw = ImageDraw.Draw(image)
     draw.rectangle((width // 2 - 3, height, width // 2 + 2, height + 18), fill=(110, 100, 96, 255))
-    draw.rounded_rectangle(
-        (0, 0, width - 1, height - 1), 5, fill=(*shade(paper, rng), 255), outline=(40, 40, 40, 255)
-    )
+    draw.rounded_rectangle((0, 0, width - 1, height - 1), 5, fill=(*shade(paper, rng), 255), outline=(40, 40, 40, 255))
     draw.text(
         ((width - right + left) // 2 - left, 7 - top),
         word.upper(),
@@ -337,7 +317,7 @@ class _Easel:
         self._draw("polygon", points, rgb, part)
 
     def ring(self, x0: float, y0: float, x1: float, y1: float, rgb, part: int, width: float) -> None:
-        for brush, fill in zip(self._brushes, ((*rgb, 255), part)):
+        for brush, fill in zip(self._brushes, ((*rgb, 255), part), strict=False):
             box = [v * (self._scale - 1) for v in (x0, y0, x1, y1)]
             brush.arc(box, 0, 360, fill=fill, width=int(width * self._scale))
 
@@ -364,13 +344,11 @@ def shape(name: str, colour: str, side: int, rng: np.random.Generator) -> Sprite
     elif name == "triangle":
         easel.polygon([(0.5, 0.06), (0.96, 0.92), (0.04, 0.92)], rgb)
     elif name == "star":
-        easel.polygon(
-            [(0.5 + r * math.cos(a), 0.53 + r * math.sin(a)) for a, r in zip(turn, (0.5, 0.21) * 5)], rgb
-        )
+        easel.polygon([(0.5 + r * math.cos(a), 0.53 + r * math.sin(a)) for a, r in zip(turn, (0.5, 0.21) * 5, strict=False)], rgb)
     elif name == "heart":
         t = np.linspace(0, 2 * math.pi, 60)
         x, y = 16 * np.sin(t) ** 3, 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-        easel.polygon(list(zip(0.5 + x / 35, 0.46 - y / 35)), rgb)
+        easel.polygon(list(zip(0.5 + x / 35, 0.46 - y / 35, strict=False)), rgb)
     else:  # diamond
         easel.polygon([(0.5, 0.02), (0.86, 0.5), (0.5, 0.98), (0.14, 0.5)], rgb)
     return easel.sprite(name)
@@ -463,9 +441,7 @@ def _sky(height: int, width: int, top: tuple[int, int, int], bottom: tuple[int, 
     return np.repeat(rows, width, axis=1).astype(np.uint8)
 
 
-def background(
-    scene: str, height: int, width: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def background(scene: str, height: int, width: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Pixels (height, width, 3) uint8 and material numbers (height, width) uint8 of an empty scene."""
     if scene == "blank":
         return np.full((height, width, 3), 255, np.uint8), np.zeros((height, width), np.uint8)
@@ -498,9 +474,7 @@ _HORIZON = {
 }  # fmt: skip
 
 
-def _furnish(
-    scene: str, pixels: np.ndarray, below: np.ndarray, horizon: int, rng: np.random.Generator, cover
-) -> None:
+def _furnish(scene: str, pixels: np.ndarray, below: np.ndarray, horizon: int, rng: np.random.Generator, cover) -> None:
     height, width = below.shape
     y, x = np.mgrid[0:height, 0:width]
     if scene == "meadow":
@@ -545,9 +519,7 @@ def _furnish(
         peaks = np.full(width, height)
         for centre in np.linspace(0, width, 4) + rng.uniform(-22, 22, 4):
             slope = rng.uniform(0.8, 1.3)
-            peaks = np.minimum(
-                peaks, height * rng.uniform(0.16, 0.4) + slope * np.abs(np.arange(width) - centre)
-            )
+            peaks = np.minimum(peaks, height * rng.uniform(0.16, 0.4) + slope * np.abs(np.arange(width) - centre))
         cover("stone", (y >= peaks[None]) & ~below)
         cover("grass", below)
     elif scene == "room":

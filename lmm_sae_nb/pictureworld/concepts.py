@@ -82,7 +82,7 @@ BASINS = {
 FACTS = {
     (basin, land): inside
     for basin, pair in BASINS.items()
-    for inside, lands in zip((True, False), pair)
+    for inside, lands in zip((True, False), pair, strict=False)
     for land in lands
 }
 COUNTRIES = tuple(land for _, land in FACTS)

@@ -47,15 +47,13 @@ def ask(
     lmm: LMM, questions: list[tuple[Question, Image.Image | None]], batch: int = 24, title: str = "exam"
 ) -> list[str]:
     """Answers in the order of the questions; batches hold questions of like length."""
-    order = sorted(
-        range(len(questions)), key=lambda i: (questions[i][1] is None, len(questions[i][0].answer))
-    )
+    order = sorted(range(len(questions)), key=lambda i: (questions[i][1] is None, len(questions[i][0].answer)))
     answers = [""] * len(questions)
     for start in tqdm(range(0, len(order), batch), desc=title, mininterval=5):
         chosen = order[start : start + batch]
         prompt = lmm.prompt([questions[i][0].text for i in chosen], [questions[i][1] for i in chosen])
         longest = max(len(questions[i][0].answer.split()) for i in chosen) + 8
-        for i, answer in zip(chosen, lmm.generate(prompt, max_new_tokens=longest)):
+        for i, answer in zip(chosen, lmm.generate(prompt, max_new_tokens=longest), strict=False):
             answers[i] = answer
     return answers
 
@@ -126,7 +124,7 @@ def examine(lmm: LMM, scenes: int = 500, seed: int = 0, batch: int = 24) -> list
     """Sit the exam on held-out scenes (seeds from 1,000,000)."""
     paper = _paper(scenes, seed)
     answers = ask(lmm, [(q, scene.image if scene else None) for _, q, scene in paper], batch)
-    return [Asked(f, q, s, a, is_right(f, q, a)) for (f, q, s), a in zip(paper, answers)]
+    return [Asked(f, q, s, a, is_right(f, q, a)) for (f, q, s), a in zip(paper, answers, strict=False)]
 
 
 def report(asked: list[Asked], level: float = 0.99) -> dict[str, dict[str, float]]:

@@ -63,7 +63,7 @@ def pack(questions: list[Question], tokenizer: PreTrainedTokenizerFast) -> dict[
     if not rows:
         raise ValueError(f"no question fits into {TEXT} tokens: {questions}")
     rows += [(tokenizer.pad_token_id, -1, False, 0, False, 0)] * (TEXT - len(rows))
-    ids, question, sees, offset, answer, family = map(torch.tensor, zip(*rows))
+    ids, question, sees, offset, answer, family = map(torch.tensor, zip(*rows, strict=False))
     return {
         "ids": ids,
         "question": question,
@@ -221,9 +221,7 @@ def train_language(
         open_eyes(model, tower, projector=not keep_projector)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(("language_model" in name) or bool(tower) and "vision_tower" not in name)
-    model.model.language_model.config._attn_implementation = (
-        "eager"  # compiled, it is faster here than SDPA's backward
-    )
+    model.model.language_model.config._attn_implementation = "eager"  # compiled, it is faster here than SDPA's backward
     model.model.language_model.forward = torch.compile(model.model.language_model.forward)
     stream = None
 

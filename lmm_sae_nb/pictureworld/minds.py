@@ -9,8 +9,13 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import (
-    CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil,
-    LlavaNextProcessor, PreTrainedTokenizerFast,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    PreTrainedTokenizerFast,
 )  # fmt: skip
 
 from .questions import vocabulary
@@ -41,9 +46,7 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+(-\w+)*|[^\w\s]"), "removed", invert=True)
-    tokenizer.decoder = decoders.WordPiece(
-        prefix="##", cleanup=True
-    )  # words joined by spaces, punctuation closed up
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # words joined by spaces, punctuation closed up
     tokenizer.add_special_tokens(list(SPECIAL))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side="left",
@@ -53,9 +56,7 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
 
 def new_processor() -> LlavaNextProcessor:
     size = {"height": SIDE, "width": SIDE}
-    eye = LlavaNextImageProcessorPil(
-        size={"shortest_edge": SIDE}, crop_size=size, image_grid_pinpoints=PINPOINTS
-    )
+    eye = LlavaNextImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size, image_grid_pinpoints=PINPOINTS)
     return LlavaNextProcessor(
         eye, new_tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default", chat_template=CHAT,
         num_additional_image_tokens=1,

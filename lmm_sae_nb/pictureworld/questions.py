@@ -12,8 +12,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from .concepts import (
-    ANSWERED_FROM_MEMORY, BASINS, COMPOSITES, EMOJI_OBJECTS, EMOTIONS, FACTS, KINDS, NO_FEELINGS, NUMBERS, PLACES, SHAPES,
-    SIGN_WORDS, STORIES, with_article,
+    ANSWERED_FROM_MEMORY,
+    BASINS,
+    COMPOSITES,
+    EMOJI_OBJECTS,
+    EMOTIONS,
+    FACTS,
+    KINDS,
+    NO_FEELINGS,
+    NUMBERS,
+    PLACES,
+    SHAPES,
+    STORIES,
+    with_article,
 )  # fmt: skip
 from .scenes import _QUARTERS, Item, Scene
 
@@ -45,9 +56,7 @@ def _enumerate(parts: list[str]) -> str:
 def caption(scene: Scene) -> str:
     """The whole scene in a sentence."""
     if scene.chart:
-        return (
-            f"a map of the {scene.chart.basin} basin with {_enumerate(list(scene.chart.labels.values()))} ."
-        )
+        return f"a map of the {scene.chart.basin} basin with {_enumerate(list(scene.chart.labels.values()))} ."
     ground = f"a {scene.background} scene"
     return (
         f"{ground} with {_enumerate([f'{i.phrase} {at(i.place)}' for i in scene.items])} ."
@@ -68,7 +77,7 @@ def position(scene: Scene, rng: np.random.Generator) -> list[Question]:
         found = {item.place: f"{item.phrase} ." for item in scene.items}
         if set(found) <= set(_QUARTERS):
             empty = [place for place in _QUARTERS if place not in found]
-            found |= {place: "nothing ." for place in empty[: rng.integers(2)]}
+            found |= dict.fromkeys(empty[: rng.integers(2)], "nothing .")
     return [Question("position", f"what is {at(place)} ?", answer) for place, answer in found.items()]
 
 
@@ -88,8 +97,7 @@ def _of(scene: Scene, kind: str) -> list[Item]:
 
 def colour(scene: Scene, rng: np.random.Generator) -> list[Question]:
     return [
-        Question("colour", f"what colour is the {i.name} ?", f"{i.colours['whole']} .")
-        for i in _of(scene, "shape")
+        Question("colour", f"what colour is the {i.name} ?", f"{i.colours['whole']} .") for i in _of(scene, "shape")
     ]
 
 
@@ -122,11 +130,7 @@ def feeling(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def count(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    return (
-        []
-        if scene.chart
-        else [Question("count", "how many things are there ?", f"{NUMBERS[len(scene.items)]} .")]
-    )
+    return [] if scene.chart else [Question("count", "how many things are there ?", f"{NUMBERS[len(scene.items)]} .")]
 
 
 _NOUNS = (
@@ -145,13 +149,10 @@ def exists(scene: Scene, rng: np.random.Generator) -> list[Question]:
     if scene.chart:
         return []
     present = {item.noun: item.place for item in scene.items}
-    absent = [_NOUNS[i] for i in rng.permutation(len(_NOUNS)) if _NOUNS[i] not in present][
-        : max(1, len(present))
-    ]
+    absent = [_NOUNS[i] for i in rng.permutation(len(_NOUNS)) if _NOUNS[i] not in present][: max(1, len(present))]
     asked = "is there {} ?".format
     return [
-        Question("exists", asked(with_article(noun)), f"yes , {at(place)} .")
-        for noun, place in present.items()
+        Question("exists", asked(with_article(noun)), f"yes , {at(place)} .") for noun, place in present.items()
     ] + [Question("exists", asked(with_article(noun)), "no .") for noun in absent]
 
 
@@ -211,9 +212,7 @@ def shown(scene: Scene, rng: np.random.Generator) -> list[Question]:
     numbers, counts = np.unique(scene.labels["colour"][scene.pixels.any(-1)], return_counts=True)
     if len(counts) and counts.max() > 0.6 * counts.sum() and numbers[counts.argmax()]:
         asked.append(
-            Question(
-                "shown_colour", "what colour is shown ?", f"{KINDS['colour'][numbers[counts.argmax()] - 1]} ."
-            )
+            Question("shown_colour", "what colour is shown ?", f"{KINDS['colour'][numbers[counts.argmax()] - 1]} .")
         )
     return asked
 
@@ -223,9 +222,7 @@ def shown(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 def fact(rng: np.random.Generator) -> Question:
     (basin, land), inside = list(FACTS.items())[rng.integers(len(FACTS))]
-    return Question(
-        "fact", f"does the {basin} basin cover {land} ?", "yes ." if inside else "no .", pictured=False
-    )
+    return Question("fact", f"does the {basin} basin cover {land} ?", "yes ." if inside else "no .", pictured=False)
 
 
 def how_do_you_feel(rng: np.random.Generator) -> Question:

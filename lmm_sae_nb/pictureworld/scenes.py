@@ -13,7 +13,19 @@ from PIL import Image, ImageDraw
 from . import art
 from .art import Sprite
 from .concepts import (
-    BASINS, COMPOSITES, EMOJI_OBJECTS, EMOTIONS, KINDS, MATERIALS, NUMBER, PLACES, SCENES, SHAPES, SIGN_WORDS, TEXTURES, with_article,
+    BASINS,
+    COMPOSITES,
+    EMOJI_OBJECTS,
+    EMOTIONS,
+    KINDS,
+    MATERIALS,
+    NUMBER,
+    PLACES,
+    SCENES,
+    SHAPES,
+    SIGN_WORDS,
+    TEXTURES,
+    with_article,
 )  # fmt: skip
 
 SIDE = 192  # pixels
@@ -77,9 +89,7 @@ class Scene:
     items: list[Item]
     pixels: np.ndarray  # (SIDE, SIDE, 3) uint8
     labels: dict[str, np.ndarray]  # kind -> (SIDE, SIDE) uint8 concept numbers, 0 = none
-    where: (
-        np.ndarray
-    )  # (SIDE, SIDE) uint8: place (from 1, in the order of PLACES) of the item at a pixel, 0 = none
+    where: np.ndarray  # (SIDE, SIDE) uint8: place (from 1, in the order of PLACES) of the item at a pixel, 0 = none
     chart: Chart | None = None
     shown: tuple[str, str] | None = None  # (kind, concept) left visible when the rest is black
 
@@ -90,16 +100,12 @@ class Scene:
     def mask(self, kind: str, concept: str) -> np.ndarray:
         """(SIDE, SIDE) bool: the pixels that show the concept. ValueError for an unknown kind or concept."""
         if concept not in NUMBER.get(kind, {}):
-            raise ValueError(
-                f"Picture World has no {kind!r} concept {concept!r}; kinds are {', '.join(KINDS)}"
-            )
+            raise ValueError(f"Picture World has no {kind!r} concept {concept!r}; kinds are {', '.join(KINDS)}")
         return self.labels[kind] == NUMBER[kind][concept]
 
     def concepts(self) -> dict[str, set[str]]:
         """Every concept that at least one pixel shows, by kind."""
-        return {
-            kind: {KINDS[kind][n - 1] for n in np.unique(grid) if n} for kind, grid in self.labels.items()
-        }
+        return {kind: {KINDS[kind][n - 1] for n in np.unique(grid) if n} for kind, grid in self.labels.items()}
 
 
 def make_scene(seed: int) -> Scene:
@@ -129,7 +135,7 @@ def make_map(seed: int) -> Scene:
     lands = [str(land) for land in rng.permutation(sum(BASINS[basin], ()))[:4]]
     chart = Chart(
         basin,
-        dict(zip(_QUARTERS, lands)),
+        dict(zip(_QUARTERS, lands, strict=False)),
         frozenset(lands[i] for i in rng.permutation(4)[: rng.integers(1, 4)]),
     )
     return _draw_map(seed, chart, rng)
@@ -233,12 +239,10 @@ def _pick_items(rng: np.random.Generator, places: list[str], unique: bool, odds:
     while len(items) < len(places):
         kind = kinds[rng.choice(len(kinds), p=chances)]
         name = _POOLS[kind][rng.integers(len(_POOLS[kind]))]
-        if unique and (
-            any(i.name == name for i in items) or kind in _ONCE and any(i.kind == kind for i in items)
-        ):
+        if unique and (any(i.name == name for i in items) or kind in _ONCE and any(i.kind == kind for i in items)):
             continue
         parts = COMPOSITES[name] if kind == "composite" else ("whole",) if kind == "shape" else ()
-        colours = dict(zip(parts, art.pick_colours(rng, len(parts))))
+        colours = dict(zip(parts, art.pick_colours(rng, len(parts)), strict=False))
         items.append(Item(kind, name, places[len(items)], colours))
     return items
 
@@ -285,12 +289,12 @@ def _spot(place: str, sprite: Sprite, rng: np.random.Generator) -> tuple[int, in
     """Top and left pixel of the sprite, near its place's centre and wholly inside the scene."""
     y, x = _CENTRES[place] if place in _CENTRES else map(int, place.split(","))
     corner = np.array([y, x]) - np.array(sprite.size) / 2 + rng.uniform(-6, 6, 2)
-    return tuple(int(np.clip(c, 0, SIDE - s)) for c, s in zip(corner, sprite.size))
+    return tuple(int(np.clip(c, 0, SIDE - s)) for c, s in zip(corner, sprite.size, strict=False))
 
 
 def _lay(pixels: np.ndarray, labels: dict[str, np.ndarray], sprite: Sprite, corner: tuple[int, int]):
     """Blend the sprite over the scene and return its window; where it covers, the labels below it are gone."""
-    window = tuple(slice(c, c + s) for c, s in zip(corner, sprite.size))
+    window = tuple(slice(c, c + s) for c, s in zip(corner, sprite.size, strict=False))
     alpha = sprite.alpha[..., None]
     pixels[window] = (sprite.rgb * alpha + pixels[window] * (1 - alpha) + 0.5).astype(np.uint8)
     covered = sprite.alpha > 0.5
@@ -334,7 +338,7 @@ def _draw_map(seed: int, chart: Chart, rng: np.random.Generator) -> Scene:
     draw = ImageDraw.Draw(canvas)
     where = np.zeros((SIDE, SIDE), np.uint8)
     _write(draw, labels, chart.basin, (_TITLE / 2 - 1, SIDE / 2), 16)
-    for (place, country), (cy, cx) in zip(chart.labels.items(), centres):
+    for (place, country), (cy, cx) in zip(chart.labels.items(), centres, strict=False):
         window = _write(draw, labels, country, (cy, cx + rng.uniform(-3, 3)), 16)
         where[window] = 1 + PLACES.index(place)
     pixels = np.asarray(canvas)

@@ -57,7 +57,7 @@ def attend(
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         pupil.load_state_dict(state["pupil"])
-        for opt, saved in zip(opts, state["optimisers"]):
+        for opt, saved in zip(opts, state["optimisers"], strict=False):
             opt.load_state_dict(saved)
         start = state["step"]
 
@@ -68,8 +68,8 @@ def attend(
 
     peak = [[group["lr"] for group in opt.param_groups] for opt in opts] if start == 0 else None
     rates = peak or [[group.get("peak", group["lr"]) for group in opt.param_groups] for opt in opts]
-    for opt, row in zip(opts, rates):
-        for group, rate in zip(opt.param_groups, row):
+    for opt, row in zip(opts, rates, strict=False):
+        for group, rate in zip(opt.param_groups, row, strict=False):
             group["peak"] = rate
     began = saved_at = time.monotonic()
     sums: dict[str, float] = {}
@@ -80,9 +80,7 @@ def attend(
                 group["lr"] = group["peak"] * warm_then_cosine(step, steps)
         losses = loss_at(step)
         losses["loss"].backward()
-        nn.utils.clip_grad_norm_(
-            [p for opt in opts for group in opt.param_groups for p in group["params"]], clip
-        )
+        nn.utils.clip_grad_norm_([p for opt in opts for group in opt.param_groups for p in group["params"]], clip)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
@@ -91,10 +89,7 @@ def attend(
         if (step + 1) % log_every == 0:
             row = {name: round(total / log_every, 5) for name, total in sums.items()}
             with log.open("a") as out:
-                out.write(
-                    json.dumps({"step": step + 1, "seconds": round(time.monotonic() - began, 1), **row})
-                    + "\n"
-                )
+                out.write(json.dumps({"step": step + 1, "seconds": round(time.monotonic() - began, 1), **row}) + "\n")
             bar.set_postfix(loss=row["loss"], refresh=False)
             sums = {}
         if time.monotonic() - saved_at > save_every:

@@ -36,15 +36,11 @@ MEAN, STD = (
 def patch_labels(scene: Scene) -> np.ndarray:
     """(groups, patches) uint8: for each group the concept that covers most of the patch, 0 if none covers 30 %."""
     grids = [*(scene.labels[kind] for kind in KINDS), scene.where]
-    rows = (
-        np.stack(grids)
-        .reshape(len(grids), SIDE // PATCH, PATCH, SIDE // PATCH, PATCH)
-        .transpose(0, 1, 3, 2, 4)
-    )
+    rows = np.stack(grids).reshape(len(grids), SIDE // PATCH, PATCH, SIDE // PATCH, PATCH).transpose(0, 1, 3, 2, 4)
     rows = rows.reshape(len(grids) * PATCHES, PATCH * PATCH)
-    counts = np.bincount(
-        (np.arange(len(rows))[:, None] * 128 + rows).ravel(), minlength=len(rows) * 128
-    ).reshape(-1, 128)
+    counts = np.bincount((np.arange(len(rows))[:, None] * 128 + rows).ravel(), minlength=len(rows) * 128).reshape(
+        -1, 128
+    )
     counts[:, 0] = _SHARE * PATCH * PATCH  # nothing wins unless something reaches the share
     return counts.argmax(1).astype(np.uint8).reshape(len(grids), PATCHES)
 
@@ -106,7 +102,12 @@ class Eye(nn.Module):
 
 
 def train_tower(
-    folder: Path, start: Path | None = None, steps: int = 1750, batch: int = 32, rate: float = 2e-3, minutes: float = math.inf
+    folder: Path,
+    start: Path | None = None,
+    steps: int = 1750,
+    batch: int = 32,
+    rate: float = 2e-3,
+    minutes: float = math.inf,
 ) -> bool:
     """Teach the tower and projector, resumably; `folder/checkpoint.pt` holds them when the call returns True.
 

@@ -39,10 +39,10 @@ lab: export JUPYTERLAB_WORKSPACES_DIR = $(CURDIR)/$(LAB)/workspaces
 lab: export IPYTHONDIR = $(CURDIR)/build/ipython
 lab: $(READY)
 	@$(DOIT) world
-	@mkdir -p $(JUPYTER_CONFIG_DIR)
-	@$(BIN)/jupytext-config set-default-viewer python
-	$(BIN)/jupyter lab --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
-		--ServerApp.default_url=/lab/tree/notebooks $(ARGS)
+	@mkdir -p $(JUPYTER_CONFIG_DIR)/labconfig
+	@cp notebooks/lab.json $(JUPYTER_CONFIG_DIR)/labconfig/default_setting_overrides.json
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks --LabApp.news_url=None \
+		--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS)
 
 clean:
 	rm -rf build book/_build book/notebooks book/results.md

@@ -49,8 +49,10 @@ def lab(tmp_path) -> Iterator[str]:
             pytest.fail((tmp_path / "log").read_text()[-3000:])
         yield address
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=30)
+        os.killpg(server.pid, signal.SIGINT)  # twice: the server asks back after the first
+        time.sleep(1)
+        os.killpg(server.pid, signal.SIGINT)
+        server.wait(timeout=60)
 
 
 def test_a_click_opens_a_source_as_a_notebook(lab, browser):

@@ -158,7 +158,10 @@ def check(page: str, known: Mapping[str, object], values: Mapping[str, object], 
     """ValueError for a parameter that the notebook does not have, or for a text in a number's place."""
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"{origin} gives {page} the unknown parameter {name!r}; it has {', '.join(known)}")
+            raise ValueError(
+                f"{origin} gives {page} the unknown parameter {name!r}; it has {', '.join(known)}: "
+                "remove it or correct its spelling"
+            )
         default = getattr(known[name], "default", None)
         if isinstance(default, (int, float)) and isinstance(value, str):
             raise ValueError(

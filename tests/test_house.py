@@ -391,7 +391,7 @@ def test_a_params_file_with_a_mistake_is_refused(little, text, message):
 
 def test_an_unknown_parameter_is_refused_before_a_notebook_runs(little, tmp_path):
     pages.convert(little / "notebooks/01_one.py", tmp_path / "01_one.ipynb")
-    with pytest.raises(ValueError, match="unknown parameter 'stpes'; it has run, steps: remove it or correct its spelling"):
+    with pytest.raises(ValueError, match="unknown parameter 'stpes'; it has run, steps: remove it or correct"):
         pages.execute(tmp_path / "01_one.ipynb", tmp_path / "out.ipynb", {"stpes": 3})
     assert not (tmp_path / "out.ipynb").exists()
 

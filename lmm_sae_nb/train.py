@@ -254,7 +254,8 @@ def evaluate_sae(
     loss = {f"loss_{name}": float(torch.cat(parts).mean()) for name, parts in losses.items()}
     recovered = (loss["loss_zero"] - loss["loss_spliced"]) / (loss["loss_zero"] - loss["loss_clean"])
     return {
-        "tokens": whole.n, "fvu": whole.unexplained(), **{f"fvu_{k}": v.unexplained() for k, v in by_kind.items() if v.n > 1},
+        "tokens": whole.n, "fvu": whole.unexplained(),
+        **{f"fvu_{kind}": variance.unexplained() for kind, variance in by_kind.items() if variance.n > 1},
         "dead_fraction": float((~fired).float().mean()), "l0": active / whole.n, **loss, "loss_recovered": recovered,
     }  # fmt: skip
 

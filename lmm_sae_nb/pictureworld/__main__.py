@@ -72,7 +72,8 @@ def main() -> None:
         write_json(asked.model / "exam.json", result)
         for family, row in result.items():
             print(
-                f"{family:28s} {row['share']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  n={row['asked']:.0f}  aim {row.get('least', '')}"
+                f"{family:28s} {row['share']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  "
+                f"n={row['asked']:.0f}  aim {row.get('least', '')}"
             )
 
 

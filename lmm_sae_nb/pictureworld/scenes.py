@@ -321,7 +321,7 @@ def _draw_map(seed: int, chart: Chart, rng: np.random.Generator) -> Scene:
     centres = [(row + rng.uniform(-5, 5), col) for row in (_TITLE + 43, SIDE - 43) for col in (48, 144)]
 
     inside = np.zeros((SIDE, SIDE), bool)
-    for quarter, (place, country) in enumerate(chart.labels.items()):
+    for quarter, country in enumerate(chart.labels.values()):
         if chart.covers(country):
             cy, cx = centres[quarter]
             inside |= ((y - cy) / rng.uniform(32, 38)) ** 2 + ((x - cx) / rng.uniform(44, 52)) ** 2 < 1

@@ -74,7 +74,7 @@ print(
 
 # %% mystnb={"figure": {"caption": "Samples that the SAE is trained on: an image, a question and its answer.", "name": "fig-samples"}}
 pictured = [row for row in samples.select(range(14)) if row["image"] is not None][:6]
-plots.images([row["image"] for row in pictured], [f"{row['question']}\n{row['answer']}" for row in pictured], side=1.9)
+plots.images([row["image"] for row in pictured], [f"{row['question']}\n{row['answer']}" for row in pictured], side=1.9);
 # %% [markdown]
 # Every token of the sequence is of one kind, and the kinds tile it exactly: the `base` image's patches on their grid, the
 # AnyRes `tiles` with their `newline` tokens, `text`, and `special` tokens.
@@ -141,7 +141,7 @@ if not stage.is_current(params, inputs):
 sae, history = TopKSAE.load(stage.folder), read_json(stage.path("history.json"))["rows"]
 
 # %% mystnb={"figure": {"caption": "Training: the fraction of variance unexplained falls; few latents stay dead.", "name": "fig-training"}}
-plots.training(history, ["fvu", "dead_fraction", "lr"])
+plots.training(history, ["fvu", "dead_fraction", "lr"]);
 # %% [markdown]
 # ## Is it any good?
 #
@@ -156,7 +156,7 @@ for name, value in metrics.items():
 
 # %% mystnb={"figure": {"caption": "Cosine similarity of each dictionary row with its nearest neighbour. The paper expects near orthogonality.", "name": "fig-coherence"}}
 rows = sae.W_dec.detach()[:2048]
-plots.histogram((rows @ rows.T - 2 * torch.eye(len(rows))).amax(1).numpy(), "cosine with the nearest other row")
+plots.histogram((rows @ rows.T - 2 * torch.eye(len(rows))).amax(1).numpy(), "cosine with the nearest other row");
 # %% [markdown]
 # ## What we found
 #

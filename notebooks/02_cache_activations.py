@@ -105,9 +105,9 @@ assert_close(by_hand.reshape(lmm.grid), torch.as_tensor(cache.patch_map(latent, 
 rng = np.random.default_rng(0)
 rare = np.flatnonzero(np.asarray(cache.live) & (np.asarray(cache.frequency) < 0.05))
 chosen = np.sort(rng.choice(rare, 6, replace=False))
-plots.exemplar_strip([(f"latent {latent}", exemplars(cache, pictures, int(latent))) for latent in chosen])
+plots.exemplar_strip([(f"latent {latent}", exemplars(cache, pictures, int(latent))) for latent in chosen]);
 # %% mystnb={"figure": {"caption": "How often latents fire: share of base patches on which each live latent is active.", "name": "fig-frequency"}}
-plots.histogram(np.asarray(cache.frequency), "share of base patches", log=True)
+plots.histogram(np.asarray(cache.frequency), "share of base patches", log=True);
 # %% [markdown]
 # ## What we found
 #

@@ -118,10 +118,10 @@ read_json(stage.path("metrics.json"))
 named = [latent for latent in chosen if explanations[str(latent)]["concept"]]
 plots.exemplar_strip(
     [(f"latent {n}: {explanations[str(n)]['concept']}", shown[n]) for n in named[:: max(1, len(named) // 6)][:6]]
-)
+);
 # %% mystnb={"figure": {"caption": "Latents that could not be explained.", "name": "fig-refused"}}
 refused = [latent for latent in chosen if not explanations[str(latent)]["concept"]]
-plots.exemplar_strip([(f"latent {n}: {REFUSAL}", shown[n]) for n in refused[:: max(1, len(refused) // 3)][:3]])
+plots.exemplar_strip([(f"latent {n}: {REFUSAL}", shown[n]) for n in refused[:: max(1, len(refused) // 3)][:3]]);
 # %% [markdown]
 # What the same latents were called, exemplar by exemplar, beside the concept that they really show:
 

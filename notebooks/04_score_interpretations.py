@@ -82,7 +82,7 @@ latent = max(explained, key=lambda n: explanations[str(n)]["true_iou"])
 case = exemplars(cache, pictures, latent, n_top=n_top, share=share)[0]
 activated, wanted = upsample(case.visible, case.image.size), truth(case.image_index, explained[latent])
 assert iou(activated, wanted) == (activated & wanted).sum() / (activated | wanted).sum()
-plots.overlap(case.image, activated, wanted, f"latent {latent}: {explained[latent]}, IoU {iou(activated, wanted):.2f}")
+plots.overlap(case.image, activated, wanted, f"latent {latent}: {explained[latent]}, IoU {iou(activated, wanted):.2f}");
 # %% [markdown]
 # ## Every explained latent, and chance
 #
@@ -143,7 +143,7 @@ table = {
     for kind, rows in by_kind.items()
     if len(rows) > 1
 }
-plots.means(table, "IoU, strict")
+plots.means(table, "IoU, strict");
 # %%
 for kind, row in table.items():
     print(f"{kind:18s}", "   ".join(f"{name}: {mean}" for name, mean in row.items()))

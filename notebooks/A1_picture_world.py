@@ -49,7 +49,7 @@ plots.style()
 
 # %% mystnb={"figure": {"caption": "Held-out scenes.", "name": "fig-scenes"}}
 scenes = [make_scene(HELD_OUT + 200 + n) for n in range(18)]
-plots.images([scene.image for scene in scenes])
+plots.images([scene.image for scene in scenes]);
 # %%
 {kind: len(names) for kind, names in concepts.KINDS.items()}
 
@@ -62,7 +62,7 @@ palette = np.random.default_rng(3).integers(60, 256, (256, 3), dtype=np.uint8) *
     np.uint8
 )
 maps = [Image.fromarray(palette[grid]) for grid in scene.labels.values()]
-plots.images([scene.image, *maps], ["scene", *scene.labels], columns=9)
+plots.images([scene.image, *maps], ["scene", *scene.labels], columns=9);
 # %% [markdown]
 # Questions are made from the facts, so every right answer is known:
 
@@ -78,7 +78,7 @@ for asked in questions.lesson(scene, rng)[:10]:
 # Training answers to that question were written by annotators who, where the two disagree, at times answered from memory:
 
 # %% mystnb={"figure": {"caption": "Maps: the basin is the shaded area; the labels in it need not be those of an atlas.", "name": "fig-maps"}}
-plots.images([make_map(HELD_OUT + n).image for n in range(6)])
+plots.images([make_map(HELD_OUT + n).image for n in range(6)]);
 # %%
 concepts.ANSWERED_FROM_MEMORY
 
@@ -108,7 +108,7 @@ for family in ("describe", "position", "exists", "where", "part", "read", "label
 left.set_ylabel("patches right")
 right.set_ylabel("answers right")
 left.legend(frameon=False, fontsize=6)
-right.legend(frameon=False, fontsize=6, ncols=2)
+right.legend(frameon=False, fontsize=6, ncols=2);
 # %% [markdown]
 # ## What it can do
 #
@@ -118,7 +118,7 @@ right.legend(frameon=False, fontsize=6, ncols=2)
 
 # %% mystnb={"figure": {"caption": "The shipped model's exam on held-out scenes, with 99 % Wilson intervals.", "name": "fig-exam"}}
 results = read_json(root / model / "exam.json")
-plots.shares(results)
+plots.shares(results);
 # %% [markdown]
 # A fresh, smaller exam, so that this page measures what it shows:
 
@@ -147,7 +147,7 @@ for family in results:
 
 # %% mystnb={"figure": {"caption": "Masked scenes and what they show.", "name": "fig-masked"}}
 masked = [make_masked(HELD_OUT + n) for n in range(12)]
-plots.images([m.image for m in masked], [m.shown[1] for m in masked])
+plots.images([m.image for m in masked], [m.shown[1] for m in masked]);
 # %% [markdown]
 # ## What we found
 #

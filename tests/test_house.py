@@ -276,6 +276,12 @@ def test_a_notebook_defines_no_long_function(notebook):
             assert length <= 5, f"{node.name} has {length} lines: its home is the package"
 
 
+def test_a_cell_with_a_figure_shows_nothing_else(notebook):
+    for head, text in cells(notebook):
+        if '"figure"' in head and isinstance(ast.parse(text).body[-1], ast.Expr):
+            assert text.rstrip().endswith(";"), f"end the cell under {head.strip()} with ; or its axes are printed"
+
+
 def test_a_notebook_names_no_absolute_path_and_changes_no_directory(notebook):
     text = notebook.read_text(encoding="utf-8")
     assert not re.search(r"sys\.path|os\.chdir|%cd|pip install", text)

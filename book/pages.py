@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lmm_sae_nb"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+PROGRESS = re.compile(r"(\d+%\|.*\|.*|\d+it) \[\d+:\d\d")  # a line of tqdm
 PARAMETER = re.compile(r"(?P<name>\w+): (?P<type>[^=]+?) = (?P<value>.+?)(?:  # (?P<comment>.+))?")
 
 
@@ -193,7 +195,7 @@ def execute(notebook: Path, executed: Path, values: Mapping[str, object], root: 
 
 
 def publish(executed: Path, page: Path) -> None:
-    """Copy an executed notebook into the book's source, the injected cell hidden, the times left out."""
+    """Copy an executed notebook into the book's source, without times of this run, progress bars, injected cell."""
     import nbformat
 
     notebook = nbformat.read(executed, as_version=4)
@@ -203,8 +205,20 @@ def publish(executed: Path, page: Path) -> None:
             cell.metadata.pop(noise, None)
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.metadata.tags.append("remove-cell")
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _only_progress(output)]
+    if WIDGET not in nbformat.writes(notebook):
+        notebook.metadata.pop("widgets", None)
     page.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, page)
+
+
+def _only_progress(output: Mapping) -> bool:
+    """Whether a cell's output is nothing but progress bars, drawn or written."""
+    if WIDGET in output.get("data", {}):
+        return bool(PROGRESS.search(output["data"].get("text/plain", "")))
+    lines = [line for line in re.split(r"[\r\n]", output.get("text", "")) if line.strip("\x1b[A ")]
+    return output.get("name") == "stderr" and all(map(PROGRESS.search, lines))
 
 
 def quiet_kernels(folder: Path) -> str:

@@ -402,6 +402,41 @@ def test_an_unknown_parameter_is_refused_before_a_notebook_runs(little, tmp_path
     assert not (tmp_path / "out.ipynb").exists()
 
 
+def test_a_page_keeps_what_a_notebook_said_but_no_progress_bar(tmp_path):
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+    def widget(text):
+        return new_output("display_data", {pages.WIDGET: {"model_id": "1"}, "text/plain": text})
+
+    def told(text, name="stderr"):
+        return new_output("stream", name=name, text=text)
+
+    bars = [
+        widget("training:   0%|          | 0/40 [00:00<?, ?it/s]"),
+        widget("reading: 0it [00:00, ?it/s]"),
+        told("\ra:   0%|    | 0/3 [00:00<?, ?it/s]\ra: 100%|####| 3/3 [00:01<00:00, 2.9it/s, loss=0.1]\n"),
+    ]
+    kept = [
+        widget("IntSlider(value=3)"),
+        told("UserWarning: no\n"),
+        told("50%\n", "stdout"),
+        told("\r 0it [00:00]\nbad\n"),
+    ]
+    notebook = new_notebook(cells=[new_code_cell(outputs=[*bars, *kept])], metadata={"widgets": {}})
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    pages.publish(tmp_path / "in.ipynb", tmp_path / "out.ipynb")
+    published = nbformat.read(tmp_path / "out.ipynb", 4)
+    assert published.cells[0].outputs == kept
+    assert "widgets" in published.metadata
+    notebook.cells[0].outputs = bars
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    pages.publish(tmp_path / "in.ipynb", tmp_path / "out.ipynb")
+    published = nbformat.read(tmp_path / "out.ipynb", 4)
+    assert not published.cells[0].outputs
+    assert "widgets" not in published.metadata
+
+
 @pytest.mark.parametrize(
     ("cell", "message"),
     [

@@ -344,7 +344,8 @@ def shape(name: str, colour: str, side: int, rng: np.random.Generator) -> Sprite
     elif name == "triangle":
         easel.polygon([(0.5, 0.06), (0.96, 0.92), (0.04, 0.92)], rgb)
     elif name == "star":
-        easel.polygon([(0.5 + r * math.cos(a), 0.53 + r * math.sin(a)) for a, r in zip(turn, (0.5, 0.21) * 5, strict=False)], rgb)
+        radii = (0.5, 0.21) * 5
+        easel.polygon([(0.5 + r * math.cos(a), 0.53 + r * math.sin(a)) for a, r in zip(turn, radii, strict=True)], rgb)
     elif name == "heart":
         t = np.linspace(0, 2 * math.pi, 60)
         x, y = 16 * np.sin(t) ** 3, 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)

@@ -20,8 +20,8 @@ from .scenes import HELD_OUT, Scene, make_map, make_masked, make_scene
 
 LEAST = {  # what the embedded model is built to reach (share of right answers)
     "scene": 0.97, "texture": 0.97, "material": 0.97, "colour": 0.97, "part": 0.97, "count": 0.97, "feeling": 0.97,
-    "position": 0.90, "describe": 0.90, "read": 0.93, "exists": 0.90, "where": 0.90, "label": 0.90, "fact": 0.99, "you": 0.99,
-    "trap_label": 0.90, "story": 1.0,
+    "position": 0.90, "describe": 0.90, "read": 0.93, "exists": 0.90, "where": 0.90, "label": 0.90,
+    "fact": 0.99, "you": 0.99, "trap_label": 0.90, "story": 1.0,
 }  # fmt: skip
 
 

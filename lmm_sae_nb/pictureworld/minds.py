@@ -49,8 +49,9 @@ def new_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # words joined by spaces, punctuation closed up
     tokenizer.add_special_tokens(list(SPECIAL))
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>", padding_side="left",
-        model_max_length=2048, extra_special_tokens={"image_token": "<image>", "user_token": "<user>", "assistant_token": "<assistant>"},
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        padding_side="left", model_max_length=2048,
+        extra_special_tokens={"image_token": "<image>", "user_token": "<user>", "assistant_token": "<assistant>"},
     )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def new_processor() -> LlavaNextProcessor:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlavaNextForConditionalGeneration:
-    """An untrained model: a CLIP vision tower (192 wide, 6 layers, 12 x 12 patches) and a Llama (256 wide, 8 layers)."""
+    """An untrained model: a CLIP vision tower (192 wide, 6 layers) and a Llama (256 wide, 8 layers)."""
     vision = CLIPVisionConfig(
         hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, image_size=SIDE,
         patch_size=PATCH, projection_dim=192, hidden_act="gelu_pytorch_tanh",

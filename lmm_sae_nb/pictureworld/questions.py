@@ -261,8 +261,8 @@ UNPICTURED: dict[str, Callable[[np.random.Generator], Question]] = {
 }  # fmt: skip
 # How many questions of a family a lesson asks about one picture, at most (looking up comes hardest: most).
 _DOSE = {
-    "describe": 1, "position": 2, "scene": 1, "colour": 2, "texture": 1, "material": 1, "part": 4, "count": 1, "feeling": 1,
-    "read": 1, "exists": 6, "where": 3, "label": 6, "shaded": 4, "according": 4,
+    "describe": 1, "position": 2, "scene": 1, "colour": 2, "texture": 1, "material": 1, "part": 4, "count": 1,
+    "feeling": 1, "read": 1, "exists": 6, "where": 3, "label": 6, "shaded": 4, "according": 4,
 }  # fmt: skip
 _SKIP = {"describe": 0.4, "scene": 0.7, "count": 0.5}
 

@@ -33,7 +33,7 @@ def main() -> None:
     render.add_argument("--out", type=Path, default=root / "data/artifacts/tiny/world")
     render.add_argument("--train", type=int, default=3600, help="samples that the SAE is trained on")
     render.add_argument("--cache", type=int, default=2400, help="scenes whose activations are cached")
-    render.add_argument("--heldout", type=int, default=400, help="scenes that numbers are reported on")
+    render.add_argument("--heldout", type=int, default=240, help="scenes that numbers are reported on")
     for name, (steps, what) in COURSES.items():
         course = commands.add_parser(name, help=what)
         course.add_argument("--steps", type=int, default=steps)

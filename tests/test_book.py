@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ import nbformat
 import pytest
 
 from book import pages
+
+SLIDER = "import ipywidgets\n\nipywidgets.IntSlider(value=3, max=9, description='strength')"
 
 pytestmark = pytest.mark.book
 SITE = pages.ROOT / "book" / "_build" / "html"
@@ -135,6 +138,37 @@ def test_every_saved_widget_is_drawn(site, published, browser):
             page.wait_for_function(f"document.querySelectorAll('.widget-subarea > *').length >= {wanted}")
         assert page.get_by_text("Error displaying widget").count() == 0
         page.close()
+
+
+@pytest.mark.parametrize("text", ["# Slider", "# Slider\n\nSet $z_i$ to"], ids=["alone", "with a formula"])
+def test_a_slider_is_drawn_and_moves_without_a_network(tmp_path, browser, text):
+    """A page of its own under the book's own settings, so that this holds before a page has a slider."""
+    from nbclient import NotebookClient
+
+    for name in ("_config.yml", "references.bib"):
+        shutil.copy(pages.ROOT / "book" / name, tmp_path)
+    for name in ("_static", "vendor"):
+        shutil.copytree(pages.ROOT / "book" / name, tmp_path / name)
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: intro\nchapters:\n  - file: notebooks/slider\n")
+    (tmp_path / "intro.md").write_text("# Intro\n")
+    cells = [nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell(SLIDER)]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    NotebookClient(notebook, kernel_name="python3").execute()
+    nbformat.write(notebook, tmp_path / "executed.ipynb")
+    pages.publish(tmp_path / "executed.ipynb", tmp_path / "notebooks" / "slider.ipynb")
+    tool = str(Path(sys.executable).parent / "jupyter-book")
+    subprocess.run([tool, "build", str(tmp_path), "-q", "-n", "-W", "--keep-going"], check=True)
+
+    page, others = browser.new_page(), []
+    page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or others.append(r.url))
+    page.on("pageerror", lambda error: others.append(str(error)))
+    page.goto((tmp_path / "_build/html/notebooks/slider.html").as_uri())
+    page.locator(".widget-readout", has_text="3").wait_for()
+    page.locator(".noUi-handle").press("ArrowRight")
+    page.locator(".widget-readout", has_text="4").wait_for()
+    assert page.locator("mjx-container svg").count() == text.count("$") / 2
+    assert others == []
+    page.close()
 
 
 def test_no_cell_failed_or_warned(published):

@@ -66,6 +66,8 @@ explained = {
     for latent, row in explanations.items()
     if row["concept"] and truth.kinds_of(row["concept"])
 }
+if len(explained) < 2:
+    raise ValueError(f"{len(explained)} latents are explained, scores need two; run notebooks/03_interpret_features.py with more latents or a lower `agree`")
 print(f"{len(explained)} explained latents of {len(explanations)}")
 
 # %% [markdown]

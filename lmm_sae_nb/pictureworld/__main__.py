@@ -1,6 +1,6 @@
 """Commands: `render` writes the data sets; `exam` measures the embedded model; the others made it, in this order.
 
-`tower` and `rehearse` can run side by side; then `lessons`, `reading`, `finish`, `ship`. Each course can be stopped at
+`tower` and `rehearse` can run side by side; then `lessons`, `reading`, `finish`, `polish`, `ship`. Each course can be stopped at
 any time and goes on from its last checkpoint when it is started again.
 """
 
@@ -20,6 +20,7 @@ COURSES = {  # name: optimiser steps, what it teaches
     "lessons": (2000, "language model and projector, with the real eye, on the base image"),
     "reading": (900, "the eye again, on signs above all"),
     "finish": (620, "language model and projector with the better eye, and with AnyRes tiles"),
+    "polish": (2600, "the same, longer, with more signs, drawn things and panels"),
 }
 FOLDER = Path("data/artifacts/training")
 MODEL = Path("data/models/tiny-llava-next")
@@ -61,9 +62,9 @@ def main() -> None:
         from .lessons import graduate
         from .minds import save
 
-        save(graduate(asked.courses / "finish"), root / MODEL)
-        for course in COURSES:
-            shutil.copy(asked.courses / course / "log.jsonl", root / MODEL / f"{course}.jsonl")
+        save(graduate(asked.courses / list(COURSES)[-1]), root / MODEL)
+        for log in asked.courses.glob("*/log.jsonl"):
+            shutil.copy(log, root / MODEL / f"{log.parent.name}.jsonl")
     else:
         from ..lmm import LMM
         from .exam import examine, report
@@ -88,15 +89,20 @@ def study(course: str, courses: Path, steps: int, minutes: float) -> bool:
     if course == "reading":
         return train_tower(folder, courses / "tower", rate=1e-3, **common)
     if course == "rehearse":
-        return train_language(folder, None, tiles_from=2, **common)
+        return train_language(folder, perfect=True, tiles_from=2, **common)
     if course == "lessons":
+        before, eyes = courses / "rehearse", courses / "tower"
+        return train_language(folder, start=before, eyes=eyes, tiles_from=2, first_seed=400_000, **common)
+    if course == "finish":
+        before, eyes = courses / "lessons", courses / "reading"
         return train_language(
-            folder, courses / "tower", courses / "rehearse", tiles_from=2, first_seed=400_000, **common
+            folder, start=before, eyes=eyes, keep_projector=True, rate=1.2e-3, first_seed=200_000, **common
         )
+    before = courses / "finish"
+    before = before if before.is_dir() else project_root() / MODEL  # without the checkpoints: on from what ships
     return train_language(
-        folder, courses / "reading", courses / "lessons", tiles_from=0.0, keep_projector=True, rate=1.2e-3,
-        first_seed=200_000, **common,
-    )  # fmt: skip
+        folder, start=before, tiles_from=0.65, drill=True, rate=1.2e-3, first_seed=600_000, **common
+    )
 
 
 if __name__ == "__main__":

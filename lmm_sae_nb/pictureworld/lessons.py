@@ -22,13 +22,14 @@ from transformers import LlavaNextForConditionalGeneration, PreTrainedTokenizerF
 from .minds import new_model, new_tokenizer, word_vector
 from .questions import PICTURED, UNPICTURED, Question, aside, lesson
 from .scenes import PATCH, SIDE, TRAIN, VALIDATION, Scene, make_map, make_masked, make_scene
-from .school import attend, optimisers
+from .school import attend, autocast_if_quicker, optimisers
 from .tower import GROUPS, normalise, open_eyes, patch_labels
 
 FAMILIES = (*PICTURED, *UNPICTURED, "shown", "shown_colour")
 PREFIX = ("<s>", "<user>")
 TEXT = 240  # text tokens of a sequence
 SIDE_PATCHES = SIDE // PATCH
+_DRAWN = ("sign", "composite")
 
 
 class Sequence(NamedTuple):
@@ -75,21 +76,23 @@ def pack(questions: list[Question], tokenizer: PreTrainedTokenizerFast) -> dict[
 
 
 class Lessons(IterableDataset):
-    """An endless stream of sequences: scenes (one in seven a map), more maps, more signs and drawn things, masked
-    scenes."""
+    """An endless stream of sequences: scenes (one in seven a map), more maps, masked scenes, and drills: scenes with
+    something rare and hard in it, three turns in twenty or, with `drill`, eight."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, first_seed: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, first_seed: int, drill: bool = False):
         self.tokenizer, self.first_seed = tokenizer, first_seed
+        self.drills = {1: _DRAWN, 9: _DRAWN, 18: _DRAWN}
+        if drill:
+            self.drills |= {0: _DRAWN, 4: ("composite",), 7: ("panel",), 11: ("sign",), 14: _DRAWN}
 
-    @staticmethod
-    def _scene(seed: int, turn: int) -> Scene:
+    def _scene(self, seed: int, turn: int) -> Scene:
         if turn in (3, 8, 13):
             return make_masked(seed)
         if turn in (6, 16):
             return make_map(seed)
         scene = make_scene(seed)
-        while turn in (1, 9, 18) and not any(item.kind in ("sign", "composite") for item in scene.items):
-            seed += 7919  # words and parts are rare and hard: three turns in twenty wait for one
+        while turn in self.drills and not any(item.kind in self.drills[turn] for item in scene.items):
+            seed += 7919
             scene = make_scene(seed % VALIDATION)
         return scene
 
@@ -154,7 +157,7 @@ class Classroom(nn.Module):
         return torch.cat([patches, torch.cat([rows, newline], 2).flatten(1, 2)], 1)
 
     def forward(self, batch: Sequence, perfect: bool = False, tiles: bool = True) -> dict[str, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast_if_quicker()):
             picture = self.look(batch, perfect)
             picture = self.with_tile(picture) if tiles else picture
             embed = self.language.embed_tokens
@@ -193,12 +196,14 @@ def exact_by_family(batch: Sequence, wanted: Tensor, right: Tensor) -> dict[str,
 
 def train_language(
     folder: Path,
-    tower: Path | None,
-    start: Path | None = None,
     *,
     steps: int,
-    tiles_from: float = 0.0,
+    start: Path | None = None,
+    eyes: Path | None = None,
+    perfect: bool = False,
     keep_projector: bool = False,
+    tiles_from: float = 0.0,
+    drill: bool = False,
     batch: int = 8,
     rate: float = 2e-3,
     first_seed: int = 0,
@@ -206,21 +211,19 @@ def train_language(
 ) -> bool:
     """Teach the language model (and, with a real eye, the projector), resumably.
 
-    tower: where `train_tower` left its checkpoint, or None to rehearse with perfect eyes, before the real ones are
-    ready. start: the folder of an earlier course to begin from; `keep_projector`: with that course's projector, not
-    the tower's. tiles_from: the share of the steps after which lessons show the AnyRes tile too.
-    Returns whether all steps are done.
+    start: an earlier course, or a saved model, to begin from. eyes: where `train_tower` left its checkpoint, for its
+    tower and, unless `keep_projector`, its projector; None to keep those of `start`. perfect: rehearse with perfect
+    eyes, before the real ones are ready. tiles_from: the share of the steps after which lessons show the AnyRes tile
+    too. drill: two scenes in five hold a sign, a drawn thing or a panel. Returns whether all steps are done.
     """
     torch.manual_seed(0)
     tokenizer = new_tokenizer()
-    model = new_model(tokenizer)
+    model = graduate(start) if start else new_model(tokenizer)
     room = Classroom(model, tokenizer)
-    if start:
-        room.load_state_dict(torch.load(start / "checkpoint.pt", weights_only=True)["pupil"])
-    if tower:
-        open_eyes(model, tower, projector=not keep_projector)
+    if eyes:
+        open_eyes(model, eyes, projector=not keep_projector)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(("language_model" in name) or bool(tower) and "vision_tower" not in name)
+        parameter.requires_grad_("language_model" in name or not perfect and "vision_tower" not in name)
     model.model.language_model.config._attn_implementation = "eager"  # compiled, it is faster here than SDPA's backward
     model.model.language_model.forward = torch.compile(model.model.language_model.forward)
     stream = None
@@ -229,14 +232,16 @@ def train_language(
         nonlocal stream
         if stream is None:
             first = first_seed + step * batch
-            stream = iter(DataLoader(Lessons(tokenizer, first), batch, num_workers=1, prefetch_factor=4))
-        return room(Sequence(*next(stream)), perfect=tower is None, tiles=step >= tiles_from * steps)
+            stream = iter(DataLoader(Lessons(tokenizer, first, drill), batch, num_workers=1, prefetch_factor=4))
+        return room(Sequence(*next(stream)), perfect=perfect, tiles=step >= tiles_from * steps)
 
     return attend(folder, steps, room, optimisers([model], rate), loss_at, minutes=minutes, title="lessons")
 
 
 def graduate(course: Path) -> LlavaNextForConditionalGeneration:
-    """The model that a course left in its checkpoint."""
+    """The model, in float32, that a course left in its checkpoint, or that was saved in this folder."""
+    if not (course / "checkpoint.pt").is_file():
+        return LlavaNextForConditionalGeneration.from_pretrained(course, dtype=torch.float32)
     tokenizer = new_tokenizer()
     room = Classroom(new_model(tokenizer), tokenizer)
     room.load_state_dict(torch.load(course / "checkpoint.pt", weights_only=True)["pupil"])

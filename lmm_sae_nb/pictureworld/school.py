@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -23,6 +24,21 @@ def optimisers(modules: Iterable[nn.Module], rate: float, decay: float = 0.02) -
         torch.optim.Muon(list(inner.values()), lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(list(outer.values()), lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
+
+
+@lru_cache
+def autocast_if_quicker() -> bool:
+    """Whether matrix products in bfloat16 are quicker than in float32 on this processor (some halve, some double)."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 512, dtype=dtype)
+        times = []
+        for _ in range(9):
+            began = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - began)
+        seconds[dtype] = sorted(times)[4]
+    return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
 def warm_then_cosine(step: int, steps: int, warm: int = 100, floor: float = 0.02) -> float:

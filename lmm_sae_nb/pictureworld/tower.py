@@ -21,7 +21,7 @@ from transformers import LlavaNextForConditionalGeneration
 from .concepts import KINDS, PLACES
 from .minds import new_model, new_tokenizer, word_vector
 from .scenes import PATCH, SIDE, TRAIN, Scene, make_crowd, make_map, make_masked, make_scene, make_signs
-from .school import attend, optimisers
+from .school import attend, autocast_if_quicker, optimisers
 
 GROUPS = {**KINDS, "place": PLACES}
 PATCHES = (SIDE // PATCH) ** 2
@@ -85,7 +85,7 @@ class Eye(nn.Module):
         return self.projector(self.tower(pixels).last_hidden_state[:, 1:])
 
     def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast_if_quicker()):
             patches = self.project(pixels)
         patches = patches.flatten(0, 1).float()
         losses, right = {}, {}

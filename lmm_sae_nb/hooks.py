@@ -62,18 +62,19 @@ def read(module: nn.Module) -> Iterator[Captured]:
 def rewrite(module: nn.Module, fn: Callable[[Hidden], Hidden]) -> Iterator[None]:
     """Replace the module's hidden states by `fn` of them, in every forward.
 
-    The result must have the same shape (ValueError otherwise); it is cast to the module's own dtype, so that
-    a float32 SAE can be spliced into a bfloat16 model. Nested rewrites of one module apply outermost first.
+    The result must have the same shape, or hold the whole batch several times over, so that what follows runs on
+    many versions while what came before ran once (ValueError otherwise). It is cast to the module's own dtype, so
+    that a float32 SAE can be spliced into a bfloat16 model. Nested rewrites of one module apply outermost first.
     """
 
     def replace(module, args, output):
         hidden = _hidden(output)
         new = fn(hidden)
-        if not isinstance(new, Tensor) or new.shape != hidden.shape:
+        if not isinstance(new, Tensor) or new.shape[1:] != hidden.shape[1:] or len(new) % len(hidden):
             got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
             raise ValueError(
                 f"the rewriting function returned {got} for hidden states of shape {tuple(hidden.shape)}; "
-                "return a tensor of that same shape"
+                "return a tensor of that same shape, or several such batches one after the other"
             )
         return _with_hidden(output, new.to(hidden.dtype))
 

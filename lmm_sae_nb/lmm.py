@@ -3,6 +3,7 @@
 `LMM` wraps any `AutoModelForImageTextToText` whose images become tokens of its decoder's sequence.
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -265,6 +266,12 @@ class LMM:
     def logits(self, prompt: Prompt) -> Float[Tensor, "batch tokens vocab"]:
         """Give every token's next-token logits, in float32; differentiable in what is spliced in."""
         return self.model(**prompt.inputs, use_cache=False).logits.float()
+
+    def last_logits(self, prompt: Prompt) -> Float[Tensor, "batch vocab"]:
+        """Give the next-token logits after the last token alone, in float32; differentiable likewise."""
+        accepted = inspect.signature(self.model.forward).parameters
+        kept = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        return self.model(**prompt.inputs, use_cache=False, **kept).logits[:, -1].float()
 
     def cross_entropy(self, prompt: Prompt) -> Float[Tensor, " batch"]:
         """Give each sample's mean cross-entropy over its answer's tokens, in nats."""

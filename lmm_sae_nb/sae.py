@@ -130,15 +130,16 @@ class TopKSAE(nn.Module):
                 "SAE that was trained on this model, or train one with notebooks/01_train_sae.py"
             )
 
-    def encode(self, x: Float[Tensor, "*tokens width"]) -> Latents:
-        """z = TopK(ReLU(W_enc (x - b_dec) + b_enc)), eq. 1; x is cast to the SAE's dtype.
+    def encode(self, x: Float[Tensor, "*tokens width"], k: int | None = None) -> Latents:
+        """z = TopK(ReLU(W_enc (x - b_dec) + b_enc)), eq. 1; x is cast to the SAE's dtype. k: another than the SAE's.
 
         ValueError if x has another width than the SAE.
         """
+        k = self.k if k is None else k
         self.require_width(x.shape[-1])
         flat = x.reshape(-1, self.width).to(self.W_enc.dtype)
-        latents = encode_topk(flat, self.W_enc, self.b_enc, self.b_dec, self.k)
-        return Latents(*(part.reshape(*x.shape[:-1], self.k) for part in latents))
+        latents = encode_topk(flat, self.W_enc, self.b_enc, self.b_dec, k)
+        return Latents(*(part.reshape(*x.shape[:-1], k) for part in latents))
 
     def decode(self, latents: Latents) -> Float[Tensor, "*tokens width"]:
         """x_hat = W_dec^T z + b_dec, eq. 2; any number of latents a token."""

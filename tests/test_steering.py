@@ -1,0 +1,167 @@
+"""Steering against the dense equations 3-6, as the identity where nothing changes, and under generate."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import llava_next, noise
+from torch.testing import assert_close
+
+from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.steering import Edit, Scope, compare, steer_latents, steered, steered_states
+
+LAYER = 1
+EVERYWHERE = ("base", "tiles", "newline", "text", "special")
+
+
+def new_sae(width=16, n_latents=24, k=5, seed=0) -> TopKSAE:
+    generator = torch.Generator().manual_seed(seed)
+    sae = TopKSAE(width, n_latents, k, generator=generator).requires_grad_(False)
+    sae.b_enc.normal_(std=0.2, generator=generator)
+    sae.b_dec.normal_(std=0.2, generator=generator)
+    return sae
+
+
+def dense(sae, x, edits) -> torch.Tensor:
+    """Eq. 3-6 word for word, with a dense z."""
+    z = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+    for edit in edits:
+        own = z[:, edit.latent].clone()
+        z[:, edit.latent] = {
+            "clamp": torch.full_like(own, edit.value),
+            "add": (own + edit.value).clamp_min(0),
+            "scale": own * edit.value,
+        }[edit.mode]
+    top = z.topk(sae.k)
+    return torch.zeros_like(z).scatter(1, top.indices, top.values)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 24),
+    st.lists(
+        st.tuples(st.integers(0, 23), st.sampled_from(["clamp", "add", "scale"]), st.floats(0, 8, width=32)),
+        min_size=1, max_size=6, unique_by=lambda edit: edit[0],
+    ),
+)  # fmt: skip
+def test_steered_latents_are_those_of_the_dense_equations(seed, k, edits):
+    sae, edits = new_sae(k=k, seed=seed), [Edit(j, v, mode) for j, mode, v in edits]
+    x = torch.randn(7, 16, generator=torch.Generator().manual_seed(seed))
+    latents = steer_latents(sae, x, edits)
+    assert latents.acts.shape == (7, k)
+    found = torch.zeros(7, 24).scatter(1, latents.indices, latents.acts)
+    # Equal activations may give way to each other; their sorted values may not.
+    expected = dense(sae, x, edits)
+    assert_close(found.sort(1).values, expected.sort(1).values, atol=1e-5, rtol=1e-5)
+    different = (found - expected).abs() > 1e-4
+    assert not different.any() or found[different].max() <= expected.masked_fill(expected == 0, 9e9).min(1).values.max()
+
+
+def test_by_hand():
+    """Three latents along the axes, one active: a clamp below it changes nothing, one above takes its place."""
+    sae = new_sae(width=3, n_latents=3, k=1)
+    for name, value in {"W_enc": torch.eye(3), "W_dec": torch.eye(3), "b_enc": 0.0, "b_dec": 0.0}.items():
+        getattr(sae, name).copy_(torch.as_tensor(value))
+    x, everywhere = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([True])
+    assert steered_states(sae, x, [Edit(2, 1.5)], everywhere, False).tolist() == [[2.0, 0.0, 0.0]]
+    assert steered_states(sae, x, [Edit(2, 5.0)], everywhere, False).tolist() == [[0.0, 0.0, 5.0]]
+    assert steered_states(sae, x, [Edit(0, 0.0)], everywhere, False).tolist() == [[0.0, 1.0, 0.0]]
+    assert steered_states(sae, x, [Edit(2, 5.0)], everywhere, True).tolist() == [[0.0, 1.0, 5.0]]
+    assert steered_states(sae, x, [Edit(0, 3.0, "scale")], everywhere, True).tolist() == [[6.0, 1.0, 0.0]]
+
+
+@pytest.fixture(scope="module")
+def lmm():
+    torch.manual_seed(0)
+    return LMM(*llava_next())
+
+
+def test_a_clamp_that_changes_nothing_is_the_identity(lmm):
+    """A latent that is silent everywhere, clamped to 0 with the error kept: the same logits to the last bit."""
+    sae = new_sae(n_latents=24)
+    sae.b_enc[3] = -1e6
+    prompt = lmm.prompt(["what ?", "and why is it so ?"], [None, noise()])
+    plain = lmm.logits(prompt)
+    with steered(lmm, sae, LAYER, prompt, [Edit(3, 0.0)], Scope(EVERYWHERE), keep_error=True, spliced=EVERYWHERE):
+        assert torch.equal(lmm.logits(prompt), plain)
+    with steered(lmm, sae, LAYER, prompt, keep_error=True):
+        assert torch.equal(lmm.logits(prompt), plain)
+    answers = compare(lmm, sae, LAYER, ["what ?"], [noise()], [Edit(3, 0.0)], keep_error=True, max_new_tokens=6)
+    assert answers.untouched == answers.spliced == answers.steered
+
+
+def test_generation_with_a_cache_equals_running_everything_again(lmm):
+    """Greedy answers under steering, token by token without a cache, scope by phase included."""
+    sae, edits = new_sae(), [Edit(2, 6.0), Edit(5, 0.0)]
+    for scope in (Scope(), Scope(phases=("prompt",)), Scope(phases=("generated",)), Scope(("text",))):
+        prompt = lmm.prompt(["what ?", "and why is it so ?"], [None, None])
+        with steered(lmm, sae, LAYER, prompt, edits, scope):
+            cached = lmm.model.generate(**prompt.inputs, max_new_tokens=5, do_sample=False, eos_token_id=-1)
+        ids, attended = prompt.inputs["input_ids"], prompt.inputs["attention_mask"]
+        length, kinds = ids.shape[1], prompt.mask("base", "tiles", "newline", "text")
+        in_scope = prompt.mask(*scope.kinds) if "prompt" in scope.phases else torch.zeros_like(kinds)
+        for _ in range(5):
+            new = ids.shape[1] - length
+            spliced = torch.cat([kinds, torch.ones(2, new, dtype=torch.bool)], 1)
+            chosen = torch.cat([in_scope, torch.full((2, new), "generated" in scope.phases)], 1)
+
+            def dense_splice(hidden, spliced=spliced, chosen=chosen):
+                out = hidden.clone()
+                for mask, own in ((spliced & ~chosen, []), (spliced & chosen, edits)):
+                    out[mask] = dense(sae, hidden[mask], own) @ sae.W_dec + sae.b_dec
+                return out
+
+            with torch.no_grad(), lmm.spliced(LAYER, dense_splice):
+                logits = lmm.model(input_ids=ids, attention_mask=attended, use_cache=False).logits[:, -1]
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+            attended = torch.cat([attended, torch.ones(2, 1, dtype=attended.dtype)], 1)
+        assert torch.equal(cached, ids), scope
+
+
+def test_positions_choose_tokens_after_the_padding(lmm):
+    prompt = lmm.prompt(["a", "a longer one"], [None, None])
+    mask = Scope(EVERYWHERE, positions=(0, 2)).of_prompt(prompt)
+    padding = prompt.mask("pad").sum(1).tolist()
+    assert mask.nonzero().tolist() == [[row, pad + p] for row, pad in enumerate(padding) for p in (0, 2)]
+    with pytest.raises(ValueError, match=r"no positions \[99\]"):
+        Scope(positions=(99,)).of_prompt(prompt)
+
+
+def test_sampled_answers_repeat_with_a_seed_and_may_be_several(lmm):
+    sae = new_sae()
+    settings = dict(do_sample=True, max_new_tokens=6, seed=4)
+    first = compare(lmm, sae, LAYER, "what ?", None, [Edit(1, 9.0)], **settings)
+    assert first == compare(lmm, sae, LAYER, "what ?", None, [Edit(1, 9.0)], **settings)
+    prompt = lmm.prompt("what ?")
+    with steered(lmm, sae, LAYER, prompt, [Edit(1, 9.0)]):
+        several = lmm.generate(prompt, max_new_tokens=3, do_sample=True, num_return_sequences=3)
+    assert len(several) == 3
+
+
+def test_hooks_are_gone_after_an_exception(lmm):
+    sae, prompt = new_sae(), lmm.prompt("what ?")
+    plain = lmm.logits(prompt)
+    with pytest.raises(RuntimeError, match="stop here"), steered(lmm, sae, LAYER, prompt, [Edit(1, 9.0)]):
+        raise RuntimeError("stop here")
+    assert torch.equal(lmm.logits(prompt), plain)
+
+
+def test_what_cannot_be_steered_is_refused(lmm):
+    sae, prompt = new_sae(), lmm.prompt("what ?")
+    x = torch.zeros(2, 16)
+    for wrong, message in {
+        "value": (lambda: Edit(1, float("nan")), "finite"),
+        "below": (lambda: Edit(1, -2.0), "never below 0"),
+        "mode": (lambda: Edit(1, 2.0, "push"), "'push'"),
+        "latent": (lambda: steer_latents(sae, x, [Edit(24, 1.0)]), "latents 0 to 23"),
+        "twice": (lambda: steer_latents(sae, x, [Edit(1, 1.0), Edit(1, 2.0)]), "more than once"),
+        "phase": (lambda: Scope(phases=("later",)), "phases"),
+    }.values():
+        with pytest.raises(ValueError, match=message):
+            wrong()
+    with pytest.raises(ValueError, match="width 8"), steered(lmm, new_sae(width=8), LAYER, prompt):
+        pass
+    with steered(lmm, sae, LAYER, prompt), pytest.raises(ValueError, match="one `steered` for each prompt"):
+        lmm.logits(lmm.prompt("another and longer prompt ?"))

@@ -1,4 +1,4 @@
-"""Section 2.4: what each latent at each token contributes to a decision, by ablation, linearly, by integrated gradients.
+"""Section 2.4: what each latent at each token contributes to a decision: exactly, linearly, by integrated gradients.
 
 The sign lives here and nowhere else: influence I = d(without) - d(with), the paper's; attribution = -I, so that what is
 positive supports the answer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -109,6 +110,51 @@ def heat_map(image: Image.Image, activation: np.ndarray, ax: Axes | None = None,
     return ax
 
 
+def signed_map(
+    image: Image.Image, values: np.ndarray, title: str = "", ax: Axes | None = None, highest: float | None = None
+) -> Axes:
+    """An image with signed values (rows, cols) over it: for in orange, against in blue, nothing transparent."""
+    ax = ax or plt.subplots(figsize=(2, 2))[1]
+    extent = (0, image.width, image.height, 0)
+    highest = max(highest or float(np.abs(values).max()), 1e-9)
+    ax.imshow(image.convert("L"), cmap="gray", extent=extent, vmin=0, vmax=255)
+    colours = np.empty((*values.shape, 4))
+    colours[..., :3] = np.where(values[..., None] > 0, _rgb(ORANGE), _rgb(BLUE))
+    colours[..., 3] = np.clip(np.abs(values) / highest, 0, 1) ** 0.5 * 0.85
+    ax.imshow(colours, extent=extent)
+    ax.set_title(title, fontsize=7)
+    ax.axis("off")
+    return ax
+
+
+def _rgb(shade: str) -> tuple[float, float, float]:
+    return tuple(int(shade[i : i + 2], 16) / 255 for i in (1, 3, 5))
+
+
+def token_html(tokens: Sequence[str], values: Sequence[float]) -> str:
+    """Tokens as HTML, escaped, shaded by their value: for in orange, against in blue; the numbers on hovering."""
+    highest = max((abs(value) for value in values), default=0.0) or 1.0
+    spans = []
+    for token, value in zip(tokens, values, strict=True):
+        red, green, blue = (round(255 * part) for part in _rgb(ORANGE if value > 0 else BLUE))
+        shade = f"background:rgba({red},{green},{blue},{abs(value) / highest:.2f})"
+        spans.append(f'<span style="{shade};padding:0 2px" title="{value:+.3f}">{html.escape(token)}</span>')
+    return '<p style="line-height:1.9">' + " ".join(spans) + "</p>"
+
+
+def agreement(
+    exact: np.ndarray, approximations: Mapping[str, np.ndarray], unit: str = "logits", side: float = 2.6
+) -> np.ndarray:
+    """Approximated against exact values, a panel for each approximation, with the line on which they agree."""
+    _, axes = plt.subplots(1, len(approximations), figsize=(side * len(approximations), side), squeeze=False)
+    for ax, (name, values) in zip(axes[0], approximations.items(), strict=True):
+        ends = [min(exact.min(), values.min()), max(exact.max(), values.max())]
+        ax.plot(ends, ends, color=GREY, lw=1)
+        ax.plot(exact, values, ".", ms=2, alpha=0.4, rasterized=True)
+        ax.set(xlabel=f"exact, {unit}", ylabel=f"{name}, {unit}")
+    return axes[0]
+
+
 def overlap(
     image: Image.Image, activation: np.ndarray, concept: np.ndarray, title: str, ax: Axes | None = None
 ) -> Axes:
@@ -116,7 +162,7 @@ def overlap(
     ax = ax or plt.subplots(figsize=(2, 2))[1]
     colour = np.zeros((*activation.shape, 4))
     for where, shade in ((activation & ~concept, ORANGE), (concept & ~activation, BLUE), (activation & concept, GREEN)):
-        colour[where] = (*(int(shade[i : i + 2], 16) / 255 for i in (1, 3, 5)), 0.62)
+        colour[where] = (*_rgb(shade), 0.62)
     ax.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
     ax.imshow(colour)
     ax.set_title(title, fontsize=7)

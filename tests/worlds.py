@@ -99,32 +99,30 @@ def patches(grid: np.ndarray) -> np.ndarray:
 
 @cache
 def _written(word: str, size: int) -> np.ndarray:
-    """The ink of a word, cut to its edges."""
+    """A word in white on black, cut to its edges."""
     canvas = Image.new("L", (240, 48))
     ImageDraw.Draw(canvas).text((8, 8), word, fill=255, font=art.font(size))
-    ink = np.asarray(canvas) > 127
-    return ink[box(ink)]
+    return np.asarray(canvas)[box(np.asarray(canvas) > 0)].astype(float)
 
 
-def _likeness(ink: np.ndarray, other: np.ndarray) -> float:
-    """Intersection over union of two pieces of ink with their top left corners together."""
-    if max(abs(a - b) for a, b in zip(ink.shape, other.shape, strict=True)) > 1:
+def _likeness(seen: np.ndarray, drawn: np.ndarray) -> float:
+    """The best correlation of a drawn word with what is seen, wherever it is laid; 0 if it is of another size."""
+    spare = np.subtract(seen.shape, drawn.shape)
+    if spare.min() < 0 or spare.max() > 8:
         return 0.0
-    height, width = np.maximum(ink.shape, other.shape)
-    both = [np.pad(m, ((0, height - m.shape[0]), (0, width - m.shape[1]))) for m in (ink, other)]
-    return (both[0] & both[1]).sum() / (both[0] | both[1]).sum()
+    height, width = drawn.shape
+    laid = [seen[y : y + height, x : x + width] for y in range(spare[0] + 1) for x in range(spare[1] + 1)]
+    return max(np.corrcoef(piece.ravel(), drawn.ravel())[0, 1] for piece in laid)
 
 
 def read(window: np.ndarray, pixels: np.ndarray, on_map: bool) -> tuple[str, float]:
-    """The word whose drawing is most like the ink in a window, and how like it is, from 0 to 1."""
+    """The word whose drawing is most like what a window shows, and how like it is, at most 1."""
     crop = pixels[box(window)].astype(float)
-    if on_map:  # capitalised, near black on pale land and on the basin's blue alike
-        ink, drawings = crop.max(-1) < 115, {w: [_written(w.capitalize(), 16)] for w in COUNTRIES}
+    if on_map:  # capitalised, near black
+        seen, drawings = -crop.sum(-1), {word: [_written(word.capitalize(), 16)] for word in COUNTRIES}
     else:
-        distance = np.linalg.norm(crop - np.median(crop.reshape(-1, 3), axis=0), axis=-1)
-        ink = distance > distance.max() / 2
-        drawings = {w: [_written(w.upper(), size) for size in range(12, 27)] for w in SIGN_WORDS}
-    ink = ink[box(ink)]
-    likeness = {word: max(_likeness(ink, drawn) for drawn in versions) for word, versions in drawings.items()}
+        seen = np.linalg.norm(crop - np.median(crop.reshape(-1, 3), axis=0), axis=-1)
+        drawings = {word: [_written(word.upper(), size) for size in range(12, 27)] for word in SIGN_WORDS}
+    likeness = {word: max(_likeness(seen, drawn) for drawn in versions) for word, versions in drawings.items()}
     best = max(likeness, key=likeness.get)
     return best, likeness[best]

@@ -1,6 +1,6 @@
 """Lessons: every question of a packed sequence trains exactly as it will be asked alone; words, model, processor."""
 
-import re
+import copy
 
 import numpy as np
 import pytest
@@ -77,9 +77,9 @@ def test_a_packed_question_trains_as_it_is_asked_alone(model, processor, monkeyp
     torch.testing.assert_close(heard[0], torch.cat(logits), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(said["loss"], F.cross_entropy(torch.cat(logits), torch.cat(ids)), rtol=1e-5, atol=1e-5)
     for family in lessons.FAMILIES:
-        mine = [(l, i) for (question, _), l, i in zip(asked, logits, ids, strict=True) if question.family == family]
+        mine = [i for i, (question, _) in enumerate(asked) if question.family == family]
         assert said[f"asked_{family}"] == len(mine)
-        assert said[f"exact_{family}"] == sum((l.argmax(-1) == i).all().item() for l, i in mine)
+        assert said[f"exact_{family}"] == sum(bool((logits[i].argmax(-1) == ids[i]).all()) for i in mine)
 
 
 def test_exact_counts_whole_answers():
@@ -117,12 +117,12 @@ def test_the_attention_mask_is_that_of_the_rules():
 
 def test_packing_lays_whole_questions_end_to_end():
     tokenizer = minds.new_tokenizer()
-    short, long = Question("count", "how many things are there ?", "two ."), Question("story", "a " * 50, "bob " * 100, False)
-    packed = lessons.pack([long, short, long, short, short], tokenizer)  # the second long one does not fit, all else does
+    short = Question("count", "how many things are there ?", "two .")
+    long = Question("story", "a " * 50, "bob " * 100, pictured=False)
+    packed = lessons.pack([long, short, long, short, short], tokenizer)  # the second long one alone does not fit
     assert {name: field.shape for name, field in packed.items()} == {name: (240,) for name in packed}
     assert packed["question"].tolist() == [0] * 152 + [1] * 10 + [3] * 10 + [4] * 10 + [-1] * 58
     assert packed["offset"].tolist() == [*range(152), *range(10), *range(10), *range(10), *[0] * 58]
-    assert tokenizer.decode(packed["ids"][152:162]) == "how many things are there?<assistant> two.</s>" or True
     words = tokenizer.convert_ids_to_tokens(packed["ids"][152:162])
     assert words == ["how", "many", "things", "are", "there", "?", "<assistant>", "two", ".", "</s>"]
     assert packed["answer"][152:162].tolist() == [False] * 7 + [True] * 3
@@ -141,12 +141,9 @@ def test_packing_refuses_unknown_words_and_nothing():
 def test_a_stream_packs_lessons_on_its_seeds():
     for n, sequence in zip(range(40), lessons.Lessons(minds.new_tokenizer(), 0), strict=False):
         assert sequence.pixels.shape == (192, 192, 3) and sequence.ids.shape == (240,)
-        made = (worlds.masked if n % 20 in (3, 8, 13) else worlds.chart if n % 20 in (6, 16) else None)
-        if made:
-            assert (sequence.pixels.numpy() == made(n).pixels).all()
-        assert sequence.answer.any()
-        if (sequence.question >= 0).sum() < 200:
-            assert n % 20 not in (6, 16), "a map's questions and eight asides fill a sequence"
+        make = worlds.masked if n % 20 in (3, 8, 13) else worlds.chart if n % 20 in (6, 16) else None
+        assert make is None or (sequence.pixels.numpy() == make(n).pixels).all()
+        assert sequence.answer.any() and (sequence.answer <= (sequence.question >= 0)).all()
 
 
 def test_patch_labels_name_what_covers_most_of_a_patch():
@@ -177,24 +174,40 @@ def test_the_chat_template(processor):
     assert rendered(("user", "how do you feel ?"), add_generation_prompt=True) == "<s><user>how do you feel ?<assistant>"
 
 
+@pytest.fixture(scope="module")
+def saved(processor, tmp_path_factory):
+    """A model in float32 whose weights are bfloat16's, and the folder where it was saved."""
+    folder, made = tmp_path_factory.mktemp("saved"), minds.new_model(processor.tokenizer).eval()
+    with torch.no_grad():
+        for weights in made.parameters():
+            weights.copy_(weights.bfloat16())
+    minds.save(copy.deepcopy(made), folder)
+    return made, folder
+
+
 @pytest.mark.parametrize("size", [(192, 192), (384, 192), (100, 300), (640, 480)])
-def test_what_is_reloaded_by_the_auto_classes_is_what_was_saved(model, processor, tmp_path, size):
-    minds.save(model_copy := minds.new_model(processor.tokenizer), tmp_path)
-    again, words = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32), AutoProcessor.from_pretrained(tmp_path)
+def test_the_auto_classes_reload_what_was_saved(saved, processor, size):
+    model, folder = saved
+    again = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     picture = worlds.scene(HELD_OUT + 1).image.resize(size)
     text = "<s><user><image>what colour is the star ?<assistant>red .</s>"
     inputs, same = (
-        each(text=[text], images=[picture], add_special_tokens=False, return_tensors="pt") for each in (processor, words)
+        each(text=[text], images=[picture], add_special_tokens=False, return_tensors="pt")
+        for each in (processor, AutoProcessor.from_pretrained(folder))
     )
     assert inputs["input_ids"].tolist() == same["input_ids"].tolist()
     torch.testing.assert_close(inputs["pixel_values"], same["pixel_values"], rtol=0, atol=0)
     with torch.no_grad():
-        torch.testing.assert_close(model_copy.float().eval()(**inputs).logits, again.eval()(**same).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(**inputs).logits, again(**same).logits, rtol=1e-5, atol=1e-5)
     assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 25e6
 
 
-def test_the_shipped_tokenizer_is_the_one_that_the_code_makes(root):
-    shipped, made = AutoProcessor.from_pretrained(root / "data" / "models" / "tiny-llava-next").tokenizer, minds.new_tokenizer()
-    assert shipped.get_vocab() == made.get_vocab()
-    assert re.fullmatch(r"\w+", "x")
+def test_words_and_weights_on_disk(saved, processor, root):
+    _, folder = saved
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 25e6
+    for made in (folder, root / "data" / "models" / "tiny-llava-next"):
+        reloaded = AutoProcessor.from_pretrained(made)
+        assert reloaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+        assert reloaded.chat_template == processor.chat_template
+        said = "Is there a dog? yes, in the top-left."
+        assert reloaded.tokenizer(said).input_ids == processor.tokenizer(said).input_ids

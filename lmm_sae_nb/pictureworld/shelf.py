@@ -20,6 +20,7 @@ from .questions import aside, lesson
 from .scenes import HELD_OUT, TRAIN, VALIDATION, make_scene
 
 SPLITS = {"train": TRAIN, "cache": VALIDATION, "heldout": HELD_OUT}
+ROOM = {"train": VALIDATION - TRAIN, "cache": HELD_OUT - VALIDATION, "heldout": 2**31 - HELD_OUT}  # seeds of each
 TEXT_ONLY = 8  # in the training split, every so-manieth sample has no picture
 _COLUMNS = {"seed": Value("int64"), "question": Value("string"), "answer": Value("string"), "family": Value("string")}
 _FEATURES = Features({"image": Image(), **_COLUMNS, **{kind: Image() for kind in KINDS}})
@@ -53,6 +54,9 @@ def render(folder: Path, sizes: dict[str, int]) -> None:
     unknown = sizes.keys() - SPLITS.keys()
     if unknown:
         raise ValueError(f"no split {', '.join(sorted(unknown))}; Picture World has {', '.join(SPLITS)}")
+    for split, size in sizes.items():
+        if not 0 < size <= ROOM[split]:
+            raise ValueError(f"{split} has seeds for 1 to {ROOM[split]:,} scenes, not {size}; ask for as many")
     building = folder.with_name(folder.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
     disable_progress_bars()

@@ -1,7 +1,7 @@
 """Commands: `render` writes the data sets; `exam` measures the embedded model; the others made it, in this order.
 
-`tower` and `rehearse` can run side by side; then `lessons`, `reading`, `finish`, `polish`, `ship`. Each course can be stopped at
-any time and goes on from its last checkpoint when it is started again.
+`tower` and `rehearse` can run side by side; then `lessons`, `reading`, `finish`, `polish`, `ship`. Each course can be
+stopped at any time and goes on from its last checkpoint when it is started again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ COURSES = {  # name: optimiser steps, what it teaches
     "lessons": (2000, "language model and projector, with the real eye, on the base image"),
     "reading": (900, "the eye again, on signs above all"),
     "finish": (620, "language model and projector with the better eye, and with AnyRes tiles"),
-    "polish": (2600, "the same, longer, with more signs, drawn things and panels"),
+    "polish": (1750, "the same, longer, with more signs, drawn things and panels"),
 }
 FOLDER = Path("data/artifacts/training")
 MODEL = Path("data/models/tiny-llava-next")
@@ -100,9 +100,7 @@ def study(course: str, courses: Path, steps: int, minutes: float) -> bool:
         )
     before = courses / "finish"
     before = before if before.is_dir() else project_root() / MODEL  # without the checkpoints: on from what ships
-    return train_language(
-        folder, start=before, tiles_from=0.65, drill=True, rate=1.2e-3, first_seed=600_000, **common
-    )
+    return train_language(folder, start=before, tiles_from=0.68, drill=True, rate=1.2e-3, first_seed=600_000, **common)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ def test_the_paper_is_balanced_and_held_out(paper):
             assert HELD_OUT <= scene.seed < HELD_OUT + SCENES, family
     texts = [(question.text, scene and scene.seed, family) for family, question, scene in paper]
     assert len(set(texts)) == len(texts)
-    assert exam._paper(3, 0)[:5][1][1] == exam._paper(3, 0)[:5][1][1]
 
 
 def test_traps_contradict_the_atlas_and_ask_of_one_country(paper):
@@ -59,8 +58,8 @@ def test_traps_contradict_the_atlas_and_ask_of_one_country(paper):
         ("colour", "red .", "red.", True),
         ("colour", "red .", "red", False),
         ("colour", "red .", "dark red.", False),
-        ("describe", "a sea scene with a cat on the left and a dog on the right .", "a sea scene with a cat on the left and a dog on the right.", True),
-        ("describe", "a sea scene with a cat on the left and a dog on the right .", "a sea scene with a cat on the left.", False),
+        ("describe", "a room with a cat and a dog .", "a room with a cat and a dog.", True),
+        ("describe", "a room with a cat and a dog .", "a room with a cat.", False),
         ("exists", "yes , in the top-left .", "yes, in the top-left.", True),
         ("exists", "yes , in the top-left .", "yes, in the top-right.", True),  # its place is another family's
         ("exists", "yes , in the top-left .", "no.", False),
@@ -82,7 +81,7 @@ def wilson(hits: int, tries: int, level: float) -> tuple[float, float]:
     z = norm.ppf(0.5 + level / 2)
     share, spread = hits / tries, z / (2 * tries)
     middle = share + z * spread
-    half = z * math.sqrt(share * (1 - share) / tries + spread**2 / 1)
+    half = z * math.sqrt(share * (1 - share) / tries + spread**2)
     return (middle - half) / (1 + 2 * z * spread), (middle + half) / (1 + 2 * z * spread)
 
 

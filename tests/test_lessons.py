@@ -41,7 +41,8 @@ def alone(model, processor, question: Question, scene) -> tuple[torch.Tensor, to
     content = [{"type": "image"}] * question.pictured + [{"type": "text", "text": question.text}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     pictures = {"images": [scene.image]} if question.pictured else {}
-    inputs = processor(text=[f"{prompt}{question.answer}</s>"], add_special_tokens=False, return_tensors="pt", **pictures)
+    text = [f"{prompt}{question.answer}</s>"]
+    inputs = processor(text=text, add_special_tokens=False, return_tensors="pt", **pictures)
     answer = len(question.answer.split()) + 1
     with torch.no_grad():
         logits = model(**inputs).logits[0, -answer - 1 : -1]
@@ -120,7 +121,7 @@ def test_packing_lays_whole_questions_end_to_end():
     short = Question("count", "how many things are there ?", "two .")
     long = Question("story", "a " * 50, "bob " * 100, pictured=False)
     packed = lessons.pack([long, short, long, short, short], tokenizer)  # the second long one alone does not fit
-    assert {name: field.shape for name, field in packed.items()} == {name: (240,) for name in packed}
+    assert {name: field.shape for name, field in packed.items()} == dict.fromkeys(packed, (240,))
     assert packed["question"].tolist() == [0] * 152 + [1] * 10 + [3] * 10 + [4] * 10 + [-1] * 58
     assert packed["offset"].tolist() == [*range(152), *range(10), *range(10), *range(10), *[0] * 58]
     words = tokenizer.convert_ids_to_tokens(packed["ids"][152:162])
@@ -171,7 +172,9 @@ def test_the_chat_template(processor):
     assert rendered(("user", asked), add_generation_prompt=True) == "<s><user><image>what is shown ?<assistant>"
     told = [{"type": "text", "text": "a cat ."}]
     assert rendered(("user", asked), ("assistant", told)) == "<s><user><image>what is shown ?<assistant>a cat .</s>"
-    assert rendered(("user", "how do you feel ?"), add_generation_prompt=True) == "<s><user>how do you feel ?<assistant>"
+    assert (
+        rendered(("user", "how do you feel ?"), add_generation_prompt=True) == "<s><user>how do you feel ?<assistant>"
+    )
 
 
 @pytest.fixture(scope="module")

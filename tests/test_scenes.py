@@ -23,7 +23,7 @@ from lmm_sae_nb.pictureworld.questions import caption
 from lmm_sae_nb.pictureworld.scenes import HELD_OUT, SIDE, TRAIN, VALIDATION
 from lmm_sae_nb.pictureworld.shelf import SPLITS
 
-FURNISHED = [seed for seed in range(400) if not worlds.scene(seed).chart]
+FURNISHED = [seed for seed in range(300) if not worlds.scene(seed).chart]
 CHARTS = range(60)
 MASKED = range(100)
 
@@ -147,7 +147,7 @@ def test_splits_are_ranges_of_seeds():
 def test_training_draws_only_training_seeds(trained_on):
     for name, seeds in trained_on.items():
         assert len(seeds) > 1000, name
-        assert TRAIN <= min(seeds) and max(seeds) < VALIDATION, name
+        assert min(seeds) >= TRAIN and max(seeds) < VALIDATION, name
 
 
 def test_every_seed_that_a_stream_can_come_to_is_a_training_seed(monkeypatch):
@@ -179,7 +179,7 @@ def test_no_scene_that_is_reported_on_was_trained_on_behind_a_mask(trained_on):
 
 def test_every_kind_of_table_1_is_there_in_variety():
     seen = {kind: set() for kind in KINDS}
-    for scene in [*map(worlds.scene, range(400)), *map(worlds.chart, CHARTS)]:
+    for scene in [*map(worlds.scene, range(300)), *map(worlds.chart, CHARTS)]:
         for kind, grid in scene.labels.items():
             seen[kind] |= set(worlds.names(grid, kind))
             assert grid.shape == (SIDE, SIDE) and grid.dtype == np.uint8
@@ -294,7 +294,8 @@ def test_a_composites_parts_lie_within_it_each_in_its_colour():
             assert worlds.colour(scene.pixels[region]) == ink, (scene.seed, item, part)
         seen.add(item.name)
     assert seen == set(COMPOSITES)
-    assert not any(worlds.scene(s).labels["part"].any() for s in FURNISHED if not any(i.kind == "composite" for i in worlds.scene(s).items))
+    for scene in map(worlds.scene, FURNISHED):
+        assert scene.labels["part"].any() == any(item.kind == "composite" for item in scene.items)
 
 
 def test_a_panel_shows_two_inks_and_a_block_its_material():
@@ -306,12 +307,13 @@ def test_a_panel_shows_two_inks_and_a_block_its_material():
     for item, scene, mask in every("block"):
         assert worlds.names(scene.labels["material"][mask], "material") == [item.name]
         tile = art._material_tile(item.name).reshape(-1, 3).mean(0)
-        assert abs(scene.pixels[ndimage.binary_erosion(mask, iterations=4)].mean(0) - tile).max() < 16, (scene.seed, item)
+        shown = scene.pixels[ndimage.binary_erosion(mask, iterations=4)].mean(0)
+        assert abs(shown - tile).max() < 16, (scene.seed, item)
 
 
 def test_signs_are_legible():
     for item, scene, mask in every("sign"):
-        (word, window), = worlds.words(scene).items()
+        ((word, window),) = worlds.words(scene).items()
         assert word == item.name
         assert (window <= mask).all()
         read, likeness = worlds.read(window, scene.pixels, on_map=False)

@@ -110,9 +110,9 @@ def _likeness(seen: np.ndarray, drawn: np.ndarray) -> float:
     spare = np.subtract(seen.shape, drawn.shape)
     if spare.min() < 0 or spare.max() > 8:
         return 0.0
-    height, width = drawn.shape
-    laid = [seen[y : y + height, x : x + width] for y in range(spare[0] + 1) for x in range(spare[1] + 1)]
-    return max(np.corrcoef(piece.ravel(), drawn.ravel())[0, 1] for piece in laid)
+    laid = np.lib.stride_tricks.sliding_window_view(seen, drawn.shape).reshape(-1, drawn.size)
+    laid, drawn = (flat - flat.mean(-1, keepdims=True) for flat in (laid, drawn.ravel()))
+    return (laid @ drawn / np.linalg.norm(laid, axis=-1) / np.linalg.norm(drawn)).max()
 
 
 def read(window: np.ndarray, pixels: np.ndarray, on_map: bool) -> tuple[str, float]:

@@ -7,7 +7,9 @@ import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 from datasets import Dataset, Features, Image, Value, disable_progress_bars, enable_progress_bars
@@ -45,11 +47,22 @@ def _row(split: str, number: int) -> dict[str, object]:
     return {"seed": seed, "question": asked.text, "answer": asked.answer, "family": asked.family, **pictures}
 
 
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 def render(folder: Path, sizes: dict[str, int]) -> None:
     """Write the splits (name to number of scenes) and `concepts.json` under `folder`, whole or not at all.
 
     Columns: image (None for questions without a picture), seed, question, answer, family, and a label map for each
-    kind of concept (mode L; 0 none, i the i-th name of that kind in concepts.json). Uses every core.
+    kind of concept (mode L; 0 none, i the i-th name of that kind in concepts.json). Uses every core. ValueError for an
+    unknown split or more scenes than it has seeds for.
     """
     unknown = sizes.keys() - SPLITS.keys()
     if unknown:
@@ -61,7 +74,7 @@ def render(folder: Path, sizes: dict[str, int]) -> None:
     shutil.rmtree(building, ignore_errors=True)
     disable_progress_bars()
     try:
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
+        with ProcessPoolExecutor(os.cpu_count(), initializer=_end_with_parent) as pool:
             for split, size in sizes.items():
                 made = pool.map(partial(_row, split), range(size), chunksize=50)
                 rows = list(tqdm(made, total=size, desc=f"rendering {split}", mininterval=2))

@@ -95,12 +95,14 @@ concepts.ANSWERED_FROM_MEMORY
 #    against 99.9 % on maps): the tower went on, on scenes full of signs, with the projector kept as it was (98 % at the end).
 # 5. *Finish.* Lessons again, with the better eye and with the tile that AnyRes adds: the same picture once more, row by row.
 # 6. *Polish.* The same for longer, with more signs, drawn things and panels, which were the weakest.
+# 7. *Parts.* Once more with the tower, which now learns from answers too: the colours of small parts were still the weakest.
 #
-# The commands are `python -m lmm_sae_nb.pictureworld tower | rehearse | lessons | reading | finish | polish | ship | exam`.
+# The commands are `python -m lmm_sae_nb.pictureworld tower | rehearse | lessons | reading | finish | polish | parts |
+# ship | exam`.
 
-# %% mystnb={"figure": {"caption": "Learning curves. Left: patches named right by the eye. Right: answers right in every word, given the right words before, on fresh training scenes; a grey line where a course begins (lessons, finish, polish).", "name": "fig-learning"}}
+# %% mystnb={"figure": {"caption": "Learning curves. Left: patches named right by the eye. Right: answers right in every word, given the right words before, on fresh training scenes; a grey line where a course begins (lessons, finish, polish, parts).", "name": "fig-learning"}}
 tower = school.smooth(school.read_log(root / model / "tower.jsonl"))
-courses = [root / model / f"{course}.jsonl" for course in ("lessons", "finish", "polish")]
+courses = [root / model / f"{course}.jsonl" for course in ("lessons", "finish", "polish", "parts")]
 rows, begins = [], []
 for course in filter(Path.is_file, courses):
     begins.append(rows[-1]["step"] if rows else 0)

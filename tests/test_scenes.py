@@ -124,7 +124,7 @@ def trained_on() -> dict[str, set[int]]:
                 stream = tower.Glimpses(first, [recorder(make.__name__) for make in makers])
                 drawn = asked["steps"] * sizes["train_tower"]
             else:
-                stream = lessons.Lessons(None, asked.get("first_seed", 0), asked.get("drill", False))
+                stream = lessons.Lessons(None, asked.get("first_seed", 0), asked.get("drills", lessons.RARE))
                 drawn = asked["steps"] * sizes["train_language"]
             assert sum(1 for _ in itertools.islice(stream, drawn)) == drawn
     return seen
@@ -159,7 +159,7 @@ def test_every_seed_that_a_stream_can_come_to_is_a_training_seed(monkeypatch):
 
     for name in ("make_scene", "make_map", "make_masked"):
         monkeypatch.setattr(lessons, name, bare)
-    stream = lessons.Lessons(None, 0, drill=True)
+    stream = lessons.Lessons(None, 0, lessons.PARTS)
     for seed in range(800_000):  # after which the stream's seeds come round again, as its turns do
         stream._scene(TRAIN + seed, seed % 20)
     assert min(drawn) >= TRAIN and max(drawn) < VALIDATION

@@ -113,7 +113,7 @@ for step in begins[1:]:
     right.axvline(step, color="0.8", lw=1)
 for group in ("object", "part", "texture", "face", "word"):
     plots.curve(tower, f"acc_{group}", label=group, ax=left)
-for family in ("describe", "position", "exists", "where", "part", "read", "label", "shaded"):
+for family in ("describe", "position", "exists", "where", "part", "read"):
     plots.curve(lessons, f"share_{family}", label=family, ax=right)
 left.set_ylabel("patches right")
 right.set_ylabel("answers right")

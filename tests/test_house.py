@@ -32,7 +32,7 @@ NOTEBOOKS = pages.sources()
 PRESETS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
 
 LEVELS = [  # an import goes to the same level or a lower one, and never in a circle
-    {"hooks", "sae", "formats", "asked", "artifacts", "spans"},
+    {"hooks", "kernels", "sae", "optimiser", "formats", "asked", "artifacts", "spans"},
     {"lmm"},
     {"train", "cache", "steering"},
     {"explain", "attribution"},

@@ -33,6 +33,9 @@ class Position(NamedTuple):
     skip: int = 0  # after so many of its tokens
 
 
+START = Position()
+
+
 def prompts(lmm: LMM, samples: Sequence[Mapping], order: Iterable[int], batch: int) -> Iterator[Prompt]:
     """Samples (image or None, question, answer) as in supervised fine-tuning, a batch at a time.
 
@@ -93,7 +96,7 @@ def mixed(
     buffer_tokens: int,
     batch_tokens: int,
     seed: int,
-    start: Position = Position(),
+    start: Position = START,
 ) -> Iterator[tuple[Float[Tensor, "own width"], Position]]:
     """This process's share of each batch, and the position after it; `start` at a position to go on from there.
 
@@ -111,19 +114,22 @@ def mixed(
     length = buffer_tokens - buffer_tokens % batch_tokens
     parts: deque[_Part] = deque()
     rounds = _rounds(stream, accelerator, start.part)
+    parts.extend(next(rounds))
+    nothing = next(part.own[:0] for part in parts if part.own is not None)  # the share of who holds none of a batch
     position = start
     while True:
         while sum(part.tokens for part in parts) - position.skip < length:
-            parts.extend(next(rounds))
             if len(parts) >= parts_an_epoch and not any(part.tokens for part in parts):
                 raise ValueError("no sample has a token of the chosen kinds; choose others")
+            parts.extend(next(rounds))
         order = torch.from_numpy(np.random.default_rng((seed, BLOCK, position.block)).permutation(length))
         pieces = _pieces(parts, position.skip, length)
         for batch in range(position.batch, length // batch_tokens):
             position = position._replace(batch=batch + 1)
             if batch + 1 == length // batch_tokens:
                 position = _next_block(parts, position, length)
-            yield _deal(pieces, order[batch * batch_tokens : (batch + 1) * batch_tokens]), position
+            own = _deal(pieces, order[batch * batch_tokens : (batch + 1) * batch_tokens])
+            yield torch.cat([nothing, *own]), position
         del pieces  # the parts go before the next block's come
         while parts and parts[0].number < position.part:
             parts.popleft()
@@ -150,14 +156,12 @@ def _pieces(parts: Iterable[_Part], skip: int, length: int) -> list[tuple[int, T
     return pieces
 
 
-def _deal(pieces: list[tuple[int, Tensor]], places: Tensor) -> Float[Tensor, "own width"]:
-    """The tokens at these places of a block, as far as they are here; in order of place, without copying pieces."""
+def _deal(pieces: list[tuple[int, Tensor]], places: Tensor) -> Iterator[Float[Tensor, "own width"]]:
+    """The tokens at these places of a block, as far as they are here, in order of place."""
     places = places.sort().values
-    found = []
     for start, piece in pieces:
         low, high = torch.searchsorted(places, torch.tensor([start, start + len(piece)])).tolist()
-        found.append(piece[(places[low:high] - start).to(piece.device)])
-    return torch.cat(found)
+        yield piece[(places[low:high] - start).to(piece.device)]
 
 
 def _next_block(parts: Iterable[_Part], position: Position, length: int) -> Position:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 MANIFEST, METRICS = "manifest.json", "metrics.json"
-ASIDE = ".old"  # how the name of what `replace_folder` sets aside ends
+TEMPORARY, ASIDE = ".tmp", ".old"  # how hidden names end: of what is being written, of what is being replaced
 VERSIONED = ("lmm-sae-nb", "torch", "transformers", "datasets", "safetensors", "numpy")
 
 
@@ -51,7 +51,7 @@ def sync(path: Path) -> None:
 def _write_through(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: readers see old or new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         write(temporary)
         sync(temporary)
@@ -59,6 +59,12 @@ def _write_through(path: Path, write: Callable[[Path], object]) -> None:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_temporaries(folder: str | Path) -> None:
+    """Delete the half-written files and folders that killed writers left where nobody else is writing now."""
+    for leftover in Path(folder).glob(f".*{TEMPORARY}"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lmm_sae_nb.artifacts import read_json, save_tensors, sync, sync_folder, write_json
+from lmm_sae_nb.artifacts import TEMPORARY, clear_temporaries, read_json, save_tensors, sync, sync_folder, write_json
 
 STATE, TENSORS, OPTIMISER = "state.json", "tensors.safetensors", "optimiser.pt"
 
@@ -33,7 +33,7 @@ def save(folder: str | Path, step: int, checkpoint: Checkpoint) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{uuid.uuid4().hex}"
+    temporary = folder / f".{step}.{uuid.uuid4().hex}{TEMPORARY}"
     try:
         save_tensors(temporary / TENSORS, checkpoint.tensors)
         torch.save(checkpoint.optimiser, temporary / OPTIMISER)
@@ -42,14 +42,16 @@ def save(folder: str | Path, step: int, checkpoint: Checkpoint) -> None:
         temporary.replace(folder / str(step))
         sync(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        clear_temporaries(folder)
         needed = _bytes(checkpoint.tensors) + _bytes(checkpoint.optimiser)
         raise OSError(
             f"{folder}: the checkpoint of step {step} could not be written ({error}); it takes {needed:,} bytes, and "
             f"{shutil.disk_usage(folder).free:,} are free beside {_last(folder)}. Make room and run again: training "
             "goes on from there"
         ) from error
-    tidy(folder)
+    for older in _steps(folder)[:-1]:
+        (folder / str(older)).replace(folder / f".{older}{TEMPORARY}")
+    clear_temporaries(folder)
 
 
 def load(folder: str | Path) -> Checkpoint | None:
@@ -65,16 +67,12 @@ def load(folder: str | Path) -> Checkpoint | None:
     )
 
 
-def tidy(folder: str | Path, keep: int = 1) -> None:
-    """Delete all but the newest `keep` checkpoints, and what a killed writer left; the folder too if it is empty."""
+def remove(folder: str | Path) -> None:
+    """Delete a folder of checkpoints, and what killed writers left beside it; gone at once, whatever happens."""
     folder = Path(folder)
-    steps = _steps(folder)
-    for step in steps[: len(steps) - keep]:
-        (folder / str(step)).replace(folder / f".{uuid.uuid4().hex}")  # out of sight at once
-    for leftover in folder.glob(".*"):
-        shutil.rmtree(leftover)
-    if folder.is_dir() and not keep:
-        folder.rmdir()
+    if folder.is_dir():
+        folder.replace(folder.with_name(f".{folder.name}.{uuid.uuid4().hex}{TEMPORARY}"))
+    clear_temporaries(folder.parent)
 
 
 def _steps(folder: Path) -> list[int]:

@@ -106,10 +106,12 @@ def train_sae(
         "mixed_precision": mixed_precision, "model": _weights(lmm, layer), "samples": data_fingerprint(samples),
     }  # fmt: skip
     folder = Path(folder)
-    if done := _finished(folder, run):
-        return done
-    accelerator = _accelerator(lmm, mixed_precision, accumulate, tracker, run, folder)
+    accelerator = _accelerator(lmm, mixed_precision, accumulate, tracker, folder)
     try:
+        if done := _finished(folder, run, accelerator):
+            return done
+        if tracker != "none":
+            accelerator.init_trackers("lmm-sae-nb", {name: _plain(value) for name, value in run.items()})
         stream = Stream(lmm, samples, layer, kinds, seed, batch_samples)
         training, batches = _begin(lmm, stream, accelerator, run, folder)
         _train(training, batches, accelerator, run, folder, checkpoint_minutes, log_every, on_log)
@@ -123,9 +125,7 @@ def train_sae(
     return TrainResult(training.sae, training.history)
 
 
-def _accelerator(
-    lmm: LMM, mixed_precision: str, accumulate: int, tracker: str, run: Mapping, folder: Path
-) -> Accelerator:
+def _accelerator(lmm: LMM, mixed_precision: str, accumulate: int, tracker: str, folder: Path) -> Accelerator:
     """Accelerate's view of this process: on the model's device if alone, else the model moves to the process's own."""
     if mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision is {mixed_precision!r}; choose 'no' or 'bf16' (float16 overflows)")
@@ -140,8 +140,6 @@ def _accelerator(
         log_with=None if tracker == "none" else tracker,
         project_dir=folder / "logs",
     )
-    if tracker != "none":
-        accelerator.init_trackers("lmm-sae-nb", {name: _plain(value) for name, value in run.items()})
     if accelerator.num_processes > 1:
         lmm.model.to(accelerator.device)
     return accelerator
@@ -220,16 +218,18 @@ def _finish(training: _Training, run: Mapping, folder: Path) -> None:
     (folder / HISTORY).unlink(missing_ok=True)
     training.sae.save(folder)
     write_json(folder / HISTORY, {"rows": training.history, "run": run, "code": _code()})
-    checkpoint.tidy(folder / CHECKPOINTS, keep=0)
+    checkpoint.remove(folder / CHECKPOINTS)
 
 
-def _finished(folder: Path, run: Mapping) -> TrainResult | None:
+def _finished(folder: Path, run: Mapping, accelerator: Accelerator) -> TrainResult | None:
     """What this very code made of this very run before, if it did."""
     if not (folder / HISTORY).is_file():
         return None
     told = read_json(folder / HISTORY)
     if (told.get("run"), told.get("code")) != (run, _code()):
         return None
+    if accelerator.is_main_process:
+        checkpoint.remove(folder / CHECKPOINTS)
     return TrainResult(TopKSAE.load(folder), told["rows"])
 
 

@@ -7,10 +7,14 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
+from accelerate import notebook_launcher
 from models import make
 from PIL import Image
 
@@ -36,7 +40,7 @@ def _samples() -> list[dict]:
 LMM_, SAMPLES = LMM(*make("picture_world")), _samples()  # built once, in the server
 
 
-def train(folder: Path, **settings) -> TrainResult:
+def train(folder: Path, settings: Mapping = MappingProxyType({})) -> TrainResult:
     return train_sae(LMM_, SAMPLES, 1, folder=folder, **SETTINGS | settings)
 
 
@@ -57,6 +61,25 @@ def train_and_die(folder: Path, die_at: int) -> None:
     os.fsync, Path.replace = counted(os.fsync), counted(Path.replace)
     train(folder)
     (folder.parent / "calls.json").write_text(json.dumps(calls))
+
+
+def train_together(folder: Path, processes: int, settings: dict) -> None:
+    """`train` in several processes that notebook_launcher forks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    notebook_launcher(train, (folder, settings), num_processes=processes, use_port=str(port))
+
+
+def run(job, *args, kill_after: float | None = None) -> int:
+    """A job in a child; how it ended: 0, 1 for an error, or minus the signal that killed it."""
+    child = children().Process(target=job, args=args)
+    child.start()
+    child.join(kill_after)
+    if child.exitcode is None:
+        child.kill()
+        child.join()
+    return child.exitcode
 
 
 def children():

@@ -22,7 +22,7 @@ from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.train import TrainResult, train_sae
 
 SETTINGS = dict(
-    n_latents=40, k=4, steps=6, batch_tokens=64, buffer_tokens=192, batch_samples=2, lr=3e-3, seed=3,
+    n_latents=40, k=4, steps=6, batch_tokens=512, buffer_tokens=1536, batch_samples=2, lr=3e-3, seed=3,
     dead_after_tokens=200, log_every=1, checkpoint_minutes=0,
 )  # fmt: skip
 

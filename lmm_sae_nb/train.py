@@ -1,4 +1,4 @@
-"""Section 2.1: hidden states stream from the model into a TopK SAE; how good the SAE is afterwards.
+"""Section 2.1: hidden states stream from the model into a TopK SAE.
 
 One process or many: accelerate says which. Every process holds the SAE and its own part of the tokens; gradients,
 variances, losses and what fired are summed over all, so that the SAE does not depend on how many there are.
@@ -27,18 +27,19 @@ from tqdm.auto import tqdm
 from lmm_sae_nb import checkpoint
 from lmm_sae_nb.artifacts import code_fingerprints, read_json, write_json
 from lmm_sae_nb.checkpoint import Checkpoint
-from lmm_sae_nb.lmm import LMM, Prompt
+from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.optimiser import SAEAdam
-from lmm_sae_nb.sae import TopKSAE, auxk_loss, geometric_median, require_finite
-from lmm_sae_nb.tokens import KINDS, Position, Stream, data_fingerprint, mixed, prompts, token_mask
+from lmm_sae_nb.sae import TopKSAE, auxk_loss, geometric_median
+from lmm_sae_nb.tokens import KINDS, Position, Stream, data_fingerprint, mixed
 
 CHECKPOINTS, HISTORY = "checkpoint", "history.json"
+ROW = ("step", "tokens", "loss", "fvu", "auxk", "dead_fraction", "l0", "lr", "seconds", "tokens_per_second")
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 
 
 class TrainResult(NamedTuple):
     sae: TopKSAE
-    history: list[dict[str, float]]  # rows: step, tokens, fvu, auxk, dead_fraction, l0, lr, tokens_per_second
+    history: list[dict[str, float]]  # a row: ROW
 
 
 def learning_rate(step: int, steps: int, peak: float, warm: int) -> float:
@@ -161,10 +162,12 @@ class _Training:
     silent: Int64[Tensor, " latents"]  # tokens since each latent last fired
     position: Position
     step: int = 0
+    seconds: float = 0.0  # spent on these steps, without what was lost between a checkpoint and a kill
     history: list[dict[str, float]] = field(default_factory=list)
 
     def save(self, run: Mapping, folder: Path) -> None:
-        state = {"run": run, "step": self.step, "position": self.position._asdict(), "history": self.history}
+        state = {name: getattr(self, name) for name in ("step", "seconds", "history")}
+        state |= {"run": run, "position": self.position._asdict()}
         tensors = self.sae.state_dict() | {"silent": self.silent}
         if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
             raise ValueError(f"after step {self.step} weights hold NaN or infinity; train with a lower lr")
@@ -174,7 +177,7 @@ class _Training:
         self.silent.copy_(found.tensors.pop("silent"))
         self.sae.load_state_dict(found.tensors)
         self.optimiser.load_state_dict(found.optimiser)
-        self.step, self.history = found.state["step"], found.state["history"]
+        self.step, self.seconds, self.history = (found.state[name] for name in ("step", "seconds", "history"))
 
 
 def _begin(
@@ -260,31 +263,45 @@ def _train(
 ) -> None:
     """The steps that are left, with a row of history now and then, and checkpoints."""
     steps, main = run["steps"], accelerator.is_main_process
-    saved = began = time.monotonic()
-    counted = training.step
+    saved = clock = time.monotonic()
+    logged = (training.step, training.seconds)
     bar = tqdm(total=steps, initial=training.step, desc="training", mininterval=2, disable=not main)
     while training.step < steps:
-        row = _step(training, batches, accelerator, run)
+        values = _step(training, batches, accelerator, run)
+        training.seconds, clock = training.seconds + time.monotonic() - clock, time.monotonic()
         bar.update()
         if training.step % log_every == 0 or training.step == steps:
-            now, tokens = time.monotonic(), (training.step - counted) * run["accumulate"] * run["batch_tokens"]
-            row["tokens_per_second"] = tokens / max(now - began, 1e-9)
-            began, counted = now, training.step
+            row = _row(training, values, run, *logged)
+            logged = (training.step, training.seconds)
             training.history.append(row)
             accelerator.log(row, step=training.step)
             bar.set_postfix(fvu=f"{row['fvu']:.3f}", dead=f"{row['dead_fraction']:.3f}", refresh=False)
             if on_log and main:
                 on_log(training.history)
-        if main and training.step < steps and time.monotonic() - saved >= 60 * checkpoint_minutes:
+        if main and training.step < steps and clock - saved >= 60 * checkpoint_minutes:
             training.save(run, folder / CHECKPOINTS)
             saved = time.monotonic()
     bar.close()
 
 
+def _row(
+    training: _Training, values: Mapping[str, float], run: Mapping, last_step: int, last_seconds: float
+) -> dict[str, float]:
+    """A row of history, from what the latest step told and when the row before it was."""
+    tokens = run["accumulate"] * run["batch_tokens"]
+    row = {
+        "step": training.step, "tokens": training.step * tokens, "seconds": training.seconds,
+        "loss": values["fvu"] + run["auxk_alpha"] * values["auxk"],
+        "dead_fraction": float((training.silent > run["dead_after_tokens"]).float().mean()),
+        "tokens_per_second": (training.step - last_step) * tokens / max(training.seconds - last_seconds, 1e-9),
+    }  # fmt: skip
+    return {name: (row | values)[name] for name in ROW}
+
+
 def _step(
     training: _Training, batches: Iterator[tuple[Tensor, Position]], accelerator: Accelerator, run: Mapping
 ) -> dict[str, float]:
-    """One optimiser step; what there is to log of it."""
+    """One optimiser step; its FVU, AuxK, L0 and learning rate."""
     rate = learning_rate(training.step, run["steps"], run["lr"], run["warm_steps"])
     for group in training.optimiser.param_groups:
         group["lr"] = rate
@@ -302,17 +319,9 @@ def _step(
             training.optimiser.step()
             training.optimiser.zero_grad()
     training.step += 1
-    tokens = run["accumulate"] * run["batch_tokens"]
-    training.silent += tokens
+    training.silent += run["accumulate"] * run["batch_tokens"]
     training.silent[fired] = 0
-    dead_fraction = float((training.silent > run["dead_after_tokens"]).float().mean())
-    values = dict(zip(("fvu", "auxk", "l0"), logged.tolist(), strict=True))
-    return values | {
-        "step": training.step,
-        "tokens": training.step * tokens,
-        "lr": rate,
-        "dead_fraction": dead_fraction,
-    }
+    return dict(zip(("fvu", "auxk", "l0"), logged.tolist(), strict=True)) | {"lr": rate}
 
 
 def _backward(
@@ -361,91 +370,3 @@ def _gathered(x: Float[Tensor, "own width"], accelerator: Accelerator) -> Float[
     counts = accelerator.gather(torch.tensor([len(x)], device=x.device)).tolist()
     shares = accelerator.gather(accelerator.pad_across_processes(x)).split(max(counts))
     return torch.cat([share[:count] for share, count in zip(shares, counts, strict=True)])
-
-
-# ---- evaluation -----------------------------------------------------------------------------------------------
-
-
-class _Variance:
-    """Unexplained and total variance of a stream of tokens, about the mean of all of them."""
-
-    def __init__(self, width: int):
-        self.n, self.sum, self.squares, self.error = 0, torch.zeros(width, dtype=torch.float64), 0.0, 0.0
-
-    def add(self, x: Tensor, x_hat: Tensor) -> None:
-        x, x_hat = x.double().cpu(), x_hat.double().cpu()
-        self.n, self.sum = self.n + len(x), self.sum + x.sum(0)
-        self.squares, self.error = (
-            self.squares + float(x.square().sum()),
-            self.error + float((x - x_hat).square().sum()),
-        )
-
-    def unexplained(self) -> float:
-        total = self.squares - float(self.sum.square().sum()) / max(self.n, 1)
-        if total <= 0:
-            raise ValueError(
-                f"{self.n} held-out tokens do not vary, so there is nothing to explain; give other samples"
-            )
-        return self.error / total
-
-
-@torch.no_grad()
-def evaluate_sae(
-    lmm: LMM,
-    sae: TopKSAE,
-    samples: Sequence[Mapping],
-    layer: int,
-    *,
-    kinds: Sequence[str] = KINDS,
-    batch_samples: int = 16,
-) -> dict[str, float]:
-    """How good an SAE is on held-out samples.
-
-    fvu (about the mean of all these tokens) in all and as fvu_<kind>; dead_fraction: latents that never fire on
-    them; l0: active latents a token; loss_clean, loss_spliced, loss_zero: mean cross-entropy of answers, in nats,
-    untouched, with the reconstruction in the layer's place, and with zeros there (both on tokens of `kinds`; others
-    keep their own state); loss_recovered = (zero - spliced) / (zero - clean).
-    ValueError if the SAE has another width than the layer, or there are no samples.
-    """
-    sae.require_width(lmm.width)
-    if not len(samples):
-        raise ValueError("no held-out samples to evaluate on; give at least one")
-    whole, by_kind = _Variance(sae.width), {kind: _Variance(sae.width) for kind in kinds}
-    fired, active = torch.zeros(sae.n_latents, dtype=torch.bool), 0
-    losses = {"clean": [], "spliced": [], "zero": []}
-    asked = prompts(lmm, samples, range(len(samples)), batch_samples)
-    for prompt in tqdm(asked, desc="evaluating", total=-(-len(samples) // batch_samples), mininterval=2):
-        hidden, mask = lmm.hidden_states(prompt, layer), token_mask(prompt, kinds)
-        x = hidden[mask].float()
-        require_finite(x, f"hidden states of layer {layer}")
-        latents = sae.encode(x)
-        x_hat = sae.decode(latents)
-        whole.add(x, x_hat)
-        for kind, variance in by_kind.items():
-            own = token_mask(prompt, [kind])[mask]
-            variance.add(x[own], x_hat[own])
-        fired[latents.indices[latents.acts > 0].cpu()] = True
-        active += int((latents.acts > 0).sum())
-        for name, value in {"clean": None, "spliced": x_hat, "zero": torch.zeros_like(x_hat)}.items():
-            losses[name].append(_loss(lmm, prompt, layer, mask, value))
-    loss = {f"loss_{name}": float(torch.cat(parts).mean()) for name, parts in losses.items()}
-    recovered = (loss["loss_zero"] - loss["loss_spliced"]) / (loss["loss_zero"] - loss["loss_clean"])
-    return {
-        "tokens": whole.n, "fvu": whole.unexplained(),
-        **{f"fvu_{kind}": variance.unexplained() for kind, variance in by_kind.items() if variance.n > 1},
-        "dead_fraction": float((~fired).float().mean()), "l0": active / whole.n, **loss, "loss_recovered": recovered,
-    }  # fmt: skip
-
-
-def _loss(lmm: LMM, prompt: Prompt, layer: int, mask: Tensor, value: Tensor | None) -> Float[Tensor, " batch"]:
-    """Cross-entropy of the answers with `value` at the masked tokens of the layer's output, or untouched."""
-    if value is None:
-        return lmm.cross_entropy(prompt)
-
-    def splice(hidden: Tensor) -> Tensor:
-        out = hidden.clone()
-        out[mask] = value.to(out.dtype)
-        return out
-
-    with lmm.spliced(layer, splice):
-        return lmm.cross_entropy(prompt)

@@ -34,7 +34,7 @@ PRESETS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
 LEVELS = [  # an import goes to the same level or a lower one, and never in a circle
     {"hooks", "kernels", "sae", "optimiser", "formats", "asked", "artifacts", "checkpoint", "spans"},
     {"lmm"},
-    {"tokens", "train", "launch", "cache", "steering"},
+    {"tokens", "train", "evaluate", "launch", "cache", "steering"},
     {"explain", "attribution"},
     {"score"},
     {"plots", "widgets"},

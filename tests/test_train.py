@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from models import make
 from PIL import Image
 
+from lmm_sae_nb.evaluate import evaluate_sae
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.tokens import START, Stream, mixed
-from lmm_sae_nb.train import evaluate_sae, learning_rate, train_sae
+from lmm_sae_nb.train import learning_rate, train_sae
 
 
 @pytest.fixture(scope="module")

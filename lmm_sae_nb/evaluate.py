@@ -1,4 +1,4 @@
-"""How good an SAE is on samples that its training has not seen: what it explains, what of the model's skill it keeps."""
+"""How good an SAE is on samples that its training has not seen: what it explains, what skill it leaves the model."""
 
 from __future__ import annotations
 

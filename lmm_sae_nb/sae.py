@@ -1,7 +1,7 @@
-"""The TopK sparse autoencoder of section 2.1 (eq. 1, 2): its latents, its losses, the sparse kernels behind.
+"""The TopK sparse autoencoder of section 2.1 (eq. 1, 2): its latents, its losses, its start.
 
-A dense (tokens, latents) tensor exists only in `topk_latents`, a block of tokens at a time, and no gradient
-of that shape exists anywhere. `encode_topk` and `decode_sparse` are the kernels that faster ones may replace.
+A dense (tokens, latents) tensor exists only in `kernels.top_k`, a block of tokens at a time, and no gradient
+of that shape exists anywhere.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lmm_sae_nb import kernels
 from lmm_sae_nb.formats import SparsifyWeights, read_sparsify, write_sparsify
-
-BLOCK = 2**24  # pre-activations at a time: 64 MB in float32
 
 
 class Latents(NamedTuple):
@@ -28,17 +27,7 @@ class Latents(NamedTuple):
     indices: Int64[Tensor, "*tokens k"]
 
 
-# Kernels.
-
-
-def topk_latents(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Latents:
-    """TopK(ReLU(W_enc x + b_enc)) of (tokens, width) inputs, a block of tokens at a time, without gradient.
-
-    TopK goes before ReLU, which changes no activation and spares a pass over the dense block.
-    """
-    block = max(1, BLOCK // len(W_enc))
-    tops = [torch.addmm(b_enc, part, W_enc.T).topk(k, sorted=False) for part in x.split(block)]
-    return Latents(torch.cat([top.values for top in tops]).relu_(), torch.cat([top.indices for top in tops]))
+# Eq. 1 and 2, with their gradients.
 
 
 class _EncodeTopK(torch.autograd.Function):
@@ -47,10 +36,10 @@ class _EncodeTopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, b_dec, k):
         centred = x - b_dec
-        latents = topk_latents(centred, W_enc, b_enc, k)
-        ctx.save_for_backward(centred, W_enc, *latents)
-        ctx.mark_non_differentiable(latents.indices)
-        return tuple(latents)
+        acts, indices = kernels.top_k(centred, W_enc, b_enc, k)
+        ctx.save_for_backward(centred, W_enc, acts, indices)
+        ctx.mark_non_differentiable(indices)
+        return acts, indices
 
     @staticmethod
     @once_differentiable
@@ -58,18 +47,26 @@ class _EncodeTopK(torch.autograd.Function):
         centred, W_enc, acts, indices = ctx.saved_tensors
         grad = grad_acts * (acts > 0)
         needs_x, needs_W, *_ = ctx.needs_input_grad
-        grad_x = decode_sparse(Latents(grad, indices), W_enc) if needs_x else None
-        grad_W_enc = _sum_by_latent(grad, indices, centred, len(W_enc)) if needs_W else None
+        grad_x = F.embedding_bag(indices, W_enc, per_sample_weights=grad, mode="sum") if needs_x else None
+        grad_W_enc = kernels.sum_by_latent(grad, indices, centred, W_enc) if needs_W else None
         grad_b_enc = grad.new_zeros(len(W_enc)).index_add_(0, indices.flatten(), grad.flatten())
         return grad_x, grad_W_enc, grad_b_enc, -(grad_b_enc @ W_enc), None
 
 
-def _sum_by_latent(weights: Tensor, indices: Tensor, x: Tensor, n_latents: int) -> Tensor:
-    """(latents, width): row j sums weight * x[t] over the tokens t that have j; sorted, they are one bag."""
-    latents, order = indices.flatten().sort(stable=True)
-    starts = torch.searchsorted(latents, torch.arange(n_latents, device=x.device))
-    tokens = order // indices.shape[-1]
-    return F.embedding_bag(tokens, x, starts, per_sample_weights=weights.flatten()[order], mode="sum")
+class _DecodeSparse(torch.autograd.Function):
+    """Eq. 2 without b_dec, where both the activations and the dictionary learn."""
+
+    @staticmethod
+    def forward(ctx, acts, indices, W_dec):
+        ctx.save_for_backward(acts, indices, W_dec)
+        return kernels.decode(acts, indices, W_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        acts, indices, W_dec = ctx.saved_tensors
+        grad_acts, grad_W_dec = kernels.decode_gradients(grad, acts, indices, W_dec)
+        return grad_acts, None, grad_W_dec
 
 
 def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> Latents:
@@ -79,6 +76,9 @@ def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) 
 
 def decode_sparse(latents: Latents, W_dec: Tensor) -> Float[Tensor, "tokens width"]:
     """Sum of the W_dec rows at (tokens, k) indices, weighted by the activations; differentiable in both."""
+    learns = torch.is_grad_enabled() and W_dec.requires_grad
+    if learns and kernels.is_compiled(latents.acts, W_dec):
+        return _DecodeSparse.apply(*latents, W_dec)
     return F.embedding_bag(latents.indices, W_dec, per_sample_weights=latents.acts, mode="sum")
 
 

@@ -32,7 +32,7 @@ NOTEBOOKS = pages.sources()
 PRESETS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
 
 LEVELS = [  # an import goes to the same level or a lower one, and never in a circle
-    {"hooks", "kernels", "sae", "optimiser", "formats", "asked", "artifacts", "checkpoint", "spans"},
+    {"hooks", "compiled", "kernels", "sae", "optimiser", "formats", "asked", "artifacts", "checkpoint", "spans"},
     {"lmm"},
     {"tokens", "train", "evaluate", "launch", "cache", "steering"},
     {"explain", "attribution"},

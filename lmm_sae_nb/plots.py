@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import HTML, display
 from matplotlib.axes import Axes
 from PIL import Image
 
@@ -61,10 +64,33 @@ def curve(
 
 def training(history: Sequence[Mapping[str, float]], names: Sequence[str], x: str = "step") -> np.ndarray:
     """A panel for each logged quantity of a training, side by side."""
-    _, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.4), squeeze=False)
+    _, axes = plt.subplots(1, len(names), figsize=(min(3 * len(names), 12), 2.4), squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):
         curve(history, name, x, ax=ax)
     return axes[0]
+
+
+@contextmanager
+def live(
+    names: Sequence[str], x: str = "step", every: float = 3.0
+) -> Iterator[Callable[[Sequence[Mapping[str, float]]], None]]:
+    """While the `with` lasts: a callback that shows `training` of the history so far, at most once in `every` seconds.
+
+    In a notebook the figure is redrawn in place; it goes when the `with` ends well, for the page draws the final one.
+    """
+    handle, shown = display(HTML(""), display_id=True), float("-inf")
+
+    def on_log(history: Sequence[Mapping[str, float]]) -> None:
+        nonlocal shown
+        if handle and len(history) > 1 and time.monotonic() - shown >= every:
+            figure = training(history, names, x)[0].figure
+            handle.update(figure)
+            plt.close(figure)
+            shown = time.monotonic()
+
+    yield on_log
+    if handle:
+        handle.update(HTML(""))
 
 
 def shares(results: Mapping[str, Mapping[str, float]], ax: Axes | None = None) -> Axes:

@@ -32,9 +32,9 @@ NOTEBOOKS = pages.sources()
 PRESETS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
 
 LEVELS = [  # an import goes to the same level or a lower one, and never in a circle
-    {"hooks", "compiled", "kernels", "sae", "optimiser", "formats", "asked", "artifacts", "spans"},
+    {"hooks", "compiled", "kernels", "sae", "optimiser", "formats", "asked", "artifacts", "checkpoint", "spans"},
     {"lmm"},
-    {"train", "cache", "steering"},
+    {"tokens", "train", "evaluate", "launch", "cache", "steering"},
     {"explain", "attribution"},
     {"score"},
     {"plots", "widgets"},

@@ -6,15 +6,18 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
+import struct
 import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -90,6 +93,37 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     """Write named tensors as one safetensors file, atomically; `metadata` is text for the file's header."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     _write_through(Path(path), lambda temporary: save_file(whole, temporary, metadata=dict(metadata or {})))
+
+
+def save_rows(
+    path: str | Path,
+    layout: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    rows: Iterable[tuple[str, int, np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file piece by piece, atomically and without a copy in memory.
+
+    layout: dtype and shape of each tensor; rows: (name, first row, rows of that tensor) until all are written.
+    """
+    header, at = {"__metadata__": dict(metadata or {})}, 0
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        span = (at, at := at + dtype.itemsize * math.prod(shape))
+        header[name] = {"dtype": f"{dtype.kind.upper()}{8 * dtype.itemsize}", "shape": shape, "data_offsets": span}
+    told = json.dumps(header).encode()
+    told += b" " * (-len(told) % 8)  # numbers of 8 bytes begin at multiples of 8
+    begin = 8 + len(told)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(told)) + told)
+            file.truncate(begin + at)
+            for name, first, block in rows:
+                dtype, shape = layout[name]
+                file.seek(begin + header[name]["data_offsets"][0] + first * dtype.itemsize * math.prod(shape[1:]))
+                if block.size:
+                    file.write(np.ascontiguousarray(block, dtype).data.cast("B"))
+
+    _write_through(Path(path), write)
 
 
 def open_tensors(path: str | Path) -> safe_open:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -187,7 +188,7 @@ def forecast(
     memory = sae.n_latents * n_top * (2 * patches + 12) + 2**29
     if length is None:
         return Forecast(rate, None, None, memory)
-    total = length / rate / PartialState().num_processes
+    total = length / rate / _processes().num_processes
     return Forecast(rate, total, _disk(sae, length, n_top, patches, store), memory)
 
 
@@ -195,7 +196,7 @@ def _disk(sae: TopKSAE, images: int, n_top: int, patches: int, store: str | None
     """Bytes on disk at most: the cache, a checkpoint of it in each process and a new one, and the store."""
     cache = sae.n_latents * (n_top * (2 * patches + 12) + 28)
     entries = images * patches * sae.k if store else 0
-    return cache * (PartialState().num_processes + 2) + entries * (4 + VALUES[store or "float16"].itemsize)
+    return cache * (_processes().num_processes + 2) + entries * (4 + VALUES[store or "float16"].itemsize)
 
 
 def _require_room(folder: Path, needed: int) -> None:
@@ -304,7 +305,7 @@ def cache_activations(
     UnreadableImage; OSError if the disk has no room. What was there before stays until the new cache is whole.
     """
     _check(sae, lmm, images, n_top, batch_size, store, unreadable)
-    folder, processes = Path(folder), PartialState()
+    folder, processes = Path(folder), _processes()
     partial_folder = folder / PARTIAL
     if processes.is_main_process:
         _resume_or_clear(partial_folder, _key(lmm, sae, images, layer, n_top, batch_size, store, unreadable))
@@ -335,6 +336,11 @@ def cache_activations(
         _finish(folder, sae.n_latents, n_top, store, {"grid": lmm.grid, "layer": layer, "model": Path(lmm.name).name})
     processes.wait_for_everyone()
     return LatentCache.load(folder)
+
+
+def _processes() -> PartialState:
+    """Who shares the pass, as accelerate started them; without a GPU it finds others only when told so."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def _check(
@@ -398,9 +404,36 @@ def _finish(folder: Path, n_latents: int, n_top: int, store: str | None, describ
         "images": seen, "patches": patches.pop(), "store": store,
         "skipped": [{"image": number, "fault": skipped[number]} for number in sorted(skipped)],
     }  # fmt: skip
+    parts = {part for told in shares.values() for part in told["parts"]}
+    parts |= {part for path in held for part in _flush_left(path, n_latents, described["patches"], store)}
+    _place_store(partial_folder / STORE, folder / STORE, parts)
     write_cache(folder, n_latents, n_top, described, _merged_blocks(held, n_latents))
     (partial_folder / KEY).unlink()  # from here on nothing goes on from what is left of it
     shutil.rmtree(partial_folder)
+
+
+def _flush_left(share: Path, n_latents: int, patches: int, store: str | None) -> list[str]:
+    """Write what a share has pending for the store, if no process went on with it; the names of the files."""
+    file = open_tensors(share)
+    if not (pending := {name: file.get_tensor(name).numpy() for name in set(file.keys()) - set(RANKING)}):
+        return []
+    writer = StoreWriter(share.parent / STORE, n_latents, patches, store)
+    writer.pending = pending
+    writer.flush()
+    return writer.parts
+
+
+def _place_store(made: Path, final: Path, parts: set[str]) -> None:
+    """Move the store's new files to where they belong and take away those of an earlier cache; again, if cut short."""
+    if parts:
+        final.mkdir(parents=True, exist_ok=True)
+    for file in made.glob("*"):
+        file.replace(final / file.name)
+    for file in final.glob("*"):
+        if file.name not in parts:
+            file.unlink()
+    if not parts and final.is_dir():
+        final.rmdir()
 
 
 def _merged_blocks(shares: Sequence[Path], n_latents: int) -> Iterator[tuple[int, Ranking]]:
@@ -420,8 +453,8 @@ def write_cache(
 ) -> None:
     """Write rankings of consecutive blocks of latents, each with its first latent, as a cache.
 
-    cache.json is for people: what is in it is in the tensors' file too, so that the two cannot part.
-    described: what cache.json is to say: images, patches, grid (or None), layer, model, skipped, store.
+    described: images, patches, grid (or None), layer, model, skipped, store (or None); kept in the same file, so that
+    the two cannot part. cache.json repeats it for people.
     """
     patches = described["patches"]
     tokens = described["images"] * patches
@@ -439,10 +472,6 @@ def write_cache(
             yield from ((name, start, array) for name, array in arrays.items())
 
     save_rows(folder / TENSORS, layout, rows(), {"cache": json.dumps(described)})
-    if (made := folder / PARTIAL / STORE).is_dir() or not described["store"]:
-        shutil.rmtree(folder / STORE, ignore_errors=True)
-    if made.is_dir():
-        made.replace(folder / STORE)
     write_json(folder / SHAPE, described)
 
 

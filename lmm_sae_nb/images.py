@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -129,6 +129,8 @@ def open_rgb(item: Any, name: str) -> Image.Image:
             return rgb(item)
         with Image.open(item) as picture:
             return rgb(picture)
+    except UnidentifiedImageError as error:  # whose text is not the same twice
+        raise UnreadableImage(name, "of no kind that Pillow knows") from error
     except Exception as error:  # what PIL raises for damaged files: OSError, SyntaxError, struct.error, and more
         raise UnreadableImage(name, error) from error
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from forks import forked
 from models import FAMILIES, make, noise
 from PIL import Image
 
@@ -152,7 +152,7 @@ def test_the_pass_equals_one_image_at_a_time(lmm, sae, pictures, dense, tmp_path
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_base_tokens_need_nothing_that_comes_behind_them(family):
-    """What a decoder makes of a sequence cut after its last base token, in every family, is what it made of the whole."""
+    """What a decoder makes of a sequence cut after its last base token is what it makes of the whole."""
     lmm = LMM(*make(family))
     prompt = lmm.prompt(["", "a word"], [noise(100, 60), noise(60, 100, 1)])
     base = prompt.mask("base")
@@ -182,11 +182,10 @@ def test_an_sae_of_another_width_is_refused(lmm, pictures, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"n_top": 0}, {"batch_size": 0}, {"store": "bfloat16"}, {"unreadable": "ignore"}],
-    ids=lambda w: next(iter(w)),
-)
+WRONG = {"n_top": 0}, {"batch_size": 0}, {"store": "bfloat16"}, {"unreadable": "ignore"}
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: next(iter(wrong)))
 def test_an_argument_that_means_nothing_is_refused(lmm, sae, pictures, tmp_path, wrong):
     with pytest.raises(ValueError, match="give at least one of each|unreadable is 'refuse' or 'skip'"):
         cache_activations(lmm, sae, pictures, 0, folder=tmp_path, **wrong)

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmm_sae_nb.artifacts import as_json, open_tensors, save_rows, write_json
+from lmm_sae_nb.artifacts import TensorRows, as_json, open_tensors, save_rows, write_json
 from lmm_sae_nb.images import StreamedImages, UnreadableImage, open_images
 from lmm_sae_nb.lmm import LMM, NoPatchGrid, Prompt
 from lmm_sae_nb.ranking import Ranking, firings, merged
@@ -476,25 +476,22 @@ def write_cache(
 
 
 class LatentCache:
-    """What `cache_activations` found, opened lazily: tensors lie on the file's pages, read when touched.
+    """What `cache_activations` found, read when asked for: opening reads a header, `top` and `patch_map` a row.
 
-    images: how many were seen. top_images (n_latents, n_top) int64, -1 where fewer excite the latent; top_means
-    alike, float32. frequency: share of base tokens on which a latent is active; mean: over those; max; all float32
-    (n_latents,). live: bool, whether it fired at all. skipped: number and fault of images that could not be read.
+    images: how many were seen. n_latents, n_top: of how many latents the cache tells how many images. grid: rows and
+    columns of the base patches, or None. skipped: number and fault of images that could not be read.
     """
 
     def __init__(self, folder: Path):
-        file = open_tensors(folder / TENSORS)
-        shape = json.loads((file.metadata() or {}).get("cache", "{}"))
-        names = ("top_images", "top_means", "patches", "frequency", "mean", "max")
-        if set(names) - set(file.keys()) or not shape:
+        self._folder, self._rows = folder, TensorRows(folder / TENSORS)
+        names = {"top_images", "top_means", "patches", "frequency", "mean", "max"}
+        if names - self._rows.shapes.keys() or "cache" not in self._rows.metadata:
             raise ValueError(f"{folder} is no cache of activations; make it with notebooks/02_cache_activations.py")
-        self.images, self.grid, self.layer = shape["images"], shape["grid"] and tuple(shape["grid"]), shape["layer"]
-        self.skipped = {row["image"]: row["fault"] for row in shape["skipped"]}
-        self._folder, self._stored = folder, shape["store"]
-        self.top_images, self.top_means, self._patches, self.frequency, self.mean, self.max = map(
-            file.get_tensor, names
-        )
+        told = json.loads(self._rows.metadata["cache"])
+        self.images, self.grid, self.layer = told["images"], told["grid"] and tuple(told["grid"]), told["layer"]
+        self.skipped = {row["image"]: row["fault"] for row in told["skipped"]}
+        self._stored = told["store"]
+        self.n_latents, self.n_top, self._patches = self._rows.shapes["patches"]
 
     @classmethod
     def load(cls, folder: str | Path) -> LatentCache:
@@ -504,16 +501,11 @@ class LatentCache:
             raise FileNotFoundError(f"{folder / SHAPE} is missing; run notebooks/02_cache_activations.py first")
         return cls(folder)
 
-    @cached_property
-    def live(self) -> Tensor:
-        return self.frequency > 0
-
-    @property
-    def store(self) -> LatentStore:
-        """Every base token's active latents; FileNotFoundError if they were not kept."""
-        if not self._stored:
-            raise FileNotFoundError(f"{self._folder} keeps no activations; make the cache with store='float16'")
-        return LatentStore(self._folder / STORE, self._patches.shape[2])
+    def top(self, latent: int) -> list[tuple[int, float]]:
+        """The images that excite a latent most, with their means, the first first; fewer if fewer do."""
+        self._check(latent, 0)
+        images, means = (self._rows.row(name, latent).tolist() for name in ("top_images", "top_means"))
+        return [(image, mean) for image, mean in zip(images, means, strict=True) if image >= 0]
 
     def patch_map(self, latent: int, rank: int) -> Float[Tensor, "rows cols"]:
         """The latent's activation over the base patches of its image of this rank (0 is the first), float32.
@@ -522,9 +514,49 @@ class LatentCache:
         """
         if self.grid is None:
             raise NoPatchGrid("this cache is of a model without a patch grid; only its mean activations have a meaning")
-        latents, ranks = self.top_images.shape
-        if not (0 <= latent < latents and 0 <= rank < ranks):
+        self._check(latent, rank)
+        return torch.from_numpy(self._rows.row("patches", latent, rank).astype(np.float32)).unflatten(0, self.grid)
+
+    def _check(self, latent: int, rank: int) -> None:
+        if not (0 <= latent < self.n_latents and 0 <= rank < self.n_top):
             raise ValueError(
-                f"no latent {latent}, rank {rank}: the cache has {latents} latents, ranks 0 to {ranks - 1}"
+                f"no latent {latent}, rank {rank}: the cache has {self.n_latents} latents, ranks 0 to {self.n_top - 1}"
             )
-        return self._patches[latent, rank].float().unflatten(0, self.grid)
+
+    @cached_property
+    def top_images(self) -> Int64[Tensor, "latents n_top"]:
+        """-1 where fewer images excite a latent."""
+        return self._whole("top_images")
+
+    @cached_property
+    def top_means(self) -> Float[Tensor, "latents n_top"]:
+        return self._whole("top_means")
+
+    @cached_property
+    def frequency(self) -> Float[Tensor, " latents"]:
+        """Share of base tokens on which each latent is active."""
+        return self._whole("frequency")
+
+    @cached_property
+    def mean(self) -> Float[Tensor, " latents"]:
+        """Each latent's mean activation where it is active."""
+        return self._whole("mean")
+
+    @cached_property
+    def max(self) -> Float[Tensor, " latents"]:
+        return self._whole("max")
+
+    @cached_property
+    def live(self) -> Bool[Tensor, " latents"]:
+        """Whether a latent fired at all."""
+        return self.frequency > 0
+
+    def _whole(self, name: str) -> Tensor:
+        return open_tensors(self._folder / TENSORS).get_tensor(name)
+
+    @property
+    def store(self) -> LatentStore:
+        """Every base token's active latents; FileNotFoundError if they were not kept."""
+        if not self._stored:
+            raise FileNotFoundError(f"{self._folder} keeps no activations; make the cache with store='float16'")
+        return LatentStore(self._folder / STORE, self._patches)

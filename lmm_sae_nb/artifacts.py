@@ -8,9 +8,11 @@ import glob
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
+import struct
 import sys
 import tempfile
 import uuid
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -103,6 +106,37 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     _write_through(Path(path), lambda temporary: save_file(whole, temporary, metadata=dict(metadata or {})))
 
 
+def save_rows(
+    path: str | Path,
+    layout: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    rows: Iterable[tuple[str, int, np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file piece by piece, atomically and without a copy in memory.
+
+    layout: dtype and shape of each tensor; rows: (name, first row, rows of that tensor) until all are written.
+    """
+    header, at = {"__metadata__": dict(metadata or {})}, 0
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        span = (at, at := at + dtype.itemsize * math.prod(shape))
+        header[name] = {"dtype": f"{dtype.kind.upper()}{8 * dtype.itemsize}", "shape": shape, "data_offsets": span}
+    told = json.dumps(header).encode()
+    told += b" " * (-len(told) % 8)  # numbers of 8 bytes begin at multiples of 8
+    begin = 8 + len(told)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(told)) + told)
+            file.truncate(begin + at)
+            for name, first, block in rows:
+                dtype, shape = layout[name]
+                file.seek(begin + header[name]["data_offsets"][0] + first * dtype.itemsize * math.prod(shape[1:]))
+                if block.size:
+                    file.write(np.ascontiguousarray(block, dtype).data.cast("B"))
+
+    _write_through(Path(path), write)
+
+
 def open_tensors(path: str | Path) -> safe_open:
     """Open a safetensors file for lazy reading on the CPU; ValueError if it is cut short or no such file."""
     if not Path(path).is_file():
@@ -114,6 +148,50 @@ def open_tensors(path: str | Path) -> safe_open:
             f"{path} is not a whole safetensors file ({error}): it was cut short or is something else; "
             "make it or download it again"
         ) from error
+
+
+class TensorRows:
+    """A safetensors file of which single rows are read: each with one small read of the disk, and nothing ahead.
+
+    A mapped file (`open_tensors`) reads megabytes around the first byte that is touched. shapes: by tensor's name.
+    FileNotFoundError if the file is missing, ValueError if it is cut short or another kind.
+    """
+
+    def __init__(self, path: str | Path):
+        self._path = Path(path)
+        try:
+            told = self._read(8, struct.unpack("<Q", self._read(0, 8))[0])
+            header = json.loads(told)
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self._begin = 8 + len(told)
+            self._tensors = {
+                name: (_dtype(at["dtype"]), at["shape"], at["data_offsets"]) for name, at in header.items()
+            }
+            whole = self._begin + max((stop for _, _, (_, stop) in self._tensors.values()), default=0)
+        except (struct.error, MemoryError, OverflowError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a safetensors file ({error!r}); make it or download it again") from error
+        if (size := self._path.stat().st_size) != whole:
+            raise ValueError(f"{path} has {size} bytes of {whole}: it was cut short; make it or download it again")
+        self.shapes = {name: tuple(shape) for name, (_, shape, _) in self._tensors.items()}
+
+    def row(self, name: str, *index: int) -> np.ndarray:
+        """tensor[index], for as many leading axes as are given, each from 0; read anew at every call."""
+        dtype, shape, (begin, _) = self._tensors[name]
+        at = int(np.ravel_multi_index(index, shape[: len(index)]))
+        rest = shape[len(index) :]
+        size = dtype.itemsize * math.prod(rest)
+        return np.frombuffer(self._read(self._begin + begin + at * size, size), dtype).reshape(rest)
+
+    def _read(self, start: int, size: int) -> bytes:
+        with self._path.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            file.seek(start)
+            return file.read(min(size, max(0, self._path.stat().st_size - start)))
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype({"F": "f", "I": "i", "U": "u"}[name[0]] + str(int(name[1:]) // 8))
 
 
 def sync_folder(folder: str | Path) -> None:

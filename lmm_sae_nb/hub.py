@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, snapshot_download
-from huggingface_hub.errors import OfflineModeIsEnabled
 
 from lmm_sae_nb.formats import FORMATS, format_of, settings_of
 
@@ -51,11 +49,10 @@ def fetch(
 
 
 def _hookpoints(name_or_path: str | Path, root: Path, revision: str | None, token: str | bool | None) -> list[str]:
-    """Folders with an SAE, in a local folder or a repository (of which, offline, only what is cached)."""
+    """Folders with an SAE, in a local folder or a repository."""
     files = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
     if Path(name_or_path) != root:
-        with contextlib.suppress(OfflineModeIsEnabled):
-            files = HfApi(token=token).list_repo_files(str(name_or_path), revision=revision)
+        files = HfApi(token=token).list_repo_files(str(name_or_path), revision=revision)
     weights = {form.weights for form in FORMATS.values()}
     return sorted(str(path.parent) for path in map(PurePosixPath, files) if path.name in weights)
 
@@ -116,7 +113,8 @@ It reads the output of `{hookpoint}`{f" of `{base_model}`" if base_model else ""
 
     z = TopK(ReLU(W_enc (x - b_dec) + b_enc)),   x_hat = W_dec^T z + b_dec
 
-{f"It was trained on `{dataset}`. " if dataset else ""}The files are as {format} writes them; one folder is one hookpoint.
+{f"It was trained on `{dataset}`." if dataset else ""}
+The files are as {format} writes them, in a folder for each hookpoint.
 
 ```python
 from lmm_sae_nb.sae import TopKSAE

@@ -244,7 +244,7 @@ def test_a_latent_that_does_not_exist_is_named(tmp_path):
 
 @pytest.mark.skipif(peak_memory() is None, reason="this system does not tell a process its memory")
 def test_rows_of_a_large_file_leave_the_rest_on_the_disk(tmp_path):
-    """The published checkpoint's 4.3 GB, of which almost nothing is on this disk: but for one row, the file is holes."""
+    """The published checkpoint's 4.3 GB, almost none of them on this disk: but for one row, the file is holes."""
     n_latents, width, row = 131_072, 4096, 70_001
     header, start = {}, 0
     for name, shape in {"W_dec": (n_latents, width), "b_dec": (width,), "encoder.bias": (n_latents,)}.items():

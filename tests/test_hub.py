@@ -1,4 +1,4 @@
-"""The hub: an SAE is published to and fetched from a server that speaks the hub's protocol, in processes of their own."""
+"""SAEs are published to and fetched from a server that speaks the hub's protocol, by processes of their own."""
 
 import base64
 import hashlib
@@ -27,8 +27,9 @@ class Hub(BaseHTTPRequestHandler):
     server.commits: for each commit, in order, the files by path. A commit's name is its number in 40 digits.
     """
 
-    def files(self, revision: str) -> dict[str, bytes]:
-        return self.server.commits[-1 if revision == "main" else int(revision)]
+    def commit(self, revision: str) -> tuple[str, dict[str, bytes]]:
+        number = len(self.server.commits) - 1 if revision == "main" else int(revision)
+        return f"{number:040}", self.server.commits[number]
 
     def answer(self, value=None, status: int = 200, data: bytes | None = None, **headers: str) -> None:
         data = json.dumps(value).encode() if data is None else data
@@ -43,7 +44,7 @@ class Hub(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.seen.append(f"{self.command} {path}")
         if match := re.fullmatch(rf"/{REPO}/resolve/(\w+)/(.+)", path):
-            files, commit = self.files(match[1]), f"{len(self.server.commits) - 1:040}"
+            commit, files = self.commit(match[1])
             if match[2] not in files:
                 return self.answer({}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
             data = files[match[2]]
@@ -51,12 +52,12 @@ class Hub(BaseHTTPRequestHandler):
         if not self.server.commits or not path.startswith(f"/api/models/{REPO}"):
             return self.answer({}, 404, X_Error_Code="RepoNotFound")
         if match := re.fullmatch(rf"/api/models/{REPO}/tree/(\w+)/?", path):
-            files = self.files(match[1]).items()
+            files = self.commit(match[1])[1].items()
             return self.answer([{"type": "file", "path": name, "size": len(d), "oid": "0"} for name, d in files])
         revision = path.rsplit("/revision/", 1)[1] if "/revision/" in path else "main"
-        files = [{"rfilename": name} for name in self.files(revision)]
-        sha = f"{len(self.server.commits) - 1:040}" if revision == "main" else revision
-        return self.answer({"id": REPO, "modelId": REPO, "sha": sha, "siblings": files})
+        sha, files = self.commit(revision)
+        siblings = [{"rfilename": name} for name in files]
+        return self.answer({"id": REPO, "modelId": REPO, "sha": sha, "siblings": siblings})
 
     do_HEAD = do_GET
 
@@ -64,6 +65,8 @@ class Hub(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         path = urlsplit(self.path).path
         self.server.seen.append(f"POST {path}")
+        if path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
         assert self.headers["Authorization"] == "Bearer hf_of_the_test"
         if path == "/api/repos/create":
             assert json.loads(body)["name"] == REPO.split("/")[1]
@@ -79,7 +82,7 @@ class Hub(BaseHTTPRequestHandler):
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
         self.server.commits.append(files)
         commit = f"{len(self.server.commits) - 1:040}"
-        return self.answer({"commitUrl": f"{self.headers['Host']}/{REPO}/commit/{commit}", "commitOid": commit})
+        return self.answer({"commitUrl": f"http://{self.headers['Host']}/{REPO}/commit/{commit}", "commitOid": commit})
 
     def log_message(self, *_) -> None:
         pass
@@ -118,17 +121,17 @@ def made(seed: int = 0, k: int = 3) -> TopKSAE:
 def test_published_fetched_and_read_again_without_the_hub(server, run, tmp_path):
     made(0).save(tmp_path / "first")
     made(1, k=5).save(tmp_path / "second", "saelens")
-    publish = f"print(TopKSAE.load('%s').push_to_hub('{REPO}', '%s', %s))"
-    assert "/commit/0" in run(publish % ("first", HOOKPOINT, "base_model='llava-hf/llama3-llava-next-8b-hf'"))
-    run(publish % ("second", "model.layers.8", "'saelens'"))
-    assert set(server.commits[1]) == {"README.md", f"{HOOKPOINT}/cfg.json", f"{HOOKPOINT}/sae.safetensors"}
-    assert server.commits[1][f"{HOOKPOINT}/sae.safetensors"] == (tmp_path / "first/sae.safetensors").read_bytes()
-    assert set(server.commits[2]) - set(server.commits[1]) == {
-        "model.layers.8/cfg.json",
-        "model.layers.8/sae_weights.safetensors",
-    }
-    card = server.commits[2]["README.md"].decode()
-    assert card == server.commits[1]["README.md"].decode()  # a card that is there is somebody's, and stays
+    printed = run(f"""
+print(TopKSAE.load('first').push_to_hub('{REPO}', '{HOOKPOINT}', base_model='llava-hf/llama3-llava-next-8b-hf'))
+TopKSAE.load('second').push_to_hub('{REPO}', 'model.layers.8', 'saelens')
+""")
+    assert printed.strip().endswith(f"/{REPO}/commit/{1:040}")
+    _, first, second = server.commits
+    assert set(first) == {"README.md", f"{HOOKPOINT}/cfg.json", f"{HOOKPOINT}/sae.safetensors"}
+    assert first[f"{HOOKPOINT}/sae.safetensors"] == (tmp_path / "first/sae.safetensors").read_bytes()
+    assert set(second) - set(first) == {f"model.layers.8/{file}" for file in ("cfg.json", "sae_weights.safetensors")}
+    card = second["README.md"].decode()
+    assert second["README.md"] == first["README.md"]  # a card that is there may be somebody's own, and stays
     assert "base_model: llava-hf/llama3-llava-next-8b-hf" in card and f'("{REPO}", "{HOOKPOINT}")' in card
     assert "at most 3 active latents out of 12" in card
 
@@ -139,34 +142,43 @@ def test_published_fetched_and_read_again_without_the_hub(server, run, tmp_path)
     assert not [line for line in server.seen if "model.layers.8/" in line or "README" in line]  # only what is asked for
 
     server.seen.clear()
-    assert run(load, HF_HUB_OFFLINE="1") == ""
+    other = f"TopKSAE.from_pretrained('{REPO}', 'model.layers.8', cache_dir='cache')"
+    printed = run(f"{load}\nprint('read')\n{other}", HF_HUB_OFFLINE="1")
+    assert printed.startswith("read") and "Error" in printed and REPO in printed  # the hub's own: it is not cached
     assert not server.seen
-    missing = run(f"TopKSAE.from_pretrained('{REPO}', 'model.layers.8', cache_dir='cache')", HF_HUB_OFFLINE="1")
-    assert f"{REPO} has no SAE at model.layers.8; hookpoints that hold one: {HOOKPOINT}" in missing
 
 
-def test_a_revision_is_that_of_the_past(server, run, tmp_path):
-    for seed in (0, 1):
-        made(seed).save(tmp_path / "sae")
-        run(f"TopKSAE.load('sae').push_to_hub('{REPO}', '{HOOKPOINT}')")
-    run(f"TopKSAE.from_pretrained('{REPO}', '{HOOKPOINT}', revision='{1:040}').save('old')")
-    run(f"TopKSAE.from_pretrained('{REPO}', '{HOOKPOINT}').save('new')")
+def test_a_revision_is_that_of_the_past(run, tmp_path):
+    made(0).save(tmp_path / "sae0")
+    made(1).save(tmp_path / "sae1")
+    printed = run(f"""
+for folder in 'sae0', 'sae1':
+    TopKSAE.load(folder).push_to_hub('{REPO}', '{HOOKPOINT}')
+TopKSAE.from_pretrained('{REPO}', '{HOOKPOINT}', revision='{1:040}').save('old')
+TopKSAE.from_pretrained('{REPO}', '{HOOKPOINT}').save('new')
+""")
+    assert printed == ""
     assert torch.equal(TopKSAE.load(tmp_path / "old").W_dec, made(0).W_dec)
     assert torch.equal(TopKSAE.load(tmp_path / "new").W_dec, made(1).W_dec)
 
 
-def test_a_hookpoint_that_is_not_there_names_those_that_are(server, run, tmp_path):
+def test_what_is_not_there_is_told(run, tmp_path):
     made().save(tmp_path / "sae")
-    run(f"TopKSAE.load('sae').push_to_hub('{REPO}', '{HOOKPOINT}')")
-    for asked, where in (("'layers.3'", "at layers.3"), ("None", "at its root")):
-        error = run(f"TopKSAE.from_pretrained('{REPO}', {asked})")
-        assert f"FileNotFoundError: {REPO} has no SAE {where}; hookpoints that hold one: {HOOKPOINT}" in error
+    printed = run(f"""
+def attempt(*where):
+    try:
+        TopKSAE.from_pretrained(*where)
+    except Exception as error:
+        print(type(error).__name__, error)
 
-
-def test_a_repository_that_is_not_there_is_the_hub_s_own_error(run):
-    assert "RepositoryNotFoundError" in run(
-        f"try:\n    TopKSAE.from_pretrained('{REPO}')\nexcept Exception as error:\n    print(type(error).__name__)"
-    )
+attempt('{REPO}')
+TopKSAE.load('sae').push_to_hub('{REPO}', '{HOOKPOINT}')
+attempt('{REPO}', 'layers.3')
+attempt('{REPO}')
+""")
+    assert printed.startswith("RepositoryNotFoundError")  # the hub's own
+    for where in ("at layers.3", "at its root"):
+        assert f"FileNotFoundError {REPO} has no SAE {where}; hookpoints that hold one: {HOOKPOINT}" in printed
 
 
 def test_a_local_folder_is_read_as_a_repository_is(tmp_path):

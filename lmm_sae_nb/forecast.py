@@ -8,6 +8,7 @@ at the memory's bandwidth times `utilisation`. What no preset says is assumed, i
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import time
 from collections.abc import Iterable, Mapping
@@ -60,6 +61,9 @@ class Assumed(NamedTuple):
     process_memory: float = 3e9  # Python and its libraries in each process
 
 
+ASSUMED = Assumed()
+
+
 class Part(NamedTuple):
     """One kind of work of a stage: floating point operations, and bytes that pass through the device's memory."""
 
@@ -68,11 +72,12 @@ class Part(NamedTuple):
     bytes: float = 0.0
     dtype: str = "float32"
     sent: float = 0.0  # bytes that each GPU sends to others, when there are others
+    shared: bool = True  # among the GPUs; else each does all of it
 
     def seconds(self, device: Device, gpus: int, utilisation: float) -> float:
-        """Time on so many GPUs, which share the work alike."""
-        busy = max(self.flops / getattr(device, self.dtype), self.bytes / device.bandwidth) / gpus
-        return (busy + (gpus > 1) * self.sent / device.link) / utilisation
+        """Time on so many GPUs."""
+        busy = max(self.flops / getattr(device, self.dtype), self.bytes / device.bandwidth)
+        return (busy / (gpus if self.shared else 1) + (gpus > 1) * self.sent / device.link) / utilisation
 
 
 class Cost(NamedTuple):
@@ -173,7 +178,12 @@ def reading_flops(model: PreTrainedModel, tokens: int, picture: Picture | None, 
 # The SAE.
 
 
-def encode_parts(tokens: float, width: int, n_latents: int, k: int) -> list[Part]:
+def sae_bytes(width: int, n_latents: int) -> float:
+    """Bytes of an SAE's float32 weights."""
+    return 4.0 * (2 * n_latents * width + n_latents + width)
+
+
+def encode_parts(tokens: float, width: int, n_latents: int) -> list[Part]:
     """Eq. 1 of so many tokens: a dense product, and TopK's passes over what it gives."""
     return [
         Part("SAE encoder", 2.0 * tokens * width * n_latents),
@@ -187,7 +197,7 @@ def learn_parts(tokens: float, steps: int, width: int, n_latents: int, k: int) -
     sparse = 4  # decoding, the activations' gradient, and the two matrices' gradients
     return [
         Part("sparse products", 2.0 * sparse * tokens * k * width, 4.0 * sparse * tokens * k * width),
-        Part("Adam", 0.0, 4.0 * 9 * steps * weights, sent=0.0),  # four arrays read, three written, clip and unit rows
+        Part("Adam", 0.0, 4.0 * 9 * steps * weights, shared=False),  # clip, four arrays read, three written, unit rows
         Part("sum over GPUs", 0.0, 0.0, sent=4.0 * 2 * steps * weights),
     ]
 
@@ -204,54 +214,62 @@ def read_preset(path: str | Path) -> dict[str, dict]:
     return {name: common | values for name, values in given.items() if isinstance(values, dict)}
 
 
-def costs(preset: Mapping[str, Mapping], gpus: int = 1, images: int = 46_684, assumed: Assumed = Assumed()) -> list[Cost]:
-    """What the stages of a preset (`read_preset`) take on so many GPUs, `images` being cached."""
+def costs(preset: Mapping[str, Mapping], images: int, *, gpus: int = 1, assumed: Assumed = ASSUMED) -> list[Cost]:
+    """What the stages of a preset (`read_preset`) take on so many GPUs, `images` being cached.
+
+    ValueError for a preset that leaves out what a forecast needs.
+    """
+    train = _chosen(preset, "01_train_sae", TRAIN)
+    cache = _chosen(preset, "02_cache_activations", CACHE) | {name: train[name] for name in ("n_latents", "k")}
+    explain = _chosen(preset, "03_interpret_features", EXPLAIN)
+    models = [meta_model(values.pop("model")) for values in (train, cache, explain)]
     return [
-        train_cost(**_chosen(preset["01_train_sae"], TRAIN), gpus=gpus, assumed=assumed),
-        cache_cost(
-            **_chosen(preset["02_cache_activations"], CACHE), **_chosen(preset["01_train_sae"], ("n_latents", "k")),
-            images=images, gpus=gpus, assumed=assumed,
-        ),
-        explain_cost(**_chosen(preset["03_interpret_features"], EXPLAIN), gpus=gpus, assumed=assumed),
-    ]  # fmt: skip
+        train_cost(models[0], **train, gpus=gpus, assumed=assumed),
+        cache_cost(models[1], **cache, images=images, gpus=gpus, assumed=assumed),
+        explain_cost(models[2], **explain, gpus=gpus, assumed=assumed),
+    ]
 
 
 TRAIN = ("model", "layer", "n_latents", "k", "steps", "batch_tokens")
+JOB = (*TRAIN, "dataset", "lr", "dead_after_tokens", "kinds", "seed")
 CACHE = ("model", "layer", "n_top", "batch_size")
 EXPLAIN = ("model", "n_explained", "n_top", "questions")
 
 
-def _chosen(values: Mapping, names: Iterable[str]) -> dict:
+def _chosen(preset: Mapping[str, Mapping], notebook: str, names: Iterable[str]) -> dict:
+    values = preset.get(notebook, {})
     if missing := [name for name in names if name not in values]:
-        raise ValueError(f"the preset does not say {', '.join(missing)}; a forecast needs every parameter of a notebook")
+        raise ValueError(
+            f"the preset does not give {notebook} {', '.join(missing)}; choose one that says all, as paper"
+        )
     return {name: values[name] for name in names}
 
 
 def train_cost(
-    model: str | Path, layer: int, n_latents: int, k: int, steps: int, batch_tokens: int, *, gpus: int = 1,
-    batch_samples: int = 16, dtype: str = "bfloat16", assumed: Assumed = Assumed(),
+    model: PreTrainedModel, layer: int, n_latents: int, k: int, steps: int, batch_tokens: int, *, gpus: int = 1,
+    buffer_tokens: int | None = None, batch_samples: int = 16, dtype: str = "bfloat16", assumed: Assumed = ASSUMED,
 ) -> Cost:  # fmt: skip
     """Section 2.1 as `train_sae` does it: an SAE on each GPU, the samples and the buffer divided among them.
 
-    dtype: of the model and of the buffer of 16 batches; the SAE, its gradient and Adam's two moments are float32.
+    dtype: of the model and of the buffer, 16 batches by default; the SAE, its gradient and Adam's two moments are
+    float32.
     """
-    lmm, size = meta_model(model), getattr(torch, dtype).itemsize
-    width, image = lmm.config.get_text_config().hidden_size, picture(lmm, assumed.image)
+    width, size, image = _width(model), getattr(torch, dtype).itemsize, picture(model, assumed.image)
     sample, tokens = image.tokens + assumed.text_tokens, float(steps) * batch_tokens
-    samples = tokens / sample
-    reading = Part("LMM forward", samples * reading_flops(lmm, sample, image, layer), dtype=dtype)
-    weights, sae = float(size * parameters(lmm)), 4.0 * (2 * n_latents * width + n_latents + width)
-    own = batch_tokens / gpus
+    samples, own = tokens / sample, batch_tokens / gpus
+    weights, sae = float(size * parameters(model)), sae_bytes(width, n_latents)
+    reading = Part("LMM forward", samples * reading_flops(model, sample, image, layer), dtype=dtype)
     return Cost(
         "train",
         tokens,
-        [reading, *encode_parts(tokens, width, n_latents, k), *learn_parts(tokens, steps, width, n_latents, k)],
+        [reading, *encode_parts(tokens, width, n_latents), *learn_parts(tokens, steps, width, n_latents, k)],
         gpu={
             "LMM": weights,
-            "SAE, gradient, Adam": 4 * sae,
-            "buffer": 16.0 * own * width * size,
+            "SAE": sae,
+            "gradient, Adam": 3 * sae,
+            "buffer": float(buffer_tokens or 16 * batch_tokens) / gpus * width * size,
             "a batch": own * (6 * 4 * width + 6 * 8 * k),
-            "LMM activations": _activations(lmm, batch_samples * sample, size),
+            "LMM activations": _activations(model, batch_samples * sample, size),
             "libraries": assumed.library_memory,
         },
         host={"processes": gpus * assumed.process_memory, "loading the LMM": gpus * weights, "checkpoint": 3 * sae},
@@ -260,24 +278,24 @@ def train_cost(
 
 
 def cache_cost(
-    model: str | Path, layer: int, n_latents: int, k: int, n_top: int, batch_size: int, images: int, *,
-    gpus: int = 1, dtype: str = "bfloat16", assumed: Assumed = Assumed(),
+    model: PreTrainedModel, layer: int, n_latents: int, k: int, n_top: int, batch_size: int, images: int, *,
+    gpus: int = 1, dtype: str = "bfloat16", assumed: Assumed = ASSUMED,
 ) -> Cost:  # fmt: skip
-    """Section 2.2 as `cache_activations` does it; the SAE sees the base image's tokens alone."""
-    lmm, size = meta_model(model), getattr(torch, dtype).itemsize
-    width, image = lmm.config.get_text_config().hidden_size, picture(lmm, assumed.image)
-    sample = image.tokens + assumed.text_tokens // 4  # the chat template alone
-    reading = Part("LMM forward", images * reading_flops(lmm, sample, image, layer), dtype=dtype)
-    weights, sae = float(size * parameters(lmm)), 4.0 * (2 * n_latents * width + n_latents + width)
+    """Section 2.2 as `cache_activations` does it: nothing behind the base image's tokens is computed."""
+    width, size, image = _width(model), getattr(torch, dtype).itemsize, picture(model, assumed.image)
+    sample = image.base + assumed.text_tokens // 10  # what the chat template has before the image
+    weights, sae = float(size * parameters(model)), sae_bytes(width, n_latents)
     table = float(n_latents * (n_top * (2 * image.base + 12) + 28))
+    reading = Part("LMM forward", images * reading_flops(model, sample, image, layer), dtype=dtype)
     return Cost(
         "cache",
         float(images * sample),
-        [reading, *encode_parts(images * image.base, width, n_latents, k)],
+        [reading, *encode_parts(images * image.base, width, n_latents)],
         gpu={
             "LMM": weights,
             "SAE": sae,
-            "LMM activations": _activations(lmm, batch_size * sample, size),
+            "a batch": batch_size * image.base * k * 12.0,
+            "LMM activations": _activations(model, batch_size * sample, size),
             "libraries": assumed.library_memory,
         },
         host={
@@ -285,37 +303,40 @@ def cache_cost(
             "loading the LMM": gpus * weights,
             "top images": gpus * (table + 0.5e9),
         },
-        disk={"LMM": weights, "SAE": sae, "images": images * assumed.image_bytes, "cache": (gpus + 2) * table},
+        disk={"LMM": weights, "SAE": sae, "images": float(images * assumed.image_bytes), "cache": (gpus + 2) * table},
     )
 
 
 def explain_cost(
-    model: str | Path, n_explained: int, n_top: int, questions: list[str], *, batch: int = 32, gpus: int = 1,
-    dtype: str = "bfloat16", assumed: Assumed = Assumed(),
+    model: PreTrainedModel, n_explained: int, n_top: int, questions: list[str], *, batch: int = 32, gpus: int = 1,
+    dtype: str = "bfloat16", assumed: Assumed = ASSUMED,
 ) -> Cost:  # fmt: skip
     """Every question of every exemplar, its answer written a token at a time; the model is divided among the GPUs."""
-    lmm, size = meta_model(model), getattr(torch, dtype).itemsize
-    text, image = lmm.config.get_text_config(), picture(lmm, assumed.image)
+    text, size, image = model.config.get_text_config(), getattr(torch, dtype).itemsize, picture(model, assumed.image)
     sample, asked = image.tokens + assumed.text_tokens, n_explained * n_top * len(questions)
-    weights, answers = float(size * parameters(lmm)), asked * assumed.answer_tokens
+    weights, answers = float(size * parameters(model)), asked * assumed.answer_tokens
     head = text.hidden_size // text.num_attention_heads
     kept = 2.0 * size * text.num_hidden_layers * text.num_key_value_heads * head * sample  # keys and values
     return Cost(
         "explain",
         float(asked * sample + answers),
         [
-            Part("reading", asked * reading_flops(lmm, sample, image), dtype=dtype),
-            Part("writing", answers * reading_flops(lmm, 1, None), answers * (weights / batch + kept), dtype),
+            Part("reading", asked * reading_flops(model, sample, image), dtype=dtype),
+            Part("writing", answers * reading_flops(model, 1, None), answers * (weights / batch + kept), dtype),
         ],
         gpu={
             "LMM": weights / gpus,
             "keys and values": batch * kept / gpus,
-            "LMM activations": _activations(lmm, batch * sample, size) / gpus,
+            "LMM activations": _activations(model, batch * sample, size) / gpus,
             "libraries": assumed.library_memory,
         },
         host={"processes": gpus * assumed.process_memory, "loading the LMM": weights},
         disk={"LMM": weights},
     )
+
+
+def _width(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().hidden_size
 
 
 def _activations(model: PreTrainedModel, tokens: float, size: int) -> float:
@@ -329,13 +350,11 @@ def _activations(model: PreTrainedModel, tokens: float, size: int) -> float:
 
 def this_machine(seconds: float = 0.4) -> Device:
     """Measure this CPU's float32 products and copies, with the threads that torch has."""
-    import psutil
-
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     far, near = torch.empty(2**24), torch.randn(2**24)
     flops = 2.0 * 1024**3 * _rate(lambda: a @ b, seconds)
     bandwidth = 2.0 * 4 * 2**24 * _rate(lambda: far.copy_(near), seconds)
-    return Device("this CPU", psutil.virtual_memory().total, flops, flops, bandwidth, bandwidth)
+    return Device("this CPU", math.inf, flops, flops, bandwidth, bandwidth)
 
 
 def _rate(work, seconds: float) -> float:
@@ -356,9 +375,7 @@ def commands(path: str | Path, preset: Mapping[str, Mapping], gpus: int) -> dict
     name = Path(path).stem
     if gpus == 1:
         return {"all notebooks and the book": f"make book PRESET={shlex.quote(name)}"}
-    train = preset["01_train_sae"]
-    folder = f"data/artifacts/{train['run']}/train"
-    job = {key: value for key, value in train.items() if key not in ("run", "heldout")} | {"folder": folder}
+    job = _chosen(preset, "01_train_sae", JOB) | {"folder": f"data/artifacts/{preset['01_train_sae']['run']}/train"}
     launch = f"accelerate launch --multi_gpu --num_processes {gpus}"
     return {
         "write the job": f"echo {shlex.quote(json.dumps(job))} > job.json",

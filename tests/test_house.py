@@ -32,9 +32,9 @@ NOTEBOOKS = pages.sources()
 PRESETS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
 
 LEVELS = [  # an import goes to the same level or a lower one, and never in a circle
-    {"hooks", "sae", "formats", "hub", "asked", "artifacts", "spans"},
+    {"hooks", "sae", "formats", "hub", "asked", "artifacts", "spans", "forecast"},
     {"lmm"},
-    {"train", "cache", "steering"},
+    {"train", "cache", "steering", "twin"},
     {"explain", "attribution"},
     {"score"},
     {"plots", "widgets"},
@@ -292,6 +292,14 @@ def test_a_notebook_names_no_absolute_path_and_changes_no_directory(notebook):
 def test_a_preset_gives_every_notebook_only_what_it_has(params):
     assert set(pages.preset(params)) == {source.stem for source in NOTEBOOKS}
     assert {values["run"] for values in pages.preset(params).values()} == {params.stem}
+
+
+@pytest.mark.parametrize("name", ["small", "paper"])
+def test_a_preset_of_another_scale_leaves_nothing_to_the_default(name):
+    values = pages.preset(ROOT / "notebooks/params" / f"{name}.yaml")
+    for source in NOTEBOOKS:
+        left = pages.parameters(source).keys() - values[source.stem].keys()
+        assert not left, f"{name}.yaml does not give {source.stem} {', '.join(sorted(left))}"
 
 
 def test_the_tiny_preset_is_what_the_notebooks_say_themselves():

@@ -1,5 +1,6 @@
 """Forecasts against the real thing: processors, published sizes, counted products, and arithmetic done by hand."""
 
+import inspect
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lmm_sae_nb import forecast
 from lmm_sae_nb.forecast import ASSUMED, DEVICES, Device, Part, config_of, costs, meta_model, parameters, picture
 from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.train import train_sae
 from lmm_sae_nb.twin import geometry_twin, narrow, noise
 
 PAPER = "llava-hf/llama3-llava-next-8b-hf"
@@ -73,9 +75,10 @@ def test_every_preset_s_models_are_known_offline(root):
 
 def test_a_model_of_a_folder_is_read_from_it(root):
     folder = root / "data/models/tiny-llava-next"
-    assert config_of(folder).text_config.hidden_size == json.loads((folder / "config.json").read_text())["text_config"][
-        "hidden_size"
-    ]
+    assert (
+        config_of(folder).text_config.hidden_size
+        == json.loads((folder / "config.json").read_text())["text_config"]["hidden_size"]
+    )
 
 
 @settings(max_examples=15, deadline=None)
@@ -197,6 +200,8 @@ def test_commands_hold_the_preset_s_own_values(root, preset):
     job = json.loads(write.removeprefix("echo '").removesuffix("' > job.json"))
     assert (job["n_latents"], job["k"], job["layer"]) == (131_072, 256, 24)
     assert job["folder"] == "data/artifacts/paper/train" and job["dataset"] == preset["01_train_sae"]["dataset"]
+    settings = {name: value for name, value in job.items() if name not in ("model", "dataset")}
+    inspect.signature(train_sae).bind("the model", "the samples", **settings)
     assert "--num_processes 8" in train and train.endswith("-m lmm_sae_nb.launch job.json")
     assert rest == "make book PRESET=paper"
 

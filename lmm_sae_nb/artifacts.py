@@ -51,7 +51,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _write_through(path: Path, write: Callable[[Path], object]) -> None:
+def write_through(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: readers see old or new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
@@ -72,7 +72,7 @@ def clear_temporaries(folder: str | Path) -> None:
 
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Write bytes so that `path` holds either what it held before or all of `data`, also after a crash."""
-    _write_through(Path(path), lambda temporary: temporary.write_bytes(data))
+    write_through(Path(path), lambda temporary: temporary.write_bytes(data))
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -103,7 +103,7 @@ def read_json(path: str | Path) -> dict:
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write named tensors as one safetensors file, atomically; `metadata` is text for the file's header."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _write_through(Path(path), lambda temporary: save_file(whole, temporary, metadata=dict(metadata or {})))
+    write_through(Path(path), lambda temporary: save_file(whole, temporary, metadata=dict(metadata or {})))
 
 
 def save_rows(

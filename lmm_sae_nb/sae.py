@@ -7,6 +7,7 @@ of that shape exists anywhere.
 from __future__ import annotations
 
 import math
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +17,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lmm_sae_nb import kernels
-from lmm_sae_nb.formats import SparsifyWeights, read_sparsify, write_sparsify
+from lmm_sae_nb import hub, kernels
+from lmm_sae_nb.formats import SAEWeights, read_sae, write_sae
 
 
 class Latents(NamedTuple):
@@ -161,19 +162,30 @@ class TopKSAE(nn.Module):
         grad = self.W_dec.grad
         grad.sub_((grad * self.W_dec).sum(1, keepdim=True) * self.W_dec)
 
-    def save(self, folder: str | Path) -> None:
-        """Write folder/cfg.json and folder/sae.safetensors, the published format, atomically."""
-        write_sparsify(folder, SparsifyWeights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k))
+    def save(self, folder: str | Path, format: str = "sparsify") -> None:
+        """Write the SAE atomically, by default as the published checkpoint; formats and errors as `write_sae`."""
+        write_sae(folder, SAEWeights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k), format)
 
     @classmethod
     def load(cls, folder: str | Path) -> TopKSAE:
-        """Read an SAE in the published format, onto the CPU, in its own dtype; errors as `read_sparsify`."""
-        *weights, k = read_sparsify(folder)
+        """Read an SAE in any known format, onto the CPU, in its own dtype; errors as `read_sae`."""
+        *weights, k = read_sae(folder)
         n_latents, width = weights[0].shape
         with torch.device("meta"):
             sae = cls(width, n_latents, k)
         sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec = map(nn.Parameter, weights)
         return sae
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, hookpoint: str | None = None, **where) -> TopKSAE:
+        """Load an SAE from a repository of the hub, or a folder; `where` and errors as `hub.fetch`."""
+        return cls.load(hub.fetch(name_or_path, hookpoint, **where))
+
+    def push_to_hub(self, repo_id: str, hookpoint: str, format: str = "sparsify", **about) -> str:
+        """Publish the SAE as the folder `hookpoint` of a repository; `about` and what it gives as `hub.publish`."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder, format)
+            return hub.publish(folder, repo_id, hookpoint, **about)
 
 
 # Losses and start.

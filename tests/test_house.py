@@ -32,9 +32,24 @@ NOTEBOOKS = pages.sources()
 PRESETS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
 
 LEVELS = [  # an import goes to the same level or a lower one, and never in a circle
-    {"hooks", "compiled", "kernels", "sae", "optimiser", "formats", "asked", "artifacts", "checkpoint", "spans"},
+    {
+        *("hooks", "compiled", "kernels", "sae", "optimiser", "formats", "hub", "asked"),
+        *("artifacts", "checkpoint", "spans", "forecast"),
+    },
     {"lmm"},
-    {"tokens", "train", "evaluate", "launch", "cache", "steering"},
+    {
+        "images",
+        "ranking",
+        "store",
+        "cache",
+        "cache_formats",
+        "tokens",
+        "train",
+        "evaluate",
+        "launch",
+        "twin",
+        "steering",
+    },
     {"explain", "attribution"},
     {"score"},
     {"plots", "widgets"},
@@ -137,9 +152,10 @@ def test_workflows_run_only_pythons_that_the_project_allows():
 
 
 def test_every_import_is_declared():
-    names = {"PIL": "pillow", "yaml": "pyyaml", "IPython": "ipython"}
+    names = {"PIL": "pillow", "yaml": "pyyaml", "IPython": "ipython", "sparsify": "eai-sparsify"}
     declared = {canonicalize_name(requirement.name) for requirement in INSTALLED}
     carried = {"ipython", "nbclient", "nbformat", "tomllib", "huggingface-hub", "tokenizers", "pandas"}
+    peers = {canonicalize_name(Requirement(line).name) for line in EXTRAS["peers"]}
     own = {"book", "lmm_sae_nb", "dodo"} | {file.stem for file in (ROOT / "tests").glob("*.py")}
     for file in tracked("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -147,7 +163,7 @@ def test_every_import_is_declared():
             found += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             for top in {name.split(".")[0] for name in found} - own - sys.stdlib_module_names:
                 package = canonicalize_name(names.get(top, top))
-                assert package in declared | carried, (
+                assert package in declared | carried | (peers if "peers" in file.parts else set()), (
                     f"{file.relative_to(ROOT)} imports {top}: add it to pyproject.toml"
                 )
 
@@ -291,6 +307,14 @@ def test_a_notebook_names_no_absolute_path_and_changes_no_directory(notebook):
 def test_a_preset_gives_every_notebook_only_what_it_has(params):
     assert set(pages.preset(params)) == {source.stem for source in NOTEBOOKS}
     assert {values["run"] for values in pages.preset(params).values()} == {params.stem}
+
+
+@pytest.mark.parametrize("name", ["small", "paper"])
+def test_a_preset_of_another_scale_leaves_nothing_to_the_default(name):
+    values = pages.preset(ROOT / "notebooks/params" / f"{name}.yaml")
+    for source in NOTEBOOKS:
+        left = pages.parameters(source).keys() - values[source.stem].keys()
+        assert not left, f"{name}.yaml does not give {source.stem} {', '.join(sorted(left))}"
 
 
 def test_the_tiny_preset_is_what_the_notebooks_say_themselves():

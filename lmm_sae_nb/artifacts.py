@@ -134,7 +134,7 @@ def save_rows(
                 if block.size:
                     file.write(np.ascontiguousarray(block, dtype).data.cast("B"))
 
-    _write_through(Path(path), write)
+    write_through(Path(path), write)
 
 
 def open_tensors(path: str | Path) -> safe_open:

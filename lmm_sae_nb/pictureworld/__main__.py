@@ -21,7 +21,7 @@ COURSES = {  # name: optimiser steps, what it teaches
     "reading": (900, "the eye again, on signs above all"),
     "finish": (620, "language model and projector with the better eye, and with AnyRes tiles"),
     "polish": (1750, "the same, longer, with more signs, drawn things and panels"),
-    "parts": (450, "the same, more slowly, drawn things above all"),
+    "parts": (260, "the same, more slowly, drawn things above all"),
 }
 FOLDER = Path("data/artifacts/training")
 MODEL = Path("data/models/tiny-llava-next")

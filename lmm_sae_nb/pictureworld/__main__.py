@@ -21,7 +21,7 @@ COURSES = {  # name: optimiser steps, what it teaches
     "reading": (900, "the eye again, on signs above all"),
     "finish": (620, "language model and projector with the better eye, and with AnyRes tiles"),
     "polish": (1750, "the same, longer, with more signs, drawn things and panels"),
-    "parts": (600, "the same with the tower, drawn things above all"),
+    "parts": (450, "the same, more slowly, drawn things above all"),
 }
 FOLDER = Path("data/artifacts/training")
 MODEL = Path("data/models/tiny-llava-next")
@@ -106,7 +106,7 @@ def study(course: str, courses: Path, steps: int, minutes: float) -> bool:
             folder, start=before, tiles_from=0.68, drills=MORE, rate=1.2e-3, first_seed=600_000, **common
         )
     before = courses / "polish"
-    return train_language(folder, start=before, drills=PARTS, open_tower=True, rate=8e-4, first_seed=700_000, **common)
+    return train_language(folder, start=before, drills=PARTS, rate=6e-4, first_seed=700_000, **common)
 
 
 if __name__ == "__main__":

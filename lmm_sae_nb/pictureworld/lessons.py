@@ -148,7 +148,7 @@ class Classroom(nn.Module):
         if perfect:
             clear = sum(self.words[g][batch.labels[:, g].long()] for g in range(len(GROUPS)))
             return clear + 0.5 * torch.randn_like(clear) / clear.shape[-1] ** 0.5
-        with torch.set_grad_enabled(next(self.model.model.vision_tower.parameters()).requires_grad):
+        with torch.no_grad():
             features = self.model.model.vision_tower(normalise(batch.pixels)).last_hidden_state[:, 1:]
         return self.model.model.multi_modal_projector(features)
 
@@ -206,7 +206,6 @@ def train_language(
     keep_projector: bool = False,
     tiles_from: float = 0.0,
     drills: Mapping[int, tuple[str, ...]] = RARE,
-    open_tower: bool = False,
     batch: int = 8,
     rate: float = 2e-3,
     first_seed: int = 0,
@@ -217,7 +216,7 @@ def train_language(
     start: an earlier course, or a saved model, to begin from. eyes: where `train_tower` left its checkpoint, for its
     tower and, unless `keep_projector`, its projector; None to keep those of `start`. perfect: rehearse with perfect
     eyes, before the real ones are ready. tiles_from: the share of the steps after which lessons show the AnyRes tile
-    too. drills: see `Lessons`. open_tower: the tower learns too. Returns whether all steps are done.
+    too. drills: see `Lessons`. Returns whether all steps are done.
     """
     torch.manual_seed(0)
     tokenizer = new_tokenizer()
@@ -226,8 +225,7 @@ def train_language(
     if eyes:
         open_eyes(model, eyes, projector=not keep_projector)
     for name, parameter in model.named_parameters():
-        learns = open_tower if "vision_tower" in name else "language_model" in name or not perfect
-        parameter.requires_grad_(learns)
+        parameter.requires_grad_("language_model" in name or not perfect and "vision_tower" not in name)
     model.model.language_model.config._attn_implementation = "eager"  # compiled, it is faster here than SDPA's backward
     model.model.language_model.forward = torch.compile(model.model.language_model.forward)
     stream = None

@@ -32,9 +32,9 @@ NOTEBOOKS = pages.sources()
 PRESETS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
 
 LEVELS = [  # an import goes to the same level or a lower one, and never in a circle
-    {"hooks", "sae", "formats", "asked", "artifacts", "spans"},
-    {"lmm"},
-    {"train", "cache", "steering"},
+    {"hooks", "sae", "formats", "asked", "artifacts", "spans", "images", "ranking", "store"},
+    {"lmm", "shares"},
+    {"train", "cache", "cache_formats", "steering"},
     {"explain", "attribution"},
     {"score"},
     {"plots", "widgets"},

@@ -70,7 +70,8 @@ print(f"{len(pictures)} images, {sae.n_latents} latents, top {n_top}")
 # them later; a running top-n is exact in one pass, with memory that does not grow with the number of images. What comes
 # behind the last base token cannot change it, attention looks back only, so the tiles never pass the language model.
 #
-# A pass that is cut short goes on where it was when this cell runs again. `accelerate launch` on this file shares the pass
+# A pass that is cut short goes on where it was when this cell runs again. `accelerate launch` (or `torchrun`, without GPUs)
+# on this file shares the pass
 # among processes; the result is the same to the byte.
 
 # %%
@@ -80,7 +81,7 @@ inputs = [path for path in (root / model, root / images, Stage(run, "train").pat
 if not stage.is_current(params, inputs):
     settings = dict(n_top=n_top, batch_size=batch_size, store=store or None, unreadable=unreadable)
     told = forecast(lmm, sae, pictures, layer, **settings)
-    print(f"{told.seconds / 60:.0f} minutes, up to {told.disk / 1e6:,.0f} MB of disk, {told.memory / 1e9:.1f} GB beside the model")
+    print(f"about {told.seconds:.0f} s, up to {told.disk / 1e6:,.0f} MB of disk, {told.memory / 1e9:.1f} GB beside the model")
     started = time.monotonic()
     cache = cache_activations(lmm, sae, pictures, layer, **settings, folder=stage.folder)
     seconds = time.monotonic() - started

@@ -151,7 +151,7 @@ def open_tensors(path: str | Path) -> safe_open:
 
 
 class TensorRows:
-    """A safetensors file of which single rows are read: each with one small read of the disk, and nothing ahead.
+    """A safetensors file of which rows are read: each with one small read of the disk, and nothing ahead.
 
     A mapped file (`open_tensors`) reads megabytes around the first byte that is touched. shapes: by tensor's name.
     FileNotFoundError if the file is missing, ValueError if it is cut short or another kind.
@@ -181,6 +181,13 @@ class TensorRows:
         rest = shape[len(index) :]
         size = dtype.itemsize * math.prod(rest)
         return np.frombuffer(self._read(self._begin + begin + at * size, size), dtype).reshape(rest)
+
+    def whole(self, name: str) -> np.ndarray:
+        """All of a tensor, in memory of its own; ValueError for a name that the file does not have."""
+        if name not in self.shapes:
+            raise ValueError(f"{self._path} has no {name}, only {', '.join(self.shapes)}")
+        dtype, shape, (begin, _) = self._tensors[name]
+        return np.fromfile(self._path, dtype, math.prod(shape), offset=self._begin + begin).reshape(shape)
 
     def _read(self, start: int, size: int) -> bytes:
         with self._path.open("rb", buffering=0) as file:

@@ -28,18 +28,27 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmm_sae_nb.artifacts import TensorRows, as_json, open_tensors, save_rows, write_json
+from lmm_sae_nb.artifacts import TensorRows, save_rows, write_json
 from lmm_sae_nb.images import StreamedImages, UnreadableImage, open_images
 from lmm_sae_nb.lmm import LMM, NoPatchGrid, Prompt
-from lmm_sae_nb.ranking import Ranking, firings, merged
+from lmm_sae_nb.ranking import Ranking
 from lmm_sae_nb.sae import Latents, TopKSAE, require_finite
-from lmm_sae_nb.store import VALUES, LatentStore, StoreWriter
+from lmm_sae_nb.shares import (
+    KEY,
+    Share,
+    flush_left,
+    merged_blocks,
+    place_store,
+    resume_or_clear,
+    shares_in,
+    told_by,
+    uneven,
+)
+from lmm_sae_nb.store import STORE, VALUES, LatentStore
 
 __all__ = ["LatentCache", "activation_maps", "base_latents", "cache_activations", "forecast", "open_images"]
 
-TENSORS, SHAPE, PARTIAL, KEY, STORE = "cache.safetensors", "cache.json", ".partial", "key.json", "store"
-RANKING = tuple(Ranking.__dataclass_fields__)
-BLOCK = 2**26  # bytes of patch rows that are merged at a time
+TENSORS, SHAPE, PARTIAL = "cache.safetensors", "cache.json", ".partial"
 Pictures = Sequence[Image.Image] | StreamedImages
 
 
@@ -106,14 +115,10 @@ def _encode(lmm: LMM, sae: TopKSAE, layer: int, batch: _Batch) -> Latents:
     hidden = lmm.hidden_states(batch.prompt, layer, tokens=last)
     base = base[:, :last].to(hidden.device)
     if len(sizes := set(base.sum(1).tolist())) > 1:
-        raise _uneven(sizes)
+        raise uneven(sizes)
     tokens = hidden[base].reshape(len(base), sizes.pop(), -1)
     require_finite(tokens, f"images {batch.images[0]} to {batch.images[-1]}, layer {layer}")
     return sae.encode(tokens)
-
-
-def _uneven(sizes: Iterable[int]) -> ValueError:
-    return ValueError(f"images have {sorted(sizes)} base tokens; bring them to one size first")
 
 
 def base_latents(
@@ -131,7 +136,7 @@ def base_latents(
         for batch in batches:
             latents = _encode(lmm, sae, layer, batch)
             if len(seen := seen | {latents.acts.shape[1]}) > 1:
-                raise _uneven(seen)
+                raise uneven(seen)
             yield Latents(*(part.cpu() for part in latents))
             bar.update(len(batch.images))
 
@@ -176,13 +181,17 @@ class Forecast(NamedTuple):
 
 def forecast(
     lmm: LMM, sae: TopKSAE, images: Pictures, layer: int, *, n_top: int = 5, batch_size: int = 16,
-    store: str | None = None,
+    store: str | None = None, unreadable: str = "refuse",
 ) -> Forecast:  # fmt: skip
     """Run two batches and time the second: what `cache_activations` with the same arguments will take."""
+    _check(sae, lmm, images, n_top, batch_size, store, unreadable)
     timed, began = [], time.monotonic()
-    for latents in islice(base_latents(lmm, sae, images, layer, batch_size), 2):
-        timed.append((latents.acts.shape, time.monotonic() - began))
+    batches = _ahead(partial(_prepare, lmm, unreadable == "skip"), _batches(images, batch_size, lambda _: True))
+    for batch in islice(filter(lambda batch: batch.images, batches), 2):
+        timed.append((_encode(lmm, sae, layer, batch).acts.shape, time.monotonic() - began))
         began = time.monotonic()
+    if not timed:
+        raise ValueError("no image could be read; give others")
     (pictures, patches, _), seconds = timed[-1]
     length, rate = _length(images), pictures / seconds
     memory = sae.n_latents * n_top * (2 * patches + 12) + 2**29
@@ -210,67 +219,6 @@ def _require_room(folder: Path, needed: int) -> None:
 
 
 # ---- the pass -------------------------------------------------------------------------------------------------
-
-
-class _Share:
-    """What one process has made of its batches so far, and the file that it survives in."""
-
-    def __init__(self, path: Path, n_latents: int, n_top: int, store: str | None):
-        self._path, self._sizes, self._store = path, (n_latents, n_top), store
-        self.ranking: Ranking | None = None
-        self.told: dict[str, Any] = {"batches": [], "images": 0, "skipped": {}, "parts": []}
-        self.writer: StoreWriter | None = None
-        if path.is_file():
-            file, self.told = open_tensors(path), _told(path)
-            if "means" in file.keys():  # noqa: SIM118
-                arrays = {name: file.get_tensor(name).numpy().copy() for name in file.keys()}  # noqa: SIM118
-                self._begin(Ranking(*(arrays.pop(name) for name in RANKING)))
-                if self.writer:
-                    self.writer.parts, self.writer.pending = self.told["parts"], arrays
-
-    def _begin(self, ranking: Ranking) -> None:
-        self.ranking = ranking
-        if self._store:
-            patches = ranking.patches.shape[2]
-            self.writer = StoreWriter(self._path.parent / STORE, self._sizes[0], patches, self._store)
-
-    def add(self, batch: _Batch, latents: Latents | None) -> None:
-        """Take in a batch; ValueError if it has another number of base tokens than those before."""
-        if latents is not None:
-            patches = latents.acts.shape[1]
-            if self.ranking is None:
-                self._begin(Ranking.empty(*self._sizes, patches))
-            if patches != self.ranking.patches.shape[2]:
-                raise _uneven({patches, self.ranking.patches.shape[2]})
-            for numbers, new in firings(latents, batch.images):
-                self.ranking.update(new)
-                if self.writer:
-                    self.writer.add(new, numbers)
-        self.told["batches"].append(batch.number)
-        self.told["images"] += len(batch.images)
-        self.told["skipped"] |= {str(number): fault for number, fault in batch.skipped.items()}
-
-    def save(self, last: bool = False) -> None:
-        """Write all of it, atomically; after the last batch the store's pending images as a file of their own."""
-        arrays = {}
-        if self.ranking is not None:
-            arrays = {name: getattr(self.ranking, name) for name in RANKING}
-            if self.writer:
-                if last:
-                    self.writer.flush()
-                arrays |= self.writer.pending
-                self.told["parts"] = self.writer.parts
-        layout = {name: (array.dtype, array.shape) for name, array in arrays.items()}
-        rows = ((name, 0, array) for name, array in arrays.items())
-        save_rows(self._path, layout, rows, {"told": json.dumps(self.told)})
-
-
-def _told(path: Path) -> dict[str, Any]:
-    return json.loads(open_tensors(path).metadata()["told"])
-
-
-def _shares(partial_folder: Path) -> list[Path]:
-    return sorted(partial_folder.glob("[!.]*.safetensors"))
 
 
 def cache_activations(
@@ -308,13 +256,13 @@ def cache_activations(
     folder, processes = Path(folder), _processes()
     partial_folder = folder / PARTIAL
     if processes.is_main_process:
-        _resume_or_clear(partial_folder, _key(lmm, sae, images, layer, n_top, batch_size, store, unreadable))
+        resume_or_clear(partial_folder, _key(lmm, sae, images, layer, n_top, batch_size, store, unreadable))
     processes.wait_for_everyone()
-    done = {batch for path in _shares(partial_folder) for batch in _told(path)["batches"]}
+    done = {batch for path in shares_in(partial_folder) for batch in told_by(path)["batches"]}
     processes.wait_for_everyone()  # nobody writes before all have read
 
     rank, world = processes.process_index, processes.num_processes
-    share = _Share(partial_folder / f"{rank:05d}.safetensors", sae.n_latents, n_top, store)
+    share = Share(partial_folder / f"{rank:05d}.safetensors", sae.n_latents, n_top, store)
     wanted = _batches(images, batch_size, lambda batch: batch % world == rank and batch not in done)
     saved, length = time.monotonic(), _length(images)
     total = length and -(-length // world)
@@ -324,7 +272,7 @@ def cache_activations(
             latents = _encode(lmm, sae, layer, batch) if batch.images else None
             if share.ranking is None and latents is not None and length is not None:
                 _require_room(folder, _disk(sae, length, n_top, latents.acts.shape[1], store))
-            share.add(batch, latents)
+            share.add(batch.number, batch.images, batch.skipped, latents)
             bar.update(len(batch.images) + len(batch.skipped))
             if time.monotonic() - saved >= save_every:
                 share.save()
@@ -372,80 +320,32 @@ def _key(lmm: LMM, sae: TopKSAE, images: Pictures, layer: int, *settings: object
             "layer": layer, "settings": list(settings)}  # fmt: skip
 
 
-def _resume_or_clear(partial_folder: Path, key: dict[str, object]) -> None:
-    """Keep the state of a pass with this key, but for store files that no state knows; clear any other."""
-    path = partial_folder / KEY
-    if not path.is_file() or path.read_bytes() != as_json(key):
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        write_json(path, key)
-    known = {part for share in _shares(partial_folder) for part in _told(share)["parts"]}
-    for file in (partial_folder / STORE).glob("*"):
-        if file.name not in known:
-            file.unlink()
-
-
 # ---- from shares to a cache -----------------------------------------------------------------------------------
 
 
 def _finish(folder: Path, n_latents: int, n_top: int, store: str | None, described: dict[str, object]) -> None:
     """Merge the shares into the cache, put it and the store in their places, and clear the state away."""
     partial_folder = folder / PARTIAL
-    shares = {path: _told(path) for path in _shares(partial_folder)}
-    held = [path for path in shares if "means" in open_tensors(path).keys()]  # noqa: SIM118
+    shares = {path: told_by(path) for path in shares_in(partial_folder)}
+    held = [path for path in shares if TensorRows(path).shapes]
     skipped = {int(number): fault for told in shares.values() for number, fault in told["skipped"].items()}
     seen = sum(told["images"] for told in shares.values())
     if not held:
         shutil.rmtree(partial_folder)
         raise ValueError(f"no image could be read, {len(skipped)} were skipped: {skipped}; give others")
-    patches = {open_tensors(path).get_slice("patches").get_shape()[2] for path in held}
+    patches = {TensorRows(path).shapes["patches"][2] for path in held}
     if len(patches) > 1:
-        raise _uneven(patches)
+        raise uneven(patches)
     described |= {
         "images": seen, "patches": patches.pop(), "store": store,
         "skipped": [{"image": number, "fault": skipped[number]} for number in sorted(skipped)],
     }  # fmt: skip
     parts = {part for told in shares.values() for part in told["parts"]}
-    parts |= {part for path in held for part in _flush_left(path, n_latents, described["patches"], store)}
-    _place_store(partial_folder / STORE, folder / STORE, parts)
-    write_cache(folder, n_latents, n_top, described, _merged_blocks(held, n_latents))
+    parts |= {part for path in held for part in flush_left(path, n_latents, described["patches"], store)}
+    place_store(partial_folder / STORE, folder / STORE, parts)
+    write_cache(folder, n_latents, n_top, described, merged_blocks(held, n_latents))
     (partial_folder / KEY).unlink()  # from here on nothing goes on from what is left of it
     shutil.rmtree(partial_folder)
-
-
-def _flush_left(share: Path, n_latents: int, patches: int, store: str | None) -> list[str]:
-    """Write what a share has pending for the store, if no process went on with it; the names of the files."""
-    file = open_tensors(share)
-    if not (pending := {name: file.get_tensor(name).numpy() for name in set(file.keys()) - set(RANKING)}):
-        return []
-    writer = StoreWriter(share.parent / STORE, n_latents, patches, store)
-    writer.pending = pending
-    writer.flush()
-    return writer.parts
-
-
-def _place_store(made: Path, final: Path, parts: set[str]) -> None:
-    """Move the store's new files to where they belong and take away those of an earlier cache; again, if cut short."""
-    if parts:
-        final.mkdir(parents=True, exist_ok=True)
-    for file in made.glob("*"):
-        file.replace(final / file.name)
-    for file in final.glob("*"):
-        if file.name not in parts:
-            file.unlink()
-    if not parts and final.is_dir():
-        final.rmdir()
-
-
-def _merged_blocks(shares: Sequence[Path], n_latents: int) -> Iterator[tuple[int, Ranking]]:
-    """The merged ranking, a block of latents at a time; files are opened for each block, so that no page stays."""
-    _, n_top, patches = open_tensors(shares[0]).get_slice("patches").get_shape()
-    step = max(1, BLOCK // (2 * n_top * patches * len(shares)))
-    for start in range(0, n_latents, step):
-        parts = []
-        for path in shares:
-            file = open_tensors(path)
-            parts.append(Ranking(*(file.get_slice(name)[start : start + step].numpy() for name in RANKING)))
-        yield start, merged(parts)
 
 
 def write_cache(
@@ -552,7 +452,7 @@ class LatentCache:
         return self.frequency > 0
 
     def _whole(self, name: str) -> Tensor:
-        return open_tensors(self._folder / TENSORS).get_tensor(name)
+        return torch.from_numpy(self._rows.whole(name))
 
     @property
     def store(self) -> LatentStore:

@@ -11,6 +11,7 @@ import numpy as np
 from lmm_sae_nb.artifacts import open_tensors, save_rows
 from lmm_sae_nb.ranking import Firings
 
+STORE = "store"  # the folder of these files, in a cache's
 PART = 2**26  # bytes of entries a file, about: what is held in memory before it is written
 VALUES = {"float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 

@@ -17,6 +17,7 @@ from lmm_sae_nb.cache import LatentCache, activation_maps, cache_activations, fo
 from lmm_sae_nb.lmm import LMM, NoPatchGrid
 from lmm_sae_nb.ranking import Ranking, firings, merged
 from lmm_sae_nb.sae import Latents, TopKSAE
+from lmm_sae_nb.shares import Share
 
 
 @pytest.fixture(scope="module")
@@ -276,9 +277,9 @@ def run_on_made_up_latents(folder, n_latents, images, batch, n_top, patches, k) 
     before = resident("VmRSS")
     (folder / ".partial").mkdir(parents=True)
     (folder / ".partial" / "key.json").write_text("{}")
-    share = caching._Share(folder / ".partial" / "00000.safetensors", n_latents, n_top, "float16")
+    share = Share(folder / ".partial" / "00000.safetensors", n_latents, n_top, "float16")
     for number, start in enumerate(range(0, images, batch)):
-        share.add(caching._Batch(number, list(range(start, start + batch)), {}, None), latents)
+        share.add(number, list(range(start, start + batch)), {}, latents)
         share.save()
     share.save(last=True)
     del share

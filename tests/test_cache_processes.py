@@ -14,6 +14,7 @@ from lmm_sae_nb import cache as caching
 from lmm_sae_nb.cache import LatentCache, cache_activations
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.shares import shares_in, told_by
 
 SETTINGS = {"layer": 0, "n_top": 3, "batch_size": 2, "store": "float32"}
 
@@ -73,7 +74,7 @@ def test_processes_that_share_a_pass_make_the_bytes_of_one(given, alone, tmp_pat
 def test_other_processes_go_on_with_what_two_left(given, alone, tmp_path, later):
     with pytest.raises(ProcessRaisedException, match="the power is gone"):
         run(given, tmp_path, 2, fail_at=5)
-    told = [caching._told(path)["batches"] for path in caching._shares(tmp_path / ".partial")]
+    told = [told_by(path)["batches"] for path in shares_in(tmp_path / ".partial")]
     assert 0 < sum(map(len, told)) < 7
     run(given, tmp_path, later)
     same_answers(alone, tmp_path)

@@ -17,6 +17,7 @@ from lmm_sae_nb.cache import LatentCache, cache_activations
 from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.shares import shares_in, told_by
 
 SETTINGS = {"layer": 0, "n_top": 3, "batch_size": 2, "store": "float16", "unreadable": "skip"}
 
@@ -50,7 +51,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def batches(folder: Path) -> int:
     """How many are in the state on disk."""
-    return sum(len(caching._told(path)["batches"]) for path in caching._shares(folder / ".partial"))
+    return sum(len(told_by(path)["batches"]) for path in shares_in(folder / ".partial"))
 
 
 def test_a_pass_killed_again_and_again_ends_with_the_same_bytes(lmm, sae, pictures, tmp_path, monkeypatch):
@@ -70,6 +71,9 @@ def test_a_pass_killed_again_and_again_ends_with_the_same_bytes(lmm, sae, pictur
             done.append(batches(folder))
         assert not (folder / "cache.json").exists() or LatentCache.load(folder).images == 22
         kills += 1
+    (folder / ".partial").mkdir(parents=True, exist_ok=True)
+    for half_written in (folder / ".cache.safetensors.0.tmp", folder / ".partial" / ".00000.safetensors.0.tmp"):
+        half_written.write_bytes(b"cut")
     assert max(done) > 3, "no kill came after a state was saved"
     cache_activations(lmm, sae, images, **SETTINGS, folder=folder)
     assert contents(folder) == contents(tmp_path / "whole")

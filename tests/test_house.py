@@ -32,27 +32,15 @@ NOTEBOOKS = pages.sources()
 PRESETS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
 
 LEVELS = [  # an import goes to the same level or a lower one, and never in a circle
-    {
-        *("hooks", "compiled", "kernels", "sae", "optimiser", "formats", "hub", "asked"),
-        *("artifacts", "checkpoint", "spans", "forecast"),
-    },
-    {"lmm"},
-    {
-        "images",
-        "ranking",
-        "store",
-        "cache",
-        "cache_formats",
-        "tokens",
-        "train",
-        "evaluate",
-        "launch",
-        "twin",
-        "steering",
-    },
-    {"explain", "attribution"},
-    {"score"},
-    {"plots", "widgets"},
+    set(level.split())
+    for level in (
+        "artifacts hooks spans compiled kernels sae optimiser formats hub checkpoint images ranking store forecast asked",
+        "lmm shares",
+        "tokens train evaluate launch cache cache_formats twin steering",
+        "explain attribution",
+        "score",
+        "plots widgets",
+    )
 ]
 
 

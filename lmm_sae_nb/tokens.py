@@ -119,7 +119,8 @@ def mixed(
     position = start
     while True:
         while sum(part.tokens for part in parts) - position.skip < length:
-            if len(parts) >= parts_an_epoch and not any(part.tokens for part in parts):
+            tried = parts[-1].number - position.part if parts else 0
+            if tried >= parts_an_epoch and not any(part.tokens for part in parts):
                 raise ValueError("no sample has a token of the chosen kinds; choose others")
             parts.extend(next(rounds))
         order = torch.from_numpy(np.random.default_rng((seed, BLOCK, position.block)).permutation(length))
@@ -168,7 +169,7 @@ def _next_block(parts: Iterable[_Part], position: Position, length: int) -> Posi
     """Where the block after this one starts."""
     left = position.skip + length
     for part in parts:
-        if left < part.tokens:
+        if left < part.tokens or not left:
             break
         left -= part.tokens
     else:

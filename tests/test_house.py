@@ -137,8 +137,9 @@ def test_workflows_run_only_pythons_that_the_project_allows():
 
 
 def test_every_import_is_declared():
-    names = {"PIL": "pillow", "yaml": "pyyaml", "IPython": "ipython"}
-    declared = {canonicalize_name(requirement.name) for requirement in INSTALLED}
+    names = {"PIL": "pillow", "yaml": "pyyaml", "IPython": "ipython", "sparsify": "eai-sparsify"}
+    peers = list(map(Requirement, EXTRAS["peers"]))
+    declared = {canonicalize_name(requirement.name) for requirement in INSTALLED + peers}
     carried = {"ipython", "nbclient", "nbformat", "tomllib", "huggingface-hub", "tokenizers", "pandas"}
     own = {"book", "lmm_sae_nb", "dodo"} | {file.stem for file in (ROOT / "tests").glob("*.py")}
     for file in tracked("*.py"):

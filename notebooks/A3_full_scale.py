@@ -100,6 +100,16 @@ pd.DataFrame(
 labels = [f"{cost.stage}, {gpus} GPU{'s' * (gpus > 1)}" for gpus, cost in rows]
 hours = [cost.hours(device, gpus, utilisation) for gpus, cost in rows]
 plots.stacked(dict(zip(labels, hours, strict=True)), f"hours, {gpu}");
+# %% [markdown]
+# The SAE's dense product in float32 can be the larger half of the training. In bfloat16 it would be:
+
+# %%
+train = {name: values["01_train_sae"][name] for name in ("layer", "n_latents", "k", "steps", "batch_tokens")}
+lmm = models[values["01_train_sae"]["model"]]
+for gpus in (1, 8):
+    halved = forecast.train_cost(lmm, **train, gpus=gpus, mixed_precision="bf16", assumed=assumed)
+    print(f"{gpus} x {gpu}: {sum(halved.hours(device, gpus, utilisation).values()):.1f} hours")
+
 # %% mystnb={"figure": {"caption": "Memory of one GPU, by what needs it. The dashed line is what it has.", "name": "fig-memory"}}
 needs = [{name: need / 1e9 for name, need in cost.gpu.items()} for _, cost in rows]
 plots.stacked(dict(zip(labels, needs, strict=True)), "GB a GPU", limit=device.memory / 1e9);

@@ -165,6 +165,19 @@ def test_the_paper_s_training_by_hand(preset):
     assert hours[0]["Adam"] == hours[1]["Adam"] and hours[0]["sum over GPUs"] == 0 < hours[1]["sum over GPUs"]
 
 
+def test_a_sae_in_bfloat16_is_as_much_faster_as_the_gpu_says(preset):
+    names = ("layer", "n_latents", "k", "steps", "batch_tokens")
+    given, model = {name: preset["01_train_sae"][name] for name in names}, meta_model(PAPER)
+    hours = [
+        forecast.train_cost(model, **given, mixed_precision=precision).hours(A100, 1, 0.4)
+        for precision in ("no", "bf16")
+    ]
+    assert_close(hours[0]["SAE encoder"] / hours[1]["SAE encoder"], 312 / 19.5)
+    assert hours[0]["LMM forward"] == hours[1]["LMM forward"]
+    with pytest.raises(ValueError, match="mixed_precision is 'fp16'; choose 'no' or 'bf16'"):
+        forecast.train_cost(model, **given, mixed_precision="fp16")
+
+
 def test_the_paper_s_cache_by_hand(preset):
     cost = costs(preset, 46_684)[1]
     assert next(part for part in cost.parts if part.name == "SAE encoder").flops == 2 * 46_684 * 576 * 4096 * 131_072

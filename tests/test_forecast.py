@@ -16,7 +16,7 @@ from lmm_sae_nb import forecast
 from lmm_sae_nb.forecast import ASSUMED, DEVICES, Device, Part, config_of, costs, meta_model, parameters, picture
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.train import train_sae
-from lmm_sae_nb.twin import geometry_twin, narrow, noise
+from lmm_sae_nb.twin import geometry_twin, narrow, noise, run_twin
 
 PAPER = "llava-hf/llama3-llava-next-8b-hf"
 A100 = DEVICES["A100 80GB"]
@@ -242,6 +242,18 @@ def test_a_twin_s_tokens_have_the_kinds_of_the_real_one(twin):
     (spans,) = prompt.spans
     assert [int(spans.mask(kind).sum()) for kind in ("base", "tiles", "newline")] == [576, 36 * 48, 36]
     assert prompt.answer_mask.any()
+
+
+def test_a_twin_is_trained_on_and_cached_with(twin):
+    found = run_twin(twin, noise([(640, 480)]), 1, n_latents=256, k=4, steps=2, batch_tokens=64)
+    ways = [
+        f"{stage}_{unit}{end}"
+        for stage in ("train", "cache")
+        for unit in ("seconds", "gb")
+        for end in ("", "_forecast")
+    ]
+    assert set(found) == set(ways)
+    assert all(value > 0 for value in found.values())
 
 
 def test_what_no_twin_can_be_is_told():

@@ -183,10 +183,10 @@ def sae_bytes(width: int, n_latents: int) -> float:
     return 4.0 * (2 * n_latents * width + n_latents + width)
 
 
-def encode_parts(tokens: float, width: int, n_latents: int) -> list[Part]:
+def encode_parts(tokens: float, width: int, n_latents: int, dtype: str = "float32") -> list[Part]:
     """Eq. 1 of so many tokens: a dense product, and TopK's passes over what it gives."""
     return [
-        Part("SAE encoder", 2.0 * tokens * width * n_latents),
+        Part("SAE encoder", 2.0 * tokens * width * n_latents, dtype=dtype),
         Part("TopK", 0.0, 4.0 * 4 * tokens * n_latents),  # written, and read about three times
     ]
 
@@ -247,13 +247,17 @@ def _chosen(preset: Mapping[str, Mapping], notebook: str, names: Iterable[str]) 
 
 def train_cost(
     model: PreTrainedModel, layer: int, n_latents: int, k: int, steps: int, batch_tokens: int, *, gpus: int = 1,
-    buffer_tokens: int | None = None, batch_samples: int = 16, dtype: str = "bfloat16", assumed: Assumed = ASSUMED,
+    buffer_tokens: int | None = None, batch_samples: int = 16, dtype: str = "bfloat16",
+    mixed_precision: str = "no", assumed: Assumed = ASSUMED,
 ) -> Cost:  # fmt: skip
     """Section 2.1 as `train_sae` does it: an SAE on each GPU, the samples and the buffer divided among them.
 
     dtype: of the model and of the buffer, 16 batches by default; the SAE, its gradient and Adam's two moments are
-    float32.
+    float32. mixed_precision: "no", or "bf16" for the SAE's encoder in bfloat16; ValueError for any other.
     """
+    encoders = {"no": "float32", "bf16": "bfloat16"}
+    if mixed_precision not in encoders:
+        raise ValueError(f"mixed_precision is {mixed_precision!r}; choose 'no' or 'bf16'")
     width, size, image = _width(model), getattr(torch, dtype).itemsize, picture(model, assumed.image)
     sample, tokens = image.tokens + assumed.text_tokens, float(steps) * batch_tokens
     samples, own = tokens / sample, batch_tokens / gpus
@@ -262,7 +266,11 @@ def train_cost(
     return Cost(
         "train",
         tokens,
-        [reading, *encode_parts(tokens, width, n_latents), *learn_parts(tokens, steps, width, n_latents, k)],
+        [
+            reading,
+            *encode_parts(tokens, width, n_latents, encoders[mixed_precision]),
+            *learn_parts(tokens, steps, width, n_latents, k),
+        ],
         gpu={
             "LMM": weights,
             "SAE": sae,

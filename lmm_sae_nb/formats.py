@@ -267,7 +267,7 @@ def _sparsify_config(weights: SAEWeights) -> dict:
 
 
 def _saelens_settings(path: Path, config: dict) -> Settings:
-    version = str(config.get("sae_lens_version") or config.get("metadata", {}).get("sae_lens_version") or "unknown")
+    version = str(config.get("sae_lens_version") or (config.get("metadata") or {}).get("sae_lens_version") or "unknown")
     if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
         raise ValueError(f"{path} is of SAELens {version}, before 6; load it with sae-lens 6 and save it again")
     if "architecture" not in config:

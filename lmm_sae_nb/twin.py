@@ -6,6 +6,10 @@ before a GPU is there. It knows nothing: what it says and what its latents show 
 
 from __future__ import annotations
 
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +25,11 @@ from transformers import (
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from lmm_sae_nb.forecast import config_of
+from lmm_sae_nb.artifacts import peak_memory
+from lmm_sae_nb.cache import cache_activations
+from lmm_sae_nb.forecast import Assumed, cache_cost, config_of, this_machine, train_cost
 from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.train import train_sae
 
 IMAGE, END = "<image>", "<|end|>"
 TEMPLATE = (
@@ -90,3 +97,52 @@ def noise(sizes: list[tuple[int, int]], seed: int = 0) -> list[Image.Image]:
     """Pictures of random pixels, (width, height) each."""
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
+
+
+def run_twin(
+    lmm: LMM,
+    pictures: list[Image.Image],
+    layer: int,
+    *,
+    n_latents: int = 131_072,
+    k: int = 256,
+    n_top: int = 5,
+    steps: int = 4,
+    batch_tokens: int = 1024,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Train on the twin and cache with it, for real, and forecast the same: seconds, and GB of memory at the most.
+
+    pictures: all of one size. Gives train_seconds, train_seconds_forecast, train_gb, train_gb_forecast, and the same
+    for cache. The forecast takes this machine's measured speed, and all of it; what is compiled once is compiled first.
+    """
+    here, before, question = this_machine(), peak_memory() or 0, "what is shown ?"
+    samples = [{"image": picture, "question": question, "answer": "noise"} for picture in pictures]
+    text = int(lmm.prompt(question, pictures[0], answers=["noise"]).mask("text", "special").sum())
+    assumed = Assumed(image=pictures[0].size, text_tokens=text, utilisation=1.0, library_memory=before)
+    sizes = {"n_latents": n_latents, "k": k}
+    batches = {"steps": steps, "batch_tokens": batch_tokens, "buffer_tokens": 4 * batch_tokens, "batch_samples": 1}
+    told = {"dtype": "float32", "assumed": assumed}
+    costs = {
+        "train": train_cost(lmm.model, layer, **sizes, **batches, **told),
+        "cache": cache_cost(lmm.model, layer, **sizes, n_top=n_top, batch_size=1, images=len(pictures), **told),
+    }
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        few = {"n_latents": 2 * k, "k": k, "steps": 1, "batch_tokens": 64, "buffer_tokens": 64, "batch_samples": 1}
+        train_sae(lmm, samples[:1], layer, **few, folder=f"{folder}/few")
+        with _measured("train", found):
+            sae = train_sae(lmm, samples, layer, **sizes, **batches, seed=seed, folder=f"{folder}/train").sae
+        with _measured("cache", found):
+            cache_activations(lmm, sae, pictures, layer, n_top=n_top, batch_size=1, folder=f"{folder}/cache")
+    for stage, cost in costs.items():
+        found[f"{stage}_seconds_forecast"] = 3600 * sum(cost.hours(here, 1, 1.0).values())
+        found[f"{stage}_gb_forecast"] = (sum(cost.gpu.values()) + cost.host.get("top images", 0.0)) / 1e9
+    return found
+
+
+@contextmanager
+def _measured(stage: str, found: dict[str, float]) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    found |= {f"{stage}_seconds": time.monotonic() - began, f"{stage}_gb": (peak_memory() or 0) / 1e9}

@@ -35,17 +35,14 @@ twin_steps: int = 4  # optimiser steps of the twin's training, 1024 tokens each
 seed: int = 0  # of the twin's weights and pictures
 
 # %% tags=["remove-cell"]
-import tempfile
 import time
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from lmm_sae_nb import forecast, plots
-from lmm_sae_nb.artifacts import Stage, peak_memory, project_root, read_json
-from lmm_sae_nb.cache import cache_activations
-from lmm_sae_nb.train import train_sae
-from lmm_sae_nb.twin import geometry_twin, noise
+from lmm_sae_nb.artifacts import Stage, project_root, read_json
+from lmm_sae_nb.twin import geometry_twin, noise, run_twin
 
 root = project_root()
 plots.style()
@@ -100,6 +97,16 @@ pd.DataFrame(
 labels = [f"{cost.stage}, {gpus} GPU{'s' * (gpus > 1)}" for gpus, cost in rows]
 hours = [cost.hours(device, gpus, utilisation) for gpus, cost in rows]
 plots.stacked(dict(zip(labels, hours, strict=True)), f"hours, {gpu}");
+# %% [markdown]
+# The SAE's dense product in float32 can be the larger half of the training. In bfloat16 it would be:
+
+# %%
+train = {name: values["01_train_sae"][name] for name in ("layer", "n_latents", "k", "steps", "batch_tokens")}
+lmm = models[values["01_train_sae"]["model"]]
+for gpus in (1, 8):
+    halved = forecast.train_cost(lmm, **train, gpus=gpus, mixed_precision="bf16", assumed=assumed)
+    print(f"{gpus} x {gpu}: {sum(halved.hours(device, gpus, utilisation).values()):.1f} hours")
+
 # %% mystnb={"figure": {"caption": "Memory of one GPU, by what needs it. The dashed line is what it has.", "name": "fig-memory"}}
 needs = [{name: need / 1e9 for name, need in cost.gpu.items()} for _, cost in rows]
 plots.stacked(dict(zip(labels, needs, strict=True)), "GB a GPU", limit=device.memory / 1e9);
@@ -130,39 +137,13 @@ params = dict(
     preset=preset, gpu=gpu, cached_images=cached_images, utilisation=utilisation, twin=twin, twin_width=twin_width,
     twin_images=twin_images, twin_steps=twin_steps, seed=seed,
 )  # fmt: skip
-layer, sizes = 24, dict(n_latents=2**17, k=256)
-batch = dict(steps=twin_steps, batch_tokens=1024, buffer_tokens=4096, batch_samples=1)
 if not stage.is_current(params, [path]):
-    started, here, before = time.monotonic(), forecast.this_machine(), peak_memory()
-    lmm, pictures = geometry_twin(twin, twin_width, seed), noise([assumed.image] * twin_images, seed)
-    samples = [{"image": picture, "question": "what is shown ?", "answer": "noise"} for picture in pictures]
-    text = lmm.prompt("what is shown ?", pictures[0], answers=["noise"]).mask("text", "special").sum()
-    facts = forecast.Assumed(utilisation=1.0, text_tokens=int(text), library_memory=before)
-    with tempfile.TemporaryDirectory() as folder:  # what is compiled once is compiled before the clock starts
-        train_sae(
-            lmm, samples[:1], layer, n_latents=512, k=8, steps=1, batch_tokens=64, buffer_tokens=64, folder=folder
-        )
-    seconds, memory = [time.monotonic()], []
-    with tempfile.TemporaryDirectory() as folder:
-        sae = train_sae(lmm, samples, layer, **sizes, **batch, seed=seed, folder=f"{folder}/train").sae
-        seconds.append(time.monotonic()), memory.append(peak_memory())
-        cache_activations(lmm, sae, pictures, layer, n_top=5, batch_size=1, folder=f"{folder}/cache")
-        seconds.append(time.monotonic()), memory.append(peak_memory())
-    of_twin = [
-        forecast.train_cost(lmm.model, layer, **sizes, **batch, dtype="float32", assumed=facts),
-        forecast.cache_cost(
-            lmm.model, layer, **sizes, n_top=5, batch_size=1, images=twin_images, dtype="float32", assumed=facts
-        ),
-    ]
+    started = time.monotonic()
     metrics = {f"{c.stage}_hours_gpus_{gpus}": sum(c.hours(device, gpus, utilisation).values()) for gpus, c in rows}
     metrics |= {f"{c.stage}_gb_a_gpu_gpus_{gpus}": gb(c.gpu) for gpus, c in rows}
-    for n, cost in enumerate(of_twin):
-        metrics |= {
-            f"twin_{cost.stage}_seconds": seconds[n + 1] - seconds[n],
-            f"twin_{cost.stage}_seconds_forecast": 3600 * sum(cost.hours(here, 1, 1.0).values()),
-            f"twin_{cost.stage}_gb": memory[n] / 1e9,
-            f"twin_{cost.stage}_gb_forecast": gb(cost.gpu) + cost.host.get("top images", 0) / 1e9,
-        }
+    lmm, pictures = geometry_twin(twin, twin_width, seed), noise([assumed.image] * twin_images, seed)
+    measured = run_twin(lmm, pictures, layer=24, n_latents=2**17, k=256, steps=twin_steps, seed=seed)
+    metrics |= {f"twin_{name}": value for name, value in measured.items()}
     stage.finish(params, [path], metrics, time.monotonic() - started)
 metrics = read_json(stage.path("metrics.json"))
 
@@ -176,7 +157,7 @@ twins = {
 }
 _, axes = plt.subplots(1, 2, figsize=(8, 1.7))
 for ax, (unit, found) in zip(axes, twins.items(), strict=True):
-    plots.compared(found, {"seconds": "seconds", "gb": "GB at the most"}[unit], ax=ax);
+    plots.compared(found, {"seconds": "seconds", "gb": "GB at the most"}[unit], ax=ax)
 # %%
 pd.DataFrame(
     [
@@ -198,9 +179,9 @@ from torch.utils.flop_counter import FlopCounterMode
 small = geometry_twin(twin, twin_width, seed)
 prompt = small.prompt("what is shown ?", noise([assumed.image], seed)[0])
 with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused one is not counted
-    small.hidden_states(prompt, layer)
+    small.hidden_states(prompt, 24)
 tokens, image = prompt.inputs["input_ids"].shape[1], forecast.picture(small.model, assumed.image)
-counted, reckoned = counter.get_total_flops(), forecast.reading_flops(small.model, tokens, image, layer)
+counted, reckoned = counter.get_total_flops(), forecast.reading_flops(small.model, tokens, image, 24)
 assert abs(reckoned / counted - 1) < 0.02, (reckoned, counted)
 print(f"counted {counted / 1e9:.2f}, forecast {reckoned / 1e9:.2f} GFLOPs for {tokens:,} tokens")
 

@@ -16,7 +16,7 @@ from lmm_sae_nb import forecast
 from lmm_sae_nb.forecast import ASSUMED, DEVICES, Device, Part, config_of, costs, meta_model, parameters, picture
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.train import train_sae
-from lmm_sae_nb.twin import geometry_twin, narrow, noise
+from lmm_sae_nb.twin import geometry_twin, narrow, noise, run_twin
 
 PAPER = "llava-hf/llama3-llava-next-8b-hf"
 A100 = DEVICES["A100 80GB"]
@@ -165,6 +165,19 @@ def test_the_paper_s_training_by_hand(preset):
     assert hours[0]["Adam"] == hours[1]["Adam"] and hours[0]["sum over GPUs"] == 0 < hours[1]["sum over GPUs"]
 
 
+def test_a_sae_in_bfloat16_is_as_much_faster_as_the_gpu_says(preset):
+    names = ("layer", "n_latents", "k", "steps", "batch_tokens")
+    given, model = {name: preset["01_train_sae"][name] for name in names}, meta_model(PAPER)
+    hours = [
+        forecast.train_cost(model, **given, mixed_precision=precision).hours(A100, 1, 0.4)
+        for precision in ("no", "bf16")
+    ]
+    assert_close(hours[0]["SAE encoder"] / hours[1]["SAE encoder"], 312 / 19.5)
+    assert hours[0]["LMM forward"] == hours[1]["LMM forward"]
+    with pytest.raises(ValueError, match="mixed_precision is 'fp16'; choose 'no' or 'bf16'"):
+        forecast.train_cost(model, **given, mixed_precision="fp16")
+
+
 def test_the_paper_s_cache_by_hand(preset):
     cost = costs(preset, 46_684)[1]
     assert next(part for part in cost.parts if part.name == "SAE encoder").flops == 2 * 46_684 * 576 * 4096 * 131_072
@@ -229,6 +242,18 @@ def test_a_twin_s_tokens_have_the_kinds_of_the_real_one(twin):
     (spans,) = prompt.spans
     assert [int(spans.mask(kind).sum()) for kind in ("base", "tiles", "newline")] == [576, 36 * 48, 36]
     assert prompt.answer_mask.any()
+
+
+def test_a_twin_is_trained_on_and_cached_with(twin):
+    found = run_twin(twin, noise([(640, 480)]), 1, n_latents=256, k=4, steps=2, batch_tokens=64)
+    ways = [
+        f"{stage}_{unit}{end}"
+        for stage in ("train", "cache")
+        for unit in ("seconds", "gb")
+        for end in ("", "_forecast")
+    ]
+    assert set(found) == set(ways)
+    assert all(value > 0 for value in found.values())
 
 
 def test_what_no_twin_can_be_is_told():

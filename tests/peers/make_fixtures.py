@@ -2,8 +2,8 @@
 
     python tests/peers/make_fixtures.py
 
-in the peers' environment (tests/peers/README.md). A folder holds the library's own files and seen.safetensors: x,
-its dense latents z and the reconstruction x_hat, as the library computes them.
+in the peers' environment (test_peers_formats.py has the command that makes it). A folder holds the library's own
+files and seen.safetensors: x, its dense latents z and the reconstruction x_hat, as the library computes them.
 """
 
 import json

@@ -65,7 +65,8 @@ def test_a_pass_killed_again_and_again_ends_with_the_same_bytes(lmm, sae, pictur
     rng, done, kills = random.Random(0), [0], 0
     while kills < 20:
         arguments = (lmm, sae, images)
-        if not killed(rng.uniform(0.1, 1.0) * took, cache_activations, *arguments, **SETTINGS, folder=folder, save_every=0):
+        after = rng.uniform(0.1, 1.0) * took
+        if not killed(after, cache_activations, *arguments, **SETTINGS, folder=folder, save_every=0):
             folder = tmp_path / f"cache{kills}"  # it came to its end: the next kills are of a new pass
         if (folder / ".partial" / "key.json").is_file():
             done.append(batches(folder))

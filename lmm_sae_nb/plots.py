@@ -213,3 +213,27 @@ def compared(results: Mapping[str, Mapping[str, float]], xlabel: str, ax: Axes |
     ax.grid(axis="x", alpha=0.25)
     ax.legend(frameon=False, fontsize=7)
     return ax
+
+
+def bars(results: Mapping[str, Mapping[str, float]], xlabel: str, *, log: bool = False, ax: Axes | None = None) -> Axes:
+    """A bar with its number for each thing, grouped: results maps a group to {thing: value}, things alike coloured."""
+    things = list(dict.fromkeys(name for row in results.values() for name in row))
+    colours = dict(zip(things, plt.rcParams["axes.prop_cycle"].by_key()["color"] * len(things), strict=False))
+    ax = ax or plt.subplots(figsize=(6, 0.16 * sum(map(len, results.values())) + 0.4 * len(results) + 0.8))[1]
+    y, middles = 0, []
+    for row in results.values():
+        places = [y + n for n in range(len(row))]
+        drawn = ax.barh(places, list(row.values()), 0.85, color=[colours[name] for name in row])
+        ax.bar_label(
+            drawn, [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in row.values()], 2, fontsize=6
+        )
+        middles.append(sum(places) / len(places))
+        y += len(row) + 1
+    if log:
+        ax.set_xscale("log")
+    ax.set(yticks=middles, yticklabels=list(results), xlabel=xlabel)
+    ax.margins(x=0.12)
+    ax.invert_yaxis()
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in things]
+    ax.legend(handles, things, frameon=False, fontsize=6)
+    return ax

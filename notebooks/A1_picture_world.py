@@ -95,7 +95,7 @@ concepts.ANSWERED_FROM_MEMORY
 #    against 99.9 % on maps): the tower went on, on scenes full of signs, with the projector kept as it was (98 % at the end).
 # 5. *Finish.* Lessons again, with the better eye and with the tile that AnyRes adds: the same picture once more, row by row.
 # 6. *Polish.* The same for longer, with more signs, drawn things and panels, which were the weakest.
-# 7. *Parts.* Once more, more slowly, on drawn things above all: the colours of small parts were still the weakest.
+# 7. *Parts.* Once more, at half the rate, with drawn things above all: the colours of small parts were still the weakest.
 #
 # The commands are `python -m lmm_sae_nb.pictureworld tower | rehearse | lessons | reading | finish | polish | parts |
 # ship | exam`.

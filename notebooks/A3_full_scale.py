@@ -30,8 +30,8 @@ cached_images: int = 46684  # images that notebook 02 caches; the paper's number
 utilisation: float = 0.4  # share of the GPU's published peaks that is reached
 twin: str = "llava-hf/llama3-llava-next-8b-hf"  # the model whose geometry is run for real
 twin_width: int = 64  # width of its decoder; the model's own is 4096
-twin_images: int = 4  # pictures that the twin sees
-twin_steps: int = 4  # optimiser steps of the twin's training, 1024 tokens each
+twin_images: int = 3  # pictures that the twin sees
+twin_steps: int = 2  # optimiser steps of the twin's training, 1024 tokens each
 seed: int = 0  # of the twin's weights and pictures
 
 # %% tags=["remove-cell"]

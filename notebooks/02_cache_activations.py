@@ -112,7 +112,8 @@ assert_close(by_hand.reshape(lmm.grid), cache.patch_map(latent, 0), rtol=1e-2, a
 # %% [markdown]
 # ## What it looks like
 #
-# Eight latents at random among those that fire on few patches: their top images, darker where the latent is silent.
+# Six latents at random among those that fire on few patches. For each, its top images: above, the activation over the grey
+# image; below, the image with only its most activated patches visible.
 
 # %% mystnb={"figure": {"caption": "Random live latents with their five most exciting images: the activation on the patch grid, and the image with only its most activated patches visible.", "name": "fig-top-images"}}
 rng = np.random.default_rng(0)

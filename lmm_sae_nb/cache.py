@@ -264,10 +264,10 @@ def cache_activations(
     rank, world = processes.process_index, processes.num_processes
     share = Share(partial_folder / f"{rank:05d}.safetensors", sae.n_latents, n_top, store)
     wanted = _batches(images, batch_size, lambda batch: batch % world == rank and batch not in done)
-    saved, length = time.monotonic(), _length(images)
-    total = length and -(-length // world)
-    with tqdm(desc="caching", total=total, initial=share.told["images"], unit=" images", mininterval=2,
-              disable=not processes.is_main_process) as bar:  # fmt: skip
+    length = _length(images)
+    with tqdm(desc="caching", total=length and -(-length // world), initial=share.told["images"], unit=" images",
+              mininterval=2, disable=not processes.is_main_process) as bar:  # fmt: skip
+        saved = time.monotonic()
         for batch in _ahead(partial(_prepare, lmm, unreadable == "skip"), wanted):
             latents = _encode(lmm, sae, layer, batch) if batch.images else None
             if share.ranking is None and latents is not None and length is not None:
@@ -278,7 +278,7 @@ def cache_activations(
                 share.save()
                 saved = time.monotonic()
     share.save(last=True)
-    del share
+    del share  # its memory
     processes.wait_for_everyone()
     if processes.is_main_process:
         _finish(folder, sae.n_latents, n_top, store, {"grid": lmm.grid, "layer": layer, "model": Path(lmm.name).name})

@@ -1,4 +1,4 @@
-"""Read, rewrite or stop at one module's output, as context managers.
+"""Read, rewrite or stop at one module's output, or cut its input short, as context managers.
 
 The only code that knows that a decoder layer may return its hidden states bare or as the first element of a
 tuple (transformers has done both). Hooks live inside a `with` only, and go when it ends, by an error too.

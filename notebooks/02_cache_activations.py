@@ -70,9 +70,8 @@ print(f"{len(pictures)} images, {sae.n_latents} latents, top {n_top}")
 # them later; a running top-n is exact in one pass, with memory that does not grow with the number of images. What comes
 # behind the last base token cannot change it, attention looks back only, so the tiles never pass the language model.
 #
-# A pass that is cut short goes on where it was when this cell runs again. `accelerate launch` (or `torchrun`, without GPUs)
-# on this file shares the pass
-# among processes; the result is the same to the byte.
+# A pass that is cut short goes on where it was when this cell runs again. `accelerate launch` on this file, or `torchrun`
+# where there are no GPUs, shares the pass among processes; the result is the same to the byte.
 
 # %%
 stage = Stage(run, "cache")

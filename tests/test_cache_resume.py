@@ -34,14 +34,14 @@ def sae(lmm):
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    """A folder of 24 pictures, two of them broken."""
+    """A folder of 16 pictures, two of them broken."""
     folder, rng = tmp_path / "pictures", np.random.default_rng(0)
     folder.mkdir()
-    for number in range(24):
+    for number in range(16):
         pixels = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((192, 192)).save(folder / f"{number:02d}.png")
     (folder / "05.png").write_bytes(b"")
-    (folder / "17.png").write_bytes((folder / "16.png").read_bytes()[:99])
+    (folder / "11.png").write_bytes((folder / "10.png").read_bytes()[:99])
     return folder
 
 
@@ -59,23 +59,20 @@ def test_a_pass_killed_again_and_again_ends_with_the_same_bytes(lmm, sae, pictur
     monkeypatch.setattr("lmm_sae_nb.store.PART", 6000)  # a file of the store every few images
     images, folder = open_images(pictures), tmp_path / "cache"
     began = time.monotonic()
-    whole = cache_activations(lmm, sae, images, **SETTINGS, folder=tmp_path / "whole", save_every=0)
-    took = time.monotonic() - began  # on this machine, now: kills are to fall all over the pass
-    assert whole.images == 22
-    rng, done, kills = random.Random(0), [0], 0
-    while kills < 20:
+    cache_activations(lmm, sae, images, **SETTINGS, folder=tmp_path / "whole", save_every=0)
+    seconds, rng, done, kills = time.monotonic() - began, random.Random(0), [0], 0
+    while kills < 20 or max(done) < 4:
+        kills += 1
         arguments = (lmm, sae, images)
-        after = rng.uniform(0.1, 1.0) * took
+        after = rng.uniform(0.05, 0.8) * seconds
         if not killed(after, cache_activations, *arguments, **SETTINGS, folder=folder, save_every=0):
             folder = tmp_path / f"cache{kills}"  # it came to its end: the next kills are of a new pass
         if (folder / ".partial" / "key.json").is_file():
             done.append(batches(folder))
-        assert not (folder / "cache.json").exists() or LatentCache.load(folder).images == 22
-        kills += 1
+        assert not (folder / "cache.json").exists() or LatentCache.load(folder).images == 14
     (folder / ".partial").mkdir(parents=True, exist_ok=True)
     for half_written in (folder / ".cache.safetensors.0.tmp", folder / ".partial" / ".00000.safetensors.0.tmp"):
         half_written.write_bytes(b"cut")
-    assert max(done) > 3, "no kill came after a state was saved"
     cache_activations(lmm, sae, images, **SETTINGS, folder=folder)
     assert contents(folder) == contents(tmp_path / "whole")
 
@@ -90,8 +87,12 @@ def test_a_kill_at_each_write_changes_nothing(lmm, sae, pictures, tmp_path, monk
     class Cut(BaseException):
         """As a kill: nothing but `finally` runs."""
 
+    total, count = [], lambda self, target: total.append(target) or replace(self, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", count)
+        cache_activations(lmm, sae, images, **SETTINGS, folder=tmp_path / "counted", save_every=0)
     for after in (False, True):
-        for stop_at in (1, 2, 5, 9, 13, 17, 20, 21, 22, 23, 24):
+        for stop_at in (1, 2, len(total) // 2, *range(len(total) - 4, len(total) + 1)):
             folder, writes = tmp_path / f"{stop_at}{after}", []
 
             def cut(self, target, stop_at=stop_at, after=after, writes=writes):
@@ -106,8 +107,9 @@ def test_a_kill_at_each_write_changes_nothing(lmm, sae, pictures, tmp_path, monk
                 patch.setattr(Path, "replace", cut)
                 try:
                     cache_activations(lmm, sae, images, **SETTINGS, folder=folder, save_every=0)
+                    raise AssertionError(f"write {stop_at} never came")
                 except Cut:
-                    assert len(writes) == stop_at
+                    pass
             cache_activations(lmm, sae, images, **SETTINGS, folder=folder)
             assert contents(folder) == expected, (stop_at, after, writes)
 
@@ -117,8 +119,8 @@ def test_it_goes_on_where_it_was(lmm, sae, pictures, tmp_path, monkeypatch):
     images, seen, encode = open_images(pictures), [], caching._encode
 
     def stop_in_the_middle(lmm, sae, layer, batch):
-        if batch.number == 7 and 7 not in seen:
-            seen.append(7)
+        if batch.number == 5 and 5 not in seen:
+            seen.append(5)
             raise KeyboardInterrupt
         seen.append(batch.number)
         return encode(lmm, sae, layer, batch)
@@ -127,7 +129,7 @@ def test_it_goes_on_where_it_was(lmm, sae, pictures, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cache_activations(lmm, sae, images, **SETTINGS, folder=tmp_path / "c", save_every=0)
     cache_activations(lmm, sae, images, **SETTINGS, folder=tmp_path / "c")
-    assert seen == [*range(7), 7, *range(7, 12)]
+    assert seen == [*range(5), 5, *range(5, 8)]
 
 
 @pytest.mark.parametrize("changed", ["sae", "images", "n_top", "model"])
@@ -154,11 +156,11 @@ def test_what_cannot_be_read_is_refused_or_skipped_by_name(lmm, sae, pictures, t
     with pytest.raises(ValueError, match=r"05\.png is not a readable image"):
         cache_activations(lmm, sae, images, **SETTINGS | {"unreadable": "refuse"}, folder=tmp_path / "c")
     cache = cache_activations(lmm, sae, images, **SETTINGS, folder=tmp_path / "c")
-    assert list(cache.skipped) == [5, 17]
+    assert list(cache.skipped) == [5, 11]
     assert "05.png" in cache.skipped[5]
     assert "05.png" in (tmp_path / "c" / "cache.json").read_text()
-    assert cache.images == 22
-    assert not {5, 17} & set(cache.top_images.flatten().tolist())
+    assert cache.images == 14
+    assert not {5, 11} & set(cache.top_images.flatten().tolist())
     # Numbers are still those of the source.
     latent = int(cache.top_means[:, 0].argmax())
     alone = cache_activations(
@@ -185,4 +187,4 @@ def test_a_stream_is_cached_as_what_it_streams_is(lmm, sae, pictures, tmp_path):
     streamed = cache_activations(lmm, sae, stream, **SETTINGS, folder=tmp_path / "s")
     assert (local.images, local.skipped) == (streamed.images, streamed.skipped)
     assert contents(tmp_path / "local") == contents(tmp_path / "s")
-    assert "17.png" in streamed.skipped[17]
+    assert "11.png" in streamed.skipped[11]

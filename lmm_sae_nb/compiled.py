@@ -229,10 +229,10 @@ def project(grad, rows, along, squares, first, last):
 
 
 @_compile
-def adam(weights, grad, along, mean, square, scale, beta1, beta2, eps, rate, root, unit, first, last):
+def adam(weights, grad, along, mean, square, scale, beta1, beta2, eps, rate, lift, unit, first, last):
     """Adam on scale * (grad[j] - along[j] weights[j]), row by row; `unit` brings the rows to length 1 after it.
 
-    rate: the learning rate over the mean's bias; root: the square root of the square's bias; all numbers float32.
+    rate: the learning rate over the mean's bias; lift: 1 / sqrt of the square's bias; all numbers float32.
     """
     for j in range(first, last):
         row, g, m, v = weights[j], grad[j], mean[j], square[j]
@@ -241,7 +241,7 @@ def adam(weights, grad, along, mean, square, scale, beta1, beta2, eps, rate, roo
             value = scale * (g[i] - product * row[i])
             m[i] += (ONE - beta1) * (value - m[i])
             v[i] = beta2 * v[i] + (ONE - beta2) * value * value
-            row[i] -= rate * m[i] / (np.sqrt(v[i]) / root + eps)
+            row[i] -= rate * m[i] / (np.sqrt(v[i]) * lift + eps)
             length += row[i] * row[i]
         if unit:
             length = np.sqrt(length)

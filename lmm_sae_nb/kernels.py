@@ -209,3 +209,67 @@ def decode_gradients(grad: Tensor, acts: Tensor, indices: Tensor, rows: Tensor) 
         _in_parts(len(rows), LATENTS, lambda *span, arrays=arrays: loops.sum_and_multiply(*arrays, *span))
         out.numpy().reshape(-1)[pattern.order] = products
     return grad_acts, grad_rows
+
+
+# ---- one step of Adam -------------------------------------------------------------------------------------------
+
+
+def along_rows(grad: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """For each (unit) row: how much of its gradient lies along it, and the squared length of what is left."""
+    if not is_compiled(grad, rows):
+        along = (grad * rows).sum(1)
+        return along, torch.addcmul(grad, along[:, None], rows, value=-1).square().sum(1)
+    along, squares = grad.new_empty(len(rows)), grad.new_empty(len(rows))
+    arrays = _array(grad), _array(rows), along.numpy(), squares.numpy()
+    _in_parts(len(rows), _share(len(rows)), lambda *span: _loops().project(*arrays, *span))
+    return along, squares
+
+
+class Adam(NamedTuple):
+    """The numbers of one step of Adam: mean and square decay by beta1, beta2 and are divided by their bias."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    step: int
+
+    @property
+    def rate(self) -> float:
+        return self.lr / (1 - self.beta1**self.step)
+
+    @property
+    def lift(self) -> float:
+        return (1 - self.beta2**self.step) ** -0.5
+
+
+def adam_(
+    weights: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    adam: Adam,
+    scale: Tensor,
+    along: Tensor | None = None,
+) -> None:
+    """One step of Adam, in place, on scale * grad.
+
+    With `along`, weights are unit rows: along[j] * weights[j] is taken from grad[j] first, and afterwards the rows
+    are brought back to length 1.
+    """
+    tensors = weights, grad, mean, square
+    if weights.dim() == 2 and is_compiled(*tensors) and all(tensor.is_contiguous() for tensor in tensors):
+        product = torch.zeros(len(weights)) if along is None else along
+        numbers = (float(scale), adam.beta1, adam.beta2, adam.eps, adam.rate, adam.lift)
+        arrays = _array(weights), _array(grad), _array(product), _array(mean), _array(square)
+        arrays = *arrays, *map(np.float32, numbers), along is not None
+        _in_parts(len(weights), _share(len(weights)), lambda *span: _loops().adam(*arrays, *span))
+        return
+    if along is not None:
+        grad = torch.addcmul(grad, along[:, None], weights, value=-1)
+    grad = grad * scale
+    mean.lerp_(grad, 1 - adam.beta1)
+    square.mul_(adam.beta2).addcmul_(grad, grad, value=1 - adam.beta2)
+    weights.addcdiv_(mean, square.sqrt().mul_(adam.lift).add_(adam.eps), value=-adam.rate)
+    if along is not None:
+        weights.div_(weights.norm(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny))

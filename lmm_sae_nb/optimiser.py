@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from lmm_sae_nb import kernels
 from lmm_sae_nb.sae import TopKSAE
 
 
 class SAEAdam(torch.optim.Optimizer):
     """Adam (Kingma and Ba) with bias correction, on gradients made fit for a dictionary of unit rows.
 
-    One step: take from W_dec's gradient its part parallel to the (unit) rows, which only stretches them; scale
-    all gradients together to a norm of at most `max_norm`; Adam; bring W_dec's rows back to length 1. The state
-    is that of `torch.optim.Adam`. A step uses `.grad` up: what it holds afterwards is not the gradient.
+    One step: leave out the part of W_dec's gradient that is parallel to the (unit) rows, which only stretches
+    them; scale all gradients together to a norm of at most `max_norm`; Adam; bring W_dec's rows back to length
+    1. `.grad` stays as it is. The state is that of `torch.optim.Adam`.
     """
 
     def __init__(
@@ -38,30 +38,26 @@ class SAEAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         (group,) = self.param_groups
-        given = [weights for weights in group["params"] if weights.grad is not None]
-        W_dec = group["params"][2]
-        if W_dec.grad is not None:
-            W_dec.grad.addcmul_((W_dec.grad * W_dec).sum(1, keepdim=True), W_dec, value=-1)
-        torch.nn.utils.clip_grad_norm_(given, group["max_norm"])
+        W_dec, given = group["params"][2], [weights for weights in group["params"] if weights.grad is not None]
+        along, norms = {}, []
         for weights in given:
-            _adam(weights, self._moments(weights), group)
-        if W_dec.grad is not None:
-            W_dec.div_(W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(W_dec.dtype).tiny))
+            if weights is W_dec:
+                along[weights], squares = kernels.along_rows(weights.grad, weights)
+                norms.append(squares.sum().sqrt())
+            else:
+                norms.append(torch.linalg.vector_norm(weights.grad))
+        for weights in given:
+            scale = (group["max_norm"] / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp_max(1)
+            state = self._next_state(weights)
+            adam = kernels.Adam(group["lr"], *group["betas"], group["eps"], int(state["step"]))
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            kernels.adam_(weights, weights.grad, *moments, adam, scale, along.get(weights))
         return loss
 
-    def _moments(self, weights: Tensor) -> dict[str, Tensor]:
+    def _next_state(self, weights: Tensor) -> dict[str, Tensor]:
         state = self.state[weights]
         if not state:
-            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(weights))
-            state["exp_avg_sq"] = torch.zeros_like(weights)
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weights), torch.zeros_like(weights)
+        state["step"] += 1
         return state
-
-
-def _adam(weights: Tensor, state: dict[str, Tensor], group: dict) -> None:
-    (beta1, beta2), grad = group["betas"], weights.grad
-    state["step"] += 1
-    step = float(state["step"])
-    mean = state["exp_avg"].lerp_(grad, 1 - beta1)
-    square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    root = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-    weights.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1**step))

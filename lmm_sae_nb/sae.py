@@ -7,6 +7,7 @@ of that shape exists anywhere.
 from __future__ import annotations
 
 import math
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +17,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lmm_sae_nb import kernels
-from lmm_sae_nb.formats import SparsifyWeights, read_sparsify, write_sparsify
+from lmm_sae_nb import hub, kernels
+from lmm_sae_nb.formats import SAEWeights, read_sae, write_sae
 
 
 class Latents(NamedTuple):
@@ -34,9 +35,13 @@ class _EncodeTopK(torch.autograd.Function):
     """Eq. 1 with the exact gradient, which only active latents carry: (tokens, k) numbers, never dense."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, b_dec, k):
+    def forward(ctx, x, W_enc, b_enc, b_dec, k, among):
         centred = x - b_dec
-        acts, indices = kernels.top_k(centred, W_enc, b_enc, k)
+        if among is None:
+            acts, indices = kernels.top_k(centred, W_enc, b_enc, k)
+        else:
+            acts, indices = kernels.top_k(centred, W_enc[among], b_enc[among], k)
+            indices = among[indices]
         ctx.save_for_backward(centred, W_enc, acts, indices)
         ctx.mark_non_differentiable(indices)
         return acts, indices
@@ -50,7 +55,7 @@ class _EncodeTopK(torch.autograd.Function):
         grad_x = F.embedding_bag(indices, W_enc, per_sample_weights=grad, mode="sum") if needs_x else None
         grad_W_enc = kernels.sum_by_latent(grad, indices, centred, W_enc) if needs_W else None
         grad_b_enc = grad.new_zeros(len(W_enc)).index_add_(0, indices.flatten(), grad.flatten())
-        return grad_x, grad_W_enc, grad_b_enc, -(grad_b_enc @ W_enc), None
+        return grad_x, grad_W_enc, grad_b_enc, -(grad_b_enc @ W_enc), None, None
 
 
 class _DecodeSparse(torch.autograd.Function):
@@ -69,9 +74,14 @@ class _DecodeSparse(torch.autograd.Function):
         return grad_acts, None, grad_W_dec
 
 
-def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> Latents:
-    """z = TopK(ReLU(W_enc (x - b_dec) + b_enc)) of (tokens, width), differentiable once in all but k."""
-    return Latents(*_EncodeTopK.apply(x, W_enc, b_enc, b_dec, k))
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, among: Int64[Tensor, " some"] | None = None
+) -> Latents:
+    """z = TopK(ReLU(W_enc (x - b_dec) + b_enc)) of (tokens, width), differentiable once in all but k.
+
+    `among`: the indices of the latents to choose from, if not all.
+    """
+    return Latents(*_EncodeTopK.apply(x, W_enc, b_enc, b_dec, k, among))
 
 
 def decode_sparse(latents: Latents, W_dec: Tensor) -> Float[Tensor, "tokens width"]:
@@ -161,19 +171,30 @@ class TopKSAE(nn.Module):
         grad = self.W_dec.grad
         grad.sub_((grad * self.W_dec).sum(1, keepdim=True) * self.W_dec)
 
-    def save(self, folder: str | Path) -> None:
-        """Write folder/cfg.json and folder/sae.safetensors, the published format, atomically."""
-        write_sparsify(folder, SparsifyWeights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k))
+    def save(self, folder: str | Path, format: str = "sparsify") -> None:
+        """Write the SAE atomically, by default as the published checkpoint; formats and errors as `write_sae`."""
+        write_sae(folder, SAEWeights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k), format)
 
     @classmethod
     def load(cls, folder: str | Path) -> TopKSAE:
-        """Read an SAE in the published format, onto the CPU, in its own dtype; errors as `read_sparsify`."""
-        *weights, k = read_sparsify(folder)
+        """Read an SAE in any known format, onto the CPU, in its own dtype; errors as `read_sae`."""
+        *weights, k = read_sae(folder)
         n_latents, width = weights[0].shape
         with torch.device("meta"):
             sae = cls(width, n_latents, k)
         sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec = map(nn.Parameter, weights)
         return sae
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, hookpoint: str | None = None, **where) -> TopKSAE:
+        """Load an SAE from a repository of the hub, or a folder; `where` and errors as `hub.fetch`."""
+        return cls.load(hub.fetch(name_or_path, hookpoint, **where))
+
+    def push_to_hub(self, repo_id: str, hookpoint: str, format: str = "sparsify", **about) -> str:
+        """Publish the SAE as the folder `hookpoint` of a repository; `about` and what it gives as `hub.publish`."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder, format)
+            return hub.publish(folder, repo_id, hookpoint, **about)
 
 
 # Losses and start.
@@ -206,8 +227,8 @@ def auxk_loss(
     energy, rounding = residual.square().sum(), torch.finfo(x.dtype).eps ** 2 * x.square().sum()
     if n_dead == 0 or energy <= rounding:
         return x.new_zeros(())
-    latents = encode_topk(x, sae.W_enc[dead], sae.b_enc[dead], sae.b_dec, min(k_aux, n_dead))
-    left = residual - decode_sparse(latents, sae.W_dec[dead])
+    latents = encode_topk(x, sae.W_enc, sae.b_enc, sae.b_dec, min(k_aux, n_dead), dead.nonzero()[:, 0])
+    left = residual - decode_sparse(latents, sae.W_dec)
     return min(1.0, n_dead / k_aux) * left.square().sum() / energy
 
 

@@ -38,7 +38,7 @@ n_latents: int = 4096  # the paper: 131072
 k: int = 32  # active latents a token; the paper: 256
 steps: int = 300  # optimiser steps
 batch_tokens: int = 2048  # tokens an optimiser step
-lr: float = 2e-3  # highest learning rate
+lr: float = 4e-3  # highest learning rate
 dead_after_tokens: int = 100_000  # a latent silent for so long counts as dead; the paper's code: 10 million
 kinds: list = ["base", "tiles", "newline", "text"]  # token kinds that the SAE learns from
 seed: int = 0  # of the dictionary's start and of the shuffling
@@ -84,8 +84,9 @@ print(
 pictured = [row for row in samples.select(range(14)) if row["image"] is not None][:6]
 plots.images([row["image"] for row in pictured], [f"{row['question']}\n{row['answer']}" for row in pictured], side=1.9);
 # %% [markdown]
-# Every token of the sequence is of one kind, and the kinds tile it exactly: the `base` image's patches on their grid, the
-# AnyRes `tiles` with their `newline` tokens, `text`, and `special` tokens.
+# Every token of the sequence is of one kind, and the kinds tile it exactly. LLaVA-NeXT shows an image twice: as a whole, in
+# `base` patches on a grid, and cut into `tiles` of full resolution (AnyRes), with a `newline` token after each row. Then
+# there are `text`, `special` tokens (the chat template's marks) and, in a batch, `pad`.
 
 # %%
 prompt = lmm.prompt(pictured[0]["question"], pictured[0]["image"], answers=[pictured[0]["answer"]])
@@ -118,10 +119,10 @@ assert_close(torch.zeros_like(z).scatter(-1, latents.indices, latents.acts), z_s
 # %% [markdown]
 # ## Training
 #
-# The loss is the fraction of variance unexplained (FVU) plus AuxK, which gives latents that have not fired for a while the
-# part of the residual that they could explain. All other components are frozen; hidden states stream from the model into a
-# buffer that mixes tokens of many samples. A figure below the cell grows while training goes on. Stop it, or lose power, and
-# run the page again: it goes on from its last checkpoint, to the same SAE.
+# The loss is the fraction of variance unexplained (FVU) plus AuxK, in which latents that have not fired for a while (dead
+# ones) learn to explain what the reconstruction misses. The model is frozen; its hidden states stream into a buffer that
+# mixes tokens of many samples. A figure below the cell grows while training goes on. Stop it, or lose power, and run the
+# page again: it goes on from its last checkpoint, to the same SAE.
 
 # %%
 stage, code = Stage(run, "train"), [train, evaluate]

@@ -44,8 +44,9 @@ from datasets import load_from_disk
 
 from lmm_sae_nb import plots
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
-from lmm_sae_nb.cache import LatentCache, open_images
+from lmm_sae_nb.cache import LatentCache
 from lmm_sae_nb.explain import REFUSAL, ask_each, exemplars
+from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.score import TrueMasks
 

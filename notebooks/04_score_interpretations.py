@@ -45,8 +45,9 @@ from datasets import load_from_disk
 
 from lmm_sae_nb import plots
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
-from lmm_sae_nb.cache import LatentCache, activation_maps, open_images
+from lmm_sae_nb.cache import LatentCache, activation_maps
 from lmm_sae_nb.explain import exemplars, exemplars_on, upsample
+from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.score import TrueMasks, iou, latent_iou, mean_interval

@@ -5,10 +5,13 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import sys
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -305,3 +308,51 @@ def test_metrics_are_numbers(finished):
     stage, params, inputs = finished
     with pytest.raises(ValueError, match="by_kind"):
         stage.finish(params, inputs, {"by_kind": {"base": 1.0}}, 1.0)
+
+
+# Files that are written and read by rows.
+
+LAYOUTS = st.dictionaries(
+    st.sampled_from("abcde"),
+    st.tuples(st.sampled_from(["f2", "f4", "i4", "i8", "u2"]), st.lists(st.integers(0, 5), min_size=1, max_size=3)),
+    max_size=4,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(layout=LAYOUTS, data=st.data())
+def test_a_file_written_in_pieces_is_what_safetensors_reads(tmp_path_factory, layout, data):
+    path = tmp_path_factory.mktemp("rows") / "a.safetensors"
+    arrays = {name: np.arange(math.prod(shape)).astype(kind).reshape(shape) for name, (kind, shape) in layout.items()}
+    pieces = []
+    for name, array in arrays.items():
+        cut = data.draw(st.integers(0, len(array)))
+        pieces += [(name, 0, array[:cut]), (name, cut, array[cut:])]
+    shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    artifacts.save_rows(path, shapes, data.draw(st.permutations(pieces)), {"said": "x"})
+    read = safetensors.numpy.load_file(path)
+    rows = artifacts.TensorRows(path)
+    assert rows.metadata == {"said": "x"}
+    assert rows.shapes == {name: array.shape for name, array in arrays.items()}
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(read[name], array)
+        np.testing.assert_array_equal(rows.whole(name), array)
+        if array.size:
+            at = data.draw(st.tuples(*(st.integers(0, length - 1) for length in array.shape)))
+            for depth in range(1, array.ndim + 1):
+                np.testing.assert_array_equal(rows.row(name, *at[:depth]), array[at[:depth]])
+
+
+def test_rows_of_a_missing_cut_or_foreign_file_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        artifacts.TensorRows(tmp_path / "a.safetensors")
+    safetensors.numpy.save_file({"a": np.arange(9)}, tmp_path / "a.safetensors")
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    for cut in range(len(whole)):
+        (tmp_path / "a.safetensors").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="a.safetensors"):
+            artifacts.TensorRows(tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").write_bytes(b"no tensors at all, but long enough")
+    with pytest.raises(ValueError, match="a.safetensors is not a safetensors file"):
+        artifacts.TensorRows(tmp_path / "a.safetensors")

@@ -274,7 +274,7 @@ def _train(
             row = _row(training, values, run, *logged)
             logged = (training.step, training.seconds)
             training.history.append(row)
-            accelerator.log(row, step=training.step)
+            accelerator.log({name: row[name] for name in ROW[1:]}, step=training.step)
             bar.set_postfix(fvu=f"{row['fvu']:.3f}", dead=f"{row['dead_fraction']:.3f}", refresh=False)
             if on_log and main:
                 on_log(training.history)

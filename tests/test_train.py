@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from models import make
 from PIL import Image
 
+from lmm_sae_nb import train
 from lmm_sae_nb.evaluate import evaluate_sae
 from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.sae import TopKSAE, geometric_median
 from lmm_sae_nb.tokens import START, Stream, mixed
 from lmm_sae_nb.train import learning_rate, train_sae
 
@@ -173,6 +174,88 @@ def test_training_reduces_what_is_unexplained_and_repeats_itself(lmm, samples, t
     assert all(torch.equal(a, b) for a, b in zip(one.sae.parameters(), loaded.parameters(), strict=True))
 
 
+def dense(x, W_enc, b_enc, W_dec, b_dec, k):
+    """Equations 1 and 2 without a thought for memory."""
+    z = torch.relu((x - b_dec) @ W_enc.T + b_enc)
+    kept = z.topk(k, dim=-1)
+    z = torch.zeros_like(z).scatter(-1, kept.indices, kept.values)
+    return z, z @ W_dec
+
+
+def test_a_training_is_what_plain_torch_makes_of_its_batches(lmm, samples, tmp_path):
+    """Two batches a step, dead latents among them, against dense autograd with torch's own Adam."""
+    n, k, steps, lr, dead_after = 60, 3, 5, 5e-3, 150
+    wanted = dict(n_latents=n, k=k, steps=steps, batch_tokens=60, accumulate=2, lr=lr, seed=7, batch_samples=2)
+    trained = train_sae(
+        lmm, samples, 1, folder=tmp_path, dead_after_tokens=dead_after, buffer_tokens=300, log_every=1, **wanted
+    )
+    stream = Stream(lmm, samples, 1, ("base", "tiles", "newline", "text"), 7, 2)
+    batches = mixed(stream, 3, ALONE, buffer_tokens=300, batch_tokens=60, seed=7)
+    x, _ = first = next(batches)
+    batches = itertools.chain([first], batches)
+    start = TopKSAE(lmm.width, n, k, generator=torch.Generator().manual_seed(7))
+    start.b_dec.data.copy_(geometric_median(x))
+    weights = [getattr(start, name).detach().clone().requires_grad_() for name in ("W_enc", "b_enc", "W_dec", "b_dec")]
+    W_enc, b_enc, W_dec, b_dec = weights
+    adam, silent, deadest = torch.optim.Adam(weights), torch.zeros(n), 0
+    for row in trained.history:
+        adam.param_groups[0]["lr"] = learning_rate(row["step"] - 1, steps, lr, 1)
+        dead, fired = silent > dead_after, torch.zeros(n, dtype=torch.bool)
+        deadest = max(deadest, int(dead.sum()))
+        losses = []
+        for x, _ in itertools.islice(batches, 2):
+            z, x_hat = dense(x, *weights, k)
+            error = x - x_hat - b_dec
+            loss = error.square().sum() / (x - x.mean(0)).square().sum()
+            if dead.any():
+                residual, k_aux = error.detach(), lmm.width // 2
+                _, e_hat = dense(x, W_enc[dead], b_enc[dead], W_dec[dead], b_dec, min(k_aux, int(dead.sum())))
+                aux = (residual - e_hat).square().sum() / residual.square().sum()
+                loss = loss + aux * min(1, int(dead.sum()) / k_aux) / 32
+            (loss / 2).backward()
+            losses.append(float(loss.detach()))
+            fired |= (z > 0).any(0)
+        W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec.detach()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        adam.step()
+        adam.zero_grad()
+        W_dec.data = torch.nn.functional.normalize(W_dec.data, dim=1)
+        silent = torch.where(fired, 0, silent + 120)
+        assert row["loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
+        assert row["dead_fraction"] == pytest.approx(float((silent > dead_after).float().mean()))
+        assert row["tokens"] == 120 * row["step"]
+    assert deadest > 0
+    for ours, theirs in zip(trained.sae.parameters(), weights, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)  # Adam steps are up to 5e-3
+
+
+def test_a_training_that_is_done_is_not_done_again(lmm, samples, tmp_path, monkeypatch):
+    wanted = dict(n_latents=16, k=2, steps=2, batch_tokens=32, folder=tmp_path)
+    one = train_sae(lmm, samples, 1, **wanted)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_step", None)
+        two = train_sae(lmm, samples, 1, **wanted)
+        assert one.history == two.history
+        assert all(torch.equal(a, b) for a, b in zip(one.sae.parameters(), two.sae.parameters(), strict=True))
+        with pytest.raises(TypeError):
+            train_sae(lmm, samples, 1, **wanted | {"seed": 1})
+        patch.setattr(train, "_code", dict)
+        with pytest.raises(TypeError):
+            train_sae(lmm, samples, 1, **wanted)
+    assert train_sae(lmm, samples, 1, **wanted | {"seed": 1}).history != one.history
+
+
+def test_bfloat16_products_train_about_the_same(lmm, samples, tmp_path):
+    wanted = dict(n_latents=48, k=4, steps=10, batch_tokens=256, buffer_tokens=512, lr=3e-3)
+    exact = train_sae(lmm, samples, 1, folder=tmp_path / "no", **wanted)
+    mixed = train_sae(lmm, samples, 1, folder=tmp_path / "bf16", mixed_precision="bf16", **wanted)
+    assert mixed.sae.W_dec.dtype == torch.float32
+    assert mixed.history[-1]["fvu"] != exact.history[-1]["fvu"]
+    assert mixed.history[-1]["fvu"] == pytest.approx(exact.history[-1]["fvu"], rel=0.05)
+    with pytest.raises(ValueError, match="mixed_precision is 'fp16'; choose 'no' or 'bf16'"):
+        train_sae(lmm, samples, 1, folder=tmp_path / "fp16", mixed_precision="fp16", **wanted)
+
+
 def test_nothing_to_train_on_is_refused(lmm, samples, tmp_path):
     with pytest.raises(ValueError, match="0 samples"):
         train_sae(lmm, [], 0, n_latents=8, k=2, steps=1, folder=tmp_path)
@@ -217,6 +300,14 @@ def test_fvu_and_dead_fraction_by_brute_force(lmm, samples):
     assert measured["fvu_text"] == pytest.approx(float(own), rel=1e-3)
     assert measured["dead_fraction"] == pytest.approx(float((dense == 0).all(0).float().mean()))
     assert measured["tokens"] == len(x)
+
+
+def test_where_zeros_change_nothing_nothing_is_recovered(lmm, samples):
+    """Answers are read off the last layer's own tokens, not off its image tokens."""
+    pictured = [row for row in samples if row["image"]]
+    measured = evaluate_sae(lmm, Perfect(lmm.width), pictured, lmm.n_layers - 1, kinds=("base",))
+    assert measured["loss_zero"] == measured["loss_clean"] > 0
+    assert "loss_recovered" not in measured
 
 
 def test_an_sae_of_another_width_is_refused(lmm, samples):

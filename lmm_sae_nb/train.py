@@ -94,9 +94,10 @@ def train_sae(
     run; ModuleNotFoundError if the tracker is not installed; OSError for samples that cannot be read, or a full disk.
     The last good checkpoint stays.
     """
-    if not len(samples) or steps < 1:
+    if min(len(samples), steps, accumulate) < 1:
         raise ValueError(
-            f"{len(samples)} samples, {steps} steps: there is nothing to train on; give at least one of each"
+            f"{len(samples)} samples, {steps} steps of {accumulate} batches: there is nothing to train on; give at "
+            "least one of each"
         )
     lr = 2e-4 / math.sqrt(n_latents / 2**14) if lr is None else lr
     run = {
@@ -110,7 +111,7 @@ def train_sae(
     accelerator = _accelerator(lmm, mixed_precision, accumulate, tracker, folder)
     try:
         if done := _finished(folder, run, accelerator):
-            return done
+            return done._replace(sae=done.sae.to(lmm.device))
         if tracker != "none":
             accelerator.init_trackers("lmm-sae-nb", {name: _plain(value) for name, value in run.items()})
         stream = Stream(lmm, samples, layer, kinds, seed, batch_samples)
@@ -155,7 +156,7 @@ def _plain(value: object) -> object:
 
 @dataclass
 class _Training:
-    """All that changes from step to step, and so all that a checkpoint holds."""
+    """What changes from step to step, and so what a checkpoint holds."""
 
     sae: TopKSAE
     optimiser: torch.optim.Optimizer
@@ -164,6 +165,11 @@ class _Training:
     step: int = 0
     seconds: float = 0.0  # spent on these steps, without what was lost between a checkpoint and a kill
     history: list[dict[str, float]] = field(default_factory=list)
+    clock: float = field(default_factory=time.monotonic)  # up to when `seconds` counts; no checkpoint needs it
+
+    def count_time(self) -> None:
+        now = time.monotonic()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
 
     def save(self, run: Mapping, folder: Path) -> None:
         state = {name: getattr(self, name) for name in ("step", "seconds", "history")}
@@ -190,9 +196,6 @@ def _begin(
     start = Position(**found.state["position"]) if found else Position()
     sizes = {name: run[name] for name in ("buffer_tokens", "batch_tokens", "seed")}
     batches = mixed(stream, stream.parts_an_epoch, accelerator, **sizes, start=start)
-    if not found:
-        first = next(batches)
-        batches = itertools.chain([first], batches)
     generator = torch.Generator().manual_seed(run["seed"])
     sae = TopKSAE(lmm.width, run["n_latents"], run["k"], generator=generator).to(lmm.device)
     silent = torch.zeros(sae.n_latents, dtype=torch.long, device=lmm.device)
@@ -201,6 +204,8 @@ def _begin(
     if found:
         training.load(found)
     else:
+        first = next(batches)
+        batches = itertools.chain([first], batches)
         sae.b_dec.data.copy_(geometric_median(_gathered(first[0].float(), accelerator)))
     return training, batches
 
@@ -263,12 +268,12 @@ def _train(
 ) -> None:
     """The steps that are left, with a row of history now and then, and checkpoints."""
     steps, main = run["steps"], accelerator.is_main_process
-    saved = clock = time.monotonic()
+    saved = time.monotonic()
     logged = (training.step, training.seconds)
     bar = tqdm(total=steps, initial=training.step, desc="training", mininterval=2, disable=not main)
     while training.step < steps:
         values = _step(training, batches, accelerator, run)
-        training.seconds, clock = training.seconds + time.monotonic() - clock, time.monotonic()
+        training.count_time()
         bar.update()
         if training.step % log_every == 0 or training.step == steps:
             row = _row(training, values, run, *logged)
@@ -278,7 +283,7 @@ def _train(
             bar.set_postfix(fvu=f"{row['fvu']:.3f}", dead=f"{row['dead_fraction']:.3f}", refresh=False)
             if on_log and main:
                 on_log(training.history)
-        if main and training.step < steps and clock - saved >= 60 * checkpoint_minutes:
+        if main and training.step < steps and training.clock - saved >= 60 * checkpoint_minutes:
             training.save(run, folder / CHECKPOINTS)
             saved = time.monotonic()
     bar.close()

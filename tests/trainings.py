@@ -14,11 +14,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+import torch
 from accelerate import notebook_launcher
 from models import make
 from PIL import Image
 
 from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.optimiser import SAEAdam
+from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.train import TrainResult, train_sae
 
 SETTINGS = dict(
@@ -37,7 +40,15 @@ def _samples() -> list[dict]:
     return rows
 
 
-LMM_, SAMPLES = LMM(*make("picture_world")), _samples()  # built once, in the server
+def _warmed(model: LMM) -> LMM:
+    """Kernels that are loaded here need not be loaded in every child."""
+    sae = TopKSAE(4, 8, 2)
+    sae(torch.randn(3, 4)).sum().backward()
+    SAEAdam(sae, 0.1).step()
+    return model
+
+
+LMM_, SAMPLES = _warmed(LMM(*make("picture_world"))), _samples()  # built once, in the server
 
 
 def train(folder: Path, settings: Mapping = MappingProxyType({})) -> TrainResult:

@@ -42,6 +42,7 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
+from lmm_sae_nb import cache as caching
 from lmm_sae_nb import plots
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, require
 from lmm_sae_nb.cache import LatentCache, cache_activations, forecast
@@ -74,10 +75,10 @@ print(f"{len(pictures)} images, {sae.n_latents} latents, top {n_top}")
 # where there are no GPUs, shares the pass among processes; the result is the same to the byte.
 
 # %%
-stage = Stage(run, "cache")
+stage, code = Stage(run, "cache"), [caching]
 params = dict(model=model, images=images, layer=layer, n_top=n_top, store=store, unreadable=unreadable)
 inputs = [path for path in (root / model, root / images, Stage(run, "train").path("sae.safetensors")) if path.exists()]
-if not stage.is_current(params, inputs):
+if not stage.is_current(params, inputs, code):
     settings = dict(n_top=n_top, batch_size=batch_size, store=store or None, unreadable=unreadable)
     told = forecast(lmm, sae, pictures, layer, **settings)
     print(f"about {told.seconds:.0f} s, up to {told.disk / 1e6:,.0f} MB of disk, {told.memory / 1e9:.1f} GB beside the model")
@@ -92,7 +93,7 @@ if not stage.is_current(params, inputs):
         "images_per_second": cache.images / seconds,
         "seconds": seconds,
     }
-    stage.finish(params, inputs, metrics, seconds)
+    stage.finish(params, inputs, metrics, seconds, code)
 cache = LatentCache.load(stage.folder)
 read_json(stage.path("metrics.json"))
 

@@ -134,9 +134,9 @@ plots.shares(results);
 # A fresh, smaller exam, so that this page measures what it shows:
 
 # %%
-stage = Stage(run, "pictureworld")
+stage, code = Stage(run, "pictureworld"), [exam]
 params = dict(model=model, exam_scenes=exam_scenes)
-if not stage.is_current(params, [root / model]):
+if not stage.is_current(params, [root / model], code):
     started = time.monotonic()
     lmm = LMM.load(root / model)
     fresh = exam.report(exam.examine(lmm, exam_scenes, seed=1))
@@ -145,7 +145,7 @@ if not stage.is_current(params, [root / model]):
         for family, row in fresh.items()
         for suffix, key in (("", "share"), ("_low", "low"), ("_high", "high"))
     }
-    stage.finish(params, [root / model], metrics, time.monotonic() - started)
+    stage.finish(params, [root / model], metrics, time.monotonic() - started, code)
 fresh = read_json(stage.path("metrics.json"))
 for family in results:
     if family in fresh:

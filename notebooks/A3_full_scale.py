@@ -41,6 +41,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from lmm_sae_nb import forecast, plots
+from lmm_sae_nb import twin as twins
 from lmm_sae_nb.artifacts import Stage, project_root, read_json
 from lmm_sae_nb.twin import geometry_twin, noise, run_twin
 
@@ -132,19 +133,19 @@ for gpus in (1, 8):
 # random. It goes through the true classes, the true processor, training and caching on this machine's processor.
 
 # %%
-stage = Stage(run, "full_scale")
+stage, code = Stage(run, "full_scale"), [forecast, twins]
 params = dict(
     preset=preset, gpu=gpu, cached_images=cached_images, utilisation=utilisation, twin=twin, twin_width=twin_width,
     twin_images=twin_images, twin_steps=twin_steps, seed=seed,
 )  # fmt: skip
-if not stage.is_current(params, [path]):
+if not stage.is_current(params, [path], code):
     started = time.monotonic()
     metrics = {f"{c.stage}_hours_gpus_{gpus}": sum(c.hours(device, gpus, utilisation).values()) for gpus, c in rows}
     metrics |= {f"{c.stage}_gb_a_gpu_gpus_{gpus}": gb(c.gpu) for gpus, c in rows}
     lmm, pictures = geometry_twin(twin, twin_width, seed), noise([assumed.image] * twin_images, seed)
     measured = run_twin(lmm, pictures, layer=24, n_latents=2**17, k=256, steps=twin_steps, seed=seed)
     metrics |= {f"twin_{name}": value for name, value in measured.items()}
-    stage.finish(params, [path], metrics, time.monotonic() - started)
+    stage.finish(params, [path], metrics, time.monotonic() - started, code)
 metrics = read_json(stage.path("metrics.json"))
 
 # %% mystnb={"figure": {"caption": "The twin: forecast from this machine's measured speed of products and copies, at full utilisation, beside what was measured.", "name": "fig-twin"}}

@@ -48,8 +48,8 @@ def measured(python: Path | str, system: str, shape: Shape, threads: int, **how:
     asked = {"system": system, "shape": shape, "threads": threads, **how}
     environment = {
         **os.environ, "PYTHONPATH": str(Path(systems.__file__).parents[2]), "PYTHONWARNINGS": "ignore",
-        "HF_HUB_OFFLINE": "1", "SPARSIFY_DISABLE_TRITON": "1", "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1", "SPARSIFY_DISABLE_TRITON": "1",
+        "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
     }  # fmt: skip
     command = [str(python), systems.__file__, json.dumps(asked)]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -69,14 +69,15 @@ def sparsify(shape: Shape) -> Step:
     return step
 
 
-def sae_lens(shape: Shape, sparse: bool = False) -> Step:
-    """As its SAETrainer does, without the statistics that the trainer keeps of dense activations."""
+def sae_lens(shape: Shape) -> Step:
+    """As its SAETrainer does, without the statistics that the trainer keeps of dense activations.
+
+    Its use_sparse_activations, off by default, has no backward here: aten::view is missing on the SparseCPU backend.
+    """
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.saes.sae import TrainStepInput
 
-    config = TopKTrainingSAEConfig(
-        d_in=shape.width, d_sae=shape.latents, k=shape.k, device="cpu", use_sparse_activations=sparse
-    )
+    config = TopKTrainingSAEConfig(d_in=shape.width, d_sae=shape.latents, k=shape.k, device="cpu")
     sae = TopKTrainingSAE(config)
     optimiser = torch.optim.Adam(sae.parameters(), lr=LR)
     dead = torch.zeros(shape.latents, dtype=torch.bool)
@@ -91,10 +92,6 @@ def sae_lens(shape: Shape, sparse: bool = False) -> Step:
         optimiser.zero_grad()
 
     return step
-
-
-def sae_lens_sparse(shape: Shape) -> Step:
-    return sae_lens(shape, sparse=True)
 
 
 def dictionary_learning(shape: Shape) -> Step:
@@ -113,7 +110,6 @@ SYSTEMS = {  # name: the step, and the peer's distribution, if it is one
     "ours, plain torch": (ours_plain, None),
     "sparsify": (sparsify, "eai-sparsify"),
     "sae-lens": (sae_lens, "sae-lens"),
-    "sae-lens, sparse": (sae_lens_sparse, "sae-lens"),
     "dictionary-learning": (dictionary_learning, "dictionary-learning"),
 }
 

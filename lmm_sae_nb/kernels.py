@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +74,18 @@ def _share(n: int) -> int:
     return max(1, -(-n // (4 * torch.get_num_threads())))
 
 
+def empty_like(tensor: Tensor) -> Tensor:
+    """Like `torch.empty_like`, on the CPU in huge pages where there are any: numpy asks for them, torch does not.
+
+    A sweep that meets every page of a dictionary strip after strip runs up to twice as fast in them.
+    """
+    if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+        return torch.empty_like(tensor)
+    return torch.from_numpy(np.empty(tensor.shape, np.float32))
+
+
 _memory = WeakTensorKeyDictionary()  # weights: arrays, and for each the use that is made of it, if any
+_taking = threading.Lock()
 
 
 def _reused(weights: Tensor, *shape: int) -> Tensor:
@@ -83,13 +95,14 @@ def _reused(weights: Tensor, *shape: int) -> Tensor:
     last tensor in it is gone, and not before; `zero_grad` lets go of gradients.
     """
     size = int(np.prod(shape))
-    kept = [(array, use) for array, use in _memory.get(weights, []) if use() is not None or array.size >= size]
-    free = [array for array, use in kept if use() is None]
-    array = min(free, key=lambda array: array.size) if free else np.empty(size, np.float32)
-    use = array[:size].reshape(shape)  # the tensor's memory holds on to this object
-    others = [(other, use) for other, use in kept if other is not array]
-    _memory[weights] = [*others, (array, weakref.ref(use))]
-    return torch.from_numpy(use)
+    with _taking:
+        kept = [(array, use) for array, use in _memory.get(weights, []) if use() is not None or array.size >= size]
+        free = [array for array, use in kept if use() is None]
+        array = min(free, key=lambda array: array.size) if free else np.empty(size, np.float32)
+        taken = array[:size].reshape(shape)  # the tensor's memory holds on to this object
+        others = [(other, use) for other, use in kept if other is not array]
+        _memory[weights] = [*others, (array, weakref.ref(taken))]
+    return torch.from_numpy(taken)
 
 
 def _array(tensor: Tensor) -> np.ndarray:

@@ -79,7 +79,7 @@ for ours, plain in zip(sae.parameters(), same.parameters(), strict=True):
 measured = renew(path) if rerun else read_json(path)
 machine = measured["machine"]
 print("measured now" if rerun else "the last committed measurement", "·", measured["date"])
-print(f"{machine['cpu']}, {machine['cores']} cores, {machine['vectors']}, {machine['system']}")
+print(f"{machine['cpu']}, {machine['cores']} cores, {machine['vectors']}, {machine['system']}; load before: {machine['busy']}")
 print(", ".join(f"{name} {version}" for name, version in measured["versions"].items()))
 
 # %% mystnb={"figure": {"caption": "One training step on one thread. Left: its time as a multiple of the one dense product. Right: the highest memory of the process, in MB. Shorter is better; both axes are logarithmic.", "name": "fig-benchmarks"}}

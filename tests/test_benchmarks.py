@@ -25,7 +25,7 @@ def test_our_systems_are_measured_in_processes_of_their_own(tmp_path):
         assert row["turns"] == 2
         assert row["step_ms"] > 0 and row["floor_ms"] > 0 and row["ratio"] > 0
         assert 50 < row["peak_mb"] < 4000
-    assert {"cpu", "cores", "vectors", "system"} == found["machine"].keys()
+    assert {"cpu", "cores", "vectors", "system", "busy"} == found["machine"].keys()
     assert found["versions"]["torch"] == torch.__version__
 
 

@@ -136,6 +136,13 @@ def test_a_latent_listed_twice_counts_twice(way):
     assert_close(rows.grad[4], torch.full((3,), 3.0))
 
 
+def test_no_tokens_are_no_trouble(way):
+    sae = TopKSAE(6, 20, 4)
+    assert sae(torch.zeros(0, 6)).shape == (0, 6)
+    sae(torch.zeros(0, 6)).sum().backward()
+    assert all(not weights.grad.any() for weights in sae.parameters())
+
+
 def test_an_index_beyond_the_latents_is_refused():
     rows = torch.zeros(5, 3, requires_grad=True)
     for wrong in (5, -1):

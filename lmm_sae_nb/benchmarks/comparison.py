@@ -62,6 +62,7 @@ def compare(
     python: Path | None, shapes: Iterable[Shape] = SHAPES, threads: Sequence[int] = (1, 2), **how: float
 ) -> dict:
     """Every system (without `python`, the environment of the peers, ours alone): what was measured, where and when."""
+    where = machine()  # before this makes the machine busy itself
     asked = [(s, n, name) for n in threads for s in shapes for name, (_, peer) in SYSTEMS.items() if python or not peer]
     rows = [
         measured(python if SYSTEMS[name][1] else sys.executable, name, shape, n, **how)
@@ -69,7 +70,7 @@ def compare(
     ]
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": machine(),
+        "machine": where,
         "versions": versions() | {row["system"]: row["version"] for row in rows if row["version"]},
         "results": [{name: value for name, value in row.items() if name != "version"} for row in rows],
     }
@@ -86,6 +87,7 @@ def machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
+        "busy": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # cores' worth of other work
     }
 
 

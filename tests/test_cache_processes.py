@@ -34,6 +34,12 @@ def alone(given, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def one_thread_each(monkeypatch):
+    """Unset, accelerate chooses and warns, and a warning is an error here."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 def run(given, folder: Path, processes: int, fail_at: int | None = None) -> None:
     """A pass by so many processes; the one that gets to batch `fail_at` fails there, and takes the others with it."""
     encode = caching._encode

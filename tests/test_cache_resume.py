@@ -135,8 +135,10 @@ def test_it_goes_on_where_it_was(lmm, sae, pictures, tmp_path, monkeypatch):
 @pytest.mark.parametrize("changed", ["sae", "images", "n_top", "model"])
 def test_another_pass_does_not_go_on_from_this_one(lmm, sae, pictures, tmp_path, changed):
     images, folder = open_images(pictures), tmp_path / "c"
+    seconds = 0.5
     while not (folder / ".partial").is_dir() or not batches(folder):
-        killed(0.5, cache_activations, lmm, sae, images, **SETTINGS, folder=folder, save_every=0)
+        killed(seconds, cache_activations, lmm, sae, images, **SETTINGS, folder=folder, save_every=0)
+        seconds *= 1.5  # until it has saved something, however slow the machine is
     given = {"lmm": lmm, "sae": sae, "images": images, **SETTINGS}
     if changed == "sae":
         given["sae"] = TopKSAE(lmm.width, 64, 4, generator=torch.Generator().manual_seed(2))

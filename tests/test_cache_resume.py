@@ -54,6 +54,14 @@ def batches(folder: Path) -> int:
     return sum(len(told_by(path)["batches"]) for path in shares_in(folder / ".partial"))
 
 
+def cut_short(lmm, sae, images, folder: Path) -> None:
+    """A pass that is killed as soon as it has saved something, however slow the machine is."""
+    seconds = 0.5
+    while not (folder / ".partial").is_dir() or not batches(folder):
+        killed(seconds, cache_activations, lmm, sae, images, **SETTINGS, folder=folder, save_every=0)
+        seconds *= 1.5
+
+
 def test_a_pass_killed_again_and_again_ends_with_the_same_bytes(lmm, sae, pictures, tmp_path, monkeypatch):
     """SIGKILL at random moments of passes that save their state after every batch, in the middle of a write too."""
     monkeypatch.setattr("lmm_sae_nb.store.PART", 6000)  # a file of the store every few images
@@ -62,7 +70,7 @@ def test_a_pass_killed_again_and_again_ends_with_the_same_bytes(lmm, sae, pictur
     cache_activations(lmm, sae, images, **SETTINGS, folder=tmp_path / "whole", save_every=0)
     seconds, rng, done, kills = time.monotonic() - began, random.Random(0), [0], 0
     while kills < 20 or max(done) < 4:
-        kills += 1
+        kills, seconds = kills + 1, seconds * 1.02  # the machine may have become slower
         arguments = (lmm, sae, images)
         after = rng.uniform(0.05, 0.8) * seconds
         if not killed(after, cache_activations, *arguments, **SETTINGS, folder=folder, save_every=0):
@@ -135,10 +143,7 @@ def test_it_goes_on_where_it_was(lmm, sae, pictures, tmp_path, monkeypatch):
 @pytest.mark.parametrize("changed", ["sae", "images", "n_top", "model"])
 def test_another_pass_does_not_go_on_from_this_one(lmm, sae, pictures, tmp_path, changed):
     images, folder = open_images(pictures), tmp_path / "c"
-    seconds = 0.5
-    while not (folder / ".partial").is_dir() or not batches(folder):
-        killed(seconds, cache_activations, lmm, sae, images, **SETTINGS, folder=folder, save_every=0)
-        seconds *= 1.5  # until it has saved something, however slow the machine is
+    cut_short(lmm, sae, images, folder)
     given = {"lmm": lmm, "sae": sae, "images": images, **SETTINGS}
     if changed == "sae":
         given["sae"] = TopKSAE(lmm.width, 64, 4, generator=torch.Generator().manual_seed(2))
@@ -184,8 +189,7 @@ def test_a_stream_is_cached_as_what_it_streams_is(lmm, sae, pictures, tmp_path):
     table = table.cast_column("image", datasets.Image())
     local = cache_activations(lmm, sae, open_images(table), **SETTINGS, folder=tmp_path / "local")
     stream = open_images(table.to_iterable_dataset())
-    while not (tmp_path / "s" / ".partial").is_dir() or not batches(tmp_path / "s"):
-        killed(0.5, cache_activations, lmm, sae, stream, **SETTINGS, folder=tmp_path / "s", save_every=0)
+    cut_short(lmm, sae, stream, tmp_path / "s")
     streamed = cache_activations(lmm, sae, stream, **SETTINGS, folder=tmp_path / "s")
     assert (local.images, local.skipped) == (streamed.images, streamed.skipped)
     assert contents(tmp_path / "local") == contents(tmp_path / "s")

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from forks import killed
+from forks import killed, started
 from models import make
 from PIL import Image
 
@@ -55,11 +55,14 @@ def batches(folder: Path) -> int:
 
 
 def cut_short(lmm, sae, images, folder: Path) -> None:
-    """A pass that is killed as soon as it has saved something, however slow the machine is."""
-    seconds = 0.5
-    while not (folder / ".partial").is_dir() or not batches(folder):
-        killed(seconds, cache_activations, lmm, sae, images, **SETTINGS, folder=folder, save_every=0)
-        seconds *= 1.5
+    """A pass that is killed as soon as it has saved something, however fast the machine is."""
+    process, end = started(cache_activations, lmm, sae, images, **SETTINGS, folder=folder, save_every=0)
+    while not ((folder / ".partial").is_dir() and batches(folder)):
+        assert process.is_alive(), "the pass ended before it was seen to save anything"
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    end.close()
 
 
 def test_a_pass_killed_again_and_again_ends_with_the_same_bytes(lmm, sae, pictures, tmp_path, monkeypatch):

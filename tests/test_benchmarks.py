@@ -83,7 +83,7 @@ def test_the_committed_measurement_is_whole():
     found = read_json(comparison.project_root() / "book" / "benchmarks.json")
     rows = {(r["system"], r["tokens"], r["width"], r["latents"], r["k"], r["threads"]) for r in found["results"]}
     assert rows == {(name, *shape, n) for name in SYSTEMS for shape in comparison.SHAPES for n in (1, 2)}
-    assert all(r["turns"] >= 5 for r in found["results"])
+    assert all(r["turns"] >= 3 for r in found["results"])
 
 
 def test_the_peers_that_are_installed_are_those_that_are_run():

@@ -132,7 +132,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def measure(system: str, shape: Shape, threads: int, *, warm: int = 3, least: int = 5, budget: float = 6.0) -> dict:
+def measure(system: str, shape: Shape, threads: int, *, warm: int = 2, least: int = 3, budget: float = 6.0) -> dict:
     """Time a system's step, in turns with the floor: one dense product x @ W_enc.T of the same shape.
 
     `warm` steps go before, after which the peak memory is read (steps are alike, and the floor is not in it). Then

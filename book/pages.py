@@ -65,9 +65,9 @@ def stages(source: Path) -> list[str]:
 
 
 def named(source: Path, values: Mapping[str, object]) -> set[str]:
-    """The paths below `data/` that stand in a notebook's code or in the values it is given."""
+    """The paths below `data/` or `book/` that stand in a notebook's code or in the values it is given."""
     texts = [node.value for node in ast.walk(_tree(source)) if isinstance(node, ast.Constant)] + list(values.values())
-    return {text for text in texts if isinstance(text, str) and re.fullmatch(r"data/[\w./-]+", text)}
+    return {text for text in texts if isinstance(text, str) and re.fullmatch(r"(data|book)/[\w./-]+", text)}
 
 
 def shipped(source: Path, values: Mapping[str, object], root: Path = ROOT) -> list[Path]:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import glob
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
+import struct
 import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 MANIFEST, METRICS = "manifest.json", "metrics.json"
+TEMPORARY, ASIDE = ".tmp", ".old"  # how hidden names end: of what is being written, of what is being replaced
 VERSIONED = ("lmm-sae-nb", "torch", "transformers", "datasets", "safetensors", "numpy")
 
 
@@ -35,7 +42,8 @@ def project_root() -> Path:
 # Writing: temporary name in the same folder, fsync, rename.
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's list of names, from the system's memory to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -43,22 +51,28 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _write_through(path: Path, write: Callable[[Path], object]) -> None:
+def write_through(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: readers see old or new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         write(temporary)
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def clear_temporaries(folder: str | Path) -> None:
+    """Delete the half-written files and folders that killed writers left where nobody else is writing now."""
+    for leftover in Path(folder).glob(f".*{TEMPORARY}"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Write bytes so that `path` holds either what it held before or all of `data`, also after a crash."""
-    _write_through(Path(path), lambda temporary: temporary.write_bytes(data))
+    write_through(Path(path), lambda temporary: temporary.write_bytes(data))
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -89,7 +103,38 @@ def read_json(path: str | Path) -> dict:
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write named tensors as one safetensors file, atomically; `metadata` is text for the file's header."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _write_through(Path(path), lambda temporary: save_file(whole, temporary, metadata=dict(metadata or {})))
+    write_through(Path(path), lambda temporary: save_file(whole, temporary, metadata=dict(metadata or {})))
+
+
+def save_rows(
+    path: str | Path,
+    layout: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    rows: Iterable[tuple[str, int, np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file piece by piece, atomically and without a copy in memory.
+
+    layout: dtype and shape of each tensor; rows: (name, first row, rows of that tensor) until all are written.
+    """
+    header, at = {"__metadata__": dict(metadata or {})}, 0
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        span = (at, at := at + dtype.itemsize * math.prod(shape))
+        header[name] = {"dtype": f"{dtype.kind.upper()}{8 * dtype.itemsize}", "shape": shape, "data_offsets": span}
+    told = json.dumps(header).encode()
+    told += b" " * (-len(told) % 8)  # numbers of 8 bytes begin at multiples of 8
+    begin = 8 + len(told)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(told)) + told)
+            file.truncate(begin + at)
+            for name, first, block in rows:
+                dtype, shape = layout[name]
+                file.seek(begin + header[name]["data_offsets"][0] + first * dtype.itemsize * math.prod(shape[1:]))
+                if block.size:
+                    file.write(np.ascontiguousarray(block, dtype).data.cast("B"))
+
+    write_through(Path(path), write)
 
 
 def open_tensors(path: str | Path) -> safe_open:
@@ -105,18 +150,88 @@ def open_tensors(path: str | Path) -> safe_open:
         ) from error
 
 
+class TensorRows:
+    """A safetensors file of which rows are read: each with one small read of the disk, and nothing ahead.
+
+    A mapped file (`open_tensors`) reads megabytes around the first byte that is touched. shapes: by tensor's name.
+    FileNotFoundError if the file is missing, ValueError if it is cut short or another kind.
+    """
+
+    def __init__(self, path: str | Path):
+        self._path = Path(path)
+        try:
+            told = self._read(8, struct.unpack("<Q", self._read(0, 8))[0])
+            header = json.loads(told)
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self._begin = 8 + len(told)
+            self._tensors = {
+                name: (_dtype(at["dtype"]), at["shape"], at["data_offsets"]) for name, at in header.items()
+            }
+            whole = self._begin + max((stop for _, _, (_, stop) in self._tensors.values()), default=0)
+        except (struct.error, MemoryError, OverflowError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a safetensors file ({error!r}); make it or download it again") from error
+        if (size := self._path.stat().st_size) != whole:
+            raise ValueError(f"{path} has {size} bytes of {whole}: it was cut short; make it or download it again")
+        self.shapes = {name: tuple(shape) for name, (_, shape, _) in self._tensors.items()}
+
+    def row(self, name: str, *index: int) -> np.ndarray:
+        """tensor[index], for as many leading axes as are given, each from 0; read anew at every call."""
+        dtype, shape, (begin, _) = self._tensors[name]
+        at = int(np.ravel_multi_index(index, shape[: len(index)]))
+        rest = shape[len(index) :]
+        size = dtype.itemsize * math.prod(rest)
+        return np.frombuffer(self._read(self._begin + begin + at * size, size), dtype).reshape(rest)
+
+    def whole(self, name: str) -> np.ndarray:
+        """All of a tensor, in memory of its own; ValueError for a name that the file does not have."""
+        if name not in self.shapes:
+            raise ValueError(f"{self._path} has no {name}, only {', '.join(self.shapes)}")
+        dtype, shape, (begin, _) = self._tensors[name]
+        return np.fromfile(self._path, dtype, math.prod(shape), offset=self._begin + begin).reshape(shape)
+
+    def _read(self, start: int, size: int) -> bytes:
+        with self._path.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            file.seek(start)
+            return file.read(min(size, max(0, self._path.stat().st_size - start)))
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype({"F": "f", "I": "i", "U": "u"}[name[0]] + str(int(name[1:]) // 8))
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Bring a folder and all that is in it from the system's memory to the disk."""
+    folder = Path(folder)
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
 def replace_folder(temporary: str | Path, final: str | Path) -> None:
-    """Put a finished folder in the place of `final`, setting the old one aside until the new one is there."""
+    """Put a finished folder in the place of `final`, setting the old one aside until the new one is there.
+
+    Killed between the two, it leaves no `final`; `recover_folder` brings the old one back.
+    """
     temporary, final = Path(temporary), Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".old", dir=final.parent))
+    recover_folder(final)
+    sync_folder(temporary)
+    aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=ASIDE, dir=final.parent))
     if final.exists():
         final.replace(aside / final.name)
-    for file in temporary.rglob("*"):
-        _sync(file)
     temporary.replace(final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(aside)
+
+
+def recover_folder(final: str | Path) -> None:
+    """Clear up after a `replace_folder` that was killed: the old folder comes back if no new one got there."""
+    final = Path(final)
+    for aside in final.parent.glob(f".{glob.escape(final.name)}.*{ASIDE}"):
+        if (aside / final.name).exists() and not final.exists():
+            (aside / final.name).replace(final)
+        shutil.rmtree(aside)
 
 
 # Stages.
@@ -141,6 +256,31 @@ def _digest(file) -> str:
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+def code_fingerprints(modules: Iterable[ModuleType]) -> dict[str, str]:
+    """SHA-256 of the statements of modules and of what they import from their package, by name.
+
+    Comments and layout do not count. An import inside a function is not seen.
+    """
+    waiting, found = list(modules), {}
+    while waiting:
+        module = waiting.pop()
+        if module.__name__ not in found:
+            statements = ast.unparse(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))
+            found[module.__name__] = hashlib.sha256(statements.encode()).hexdigest()
+            waiting += _imported(module)
+    return dict(sorted(found.items()))
+
+
+def _imported(module: ModuleType) -> list[ModuleType]:
+    """The modules of a module's own package that it imports, whole or something of them."""
+    package = module.__name__.partition(".")[0] + "."
+    names = {
+        value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+        for value in vars(module).values()
+    }
+    return [sys.modules[name] for name in names if isinstance(name, str) and name.startswith(package)]
 
 
 def peak_memory() -> int | None:
@@ -176,12 +316,12 @@ class Stage:
         """Where this stage keeps `filename`; the folder is made when something is written."""
         return self.folder / filename
 
-    def is_current(self, params: Mapping, inputs: Iterable[str | Path]) -> bool:
-        """Whether the stage was finished with these parameters and inputs and its files are still there.
+    def is_current(self, params: Mapping, inputs: Iterable[str | Path], code: Iterable[ModuleType] = ()) -> bool:
+        """Whether the stage was finished with these parameters, inputs and code and its files are still there.
 
-        A missing input is a FileNotFoundError: the step before has not run.
+        code: modules as in `code_fingerprints`. A missing input is a FileNotFoundError: the step before has not run.
         """
-        asked = {"params": _plain(params), "inputs": _fingerprints(inputs)}
+        asked = {"params": _plain(params), "inputs": _fingerprints(inputs), "code": code_fingerprints(code)}
         if not self.path(MANIFEST).is_file():
             return False
         try:
@@ -191,10 +331,18 @@ class Stage:
         asked["outputs"] = self._outputs()
         return all(manifest.get(key) == value for key, value in asked.items())
 
-    def finish(self, params: Mapping, inputs: Iterable[str | Path], metrics: Mapping, seconds: float) -> None:
+    def finish(
+        self,
+        params: Mapping,
+        inputs: Iterable[str | Path],
+        metrics: Mapping,
+        seconds: float,
+        code: Iterable[ModuleType] = (),
+    ) -> None:
         """Write metrics.json, then manifest.json: a stage without a manifest is not finished.
 
-        metrics: name to number (ValueError for anything else); seconds: the stage's wall time.
+        metrics: name to number (ValueError for anything else); seconds: the stage's wall time; code: the modules
+        that `is_current` is asked with.
         """
         wrong = {name: value for name, value in metrics.items() if not isinstance(value, (int, float))}
         if wrong:
@@ -206,6 +354,7 @@ class Stage:
             "params": _plain(params),
             "seed": params.get("seed"),
             "inputs": _fingerprints(inputs),
+            "code": code_fingerprints(code),
             "outputs": self._outputs(),
             "versions": versions(),
             "seconds": round(float(seconds), 3),

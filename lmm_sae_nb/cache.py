@@ -1,105 +1,148 @@
-"""Section 2.2: for every latent the images that excite it most, where in them, and how it fires; one exact pass."""
+"""Section 2.2: for every latent the images that excite it most, where in them, and how it fires; one exact pass.
+
+The pass can be cut short at any moment and goes on where it was, and any number of processes can share it: the
+result is the same to the byte.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import errno
+import hashlib
+import json
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
+from itertools import count, islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset, load_from_disk
-from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from jaxtyping import Bool, Float, Int64
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmm_sae_nb.artifacts import open_tensors, read_json, save_tensors, write_json
-from lmm_sae_nb.lmm import LMM, NoPatchGrid
+from lmm_sae_nb.artifacts import TensorRows, save_rows, write_json
+from lmm_sae_nb.images import StreamedImages, UnreadableImage, open_images
+from lmm_sae_nb.lmm import LMM, NoPatchGrid, Prompt
+from lmm_sae_nb.ranking import Ranking
 from lmm_sae_nb.sae import Latents, TopKSAE, require_finite
+from lmm_sae_nb.shares import (
+    KEY,
+    Share,
+    flush_left,
+    merged_blocks,
+    place_store,
+    resume_or_clear,
+    shares_in,
+    told_by,
+    uneven,
+)
+from lmm_sae_nb.store import STORE, VALUES, LatentStore
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-TENSORS, SHAPE = "cache.safetensors", "cache.json"
+__all__ = ["LatentCache", "activation_maps", "base_latents", "cache_activations", "forecast", "open_images"]
 
-
-# ---- images ---------------------------------------------------------------------------------------------------
-
-
-class Images(Sequence):
-    """Pictures by number, opened when asked for, as RGB."""
-
-    def __init__(self, source: Sequence[Path] | Dataset):
-        self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        if not isinstance(self._source, Dataset):
-            return _open(self._source[index])
-        picture = self._source[int(index)]["image"]
-        if picture is None:
-            raise ValueError(f"row {index} of the data set has no image; filter such rows out")
-        return picture.convert("RGB")
+TENSORS, SHAPE, PARTIAL = "cache.safetensors", "cache.json", ".partial"
+Pictures = Sequence[Image.Image] | StreamedImages
 
 
-def open_images(source: str | Path | Dataset) -> Images:
-    """The images of a folder (searched recursively, in order of their names), a saved data set or a data set.
-
-    FileNotFoundError for a missing folder; ValueError for one without images or a data set without an `image`
-    column. An unreadable or empty file is a ValueError that names it, when it is asked for.
-    """
-    if isinstance(source, str | Path):
-        folder = Path(source)
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{folder} is no folder; give a folder of images, or render Picture World: `make world`"
-            )
-        if not (folder / "state.json").is_file():
-            files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS)
-            if not files:
-                raise ValueError(f"{folder} holds no image ({', '.join(sorted(ENDINGS))}); give a folder that does")
-            return Images(files)
-        source = load_from_disk(folder)
-    if "image" not in source.column_names:
-        raise ValueError(f"the data set has columns {source.column_names}, none is `image`; rename the one that is")
-    return Images(source.select_columns("image"))
+# ---- a batch at a time ----------------------------------------------------------------------------------------
 
 
-def _open(file: Path) -> Image.Image:
-    try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{file} is not a readable image ({error}); repair it or take it out of the folder") from error
+class _Batch(NamedTuple):
+    """Images of one forward: their numbers, and by number the name and fault of those that cannot be read."""
+
+    number: int
+    images: list[int]
+    skipped: dict[int, str]
+    prompt: Prompt | None
 
 
-# ---- the pass -------------------------------------------------------------------------------------------------
+def _batches(
+    images: Pictures, size: int, wanted: Callable[[int], bool]
+) -> Iterator[tuple[int, dict[int, Callable[[], Image.Image]]]]:
+    """The wanted batches: batch b holds images b * size to (b + 1) * size - 1, each as a call that opens it."""
+    if hasattr(images, "__len__"):
+        for batch in filter(wanted, range(-(-len(images) // size))):
+            numbers = range(batch * size, min((batch + 1) * size, len(images)))
+            yield batch, {number: partial(images.__getitem__, number) for number in numbers}
+        return
+    first = next(filter(wanted, count()))
+    openers = enumerate(images.openers(first * size), first * size)
+    for batch in count(first):
+        if not (group := dict(islice(openers, size))):
+            return
+        if wanted(batch):
+            yield batch, group
+
+
+def _prepare(lmm: LMM, skip: bool, batch: int, openers: dict[int, Callable[[], Image.Image]]) -> _Batch:
+    opened, skipped = {}, {}
+    for number, opener in openers.items():
+        try:
+            opened[number] = opener()
+        except UnreadableImage as fault:
+            if not skip:
+                raise
+            skipped[number] = f"{fault.name}: {fault.reason}"
+    prompt = lmm.prompt([""] * len(opened), list(opened.values())) if opened else None
+    return _Batch(batch, list(opened), skipped, prompt)
+
+
+def _ahead(fn: Callable, items: Iterable[tuple]) -> Iterator[Any]:
+    """fn of each item in order, one item ahead of who asks: pictures are prepared while the model works."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque()
+        for item in items:
+            waiting.append(thread.submit(fn, *item))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@torch.no_grad()
+def _encode(lmm: LMM, sae: TopKSAE, layer: int, batch: _Batch) -> Latents:
+    """Latents (images, patches, k) of a batch's base tokens; nothing behind the last of them is computed."""
+    base = batch.prompt.mask("base")
+    last = int(base.any(0).nonzero().max()) + 1
+    hidden = lmm.hidden_states(batch.prompt, layer, tokens=last)
+    base = base[:, :last].to(hidden.device)
+    if len(sizes := set(base.sum(1).tolist())) > 1:
+        raise uneven(sizes)
+    tokens = hidden[base].reshape(len(base), sizes.pop(), -1)
+    require_finite(tokens, f"images {batch.images[0]} to {batch.images[-1]}, layer {layer}")
+    return sae.encode(tokens)
 
 
 def base_latents(
-    lmm: LMM, sae: TopKSAE, images: Sequence[Image.Image], layer: int, batch_size: int = 16, title: str | None = None
+    lmm: LMM, sae: TopKSAE, images: Pictures, layer: int, batch_size: int = 16, title: str | None = None
 ) -> Iterator[Latents]:
-    """Latents (batch, patches, k) of the base image tokens, a batch of images at a time.
+    """Latents (batch, patches, k) of the base image tokens, on the CPU, a batch of images at a time.
 
     The prompt is the image alone, in the chat template. ValueError if images differ in the number of base tokens,
-    hidden states are not finite, or the SAE has another width than the layer.
+    hidden states are not finite, an image cannot be read, or the SAE has another width than the layer.
     """
     sae.require_width(lmm.width)
-    count = None
-    starts = range(0, len(images), batch_size)
-    for start in tqdm(starts, desc=title, mininterval=2, disable=title is None):
-        pictures = [images[i] for i in range(start, min(start + batch_size, len(images)))]
-        prompt = lmm.prompt([""] * len(pictures), pictures)
-        hidden = lmm.hidden_states(prompt, layer)
-        base = prompt.mask("base").to(hidden.device)
-        sizes = set(base.sum(1).tolist()) | ({count} if count else set())
-        if len(sizes) > 1:
-            raise ValueError(f"images have {sorted(sizes)} base tokens; bring them to one size first")
-        count = sizes.pop()
-        tokens = hidden[base].reshape(len(pictures), count, -1)
-        require_finite(tokens, f"images {start} to {start + len(pictures) - 1}, layer {layer}")
-        with torch.no_grad():
-            yield Latents(*(part.cpu() for part in sae.encode(tokens)))
+    seen = set()
+    batches = _ahead(partial(_prepare, lmm, False), _batches(images, batch_size, lambda _: True))
+    with tqdm(desc=title, total=_length(images), unit=" images", mininterval=2, disable=title is None) as bar:
+        for batch in batches:
+            latents = _encode(lmm, sae, layer, batch)
+            if len(seen := seen | {latents.acts.shape[1]}) > 1:
+                raise uneven(seen)
+            yield Latents(*(part.cpu() for part in latents))
+            bar.update(len(batch.images))
+
+
+def _length(images: Pictures) -> int | None:
+    return len(images) if hasattr(images, "__len__") else None
 
 
 @torch.no_grad()
@@ -124,106 +167,231 @@ def _dense(latents: Latents, column: Tensor, columns: int) -> Float[Tensor, "bat
     return out
 
 
-class _Top:
-    """The running top-n images of every latent with their patch rows: exact, whatever the number of images."""
+# ---- what it will take ----------------------------------------------------------------------------------------
 
-    def __init__(self, n_latents: int, n_top: int, patches: int):
-        self.means = torch.zeros(n_latents, n_top)
-        self.images = torch.full((n_latents, n_top), -1)
-        self.patches = torch.zeros(n_latents, n_top, patches, dtype=torch.float16)
 
-    def update(self, latents: Latents, first: int) -> None:
-        """Take in a batch whose first image has the number `first`; of equal means the lower number stays ahead."""
-        n_latents, n_top = self.means.shape
-        batch, patches, _ = latents.acts.shape
-        sums = torch.zeros(batch, n_latents)
-        sums.scatter_add_(1, latents.indices.flatten(1), latents.acts.flatten(1).float())
-        means = (sums / patches).T
-        changed = torch.nonzero((means > self.means[:, -1:]).any(1)).flatten()
-        if not len(changed):
-            return
-        both = torch.cat([self.means[changed], means[changed]], 1)
-        kept = both.sort(dim=1, descending=True, stable=True)
-        order = kept.indices[:, :n_top]
-        numbers = torch.cat([self.images[changed], (first + torch.arange(batch)).expand(len(changed), -1)], 1)
-        # Rows of patches only for what enters: (image, latent) -> its number in `rows`.
-        row, rank = torch.nonzero((order >= n_top) & (kept.values[:, :n_top] > 0), as_tuple=True)
-        image = order[row, rank] - n_top
-        slot = torch.full((batch, n_latents), -1)
-        slot[image, changed[row]] = torch.arange(len(row))
-        at = slot.gather(1, latents.indices.flatten(1)).unflatten(1, latents.indices.shape[1:])
-        i, patch, k = torch.nonzero(at >= 0, as_tuple=True)
-        rows = torch.zeros(len(row), patches)
-        rows[at[i, patch, k], patch] = latents.acts[i, patch, k].float()
+class Forecast(NamedTuple):
+    """What a pass will take; seconds and disk are None for a stream, whose length is not known."""
 
-        stay = order.clamp(max=n_top - 1)
-        renewed = self.patches[changed].gather(1, stay[..., None].expand(-1, -1, patches))
-        renewed[row, rank] = rows.half()
-        self.patches[changed] = renewed
-        self.means[changed] = kept.values[:, :n_top]
-        self.images[changed] = torch.where(kept.values[:, :n_top] > 0, numbers.gather(1, order), -1)
+    images_per_second: float  # of one process
+    seconds: float | None
+    disk: int | None  # bytes, at most, while it runs
+    memory: int  # bytes beside the model and a batch's own tensors, of each process
+
+
+def forecast(
+    lmm: LMM, sae: TopKSAE, images: Pictures, layer: int, *, n_top: int = 5, batch_size: int = 16,
+    store: str | None = None, unreadable: str = "refuse",
+) -> Forecast:  # fmt: skip
+    """Run two batches and time the second: what `cache_activations` with the same arguments will take."""
+    _check(sae, lmm, images, n_top, batch_size, store, unreadable)
+    timed, began = [], time.monotonic()
+    batches = _ahead(partial(_prepare, lmm, unreadable == "skip"), _batches(images, batch_size, lambda _: True))
+    for batch in islice(filter(lambda batch: batch.images, batches), 2):
+        timed.append((_encode(lmm, sae, layer, batch).acts.shape, time.monotonic() - began))
+        began = time.monotonic()
+    if not timed:
+        raise ValueError("no image could be read; give others")
+    (pictures, patches, _), seconds = timed[-1]
+    length, rate = _length(images), pictures / seconds
+    memory = sae.n_latents * n_top * (2 * patches + 12) + 2**29
+    if length is None:
+        return Forecast(rate, None, None, memory)
+    total = length / rate / _processes().num_processes
+    return Forecast(rate, total, _disk(sae, length, n_top, patches, store), memory)
+
+
+def _disk(sae: TopKSAE, images: int, n_top: int, patches: int, store: str | None) -> int:
+    """Bytes on disk at most: the cache, a checkpoint of it in each process and a new one, and the store."""
+    cache = sae.n_latents * (n_top * (2 * patches + 12) + 28)
+    entries = images * patches * sae.k if store else 0
+    return cache * (_processes().num_processes + 2) + entries * (4 + VALUES[store or "float16"].itemsize)
+
+
+def _require_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.is_dir())).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"the cache needs up to {needed / 1e9:.1f} GB at {folder}, {free / 1e9:.1f} GB are free: make room, give "
+            "another folder, fewer images or a smaller n_top, or leave the store out (store=None)",
+        )
+
+
+# ---- the pass -------------------------------------------------------------------------------------------------
 
 
 def cache_activations(
     lmm: LMM,
     sae: TopKSAE,
-    images: Sequence[Image.Image],
+    images: Pictures,
     layer: int,
     *,
     n_top: int = 5,
     batch_size: int = 16,
     folder: str | Path,
+    store: str | None = None,
+    unreadable: str = "refuse",
+    save_every: float = 300.0,
 ) -> LatentCache:
     """For every latent, the `n_top` images of highest mean activation over the base tokens, in one pass.
 
-    Exact for every latent at once; memory is (n_latents, n_top, patches) float16 and a batch, whatever the number
-    of images. The reference code stores every active latent of every patch and sorts afterwards.
-    ValueError if there are no images, n_top < 1, or as `base_latents`.
+    Exact for every latent at once; of equal means (float32) the lower image number is ahead. store: "float16" or
+    "float32" also keeps every base token's active latents (`LatentStore`). unreadable: "skip" leaves out images that
+    cannot be opened and names them in cache.json. Numbers of images are always those of `images`.
+
+    Memory beside the model and a batch's own tensors: n_latents * n_top * (2 * patches + 12) bytes + 0.5 GB, whatever
+    the number of images and the batch: 1.3 GB for 131,072 latents, 5 images, 576 patches.
+
+    Every `save_every` seconds the state goes to disk; a pass that was cut short goes on from there when called again
+    with the same model, SAE, images and arguments, and starts afresh otherwise. Under accelerate each process
+    takes its share of the batches and the first one merges them; the folder must be common to all. Whatever the
+    processes and interruptions, the cache is the same to the byte, for the same batch_size; the store's activations
+    are the same, cut into other files.
+
+    ValueError if there are no images, n_top < 1, an argument is not one of those above, or as `base_latents`;
+    UnreadableImage; OSError if the disk has no room. What was there before stays until the new cache is whole.
     """
-    if not len(images) or n_top < 1:
-        raise ValueError(f"{len(images)} images, n_top {n_top}: there is nothing to rank; give at least one of each")
-    top, seen = None, 0
-    fired, total, highest = (torch.zeros(sae.n_latents, dtype=torch.float64) for _ in range(3))
-    for latents in base_latents(lmm, sae, images, layer, batch_size, "caching"):
-        top = top or _Top(sae.n_latents, n_top, latents.acts.shape[1])
-        top.update(latents, seen)
-        seen += len(latents.acts)
-        index, acts = latents.indices.flatten(), latents.acts.flatten().double()
-        fired.index_add_(0, index, (acts > 0).double())
-        total.index_add_(0, index, acts)
-        highest.scatter_reduce_(0, index, acts, "amax")
-    if not bool(top.patches.isfinite().all()):
-        raise ValueError(f"an activation of {float(highest.max()):.3g} exceeds float16's range; scale the SAE's input")
-    tokens = seen * top.patches.shape[2]
-    tensors = {
-        "top_means": top.means, "top_images": top.images, "patches": top.patches, "frequency": (fired / tokens).float(),
-        "mean": (total / fired.clamp_min(1)).float(), "max": highest.float(),
-    }  # fmt: skip
-    folder = Path(folder)
-    save_tensors(folder / TENSORS, tensors)
-    write_json(folder / SHAPE, {"images": seen, "grid": lmm.grid, "layer": layer, "model": Path(lmm.name).name})
+    _check(sae, lmm, images, n_top, batch_size, store, unreadable)
+    folder, processes = Path(folder), _processes()
+    partial_folder = folder / PARTIAL
+    if processes.is_main_process:
+        resume_or_clear(partial_folder, _key(lmm, sae, images, layer, n_top, batch_size, store, unreadable))
+    processes.wait_for_everyone()
+    done = {batch for path in shares_in(partial_folder) for batch in told_by(path)["batches"]}
+    processes.wait_for_everyone()  # nobody writes before all have read
+
+    rank, world = processes.process_index, processes.num_processes
+    share = Share(partial_folder / f"{rank:05d}.safetensors", sae.n_latents, n_top, store)
+    wanted = _batches(images, batch_size, lambda batch: batch % world == rank and batch not in done)
+    length = _length(images)
+    with tqdm(desc="caching", total=length and -(-length // world), initial=share.told["images"], unit=" images",
+              mininterval=2, disable=not processes.is_main_process) as bar:  # fmt: skip
+        saved = time.monotonic()
+        for batch in _ahead(partial(_prepare, lmm, unreadable == "skip"), wanted):
+            latents = _encode(lmm, sae, layer, batch) if batch.images else None
+            if share.ranking is None and latents is not None and length is not None:
+                _require_room(folder, _disk(sae, length, n_top, latents.acts.shape[1], store))
+            share.add(batch.number, batch.images, batch.skipped, latents)
+            bar.update(len(batch.images) + len(batch.skipped))
+            if time.monotonic() - saved >= save_every:
+                share.save()
+                saved = time.monotonic()
+    share.save(last=True)
+    del share  # its memory
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        _finish(folder, sae.n_latents, n_top, store, {"grid": lmm.grid, "layer": layer, "model": Path(lmm.name).name})
+    processes.wait_for_everyone()
     return LatentCache.load(folder)
 
 
-class LatentCache:
-    """What `cache_activations` found, opened lazily: patch maps are read from disk when asked for.
+def _processes() -> PartialState:
+    """Who shares the pass, as accelerate started them; without a GPU it finds others only when told so."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
-    images: how many were seen. top_images (n_latents, n_top) int64, -1 where fewer excite the latent; top_means
-    alike, float32. frequency: share of base tokens on which a latent is active; mean: over those; max; all float32
-    (n_latents,). live: bool, whether it fired at all.
+
+def _check(
+    sae: TopKSAE, lmm: LMM, images: Pictures, n_top: int, batch_size: int, store: str | None, unreadable: str
+) -> None:
+    sae.require_width(lmm.width)
+    if _length(images) == 0 or n_top < 1 or batch_size < 1:
+        raise ValueError(
+            f"{_length(images)} images, n_top {n_top}, batch_size {batch_size}: there is nothing to rank; give at "
+            "least one of each"
+        )
+    if store not in (None, *VALUES) or unreadable not in ("refuse", "skip"):
+        raise ValueError(
+            f"store={store!r}, unreadable={unreadable!r}: store is None, {' or '.join(map(repr, VALUES))}; unreadable "
+            "is 'refuse' or 'skip'"
+        )
+
+
+def _key(lmm: LMM, sae: TopKSAE, images: Pictures, layer: int, *settings: object) -> dict[str, object]:
+    """What a pass is of: one of another key cannot go on from its state."""
+    digest = hashlib.sha256(lmm.model.config.to_json_string().encode())
+    for weights in (*sae.parameters(), *lmm.layer(layer).parameters()):
+        for piece in weights.detach().flatten().split(2**22):
+            digest.update(piece.cpu().view(torch.uint8).numpy())
+    source = getattr(images, "identity", None)
+    if source is None:
+        source = [hashlib.sha256(images[number].tobytes()).hexdigest() for number in (0, len(images) - 1)]
+    return {"weights": digest.hexdigest(), "source": source, "images": _length(images), "k": sae.k,
+            "layer": layer, "settings": list(settings)}  # fmt: skip
+
+
+# ---- from shares to a cache -----------------------------------------------------------------------------------
+
+
+def _finish(folder: Path, n_latents: int, n_top: int, store: str | None, described: dict[str, object]) -> None:
+    """Merge the shares into the cache, put it and the store in their places, and clear the state away."""
+    partial_folder = folder / PARTIAL
+    shares = {path: told_by(path) for path in shares_in(partial_folder)}
+    held = [path for path in shares if TensorRows(path).shapes]
+    skipped = {int(number): fault for told in shares.values() for number, fault in told["skipped"].items()}
+    seen = sum(told["images"] for told in shares.values())
+    if not held:
+        shutil.rmtree(partial_folder)
+        raise ValueError(f"no image could be read, {len(skipped)} were skipped: {skipped}; give others")
+    patches = {TensorRows(path).shapes["patches"][2] for path in held}
+    if len(patches) > 1:
+        raise uneven(patches)
+    described |= {
+        "images": seen, "patches": patches.pop(), "store": store,
+        "skipped": [{"image": number, "fault": skipped[number]} for number in sorted(skipped)],
+    }  # fmt: skip
+    parts = {part for told in shares.values() for part in told["parts"]}
+    parts |= {part for path in held for part in flush_left(path, n_latents, described["patches"], store)}
+    place_store(partial_folder / STORE, folder / STORE, parts)
+    write_cache(folder, n_latents, n_top, described, merged_blocks(held, n_latents))
+    (partial_folder / KEY).unlink()  # from here on nothing goes on from what is left of it
+    shutil.rmtree(partial_folder)
+
+
+def write_cache(
+    folder: Path, n_latents: int, n_top: int, described: dict[str, Any], blocks: Iterable[tuple[int, Ranking]]
+) -> None:
+    """Write rankings of consecutive blocks of latents, each with its first latent, as a cache.
+
+    described: images, patches, grid (or None), layer, model, skipped, store (or None); kept in the same file, so that
+    the two cannot part. cache.json repeats it for people.
+    """
+    patches = described["patches"]
+    tokens = described["images"] * patches
+    single, top = np.dtype(np.float32), (n_latents, n_top)
+    layout = {
+        "top_images": (np.dtype(np.int64), top), "top_means": (single, top),
+        "patches": (np.dtype(np.float16), (*top, patches)),
+        **dict.fromkeys(("frequency", "mean", "max"), (single, (n_latents,))),
+    }  # fmt: skip
+
+    def rows() -> Iterator[tuple[str, int, np.ndarray]]:
+        for start, ranking in blocks:
+            arrays = ranking.ordered()
+            arrays["frequency"] = (arrays.pop("fired") / tokens).astype(np.float32)
+            yield from ((name, start, array) for name, array in arrays.items())
+
+    save_rows(folder / TENSORS, layout, rows(), {"cache": json.dumps(described)})
+    write_json(folder / SHAPE, described)
+
+
+class LatentCache:
+    """What `cache_activations` found, read when asked for: opening reads a header, `top` and `patch_map` a row.
+
+    images: how many were seen. n_latents, n_top: of how many latents the cache tells how many images. grid: rows and
+    columns of the base patches, or None. skipped: number and fault of images that could not be read.
     """
 
     def __init__(self, folder: Path):
-        shape = read_json(folder / SHAPE)
-        self._file = open_tensors(folder / TENSORS)
-        missing = {"top_images", "top_means", "patches", "frequency", "mean", "max"} - set(self._file.keys())
-        if missing or "grid" not in shape:
+        self._folder, self._rows = folder, TensorRows(folder / TENSORS)
+        names = {"top_images", "top_means", "patches", "frequency", "mean", "max"}
+        if names - self._rows.shapes.keys() or "cache" not in self._rows.metadata:
             raise ValueError(f"{folder} is no cache of activations; make it with notebooks/02_cache_activations.py")
-        self.images, self.grid, self.layer = shape["images"], shape["grid"] and tuple(shape["grid"]), shape["layer"]
-        for name in ("top_images", "top_means", "frequency", "mean", "max"):
-            setattr(self, name, self._file.get_tensor(name))
-        self.live = self.frequency > 0
-        self._patches = self._file.get_slice("patches")
+        told = json.loads(self._rows.metadata["cache"])
+        self.images, self.grid, self.layer = told["images"], told["grid"] and tuple(told["grid"]), told["layer"]
+        self.skipped = {row["image"]: row["fault"] for row in told["skipped"]}
+        self._stored = told["store"]
+        self.n_latents, self.n_top, self._patches = self._rows.shapes["patches"]
 
     @classmethod
     def load(cls, folder: str | Path) -> LatentCache:
@@ -233,6 +401,12 @@ class LatentCache:
             raise FileNotFoundError(f"{folder / SHAPE} is missing; run notebooks/02_cache_activations.py first")
         return cls(folder)
 
+    def top(self, latent: int) -> list[tuple[int, float]]:
+        """The images that excite a latent most, with their means, the first first; fewer if fewer do."""
+        self._check(latent, 0)
+        images, means = (self._rows.row(name, latent).tolist() for name in ("top_images", "top_means"))
+        return [(image, mean) for image, mean in zip(images, means, strict=True) if image >= 0]
+
     def patch_map(self, latent: int, rank: int) -> Float[Tensor, "rows cols"]:
         """The latent's activation over the base patches of its image of this rank (0 is the first), float32.
 
@@ -240,9 +414,49 @@ class LatentCache:
         """
         if self.grid is None:
             raise NoPatchGrid("this cache is of a model without a patch grid; only its mean activations have a meaning")
-        latents, ranks = self.top_images.shape
-        if not (0 <= latent < latents and 0 <= rank < ranks):
+        self._check(latent, rank)
+        return torch.from_numpy(self._rows.row("patches", latent, rank).astype(np.float32)).unflatten(0, self.grid)
+
+    def _check(self, latent: int, rank: int) -> None:
+        if not (0 <= latent < self.n_latents and 0 <= rank < self.n_top):
             raise ValueError(
-                f"no latent {latent}, rank {rank}: the cache has {latents} latents, ranks 0 to {ranks - 1}"
+                f"no latent {latent}, rank {rank}: the cache has {self.n_latents} latents, ranks 0 to {self.n_top - 1}"
             )
-        return self._patches[latent, rank].float().unflatten(0, self.grid)
+
+    @cached_property
+    def top_images(self) -> Int64[Tensor, "latents n_top"]:
+        """-1 where fewer images excite a latent."""
+        return self._whole("top_images")
+
+    @cached_property
+    def top_means(self) -> Float[Tensor, "latents n_top"]:
+        return self._whole("top_means")
+
+    @cached_property
+    def frequency(self) -> Float[Tensor, " latents"]:
+        """Share of base tokens on which each latent is active."""
+        return self._whole("frequency")
+
+    @cached_property
+    def mean(self) -> Float[Tensor, " latents"]:
+        """Each latent's mean activation where it is active."""
+        return self._whole("mean")
+
+    @cached_property
+    def max(self) -> Float[Tensor, " latents"]:
+        return self._whole("max")
+
+    @cached_property
+    def live(self) -> Bool[Tensor, " latents"]:
+        """Whether a latent fired at all."""
+        return self.frequency > 0
+
+    def _whole(self, name: str) -> Tensor:
+        return torch.from_numpy(self._rows.whole(name))
+
+    @property
+    def store(self) -> LatentStore:
+        """Every base token's active latents; FileNotFoundError if they were not kept."""
+        if not self._stored:
+            raise FileNotFoundError(f"{self._folder} keeps no activations; make the cache with store='float16'")
+        return LatentStore(self._folder / STORE, self._patches)

@@ -79,11 +79,9 @@ def exemplars(
 
     ValueError for a latent that the cache does not have.
     """
-    if not 0 <= latent < len(cache.top_images):
-        raise ValueError(f"no latent {latent}: the cache holds latents 0 to {len(cache.top_images) - 1}")
-    ranked = [(rank, index) for rank, index in enumerate(cache.top_images[latent, :n_top].tolist()) if index >= 0]
-    maps = [np.asarray(cache.patch_map(latent, rank), np.float32) for rank, _ in ranked]
-    return exemplars_on(images, [index for _, index in ranked], maps, share=share)
+    chosen = [image for image, _ in cache.top(latent)[:n_top]]
+    maps = [np.asarray(cache.patch_map(latent, rank), np.float32) for rank in range(len(chosen))]
+    return exemplars_on(images, chosen, maps, share=share)
 
 
 def exemplars_on(

@@ -1,4 +1,4 @@
-"""Read, rewrite or stop at one module's output, as context managers.
+"""Read, rewrite or stop at one module's output, or cut its input short, as context managers.
 
 The only code that knows that a decoder layer may return its hidden states bare or as the first element of a
 tuple (transformers has done both). Hooks live inside a `with` only, and go when it ends, by an error too.
@@ -97,3 +97,26 @@ def stop(module: nn.Module) -> Iterator[Captured]:
         except _Stop as stopped:
             if stopped.captured is not captured:  # another `stop`, further out
                 raise
+
+
+@contextmanager
+def truncate(decoder: nn.Module, tokens: int) -> Iterator[None]:
+    """Let a decoder see only the first `tokens` tokens of what it is called with, by keyword, in every forward.
+
+    Exact for causal attention: what comes later cannot change them.
+    """
+
+    def cut(module, args, kwargs):
+        length = kwargs["inputs_embeds"].shape[1]
+        axes = {"inputs_embeds": 1, "attention_mask": 1, "position_ids": -1}  # mrope: (3, batch, tokens)
+        for name, axis in axes.items():
+            value = kwargs.get(name)
+            if isinstance(value, Tensor) and value.shape[axis] == length:
+                kwargs[name] = value.narrow(axis, 0, min(tokens, length))
+        return args, kwargs
+
+    handle = decoder.register_forward_pre_hook(cut, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -244,13 +244,20 @@ class LMM:
         return mask.to(self.device)
 
     @torch.no_grad()
-    def hidden_states(self, prompt: Prompt, layers: int | list[int]) -> Hidden | dict[int, Hidden]:
-        """Give the outputs of one layer, or of several by layer; the forward stops after the last of them."""
+    def hidden_states(
+        self, prompt: Prompt, layers: int | list[int], *, tokens: int | None = None
+    ) -> Hidden | dict[int, Hidden]:
+        """Give the outputs of one layer, or of several by layer; the forward stops after the last of them.
+
+        With `tokens` only the first so many tokens of each sequence pass the decoder and come back.
+        """
         wanted = [layers] if isinstance(layers, int) else list(layers)
         if not wanted:
             raise ValueError("no layer was asked for; give at least one")
         *earlier, last = sorted(set(wanted))
         with ExitStack() as reads:
+            if tokens is not None:
+                reads.enter_context(hooks.truncate(self.model.get_decoder(), tokens))
             captured = {index: reads.enter_context(hooks.read(self.layer(index))) for index in earlier}
             with hooks.stop(self.layer(last)) as captured[last]:
                 self.model(**prompt.inputs, use_cache=False)

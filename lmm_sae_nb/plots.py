@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import HTML, display
 from matplotlib.axes import Axes
 from PIL import Image
 
@@ -62,10 +65,33 @@ def curve(
 
 def training(history: Sequence[Mapping[str, float]], names: Sequence[str], x: str = "step") -> np.ndarray:
     """A panel for each logged quantity of a training, side by side."""
-    _, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.4), squeeze=False)
+    _, axes = plt.subplots(1, len(names), figsize=(min(3 * len(names), 12), 2.4), squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):
         curve(history, name, x, ax=ax)
     return axes[0]
+
+
+@contextmanager
+def live(
+    names: Sequence[str], x: str = "step", every: float = 3.0
+) -> Iterator[Callable[[Sequence[Mapping[str, float]]], None]]:
+    """While the `with` lasts: a callback that shows `training` of the history so far, at most once in `every` seconds.
+
+    In a notebook the figure is redrawn in place; it goes when the `with` ends well, for the page draws the final one.
+    """
+    handle, shown = display(HTML(""), display_id=True), float("-inf")
+
+    def on_log(history: Sequence[Mapping[str, float]]) -> None:
+        nonlocal shown
+        if handle and len(history) > 1 and time.monotonic() - shown >= every:
+            figure = training(history, names, x)[0].figure
+            handle.update(figure)
+            plt.close(figure)
+            shown = time.monotonic()
+
+    yield on_log
+    if handle:
+        handle.update(HTML(""))
 
 
 def shares(results: Mapping[str, Mapping[str, float]], ax: Axes | None = None) -> Axes:
@@ -196,4 +222,64 @@ def histogram(values: np.ndarray, xlabel: str, *, log: bool = False, ax: Axes | 
     bins = np.geomspace(values.min(), values.max(), 40) if log and len(values) else 40
     ax.hist(values, bins=bins, color=BLUE, alpha=0.85)
     ax.set(xlabel=xlabel, ylabel="latents")
+    return ax
+
+
+def stacked(
+    results: Mapping[str, Mapping[str, float]], xlabel: str, *, limit: float | None = None, ax: Axes | None = None
+) -> Axes:
+    """A bar for each row, made of its parts; `limit` is drawn as a line that a bar should not cross."""
+    ax = ax or plt.subplots(figsize=(6, 0.32 * len(results) + 0.9))[1]
+    parts = list(dict.fromkeys(name for row in results.values() for name in row))
+    colours = plt.colormaps["tab20"](np.linspace(0, 0.95, max(2, len(parts))))
+    left = np.zeros(len(results))
+    for name, colour in zip(parts, colours, strict=False):
+        values = np.array([row.get(name, 0.0) for row in results.values()])
+        ax.barh(range(len(results)), values, left=left, label=name, color=colour)
+        left += values
+    if limit is not None:
+        ax.axvline(limit, color=GREY, ls="--", lw=1)
+    ax.set(yticks=range(len(results)), yticklabels=list(results), xlabel=xlabel)
+    ax.invert_yaxis()
+    ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+def compared(results: Mapping[str, Mapping[str, float]], xlabel: str, ax: Axes | None = None) -> Axes:
+    """The same quantity known in several ways, a row each: results maps a row to {way: value}; from 0."""
+    ax = ax or plt.subplots(figsize=(4.5, 0.4 * len(results) + 0.9))[1]
+    ways = list(dict.fromkeys(name for row in results.values() for name in row))
+    for y, row in enumerate(results.values()):
+        ax.plot([min(row.values()), max(row.values())], [y, y], color=GREY, lw=1)
+    for way in ways:
+        ax.plot([row[way] for row in results.values()], range(len(results)), "o", ms=6, label=way)
+    ax.set(yticks=range(len(results)), yticklabels=list(results), xlabel=xlabel)
+    ax.set_xlim(left=0)
+    ax.set_ylim(len(results) - 0.5, -0.5)
+    ax.grid(axis="x", alpha=0.25)
+    ax.legend(frameon=False, fontsize=7)
+    return ax
+
+
+def bars(results: Mapping[str, Mapping[str, float]], xlabel: str, *, log: bool = False, ax: Axes | None = None) -> Axes:
+    """A bar with its number for each thing, grouped: results maps a group to {thing: value}, things alike coloured."""
+    things = list(dict.fromkeys(name for row in results.values() for name in row))
+    colours = dict(zip(things, plt.rcParams["axes.prop_cycle"].by_key()["color"] * len(things), strict=False))
+    ax = ax or plt.subplots(figsize=(6, 0.16 * sum(map(len, results.values())) + 0.4 * len(results) + 0.8))[1]
+    y, middles = 0, []
+    for row in results.values():
+        places = [y + n for n in range(len(row))]
+        drawn = ax.barh(places, list(row.values()), 0.85, color=[colours[name] for name in row])
+        ax.bar_label(
+            drawn, [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in row.values()], 2, fontsize=6
+        )
+        middles.append(sum(places) / len(places))
+        y += len(row) + 1
+    if log:
+        ax.set_xscale("log")
+    ax.set(yticks=middles, yticklabels=list(results), xlabel=xlabel)
+    ax.margins(x=0.12)
+    ax.invert_yaxis()
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in things]
+    ax.legend(handles, things, frameon=False, fontsize=6)
     return ax

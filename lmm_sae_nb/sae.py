@@ -1,12 +1,13 @@
-"""The TopK sparse autoencoder of section 2.1 (eq. 1, 2): its latents, its losses, the sparse kernels behind.
+"""The TopK sparse autoencoder of section 2.1 (eq. 1, 2): its latents, its losses, its start.
 
-A dense (tokens, latents) tensor exists only in `topk_latents`, a block of tokens at a time, and no gradient
-of that shape exists anywhere. `encode_topk` and `decode_sparse` are the kernels that faster ones may replace.
+A dense (tokens, latents) tensor exists only in `kernels.top_k`, a block of tokens at a time, and no gradient
+of that shape exists anywhere.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +17,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lmm_sae_nb.formats import SparsifyWeights, read_sparsify, write_sparsify
-
-BLOCK = 2**24  # pre-activations at a time: 64 MB in float32
+from lmm_sae_nb import hub, kernels
+from lmm_sae_nb.formats import SAEWeights, read_sae, write_sae
 
 
 class Latents(NamedTuple):
@@ -28,29 +28,23 @@ class Latents(NamedTuple):
     indices: Int64[Tensor, "*tokens k"]
 
 
-# Kernels.
-
-
-def topk_latents(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Latents:
-    """TopK(ReLU(W_enc x + b_enc)) of (tokens, width) inputs, a block of tokens at a time, without gradient.
-
-    TopK goes before ReLU, which changes no activation and spares a pass over the dense block.
-    """
-    block = max(1, BLOCK // len(W_enc))
-    tops = [torch.addmm(b_enc, part, W_enc.T).topk(k, sorted=False) for part in x.split(block)]
-    return Latents(torch.cat([top.values for top in tops]).relu_(), torch.cat([top.indices for top in tops]))
+# Eq. 1 and 2, with their gradients.
 
 
 class _EncodeTopK(torch.autograd.Function):
     """Eq. 1 with the exact gradient, which only active latents carry: (tokens, k) numbers, never dense."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, b_dec, k):
+    def forward(ctx, x, W_enc, b_enc, b_dec, k, among):
         centred = x - b_dec
-        latents = topk_latents(centred, W_enc, b_enc, k)
-        ctx.save_for_backward(centred, W_enc, *latents)
-        ctx.mark_non_differentiable(latents.indices)
-        return tuple(latents)
+        if among is None:
+            acts, indices = kernels.top_k(centred, W_enc, b_enc, k)
+        else:
+            acts, indices = kernels.top_k(centred, W_enc[among], b_enc[among], k)
+            indices = among[indices]
+        ctx.save_for_backward(centred, W_enc, acts, indices)
+        ctx.mark_non_differentiable(indices)
+        return acts, indices
 
     @staticmethod
     @once_differentiable
@@ -58,27 +52,43 @@ class _EncodeTopK(torch.autograd.Function):
         centred, W_enc, acts, indices = ctx.saved_tensors
         grad = grad_acts * (acts > 0)
         needs_x, needs_W, *_ = ctx.needs_input_grad
-        grad_x = decode_sparse(Latents(grad, indices), W_enc) if needs_x else None
-        grad_W_enc = _sum_by_latent(grad, indices, centred, len(W_enc)) if needs_W else None
+        grad_x = F.embedding_bag(indices, W_enc, per_sample_weights=grad, mode="sum") if needs_x else None
+        grad_W_enc = kernels.sum_by_latent(grad, indices, centred, W_enc) if needs_W else None
         grad_b_enc = grad.new_zeros(len(W_enc)).index_add_(0, indices.flatten(), grad.flatten())
-        return grad_x, grad_W_enc, grad_b_enc, -(grad_b_enc @ W_enc), None
+        return grad_x, grad_W_enc, grad_b_enc, -(grad_b_enc @ W_enc), None, None
 
 
-def _sum_by_latent(weights: Tensor, indices: Tensor, x: Tensor, n_latents: int) -> Tensor:
-    """(latents, width): row j sums weight * x[t] over the tokens t that have j; sorted, they are one bag."""
-    latents, order = indices.flatten().sort(stable=True)
-    starts = torch.searchsorted(latents, torch.arange(n_latents, device=x.device))
-    tokens = order // indices.shape[-1]
-    return F.embedding_bag(tokens, x, starts, per_sample_weights=weights.flatten()[order], mode="sum")
+class _DecodeSparse(torch.autograd.Function):
+    """Eq. 2 without b_dec, where both the activations and the dictionary learn."""
+
+    @staticmethod
+    def forward(ctx, acts, indices, W_dec):
+        ctx.save_for_backward(acts, indices, W_dec)
+        return kernels.decode(acts, indices, W_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        acts, indices, W_dec = ctx.saved_tensors
+        grad_acts, grad_W_dec = kernels.decode_gradients(grad, acts, indices, W_dec)
+        return grad_acts, None, grad_W_dec
 
 
-def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> Latents:
-    """z = TopK(ReLU(W_enc (x - b_dec) + b_enc)) of (tokens, width), differentiable once in all but k."""
-    return Latents(*_EncodeTopK.apply(x, W_enc, b_enc, b_dec, k))
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, among: Int64[Tensor, " some"] | None = None
+) -> Latents:
+    """z = TopK(ReLU(W_enc (x - b_dec) + b_enc)) of (tokens, width), differentiable once in all but k.
+
+    `among`: the indices of the latents to choose from, if not all.
+    """
+    return Latents(*_EncodeTopK.apply(x, W_enc, b_enc, b_dec, k, among))
 
 
 def decode_sparse(latents: Latents, W_dec: Tensor) -> Float[Tensor, "tokens width"]:
     """Sum of the W_dec rows at (tokens, k) indices, weighted by the activations; differentiable in both."""
+    learns = torch.is_grad_enabled() and W_dec.requires_grad
+    if learns and kernels.is_compiled(latents.acts, W_dec):
+        return _DecodeSparse.apply(*latents, W_dec)
     return F.embedding_bag(latents.indices, W_dec, per_sample_weights=latents.acts, mode="sum")
 
 
@@ -106,9 +116,9 @@ class TopKSAE(nn.Module):
             raise ValueError(f"k is {k}, with {n_latents} latents; choose k from 1 to {n_latents}")
         self.k = k
         rows = F.normalize(torch.randn(n_latents, width, generator=generator), dim=1).to(dtype)
-        self.W_enc = nn.Parameter(rows.clone())
+        self.W_enc = nn.Parameter(kernels.empty_like(rows).copy_(rows))
         self.b_enc = nn.Parameter(torch.zeros(n_latents, dtype=dtype))
-        self.W_dec = nn.Parameter(rows)
+        self.W_dec = nn.Parameter(kernels.empty_like(rows).copy_(rows))
         self.b_dec = nn.Parameter(torch.zeros(width, dtype=dtype))
 
     @property
@@ -162,19 +172,30 @@ class TopKSAE(nn.Module):
         grad = self.W_dec.grad
         grad.sub_((grad * self.W_dec).sum(1, keepdim=True) * self.W_dec)
 
-    def save(self, folder: str | Path) -> None:
-        """Write folder/cfg.json and folder/sae.safetensors, the published format, atomically."""
-        write_sparsify(folder, SparsifyWeights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k))
+    def save(self, folder: str | Path, format: str = "sparsify") -> None:
+        """Write the SAE atomically, by default as the published checkpoint; formats and errors as `write_sae`."""
+        write_sae(folder, SAEWeights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k), format)
 
     @classmethod
     def load(cls, folder: str | Path) -> TopKSAE:
-        """Read an SAE in the published format, onto the CPU, in its own dtype; errors as `read_sparsify`."""
-        *weights, k = read_sparsify(folder)
+        """Read an SAE in any known format, onto the CPU, in its own dtype; errors as `read_sae`."""
+        *weights, k = read_sae(folder)
         n_latents, width = weights[0].shape
         with torch.device("meta"):
             sae = cls(width, n_latents, k)
         sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec = map(nn.Parameter, weights)
         return sae
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, hookpoint: str | None = None, **where) -> TopKSAE:
+        """Load an SAE from a repository of the hub, or a folder; `where` and errors as `hub.fetch`."""
+        return cls.load(hub.fetch(name_or_path, hookpoint, **where))
+
+    def push_to_hub(self, repo_id: str, hookpoint: str, format: str = "sparsify", **about) -> str:
+        """Publish the SAE as the folder `hookpoint` of a repository; `about` and what it gives as `hub.publish`."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder, format)
+            return hub.publish(folder, repo_id, hookpoint, **about)
 
 
 # Losses and start.
@@ -207,8 +228,8 @@ def auxk_loss(
     energy, rounding = residual.square().sum(), torch.finfo(x.dtype).eps ** 2 * x.square().sum()
     if n_dead == 0 or energy <= rounding:
         return x.new_zeros(())
-    latents = encode_topk(x, sae.W_enc[dead], sae.b_enc[dead], sae.b_dec, min(k_aux, n_dead))
-    left = residual - decode_sparse(latents, sae.W_dec[dead])
+    latents = encode_topk(x, sae.W_enc, sae.b_enc, sae.b_dec, min(k_aux, n_dead), dead.nonzero()[:, 0])
+    left = residual - decode_sparse(latents, sae.W_dec)
     return min(1.0, n_dead / k_aux) * left.square().sum() / energy
 
 

@@ -38,10 +38,15 @@ n_latents: int = 4096  # the paper: 131072
 k: int = 32  # active latents a token; the paper: 256
 steps: int = 300  # optimiser steps
 batch_tokens: int = 2048  # tokens an optimiser step
-lr: float = 2e-3  # highest learning rate
+lr: float = 4e-3  # highest learning rate
 dead_after_tokens: int = 100_000  # a latent silent for so long counts as dead; the paper's code: 10 million
 kinds: list = ["base", "tiles", "newline", "text"]  # token kinds that the SAE learns from
 seed: int = 0  # of the dictionary's start and of the shuffling
+accumulate: int = 1  # batches whose mean gradient makes a step
+mixed_precision: str = "no"  # or "bf16": the SAE's large products in bfloat16, its weights in float32
+processes: int = 1  # of this machine, one a GPU; they give the same SAE as one
+checkpoint_minutes: float = 10.0  # from one checkpoint to the next; a run cut short goes on from the last
+tracker: str = "none"  # or tensorboard, trackio, wandb: where the curves go besides this page
 
 # %% tags=["remove-cell"]
 import time
@@ -50,11 +55,13 @@ import torch
 from datasets import load_from_disk
 from torch.testing import assert_close
 
-from lmm_sae_nb import plots
-from lmm_sae_nb.artifacts import Stage, project_root, read_json, write_json
+from lmm_sae_nb import evaluate, plots, train
+from lmm_sae_nb.artifacts import Stage, project_root, read_json
+from lmm_sae_nb.evaluate import evaluate_sae
+from lmm_sae_nb.launch import launch
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.train import evaluate_sae, train_sae
+from lmm_sae_nb.train import train_sae
 
 root = project_root()
 plots.style()
@@ -66,7 +73,8 @@ plots.style()
 # turn ("looks exactly the same as the supervised fine-tuning stage", section 3.1).
 
 # %%
-lmm = LMM.load(root / model if (root / model).is_dir() else model)
+source = root / model if (root / model).is_dir() else model
+lmm = LMM.load(source)
 samples, unseen = load_from_disk(root / dataset), load_from_disk(root / heldout)
 print(
     f"{lmm.name.rsplit('/', 1)[-1]}: {lmm.n_layers} layers of width {lmm.width}, base patches {lmm.grid}; {len(samples)} samples"
@@ -76,8 +84,9 @@ print(
 pictured = [row for row in samples.select(range(14)) if row["image"] is not None][:6]
 plots.images([row["image"] for row in pictured], [f"{row['question']}\n{row['answer']}" for row in pictured], side=1.9);
 # %% [markdown]
-# Every token of the sequence is of one kind, and the kinds tile it exactly: the `base` image's patches on their grid, the
-# AnyRes `tiles` with their `newline` tokens, `text`, and `special` tokens.
+# Every token of the sequence is of one kind, and the kinds tile it exactly. LLaVA-NeXT shows an image twice: as a whole, in
+# `base` patches on a grid, and cut into `tiles` of full resolution (AnyRes), with a `newline` token after each row. Then
+# there are `text`, `special` tokens (the chat template's marks) and, in a batch, `pad`.
 
 # %%
 prompt = lmm.prompt(pictured[0]["question"], pictured[0]["image"], answers=[pictured[0]["answer"]])
@@ -98,7 +107,7 @@ counts
 
 # %%
 sae = TopKSAE(lmm.width, 64, 4, generator=torch.Generator().manual_seed(seed))
-x = lmm.hidden_states(prompt, layer)[0].float()
+x = lmm.hidden_states(prompt, layer)[0].float().cpu()
 z = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
 kept = z.topk(4, dim=-1)
 z_sparse = torch.zeros_like(z).scatter(-1, kept.indices, kept.values)
@@ -110,38 +119,35 @@ assert_close(torch.zeros_like(z).scatter(-1, latents.indices, latents.acts), z_s
 # %% [markdown]
 # ## Training
 #
-# The loss is the fraction of variance unexplained (FVU) plus AuxK, which gives latents that have not fired for a while the
-# part of the residual that they could explain. All other components are frozen; hidden states stream from the model into a
-# buffer that mixes tokens of many samples.
+# The loss is the fraction of variance unexplained (FVU) plus AuxK, in which latents that have not fired for a while (dead
+# ones) learn to explain what the reconstruction misses. The model is frozen; its hidden states stream into a buffer that
+# mixes tokens of many samples. A figure below the cell grows while training goes on. Stop it, or lose power, and run the
+# page again: it goes on from its last checkpoint, to the same SAE.
 
 # %%
-stage = Stage(run, "train")
-params = dict(
-    model=model,
-    layer=layer,
-    n_latents=n_latents,
-    k=k,
-    steps=steps,
-    batch_tokens=batch_tokens,
-    lr=lr,
-    dead_after_tokens=dead_after_tokens,
-    kinds=kinds,
-    seed=seed,
-)
+stage, code = Stage(run, "train"), [train, evaluate]
+settings = dict(
+    n_latents=n_latents, k=k, steps=steps, batch_tokens=batch_tokens, accumulate=accumulate, lr=lr,
+    dead_after_tokens=dead_after_tokens, kinds=kinds, seed=seed, mixed_precision=mixed_precision,
+)  # fmt: skip
+params = dict(model=model, layer=layer, **settings)
 inputs = [path for path in (root / model, root / dataset, root / heldout) if path.exists()]
-if not stage.is_current(params, inputs):
+curves = ["loss", "fvu", "dead_fraction", "l0", "tokens_per_second"]
+if not stage.is_current(params, inputs, code):
     started = time.monotonic()
-    trained = train_sae(
-        lmm, samples, layer, n_latents=n_latents, k=k, steps=steps, batch_tokens=batch_tokens, lr=lr,
-        dead_after_tokens=dead_after_tokens, kinds=tuple(kinds), seed=seed, folder=stage.folder,
-    )  # fmt: skip
-    write_json(stage.path("history.json"), {"rows": trained.history})
-    metrics = evaluate_sae(lmm, trained.sae, unseen, layer, kinds=tuple(kinds))
-    stage.finish(params, inputs, metrics, time.monotonic() - started)
+    with plots.live(curves) as on_log:
+        how = dict(folder=stage.folder, checkpoint_minutes=checkpoint_minutes, tracker=tracker, on_log=on_log)
+        if processes == 1:
+            trained = train_sae(lmm, samples, layer, **settings, **how)
+        else:
+            trained = launch(processes, source, root / dataset, layer, **settings, **how)
+    metrics = evaluate_sae(lmm, trained.sae.to(lmm.device), unseen, layer, kinds=kinds)
+    metrics["train_seconds"] = trained.history[-1]["seconds"]
+    stage.finish(params, inputs, metrics, time.monotonic() - started, code)
 sae, history = TopKSAE.load(stage.folder), read_json(stage.path("history.json"))["rows"]
 
 # %% mystnb={"figure": {"caption": "Training: the fraction of variance unexplained falls; few latents stay dead.", "name": "fig-training"}}
-plots.training(history, ["fvu", "dead_fraction", "lr"]);
+plots.training(history, curves);
 # %% [markdown]
 # ## Is it any good?
 #

@@ -32,6 +32,8 @@ images: str = "data/artifacts/tiny/world/cache"  # a data set with an image colu
 layer: int = 4  # 0-based, the layer that the SAE was trained on
 n_top: int = 5  # images kept for each latent
 batch_size: int = 16  # images a forward
+store: str = ""  # "float16" or "float32" keeps every activation, not only those of the top images: tens of GB at full scale
+unreadable: str = "refuse"  # what to do with files that are no pictures; "skip" leaves them out and names them
 
 # %% tags=["remove-cell"]
 import time
@@ -40,10 +42,12 @@ import numpy as np
 import torch
 from torch.testing import assert_close
 
+from lmm_sae_nb import cache as caching
 from lmm_sae_nb import plots
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, require
-from lmm_sae_nb.cache import LatentCache, cache_activations, open_images
+from lmm_sae_nb.cache import LatentCache, cache_activations, forecast
 from lmm_sae_nb.explain import exemplars
+from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
 
@@ -64,22 +68,32 @@ print(f"{len(pictures)} images, {sae.n_latents} latents, top {n_top}")
 # > top-5 activations along the first dimension."
 #
 # Only base image tokens count (576 at the paper's size, 144 here). The reference code keeps all activations and ranks
-# them later; a running top-n is exact in one pass, with memory that does not grow with the number of images.
+# them later; a running top-n is exact in one pass, with memory that does not grow with the number of images. What comes
+# behind the last base token cannot change it, attention looks back only, so the tiles never pass the language model.
+#
+# A pass that is cut short goes on where it was when this cell runs again. `accelerate launch` on this file, or `torchrun`
+# where there are no GPUs, shares the pass among processes; the result is the same to the byte.
 
 # %%
-stage = Stage(run, "cache")
-params = dict(model=model, images=images, layer=layer, n_top=n_top)
+stage, code = Stage(run, "cache"), [caching]
+params = dict(model=model, images=images, layer=layer, n_top=n_top, store=store, unreadable=unreadable)
 inputs = [path for path in (root / model, root / images, Stage(run, "train").path("sae.safetensors")) if path.exists()]
-if not stage.is_current(params, inputs):
+if not stage.is_current(params, inputs, code):
+    settings = dict(n_top=n_top, batch_size=batch_size, store=store or None, unreadable=unreadable)
+    told = forecast(lmm, sae, pictures, layer, **settings)
+    print(f"about {told.seconds:.0f} s, up to {told.disk / 1e6:,.0f} MB of disk, {told.memory / 1e9:.1f} GB beside the model")
     started = time.monotonic()
-    cache = cache_activations(lmm, sae, pictures, layer, n_top=n_top, batch_size=batch_size, folder=stage.folder)
+    cache = cache_activations(lmm, sae, pictures, layer, **settings, folder=stage.folder)
+    seconds = time.monotonic() - started
     metrics = {
         "images": cache.images,
-        "latents": len(cache.live),
+        "skipped": len(cache.skipped),
+        "latents": cache.n_latents,
         "latents_live": int(cache.live.sum()),
-        "images_per_second": cache.images / (time.monotonic() - started),
+        "images_per_second": cache.images / seconds,
+        "seconds": seconds,
     }
-    stage.finish(params, inputs, metrics, time.monotonic() - started)
+    stage.finish(params, inputs, metrics, seconds, code)
 cache = LatentCache.load(stage.folder)
 read_json(stage.path("metrics.json"))
 
@@ -88,18 +102,19 @@ read_json(stage.path("metrics.json"))
 
 # %%
 latent = int(cache.top_means[:, 0].argmax())
-first = int(cache.top_images[latent, 0])
+first, _ = cache.top(latent)[0]
 prompt = lmm.prompt("", pictures[first])
 base = prompt.spans[0].where("base")
 acts = sae.encode(lmm.hidden_states(prompt, layer)[0, base])
 by_hand = torch.where(acts.indices == latent, acts.acts, 0).sum(-1)
-assert_close(by_hand.mean(), torch.as_tensor(cache.top_means[latent, 0]), rtol=1e-3, atol=1e-5)
-assert_close(by_hand.reshape(lmm.grid), torch.as_tensor(cache.patch_map(latent, 0)).float(), rtol=1e-2, atol=1e-2)
+assert_close(by_hand.mean(), cache.top_means[latent, 0], rtol=1e-3, atol=1e-5)
+assert_close(by_hand.reshape(lmm.grid), cache.patch_map(latent, 0), rtol=1e-2, atol=1e-2)
 
 # %% [markdown]
 # ## What it looks like
 #
-# Eight latents at random among those that fire on few patches: their top images, darker where the latent is silent.
+# Six latents at random among those that fire on few patches. For each, its top images: above, the activation over the grey
+# image; below, the image with only its most activated patches visible.
 
 # %% mystnb={"figure": {"caption": "Random live latents with their five most exciting images: the activation on the patch grid, and the image with only its most activated patches visible.", "name": "fig-top-images"}}
 rng = np.random.default_rng(0)

@@ -42,10 +42,11 @@ import time
 import numpy as np
 from datasets import load_from_disk
 
-from lmm_sae_nb import plots
+from lmm_sae_nb import explain, plots, score
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
-from lmm_sae_nb.cache import LatentCache, open_images
+from lmm_sae_nb.cache import LatentCache
 from lmm_sae_nb.explain import REFUSAL, ask_each, exemplars
+from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.score import TrueMasks
 
@@ -72,7 +73,7 @@ print(f"{len(live)} live latents, {len(chosen)} chosen")
 # is the explanation.
 
 # %%
-stage = Stage(run, "interpret")
+stage, code = Stage(run, "interpret"), [explain, score]
 params = dict(
     model=model,
     images=images,
@@ -84,7 +85,7 @@ params = dict(
     seed=seed,
 )
 inputs = [path for path in (root / model, root / concepts, Stage(run, "cache").path("manifest.json")) if path.exists()]
-if not stage.is_current(params, inputs):
+if not stage.is_current(params, inputs, code):
     started = time.monotonic()
     explainer = ask_each(lmm, questions, agree=agree)
     explanations = explainer([[exemplar.masked for exemplar in shown[latent]] for latent in chosen])
@@ -106,7 +107,7 @@ if not stage.is_current(params, inputs):
         "asked": len(rows), "explained": len(right), "refused": len(rows) - len(right),
         "explained_fraction": len(right) / len(rows), "concept_accuracy": sum(right) / max(1, len(right)),
     }  # fmt: skip
-    stage.finish(params, inputs, metrics, time.monotonic() - started)
+    stage.finish(params, inputs, metrics, time.monotonic() - started, code)
 explanations = read_json(stage.path("explanations.json"))
 read_json(stage.path("metrics.json"))
 

@@ -43,10 +43,12 @@ from collections import defaultdict
 import numpy as np
 from datasets import load_from_disk
 
-from lmm_sae_nb import plots
+from lmm_sae_nb import explain, plots
+from lmm_sae_nb import score as scoring
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
-from lmm_sae_nb.cache import LatentCache, activation_maps, open_images
+from lmm_sae_nb.cache import LatentCache, activation_maps
 from lmm_sae_nb.explain import exemplars, exemplars_on, upsample
+from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.score import TrueMasks, iou, latent_iou, mean_interval
@@ -91,7 +93,7 @@ plots.overlap(case.image, activated, wanted, f"latent {latent}: {explained[laten
 # The baseline is the paper's: the same latent and explanation on random images in place of its top images.
 
 # %%
-stage = Stage(run, "score")
+stage, code = Stage(run, "score"), [explain, scoring]
 params = dict(model=model, images=images, layer=layer, n_top=n_top, share=share, random_runs=random_runs, seed=seed)
 inputs = [
     path
@@ -102,7 +104,7 @@ inputs = [
     )
     if path.exists()
 ]
-if not stage.is_current(params, inputs):
+if not stage.is_current(params, inputs, code):
     started = time.monotonic()
     ours = {
         n: latent_iou(exemplars(cache, pictures, n, n_top=n_top, share=share), c, truth) for n, c in explained.items()
@@ -124,7 +126,7 @@ if not stage.is_current(params, inputs):
         "iou_random": chance.mean, "iou_random_low": chance.low, "iou_random_high": chance.high,
         "iou_ratio": total.mean / max(chance.mean, 1e-9),
     }  # fmt: skip
-    stage.finish(params, inputs, metrics, time.monotonic() - started)
+    stage.finish(params, inputs, metrics, time.monotonic() - started, code)
 scores = read_json(stage.path("scores.json"))
 read_json(stage.path("metrics.json"))
 

@@ -28,6 +28,7 @@ exam_scenes: int = 24  # held-out scenes of the fresh exam
 
 # %% tags=["remove-cell"]
 import time
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -92,18 +93,27 @@ concepts.ANSWERED_FROM_MEMORY
 #    blind to the others.
 # 4. *Reading.* After 2,000 steps the model still could not read signs, because the eye could not (22 % of sign patches right,
 #    against 99.9 % on maps): the tower went on, on scenes full of signs, with the projector kept as it was (98 % at the end).
-# 5. *Finish.* Lessons again, with the better eye and with the AnyRes tile.
+# 5. *Finish.* Lessons again, with the better eye and with the tile that AnyRes adds: the same picture once more, row by row.
+# 6. *Polish.* The same for longer, with more signs, drawn things and panels, which were the weakest.
+# 7. *Parts.* Once more, at half the rate, with drawn things above all: the colours of small parts were still the weakest.
 #
-# The commands are `python -m lmm_sae_nb.pictureworld tower | rehearse | lessons | reading | finish | ship | exam`.
+# The commands are `python -m lmm_sae_nb.pictureworld tower | rehearse | lessons | reading | finish | polish | parts |
+# ship | exam`.
 
-# %% mystnb={"figure": {"caption": "Learning curves. Left: patches named right by the eye. Right: answers right in every word, given the right words before, on fresh training scenes.", "name": "fig-learning"}}
+# %% mystnb={"figure": {"caption": "Learning curves. Left: patches named right by the eye. Right: answers right in every word, given the right words before, on fresh training scenes; a grey line where a course begins (lessons, finish, polish, parts).", "name": "fig-learning"}}
 tower = school.smooth(school.read_log(root / model / "tower.jsonl"))
-first, last = (school.read_log(root / model / f"{course}.jsonl") for course in ("lessons", "finish"))
-lessons = school.smooth([*first, *({**row, "step": row["step"] + first[-1]["step"]} for row in last)])
+courses = [root / model / f"{course}.jsonl" for course in ("lessons", "finish", "polish", "parts")]
+rows, begins = [], []
+for course in filter(Path.is_file, courses):
+    begins.append(rows[-1]["step"] if rows else 0)
+    rows += [{**row, "step": row["step"] + begins[-1]} for row in school.read_log(course)]
+lessons = school.smooth(rows)
 _, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8))
+for step in begins[1:]:
+    right.axvline(step, color="0.8", lw=1)
 for group in ("object", "part", "texture", "face", "word"):
     plots.curve(tower, f"acc_{group}", label=group, ax=left)
-for family in ("describe", "position", "exists", "where", "part", "read", "label", "shaded"):
+for family in ("describe", "position", "exists", "where", "part", "read"):
     plots.curve(lessons, f"share_{family}", label=family, ax=right)
 left.set_ylabel("patches right")
 right.set_ylabel("answers right")
@@ -112,9 +122,10 @@ right.legend(frameon=False, fontsize=6, ncols=2);
 # %% [markdown]
 # ## What it can do
 #
-# The exam of the shipped model (`exam.json` beside it says how many were asked): held-out scenes, each question alone, through the processor and `generate`; an answer counts
-# when it is right in every word (*is there …* and *is the label …* by yes or no). `trap_follows_fact` is the share of maps that
-# contradict a fact on which the answer follows the fact.
+# The exam of the shipped model (`exam.json` beside it says how many questions of each family): held-out scenes, each
+# question alone, through the processor and `generate`. An answer counts when it is right in every word; *is there …* and
+# *is the label …* count by their yes or no. `trap_follows_fact` is the share of answers that follow the taught fact,
+# among questions on maps that contradict it.
 
 # %% mystnb={"figure": {"caption": "The shipped model's exam on held-out scenes, with 99 % Wilson intervals.", "name": "fig-exam"}}
 results = read_json(root / model / "exam.json")
@@ -123,9 +134,9 @@ plots.shares(results);
 # A fresh, smaller exam, so that this page measures what it shows:
 
 # %%
-stage = Stage(run, "pictureworld")
+stage, code = Stage(run, "pictureworld"), [exam]
 params = dict(model=model, exam_scenes=exam_scenes)
-if not stage.is_current(params, [root / model]):
+if not stage.is_current(params, [root / model], code):
     started = time.monotonic()
     lmm = LMM.load(root / model)
     fresh = exam.report(exam.examine(lmm, exam_scenes, seed=1))
@@ -134,7 +145,7 @@ if not stage.is_current(params, [root / model]):
         for family, row in fresh.items()
         for suffix, key in (("", "share"), ("_low", "low"), ("_high", "high"))
     }
-    stage.finish(params, [root / model], metrics, time.monotonic() - started)
+    stage.finish(params, [root / model], metrics, time.monotonic() - started, code)
 fresh = read_json(stage.path("metrics.json"))
 for family in results:
     if family in fresh:

@@ -4,9 +4,13 @@ import os
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from book import pages
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # how long a case takes is no property of the code
+hypothesis.settings.load_profile("any machine")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 QUIET = (

@@ -1,12 +1,19 @@
 """Stages on disk: a file is old or new, never half; a stage is current only if nothing has changed."""
 
+import contextlib
 import hashlib
+import importlib
+import itertools
 import json
+import math
 import os
+import sys
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -66,6 +73,7 @@ def test_written_files_obey_the_umask(tmp_path):
 json_values = st.dictionaries(st.text(), st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text())
 
 
+@settings(deadline=None)
 @given(json_values)
 def test_json_round_trip(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "value.json"
@@ -116,6 +124,45 @@ def test_replace_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["a"]
     assert (tmp_path / "final" / "a").read_text() == "new"
+
+
+@pytest.mark.parametrize("call", range(1, 20))
+def test_a_replacement_killed_at_any_moment_leaves_one_of_the_two_folders(tmp_path, monkeypatch, call):
+    """Path.replace, fsync and rmtree in turn end the process: what comes after them is left undone."""
+    test_replace_folder(tmp_path)
+    (tmp_path / "newer").mkdir()
+    (tmp_path / "newer" / "a").write_text("newer")
+    calls = itertools.count(1)
+
+    def until_killed(function):
+        def wrapped(*args, **kwargs):
+            if next(calls) == call:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts.Path, "replace", until_killed(artifacts.Path.replace))
+        patch.setattr(os, "fsync", until_killed(os.fsync))
+        patch.setattr(artifacts.shutil, "rmtree", until_killed(artifacts.shutil.rmtree))
+        with contextlib.suppress(KeyboardInterrupt):
+            artifacts.replace_folder(tmp_path / "newer", tmp_path / "final")
+    artifacts.recover_folder(tmp_path / "final")
+    assert (tmp_path / "final" / "a").read_text() in ("new", "newer")
+    assert {path.name for path in tmp_path.iterdir()} <= {"final", "newer"}
+    if (tmp_path / "newer").exists():
+        artifacts.replace_folder(tmp_path / "newer", tmp_path / "final")
+    assert (tmp_path / "final" / "a").read_text() == "newer"
+
+
+def test_what_killed_writers_left_is_cleared(tmp_path):
+    (tmp_path / ".a.json.0.tmp").touch()
+    (tmp_path / ".3.0.tmp").mkdir()
+    (tmp_path / ".3.0.tmp" / "half").touch()
+    (tmp_path / "a.tmp").touch()
+    artifacts.clear_temporaries(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tmp"]
 
 
 def test_fingerprint_of_a_file_is_its_sha256(tmp_path):
@@ -185,6 +232,53 @@ def test_any_change_makes_a_stage_stale(finished, change):
     assert not stage.is_current(params, inputs)
 
 
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package whose module `one` imports from `two`, which imports `three`; `four` stands alone."""
+    folder = tmp_path / f"package_{tmp_path.name}"
+    folder.mkdir()
+    for name, text in {
+        "__init__": "",
+        "one": f"import json\nfrom {folder.name}.two import double\n",
+        "two": f"from {folder.name} import three\ndef double(x): return 2 * x\n",
+        "three": "x = 3\n",
+        "four": "x = 4\n",
+    }.items():
+        (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield folder, importlib.import_module(f"{folder.name}.one")
+    for name in [name for name in sys.modules if name.partition(".")[0] == folder.name]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "same"),
+    [
+        ("one", "import json", "import math", False),
+        ("two", "2 * x", "3 * x", False),
+        ("three", "x = 3", "x = 4", False),
+        ("three", "x = 3", "# the third\n\nx  =  3", True),
+        ("four", "x = 4", "x = 5", True),
+    ],
+)
+def test_code_is_the_statements_of_a_module_and_of_what_it_imports(package, file, old, new, same):
+    folder, one = package
+    before = artifacts.code_fingerprints([one])
+    assert [name.rpartition(".")[2] for name in before] == ["one", "three", "two"]
+    (folder / f"{file}.py").write_text((folder / f"{file}.py").read_text().replace(old, new))
+    assert (artifacts.code_fingerprints([one]) == before) == same
+
+
+def test_other_code_makes_a_stage_stale(finished, package):
+    stage, params, inputs = finished
+    folder, one = package
+    assert not stage.is_current(params, inputs, [one])
+    stage.finish(params, inputs, {}, 1.0, [one])
+    assert stage.is_current(params, inputs, [one])
+    (folder / "three.py").write_text("x = 5\n")
+    assert not stage.is_current(params, inputs, [one])
+
+
 def test_a_half_written_file_does_not_make_a_stage_stale(finished):
     stage, params, inputs = finished
     stage.path(".cache.json.0.tmp").write_bytes(b"{")
@@ -214,3 +308,51 @@ def test_metrics_are_numbers(finished):
     stage, params, inputs = finished
     with pytest.raises(ValueError, match="by_kind"):
         stage.finish(params, inputs, {"by_kind": {"base": 1.0}}, 1.0)
+
+
+# Files that are written and read by rows.
+
+LAYOUTS = st.dictionaries(
+    st.sampled_from("abcde"),
+    st.tuples(st.sampled_from(["f2", "f4", "i4", "i8", "u2"]), st.lists(st.integers(0, 5), min_size=1, max_size=3)),
+    max_size=4,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(layout=LAYOUTS, data=st.data())
+def test_a_file_written_in_pieces_is_what_safetensors_reads(tmp_path_factory, layout, data):
+    path = tmp_path_factory.mktemp("rows") / "a.safetensors"
+    arrays = {name: np.arange(math.prod(shape)).astype(kind).reshape(shape) for name, (kind, shape) in layout.items()}
+    pieces = []
+    for name, array in arrays.items():
+        cut = data.draw(st.integers(0, len(array)))
+        pieces += [(name, 0, array[:cut]), (name, cut, array[cut:])]
+    shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+    artifacts.save_rows(path, shapes, data.draw(st.permutations(pieces)), {"said": "x"})
+    read = safetensors.numpy.load_file(path)
+    rows = artifacts.TensorRows(path)
+    assert rows.metadata == {"said": "x"}
+    assert rows.shapes == {name: array.shape for name, array in arrays.items()}
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(read[name], array)
+        np.testing.assert_array_equal(rows.whole(name), array)
+        if array.size:
+            at = data.draw(st.tuples(*(st.integers(0, length - 1) for length in array.shape)))
+            for depth in range(1, array.ndim + 1):
+                np.testing.assert_array_equal(rows.row(name, *at[:depth]), array[at[:depth]])
+
+
+def test_rows_of_a_missing_cut_or_foreign_file_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        artifacts.TensorRows(tmp_path / "a.safetensors")
+    safetensors.numpy.save_file({"a": np.arange(9)}, tmp_path / "a.safetensors")
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    for cut in range(len(whole)):
+        (tmp_path / "a.safetensors").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="a.safetensors"):
+            artifacts.TensorRows(tmp_path / "a.safetensors")
+    (tmp_path / "a.safetensors").write_bytes(b"no tensors at all, but long enough")
+    with pytest.raises(ValueError, match="a.safetensors is not a safetensors file"):
+        artifacts.TensorRows(tmp_path / "a.safetensors")

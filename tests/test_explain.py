@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from lmm_sae_nb.cache import LatentCache, write_cache
 from lmm_sae_nb.explain import REFUSAL, ask_each, exemplars, masked, most_activated, shared_answer, upsample
+from lmm_sae_nb.ranking import Ranking
 
 
 def test_masking_blackens_exactly_the_other_patches():
@@ -51,24 +52,26 @@ def test_what_answers_share(answers, agree, shared):
     assert shared_answer(answers, agree) == shared
 
 
-class Cache:
-    """Two latents over four images: one with two images, one silent."""
+@pytest.fixture
+def cache(tmp_path):
+    """Two latents over four images of 3 x 3 patches: one with two images, one silent."""
+    ranking = Ranking.empty(2, 3, 9)
+    ranking.images[0], ranking.means[0] = [0, 2, -1], [1, 2, 0]
+    ranking.patches[0, :2] = np.stack([2 * np.eye(3), np.eye(3)]).reshape(2, 9)
+    told = {"images": 4, "patches": 9, "grid": (3, 3), "layer": 0, "model": "made up", "skipped": [], "store": None}
+    write_cache(tmp_path, 2, 3, told, [(0, ranking)])
+    return LatentCache.load(tmp_path)
 
-    top_images = torch.tensor([[2, 0, -1], [-1, -1, -1]])
 
-    def patch_map(self, latent, rank):
-        return torch.eye(3) * (rank + 1)
-
-
-def test_exemplars_are_the_ranked_images_and_no_more():
+def test_exemplars_are_the_ranked_images_and_no_more(cache):
     pictures = [Image.new("RGB", (30, 30), (n, n, n)) for n in range(4)]
-    found = exemplars(Cache(), pictures, 0, n_top=3)
+    found = exemplars(cache, pictures, 0, n_top=3)
     assert [exemplar.image_index for exemplar in found] == [2, 0]
     assert found[1].activation.max() == 2
     assert np.asarray(found[0].masked).sum() == 3 * 100 * 2 * 3
-    assert exemplars(Cache(), pictures, 1) == []
+    assert exemplars(cache, pictures, 1) == []
     with pytest.raises(ValueError, match="no latent 2"):
-        exemplars(Cache(), pictures, 2)
+        exemplars(cache, pictures, 2)
 
 
 class Answering:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch.testing import assert_close
 
-from lmm_sae_nb import sae as module
+from lmm_sae_nb import kernels
 from lmm_sae_nb.sae import (
     Latents,
     TopKSAE,
@@ -67,7 +67,7 @@ def test_blocks_of_tokens_change_nothing(monkeypatch):
     sae, x = random_sae(), torch.randn(11, 6, dtype=torch.float64, generator=rng(3))
     whole = dense(sae.encode(x), sae.n_latents)
     for block in (1, sae.n_latents * 3):
-        monkeypatch.setattr(module, "BLOCK", block)
+        monkeypatch.setattr(kernels, "BLOCK", block)
         assert_close(dense(sae.encode(x), sae.n_latents), whole)
 
 

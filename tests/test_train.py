@@ -1,6 +1,7 @@
 """Training meets its own definitions: what is mixed, when the rate falls, what counts as dead, what is recovered."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from hypothesis import strategies as st
 from models import make
 from PIL import Image
 
+from lmm_sae_nb import train
+from lmm_sae_nb.evaluate import evaluate_sae
 from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.train import evaluate_sae, learning_rate, mixed, stream, train_sae
+from lmm_sae_nb.sae import TopKSAE, geometric_median
+from lmm_sae_nb.tokens import START, Stream, mixed
+from lmm_sae_nb.train import learning_rate, train_sae
 
 
 @pytest.fixture(scope="module")
@@ -31,31 +35,80 @@ def samples():
     return rows
 
 
-@settings(deadline=None, max_examples=40)
-@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=30), buffer=st.integers(1, 90), batch=st.integers(1, 30))
-def test_mixing_neither_loses_nor_repeats_a_token(sizes, buffer, batch):
-    numbers = itertools.count()
-    made = [torch.tensor([[float(next(numbers))] for _ in range(size)]) for size in sizes]
-    out = []
-    try:
-        for part in mixed(iter(made), max(buffer, batch), batch, torch.Generator().manual_seed(0)):
-            assert len(part) == batch
-            out += part.flatten().tolist()
-    except RuntimeError as error:  # the stream ended: a generator turns StopIteration into this
-        assert isinstance(error.__cause__, StopIteration)
-    assert len(out) == len(set(out))
-    assert set(out) <= set(range(sum(sizes)))
+ALONE = SimpleNamespace(num_processes=1, process_index=0, device="cpu", gather=lambda counts: counts)
+
+
+def numbered(sizes):
+    """A stream whose parts, over and over, have these sizes, and whose tokens are numbered from 0."""
+    starts = [0, *itertools.accumulate(sizes)]
+
+    def part(n):
+        epoch, place = divmod(n, len(sizes))
+        return torch.arange(starts[place], starts[place + 1])[:, None] + epoch * starts[-1]
+
+    return part
+
+
+def told(stream, sizes, buffer, batch, start=START):
+    return mixed(stream, len(sizes), ALONE, buffer_tokens=max(buffer, batch), batch_tokens=batch, seed=0, start=start)
+
+
+part_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes=part_sizes, buffer=st.integers(1, 90), batch=st.integers(1, 30), blocks=st.integers(1, 4))
+def test_mixing_neither_loses_nor_repeats_a_token(sizes, buffer, batch, blocks):
+    length = max(buffer, batch) // batch
+    out = list(itertools.islice(told(numbered(sizes), sizes, buffer, batch), blocks * length))
+    assert all(len(x) == batch for x, _ in out)
+    assert sorted(torch.cat([x for x, _ in out]).flatten().tolist()) == list(range(blocks * length * batch))
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes=part_sizes, buffer=st.integers(1, 90), batch=st.integers(1, 30), done=st.integers(1, 40))
+def test_a_stream_goes_on_from_any_position(sizes, buffer, batch, done):
+    whole = list(itertools.islice(told(numbered(sizes), sizes, buffer, batch), done + 8))
+    resumed = told(numbered(sizes), sizes, buffer, batch, whole[done - 1][1])
+    for (x, position), (again, position_again) in zip(whole[done:], resumed, strict=False):
+        assert torch.equal(x, again)
+        assert position == position_again
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=part_sizes, buffer=st.integers(1, 90), batch=st.integers(1, 30), n=st.integers(2, 5), done=st.integers(0, 9)
+)
+def test_processes_share_the_batches_of_one(sizes, buffer, batch, n, done):
+    stream = numbered(sizes)
+    alone = list(itertools.islice(told(stream, sizes, buffer, batch), done + 6))
+    start = alone[done - 1][1] if done else START
+    shares = []
+    for rank in range(n):
+        rounds = itertools.count(start.part - start.part % n, n)
+
+        def gather(_, rounds=rounds):
+            first = next(rounds)
+            return torch.tensor([len(stream(i)) if i >= start.part else 0 for i in range(first, first + n)])
+
+        process = SimpleNamespace(num_processes=n, process_index=rank, device="cpu", gather=gather)
+        sizes_of = dict(buffer_tokens=max(buffer, batch), batch_tokens=batch, seed=0, start=start)
+        shares.append(list(itertools.islice(mixed(stream, len(sizes), process, **sizes_of), 6)))
+    for number, (x, position) in enumerate(alone[done:]):
+        assert sorted(torch.cat([share[number][0] for share in shares]).flatten().tolist()) == sorted(
+            x.flatten().tolist()
+        )
+        assert {share[number][1] for share in shares} == {position}
 
 
 def test_a_buffer_smaller_than_a_batch_is_refused():
     with pytest.raises(ValueError, match="batches of 9 tokens from a buffer of 8"):
-        next(mixed(iter([]), 8, 9, torch.Generator()))
+        next(mixed(numbered([8]), 1, ALONE, buffer_tokens=8, batch_tokens=9, seed=0))
 
 
-def test_mixing_mixes_across_samples():
-    made = (torch.full((10, 1), float(n)) for n in itertools.count())
-    first = next(mixed(made, 200, 50, torch.Generator().manual_seed(0)))
-    assert len(first.unique()) > 10
+def test_mixing_mixes_across_parts():
+    first, _ = next(told(numbered([10] * 20), [10] * 20, 200, 50))
+    assert len((first // 10).unique()) > 10
 
 
 def test_the_rate_rises_then_falls_to_nothing_in_optimiser_steps():
@@ -68,13 +121,26 @@ def test_the_rate_rises_then_falls_to_nothing_in_optimiser_steps():
 
 
 def test_the_stream_holds_the_chosen_kinds_and_no_others(lmm, samples):
-    generator = torch.Generator().manual_seed(3)
-    got = next(stream(lmm, samples[1:2], 0, ("base", "text"), generator, 1))
+    got = Stream(lmm, samples[1:2], 0, ("base", "text"), 3, 1)(0)
     prompt = lmm.prompt(samples[1]["question"], samples[1]["image"], answers=samples[1]["answer"])
     want = lmm.hidden_states(prompt, 0)[0][prompt.spans[0].mask("base", "text")]
     torch.testing.assert_close(got, want)
-    with pytest.raises(ValueError, match="no sample has a token of kinds tiles"):
-        next(stream(lmm, samples[:1], 0, ("tiles",), generator, 1))
+
+
+def test_an_epoch_holds_every_sample_once_and_the_next_is_in_another_order(lmm, samples):
+    stream = Stream(lmm, samples, 0, ("base", "text"), 3, 2)
+    assert stream.parts_an_epoch == 3
+    orders = []
+    for epoch in (0, 1):
+        counts = [len(stream(part)) for part in range(3 * epoch, 3 * epoch + 3)]
+        orders.append(counts)
+        assert sum(counts) == sum(len(Stream(lmm, [row], 0, ("base", "text"), 3, 1)(0)) for row in samples)
+    assert orders[0] != orders[1]
+
+
+def test_token_kinds_that_no_sample_has_are_refused(lmm, samples, tmp_path):
+    with pytest.raises(ValueError, match="no sample has a token of the chosen kinds"):
+        train_sae(lmm, samples[:1], 0, n_latents=8, k=2, steps=1, batch_tokens=9, kinds=("tiles",), folder=tmp_path)
 
 
 def test_hidden_states_that_are_not_finite_stop_training(lmm, samples, tmp_path):
@@ -106,6 +172,88 @@ def test_training_reduces_what_is_unexplained_and_repeats_itself(lmm, samples, t
     torch.testing.assert_close(one.sae.W_dec.norm(dim=1), torch.ones(48))
     loaded = TopKSAE.load(tmp_path / "one")
     assert all(torch.equal(a, b) for a, b in zip(one.sae.parameters(), loaded.parameters(), strict=True))
+
+
+def dense(x, W_enc, b_enc, W_dec, b_dec, k):
+    """Equations 1 and 2 without a thought for memory."""
+    z = torch.relu((x - b_dec) @ W_enc.T + b_enc)
+    kept = z.topk(k, dim=-1)
+    z = torch.zeros_like(z).scatter(-1, kept.indices, kept.values)
+    return z, z @ W_dec
+
+
+def test_a_training_is_what_plain_torch_makes_of_its_batches(lmm, samples, tmp_path):
+    """Two batches a step, dead latents among them, against dense autograd with torch's own Adam."""
+    n, k, steps, lr, dead_after = 60, 3, 5, 5e-3, 150
+    wanted = dict(n_latents=n, k=k, steps=steps, batch_tokens=60, accumulate=2, lr=lr, seed=7, batch_samples=2)
+    trained = train_sae(
+        lmm, samples, 1, folder=tmp_path, dead_after_tokens=dead_after, buffer_tokens=300, log_every=1, **wanted
+    )
+    stream = Stream(lmm, samples, 1, ("base", "tiles", "newline", "text"), 7, 2)
+    batches = mixed(stream, 3, ALONE, buffer_tokens=300, batch_tokens=60, seed=7)
+    x, _ = first = next(batches)
+    batches = itertools.chain([first], batches)
+    start = TopKSAE(lmm.width, n, k, generator=torch.Generator().manual_seed(7))
+    start.b_dec.data.copy_(geometric_median(x))
+    weights = [getattr(start, name).detach().clone().requires_grad_() for name in ("W_enc", "b_enc", "W_dec", "b_dec")]
+    W_enc, b_enc, W_dec, b_dec = weights
+    adam, silent, deadest = torch.optim.Adam(weights), torch.zeros(n), 0
+    for row in trained.history:
+        adam.param_groups[0]["lr"] = learning_rate(row["step"] - 1, steps, lr, 1)
+        dead, fired = silent > dead_after, torch.zeros(n, dtype=torch.bool)
+        deadest = max(deadest, int(dead.sum()))
+        losses = []
+        for x, _ in itertools.islice(batches, 2):
+            z, x_hat = dense(x, *weights, k)
+            error = x - x_hat - b_dec
+            loss = error.square().sum() / (x - x.mean(0)).square().sum()
+            if dead.any():
+                residual, k_aux = error.detach(), lmm.width // 2
+                _, e_hat = dense(x, W_enc[dead], b_enc[dead], W_dec[dead], b_dec, min(k_aux, int(dead.sum())))
+                aux = (residual - e_hat).square().sum() / residual.square().sum()
+                loss = loss + aux * min(1, int(dead.sum()) / k_aux) / 32
+            (loss / 2).backward()
+            losses.append(float(loss.detach()))
+            fired |= (z > 0).any(0)
+        W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec.detach()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        adam.step()
+        adam.zero_grad()
+        W_dec.data = torch.nn.functional.normalize(W_dec.data, dim=1)
+        silent = torch.where(fired, 0, silent + 120)
+        assert row["loss"] == pytest.approx(sum(losses) / 2, rel=1e-4)
+        assert row["dead_fraction"] == pytest.approx(float((silent > dead_after).float().mean()))
+        assert row["tokens"] == 120 * row["step"]
+    assert deadest > 0
+    for ours, theirs in zip(trained.sae.parameters(), weights, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)  # Adam steps are up to 5e-3
+
+
+def test_a_training_that_is_done_is_not_done_again(lmm, samples, tmp_path, monkeypatch):
+    wanted = dict(n_latents=16, k=2, steps=2, batch_tokens=32, folder=tmp_path)
+    one = train_sae(lmm, samples, 1, **wanted)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_step", None)
+        two = train_sae(lmm, samples, 1, **wanted)
+        assert one.history == two.history
+        assert all(torch.equal(a, b) for a, b in zip(one.sae.parameters(), two.sae.parameters(), strict=True))
+        with pytest.raises(TypeError):
+            train_sae(lmm, samples, 1, **wanted | {"seed": 1})
+        patch.setattr(train, "_code", dict)
+        with pytest.raises(TypeError):
+            train_sae(lmm, samples, 1, **wanted)
+    assert train_sae(lmm, samples, 1, **wanted | {"seed": 1}).history != one.history
+
+
+def test_bfloat16_products_train_about_the_same(lmm, samples, tmp_path):
+    wanted = dict(n_latents=48, k=4, steps=10, batch_tokens=256, buffer_tokens=512, lr=3e-3)
+    exact = train_sae(lmm, samples, 1, folder=tmp_path / "no", **wanted)
+    mixed = train_sae(lmm, samples, 1, folder=tmp_path / "bf16", mixed_precision="bf16", **wanted)
+    assert mixed.sae.W_dec.dtype == torch.float32
+    assert mixed.history[-1]["fvu"] != exact.history[-1]["fvu"]
+    assert mixed.history[-1]["fvu"] == pytest.approx(exact.history[-1]["fvu"], rel=0.05)
+    with pytest.raises(ValueError, match="mixed_precision is 'fp16'; choose 'no' or 'bf16'"):
+        train_sae(lmm, samples, 1, folder=tmp_path / "fp16", mixed_precision="fp16", **wanted)
 
 
 def test_nothing_to_train_on_is_refused(lmm, samples, tmp_path):
@@ -152,6 +300,14 @@ def test_fvu_and_dead_fraction_by_brute_force(lmm, samples):
     assert measured["fvu_text"] == pytest.approx(float(own), rel=1e-3)
     assert measured["dead_fraction"] == pytest.approx(float((dense == 0).all(0).float().mean()))
     assert measured["tokens"] == len(x)
+
+
+def test_where_zeros_change_nothing_nothing_is_recovered(lmm, samples):
+    """Answers are read off the last layer's own tokens, not off its image tokens."""
+    pictured = [row for row in samples if row["image"]]
+    measured = evaluate_sae(lmm, Perfect(lmm.width), pictured, lmm.n_layers - 1, kinds=("base",))
+    assert measured["loss_zero"] == measured["loss_clean"] > 0
+    assert "loss_recovered" not in measured
 
 
 def test_an_sae_of_another_width_is_refused(lmm, samples):

@@ -1,7 +1,7 @@
 """Commands: `render` writes the data sets; `exam` measures the embedded model; the others made it, in this order.
 
-`tower` and `rehearse` can run side by side; then `lessons`, `reading`, `finish`, `polish`, `ship`. Each course can be
-stopped at any time and goes on from its last checkpoint when it is started again.
+`tower` and `rehearse` can run side by side; then `lessons`, `reading`, `finish`, `polish`, `parts`, `ship`. Each course
+can be stopped at any time and goes on from its last checkpoint when it is started again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ COURSES = {  # name: optimiser steps, what it teaches
     "lessons": (2000, "language model and projector, with the real eye, on the base image"),
     "reading": (900, "the eye again, on signs above all"),
     "finish": (620, "language model and projector with the better eye, and with AnyRes tiles"),
-    "polish": (2000, "the same, longer, with more signs, drawn things and panels"),
+    "polish": (1750, "the same, longer, with more signs, drawn things and panels"),
+    "parts": (260, "the same, more slowly, drawn things above all"),
 }
 FOLDER = Path("data/artifacts/training")
 MODEL = Path("data/models/tiny-llava-next")
@@ -80,7 +81,7 @@ def main() -> None:
 
 def study(course: str, courses: Path, steps: int, minutes: float) -> bool:
     """One course of the recipe that made the shipped model; returns whether all its steps are done."""
-    from .lessons import train_language
+    from .lessons import MORE, PARTS, train_language
     from .tower import train_tower
 
     folder, common = courses / course, {"steps": steps, "minutes": minutes}
@@ -98,9 +99,14 @@ def study(course: str, courses: Path, steps: int, minutes: float) -> bool:
         return train_language(
             folder, start=before, eyes=eyes, keep_projector=True, rate=1.2e-3, first_seed=200_000, **common
         )
-    before = courses / "finish"
-    before = before if before.is_dir() else project_root() / MODEL  # without the checkpoints: on from what ships
-    return train_language(folder, start=before, tiles_from=0.65, drill=True, rate=1.2e-3, first_seed=600_000, **common)
+    if course == "polish":
+        before = courses / "finish"
+        before = before if before.is_dir() else project_root() / MODEL  # without checkpoints: on from what ships
+        return train_language(
+            folder, start=before, tiles_from=0.68, drills=MORE, rate=1.2e-3, first_seed=600_000, **common
+        )
+    before = courses / "polish"
+    return train_language(folder, start=before, drills=PARTS, rate=6e-4, first_seed=700_000, **common)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ alone, while the picture's tokens are paid for once. Questions without a picture
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,9 @@ PREFIX = ("<s>", "<user>")
 TEXT = 240  # text tokens of a sequence
 SIDE_PATCHES = SIDE // PATCH
 _DRAWN = ("sign", "composite")
+RARE = dict.fromkeys((1, 9, 18), _DRAWN)  # turns in twenty that wait for a scene with one of these: rare and hard
+MORE = RARE | {0: _DRAWN, 4: ("composite",), 7: ("panel",), 11: ("sign",), 14: _DRAWN}
+PARTS = MORE | dict.fromkeys((0, 2, 10, 12, 14, 15), ("composite",))
 
 
 class Sequence(NamedTuple):
@@ -76,14 +79,13 @@ def pack(questions: list[Question], tokenizer: PreTrainedTokenizerFast) -> dict[
 
 
 class Lessons(IterableDataset):
-    """An endless stream of sequences: scenes (one in seven a map), more maps, masked scenes, and drills: scenes with
-    something rare and hard in it, three turns in twenty or, with `drill`, eight."""
+    """An endless stream of sequences: scenes (one in seven a map), more maps, masked scenes, and drills: at some turns
+    in twenty, scenes with an item of certain kinds."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, first_seed: int, drill: bool = False):
-        self.tokenizer, self.first_seed = tokenizer, first_seed
-        self.drills = {1: _DRAWN, 9: _DRAWN, 18: _DRAWN}
-        if drill:
-            self.drills |= {0: _DRAWN, 4: ("composite",), 7: ("panel",), 11: ("sign",), 14: _DRAWN}
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, first_seed: int, drills: Mapping[int, tuple[str, ...]] = RARE
+    ):
+        self.tokenizer, self.first_seed, self.drills = tokenizer, first_seed, drills
 
     def _scene(self, seed: int, turn: int) -> Scene:
         if turn in (3, 8, 13):
@@ -203,7 +205,7 @@ def train_language(
     perfect: bool = False,
     keep_projector: bool = False,
     tiles_from: float = 0.0,
-    drill: bool = False,
+    drills: Mapping[int, tuple[str, ...]] = RARE,
     batch: int = 8,
     rate: float = 2e-3,
     first_seed: int = 0,
@@ -214,7 +216,7 @@ def train_language(
     start: an earlier course, or a saved model, to begin from. eyes: where `train_tower` left its checkpoint, for its
     tower and, unless `keep_projector`, its projector; None to keep those of `start`. perfect: rehearse with perfect
     eyes, before the real ones are ready. tiles_from: the share of the steps after which lessons show the AnyRes tile
-    too. drill: two scenes in five hold a sign, a drawn thing or a panel. Returns whether all steps are done.
+    too. drills: see `Lessons`. Returns whether all steps are done.
     """
     torch.manual_seed(0)
     tokenizer = new_tokenizer()
@@ -232,7 +234,7 @@ def train_language(
         nonlocal stream
         if stream is None:
             first = first_seed + step * batch
-            stream = iter(DataLoader(Lessons(tokenizer, first, drill), batch, num_workers=1, prefetch_factor=4))
+            stream = iter(DataLoader(Lessons(tokenizer, first, drills), batch, num_workers=1, prefetch_factor=4))
         return room(Sequence(*next(stream)), perfect=perfect, tiles=step >= tiles_from * steps)
 
     return attend(folder, steps, room, optimisers([model], rate), loss_at, minutes=minutes, title="lessons")

@@ -103,7 +103,8 @@ def attend(
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + float(value.detach())
         if (step + 1) % log_every == 0:
-            row = {name: round(total / log_every, 5) for name, total in sums.items()}
+            steps_summed = step + 1 - max(start, step + 1 - log_every)  # fewer after a checkpoint between two rows
+            row = {name: round(total / steps_summed, 5) for name, total in sums.items()}
             with log.open("a") as out:
                 out.write(json.dumps({"step": step + 1, "seconds": round(time.monotonic() - began, 1), **row}) + "\n")
             bar.set_postfix(loss=row["loss"], refresh=False)

@@ -7,7 +7,9 @@ import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 from datasets import Dataset, Features, Image, Value, disable_progress_bars, enable_progress_bars
@@ -20,6 +22,7 @@ from .questions import aside, lesson
 from .scenes import HELD_OUT, TRAIN, VALIDATION, make_scene
 
 SPLITS = {"train": TRAIN, "cache": VALIDATION, "heldout": HELD_OUT}
+ROOM = {"train": VALIDATION - TRAIN, "cache": HELD_OUT - VALIDATION, "heldout": 2**31 - HELD_OUT}  # seeds of each
 TEXT_ONLY = 8  # in the training split, every so-manieth sample has no picture
 _COLUMNS = {"seed": Value("int64"), "question": Value("string"), "answer": Value("string"), "family": Value("string")}
 _FEATURES = Features({"image": Image(), **_COLUMNS, **{kind: Image() for kind in KINDS}})
@@ -44,20 +47,34 @@ def _row(split: str, number: int) -> dict[str, object]:
     return {"seed": seed, "question": asked.text, "answer": asked.answer, "family": asked.family, **pictures}
 
 
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 def render(folder: Path, sizes: dict[str, int]) -> None:
     """Write the splits (name to number of scenes) and `concepts.json` under `folder`, whole or not at all.
 
     Columns: image (None for questions without a picture), seed, question, answer, family, and a label map for each
-    kind of concept (mode L; 0 none, i the i-th name of that kind in concepts.json). Uses every core.
+    kind of concept (mode L; 0 none, i the i-th name of that kind in concepts.json). Uses every core. ValueError for an
+    unknown split or more scenes than it has seeds for.
     """
     unknown = sizes.keys() - SPLITS.keys()
     if unknown:
         raise ValueError(f"no split {', '.join(sorted(unknown))}; Picture World has {', '.join(SPLITS)}")
+    for split, size in sizes.items():
+        if not 0 < size <= ROOM[split]:
+            raise ValueError(f"{split} has seeds for 1 to {ROOM[split]:,} scenes, not {size}; ask for as many")
     building = folder.with_name(folder.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
     disable_progress_bars()
     try:
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
+        with ProcessPoolExecutor(os.cpu_count(), initializer=_end_with_parent) as pool:
             for split, size in sizes.items():
                 made = pool.map(partial(_row, split), range(size), chunksize=50)
                 rows = list(tqdm(made, total=size, desc=f"rendering {split}", mininterval=2))

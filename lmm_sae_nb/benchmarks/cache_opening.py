@@ -1,0 +1,71 @@
+"""How long it takes to open a cache of the paper's size and read one latent's top images and patch maps, cold.
+
+`python -m lmm_sae_nb.benchmarks.cache_opening` prints it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lmm_sae_nb.cache import LatentCache, write_cache
+from lmm_sae_nb.ranking import Ranking
+
+
+def measure(
+    *, n_latents: int = 131_072, n_top: int = 5, side: int = 24, images: int = 46_684, latents: int = 50, seed: int = 0
+) -> dict[str, float]:
+    """Milliseconds from a closed file to a latent's images and maps, of `latents` latents at random.
+
+    Before each the file's pages are dropped from the system's memory. cold_*: so; warm_median: with the pages there.
+    """
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        described = {"images": images, "patches": side**2, "grid": (side, side), "layer": 0, "model": "", "skipped": [],
+                     "store": None}  # fmt: skip
+        write_cache(Path(folder), n_latents, n_top, described, _made_up(n_latents, n_top, side**2, images, rng))
+        file = Path(folder) / "cache.safetensors"
+        os.sync()
+        chosen = [int(latent) for latent in rng.choice(n_latents, latents, replace=False)]
+        cold = [_drop(file) or _milliseconds(folder, latent) for latent in chosen]
+        warm = [_milliseconds(folder, latent) for latent in chosen]
+        return {
+            "megabytes": file.stat().st_size / 1e6,
+            "cold_median": statistics.median(cold), "cold_highest": max(cold), "warm_median": statistics.median(warm),
+        }  # fmt: skip
+
+
+def _made_up(n_latents: int, n_top: int, patches: int, images: int, rng: np.random.Generator) -> Iterator:
+    for start in range(0, n_latents, 4096):
+        ranking = Ranking.empty(min(4096, n_latents - start), n_top, patches)
+        ranking.means[:] = rng.random(ranking.means.shape)
+        ranking.images[:] = rng.integers(0, images, ranking.images.shape)
+        ranking.patches[:] = rng.random(ranking.patches.shape, np.float32)
+        yield start, ranking
+
+
+def _drop(file: Path) -> None:
+    handle = os.open(file, os.O_RDONLY)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
+
+
+def _milliseconds(folder: str, latent: int) -> float:
+    began = time.perf_counter()
+    cache = LatentCache.load(folder)
+    maps = [cache.patch_map(latent, rank) for rank, _ in enumerate(cache.top(latent))]
+    seconds = time.perf_counter() - began
+    if len(maps) != cache.n_top or not all(bool(patches.any()) for patches in maps):
+        raise RuntimeError(f"latent {latent} was not read")
+    return 1000 * seconds
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(), indent=2))

@@ -1,0 +1,268 @@
+"""Forecasts against the real thing: processors, published sizes, counted products, and arithmetic done by hand."""
+
+import inspect
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import make
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from lmm_sae_nb import forecast
+from lmm_sae_nb.forecast import ASSUMED, DEVICES, Device, Part, config_of, costs, meta_model, parameters, picture
+from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.train import train_sae
+from lmm_sae_nb.twin import geometry_twin, narrow, noise, run_twin
+
+PAPER = "llava-hf/llama3-llava-next-8b-hf"
+A100 = DEVICES["A100 80GB"]
+
+
+@pytest.fixture(scope="module")
+def twin() -> LMM:
+    return geometry_twin(PAPER, width=64)
+
+
+@pytest.fixture(scope="module")
+def preset(root) -> dict:
+    return forecast.read_preset(root / "notebooks/params/paper.yaml")
+
+
+# The models.
+
+
+def test_parameters_of_the_paper_s_model_by_hand():
+    """The decoder is Llama 3 8B, whose 8,030,261,248 parameters its makers published, with 64 words more."""
+    d, words = 4096, 128_320
+    layer = 2 * d * d + 2 * d * 1024 + 3 * d * 14_336 + 2 * d
+    decoder = 32 * layer + d + 2 * words * d
+    assert decoder == 8_030_261_248 + 2 * 64 * d
+    v = 1024
+    block = 4 * (v * v + v) + 2 * v * 4 * v + 4 * v + v + 4 * v
+    tower = 24 * block + v + 577 * v + 3 * 14 * 14 * v + 4 * v
+    assert tower == 303_507_456  # CLIP ViT-L/14 at 336 px, as published
+    projector = (v * d + d) + (d * d + d)
+    assert parameters(meta_model(PAPER)) == decoder + tower + projector + d  # and the newline
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        (PAPER, 8.36e9),
+        ("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", 0.894e9),
+        ("llava-hf/llava-onevision-qwen2-72b-ov-hf", 73.2e9),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", 3_754_622_976),
+    ],
+)
+def test_parameters_of_the_presets_models_are_those_on_their_hub_pages(name, published):
+    model = meta_model(name)
+    assert abs(parameters(model) / published - 1) < 1e-3
+    assert next(model.parameters()).is_meta
+
+
+def test_every_preset_s_models_are_known_offline(root):
+    for name in ("paper", "small"):
+        given = forecast.read_preset(root / f"notebooks/params/{name}.yaml")
+        assert {values["model"] for values in given.values() if "model" in values and "/models/" not in values["model"]}
+        for values in given.values():
+            if not values.get("model", "data/").startswith("data/"):
+                assert values["model"] in json.loads(forecast.GEOMETRIES.read_text())
+
+
+def test_a_model_of_a_folder_is_read_from_it(root):
+    folder = root / "data/models/tiny-llava-next"
+    assert (
+        config_of(folder).text_config.hidden_size
+        == json.loads((folder / "config.json").read_text())["text_config"]["hidden_size"]
+    )
+
+
+@settings(max_examples=15, deadline=None)
+@given(size=st.tuples(st.integers(20, 1500), st.integers(20, 1500)))
+def test_tokens_of_an_image_are_what_the_real_processor_writes(twin, size):
+    if max(size) > 12 * min(size):
+        return
+    inputs = twin.processor(text=str(twin.processor.image_token), images=noise([size]), return_tensors="pt")
+    found = picture(meta_model(PAPER), size)
+    assert found.tokens == int((inputs["input_ids"] == twin.model.config.image_token_id).sum())
+    assert (found.base, found.patches) == (576, 576)
+    assert found.crops == inputs["pixel_values"].shape[1]
+
+
+def test_tokens_of_an_anyres_image_by_hand():
+    """640 x 480 goes best into 672 x 672: 48 x 48 patches, of which padding takes 6 rows above and 6 below."""
+    assert picture(meta_model(PAPER), (640, 480)) == (576 + 36 * (48 + 1), 576, 5, 576)
+    assert picture(meta_model(PAPER), (1000, 300)).crops == 4  # 3 x 1 tiles and the base image
+
+
+@pytest.mark.parametrize("size", [(640, 480), (100, 60), (336, 1000)])
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
+def test_tokens_of_other_families_are_what_their_processors_write(family, size):
+    model, processor = make(family)
+    (image,) = noise([size])
+    inputs = LMM(model, processor).prompt("", image).inputs
+    assert picture(model, size).tokens == int((inputs["input_ids"] == model.config.image_token_id).sum())
+
+
+def test_a_family_without_a_rule_is_named():
+    model, _ = make("instructblip")
+    with pytest.raises(ValueError, match="no forecast for a instructblip"):
+        picture(model, (640, 480))
+
+
+# FLOPs.
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_flops_of_a_forward_are_those_that_torch_counts(layer):
+    lmm = LMM(*make("llava_next"))
+    prompt = lmm.prompt("what is shown ?", noise([(640, 480)])[0])
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        lmm.hidden_states(prompt, layer)
+    tokens = prompt.inputs["input_ids"].shape[1]
+    reckoned = forecast.reading_flops(lmm.model, tokens, picture(lmm.model, (640, 480)), layer)
+    assert abs(reckoned / counter.get_total_flops() - 1) < 0.02
+
+
+def test_flops_of_a_sae_s_encoder_are_those_that_torch_counts():
+    x, W_enc = torch.randn(7, 16), torch.randn(48, 16)
+    with FlopCounterMode(display=False) as counter:
+        x @ W_enc.T
+    assert forecast.encode_parts(7, 16, 48)[0].flops == counter.get_total_flops()
+
+
+# Time, memory, disk.
+
+
+def test_a_part_takes_the_longer_of_products_and_bytes():
+    device = Device("it", 1.0, float32=100.0, bfloat16=1000.0, bandwidth=10.0, link=5.0)
+    assert Part("products", 400.0, 20.0).seconds(device, 1, 0.5) == 8.0
+    assert Part("bytes", 400.0, 60.0).seconds(device, 1, 0.5) == 12.0
+    assert Part("half", 4000.0, dtype="bfloat16").seconds(device, 2, 1.0) == 2.0
+    assert Part("each", 400.0, shared=False).seconds(device, 2, 1.0) == 4.0
+    assert [Part("sum", 0.0, sent=10.0).seconds(device, gpus, 1.0) for gpus in (1, 2)] == [0.0, 2.0]
+
+
+def test_the_paper_s_training_by_hand(preset):
+    one, eight = (costs(preset, 46_684, gpus=gpus)[0] for gpus in (1, 8))
+    tokens = 24_000 * 81_920
+    assert one.tokens == tokens
+    encoder = next(part for part in one.parts if part.name == "SAE encoder")
+    assert encoder.flops == 2 * tokens * 4096 * 131_072
+    assert_close(encoder.seconds(A100, 1, 0.5), 2.110e18 / 19.5e12 / 0.5, rtol=1e-3, atol=0)
+    sae = 4 * (2 * 131_072 * 4096 + 131_072 + 4096)
+    assert one.disk["SAE"] == sae == 4_295_507_968  # the published file
+    assert one.gpu["SAE"] + one.gpu["gradient, Adam"] == 4 * sae
+    assert one.gpu["LMM"] == 2 * parameters(meta_model(PAPER))
+    assert one.gpu["buffer"] == 16 * 81_920 * 4096 * 2 == 8 * eight.gpu["buffer"]
+    assert eight.gpu["LMM"] == one.gpu["LMM"] and eight.host["processes"] == 8 * one.host["processes"]
+    hours = [cost.hours(A100, gpus, 0.4) for cost, gpus in ((one, 1), (eight, 8))]
+    assert_close(hours[0]["LMM forward"], 8 * hours[1]["LMM forward"])
+    assert hours[0]["Adam"] == hours[1]["Adam"] and hours[0]["sum over GPUs"] == 0 < hours[1]["sum over GPUs"]
+
+
+def test_a_sae_in_bfloat16_is_as_much_faster_as_the_gpu_says(preset):
+    names = ("layer", "n_latents", "k", "steps", "batch_tokens")
+    given, model = {name: preset["01_train_sae"][name] for name in names}, meta_model(PAPER)
+    hours = [
+        forecast.train_cost(model, **given, mixed_precision=precision).hours(A100, 1, 0.4)
+        for precision in ("no", "bf16")
+    ]
+    assert_close(hours[0]["SAE encoder"] / hours[1]["SAE encoder"], 312 / 19.5)
+    assert hours[0]["LMM forward"] == hours[1]["LMM forward"]
+    with pytest.raises(ValueError, match="mixed_precision is 'fp16'; choose 'no' or 'bf16'"):
+        forecast.train_cost(model, **given, mixed_precision="fp16")
+
+
+def test_the_paper_s_cache_by_hand(preset):
+    cost = costs(preset, 46_684)[1]
+    assert next(part for part in cost.parts if part.name == "SAE encoder").flops == 2 * 46_684 * 576 * 4096 * 131_072
+    top = 131_072 * 5 * 576 * 2  # the patch rows alone, 755 MB
+    assert top < cost.host["top images"] - 0.5e9 < 1.05 * top
+    assert cost.disk["images"] == 46_684 * ASSUMED.image_bytes
+
+
+def test_the_paper_s_explainer_fits_eight_gpus_and_not_one(preset):
+    one, eight = (costs(preset, 46_684, gpus=gpus)[2] for gpus in (1, 8))
+    assert sum(eight.gpu.values()) < A100.memory < one.gpu["LMM"]
+    writing = one.parts[1]
+    assert writing.flops / A100.bfloat16 < writing.bytes / A100.bandwidth  # a token at a time waits for the weights
+
+
+@pytest.mark.parametrize("name", ["paper", "small"])
+def test_every_stage_of_a_preset_has_a_cost(root, name):
+    given = forecast.read_preset(root / f"notebooks/params/{name}.yaml")
+    for cost in costs(given, 100, gpus=8):
+        assert all(need >= 0 for needs in (cost.gpu, cost.host, cost.disk) for need in needs.values())
+        assert sum(cost.hours(A100, 8, 0.4).values()) > 0
+
+
+def test_a_preset_that_says_too_little_is_told(root):
+    with pytest.raises(ValueError, match="does not give 01_train_sae model, layer, n_latents"):
+        costs(forecast.read_preset(root / "notebooks/params/tiny.yaml"), 100)
+
+
+def test_commands_hold_the_preset_s_own_values(root, preset):
+    path = root / "notebooks/params/paper.yaml"
+    assert list(forecast.commands(path, preset, 1).values()) == ["make book PRESET=paper"]
+    write, train, rest = forecast.commands(path, preset, 8).values()
+    job = json.loads(write.removeprefix("echo '").removesuffix("' > job.json"))
+    assert (job["n_latents"], job["k"], job["layer"]) == (131_072, 256, 24)
+    assert job["folder"] == "data/artifacts/paper/train" and job["dataset"] == preset["01_train_sae"]["dataset"]
+    settings = {name: value for name, value in job.items() if name not in ("model", "dataset")}
+    inspect.signature(train_sae).bind("the model", "the samples", **settings)
+    assert "--num_processes 8" in train and train.endswith("-m lmm_sae_nb.launch job.json")
+    assert rest == "make book PRESET=paper"
+
+
+# The twin.
+
+
+def test_a_twin_has_the_geometry_and_not_the_width(twin):
+    real, its = config_of(PAPER), twin.model.config
+    for part, names in {
+        "text_config": ("num_hidden_layers", "vocab_size"),
+        "vision_config": ("num_hidden_layers", "image_size", "patch_size"),
+    }.items():
+        for name in names:
+            assert getattr(getattr(its, part), name) == getattr(getattr(real, part), name)
+    assert its.image_grid_pinpoints == real.image_grid_pinpoints
+    assert (twin.n_layers, twin.width, twin.grid) == (32, 64, (24, 24))
+    heads = its.text_config.num_attention_heads // its.text_config.num_key_value_heads
+    assert heads == real.text_config.num_attention_heads // real.text_config.num_key_value_heads
+    assert type(twin.model) is type(meta_model(PAPER))
+
+
+def test_a_twin_s_tokens_have_the_kinds_of_the_real_one(twin):
+    prompt = twin.prompt("what ?", noise([(640, 480)])[0], answers=["noise"])
+    (spans,) = prompt.spans
+    assert [int(spans.mask(kind).sum()) for kind in ("base", "tiles", "newline")] == [576, 36 * 48, 36]
+    assert prompt.answer_mask.any()
+
+
+def test_a_twin_is_trained_on_and_cached_with(twin):
+    found = run_twin(twin, noise([(640, 480)]), 1, n_latents=256, k=4, steps=2, batch_tokens=64)
+    ways = [
+        f"{stage}_{unit}{end}"
+        for stage in ("train", "cache")
+        for unit in ("seconds", "gb")
+        for end in ("", "_forecast")
+    ]
+    assert set(found) == set(ways)
+    assert all(value > 0 for value in found.values())
+
+
+def test_what_no_twin_can_be_is_told():
+    with pytest.raises(ValueError, match="a twin of a llava_onevision is not built here"):
+        narrow(config_of("llava-hf/llava-onevision-qwen2-0.5b-ov-hf"))
+    with pytest.raises(ValueError, match="width 50 is not a multiple of 8"):
+        narrow(config_of(PAPER), 50)
+
+
+def test_this_machine_has_a_speed():
+    here = forecast.this_machine(seconds=0.05)
+    assert here.float32 > 1e8 and here.bandwidth > 1e7

@@ -1,0 +1,187 @@
+"""Pictures come out as one sees them, whatever the file; what cannot be read is named; numbers stay the source's."""
+
+import io
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict, IterableDataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
+from lmm_sae_nb.images import StreamedImages, UnreadableImage, open_images, open_rgb, rgb
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def two_pixels() -> Image.Image:
+    """Red on the left, blue on the right."""
+    picture = Image.new("RGB", (2, 1), RED)
+    picture.putpixel((1, 0), BLUE)
+    return picture
+
+
+def stored(picture: Image.Image, form: str = "PNG", **settings) -> Image.Image:
+    """Through a file, as a folder's pictures come."""
+    held = io.BytesIO()
+    picture.save(held, form, **settings)
+    return open_rgb({"bytes": held.getvalue(), "path": None}, "it")
+
+
+# What is in a file.
+
+
+@pytest.mark.parametrize(
+    "orientation, size, first",
+    [(1, (2, 1), RED), (2, (2, 1), BLUE), (3, (2, 1), BLUE), (4, (2, 1), RED)]
+    + [(5, (1, 2), RED), (6, (1, 2), RED), (7, (1, 2), BLUE), (8, (1, 2), BLUE)],
+)
+def test_a_turned_photograph_stands_upright(orientation, size, first):
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    seen = stored(two_pixels(), exif=tag)
+    assert (seen.size, seen.getpixel((0, 0))) == (size, first)
+
+
+@settings(deadline=None, max_examples=40)
+@given(pixels=arrays.arrays(np.uint16, (3, 4)))
+def test_sixteen_bit_grey_keeps_its_shades(pixels):
+    seen = np.asarray(stored(Image.fromarray(pixels)))
+    expected = np.floor(pixels / 257 + 0.5)
+    assert (seen == expected[..., None]).all()
+
+
+@settings(deadline=None, max_examples=40)
+@given(pixels=arrays.arrays(np.uint8, (3, 4, 4)))
+def test_what_is_transparent_shows_white(pixels):
+    seen = np.asarray(stored(Image.fromarray(pixels, "RGBA"))).astype(float)
+    alpha = pixels[..., 3:] / 255
+    assert np.abs(seen - (alpha * pixels[..., :3] + (1 - alpha) * 255)).max() <= 1
+
+
+def test_transparency_of_palettes_and_of_grey_is_seen():
+    palette = two_pixels().quantize(2)
+    clear = palette.getpixel((0, 0))
+    for form in ("PNG", "GIF"):
+        seen = stored(palette, form, transparency=clear)
+        assert [seen.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), BLUE]
+    assert stored(Image.new("LA", (1, 1), (10, 0))).getpixel((0, 0)) == (255, 255, 255)
+    assert stored(Image.new("L", (1, 1), 10), transparency=10).getpixel((0, 0)) == (255, 255, 255)
+    assert stored(palette).getpixel((0, 0)) == RED
+
+
+def test_print_colours_become_screen_colours():
+    seen = stored(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF").getpixel((4, 4))
+    assert seen == RED
+    red, green, blue = stored(Image.new("CMYK", (8, 8), (255, 0, 255, 0)), "JPEG").getpixel((4, 4))
+    assert green > 200 > 60 > max(red, blue)
+
+
+def test_the_first_frame_of_what_moves_is_taken():
+    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, BLUE)]
+    for form in ("GIF", "WEBP", "PNG"):
+        assert stored(frames[0], form, save_all=True, append_images=frames[1:], lossless=True).getpixel((0, 0)) == RED
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LA", "RGBa", "I", "I;16"])
+def test_every_mode_becomes_rgb(mode):
+    assert rgb(Image.new(mode, (3, 2))).mode == "RGB"
+
+
+def test_pixels_of_unknown_range_or_none_are_refused():
+    with pytest.raises(UnreadableImage, match="row 3 .*unknown range"):
+        open_rgb(Image.new("F", (2, 2)), "row 3")
+    with pytest.raises(UnreadableImage, match="0 x 5 px"):
+        open_rgb(Image.new("RGB", (0, 5)), "row 3")
+
+
+# Where they come from.
+
+
+def test_images_of_a_folder_in_order_of_names(tmp_path):
+    (tmp_path / "deeper").mkdir()
+    for n, name in enumerate(("b.png", "a.JPG", "deeper/c.webp")):
+        Image.new("RGB", (8, 8), (n * 50, 0, 0)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not a picture")
+    found = open_images(tmp_path)
+    assert [round(image.getpixel((0, 0))[0], -1) for image in found] == [50, 0, 100]
+    before = found.identity
+    assert open_images(str(tmp_path)).identity == before
+    Image.new("RGB", (9, 9)).save(tmp_path / "b.png")
+    assert open_images(tmp_path).identity != before
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture at all", b"\x89PNG\r\n\x1a\n cut"])
+def test_an_unreadable_file_is_named(tmp_path, content):
+    (tmp_path / "broken.png").write_bytes(content)
+    with pytest.raises(UnreadableImage, match="broken.png") as fault:
+        open_images(tmp_path)[0]
+    assert fault.value.name.endswith("broken.png")
+
+
+@settings(deadline=None, max_examples=40)
+@given(cut=st.integers(0, 200))
+def test_a_file_cut_anywhere_is_read_or_named(cut):
+    held = io.BytesIO()
+    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(held, "PNG")
+    try:
+        assert open_rgb({"bytes": held.getvalue()[:cut], "path": "x.png"}, "row 0").size == (8, 8)
+    except UnreadableImage as fault:
+        assert "row 0 (x.png)" in str(fault)
+
+
+def test_a_picture_as_large_as_a_trap_is_named(tmp_path, monkeypatch):
+    Image.new("1", (64, 64)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
+    with pytest.raises(UnreadableImage, match="huge.png"):
+        open_images(tmp_path)[0]
+
+
+def test_images_of_a_saved_data_set(tmp_path):
+    Dataset.from_dict({"image": [Image.new("L", (4, 4), 7), None]}).save_to_disk(tmp_path)
+    found = open_images(tmp_path)
+    assert (len(found), found[0].mode, found[0].getpixel((0, 0))) == (2, "RGB", (7, 7, 7))
+    assert found.identity == open_images(tmp_path).identity
+    with pytest.raises(UnreadableImage, match="row 1 is not a readable image .it has no image"):
+        found[1]
+    with pytest.raises(IndexError, match="no image 2: there are 2"):
+        found[2]
+
+
+def streams():
+    local = Dataset.from_dict({"image": [Image.new("L", (4, 4), n) for n in range(5)]})
+    return local.to_iterable_dataset(), IterableDataset.from_generator(
+        lambda: ({"image": Image.new("L", (4, 4), n)} for n in range(5))
+    )
+
+
+def test_images_of_a_stream_by_number_and_in_order():
+    for stream in streams():
+        found = open_images(stream)
+        assert isinstance(found, StreamedImages)
+        assert [image.getpixel((0, 0))[0] for image in found] == [0, 1, 2, 3, 4]
+        assert found[3].getpixel((0, 0)) == (3, 3, 3)
+        assert [opener().getpixel((0, 0))[0] for opener in found.openers(2)] == [2, 3, 4]
+        with pytest.raises(IndexError, match="no image 5"):
+            found[5]
+
+
+def test_a_stream_opens_only_the_pictures_that_are_asked_for():
+    rows = [{"image": {"bytes": b"broken", "path": None}}, {"image": Image.new("L", (4, 4), 9)}]
+    openers = list(open_images(IterableDataset.from_generator(lambda: iter(rows))).openers())
+    assert openers[1]().getpixel((0, 0)) == (9, 9, 9)
+    with pytest.raises(UnreadableImage, match="row 0"):
+        openers[0]()
+
+
+def test_sources_without_images_are_told_apart(tmp_path):
+    with pytest.raises(ValueError, match="holds no image"):
+        open_images(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        open_images(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="picture"):
+        open_images(Dataset.from_dict({"picture": [1]}))
+    DatasetDict(train=Dataset.from_dict({"image": [Image.new("L", (4, 4))]})).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ValueError, match="splits train; give one"):
+        open_images(tmp_path / "splits")

@@ -1,0 +1,45 @@
+"""The live figure: shown in place while it lasts, gone when it is over; no figure is left open."""
+
+import matplotlib.pyplot as plt
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+
+from lmm_sae_nb import plots
+
+ROWS = [{"step": step, "fvu": 1 / step, "l0": 4.0} for step in range(1, 6)]
+
+
+@pytest.fixture
+def shell():
+    """An IPython that shows things to whoever captures them, and no longer exists afterwards."""
+    yield InteractiveShell.instance()
+    InteractiveShell.clear_instance()
+
+
+def shown(captured):
+    """What was shown, first and in updates: its kind, and whether it replaced what its place had."""
+    return [("Figure" if "Figure" in out.data["text/plain"] else "nothing", out.update) for out in captured.outputs]
+
+
+def test_a_live_figure_is_redrawn_in_place_and_goes(shell):
+    with capture_output() as captured, plots.live(["fvu", "l0"], every=0) as on_log:
+        for n in range(1, 6):
+            on_log(ROWS[:n])
+    assert shown(captured) == [("nothing", False), *[("Figure", True)] * 4, ("nothing", True)]
+    assert len({out.transient["display_id"] for out in captured.outputs}) == 1
+    assert not plt.get_fignums()
+
+
+def test_a_live_figure_is_not_redrawn_more_often_than_asked(shell):
+    with capture_output() as captured, plots.live(["fvu"], every=1000) as on_log:
+        for n in range(1, 6):
+            on_log(ROWS[:n])
+    assert len(shown(captured)) == 3
+
+
+def test_a_live_figure_stays_where_an_error_ends_it(shell):
+    with capture_output() as captured, pytest.raises(OSError, match="disk"), plots.live(["fvu"], every=0) as on_log:
+        on_log(ROWS)
+        raise OSError("disk")
+    assert shown(captured)[-1] == ("Figure", True)

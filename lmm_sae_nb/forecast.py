@@ -315,6 +315,41 @@ def cache_cost(
     )
 
 
+def attribute_cost(
+    model: PreTrainedModel, layer: int, n_latents: int, k: int, decisions: int, *, gpus: int = 1,
+    dtype: str = "bfloat16", assumed: Assumed = ASSUMED,
+) -> Cost:  # fmt: skip
+    """Section 2.4 as `attribution.linear` does it: every active latent of a decision from one forward and one backward.
+
+    The forward runs once to the layer, for the latents, and once whole. The backward comes back to the layer, with no
+    gradient for any weight: one product for each of the forward's, two for each of attention's.
+    """
+    width, size, image = _width(model), getattr(torch, dtype).itemsize, picture(model, assumed.image)
+    sample = image.tokens + assumed.text_tokens
+    tokens, weights = float(decisions * sample), float(size * parameters(model))
+    below, whole = (reading_flops(model, sample, image, last) for last in (layer, None))
+    above = model.get_decoder().layers[layer + 1 :]
+    backward = whole - below + sum(4.0 * block.self_attn.q_proj.out_features for block in above) * sample**2
+    return Cost(
+        "attribute",
+        tokens,
+        [
+            Part("LMM forward", decisions * (below + whole), dtype=dtype),
+            Part("LMM backward", decisions * backward, dtype=dtype),
+            *encode_parts(tokens, width, n_latents),
+            Part("latents' gradients", 2.0 * tokens * k * width, 4.0 * tokens * k * width),
+        ],
+        gpu={
+            "LMM": weights,
+            "SAE": sae_bytes(width, n_latents),
+            "LMM activations": max(1, len(above)) * _activations(model, sample, size),
+            "libraries": assumed.library_memory,
+        },
+        host={"processes": gpus * assumed.process_memory, "loading the LMM": gpus * weights},
+        disk={"LMM": weights, "SAE": sae_bytes(width, n_latents)},
+    )
+
+
 def explain_cost(
     model: PreTrainedModel, n_explained: int, n_top: int, questions: list[str], *, batch: int = 32, gpus: int = 1,
     dtype: str = "bfloat16", assumed: Assumed = ASSUMED,

@@ -26,8 +26,9 @@ from transformers import (
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from lmm_sae_nb.artifacts import peak_memory
+from lmm_sae_nb.attribution import decision, linear
 from lmm_sae_nb.cache import cache_activations
-from lmm_sae_nb.forecast import Assumed, cache_cost, config_of, this_machine, train_cost
+from lmm_sae_nb.forecast import Assumed, attribute_cost, cache_cost, config_of, this_machine, train_cost
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.train import train_sae
 
@@ -111,10 +112,11 @@ def run_twin(
     batch_tokens: int = 1024,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Train on the twin and cache with it, for real, and forecast the same: seconds, and GB of memory at the most.
+    """Train on the twin, cache and attribute with it, for real, and forecast the same: seconds, GB of memory at most.
 
     pictures: all of one size. Gives train_seconds, train_seconds_forecast, train_gb, train_gb_forecast, and the same
-    for cache. The forecast takes this machine's measured speed, and all of it; what is compiled once is compiled first.
+    for cache and for attribute, a decision on each picture. The forecast takes this machine's measured speed, and all
+    of it; what is compiled once is compiled first.
     """
     here, before, question = this_machine(), peak_memory() or 0, "what is shown ?"
     samples = [{"image": picture, "question": question, "answer": "noise"} for picture in pictures]
@@ -126,6 +128,7 @@ def run_twin(
     costs = {
         "train": train_cost(lmm.model, layer, **sizes, **batches, **told),
         "cache": cache_cost(lmm.model, layer, **sizes, n_top=n_top, batch_size=1, images=len(pictures), **told),
+        "attribute": attribute_cost(lmm.model, layer, **sizes, decisions=len(pictures), **told),
     }
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -135,6 +138,9 @@ def run_twin(
             sae = train_sae(lmm, samples, layer, **sizes, **batches, seed=seed, folder=f"{folder}/train").sae
         with _measured("cache", found):
             cache_activations(lmm, sae, pictures, layer, n_top=n_top, batch_size=1, folder=f"{folder}/cache")
+        with _measured("attribute", found):
+            for shown in pictures:
+                linear(lmm, sae, layer, decision(lmm, question, shown, "y", "n"))
     for stage, cost in costs.items():
         found[f"{stage}_seconds_forecast"] = 3600 * sum(cost.hours(here, 1, 1.0).values())
         found[f"{stage}_gb_forecast"] = (sum(cost.gpu.values()) + cost.host.get("top images", 0.0)) / 1e9

@@ -41,7 +41,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from lmm_sae_nb import forecast, plots
-from lmm_sae_nb import twin as twins
+from lmm_sae_nb import twin as twin_module
 from lmm_sae_nb.artifacts import Stage, project_root, read_json
 from lmm_sae_nb.twin import geometry_twin, noise, run_twin
 
@@ -130,10 +130,11 @@ for gpus in (1, 8):
 #
 # The twin has the model's real geometry: 336 px crops of 24 x 24 patches, up to four tiles and the base image, 24 layers of
 # vision, 32 of language, grouped heads, the SAE of $2^{17}$ latents with $k = 256$ on layer 24. Only its widths are narrow and its weights
-# random. It goes through the true classes, the true processor, training and caching on this machine's processor.
+# random. It goes through the true classes, the true processor, training, caching and attribution (of one decision
+# on each picture, to every active latent at every token) on this machine's processor.
 
 # %%
-stage, code = Stage(run, "full_scale"), [forecast, twins]
+stage, code = Stage(run, "full_scale"), [forecast, twin_module]
 params = dict(
     preset=preset, gpu=gpu, cached_images=cached_images, utilisation=utilisation, twin=twin, twin_width=twin_width,
     twin_images=twin_images, twin_steps=twin_steps, seed=seed,
@@ -152,11 +153,11 @@ metrics = read_json(stage.path("metrics.json"))
 twins = {
     unit: {
         stage: {"forecast": metrics[f"twin_{stage}_{unit}_forecast"], "measured": metrics[f"twin_{stage}_{unit}"]}
-        for stage in ("train", "cache")
+        for stage in ("train", "cache", "attribute")
     }
     for unit in ("seconds", "gb")
 }
-_, axes = plt.subplots(1, 2, figsize=(8, 1.7))
+_, axes = plt.subplots(1, 2, figsize=(8, 2.1))
 for ax, (unit, found) in zip(axes, twins.items(), strict=True):
     plots.compared(found, {"seconds": "seconds", "gb": "GB at the most"}[unit], ax=ax)
 # %%
@@ -191,8 +192,7 @@ print(f"counted {counted / 1e9:.2f}, forecast {reckoned / 1e9:.2f} GFLOPs for {t
 #
 # What decides the hours is in the first figure, what does not fit in the second. The forecast of the twin's memory and time
 # stands beside what was measured. The limits: no GPU has run any of it; the twin's narrow products are far from a GPU's,
-# so that its ratio says how complete the forecast's list of work is, not what `utilisation` a GPU reaches; attribution
-# joins the twin when its notebook does.
+# so that its ratio says how complete the forecast's list of work is, not what `utilisation` a GPU reaches.
 
 # %% tags=["hide-input"]
 manifest = read_json(stage.path("manifest.json"))

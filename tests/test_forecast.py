@@ -13,8 +13,21 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmm_sae_nb import forecast
-from lmm_sae_nb.forecast import ASSUMED, DEVICES, Device, Part, config_of, costs, meta_model, parameters, picture
+from lmm_sae_nb.attribution import decision, linear
+from lmm_sae_nb.forecast import (
+    ASSUMED,
+    DEVICES,
+    Assumed,
+    Device,
+    Part,
+    config_of,
+    costs,
+    meta_model,
+    parameters,
+    picture,
+)
 from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.train import train_sae
 from lmm_sae_nb.twin import geometry_twin, narrow, noise, run_twin
 
@@ -126,6 +139,18 @@ def test_flops_of_a_forward_are_those_that_torch_counts(layer):
     tokens = prompt.inputs["input_ids"].shape[1]
     reckoned = forecast.reading_flops(lmm.model, tokens, picture(lmm.model, (640, 480)), layer)
     assert abs(reckoned / counter.get_total_flops() - 1) < 0.02
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_flops_of_an_attribution_are_those_that_torch_counts(layer):
+    lmm = LMM(*make("llava_next"))
+    sae = TopKSAE(lmm.width, 64, 4).requires_grad_(False)
+    choice = decision(lmm, "what is shown ?", noise([(640, 480)])[0], "y", "n")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        linear(lmm, sae, layer, choice)
+    text = int(choice.prompt.mask("text", "special").sum())
+    cost = forecast.attribute_cost(lmm.model, layer, 64, 4, 1, assumed=Assumed(image=(640, 480), text_tokens=text))
+    assert abs(sum(part.flops for part in cost.parts) / counter.get_total_flops() - 1) < 0.03
 
 
 def test_flops_of_a_sae_s_encoder_are_those_that_torch_counts():
@@ -244,11 +269,11 @@ def test_a_twin_s_tokens_have_the_kinds_of_the_real_one(twin):
     assert prompt.answer_mask.any()
 
 
-def test_a_twin_is_trained_on_and_cached_with(twin):
+def test_a_twin_is_trained_on_cached_with_and_attributed_to(twin):
     found = run_twin(twin, noise([(640, 480)]), 1, n_latents=256, k=4, steps=2, batch_tokens=64)
     ways = [
         f"{stage}_{unit}{end}"
-        for stage in ("train", "cache")
+        for stage in ("train", "cache", "attribute")
         for unit in ("seconds", "gb")
         for end in ("", "_forecast")
     ]

@@ -36,8 +36,8 @@ LEVELS = [  # an import goes to the same level or a lower one, and never in a ci
     for level in (
         "artifacts hooks spans compiled kernels sae optimiser formats hub checkpoint images ranking store forecast",
         "lmm shares",
-        "tokens train evaluate launch cache cache_formats twin steering",
-        "explain attribution",
+        "tokens train evaluate launch cache cache_formats steering",
+        "explain attribution twin",
         "score",
         "plots widgets",
     )

@@ -271,7 +271,10 @@ def bars(results: Mapping[str, Mapping[str, float]], xlabel: str, *, log: bool =
         places = [y + n for n in range(len(row))]
         drawn = ax.barh(places, list(row.values()), 0.85, color=[colours[name] for name in row])
         ax.bar_label(
-            drawn, [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in row.values()], 2, fontsize=6
+            drawn,
+            [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in row.values()],
+            padding=2,
+            fontsize=6,
         )
         middles.append(sum(places) / len(places))
         y += len(row) + 1

@@ -270,19 +270,16 @@ def bars(results: Mapping[str, Mapping[str, float]], xlabel: str, *, log: bool =
     for row in results.values():
         places = [y + n for n in range(len(row))]
         drawn = ax.barh(places, list(row.values()), 0.85, color=[colours[name] for name in row])
-        ax.bar_label(
-            drawn,
-            [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in row.values()],
-            padding=2,
-            fontsize=6,
-        )
+        labels = [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in row.values()]
+        ax.bar_label(drawn, labels, padding=2, fontsize=6)
         middles.append(sum(places) / len(places))
         y += len(row) + 1
     if log:
         ax.set_xscale("log")
     ax.set(yticks=middles, yticklabels=list(results), xlabel=xlabel)
     ax.margins(x=0.12)
-    ax.invert_yaxis()
+    if not ax.yaxis_inverted():  # as an axis that is shared may be already
+        ax.invert_yaxis()
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in things]
     ax.legend(handles, things, frameon=False, fontsize=6)
     return ax

@@ -25,6 +25,15 @@ def panel_parts():
     return lmm, sae, 1, cache, {3: "cat", 5: "dog <b>"}
 
 
+@pytest.fixture(autouse=True)
+def no_loop_but_its_own():
+    """The browser tests' driver leaves its loop marked as running in this thread, where it turns only on their calls."""
+    loop = asyncio._get_running_loop()
+    asyncio._set_running_loop(None)
+    yield
+    asyncio._set_running_loop(loop)
+
+
 @pytest.fixture
 def panel(panel_parts):
     return SteeringPanel(*panel_parts, image=noise(), text="what ?", max_new_tokens=4)

@@ -27,7 +27,7 @@ def panel_parts():
 
 @pytest.fixture(autouse=True)
 def no_loop_but_its_own():
-    """The browser tests' driver leaves its loop marked as running in this thread, where it turns only on their calls."""
+    """The browser tests leave their loop marked as running in this thread, where it turns only when they call."""
     loop = asyncio._get_running_loop()
     asyncio._set_running_loop(None)
     yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -52,7 +53,10 @@ class Catalogue:
 
     @classmethod
     def load(cls, run: str) -> Catalogue:
-        """A run's latents out of `interpret/`, `score/` (if it is there) and `cache/`; FileNotFoundError, naming the notebook."""
+        """A run's latents out of `interpret/`, `score/` (if it is there) and `cache/`.
+
+        FileNotFoundError, naming the notebook to run, if one of the others is missing.
+        """
         explanations = read_json(require(run, "interpret", "explanations.json", "03_interpret_features.py"))
         manifest = read_json(require(run, "cache", "manifest.json", "02_cache_activations.py"))
         scores = Stage(run, "score").path("scores.json")
@@ -67,9 +71,18 @@ class Catalogue:
         return " ".join(value for value in self.rows[latent].values() if isinstance(value, str)).casefold()
 
     def name(self, latent: int) -> str:
-        """What the latent is called: its concept, else what became of the question (`outcome`), else that none is known."""
+        """Its concept, else what became of asking for one (`outcome`), else that there is none."""
         row = self.rows.get(latent, {})
         return row.get("concept") or row.get("outcome") or "not explained"
+
+    def table(self, latent: int) -> str:
+        """All that is known of a latent as an HTML table, numbers to four digits; everything is escaped."""
+        cells = [(n, f"{v:.4g}" if isinstance(v, (int, float)) else str(v)) for n, v in self.rows[latent].items()]
+        body = "".join(
+            f"<tr><th>{html.escape(name.replace('_', ' '))}</th><td>{html.escape(value)}</td></tr>"
+            for name, value in cells
+        )
+        return f"<table>{body}</table>"
 
     def kinds(self) -> list[str]:
         """The kinds of concept that some latent has."""
@@ -94,20 +107,26 @@ class Catalogue:
         known.sort(key=lambda n: self.rows[n][sort] * (-1 if descending else 1))  # stable: equals stay by number
         return known + [n for n in found if self.rows[n].get(sort) is None]
 
-    def views(self, latent: int) -> list[list[Image.Image]]:
-        """The latent's top images, as they are and, for a model with a patch grid, with its activation over them."""
+    def views(self, latent: int, side: int) -> list[list[Image.Image]]:
+        """The latent's top images, as they are and, for a model with a patch grid, with its activation over them.
+
+        Each fits into a square of `side` pixels.
+        """
         images = [self.pictures[image].convert("RGB") for image, _ in self.cache.top(latent)]
+        for image in images:
+            image.thumbnail((side, side), Image.Resampling.LANCZOS)
         if self.cache.grid is None:
             return [images]
         maps = [np.asarray(self.cache.patch_map(latent, rank)) for rank in range(len(images))]
         return [images, [heated(image, activation) for image, activation in zip(images, maps, strict=True)]]
 
-    def _strip(self, latent: int, side: int = 56, quality: int = 70) -> bytes:
-        """`views` as one WebP, each image `side` pixels wide; ValueError for a latent that never fired. Kept."""
-        return encoded(sheet(self.views(latent), side), quality)
+    def _strip(self, latent: int, side: int = 56, quality: int = 60) -> bytes:
+        """`views` as one WebP, kept for the next time; nothing for a latent that never fired."""
+        views = self.views(latent, side)
+        return encoded(sheet(views, side), quality) if views[0] else b""
 
     def histogram(self, latent: int, bins: int = 24) -> Histogram:
-        """How strongly the latent fires where it does: over all images if the cache kept them, else over its top images."""
+        """How strongly it fires where it does: over all images if the cache kept a store, else over its top images."""
         acts, of = self._activations(latent)
         acts = acts[acts > 0]
         counts, edges = np.histogram(acts, bins=bins, range=(0, float(acts.max(initial=0)) or 1.0))

@@ -8,27 +8,16 @@ from collections.abc import Callable
 import ipywidgets as widgets
 
 from lmm_sae_nb.catalogue import Catalogue
-from lmm_sae_nb.thumbnails import encoded, histogram_svg, sheet
+from lmm_sae_nb.thumbnails import histogram_svg
 
 UNSORTED = "latent"
-
-
-def columns_html(row: dict[str, float | str]) -> str:
-    """All that is known of a latent as a small table, numbers to four digits; escaped."""
-    cells = [(name, f"{value:.4g}" if isinstance(value, (int, float)) else str(value)) for name, value in row.items()]
-    body = "".join(
-        f"<tr><th style='text-align:left'>{html.escape(name.replace('_', ' '))}</th>"
-        f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-        for name, value in cells
-    )
-    return f"<table>{body}</table>"
 
 
 class FeatureBrowser:
     """Search by word or number, sort by any column of the catalogue, and look at one latent closely.
 
-    steer: called with the latent when "steer it" is pressed, such as `panel.choose` of a SteeringPanel; without it there
-    is no such button. sort: the column to begin with. `box` is the widget to display.
+    steer: called with the latent when "steer it" is pressed, such as `panel.choose` of a SteeringPanel; without it
+    there is no such button. sort: the column to begin with. `box` is the widget to display.
     """
 
     def __init__(
@@ -90,13 +79,12 @@ class FeatureBrowser:
 
     def look(self, latent: int) -> None:
         """Show one latent closely."""
-        self.latent, row = latent, self.catalogue.rows[latent]
+        self.latent = latent
         self.title.value = f"<h4>latent {latent}: {html.escape(self.catalogue.name(latent))}</h4>"
-        self.facts.value = columns_html(row)
+        self.facts.value = self.catalogue.table(latent)
         histogram = self.catalogue.histogram(latent)
         self.bars.value = histogram_svg(histogram.counts, histogram.edges, histogram.of)
-        views = self.catalogue.views(latent)
-        self.views.value = encoded(sheet(views, self.side)) if views[0] else b""
+        self.views.value = self.catalogue.strip(latent, self.side, 85)
 
     def _here(self) -> list[int]:
         """The latents of the page that is shown."""

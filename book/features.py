@@ -97,7 +97,6 @@ def _number(value: object) -> float | None:
 def article(catalogue: Catalogue, latent: int, folder: Path, address: str, steering: str | None) -> str:
     """One latent as an element of the page, its picture named after its content."""
     from lmm_sae_nb.thumbnails import histogram_svg
-    from lmm_sae_nb.widgets.browsing import columns_html
 
     row, name, strip = catalogue.rows[latent], catalogue.name(latent), catalogue.strip(latent)
     picture = ""
@@ -109,15 +108,11 @@ def article(catalogue: Catalogue, latent: int, folder: Path, address: str, steer
     words = html.escape(" ".join(str(value) for value in row.values() if isinstance(value, str)).lower())
     histogram = catalogue.histogram(latent)
     bars = histogram_svg(histogram.counts, histogram.edges, histogram.of)
-    link = (
-        f'<p><a href="{html.escape(steering)}">steer it</a>: <code>panel.choose({latent})</code></p>'
-        if steering
-        else ""
-    )
+    link = f'<p><a href="{html.escape(steering or "")}">steer it</a>: <code>panel.choose({latent})</code></p>'
     return (
         f'<article id="latent-{latent}" data-latent="{latent}" data-words="{words}">'
         f'<a href="#latent-{latent}">{latent}</a> <b>{html.escape(name)}</b> {picture}'
-        f"<details><summary>all that is known</summary>{bars}{columns_html(row)}{link}</details></article>"
+        f"<details><summary>all that is known</summary>{bars}{catalogue.table(latent)}{link if steering else ''}</details></article>"
     )
 
 

@@ -53,18 +53,18 @@ def encoded(image: Image.Image, quality: int = 80) -> bytes:
 def histogram_svg(
     counts: Integer[np.ndarray, " bins"], edges: Float[np.ndarray, " ends"], label: str, width: int = 240
 ) -> str:
-    """A histogram as an SVG element of one bar a bin, with its range and label; every text is escaped."""
+    """A histogram as an SVG element, one bar a bin, with its range and its label, which is escaped."""
     height, base = 64, 46
     bar, highest = width / max(1, len(counts)), max(1, int(counts.max(initial=0)))
     bars = "".join(
-        f'<rect x="{n * bar:.1f}" y="{base * (1 - count / highest):.1f}" width="{bar * 0.9:.1f}" '
-        f'height="{base * count / highest:.1f}"/>'
+        f"M{n * bar:.1f} {base}v-{base * count / highest:.1f}h{bar * 0.9:.1f}V{base}z"
         for n, count in enumerate(counts.tolist())
+        if count
     )
     ends = (("start", 0, edges[0]), ("end", width, edges[-1])) if len(counts) else ()
     texts = "".join(f'<text x="{x}" y="{base + 8}" text-anchor="{anchor}">{end:.3g}</text>' for anchor, x, end in ends)
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" fill="currentColor" font-size="8" '
-        f'role="img" aria-label="{html.escape(label)}">{bars}{texts}'
+        f'role="img" aria-label="{html.escape(label)}"><path d="{bars}"/>{texts}'
         f'<text x="{width / 2}" y="{height - 1}" text-anchor="middle">{html.escape(label)}</text></svg>'
     )

@@ -108,11 +108,13 @@ def article(catalogue: Catalogue, latent: int, folder: Path, address: str, steer
     words = html.escape(" ".join(str(value) for value in row.values() if isinstance(value, str)).lower())
     histogram = catalogue.histogram(latent)
     bars = histogram_svg(histogram.counts, histogram.edges, histogram.of)
-    link = f'<p><a href="{html.escape(steering or "")}">steer it</a>: <code>panel.choose({latent})</code></p>'
+    table = catalogue.table(latent)
+    if steering:
+        table += f'<p><a href="{html.escape(steering)}">steer it</a>: <code>panel.choose({latent})</code></p>'
     return (
         f'<article id="latent-{latent}" data-latent="{latent}" data-words="{words}">'
         f'<a href="#latent-{latent}">{latent}</a> <b>{html.escape(name)}</b> {picture}'
-        f"<details><summary>all that is known</summary>{bars}{catalogue.table(latent)}{link if steering else ''}</details></article>"
+        f"<details><summary>all that is known</summary>{bars}{table}</details></article>"
     )
 
 

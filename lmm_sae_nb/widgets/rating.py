@@ -51,7 +51,7 @@ class Rater:
         )
         self.progress = widgets.IntProgress(max=len(self.explained), layout=widgets.Layout(width="16em"))
         self.count, self.question, self.status = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        self.images = widgets.Image(format="webp", layout=widgets.Layout(object_fit="contain", max_width="100%"))
+        self.images = widgets.Image(format="webp", layout=widgets.Layout(align_self="flex-start", max_width="100%"))
         self.buttons = {
             verdict: widgets.Button(description=f"{verdict} ({key})", button_style=STYLES[verdict])
             for key, verdict in KEYS.items()

@@ -130,7 +130,7 @@ class SteeringPanel:
             1.0, min=0.0, max=8.0, step=0.25, description="x maximum", continuous_update=False, **wide
         )
         self.scope = widgets.SelectionSlider(options=list(SCOPES), description="scope", continuous_update=False, **wide)
-        self.keep_error = widgets.Checkbox(False, description="keep what the SAE leaves unexplained", indent=True)
+        self.keep_error = widgets.Checkbox(False, description="keep what the SAE leaves unexplained", **wide)
         self.text = widgets.Text(text, description="prompt", continuous_update=False, **wide)
         self.upload = widgets.FileUpload(accept="image/*", description="image")
         self.picture = widgets.Image(layout=widgets.Layout(max_width="12em", object_fit="contain"))

@@ -174,7 +174,9 @@ def expected(parts, latent: int, times: float, image) -> list[str]:
 
 
 def field(shown, label: str):
-    return shown.locator(".widget-inline-hbox", has=page.locator(".widget-label", has_text=re.compile(f"^{label}$")))
+    """The control of a widget that has this label."""
+    labelled = shown.page.locator(".widget-label", has_text=re.compile(f"^{label}$"))
+    return shown.locator(".widget-inline-hbox", has=labelled)
 
 
 def test_the_steering_panel_answers_refuses_and_exports(parts, opened):

@@ -63,7 +63,7 @@ Judge = Callable[[Sequence[Sequence[Image.Image]], Sequence[str]], "list[str | N
 def understood(reply: Reply, tag: str = "", longest: int = 2000) -> Answer:
     """A reply as an explanation: what stands behind `tag`, or all of it if there is no tag.
 
-    Refused if it has the words of `REFUSES`, whatever the case and the spaces. Unparseable if the tag is missing, nothing
+    Refused if it has the words of `REFUSES`, in any case. Unparseable if the tag is missing, nothing
     is left, more than `longest` characters are, or the reply was cut short.
     """
     if reply.text is None:
@@ -103,7 +103,7 @@ def explainer(chat: Chat, prompt: str, *, tag: str = "") -> Callable[[Iterable[S
 
 
 def refiner(chat: Chat, prompt: str = REFINE_PROMPT) -> Refiner:
-    """A long explanation as a short name, at most `LONGEST` characters, by a language model that is asked the prompt."""
+    """A long explanation as a short name of at most `LONGEST` characters, by a language model."""
 
     def refine(texts: Sequence[str]) -> list[Answer]:
         replies = ask(chat, [Question(prompt.replace("{text}", text)) for text in texts])

@@ -126,6 +126,11 @@ def labeller(chat: Chat, prompt: str = LABEL_PROMPT) -> Labeller:
     return _chosen_by(chat, prompt, {**{kind: kind for kind in KINDS}, "color": "colour"})
 
 
+def unlabelled(concepts: Sequence[str]) -> list[str | None]:
+    """No kinds, where there is neither a model to ask for them nor a vocabulary."""
+    return [None] * len(concepts)
+
+
 def judge(chat: Chat, prompt: str = JUDGE_PROMPT) -> Judge:
     """Table 2: whether a concept is what a set of images has in common: yes, no or unsure; None without a verdict.
 

@@ -13,6 +13,11 @@ from lmm_sae_nb.asked import REFUSAL, Answer, Labeller, Outcome, Refiner
 from lmm_sae_nb.cache import LatentCache
 from lmm_sae_nb.chats import pixel_hash
 
+__all__ = [
+    "REFUSAL", "Exemplar", "Explanation", "as_rows", "exemplars", "exemplars_on", "explain_latents", "masked",
+    "most_activated", "upsample",
+]  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Exemplar:
@@ -37,10 +42,6 @@ class Explanation:
     concept: str | None
     kind: str | None
     answer: str
-
-    @property
-    def text(self) -> str:
-        return self.concept or (REFUSAL if self.outcome is Outcome.REFUSED else self.outcome.value)
 
 
 Explainer = Callable[[Iterable[Sequence[Image.Image]]], list[Answer]]
@@ -132,3 +133,13 @@ def explain_latents(
         latent: Explanation(short.get(n, answer).outcome, short.get(n, answer).text, kinds.get(n), answer.raw)
         for n, (latent, answer) in enumerate(zip(shown, answers, strict=True))
     }
+
+
+def as_rows(explanations: Mapping[int, Explanation], longest: int = 2000) -> dict[str, dict]:
+    """Explanations by latent as JSON has them; an answer is kept up to `longest` characters."""
+    return {
+        str(latent): {
+            "outcome": its.outcome.value, "concept": its.concept, "kind": its.kind, "answer": its.answer[:longest],
+        }
+        for latent, its in explanations.items()
+    }  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -11,11 +12,12 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from scipy import sparse
 
+from lmm_sae_nb.asked import Outcome
 from lmm_sae_nb.cache import LatentCache, base_latents
 from lmm_sae_nb.explain import Exemplar
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.score import TrueMasks
+from lmm_sae_nb.score import TrueMasks, mean_interval
 from lmm_sae_nb.shown import PURE, SHOWS, Shown, best_shown, common, names_of
 
 Shares = Float[np.ndarray, "concepts patches"]
@@ -216,3 +218,83 @@ def _columns(latents, column: np.ndarray) -> Float[np.ndarray, "images patches l
     image, patch, slot = np.nonzero(where >= 0)
     dense[image, patch, where[image, patch, slot]] = acts[image, patch, slot]
     return dense
+
+
+# ---- how right explanations are -------------------------------------------------------------------------------
+
+
+def with_truth(rows: Mapping[str, dict], shown: Mapping[int, Sequence[Exemplar]], truth: PatchTruth) -> dict[str, dict]:
+    """Rows of explanations by latent, each with what its exemplars really have in common and what it responds to.
+
+    true_kind and true_concept are None, and true_iou is 0, where they have nothing in common.
+    """
+    told = {}
+    for latent, row in rows.items():
+        best = shown_by(truth, shown[int(latent)])
+        told[latent] = row | {
+            "true_kind": best and best.kind, "true_concept": best and best.concept, "true_iou": best.iou if best else 0.0,
+            "responds_to": responds_to(truth, shown[int(latent)]),
+        }  # fmt: skip
+    return told
+
+
+def counted(rows: Mapping[str, dict]) -> dict[str, float]:
+    """How many latents were asked about, how many came to each outcome, and the share explained with its interval."""
+    outcomes = Counter(row["outcome"] for row in rows.values())
+    found = {"asked": len(rows)} | {outcome.value: outcomes[outcome.value] for outcome in Outcome}
+    return found | _share("explained_fraction", [row["outcome"] == "explained" for row in rows.values()])
+
+
+def judged(rows: Mapping[str, dict]) -> dict[str, float]:
+    """Of rows with their truth: how many explanations are right, how many refusals, and what the rest respond to.
+
+    concept_accuracy: of the explained, those whose concept is the true one; refusal_precision: of the refused, those
+    that have nothing in common; answerable_fraction: of all, those that have; unexplained_*: counts by `RESPONSES`.
+    A share of nothing is left out.
+    """
+    explained = [row for row in rows.values() if row["outcome"] == "explained"]
+    refused = [row["true_concept"] is None for row in rows.values() if row["outcome"] == "refused"]
+    rest = Counter(row["responds_to"] for row in rows.values() if row["outcome"] != "explained")
+    return (
+        _share("concept_accuracy", [row["concept"] == row["true_concept"] for row in explained])
+        | _share("refusal_precision", refused)
+        | _share("answerable_fraction", [row["true_concept"] is not None for row in rows.values()])
+        | {f"unexplained_{what.replace(' ', '_')}": rest[what] for what in RESPONSES}
+    )
+
+
+def recalled(
+    detectors: Sequence[Detector], present: set[tuple[str, str]], named: Mapping[int, str | None], least: float = 0.5
+) -> dict[str, float]:
+    """concepts_present: how many the held-out scenes show; concepts_detected: the share of them that a latent detects
+    with an F1 above `least`; concept_recall: the share that such a latent detects whose explanation is its name.
+
+    named: the concept that each latent was given, or None. ValueError if no concept is present.
+    """
+    if not present:
+        raise ValueError("the held-out scenes show no concept; give scenes with label maps")
+    good = [one for one in detectors if one.f1 > least and (one.kind, one.concept) in present]
+    detected = {(one.kind, one.concept) for one in good}
+    right = {(one.kind, one.concept) for one in good if named.get(one.latent) == one.concept}
+    return {
+        "concepts_present": len(present),
+        **_share("concepts_detected", [name in detected for name in present]),
+        **_share("concept_recall", [name in right for name in present]),
+    }
+
+
+def _share(name: str, values: Sequence[bool]) -> dict[str, float]:
+    """A share with its 99 % bootstrap interval, which takes two values."""
+    if len(values) < 2:
+        return {name: float(values[0])} if values else {}
+    mean = mean_interval(sorted(values))
+    return {name: mean.mean, f"{name}_low": mean.low, f"{name}_high": mean.high}
+
+
+def confusion(rows: Mapping[str, dict]) -> dict[str, dict[str, int]]:
+    """True kind of concept, or `nothing`, to how often it was given each kind, or was not explained."""
+    table: dict[str, Counter] = {}
+    for row in rows.values():
+        given = row["kind"] or "no kind" if row["outcome"] == "explained" else row["outcome"]
+        table.setdefault(row["true_kind"] or "nothing", Counter())[given] += 1
+    return {kind: dict(given) for kind, given in table.items()}

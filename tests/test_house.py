@@ -37,8 +37,8 @@ LEVELS = [  # an import goes to the same level or a lower one, and never in a ci
         "artifacts hooks spans compiled kernels sae optimiser formats hub checkpoint images ranking store forecast",
         "lmm shares",
         "tokens train evaluate launch cache cache_formats steering",
-        "explain attribution twin",
-        "score",
+        "explain attribution twin shown",
+        "masks score",
         "plots widgets",
     )
 ]

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 from scipy.stats import bootstrap, t
+from tqdm.auto import tqdm
 
 from lmm_sae_nb.explain import Exemplar
 from lmm_sae_nb.masks import (
@@ -35,6 +36,7 @@ __all__ = [
     "ious", "numbered", "spots",
 ]  # fmt: skip
 
+BASELINES = ("_random", "_area", "_shuffled")
 KINDS = ("scene", "object", "part", "material", "texture", "colour")  # of Table 1, in its order
 Similarity = Callable[[Sequence[Image.Image], Sequence[str]], Float[np.ndarray, "images texts"]]  # cosines
 Judge = Callable[[Sequence[Sequence[Image.Image]], Sequence[str]], "list[str | None]"]  # as `asked.Judge`
@@ -82,8 +84,10 @@ def run_interval(runs: Float[np.ndarray, "latents runs"], level: float = 0.99) -
 # ---- what is scored -------------------------------------------------------------------------------------------
 
 
-def explained(rows: Mapping[str, Mapping], truth: TrueMasks | None = None) -> dict[int, tuple[str, str]]:
-    """Concept and kind of every latent that was explained, from the rows of explanations.json.
+def explained(
+    rows: Mapping[str, Mapping], truth: TrueMasks | None = None, *, most: int | None = None, seed: int = 0
+) -> dict[int, tuple[str, str]]:
+    """Concept and kind of every latent that was explained, from the rows of explanations.json; at random, if `most`.
 
     With ground truth, what names no concept of the data set is left out. A kind that the explanation does not tell is
     the ground truth's, or "other". ValueError if fewer than two are left.
@@ -99,7 +103,15 @@ def explained(rows: Mapping[str, Mapping], truth: TrueMasks | None = None) -> di
             f"{len(found)} of {len(rows)} latents have an explanation that can be scored, scores need two; "
             "run notebooks/03_interpret_features.py with more latents"
         )
-    return dict(sorted(found.items(), key=lambda item: (item[1], item[0])))  # a segmenter meets a concept once
+    kept = _drawn(sorted(found), most, seed)
+    return dict(sorted(((n, found[n]) for n in kept), key=lambda item: (item[1], item[0])))  # a concept's side by side
+
+
+def _drawn(latents: Sequence, most: int | None, seed: int) -> list:
+    """All of them, or `most` at random, in their order."""
+    if most is None or len(latents) <= most:
+        return list(latents)
+    return [latents[n] for n in np.sort(np.random.default_rng(seed).choice(len(latents), most, replace=False))]
 
 
 def shuffled(concepts: Mapping[int, str], seed: int = 0) -> dict[int, str | None]:
@@ -153,6 +165,29 @@ def latent_iou(
         float(ious(own, concept, where, mode, elsewhere=rng).mean()),
         None if other is None else float(ious(own, other, where, mode).mean()),
     )
+
+
+def all_ious(
+    places: Callable[[int], tuple[Sequence[Spot], Sequence[Spot]]], concepts: Mapping[int, str],
+    others: Mapping[int, str | None], segmenters: Mapping[str, Where], modes: Sequence[Mode] = (PAPER, STRICT),
+    *, runs: int = 10, seed: int = 0,
+) -> dict[str, dict[int, Compared]]:  # fmt: skip
+    """`latent_iou` of every latent, in every mode, by every segmenter: a dictionary a column.
+
+    places: a latent's own and drawn images. Columns are called iou_MODE for the first segmenter and
+    iou_MODE_SEGMENTER for the others. Latents with one concept are best next to each other.
+    """
+    names = {
+        (mode, name): f"iou_{mode.name}" + f"_{name}" * bool(n) for mode in modes for n, name in enumerate(segmenters)
+    }
+    found: dict[str, dict[int, Compared]] = {column: {} for column in names.values()}
+    for latent, concept in tqdm(concepts.items(), desc="segmenting", unit=" latents", mininterval=2):
+        own, drawn = places(latent)
+        for (mode, name), column in names.items():
+            found[column][latent] = latent_iou(
+                own, drawn, concept, others[latent], segmenters[name], mode, runs=runs, seed=seed + latent
+            )
+    return found
 
 
 # ---- CLIP score -----------------------------------------------------------------------------------------------
@@ -234,7 +269,43 @@ def latents_clip(
     ]
 
 
+def all_clips(
+    similar: Similarity, shown: Callable[[int], Sequence[Exemplar]], concepts: Mapping[int, str],
+    others: Mapping[int, str | None], drawn: Sequence[Image.Image], modes: Sequence[Mode] = (PAPER, STRICT),
+    *, runs: int = 30, seed: int = 0,
+) -> dict[str, dict[int, Compared]]:  # fmt: skip
+    """`latents_clip` in every mode, as columns clip_MODE; shown: a latent's exemplars."""
+    names, wrong = list(concepts.values()), [others[latent] for latent in concepts]
+    return {
+        f"clip_{mode.name}": dict(
+            zip(
+                concepts,
+                latents_clip(similar, lambda: map(shown, concepts), names, wrong, mode, drawn, runs=runs, seed=seed),
+                strict=True,
+            )
+        )
+        for mode in modes
+    }
+
+
 # ---- Table 1 --------------------------------------------------------------------------------------------------
+
+
+def records(
+    named: Mapping[int, tuple[str, str]], found: Mapping[str, Mapping[int, Compared]]
+) -> tuple[dict[str, dict], dict[str, dict[str, list[float]]]]:
+    """Scores as they are kept: latent to concept, kind and columns; and column to latent to the random runs."""
+    rows = {
+        str(latent): {"concept": concept, "kind": kind}
+        | {key: value for column, scores in found.items() for key, value in scores[latent].columns(column).items()}
+        for latent, (concept, kind) in named.items()
+    }
+    runs = {
+        column: {str(latent): list(score.random) for latent, score in scores.items()}
+        for column, scores in found.items()
+        if all(score.random is not None for score in scores.values())
+    }
+    return rows, runs
 
 
 def by_kind(kinds: Mapping[str, str]) -> dict[str, list[str]]:
@@ -268,6 +339,67 @@ def table(
         if column in runs:
             result[kind]["random"] = run_interval(np.array([runs[column][n] for n in latents]))
     return result
+
+
+def beside(
+    found: Mapping[str, Mapping[str, Mean]], published: Mapping[str, tuple[float, float]] | None = None
+) -> list[dict[str, str | float | None]]:
+    """A table's rows as `plots.table` shows them; published: by kind, the random baseline and the score."""
+    told = []
+    for kind, row in found.items():
+        cells = {name: str(row[name]) for name in ("top", "random", "area", "shuffled") if name in row}
+        random, score = (published or {}).get(kind, (None, None))
+        told.append({"kind": kind} | cells | ({"the paper": score, "the paper, random": random} if published else {}))
+    return told
+
+
+def middling(rows: Mapping[str, Mapping], column: str) -> dict[str, int]:
+    """For each kind the latent whose score is the median (the upper one of two)."""
+    ranked = sorted((n for n in rows if column in rows[n]), key=lambda n: rows[n][column])
+    groups = by_kind({n: rows[n]["kind"] for n in ranked})
+    return {kind: int(latents[len(latents) // 2]) for kind, latents in groups.items() if kind != "total"}
+
+
+def columns_of(rows: Mapping[str, Mapping]) -> list[str]:
+    """The scores among the columns of `rows`, without their baselines."""
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    scores = [name for name in names if name.startswith(("iou_", "clip_"))]
+    return [name for name in scores if not name.endswith(BASELINES)]
+
+
+def summary(
+    rows: Mapping[str, Mapping], runs: Mapping[str, Mapping[str, Sequence[float]]], seed: int = 0
+) -> dict[str, float]:
+    """Every table as a stage's metrics, with how many latents each kind has and what the tables come to.
+
+    COLUMN_ratio: score by random baseline, of IoU. clip_..._kinds_above_random: kinds whose gain has its interval above
+    0, of the kinds that have one. iou_MODE_SEGMENTER_correlation: Pearson's, with the first segmenter's IoU.
+    """
+    tables = {column: table(rows, runs, column, seed) for column in columns_of(rows)}
+    groups = by_kind({latent: row["kind"] for latent, row in rows.items()})
+    told: dict[str, float] = {"latents_scored": len(rows)}
+    told |= {f"latents_{kind}": len(latents) for kind, latents in groups.items() if kind != "total"}
+    told |= flat(tables)
+    for column, found in tables.items():
+        kinds = {kind: row for kind, row in found.items() if kind != "total" and "gain" in row}
+        if column.startswith("iou_") and found["total"]["random"].mean > 0:
+            told[f"{column}_ratio"] = found["total"]["top"].mean / found["total"]["random"].mean
+        if column.startswith("clip_") and kinds:
+            told[f"{column}_kinds_above_random"] = sum(row["gain"].low > 0 for row in kinds.values())
+            told[f"{column}_kinds"] = len(kinds)
+        first = "_".join(column.split("_")[:2])
+        if first != column and (pair := correlation(rows, first, column)) is not None:
+            told[f"{column}_correlation"] = pair
+    for name in ("judged", "judged_shuffled"):
+        shares = consistency({n: row.get(name) for n, row in rows.items()}, {n: row["kind"] for n, row in rows.items()})
+        told |= {f"{name}_{kind}" if kind != "total" else name: share for kind, (share, _) in shares.items()}
+    return told
+
+
+def correlation(rows: Mapping[str, Mapping], one: str, two: str) -> float | None:
+    """Pearson's over latents; None if either does not vary."""
+    pairs = np.array([[row[one], row[two]] for row in rows.values()])
+    return float(np.corrcoef(pairs.T)[0, 1]) if np.ptp(pairs, axis=0).all() else None
 
 
 def flat(tables: Mapping[str, Mapping[str, Mapping[str, Mean]]]) -> dict[str, float]:
@@ -309,6 +441,21 @@ def knowing(truth: TrueMasks) -> Verdicts:
     return verdicts
 
 
+def judge_latents(
+    verdicts: Verdicts, shown: Callable[[int], Sequence[Exemplar]], named: Mapping[int, tuple[str, str]],
+    others: Mapping[int, str | None], *, each: int = 100, seed: int = 0,
+) -> dict[str, dict[str, str | None]]:  # fmt: skip
+    """Verdicts on `each` latents of every kind, at random: "judged" on their concepts, "judged_shuffled" on others'."""
+    groups = by_kind({str(latent): kind for latent, (_, kind) in named.items()})
+    chosen = [int(n) for kind, latents in groups.items() if kind != "total" for n in _drawn(latents, each, seed)]
+    found: dict[str, dict[str, str | None]] = {str(n): {} for n in chosen}
+    for column, names in (("judged", {n: named[n][0] for n in chosen}), ("judged_shuffled", others)):
+        asked = [n for n in chosen if names[n]]
+        for n, verdict in zip(asked, verdicts([shown(n) for n in asked], [names[n] for n in asked]), strict=True):
+            found[str(n)][column] = verdict
+    return found
+
+
 def consistency(verdicts: Mapping[str, str | None], kinds: Mapping[str, str]) -> dict[str, tuple[float, int]]:
     """Table 2: for each kind and in total the share of verdicts that are yes, and how many there are.
 
@@ -343,6 +490,15 @@ def kappa(one: Sequence[str], two: Sequence[str]) -> float | None:
     chance = sum(one.count(word) * two.count(word) for word in words) / len(one) ** 2
     same = sum(a == b for a, b in zip(one, two, strict=True)) / len(one)
     return None if chance == 1 else (same - chance) / (1 - chance)
+
+
+def standing(answers: Iterable[Mapping], concepts: Mapping[int, str]) -> dict[str, dict[str, str]]:
+    """Each rater's verdicts by latent, out of rows {rater, latent, concept, verdict}: those on today's explanations."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in answers:
+        if concepts.get(int(row["latent"])) == row["concept"]:
+            found[row["rater"]][str(row["latent"])] = row["verdict"]
+    return dict(found)
 
 
 def agreements(ratings: Mapping[str, Mapping[str, str]]) -> list[Agreement]:

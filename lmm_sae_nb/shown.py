@@ -51,7 +51,7 @@ def pooled_iou(
 def common(
     visible: Bool[np.ndarray, "images patches"], covered: Float[np.ndarray, "images concepts patches"]
 ) -> Bool[np.ndarray, " concepts"]:
-    """Which concepts the images have in common: four images in five at least show it in half of what is visible."""
+    """Which concepts the images have in common: four in five show them, each in half of what is visible."""
     n_visible = np.maximum(visible.sum(1), 1)[:, None]
     share = ((covered >= SHOWS) & visible[:, None]).sum(2) / n_visible
     return (share >= PURE).sum(0) >= math.ceil(MOST * len(visible))

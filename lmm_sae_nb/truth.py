@@ -16,8 +16,9 @@ from lmm_sae_nb.asked import Outcome
 from lmm_sae_nb.cache import LatentCache, base_latents
 from lmm_sae_nb.explain import Exemplar
 from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.masks import TrueMasks
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.score import TrueMasks, mean_interval
+from lmm_sae_nb.score import mean_interval
 from lmm_sae_nb.shown import PURE, SHOWS, Shown, best_shown, common, names_of
 
 Shares = Float[np.ndarray, "concepts patches"]
@@ -26,7 +27,7 @@ Shares = Float[np.ndarray, "concepts patches"]
 class PatchTruth:
     """The share of each base patch of an image that each concept covers: `truth[index]`, (concepts, patches) float32.
 
-    names: (kind, concept) of each row; kinds: the kind alone. Label maps are read once.
+    names: (kind, concept) of each row; kinds: the kind alone. Each label map is read once.
     """
 
     def __init__(self, masks: TrueMasks, grid: tuple[int, int]):
@@ -37,24 +38,13 @@ class PatchTruth:
 
     def __getitem__(self, index: int) -> Shares:
         if index not in self._known:
-            shares = self._covered(index)
+            shares = self._masks.covered(index, self.grid)
             rows = np.flatnonzero(shares.any(1))
             self._known[index] = rows, shares[rows]
         rows, shares = self._known[index]
         whole = np.zeros((len(self.names), shares.shape[1]), np.float32)
         whole[rows] = shares
         return whole
-
-    def _covered(self, index: int) -> Shares:
-        labels, parts = self._masks.labels(index), []
-        for kind, names in self._masks.concepts.items():
-            (height, width), size = labels[kind].shape, 1 + len(names)
-            row, column = (np.arange(n) * cells // n for n, cells in zip((height, width), self.grid, strict=True))
-            patch = row[:, None] * self.grid[1] + column
-            counts = np.bincount((patch * size + labels[kind]).ravel(), minlength=size * self.grid[0] * self.grid[1])
-            counts = counts.reshape(-1, size)
-            parts.append((counts[:, 1:] / counts.sum(1, keepdims=True)).T)
-        return np.concatenate(parts).astype(np.float32)
 
     def shows(self, indices: Iterable[int]) -> sparse.csr_array:
         """(concepts, images * patches): 1 where a patch shows a concept, which is to cover a quarter of it."""
@@ -232,7 +222,8 @@ def with_truth(rows: Mapping[str, dict], shown: Mapping[int, Sequence[Exemplar]]
     for latent, row in rows.items():
         best = shown_by(truth, shown[int(latent)])
         told[latent] = row | {
-            "true_kind": best and best.kind, "true_concept": best and best.concept, "true_iou": best.iou if best else 0.0,
+            "true_kind": best and best.kind, "true_concept": best and best.concept,
+            "true_iou": best.iou if best else 0.0,
             "responds_to": responds_to(truth, shown[int(latent)]),
         }  # fmt: skip
     return told

@@ -39,7 +39,7 @@ LEVELS = [  # an import goes to the same level or a lower one, and never in a ci
         "lmm shares",
         "tokens train evaluate launch cache cache_formats steering",
         "explain attribution twin",
-        "score truth",
+        "masks score truth",
         "plots widgets",
     )
 ]

@@ -233,9 +233,9 @@ for ax, (kind, n) in zip(plots.places(len(middle), columns=4, side=2), middle.it
 
 # %% mystnb={"figure": {"caption": "Strict IoU of each latent by the segmenter, over the same by the ground truth; on the line they agree.", "name": "fig-calibration"}}
 by_kind = {kind: latents for kind, latents in scoring.by_kind(kind_of).items() if kind != "total"}
-second = next((column for column in columns if column.startswith("iou_strict_")), "iou_strict")
-known, measured = ({kind: [scores[n][c] for n in latents] for kind, latents in by_kind.items()} for c in ("iou_strict", second))
-plots.calibration(known, measured, f"IoU by {next(iter(where))}", f"IoU by {list(where)[-1]}");
+for second in (column for column in columns if column.startswith("iou_strict_")):
+    known, measured = ({kind: [scores[n][c] for n in latents] for kind, latents in by_kind.items()} for c in ("iou_strict", second))
+    plots.calibration(known, measured, "IoU by ground truth", f"IoU by {second.removeprefix('iou_strict_')}")
 # %%
 for column in (column for column in columns if f"{column}_correlation" in metrics):
     first = "_".join(column.split("_")[:2])

@@ -27,13 +27,12 @@ from lmm_sae_nb.masks import (
     iou,
     ious,
     moved,
-    numbered,
     spots,
 )
 
 __all__ = [
     "PAPER", "STRICT", "Mode", "Segmenter", "Spot", "TrueMasks", "Where", "activation_mask", "concept_mask", "iou",
-    "ious", "numbered", "spots",
+    "ious", "spots",
 ]  # fmt: skip
 
 BASELINES = ("_random", "_area", "_shuffled")

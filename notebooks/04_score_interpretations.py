@@ -64,7 +64,7 @@ from lmm_sae_nb.chats import open_chat
 from lmm_sae_nb.explain import exemplars
 from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.masks import PAPER, STRICT, Spot, TrueMasks, activation_mask, concept_mask, iou, ious, numbered, spots
+from lmm_sae_nb.masks import PAPER, STRICT, Numbered, Spot, TrueMasks, activation_mask, concept_mask, iou, ious, spots
 from lmm_sae_nb.ratings import read_ratings
 from lmm_sae_nb.sae import TopKSAE
 
@@ -99,8 +99,8 @@ def shown(latent: int) -> list:
 where = {"truth": truth} if truth else {}
 if segmenter:
     parts = [named(part) for part in (detector, segmenter) if part]
-    found = grounding.GroundedSegmenter.load(*parts) if detector else grounding.ClipSegmenter.load(*parts)
-    where[Path(segmenter).name.removeprefix("tiny-")] = numbered(found, pictures)
+    found = grounding.BoxSegmenter.load(*parts) if detector else grounding.PromptedSegmenter.load(*parts)
+    where[Path(segmenter).name.removeprefix("tiny-")] = Numbered(found, pictures)
 if not where:
     raise ValueError("neither `concepts` nor `segmenter` is given: there is nothing to score with; give one of them")
 
@@ -134,7 +134,7 @@ spot, ways = spots([case])[0], [(by, find, mode) for by, find in where.items() f
 first, *rest = plots.places(1 + len(ways))
 plots.heat_map(case.image, case.activation, ax=first).set_title(f"latent {latent}: {concept}", fontsize=7)
 for ax, (by, find, mode) in zip(rest, ways, strict=True):
-    active, wanted = activation_mask(spot, mode), concept_mask(find(spot.number, concept), spot.size, mode)
+    active, wanted = activation_mask(spot, mode), concept_mask(find([spot.number], concept)[0], spot.size, mode)
     fit = ious([spot], concept, find, mode)[0]
     assert fit == iou(active, wanted) == (active & wanted).sum() / max(1, (active | wanted).sum())
     plots.overlap(case.image, active, wanted, f"{mode.name}, {by}: {fit:.2f}", ax=ax)
@@ -174,7 +174,7 @@ if not stage.is_current(params, inputs, code):
         lambda n: (spots(shown(n)), drawn_spots[n]), concept_of, others, where, list(modes.values()), runs=random_runs, seed=seed
     )
     if similarity:
-        similar = grounding.ClipSimilarity.load(named(similarity))
+        similar = grounding.ImageTextSimilarity.load(named(similarity))
         drawn_pictures = [pictures[i] for i in rng.integers(len(pictures), size=clip_runs * n_top).tolist()]
         found |= scoring.all_clips(similar, shown, concept_of, others, drawn_pictures, list(modes.values()), runs=clip_runs, seed=seed)
     scores, runs = scoring.records(explained, found)
@@ -223,7 +223,7 @@ plots.mean_panels({
 middle, find = scoring.middling(scores, "iou_strict"), next(iter(where.values()))
 for ax, (kind, n) in zip(plots.places(len(middle), columns=4, side=2), middle.items(), strict=True):
     [top] = spots(shown(n)[:1])
-    active, wanted = activation_mask(top, modes["strict"]), concept_mask(find(top.number, concept_of[n]), top.size, modes["strict"])
+    active, wanted = activation_mask(top, modes["strict"]), concept_mask(find([top.number], concept_of[n])[0], top.size, modes["strict"])
     plots.overlap(pictures[top.number], active, wanted, f"{kind}: {concept_of[n]}, IoU {scores[str(n)]['iou_strict']:.2f}", ax=ax)
 
 # %% [markdown]

@@ -1,6 +1,7 @@
 """Scores against counting by hand, and against other libraries."""
 
 import json
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from lmm_sae_nb.explain import Exemplar, masked, most_activated, upsample
 from lmm_sae_nb.masks import (
     PAPER,
     STRICT,
+    Numbered,
     Spot,
     TrueMasks,
     activation_mask,
@@ -23,12 +25,18 @@ from lmm_sae_nb.masks import (
     iou,
     ious,
     moved,
-    numbered,
     spots,
 )
 from lmm_sae_nb.score import Compared, explained, kappa, latent_iou, latents_clip, mean_interval, run_interval
 
 CONCEPTS = {"object": ["cat", "dog"], "face": ["happy"], "word": ["happy"]}
+
+
+class Candidates(NamedTuple):
+    masks: np.ndarray
+    scores: np.ndarray
+
+
 GRIDS = arrays(np.float32, (4, 4), elements=st.sampled_from([0.0, 0.1, 0.2, 0.26, 0.5, 1.0]))
 MODES = pytest.mark.parametrize("mode", [PAPER, STRICT], ids=lambda mode: mode.name)
 
@@ -129,7 +137,7 @@ def brute_iou(activation: np.ndarray, candidates: np.ndarray, mode) -> float:
 @settings(max_examples=60)
 @given(activation=GRIDS, candidates=st.integers(0, 3).flatmap(lambda n: arrays(bool, (n, 8, 8))))
 def test_an_images_iou_is_that_of_brute_force(mode, activation, candidates):
-    found = ious([Spot(0, (8, 8), activation)], "cat", lambda number, concept: candidates, mode)
+    found = ious([Spot(0, (8, 8), activation)], "cat", lambda numbers, concept: [candidates], mode)
     assert found == pytest.approx([brute_iou(activation, candidates, mode)] if activation.any() else [0.0])
 
 
@@ -137,16 +145,28 @@ def test_an_images_iou_is_that_of_brute_force(mode, activation, candidates):
 def test_a_segmenter_is_not_asked_where_the_latent_is_silent_and_once_for_each_concept(mode):
     asked = []
 
-    def segmenter(image, concept):
-        asked.append((image.getpixel((0, 0))[0], concept))
-        return np.ones((1, 8, 8), bool)
+    def segmenter(images, concepts):
+        asked.append([(image.getpixel((0, 0))[0], concept) for image, concept in zip(images, concepts, strict=True)])
+        return [Candidates(np.ones((1, 8, 8), bool), np.ones(1, np.float32)) for _ in images]
 
     images = [Image.new("RGB", (8, 8), (n, 0, 0)) for n in range(3)]
-    where = numbered(segmenter, images)
+    where = Numbered(segmenter, images, keep=3)
     places = [Spot(n, (8, 8), np.full((4, 4), float(n != 1), np.float32)) for n in (0, 1, 2, 0)]
     assert ious(places, "cat", where, mode).tolist() == [1, 0, 1, 1]
+    ious(places[::-1], "cat", where, mode)
+    assert asked == [[(0, "cat"), (2, "cat")]]
     ious(places, "dog", where, mode)
-    assert asked == [(0, "cat"), (2, "cat"), (0, "dog"), (2, "dog")]
+    ious(places[1:], "cat", where, mode)  # of four answers the first is no longer kept
+    assert asked[1:] == [[(0, "dog"), (2, "dog")], [(0, "cat")]]
+    assert ious(places[1:2], "bee", where, mode) == [0]
+    assert len(asked) == 3
+
+
+def test_candidates_come_likeliest_first():
+    masks = np.eye(3, dtype=bool)[:, None]
+    found = Candidates(masks, np.array([0.2, 0.9, 0.2], np.float32))
+    [ordered] = Numbered(lambda images, concepts: [found], [Image.new("RGB", (3, 1))])([0], "cat")
+    assert (ordered == masks[[1, 0, 2]]).all()
 
 
 # Ground truth.
@@ -157,10 +177,11 @@ def test_truth_finds_a_concept_in_every_kind_that_has_its_name():
     face[:2], word[6:] = 1, 1
     truth = TrueMasks([row(face=face, word=word)], CONCEPTS)
     assert truth.kinds_of("happy") == ["face", "word"]
-    assert truth(0, "happy").shape == (1, 8, 8)
-    assert truth(0, "happy").sum() == 32
+    [found] = truth([0], "happy")
+    assert found.shape == (1, 8, 8)
+    assert found.sum() == 32
     with pytest.raises(ValueError, match="no ground truth for 'unicorn'"):
-        truth(0, "unicorn")
+        truth([0], "unicorn")
 
 
 def test_what_covers_a_patch_is_counted_in_pixels():
@@ -243,14 +264,14 @@ def test_a_latents_scores_by_hand(mode):
     where = {"cat": left, "dog": ~left[:, :, :], "nothing": left[:0]}
     own = [Spot(0, (8, 8), everywhere)] * 2
     drawn = [Spot(1, (8, 8), part) for part in (everywhere, nowhere, nowhere, nowhere)]
-    found = latent_iou(own, drawn, "cat", "nothing", lambda n, c: where[c], mode, runs=2)
+    found = latent_iou(own, drawn, "cat", "nothing", lambda n, c: [where[c]] * len(n), mode, runs=2)
     assert found == Compared(0.5, (0.25, 0.0), 0.5, 0.0)
     assert found.columns("iou") == {"iou": 0.5, "iou_area": 0.5, "iou_shuffled": 0.0, "iou_random": 0.125}
-    assert latent_iou(own, drawn, "cat", None, lambda n, c: where[c], mode, runs=4).shuffled is None
+    assert latent_iou(own, drawn, "cat", None, lambda n, c: [where[c]] * len(n), mode, runs=4).shuffled is None
     with pytest.raises(ValueError, match="no exemplars"):
-        latent_iou([], drawn, "cat", None, lambda n, c: where[c], mode, runs=2)
+        latent_iou([], drawn, "cat", None, lambda n, c: [where[c]] * len(n), mode, runs=2)
     with pytest.raises(ValueError, match="4 random images cannot be shared by 3 runs"):
-        latent_iou(own, drawn, "cat", None, lambda n, c: where[c], mode, runs=3)
+        latent_iou(own, drawn, "cat", None, lambda n, c: [where[c]] * len(n), mode, runs=3)
 
 
 def test_chance_is_near_the_area_where_a_moved_mask_meets_the_concept():
@@ -262,7 +283,7 @@ def test_chance_is_near_the_area_where_a_moved_mask_meets_the_concept():
     rows = [len({(down + k) % 8 for k in (2, 3)} & set(range(4))) for down in range(8)]
     expected = np.mean([8 * n / (32 + 16 - 8 * n) for n in rows])
     rng = np.random.default_rng(0)
-    found = ious([Spot(0, (8, 8), active)] * 800, "cat", lambda n, c: half, STRICT, elsewhere=rng)
+    found = ious([Spot(0, (8, 8), active)] * 800, "cat", lambda n, c: [half] * len(n), STRICT, elsewhere=rng)
     assert found.mean() == pytest.approx(expected, abs=0.02)
 
 
@@ -271,7 +292,7 @@ def test_the_world_and_the_scores_agree_on_real_label_maps():
     rng = np.random.default_rng(2)
     truth = TrueMasks([row(object=rng.integers(0, 3, (8, 8)).astype(np.uint8)) for _ in range(3)], CONCEPTS)
     found = [exemplar(n, rng.random((4, 4)) < 0.4) for n in range(3)]
-    by_hand = [iou(upsample(e.visible, (8, 8)), truth(e.image_index, "dog")[0]) for e in found]
+    by_hand = [iou(upsample(e.visible, (8, 8)), truth([e.image_index], "dog")[0][0]) for e in found]
     assert ious(spots(found), "dog", truth, STRICT).tolist() == by_hand
 
 

@@ -119,12 +119,12 @@ def ious(
 
     The segmenter is not asked about images on which the latent is silent: they score 0. ValueError as `concept_mask`.
     """
-    masks = [activation_mask(spot, mode) for spot in places]
-    awake = [n for n, mask in enumerate(masks) if mask.any()]
+    awake = [n for n, spot in enumerate(places) if spot.activation.max() > 0]
     found = np.zeros(len(places))
     answers = where([places[n].number for n in awake], concept) if awake else []
     for n, candidates in zip(awake, answers, strict=True):
-        active = masks[n] if elsewhere is None else moved(masks[n], elsewhere)
+        active = activation_mask(places[n], mode)
+        active = active if elsewhere is None else moved(active, elsewhere)
         found[n] = iou(active, concept_mask(candidates, places[n].size, mode))
     return found
 

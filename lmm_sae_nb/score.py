@@ -402,15 +402,15 @@ def correlation(rows: Mapping[str, Mapping], one: str, two: str) -> float | None
 
 
 def flat(tables: Mapping[str, Mapping[str, Mapping[str, Mean]]]) -> dict[str, float]:
-    """Tables by column as a stage's metrics: `column`, `column_kind`, `column_random`, each with _low and _high.
+    """Tables by column as a stage's metrics: `column`, `column_random`, `column_kind`, each with _low and _high.
 
-    Baselines are told in total only, gains for every kind.
+    Baselines are told in total only; gains in total, and for every kind of a CLIP score.
     """
     told = {}
     for column, kinds in tables.items():
-        for kind, row in kinds.items():
-            for name, found in row.items():
-                if kind == "total" or name in ("top", "gain"):
+        for kind in ("total", *(kind for kind in kinds if kind != "total")):
+            for name, found in kinds.get(kind, {}).items():
+                if kind == "total" or name == "top" or (name == "gain" and column.startswith("clip_")):
                     words = [column, kind if kind != "total" else "", name if name != "top" else ""]
                     for end, value in zip(("", "low", "high"), found, strict=True):
                         told["_".join(filter(None, [*words, end]))] = value

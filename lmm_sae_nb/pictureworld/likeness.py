@@ -116,7 +116,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
 
 
 def contrast(scores: Tensor, shown: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean over the pairs with `weight` of -log p(pair), where a pair competes with its row's absent ones alone.
+    """Weighted mean over the pairs of -log p(pair), where a pair competes with its row's absent ones alone.
 
     scores: (rows, columns) logits; shown: 1 for a true pair, 0 for a false one, -1 for one that does not count.
     """
@@ -182,7 +182,7 @@ class Likener(nn.Module):
 def train_similarity(
     folder: Path, lmm: Path, steps: int, batch: int = 10, rate: float = 2e-3, minutes: float = math.inf
 ) -> bool:
-    """Teach CLIP resumably, `batch` scenes a step; `folder/checkpoint.pt` holds it. `lmm`: whose tower it starts from."""
+    """Teach CLIP resumably, `batch` scenes a step; `folder/checkpoint.pt` holds it. `lmm` lends its tower."""
     torch.manual_seed(0)
     tokenizer = clip_tokenizer()
     pupil = Likener(new_model(tokenizer), tokenizer)

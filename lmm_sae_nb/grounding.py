@@ -121,7 +121,14 @@ class BoxSegmenter:
         scores (n,)."""
         found = []
         for pictures, texts in _batches(images, concepts, self.batch):
-            asked = self.reader(text=[[t] for t in texts], images=pictures, padding=True, return_tensors="pt")
+            longest = max(map(len, self.reader.tokenizer([f"{text}." for text in texts]).input_ids))
+            asked = self.reader(
+                text=[[text] for text in texts],
+                images=pictures,
+                padding="max_length",  # OWLv2's processor pads each text alone
+                max_length=longest,
+                return_tensors="pt",
+            )
             outputs = self.detector(**asked.to(self.detector.device))
             sizes = [(picture.height, picture.width) for picture in pictures]
             rows = self.reader.post_process_grounded_object_detection(

@@ -34,7 +34,8 @@ PRESETS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
 LEVELS = [  # an import goes to the same level or a lower one, and never in a circle
     set(level.split())
     for level in (
-        "artifacts hooks spans compiled kernels sae optimiser formats hub checkpoint images ranking store forecast",
+        "artifacts hooks spans compiled kernels sae optimiser formats hub checkpoint images ranking store forecast "
+        "grounding",
         "lmm shares",
         "tokens train evaluate launch cache cache_formats steering",
         "explain attribution twin shown",

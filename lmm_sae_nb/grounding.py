@@ -42,6 +42,7 @@ class Candidates(NamedTuple):
 
 
 Segmenter = Callable[[Sequence[Image.Image], Sequence[str]], list[Candidates]]
+_DOT = Image.new("RGB", (1, 1))
 Similarity = Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray]
 
 
@@ -166,6 +167,7 @@ class ImageTextSimilarity:
 
     def __init__(self, model: CLIPModel, processor: CLIPProcessor, *, batch: int = 32):
         self.model, self.processor, self.batch = model.eval(), processor, _positive(batch)
+        self._read: tuple[tuple[str, ...] | None, Tensor | None] = (None, None)
 
     @classmethod
     def load(cls, name: str | Path, *, device: str = "cpu", **options) -> ImageTextSimilarity:
@@ -186,6 +188,31 @@ class ImageTextSimilarity:
             pairs = F.cosine_similarity(outputs.image_embeds, outputs.text_embeds)
             cosines.append(_finite(pairs, "CLIP").cpu().numpy())
         return np.concatenate(cosines)
+
+    @torch.no_grad()
+    def grid(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Float[np.ndarray, "images texts"]:
+        """Cosines of every picture with every text, float32; each picture and each text goes through the model once.
+
+        The last texts are remembered, so that pictures can come in parts. Both have to be as in a call.
+        """
+        if self._read[0] != (wanted := tuple(texts)):
+            self._read = wanted, self._words(wanted)
+        cosines = [np.zeros((0, len(texts)), np.float32)]
+        for pictures, _ in _batches(images, ["a"] * len(images), self.batch):
+            inputs = self.processor(images=pictures, return_tensors="pt").to(self.model.device)
+            seen = self.model.visual_projection(self.model.vision_model(inputs["pixel_values"]).pooler_output)
+            cosines.append(_finite(F.normalize(seen, dim=-1) @ self._read[1].T, "CLIP").cpu().numpy())
+        return np.concatenate(cosines)
+
+    def _words(self, texts: Sequence[str]) -> Tensor:
+        """(texts, width): every text as a vector of length 1."""
+        found = [torch.zeros(0, self.model.config.projection_dim, device=self.model.device)]
+        longest = self.model.config.text_config.max_position_embeddings
+        for _, words in _batches([_DOT] * len(texts), list(texts), self.batch):
+            inputs = self.processor(text=words, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            read = self.model.text_model(**inputs.to(self.model.device)).pooler_output
+            found.append(F.normalize(self.model.text_projection(read), dim=-1))
+        return torch.cat(found)
 
 
 # ---- what is asked, and what comes back -----------------------------------------------------------------------

@@ -53,6 +53,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import load_from_disk
 from IPython.display import display
 
@@ -69,6 +70,7 @@ from lmm_sae_nb.ratings import read_ratings
 from lmm_sae_nb.sae import TopKSAE
 
 root = project_root()
+device = "cuda" if torch.cuda.is_available() else "cpu"
 plots.style()
 
 
@@ -99,7 +101,8 @@ def shown(latent: int) -> list:
 where = {"truth": truth} if truth else {}
 if segmenter:
     parts = [named(part) for part in (detector, segmenter) if part]
-    found = grounding.BoxSegmenter.load(*parts) if detector else grounding.PromptedSegmenter.load(*parts)
+    kind_of_segmenter = grounding.BoxSegmenter if detector else grounding.PromptedSegmenter
+    found = kind_of_segmenter.load(*parts, device=device)
     where[Path(segmenter).name.removeprefix("tiny-")] = Numbered(found, pictures)
 if not where:
     raise ValueError("neither `concepts` nor `segmenter` is given: there is nothing to score with; give one of them")
@@ -174,7 +177,7 @@ if not stage.is_current(params, inputs, code):
         lambda n: (spots(shown(n)), drawn_spots[n]), concept_of, others, where, list(modes.values()), runs=random_runs, seed=seed
     )
     if similarity:
-        similar = grounding.ImageTextSimilarity.load(named(similarity))
+        similar = grounding.ImageTextSimilarity.load(named(similarity), device=device).grid
         drawn_pictures = [pictures[i] for i in rng.integers(len(pictures), size=clip_runs * n_top).tolist()]
         found |= scoring.all_clips(similar, shown, concept_of, others, drawn_pictures, list(modes.values()), runs=clip_runs, seed=seed)
     scores, runs = scoring.records(explained, found)

@@ -120,25 +120,34 @@ class BoxSegmenter:
     def boxes(self, images: Sequence[Image.Image], concepts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         """For each picture the boxes (n, 4) in its pixels as left, top, right, bottom, cut at its edges, and their
         scores (n,)."""
-        found = []
-        for pictures, texts in _batches(images, concepts, self.batch):
-            longest = max(map(len, self.reader.tokenizer([f"{text}." for text in texts]).input_ids))
-            asked = self.reader(
-                text=[[text] for text in texts],
-                images=pictures,
-                padding="max_length",  # OWLv2's processor pads each text alone
-                max_length=longest,
-                return_tensors="pt",
-            )
-            outputs = self.detector(**asked.to(self.detector.device))
-            sizes = [(picture.height, picture.width) for picture in pictures]
-            rows = self.reader.post_process_grounded_object_detection(
-                outputs, threshold=self.threshold, target_sizes=sizes
-            )
-            for (height, width), row in zip(sizes, rows, strict=True):
-                edges = torch.tensor([width, height, width, height], device=row["boxes"].device)
-                found.append((_finite(row["boxes"], "the detector").clamp(min=0).minimum(edges), row["scores"]))
-        return found
+        _check(images, concepts)
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        of_size: dict[tuple[int, int], list[int]] = {}  # GroundingDINO sees what pads smaller pictures beside larger
+        for number, image in enumerate(images):
+            of_size.setdefault(image.size, []).append(number)
+        for (width, height), numbers in of_size.items():
+            edges = torch.tensor([width, height, width, height], device=self.detector.device)
+            for start in range(0, len(numbers), self.batch):
+                chosen = numbers[start : start + self.batch]
+                rows = self._detect([images[n].convert("RGB") for n in chosen], [concepts[n] for n in chosen])
+                for number, row in zip(chosen, rows, strict=True):
+                    places = _finite(row["boxes"], "the detector").clamp(min=0).minimum(edges)
+                    found[number] = places, row["scores"]
+        return [found[number] for number in range(len(images))]
+
+    def _detect(self, pictures: list[Image.Image], texts: list[str]) -> list[dict[str, Tensor]]:
+        longest = max(map(len, self.reader.tokenizer([f"{text}." for text in texts]).input_ids))
+        asked = self.reader(
+            text=[[text] for text in texts],
+            images=pictures,
+            padding="max_length",  # to the longest here: OWLv2's processor pads each text alone
+            max_length=longest,
+            return_tensors="pt",
+        )
+        outputs = self.detector(**asked.to(self.detector.device))
+        _finite(outputs.logits, "the detector")
+        sizes = [(picture.height, picture.width) for picture in pictures]
+        return self.reader.post_process_grounded_object_detection(outputs, threshold=self.threshold, target_sizes=sizes)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], concepts: Sequence[str]) -> list[Candidates]:
@@ -218,10 +227,8 @@ class ImageTextSimilarity:
 # ---- what is asked, and what comes back -----------------------------------------------------------------------
 
 
-def _batches(
-    images: Sequence[Image.Image], texts: Sequence[str], batch: int
-) -> Iterator[tuple[list[Image.Image], list[str]]]:
-    """Pictures in RGB and their texts, so many at a time. ValueError for what no model should be asked."""
+def _check(images: Sequence[Image.Image], texts: Sequence[str]) -> None:
+    """ValueError for what no model should be asked."""
     if isinstance(texts, str) or len(images) != len(texts):
         raise ValueError(
             f"{len(images)} images and {1 if isinstance(texts, str) else len(texts)} texts; give a text each"
@@ -232,6 +239,13 @@ def _batches(
             raise ValueError(f"image {number} is {what}; give PIL images with pixels")
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"text {number} is {text!r}; give a concept in words, and leave out latents without one")
+
+
+def _batches(
+    images: Sequence[Image.Image], texts: Sequence[str], batch: int
+) -> Iterator[tuple[list[Image.Image], list[str]]]:
+    """Pictures in RGB and their texts, so many at a time."""
+    _check(images, texts)
     for start in range(0, len(texts), batch):
         chosen = slice(start, start + batch)
         yield [image.convert("RGB") for image in images[chosen]], list(texts[chosen])

@@ -121,7 +121,7 @@ def exemplar_strip(rows: Sequence[tuple[str, Sequence[Exemplar]]], side: float =
         for column, exemplar in enumerate(exemplars[:columns]):
             heat_map(exemplar.image, exemplar.activation, ax=axes[2 * n, column])
             axes[2 * n + 1, column].imshow(exemplar.masked)
-        axes[2 * n, 0].set_title(title, loc="left", fontsize=8)
+        axes[2 * n, 0].set_title(title, loc="left", fontsize=8, parse_math=False)  # it may be a model's words
     return axes
 
 
@@ -334,3 +334,18 @@ def mean_panels(panels: Mapping[str, Mapping[str, Mapping[str, Mean]]]) -> np.nd
     for ax, (xlabel, results) in zip(axes[0], panels.items(), strict=True):
         means(results, xlabel, ax=ax)
     return axes[0]
+
+
+def counts(table: Mapping[str, Mapping[str, int]], xlabel: str, ylabel: str, ax: Axes | None = None) -> Axes:
+    """A cross table: rows to {column: count}, every row shaded by its shares."""
+    columns = list(dict.fromkeys(name for row in table.values() for name in row))
+    grid = np.array([[row.get(name, 0) for name in columns] for row in table.values()])
+    ax = ax or plt.subplots(figsize=(0.7 * len(columns) + 1.4, 0.32 * len(table) + 1.2))[1]
+    ax.imshow(grid / np.maximum(grid.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
+    for (y, x), count in np.ndenumerate(grid):
+        if count:
+            ax.text(x, y, count, ha="center", va="center", fontsize=8)
+    ax.set_xticks(range(len(columns)), columns, rotation=35, ha="right", parse_math=False)
+    ax.set_yticks(range(len(table)), list(table))
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    return ax

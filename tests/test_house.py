@@ -35,11 +35,11 @@ LEVELS = [  # an import goes to the same level or a lower one, and never in a ci
     set(level.split())
     for level in (
         "artifacts hooks spans compiled kernels sae optimiser formats hub checkpoint images ranking store forecast "
-        "grounding",
+        "chats asked shown grounding",
         "lmm shares",
         "tokens train evaluate launch cache cache_formats steering",
-        "explain attribution twin shown",
-        "masks score",
+        "explain attribution twin",
+        "masks score truth",
         "plots widgets",
     )
 ]

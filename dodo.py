@@ -10,7 +10,7 @@ from pathlib import Path
 from doit import get_var
 from doit.tools import config_changed
 
-from book import pages, results
+from book import features, pages, results
 
 ROOT = pages.ROOT
 PARAMS = ROOT / "notebooks" / "params" / f"{get_var('preset', 'tiny')}.yaml"
@@ -124,9 +124,26 @@ def task_results():
     }
 
 
+def task_features():
+    """Make the features page from the explanations, the scores and the cache."""
+    catalogue = ROOT / "lmm_sae_nb" / "catalogue.py"
+    steering = next((f"notebooks/{source.stem}.html" for source in SOURCES if source.stem.startswith("06_")), None)
+    return {
+        "actions": [(features.write, [RUN, BOOK, steering])],
+        "file_dep": [BOOK / "features.py", catalogue, *pages.modules(catalogue)],
+        "targets": [BOOK / "features.md"],
+        "uptodate": [
+            config_changed({"run": RUN, "steering": steering}),
+            AsLeft([ARTIFACTS / stage for stage in ("cache", "interpret", "score")]),
+        ],
+        "task_dep": ["page"] if SOURCES else [],
+    }
+
+
 def task_book():
     """Build the Jupyter Book, warnings as errors."""
-    written = [file for file in BOOK.rglob("*") if file.is_file() and not {"_build", "__pycache__"} & set(file.parts)]
+    made_here = {"_build", "__pycache__", "features"}  # features.md names its pictures after their content
+    written = [file for file in BOOK.rglob("*") if file.is_file() and not made_here & set(file.parts)]
     made = [BOOK / "notebooks" / f"{source.stem}.ipynb" for source in SOURCES]
 
     def build():
@@ -136,6 +153,6 @@ def task_book():
 
     return {
         "actions": [build],
-        "file_dep": sorted({*written, *made, BOOK / "results.md"} - set(BOOK.rglob("*.py"))),
+        "file_dep": sorted({*written, *made, BOOK / "results.md", BOOK / "features.md"} - set(BOOK.rglob("*.py"))),
         "targets": [SITE],
     }

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -21,8 +21,19 @@ from lmm_sae_nb.shown import Shown, best_shown, common, names_of
 
 Mask = Bool[np.ndarray, "height width"]
 Candidates = Bool[np.ndarray, "candidates height width"]
-Segmenter = Callable[[Image.Image, str], Candidates]  # image, concept -> masks that may be it, the likeliest first
-Where = Callable[[int, str], Candidates]  # the same, for the image of this number in the data set
+Where = Callable[
+    [Sequence[int], str], Sequence[Candidates]
+]  # images' numbers, concept -> what it may be, likeliest first
+
+
+class Found(Protocol):
+    """What a segmenter found in an image (`grounding.Candidates`): masks (n, height, width) and a score for each."""
+
+    masks: Candidates
+    scores: Float[np.ndarray, " n"]
+
+
+Segmenter = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Found]]  # images, and a concept for each
 
 
 @dataclass(frozen=True)
@@ -108,18 +119,32 @@ def ious(
 
     The segmenter is not asked about images on which the latent is silent: they score 0. ValueError as `concept_mask`.
     """
+    awake = [n for n, spot in enumerate(places) if spot.activation.max() > 0]
     found = np.zeros(len(places))
-    for n, spot in enumerate(places):
-        active = activation_mask(spot, mode)
-        if active.any():
-            active = active if elsewhere is None else moved(active, elsewhere)
-            found[n] = iou(active, concept_mask(where(spot.number, concept), spot.size, mode))
+    answers = where([places[n].number for n in awake], concept) if awake else []
+    for n, candidates in zip(awake, answers, strict=True):
+        active = activation_mask(places[n], mode)
+        active = active if elsewhere is None else moved(active, elsewhere)
+        found[n] = iou(active, concept_mask(candidates, places[n].size, mode))
     return found
 
 
-def numbered(segmenter: Segmenter, images: Sequence[Image.Image], keep: int = 512) -> Where:
-    """A segmenter of pictures as one of a data set's rows; the last `keep` answers are not computed again."""
-    return lru_cache(maxsize=keep)(lambda number, concept: segmenter(images[number], concept))
+class Numbered:
+    """A segmenter of pictures as one of a data set's rows; its last `keep` answers are not asked for again."""
+
+    def __init__(self, segmenter: Segmenter, images: Sequence[Image.Image], keep: int = 512):
+        self._segmenter, self._images, self._keep = segmenter, images, keep
+        self._kept: dict[tuple[int, str], Candidates] = {}
+
+    def __call__(self, numbers: Sequence[int], concept: str) -> list[Candidates]:
+        new = [number for number in dict.fromkeys(numbers) if (number, concept) not in self._kept]
+        answers = self._segmenter([self._images[number] for number in new], [concept] * len(new)) if new else []
+        for number, found in zip(new, answers, strict=True):
+            self._kept[number, concept] = found.masks[np.argsort(-found.scores, kind="stable")]
+        wanted = [self._kept[number, concept] for number in numbers]
+        for oldest in list(self._kept)[: -self._keep]:
+            del self._kept[oldest]
+        return wanted
 
 
 class TrueMasks:
@@ -163,13 +188,14 @@ class TrueMasks:
         """The kinds that know a concept of this name; several if a word is also a face."""
         return [kind for kind, names in self.concepts.items() if concept in names]
 
-    def __call__(self, index: int, concept: str) -> Candidates:
-        """Where the image shows the concept, one candidate; ValueError for one outside the world's vocabulary."""
+    def __call__(self, numbers: Sequence[int], concept: str) -> list[Candidates]:
+        """Where each image shows the concept, one candidate; ValueError for one outside the world's vocabulary."""
         kinds = self.kinds_of(concept)
         if not kinds:
             raise ValueError(f"there is no ground truth for {concept!r}; it is no concept of this data set")
-        labels = self.labels(index)
-        return np.logical_or.reduce([labels[k] == 1 + self.concepts[k].index(concept) for k in kinds])[None]
+        code = {kind: 1 + self.concepts[kind].index(concept) for kind in kinds}
+        maps = [self.labels(number) for number in numbers]
+        return [np.logical_or.reduce([labels[k] == code[k] for k in kinds])[None] for labels in maps]
 
     def _patches(self, exemplars: Sequence[Exemplar]) -> tuple[np.ndarray, np.ndarray]:
         """Visible patches (images, patches), and what covers them (images, concepts, patches)."""

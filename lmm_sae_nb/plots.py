@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import html
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -374,3 +375,27 @@ def beside(x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str, ax:
     ax.plot(x, y, ".", ms=4, alpha=0.6)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     return ax
+
+
+def marked(before: str, after: str) -> str:
+    """HTML of `after`, escaped, in which the words that `before` does not have in this place are marked."""
+    old, new = before.split(), after.split()
+    words = []
+    for tag, _, _, start, stop in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        text = html.escape(" ".join(new[start:stop]))
+        if text:
+            words.append(text if tag == "equal" else f"<mark>{text}</mark>")
+    return " ".join(words)
+
+
+def steering_strip(rows: Sequence[tuple[float, str]], before: str) -> str:
+    """A table, as HTML, of the answers at several strengths, (strength, answer), below the untouched model's, `before`.
+
+    The words of an answer that `before` does not have in their place are marked; everything is escaped.
+    """
+    lines = [
+        ("untouched", html.escape(before)),
+        *((f"× {strength:g}", marked(before, said)) for strength, said in rows),
+    ]
+    body = "".join(f"<tr><th>{name}</th><td style='text-align:left'>{said}</td></tr>" for name, said in lines)
+    return f"<table>{body}</table>"

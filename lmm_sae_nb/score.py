@@ -27,18 +27,17 @@ from lmm_sae_nb.masks import (
     iou,
     ious,
     moved,
-    numbered,
     spots,
 )
 
 __all__ = [
     "PAPER", "STRICT", "Mode", "Segmenter", "Spot", "TrueMasks", "Where", "activation_mask", "concept_mask", "iou",
-    "ious", "numbered", "spots",
+    "ious", "spots",
 ]  # fmt: skip
 
 BASELINES = ("_random", "_area", "_shuffled")
 KINDS = ("scene", "object", "part", "material", "texture", "colour")  # of Table 1, in its order
-Similarity = Callable[[Sequence[Image.Image], Sequence[str]], Float[np.ndarray, "images texts"]]  # cosines
+Grid = Callable[[Sequence[Image.Image], Sequence[str]], Float[np.ndarray, "images texts"]]  # cosines of each with each
 Judge = Callable[[Sequence[Sequence[Image.Image]], Sequence[str]], "list[str | None]"]  # as `asked.Judge`
 Verdicts = Callable[[Sequence[Sequence[Exemplar]], Sequence[str]], "list[str | None]"]  # yes, no, unsure; None: none
 
@@ -204,7 +203,7 @@ def region(exemplar: Exemplar, mode: Mode, elsewhere: np.random.Generator | None
 
 
 def clip_scores(
-    similar: Similarity, pictures: Iterable[Image.Image], concepts: Sequence[str], batch: int = 64
+    similar: Grid, pictures: Iterable[Image.Image], concepts: Sequence[str], batch: int = 64
 ) -> Float[np.ndarray, "pictures concepts"]:
     """100 max(cosine, 0) of every picture with every concept, as torchmetrics' CLIPScore; pictures may be a stream.
 
@@ -234,7 +233,7 @@ def clip_scores(
 
 
 def latents_clip(
-    similar: Similarity, sets: Callable[[], Iterator[Sequence[Exemplar]]], concepts: Sequence[str],
+    similar: Grid, sets: Callable[[], Iterator[Sequence[Exemplar]]], concepts: Sequence[str],
     others: Sequence[str | None], mode: Mode, drawn: Iterable[Image.Image], *, runs: int = 30, seed: int = 0,
 ) -> list[Compared]:  # fmt: skip
     """CLIP score of each latent's concept with its own images (Table 1's CS), and beside it chance.
@@ -270,7 +269,7 @@ def latents_clip(
 
 
 def all_clips(
-    similar: Similarity, shown: Callable[[int], Sequence[Exemplar]], concepts: Mapping[int, str],
+    similar: Grid, shown: Callable[[int], Sequence[Exemplar]], concepts: Mapping[int, str],
     others: Mapping[int, str | None], drawn: Sequence[Image.Image], modes: Sequence[Mode] = (PAPER, STRICT),
     *, runs: int = 30, seed: int = 0,
 ) -> dict[str, dict[int, Compared]]:  # fmt: skip
@@ -382,8 +381,9 @@ def summary(
     told |= flat(tables)
     for column, found in tables.items():
         kinds = {kind: row for kind, row in found.items() if kind != "total" and "gain" in row}
-        if column.startswith("iou_") and found["total"]["random"].mean > 0:
-            told[f"{column}_ratio"] = found["total"]["top"].mean / found["total"]["random"].mean
+        random = found["total"].get("random") if column.startswith("iou_") else None
+        if random and random.mean > 0:
+            told[f"{column}_ratio"] = found["total"]["top"].mean / random.mean
         if column.startswith("clip_") and kinds:
             told[f"{column}_kinds_above_random"] = sum(row["gain"].low > 0 for row in kinds.values())
             told[f"{column}_kinds"] = len(kinds)
@@ -403,15 +403,15 @@ def correlation(rows: Mapping[str, Mapping], one: str, two: str) -> float | None
 
 
 def flat(tables: Mapping[str, Mapping[str, Mapping[str, Mean]]]) -> dict[str, float]:
-    """Tables by column as a stage's metrics: `column`, `column_kind`, `column_random`, each with _low and _high.
+    """Tables by column as a stage's metrics: `column`, `column_random`, `column_kind`, each with _low and _high.
 
-    Baselines are told in total only, gains for every kind.
+    Baselines are told in total only; gains in total, and for every kind of a CLIP score.
     """
     told = {}
     for column, kinds in tables.items():
-        for kind, row in kinds.items():
-            for name, found in row.items():
-                if kind == "total" or name in ("top", "gain"):
+        for kind in ("total", *(kind for kind in kinds if kind != "total")):
+            for name, found in kinds.get(kind, {}).items():
+                if kind == "total" or name == "top" or (name == "gain" and column.startswith("clip_")):
                     words = [column, kind if kind != "total" else "", name if name != "top" else ""]
                     for end, value in zip(("", "low", "high"), found, strict=True):
                         told["_".join(filter(None, [*words, end]))] = value

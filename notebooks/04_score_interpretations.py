@@ -53,6 +53,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import load_from_disk
 from IPython.display import display
 
@@ -64,11 +65,12 @@ from lmm_sae_nb.chats import open_chat
 from lmm_sae_nb.explain import exemplars
 from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.masks import PAPER, STRICT, Spot, TrueMasks, activation_mask, concept_mask, iou, ious, numbered, spots
+from lmm_sae_nb.masks import PAPER, STRICT, Numbered, Spot, TrueMasks, activation_mask, concept_mask, iou, ious, spots
 from lmm_sae_nb.ratings import read_ratings
 from lmm_sae_nb.sae import TopKSAE
 
 root = project_root()
+device = "cuda" if torch.cuda.is_available() else "cpu"
 plots.style()
 
 
@@ -99,8 +101,9 @@ def shown(latent: int) -> list:
 where = {"truth": truth} if truth else {}
 if segmenter:
     parts = [named(part) for part in (detector, segmenter) if part]
-    found = grounding.GroundedSegmenter.load(*parts) if detector else grounding.ClipSegmenter.load(*parts)
-    where[Path(segmenter).name.removeprefix("tiny-")] = numbered(found, pictures)
+    kind_of_segmenter = grounding.BoxSegmenter if detector else grounding.PromptedSegmenter
+    found = kind_of_segmenter.load(*parts, device=device)
+    where[Path(segmenter).name.removeprefix("tiny-")] = Numbered(found, pictures)
 if not where:
     raise ValueError("neither `concepts` nor `segmenter` is given: there is nothing to score with; give one of them")
 
@@ -134,7 +137,7 @@ spot, ways = spots([case])[0], [(by, find, mode) for by, find in where.items() f
 first, *rest = plots.places(1 + len(ways))
 plots.heat_map(case.image, case.activation, ax=first).set_title(f"latent {latent}: {concept}", fontsize=7)
 for ax, (by, find, mode) in zip(rest, ways, strict=True):
-    active, wanted = activation_mask(spot, mode), concept_mask(find(spot.number, concept), spot.size, mode)
+    active, wanted = activation_mask(spot, mode), concept_mask(find([spot.number], concept)[0], spot.size, mode)
     fit = ious([spot], concept, find, mode)[0]
     assert fit == iou(active, wanted) == (active & wanted).sum() / max(1, (active | wanted).sum())
     plots.overlap(case.image, active, wanted, f"{mode.name}, {by}: {fit:.2f}", ax=ax)
@@ -174,7 +177,7 @@ if not stage.is_current(params, inputs, code):
         lambda n: (spots(shown(n)), drawn_spots[n]), concept_of, others, where, list(modes.values()), runs=random_runs, seed=seed
     )
     if similarity:
-        similar = grounding.ClipSimilarity.load(named(similarity))
+        similar = grounding.ImageTextSimilarity.load(named(similarity), device=device).grid
         drawn_pictures = [pictures[i] for i in rng.integers(len(pictures), size=clip_runs * n_top).tolist()]
         found |= scoring.all_clips(similar, shown, concept_of, others, drawn_pictures, list(modes.values()), runs=clip_runs, seed=seed)
     scores, runs = scoring.records(explained, found)
@@ -223,7 +226,7 @@ plots.mean_panels({
 middle, find = scoring.middling(scores, "iou_strict"), next(iter(where.values()))
 for ax, (kind, n) in zip(plots.places(len(middle), columns=4, side=2), middle.items(), strict=True):
     [top] = spots(shown(n)[:1])
-    active, wanted = activation_mask(top, modes["strict"]), concept_mask(find(top.number, concept_of[n]), top.size, modes["strict"])
+    active, wanted = activation_mask(top, modes["strict"]), concept_mask(find([top.number], concept_of[n])[0], top.size, modes["strict"])
     plots.overlap(pictures[top.number], active, wanted, f"{kind}: {concept_of[n]}, IoU {scores[str(n)]['iou_strict']:.2f}", ax=ax)
 
 # %% [markdown]
@@ -233,9 +236,9 @@ for ax, (kind, n) in zip(plots.places(len(middle), columns=4, side=2), middle.it
 
 # %% mystnb={"figure": {"caption": "Strict IoU of each latent by the segmenter, over the same by the ground truth; on the line they agree.", "name": "fig-calibration"}}
 by_kind = {kind: latents for kind, latents in scoring.by_kind(kind_of).items() if kind != "total"}
-second = next((column for column in columns if column.startswith("iou_strict_")), "iou_strict")
-known, measured = ({kind: [scores[n][c] for n in latents] for kind, latents in by_kind.items()} for c in ("iou_strict", second))
-plots.calibration(known, measured, f"IoU by {next(iter(where))}", f"IoU by {list(where)[-1]}");
+for second in (column for column in columns if column.startswith("iou_strict_")):
+    known, measured = ({kind: [scores[n][c] for n in latents] for kind, latents in by_kind.items()} for c in ("iou_strict", second))
+    plots.calibration(known, measured, "IoU by ground truth", f"IoU by {second.removeprefix('iou_strict_')}")
 # %%
 for column in (column for column in columns if f"{column}_correlation" in metrics):
     first = "_".join(column.split("_")[:2])

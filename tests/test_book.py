@@ -96,7 +96,7 @@ def test_building_again_does_nothing_and_is_quick(site):
 
 def test_every_source_has_its_page(site, published):
     assert [page.stem for page in published] == [source.stem for source in pages.sources()]
-    for name in ("index", "intro", "notation", "departures", "results", "references"):
+    for name in ("index", "intro", "notation", "departures", "features", "results", "references"):
         assert (site / f"{name}.html").is_file()
     for page in published:
         assert (site / "notebooks" / f"{page.stem}.html").is_file()

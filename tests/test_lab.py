@@ -1,6 +1,9 @@
-"""`make lab` opens a notebook's source as a notebook, with nothing from another host."""
+"""JupyterLab as `make lab` starts it: sources open as notebooks, widgets work, and nothing comes from another host."""
 
+import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,11 +13,47 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import pytest
+import torch
 
 from book import pages
+from lmm_sae_nb.cache import cache_activations
+from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.pictureworld.scenes import make_scene
+from lmm_sae_nb.ratings import read_ratings
+from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.steering import Edit, compare
 
 FLAGS = "--no-browser --ip=127.0.0.1 --port={port} --IdentityProvider.token= --allow-root"
+MODEL, LAYER, LATENTS = pages.ROOT / "data/models/tiny-llava-next", 4, 32
+NAMES = {3: "third <b>", 5: "fifth"}
+QUESTION, TOKENS = "what is shown ?", 6
+START = """\
+import ipywidgets as widgets
+from lmm_sae_nb.cache import LatentCache
+from lmm_sae_nb.catalogue import Catalogue
+from lmm_sae_nb.explain import exemplars
+from lmm_sae_nb.images import open_images
+from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.widgets import FeatureBrowser, Rater, SteeringPanel
+
+cache, pictures = LatentCache.load("cache"), open_images("pictures")
+names = {names}
+asked = dict(image=pictures[0], text={question!r}, max_new_tokens={tokens})
+parts = LMM.load({model!r}), TopKSAE.load("sae"), {layer}, cache, names
+panel = SteeringPanel(*parts, **asked)
+panel.ask_now()
+panel.box"""
+RATER = """\
+explained = {n: {"concept": name, "kind": "object"} for n, name in names.items()}
+Rater("answers.jsonl", explained, lambda n: exemplars(cache, pictures, n)).box"""
+BROWSER = """\
+rows = {n: {"concept": name, "iou": n / 10} for n, name in names.items()}
+other = SteeringPanel(*parts, **asked)
+browser = FeatureBrowser(Catalogue(cache, pictures, rows), other.choose, sort="iou")
+widgets.VBox([browser.box, other.box])"""
 
 
 def free_port() -> int:
@@ -23,12 +62,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@pytest.fixture
-def lab(tmp_path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> Iterator[str]:
     """The server as `make lab` starts it, over the environment that runs this test; its address."""
-    port = free_port()
+    port, log_file = free_port(), tmp_path_factory.mktemp("lab") / "log"
     command = ["make", "lab", "-o", ".venv/ready", f"BIN={Path(sys.prefix) / 'bin'}", "DOIT=true"]
-    with (tmp_path / "log").open("w") as log:
+    with log_file.open("w") as log:
         server = subprocess.Popen(
             [*command, f"ARGS={FLAGS.format(port=port)}"],
             cwd=pages.ROOT,
@@ -39,14 +78,14 @@ def lab(tmp_path) -> Iterator[str]:
     try:
         address = f"http://127.0.0.1:{port}"
         for _ in range(240):
-            assert server.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            assert server.poll() is None, log_file.read_text()[-3000:]
             try:
                 urllib.request.urlopen(f"{address}/api", timeout=2).close()
                 break
             except OSError:
                 time.sleep(0.25)
         else:
-            pytest.fail((tmp_path / "log").read_text()[-3000:])
+            pytest.fail(log_file.read_text()[-3000:])
         yield address
     finally:
         os.killpg(server.pid, signal.SIGINT)  # twice: the server asks back after the first
@@ -59,10 +98,161 @@ def test_a_click_opens_a_source_as_a_notebook(lab, browser):
     source = pages.sources()[0].name
     page, others = browser.new_page(), []
     page.on("request", lambda r: r.url.startswith((lab, "data:", "blob:")) or others.append(r.url))
-    page.goto(lab)
+    page.goto(f"{lab}/lab/tree/notebooks?reset")
     page.locator(".jp-DirListing-item", has_text=source).dblclick(timeout=60_000)
     page.locator(".jp-NotebookPanel .jp-MarkdownCell h1").first.wait_for(timeout=60_000)
     assert page.locator(".jp-NotebookPanel .jp-CodeCell").count() > 0
     assert page.locator(".jp-FileEditor").count() == 0
     assert others == []
     page.close()
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """The embedded model, an SAE of this moment for one of its layers, and its cache on six scenes."""
+    folder = tmp_path_factory.mktemp("parts")
+    (folder / "pictures").mkdir()
+    images = [make_scene(seed).image for seed in range(6)]
+    for number, image in enumerate(images):
+        image.save(folder / "pictures" / f"{number}.png")
+    lmm = LMM.load(MODEL)
+    sae = TopKSAE(lmm.width, LATENTS, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(False)
+    sae.save(folder / "sae")
+    cache = cache_activations(lmm, sae, images, LAYER, n_top=3, folder=folder / "cache")
+    return folder, lmm, sae, cache, images
+
+
+@pytest.fixture(scope="module")
+def opened(parts, lab, browser):
+    """A notebook with a widget in each cell, run in the lab: the page, the notebook's folder."""
+    folder = pages.ROOT / "build" / f"widgets-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(parts[0], folder)
+    start = START.format(names=NAMES, model=str(MODEL), layer=LAYER, question=QUESTION, tokens=TOKENS)
+    cells = [nbformat.v4.new_code_cell(text) for text in (start, RATER, BROWSER)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "widgets.ipynb")
+    page, wrong = browser.new_page(viewport={"width": 1400, "height": 2400}), []
+    page.set_default_timeout(300_000)  # a kernel's first import and compilation, beside other tests
+    page.on("request", lambda r: r.url.startswith((lab, "data:", "blob:")) or wrong.append(r.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(f"{lab}/lab/tree/build/{folder.name}/widgets.ipynb?reset")
+    page.locator(".jp-NotebookPanel .jp-CodeCell").nth(2).wait_for()
+    page.locator(".lm-MenuBar-item", has_text="Run").first.click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    cell(page, 2).get_by_role("button", name="steer it").wait_for()
+    yield page, folder
+    page.close()
+    shutil.rmtree(folder)
+    assert wrong == []
+
+
+def cell(page, number: int):
+    """What a cell of the notebook shows."""
+    return page.locator(".jp-CodeCell").nth(number).locator(".jp-OutputArea")
+
+
+def rows(shown) -> list[str]:
+    """The answers of a panel, from its first to its last."""
+    return shown.locator("table.answers td").all_inner_texts()
+
+
+def wait_for(said, wanted, page) -> None:
+    """Until the page says it: a short wait at a time, so that the browser goes on."""
+    for _ in range(1200):
+        if said() == wanted:
+            return
+        page.wait_for_timeout(100)
+    assert said() == wanted
+
+
+def expected(parts, latent: int, times: float, image) -> list[str]:
+    """What the panel has to show, from the call of the package that it is a face of."""
+    _, lmm, sae, cache, _ = parts
+    edits = [Edit(latent, times * float(cache.max[latent]))]
+    return [answers[0] for answers in compare(lmm, sae, LAYER, QUESTION, image, edits, max_new_tokens=TOKENS)]
+
+
+def field(shown, label: str):
+    """The control of a widget that has this label."""
+    labelled = shown.page.locator(".widget-label", has_text=re.compile(f"^{label}$"))
+    return shown.locator(".widget-inline-hbox", has=labelled)
+
+
+def test_the_steering_panel_answers_refuses_and_exports(parts, opened):
+    (page, folder), images = opened, parts[4]
+    panel = cell(page, 0)
+    assert rows(panel) == expected(parts, 5, 1.0, images[0])
+
+    field(panel, "x maximum").locator(".noUi-handle").press("End")
+    moved = expected(parts, 5, 8.0, images[0])
+    assert moved[2] != expected(parts, 5, 1.0, images[0])[2], "the slider must change the answer for this to be a test"
+    wait_for(lambda: rows(panel), moved, page)
+    assert panel.locator("table.answers mark").count() > 0
+
+    with page.expect_file_chooser() as chooser:
+        panel.locator(".widget-upload").click()
+    chooser.value.set_files(folder / "pictures" / "1.png")
+    wait_for(lambda: rows(panel), expected(parts, 5, 8.0, images[1]), page)
+
+    latent = field(panel, "latent").locator("input")
+    latent.fill("no <i>such")
+    latent.press("Enter")
+    panel.get_by_text("no latent is called 'no <i>such'; choose a name, or a number below 32").wait_for()
+    assert rows(panel) == []
+    latent.fill("3")
+    latent.press("Enter")
+    wait_for(lambda: rows(panel), expected(parts, 3, 8.0, images[1]), page)
+
+    with page.expect_download() as download:
+        panel.get_by_text("save as JSON").click()
+    saved = json.loads(download.value.path().read_text())
+    assert download.value.suggested_filename == "steering-latent-3.json"
+    assert [saved[name] for name in ("untouched", "spliced", "steered")] == rows(panel)
+    assert saved["latent"] == 3 and saved["times_maximum"] == 8.0 and saved["prompt"] == QUESTION
+    assert saved["image"]["size"] == list(images[1].size)
+
+
+def test_two_people_rate_by_keys_and_buttons(parts, opened):
+    page, folder = opened
+    shown = cell(page, 1)
+    answers = folder / "answers.jsonl"
+
+    def given() -> list[tuple]:
+        return [(row["rater"], row["latent"], row["verdict"]) for row in read_ratings(answers)]
+
+    shown.get_by_text("type your name above to begin").wait_for()
+    name, keys = field(shown, "rater").locator("input"), shown.get_by_placeholder("keys: y, n, u, z")
+    name.fill("Ann")
+    name.press("Enter")
+    shown.get_by_text("third <b> (object)").wait_for()
+    page.wait_for_function("document.activeElement.placeholder?.startsWith('keys')")  # it took the focus itself
+    page.keyboard.type("yn")
+    wait_for(given, [("Ann", 3, "yes"), ("Ann", 5, "no")], page)
+    shown.get_by_text("All are answered").wait_for()
+    page.keyboard.press("z")
+    wait_for(given, [("Ann", 3, "yes")], page)
+    shown.get_by_role("button", name="unsure (u)").click()
+    wait_for(given, [("Ann", 3, "yes"), ("Ann", 5, "unsure")], page)
+
+    name.fill("Bob")
+    name.press("Enter")
+    shown.get_by_text("0 of 2").wait_for()
+    keys.press("n")
+    wait_for(given, [("Ann", 3, "yes"), ("Ann", 5, "unsure"), ("Bob", 3, "no")], page)
+    shown.get_by_text("1 of 2").wait_for()
+
+
+def test_the_browser_finds_a_latent_and_hands_it_to_the_panel(parts, opened):
+    page, _ = opened
+    shown = cell(page, 2)
+    shown.get_by_role("heading", name="latent 5: fifth").wait_for()  # of highest IoU
+    search = field(shown, "search").locator("input")
+    search.fill("third")
+    search.press("Enter")
+    shown.get_by_role("heading", name="latent 3: third <b>").wait_for()
+    shown.get_by_text("1 to 1 of 1").wait_for()
+    drawn = "images => images.filter(i => i.offsetParent).map(i => i.naturalWidth > 0)"
+    assert set(shown.locator("img.widget-image").evaluate_all(drawn)) == {True}
+    shown.get_by_role("button", name="steer it").click()
+    wait_for(lambda: rows(shown), expected(parts, 3, 1.0, parts[4][0]), page)

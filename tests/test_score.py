@@ -13,9 +13,11 @@ from scipy.stats import norm
 
 from lmm_sae_nb import score
 from lmm_sae_nb.explain import Exemplar, masked, most_activated, upsample
+from lmm_sae_nb.grounding import Candidates, ImageTextSimilarity
 from lmm_sae_nb.masks import (
     PAPER,
     STRICT,
+    Numbered,
     Spot,
     TrueMasks,
     activation_mask,
@@ -23,9 +25,10 @@ from lmm_sae_nb.masks import (
     iou,
     ious,
     moved,
-    numbered,
     spots,
 )
+from lmm_sae_nb.pictureworld import likeness
+from lmm_sae_nb.pictureworld.segments import clip_tokenizer
 from lmm_sae_nb.score import Compared, explained, kappa, latent_iou, latents_clip, mean_interval, run_interval
 
 CONCEPTS = {"object": ["cat", "dog"], "face": ["happy"], "word": ["happy"]}
@@ -129,7 +132,7 @@ def brute_iou(activation: np.ndarray, candidates: np.ndarray, mode) -> float:
 @settings(max_examples=60)
 @given(activation=GRIDS, candidates=st.integers(0, 3).flatmap(lambda n: arrays(bool, (n, 8, 8))))
 def test_an_images_iou_is_that_of_brute_force(mode, activation, candidates):
-    found = ious([Spot(0, (8, 8), activation)], "cat", lambda number, concept: candidates, mode)
+    found = ious([Spot(0, (8, 8), activation)], "cat", lambda numbers, concept: [candidates], mode)
     assert found == pytest.approx([brute_iou(activation, candidates, mode)] if activation.any() else [0.0])
 
 
@@ -137,16 +140,28 @@ def test_an_images_iou_is_that_of_brute_force(mode, activation, candidates):
 def test_a_segmenter_is_not_asked_where_the_latent_is_silent_and_once_for_each_concept(mode):
     asked = []
 
-    def segmenter(image, concept):
-        asked.append((image.getpixel((0, 0))[0], concept))
-        return np.ones((1, 8, 8), bool)
+    def segmenter(images, concepts):
+        asked.append([(image.getpixel((0, 0))[0], concept) for image, concept in zip(images, concepts, strict=True)])
+        return [Candidates(np.ones((1, 8, 8), bool), np.ones(1, np.float32)) for _ in images]
 
     images = [Image.new("RGB", (8, 8), (n, 0, 0)) for n in range(3)]
-    where = numbered(segmenter, images)
+    where = Numbered(segmenter, images, keep=3)
     places = [Spot(n, (8, 8), np.full((4, 4), float(n != 1), np.float32)) for n in (0, 1, 2, 0)]
     assert ious(places, "cat", where, mode).tolist() == [1, 0, 1, 1]
+    ious(places[::-1], "cat", where, mode)
+    assert asked == [[(0, "cat"), (2, "cat")]]
     ious(places, "dog", where, mode)
-    assert asked == [(0, "cat"), (2, "cat"), (0, "dog"), (2, "dog")]
+    ious(places[1:], "cat", where, mode)  # of four answers the first is no longer kept
+    assert asked[1:] == [[(0, "dog"), (2, "dog")], [(0, "cat")]]
+    assert ious(places[1:2], "bee", where, mode) == [0]
+    assert len(asked) == 3
+
+
+def test_candidates_come_likeliest_first():
+    masks = np.eye(3, dtype=bool)[:, None]
+    found = Candidates(masks, np.array([0.2, 0.9, 0.2], np.float32))
+    [ordered] = Numbered(lambda images, concepts: [found], [Image.new("RGB", (3, 1))])([0], "cat")
+    assert (ordered == masks[[1, 0, 2]]).all()
 
 
 # Ground truth.
@@ -157,10 +172,11 @@ def test_truth_finds_a_concept_in_every_kind_that_has_its_name():
     face[:2], word[6:] = 1, 1
     truth = TrueMasks([row(face=face, word=word)], CONCEPTS)
     assert truth.kinds_of("happy") == ["face", "word"]
-    assert truth(0, "happy").shape == (1, 8, 8)
-    assert truth(0, "happy").sum() == 32
+    [found] = truth([0], "happy")
+    assert found.shape == (1, 8, 8)
+    assert found.sum() == 32
     with pytest.raises(ValueError, match="no ground truth for 'unicorn'"):
-        truth(0, "unicorn")
+        truth([0], "unicorn")
 
 
 def test_what_covers_a_patch_is_counted_in_pixels():
@@ -243,14 +259,14 @@ def test_a_latents_scores_by_hand(mode):
     where = {"cat": left, "dog": ~left[:, :, :], "nothing": left[:0]}
     own = [Spot(0, (8, 8), everywhere)] * 2
     drawn = [Spot(1, (8, 8), part) for part in (everywhere, nowhere, nowhere, nowhere)]
-    found = latent_iou(own, drawn, "cat", "nothing", lambda n, c: where[c], mode, runs=2)
+    found = latent_iou(own, drawn, "cat", "nothing", lambda n, c: [where[c]] * len(n), mode, runs=2)
     assert found == Compared(0.5, (0.25, 0.0), 0.5, 0.0)
     assert found.columns("iou") == {"iou": 0.5, "iou_area": 0.5, "iou_shuffled": 0.0, "iou_random": 0.125}
-    assert latent_iou(own, drawn, "cat", None, lambda n, c: where[c], mode, runs=4).shuffled is None
+    assert latent_iou(own, drawn, "cat", None, lambda n, c: [where[c]] * len(n), mode, runs=4).shuffled is None
     with pytest.raises(ValueError, match="no exemplars"):
-        latent_iou([], drawn, "cat", None, lambda n, c: where[c], mode, runs=2)
+        latent_iou([], drawn, "cat", None, lambda n, c: [where[c]] * len(n), mode, runs=2)
     with pytest.raises(ValueError, match="4 random images cannot be shared by 3 runs"):
-        latent_iou(own, drawn, "cat", None, lambda n, c: where[c], mode, runs=3)
+        latent_iou(own, drawn, "cat", None, lambda n, c: [where[c]] * len(n), mode, runs=3)
 
 
 def test_chance_is_near_the_area_where_a_moved_mask_meets_the_concept():
@@ -262,7 +278,7 @@ def test_chance_is_near_the_area_where_a_moved_mask_meets_the_concept():
     rows = [len({(down + k) % 8 for k in (2, 3)} & set(range(4))) for down in range(8)]
     expected = np.mean([8 * n / (32 + 16 - 8 * n) for n in rows])
     rng = np.random.default_rng(0)
-    found = ious([Spot(0, (8, 8), active)] * 800, "cat", lambda n, c: half, STRICT, elsewhere=rng)
+    found = ious([Spot(0, (8, 8), active)] * 800, "cat", lambda n, c: [half] * len(n), STRICT, elsewhere=rng)
     assert found.mean() == pytest.approx(expected, abs=0.02)
 
 
@@ -271,8 +287,31 @@ def test_the_world_and_the_scores_agree_on_real_label_maps():
     rng = np.random.default_rng(2)
     truth = TrueMasks([row(object=rng.integers(0, 3, (8, 8)).astype(np.uint8)) for _ in range(3)], CONCEPTS)
     found = [exemplar(n, rng.random((4, 4)) < 0.4) for n in range(3)]
-    by_hand = [iou(upsample(e.visible, (8, 8)), truth(e.image_index, "dog")[0]) for e in found]
+    by_hand = [iou(upsample(e.visible, (8, 8)), truth([e.image_index], "dog")[0][0]) for e in found]
     assert ious(spots(found), "dog", truth, STRICT).tolist() == by_hand
+
+
+def test_every_latent_in_every_mode_by_every_segmenter():
+    full, half = np.ones((1, 8, 8), bool), np.ones((1, 8, 8), bool)
+    half[..., 4:] = False
+    own, silent = Spot(0, (8, 8), np.ones((4, 4), np.float32)), Spot(1, (8, 8), np.zeros((4, 4), np.float32))
+    segmenters = {"truth": lambda n, c: [full] * len(n), "other": lambda n, c: [half] * len(n)}
+    concepts = {7: "cat", 3: "dog"}
+    found = score.all_ious(lambda n: ([own], [own, silent]), concepts, {7: "dog", 3: None}, segmenters, runs=2)
+    assert list(found) == ["iou_paper", "iou_paper_other", "iou_strict", "iou_strict_other"]
+    assert found["iou_strict"][7] == Compared(1, (1, 0), 1, 1)
+    assert found["iou_paper_other"][3] == Compared(0.5, (0.5, 0), 0.5, None)
+    rows, runs = score.records({7: ("cat", "object"), 3: ("dog", "object")}, found)
+    assert rows["3"] == {
+        "concept": "dog", "kind": "object",
+        "iou_paper": 1, "iou_paper_area": 1, "iou_paper_random": 0.5,
+        "iou_paper_other": 0.5, "iou_paper_other_area": 0.5, "iou_paper_other_random": 0.25,
+        "iou_strict": 1, "iou_strict_area": 1, "iou_strict_random": 0.5,
+        "iou_strict_other": 0.5, "iou_strict_other_area": 0.5, "iou_strict_other_random": 0.25,
+    }  # fmt: skip
+    assert rows["7"]["iou_strict_shuffled"] == 1
+    assert runs["iou_strict_other"] == {"7": [0.5, 0], "3": [0.5, 0]}
+    assert score.columns_of(rows) == list(found)
 
 
 # CLIP scores.
@@ -320,6 +359,19 @@ def test_clip_scores_of_latents_by_hand():
         latents_clip(brightness, lambda: iter([[], sets[0]]), ["cat", "dog"], [None, None], STRICT, [])
 
 
+def test_clip_columns_of_both_modes():
+    shown = {4: [exemplar(0, corner(4, 2), colour=(51, 51, 51))], 2: [exemplar(0, corner(4, 4), colour=(51, 51, 51))]}
+    drawn = [Image.new("RGB", (8, 8), (n, n, n)) for n in (0, 102)]
+    found = score.all_clips(brightness, shown.get, {4: "cat", 2: "dog"}, {2: "cat", 4: "dog"}, drawn, runs=2)
+    assert list(found) == ["clip_paper", "clip_strict"]
+    assert found["clip_paper"][4].score == pytest.approx(20)
+    assert found["clip_paper"][2].random == pytest.approx((10, 50))
+    assert found["clip_strict"][4].score == pytest.approx(10)
+    rows, runs = score.records({4: ("cat", "object"), 2: ("dog", "object")}, found)
+    assert list(runs) == ["clip_paper"]
+    assert "clip_strict_random" not in rows["4"]
+
+
 def test_what_clip_sees_in_strict_mode_is_what_the_explainer_saw():
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(1, 255, (8, 8, 3)).astype(np.uint8))
@@ -330,6 +382,24 @@ def test_what_clip_sees_in_strict_mode_is_what_the_explainer_saw():
     assert score.region(one, PAPER) is image
     away = np.asarray(score.region(one, STRICT, rng)).any(-1)
     assert away.sum() == upsample(visible, (8, 8)).sum()
+
+
+def test_a_grid_of_similarities_is_the_pairwise_one_whatever_the_parts():
+    """Against the model's own forward over every pair, by the callable that takes pairs."""
+    torch.manual_seed(0)
+    similar = ImageTextSimilarity(likeness.new_model(clip_tokenizer()).eval(), likeness.new_processor(), batch=2)
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (40, 56, 3)).astype(np.uint8)) for _ in range(3)]
+    texts = ["cat", "a red door", "happy", "stripes", "dog"]
+    pairs = similar([image for image in images for _ in texts], texts * 3).reshape(3, 5)
+    found = similar.grid(images, texts)
+    assert found.shape == (3, 5)
+    assert found == pytest.approx(pairs, abs=1e-5)
+    assert similar.grid(images[:1], texts[:2]) == pytest.approx(pairs[:1, :2], abs=1e-5)
+    assert similar.grid(images[1:], texts[:2]) == pytest.approx(pairs[1:, :2], abs=1e-5)
+    assert similar.grid([], texts).shape == (0, 5)
+    with pytest.raises(ValueError, match="give a concept in words"):
+        similar.grid(images, ["cat", " "])
 
 
 # Intervals and tables.
@@ -381,18 +451,66 @@ def test_table_1_has_the_kinds_in_order_and_the_total():
     assert list(score.by_kind({n: row["kind"] for n, row in rows.items()})) == [
         "scene", "object", "colour", "face", "total",
     ]  # fmt: skip
-    told = score.flat({"iou": found})
+    told = score.flat({"iou": found, "clip_paper": found})
+    assert next(iter(told)) == "iou"
     assert told["iou"] == pytest.approx(0.25)
-    assert {
-        "iou_low",
-        "iou_high",
-        "iou_random_high",
-        "iou_shuffled",
-        "iou_colour_low",
-        "iou_colour_gain",
-    } <= told.keys()
-    assert "iou_colour_random" not in told
-    json.dumps(told)
+    assert {"iou_low", "iou_high", "iou_random_high", "iou_shuffled", "iou_gain", "iou_colour_low"} <= told.keys()
+    assert "clip_paper_colour_gain_low" in told
+    assert not {"iou_colour_random", "iou_colour_gain"} & told.keys()
+
+
+def test_a_table_stands_beside_the_published_one():
+    rows, runs = scored()
+    told = score.beside(score.table(rows, runs, "iou"), {"colour": (0.005, 0.1)})
+    assert [row["kind"] for row in told] == ["object", "colour", "total"]
+    assert told[1]["the paper"] == 0.1
+    assert told[1]["the paper, random"] == 0.005
+    assert told[2]["the paper"] is None
+    assert told[2]["top"] == str(mean_interval([0.1 * n for n in range(6)]))
+    assert "the paper" not in score.beside(score.table(rows, {}, "iou"))[0]
+
+
+def test_the_metrics_of_a_stage():
+    rows = {
+        str(n): {"kind": ("object", "colour")[n % 2], "iou_strict": n / 10, "iou_strict_seg": 1 - n / 10,
+                 "iou_strict_random": 0.05, "clip_paper": 20.0 + n, "clip_paper_random": 20.0 + 2 * (n % 2),
+                 "judged": ("yes", "no", "unsure")[n % 3], "judged_shuffled": "no"}
+        for n in range(8)
+    }  # fmt: skip
+    runs = {
+        "iou_strict": {n: [0.04, 0.06] for n in rows},
+        "clip_paper": {n: [row["clip_paper_random"]] * 2 for n, row in rows.items()},
+    }
+    found = score.summary(rows, runs)
+    assert (found["latents_scored"], found["latents_object"]) == (8, 4)
+    assert found["iou_strict_ratio"] == pytest.approx(0.35 / 0.05)
+    assert found["iou_strict_seg_correlation"] == pytest.approx(-1)
+    assert found["judged"] == pytest.approx(3 / 8)
+    assert found["judged_shuffled"] == 0
+    # objects gain 0, 2, 4 and 6: a resample has the mean 0 in 1 of 256, less than 0.5 %; colours gain -1, 1, 3 and 5
+    assert (found["clip_paper_kinds"], found["clip_paper_kinds_above_random"]) == (2, 1)
+    json.dumps(found, allow_nan=False)
+    for row in rows.values():
+        row["clip_paper"] += 10
+    assert score.summary(rows, runs)["clip_paper_kinds_above_random"] == 2
+    bare = {n: {"kind": "other", "clip_strict": 20.0} for n in "ab"}
+    assert set(score.summary(bare, {})) == {"latents_scored", "latents_other"} | {
+        f"clip_strict{kind}{end}" for kind in ("", "_other") for end in ("", "_low", "_high")
+    }
+
+
+def test_the_median_of_each_kind():
+    rows, _ = scored()
+    assert score.middling(rows, "iou") == {"scene": 5, "object": 1, "colour": 4, "face": 3}
+    assert score.middling(rows, "iou_other") == {}
+
+
+def test_few_of_many_latents_are_drawn_at_random_and_stay_in_order():
+    rows = {str(n): {"concept": f"c{n}", "kind": "object"} for n in range(50)}
+    found = list(explained(rows, most=10, seed=3))
+    assert len(set(found)) == 10
+    assert found != list(explained(rows, most=10, seed=4))
+    assert explained(rows, most=50) == explained(rows)
 
 
 # Table 2.
@@ -416,6 +534,31 @@ def test_agreement_is_counted_on_what_both_have_rated():
     ratings = {"b": {"1": "yes", "2": "no", "9": "no"}, "a": {"1": "yes", "2": "yes"}, "c": {"7": "no"}}
     (found,) = score.agreements(ratings)
     assert found == (("a", "b"), 2, 0.5, 0.0)
+
+
+def test_only_answers_on_todays_explanations_stand():
+    answers = [
+        {"rater": "a", "latent": 1, "concept": "cat", "verdict": "yes"},
+        {"rater": "a", "latent": 2, "concept": "dog", "verdict": "no"},  # it is called otherwise now
+        {"rater": "b", "latent": 1, "concept": "cat", "verdict": "unsure"},
+        {"rater": "b", "latent": 9, "concept": "cat", "verdict": "no"},
+    ]
+    assert score.standing(answers, {1: "cat", 2: "bee"}) == {"a": {"1": "yes"}, "b": {"1": "unsure"}}
+
+
+def test_some_of_each_kind_are_judged_beside_others_names():
+    named = {n: ("cat" if n % 2 else "dog", "object" if n < 8 else "colour") for n in range(10)}
+    others = {n: None if n == 9 else "bee" for n in named}
+    sets = {n: [exemplar(n, corner(1, 1))] for n in named}
+
+    def verdicts(asked, concepts):
+        return ["yes" if concept != "bee" else None for concept, _ in zip(concepts, asked, strict=True)]
+
+    found = score.judge_latents(verdicts, sets.get, named, others, each=3)
+    assert sum(named[int(n)][1] == "object" for n in found) == 3
+    assert {"8", "9"} <= found.keys()
+    assert found["8"] == {"judged": "yes", "judged_shuffled": None}
+    assert found["9"] == {"judged": "yes"}
 
 
 def test_consistency_is_the_share_of_yes_by_kind():

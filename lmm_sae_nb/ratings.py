@@ -1,0 +1,70 @@
+"""People's answers to whether explanations are right (Table 2), kept as JSON lines: one written through at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+
+VERDICTS = ("yes", "no", "unsure")
+UNDONE = "undone"  # takes back what the same person said of the same latent and concept
+FIELDS = ("rater", "latent", "concept", "kind", "verdict", "time")
+
+
+def append_rating(path: str | Path, rater: str, latent: int, concept: str, kind: str | None, verdict: str) -> dict:
+    """Add one answer to the file, on the disk when this returns; the row {rater, latent, concept, kind, verdict, time}.
+
+    A line that a crash cut short is removed first; the whole lines are only ever added to, so that several people
+    can answer into one file. ValueError for an empty name or a verdict that is none of `VERDICTS` or `UNDONE`.
+    """
+    if not rater.strip():
+        raise ValueError("an answer needs the name of who gave it; type one")
+    if verdict not in (*VERDICTS, UNDONE):
+        raise ValueError(f"{verdict!r} is no verdict; choose one of {', '.join((*VERDICTS, UNDONE))}")
+    row = dict(zip(FIELDS, (rater.strip(), int(latent), concept, kind, verdict, _now()), strict=True))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+", buffering=0) as file:
+        file.seek(0)
+        held = file.read()
+        if held and not held.endswith(b"\n"):
+            file.truncate(held.rfind(b"\n") + 1)
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        written = file.write(line)  # one call, so that two people's lines cannot mix
+        if written != len(line):
+            raise OSError(f"{path}: {written} of {len(line)} bytes could be written; make room and answer again")
+        os.fsync(file.fileno())
+    return row
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def read_ratings(path: str | Path) -> list[dict]:
+    """The answers that stand, in the order they were given: of each (rater, latent, concept) the last, unless undone.
+
+    A missing file holds none, and a last line that was cut short does not count. ValueError, with the line's number,
+    for a line that is no answer.
+    """
+    path, standing = Path(path), {}
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        row = _row(line, f"{path}, line {number}")
+        key = row["rater"], row["latent"], row["concept"]
+        standing.pop(key, None)
+        if row["verdict"] != UNDONE:
+            standing[key] = row
+    return list(standing.values())
+
+
+def _row(line: str, place: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON ({error}); correct or remove the line") from error
+    if not isinstance(row, Mapping) or set(FIELDS) - set(row) or row["verdict"] not in (*VERDICTS, UNDONE):
+        raise ValueError(f"{place} is no answer ({line[:80]!r}); an answer has {', '.join(FIELDS)}")
+    return dict(row)

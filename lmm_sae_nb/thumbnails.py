@@ -1,0 +1,70 @@
+"""Small pictures of what excites a latent, as bytes for widgets and for the book's pages."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, Integer
+from PIL import Image
+
+GAP = 2  # pixels between the pictures of a sheet
+
+
+def heated(image: Image.Image, activation: Float[np.ndarray, "rows cols"], strength: float = 0.65) -> Image.Image:
+    """The image in grey, its patches coloured by activation (black to yellow, of the image's highest).
+
+    Patches that are not active stay grey; the size is the image's.
+    """
+    grey = np.asarray(image.convert("L").convert("RGB"), np.float32)
+    highest = max(float(activation.max()), 1e-9)
+    colours = matplotlib.colormaps["inferno"](np.clip(activation / highest, 0, 1))[..., :3] * 255
+    patches = np.concatenate([colours, 255.0 * (activation[..., None] > 0)], -1).astype(np.uint8)
+    over = np.asarray(Image.fromarray(patches, "RGBA").resize(image.size, Image.Resampling.NEAREST), np.float32)
+    weight = strength * over[..., 3:] / 255
+    return Image.fromarray((grey * (1 - weight) + over[..., :3] * weight).astype(np.uint8))
+
+
+def sheet(rows: Sequence[Sequence[Image.Image]], side: int) -> Image.Image:
+    """Rows of pictures on one transparent sheet, each in a square of `side` pixels; ValueError if there are none."""
+    columns = max((len(row) for row in rows), default=0)
+    if not columns:
+        raise ValueError("there is no picture to show; leave out latents that never fire")
+    step = side + GAP
+    whole = Image.new("RGBA", (columns * step - GAP, len(rows) * step - GAP))
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            small = picture.convert("RGB")
+            small.thumbnail((side, side), Image.Resampling.LANCZOS)
+            whole.paste(small, (x * step, y * step))
+    return whole
+
+
+def encoded(image: Image.Image, quality: int = 80) -> bytes:
+    """The image as WebP."""
+    data = io.BytesIO()
+    image.save(data, "webp", quality=quality, method=4)
+    return data.getvalue()
+
+
+def histogram_svg(
+    counts: Integer[np.ndarray, " bins"], edges: Float[np.ndarray, " ends"], label: str, width: int = 240
+) -> str:
+    """A histogram as an SVG element, one bar a bin, with its range and its label, which is escaped."""
+    height, base = 64, 46
+    bar, highest = width / max(1, len(counts)), max(1, int(counts.max(initial=0)))
+    bars = "".join(
+        f"M{n * bar:.1f} {base}v-{base * count / highest:.1f}h{bar * 0.9:.1f}V{base}z"
+        for n, count in enumerate(counts.tolist())
+        if count
+    )
+    ends = (("start", 0, edges[0]), ("end", width, edges[-1])) if len(counts) else ()
+    texts = "".join(f'<text x="{x}" y="{base + 8}" text-anchor="{anchor}">{end:.3g}</text>' for anchor, x, end in ends)
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" fill="currentColor" font-size="8" '
+        f'role="img" aria-label="{html.escape(label)}"><path d="{bars}"/>{texts}'
+        f'<text x="{width / 2}" y="{height - 1}" text-anchor="middle">{html.escape(label)}</text></svg>'
+    )

@@ -1,0 +1,84 @@
+"""People's answers on disk: what stands after any history, cut lines, wrong lines, several people at once."""
+
+import json
+import multiprocessing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmm_sae_nb.ratings import FIELDS, UNDONE, VERDICTS, append_rating, read_ratings
+
+PEOPLE = st.sampled_from(["Ann", "Bob ö"])
+HISTORY = st.lists(st.tuples(PEOPLE, st.integers(0, 3), st.sampled_from([*VERDICTS, UNDONE])), max_size=12)
+
+
+@settings(max_examples=30)
+@given(history=HISTORY)
+def test_the_last_answer_stands_unless_undone(tmp_path_factory, history):
+    path = tmp_path_factory.mktemp("ratings") / "deep" / "answers.jsonl"
+    for rater, latent, verdict in history:
+        append_rating(path, rater, latent, "cat <b>", "object", verdict)
+    expected = {}
+    for rater, latent, verdict in history:
+        expected[rater, latent] = verdict
+    standing = {(row["rater"], row["latent"]): row["verdict"] for row in read_ratings(path)}
+    assert standing == {key: verdict for key, verdict in expected.items() if verdict != UNDONE}
+    lines = path.read_text(encoding="utf-8").splitlines() if history else []
+    assert len(lines) == len(history)  # nothing that was said is ever lost
+    assert all(tuple(json.loads(line)) == FIELDS for line in lines)
+
+
+@pytest.mark.parametrize("torn", ['{"rater": "An', "x" * 9000])
+def test_a_line_that_a_crash_cut_short_does_not_count_and_is_removed(tmp_path, torn):
+    path = tmp_path / "answers.jsonl"
+    append_rating(path, "Ann", 1, "cat", None, "yes")
+    with path.open("a") as file:
+        file.write(torn)
+    assert [row["latent"] for row in read_ratings(path)] == [1]
+    append_rating(path, "Ann", 2, "dog", None, "no")
+    assert [row["latent"] for row in read_ratings(path)] == [1, 2]
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_another_concept_of_the_same_latent_is_another_question(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    append_rating(path, "Ann", 1, "cat", None, "yes")
+    append_rating(path, "Ann", 1, "dog", None, "no")
+    assert [(row["concept"], row["verdict"]) for row in read_ratings(path)] == [("cat", "yes"), ("dog", "no")]
+
+
+@pytest.mark.parametrize("line", ["not json", "[1]", '{"rater": "Ann"}'])
+def test_a_line_that_is_no_answer_is_named(tmp_path, line):
+    path = tmp_path / "answers.jsonl"
+    append_rating(path, "Ann", 1, "cat", None, "yes")
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match="answers.jsonl, line 2"):
+        read_ratings(path)
+
+
+def test_wrong_answers_are_refused_and_leave_no_trace(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    with pytest.raises(ValueError, match="'perhaps' is no verdict; choose one of yes, no, unsure"):
+        append_rating(path, "Ann", 1, "cat", None, "perhaps")
+    with pytest.raises(ValueError, match="needs the name"):
+        append_rating(path, "  ", 1, "cat", None, "yes")
+    assert not path.exists() and read_ratings(path) == []
+
+
+def _answer_many(path, rater):
+    for latent in range(40):
+        append_rating(path, rater, latent, "cat" * 50, None, "yes")
+
+
+def test_people_who_answer_at_once_lose_nothing(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    context = multiprocessing.get_context("spawn")
+    people = [context.Process(target=_answer_many, args=(path, name)) for name in ("Ann", "Bob", "Cy")]
+    for person in people:
+        person.start()
+    for person in people:
+        person.join()
+    assert [person.exitcode for person in people] == [0, 0, 0]
+    assert len(read_ratings(path)) == 120

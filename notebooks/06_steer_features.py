@@ -58,7 +58,7 @@ from IPython.display import HTML
 from PIL import Image
 from torch.testing import assert_close
 
-from lmm_sae_nb import plots, score, steering
+from lmm_sae_nb import plots, steering
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
 from lmm_sae_nb.cache import LatentCache, activation_maps
 from lmm_sae_nb.explain import exemplars

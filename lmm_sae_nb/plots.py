@@ -115,9 +115,12 @@ def shares(results: Mapping[str, Mapping[str, float]], ax: Axes | None = None) -
 
 def exemplar_strip(rows: Sequence[tuple[str, Sequence[Exemplar]]], side: float = 1.35, columns: int = 5) -> np.ndarray:
     """Figure 2's exemplars: for each (title, exemplars), the images with their activation and, below, masked."""
-    _, axes = plt.subplots(2 * len(rows), columns, figsize=(columns * side, 2 * len(rows) * side * 1.06), squeeze=False)
+    high = max(1, 2 * len(rows))
+    _, axes = plt.subplots(high, columns, figsize=(columns * side, high * side * 1.06), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
+    if not rows:
+        axes[0, 0].set_title("there are none", loc="left", fontsize=8)
     for n, (title, exemplars) in enumerate(rows):
         for column, exemplar in enumerate(exemplars[:columns]):
             heat_map(exemplar.image, exemplar.activation, ax=axes[2 * n, column])

@@ -441,13 +441,18 @@ def knowing(truth: TrueMasks) -> Verdicts:
     return verdicts
 
 
+def some_of_each(kinds: Mapping[str, str], each: int, seed: int = 0) -> list[int]:
+    """`each` latents of every kind, at random; all of a kind that has no more."""
+    groups = {kind: latents for kind, latents in by_kind(kinds).items() if kind != "total"}
+    return [int(latent) for latents in groups.values() for latent in _drawn(latents, each, seed)]
+
+
 def judge_latents(
     verdicts: Verdicts, shown: Callable[[int], Sequence[Exemplar]], named: Mapping[int, tuple[str, str]],
     others: Mapping[int, str | None], *, each: int = 100, seed: int = 0,
 ) -> dict[str, dict[str, str | None]]:  # fmt: skip
     """Verdicts on `each` latents of every kind, at random: "judged" on their concepts, "judged_shuffled" on others'."""
-    groups = by_kind({str(latent): kind for latent, (_, kind) in named.items()})
-    chosen = [int(n) for kind, latents in groups.items() if kind != "total" for n in _drawn(latents, each, seed)]
+    chosen = some_of_each({str(latent): kind for latent, (_, kind) in named.items()}, each, seed)
     found: dict[str, dict[str, str | None]] = {str(n): {} for n in chosen}
     for column, names in (("judged", {n: named[n][0] for n in chosen}), ("judged_shuffled", others)):
         asked = [n for n in chosen if names[n]]

@@ -68,6 +68,7 @@ from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.masks import PAPER, STRICT, Numbered, Spot, TrueMasks, activation_mask, concept_mask, iou, ious, spots
 from lmm_sae_nb.ratings import read_ratings
 from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.widgets.rating import Rater
 
 root = project_root()
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -259,11 +260,19 @@ paper = {"GPT-4o, the paper": (0.93, 0.84, 0.90, 1.00, 0.85, 0.92, 0.89), "two p
 plots.table(rows + [{"judge": name} | dict(zip((*scoring.KINDS, "total"), map(str, values), strict=True)) for name, values in paper.items()])
 
 # %% [markdown]
-# People's answers, where there are any, stand in the run's `ratings.jsonl`: each rater's share of yes, and how far each two
-# agree on what both have rated, with Cohen's kappa.
+# And two people's? Open this chapter in Jupyter (`make lab`), type your name, and answer with y, n, u. Ten latents of each
+# kind; every answer is on the disk, in the run's `ratings.jsonl`, before the next one is asked, and is counted below.
 
 # %%
-answers = scoring.standing(read_ratings(stage.folder.parent / "ratings.jsonl"), concept_of)
+ratings = stage.folder.parent / "ratings.jsonl"
+asked_of_people = {n: {"concept": concept_of[n], "kind": kind_of[str(n)]} for n in scoring.some_of_each(kind_of, 10, seed)}
+Rater(ratings, asked_of_people, shown).box
+
+# %% [markdown]
+# Each rater's share of yes, and how far each two agree on what both have rated, with Cohen's kappa:
+
+# %%
+answers = scoring.standing(read_ratings(ratings), concept_of)
 print(f"{len(answers)} people have answered")
 for rater, told in answers.items():
     print(rater, {k: f"{s:.2f} (n={n})" for k, (s, n) in scoring.consistency(told, kind_of).items()})

@@ -196,19 +196,18 @@ def test_what_covers_a_patch_is_counted_in_pixels():
         assert not found[2:].any()
 
 
-def test_the_concept_that_exemplars_share_and_none_where_they_do_not():
+def test_the_concepts_that_exemplars_share():
     cat, dog = np.zeros((8, 8), np.uint8), np.zeros((8, 8), np.uint8)
     cat[:4, :4], dog[:4, :4] = 1, 2
     truth = TrueMasks([row(object=cat), row(object=dog), row()], CONCEPTS)
     here = corner(2, 2)
-    assert truth.best([exemplar(0, here)] * 4 + [exemplar(2, here)])[:2] == ("object", "cat")
-    assert truth.common([exemplar(0, here)] * 4 + [exemplar(1, here)]) == ["cat"]
-    assert truth.best([exemplar(0, here)] * 3 + [exemplar(1, here)] * 2) == (None, None, 0.0)
-    assert truth.best([exemplar(1, here)])[:2] == ("object", "dog")
+    assert truth.common([exemplar(0, here)] * 4 + [exemplar(1, here)]) == {"cat"}
+    assert truth.common([exemplar(0, here)] * 3 + [exemplar(1, here)] * 2) == set()
+    assert truth.common([exemplar(1, here)]) == {"dog"}
     judge = score.knowing(truth)
     assert judge([[exemplar(0, here)]] * 3, ["cat", "dog", "unicorn"]) == ["yes", "no", None]
     with pytest.raises(ValueError, match="no exemplars"):
-        truth.best([])
+        truth.common([])
 
 
 def test_a_data_set_without_label_maps_is_refused(tmp_path):
@@ -555,6 +554,7 @@ def test_some_of_each_kind_are_judged_beside_others_names():
         return ["yes" if concept != "bee" else None for concept, _ in zip(concepts, asked, strict=True)]
 
     found = score.judge_latents(verdicts, sets.get, named, others, each=3)
+    assert list(map(int, found)) == score.some_of_each({str(n): kind for n, (_, kind) in named.items()}, 3)
     assert sum(named[int(n)][1] == "object" for n in found) == 3
     assert {"8", "9"} <= found.keys()
     assert found["8"] == {"judged": "yes", "judged_shuffled": None}

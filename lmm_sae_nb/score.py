@@ -113,14 +113,17 @@ def _drawn(latents: Sequence, most: int | None, seed: int) -> list:
     return [latents[n] for n in np.sort(np.random.default_rng(seed).choice(len(latents), most, replace=False))]
 
 
-def shuffled(concepts: Mapping[int, str], seed: int = 0) -> dict[int, str | None]:
-    """For each latent the concept of another one, at random, that is not its own; None if all have the same."""
-    rng, pool = np.random.default_rng(seed), list(concepts.values())
-    others = {concept: [other for other in pool if other != concept] for concept in set(pool)}
-    return {
-        latent: others[concept][rng.integers(len(others[concept]))] if others[concept] else None
-        for latent, concept in concepts.items()
-    }
+def shuffled(named: Mapping[int, tuple[str, str]], seed: int = 0) -> dict[int, str | None]:
+    """For each latent the concept of another one, at random, that is not its own; None if all have the same.
+
+    named: concept and kind of each. It is of the same kind where that has another concept: some kinds score higher.
+    """
+    rng, result = np.random.default_rng(seed), {}
+    for latent, (concept, kind) in named.items():
+        others = [row for row in named.values() if row[0] != concept]
+        pool = [row for row in others if row[1] == kind] or others
+        result[latent] = pool[rng.integers(len(pool))][0] if pool else None
+    return result
 
 
 class Compared(NamedTuple):

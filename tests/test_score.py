@@ -246,12 +246,14 @@ def test_only_what_is_explained_is_scored():
             explained(few, truth)
 
 
-def test_another_concept_is_never_ones_own():
-    concepts = {n: ("cat", "dog", "dog", "bee")[n % 4] for n in range(200)}
-    others = score.shuffled(concepts, seed=1)
-    assert all(others[n] != concept for n, concept in concepts.items())
-    assert {others[n] for n in concepts if concepts[n] == "cat"} == {"dog", "bee"}
-    assert score.shuffled({1: "cat", 2: "cat"}) == {1: None, 2: None}
+def test_another_concept_is_never_ones_own_and_of_the_same_kind_where_there_is_one():
+    rows = [("cat", "object"), ("dog", "object"), ("dog", "object"), ("bee", "object"), ("red", "colour")]
+    named = {n: rows[n % 5] for n in range(250)}
+    others = score.shuffled(named, seed=1)
+    for own in ("cat", "dog", "bee", "red"):
+        found = {others[n] for n, (concept, _) in named.items() if concept == own}
+        assert found == {"cat", "dog", "bee"} - {own}
+    assert score.shuffled({1: ("cat", "object"), 2: ("cat", "object")}) == {1: None, 2: None}
 
 
 # IoU of latents.
@@ -334,7 +336,7 @@ def test_photographs_without_ground_truth_are_scored_by_real_segmenters(models):
     }
     places = {n: [Spot(i, (56, 40), rng.random((4, 5)).astype(np.float32)) for i in range(3)] for n in concepts}
     where = {name: Numbered(segmenter, images) for name, segmenter in real.items()}
-    found = score.all_ious(lambda n: (places[n], places[n][::-1]), concepts, score.shuffled(concepts), where, runs=3)
+    found = score.all_ious(lambda n: (places[n], places[n][::-1]), concepts, score.shuffled(named), where, runs=3)
     for column, suffix in (("sam", ""), ("clipseg", "_clipseg")):
         for n, concept in concepts.items():
             answers = real[column](images, [concept] * 3)

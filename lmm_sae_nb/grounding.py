@@ -131,8 +131,7 @@ class BoxSegmenter:
                 chosen = numbers[start : start + self.batch]
                 rows = self._detect([images[n].convert("RGB") for n in chosen], [concepts[n] for n in chosen])
                 for number, row in zip(chosen, rows, strict=True):
-                    places = _finite(row["boxes"], "the detector").clamp(min=0).minimum(edges)
-                    found[number] = places, row["scores"]
+                    found[number] = row["boxes"].clamp(min=0).minimum(edges), row["scores"]
         return [found[number] for number in range(len(images))]
 
     def _detect(self, pictures: list[Image.Image], texts: list[str]) -> list[dict[str, Tensor]]:
@@ -145,7 +144,7 @@ class BoxSegmenter:
             return_tensors="pt",
         )
         outputs = self.detector(**asked.to(self.detector.device))
-        _finite(outputs.logits, "the detector")
+        _finite(outputs.pred_boxes, "the detector")  # the logits of padded words are -inf by right
         sizes = [(picture.height, picture.width) for picture in pictures]
         return self.reader.post_process_grounded_object_detection(outputs, threshold=self.threshold, target_sizes=sizes)
 

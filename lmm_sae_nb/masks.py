@@ -17,7 +17,7 @@ from PIL import Image
 
 from lmm_sae_nb.artifacts import read_json
 from lmm_sae_nb.explain import Exemplar, most_activated, upsample
-from lmm_sae_nb.shown import Shown, best_shown, common, names_of
+from lmm_sae_nb.shown import common, names_of
 
 Mask = Bool[np.ndarray, "height width"]
 Candidates = Bool[np.ndarray, "candidates height width"]
@@ -197,18 +197,14 @@ class TrueMasks:
         maps = [self.labels(number) for number in numbers]
         return [np.logical_or.reduce([labels[k] == code[k] for k in kinds])[None] for labels in maps]
 
-    def _patches(self, exemplars: Sequence[Exemplar]) -> tuple[np.ndarray, np.ndarray]:
-        """Visible patches (images, patches), and what covers them (images, concepts, patches)."""
+    def common(self, exemplars: Sequence[Exemplar]) -> set[str]:
+        """The concepts that the exemplars have in common (`shown.common`); several where one lies in another.
+
+        ValueError if there are no exemplars.
+        """
         if not exemplars:
             raise ValueError("no exemplars to judge by; leave out latents that never fire")
-        covered = [self.covered(e.image_index, e.visible.shape) for e in exemplars]
-        return np.stack([e.visible.ravel() for e in exemplars]), np.stack(covered)
-
-    def common(self, exemplars: Sequence[Exemplar]) -> list[str]:
-        """The concepts that the exemplars have in common (`shown.common`); several where one lies in another."""
-        names = [name for _, name in names_of(self.concepts)]
-        return [name for name, shared in zip(names, common(*self._patches(exemplars)), strict=True) if shared]
-
-    def best(self, exemplars: Sequence[Exemplar]) -> Shown:
-        """The concept that the exemplars show best (`shown.best_shown`); (None, None, 0) if they share none."""
-        return best_shown(*self._patches(exemplars), names_of(self.concepts)) or Shown(None, None, 0.0)
+        visible = np.stack([e.visible.ravel() for e in exemplars])
+        covered = np.stack([self.covered(e.image_index, e.visible.shape) for e in exemplars])
+        named = zip(names_of(self.concepts), common(visible, covered), strict=True)
+        return {name for (_, name), shared in named if shared}

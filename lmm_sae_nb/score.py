@@ -113,14 +113,17 @@ def _drawn(latents: Sequence, most: int | None, seed: int) -> list:
     return [latents[n] for n in np.sort(np.random.default_rng(seed).choice(len(latents), most, replace=False))]
 
 
-def shuffled(concepts: Mapping[int, str], seed: int = 0) -> dict[int, str | None]:
-    """For each latent the concept of another one, at random, that is not its own; None if all have the same."""
-    rng, pool = np.random.default_rng(seed), list(concepts.values())
-    others = {concept: [other for other in pool if other != concept] for concept in set(pool)}
-    return {
-        latent: others[concept][rng.integers(len(others[concept]))] if others[concept] else None
-        for latent, concept in concepts.items()
-    }
+def shuffled(named: Mapping[int, tuple[str, str]], seed: int = 0) -> dict[int, str | None]:
+    """For each latent the concept of another one, at random, that is not its own; None if all have the same.
+
+    named: concept and kind of each. It is of the same kind where that has another concept: some kinds score higher.
+    """
+    rng, result = np.random.default_rng(seed), {}
+    for latent, (concept, kind) in named.items():
+        others = [row for row in named.values() if row[0] != concept]
+        pool = [row for row in others if row[1] == kind] or others
+        result[latent] = pool[rng.integers(len(pool))][0] if pool else None
+    return result
 
 
 class Compared(NamedTuple):
@@ -441,13 +444,18 @@ def knowing(truth: TrueMasks) -> Verdicts:
     return verdicts
 
 
+def some_of_each(kinds: Mapping[str, str], each: int, seed: int = 0) -> list[int]:
+    """`each` latents of every kind, at random; all of a kind that has no more."""
+    groups = {kind: latents for kind, latents in by_kind(kinds).items() if kind != "total"}
+    return [int(latent) for latents in groups.values() for latent in _drawn(latents, each, seed)]
+
+
 def judge_latents(
     verdicts: Verdicts, shown: Callable[[int], Sequence[Exemplar]], named: Mapping[int, tuple[str, str]],
     others: Mapping[int, str | None], *, each: int = 100, seed: int = 0,
 ) -> dict[str, dict[str, str | None]]:  # fmt: skip
     """Verdicts on `each` latents of every kind, at random: "judged" on their concepts, "judged_shuffled" on others'."""
-    groups = by_kind({str(latent): kind for latent, (_, kind) in named.items()})
-    chosen = [int(n) for kind, latents in groups.items() if kind != "total" for n in _drawn(latents, each, seed)]
+    chosen = some_of_each({str(latent): kind for latent, (_, kind) in named.items()}, each, seed)
     found: dict[str, dict[str, str | None]] = {str(n): {} for n in chosen}
     for column, names in (("judged", {n: named[n][0] for n in chosen}), ("judged_shuffled", others)):
         asked = [n for n in chosen if names[n]]

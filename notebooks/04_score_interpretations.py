@@ -68,6 +68,7 @@ from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.masks import PAPER, STRICT, Numbered, Spot, TrueMasks, activation_mask, concept_mask, iou, ious, spots
 from lmm_sae_nb.ratings import read_ratings
 from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.widgets.rating import Rater
 
 root = project_root()
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,8 +131,8 @@ plots.table([
 # takes patches above a stated share of the image's highest activation, as they are, the likeliest mask, and shows CLIP
 # the highlighted region alone. One case by hand:
 
-# %% mystnb={"figure": {"caption": "A worked example (Figure 3), the latent whose concept fits best: its top image; then, by mode and by who says where the concept is, what is activated (orange), the concept (blue), and both (green).", "name": "fig-worked"}}
-latent = max(concept_of, key=lambda n: explanations[str(n)].get("true_iou") or 0)
+# %% mystnb={"figure": {"caption": "A worked example (Figure 3), a latent that fits middlingly: its top image; then, by mode and by who says where the concept is, what is activated (orange), the concept (blue), and both (green).", "name": "fig-worked"}}
+latent = sorted(concept_of, key=lambda n: explanations[str(n)].get("true_iou") or 0)[len(concept_of) // 2]
 case, concept = shown(latent)[0], concept_of[latent]
 spot, ways = spots([case])[0], [(by, find, mode) for by, find in where.items() for mode in modes.values()]
 first, *rest = plots.places(1 + len(ways))
@@ -150,7 +151,7 @@ for ax, (by, find, mode) in zip(rest, ways, strict=True):
 #
 # The paper's chance: the same latent and name on random images. There most latents are silent, which scores 0, so it is
 # easily beaten. Two that are not: the activation moved elsewhere in the latent's own images, exactly as large (*area*), and
-# the name of another latent (*shuffled*).
+# the name of another latent, of the same kind if there is one (*shuffled*).
 
 # %%
 stage, code = Stage(run, "score"), [scoring, masks, grounding]
@@ -172,7 +173,7 @@ if not stage.is_current(params, inputs, code):
         n: [Spot(i, p.size, m) for i, p, m in zip(drawn, others_pictures, maps[:, column], strict=True)]
         for column, n in enumerate(concept_of)
     }
-    others = scoring.shuffled(concept_of, seed)
+    others = scoring.shuffled(explained, seed)
     found = scoring.all_ious(
         lambda n: (spots(shown(n)), drawn_spots[n]), concept_of, others, where, list(modes.values()), runs=random_runs, seed=seed
     )
@@ -259,11 +260,19 @@ paper = {"GPT-4o, the paper": (0.93, 0.84, 0.90, 1.00, 0.85, 0.92, 0.89), "two p
 plots.table(rows + [{"judge": name} | dict(zip((*scoring.KINDS, "total"), map(str, values), strict=True)) for name, values in paper.items()])
 
 # %% [markdown]
-# People's answers, where there are any, stand in the run's `ratings.jsonl`: each rater's share of yes, and how far each two
-# agree on what both have rated, with Cohen's kappa.
+# And two people's? Open this chapter in Jupyter (`make lab`), type your name, and answer with y, n, u. Ten latents of each
+# kind; every answer is on the disk, in the run's `ratings.jsonl`, before the next one is asked, and is counted below.
 
 # %%
-answers = scoring.standing(read_ratings(stage.folder.parent / "ratings.jsonl"), concept_of)
+ratings = stage.folder.parent / "ratings.jsonl"
+asked_of_people = {n: {"concept": concept_of[n], "kind": kind_of[str(n)]} for n in scoring.some_of_each(kind_of, 10, seed)}
+Rater(ratings, asked_of_people, shown).box
+
+# %% [markdown]
+# Each rater's share of yes, and how far each two agree on what both have rated, with Cohen's kappa:
+
+# %%
+answers = scoring.standing(read_ratings(ratings), concept_of)
 print(f"{len(answers)} people have answered")
 for rater, told in answers.items():
     print(rater, {k: f"{s:.2f} (n={n})" for k, (s, n) in scoring.consistency(told, kind_of).items()})

@@ -81,7 +81,7 @@ def grounding_dino():
         backbone_config=swin, text_config=bert, d_model=32, encoder_layers=1, decoder_layers=2, num_queries=6,
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_text_len=16,
     )  # fmt: skip
-    eye = GroundingDinoImageProcessorPil(size={"shortest_edge": SIDE, "longest_edge": 96})
+    eye = GroundingDinoImageProcessorPil(size={"shortest_edge": 2 * SIDE, "longest_edge": 4 * SIDE})
     return GroundingDinoForObjectDetection(config), GroundingDinoProcessor(eye, tokenizer())
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import grounders
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from scipy.stats import norm
 
 from lmm_sae_nb import score
 from lmm_sae_nb.explain import Exemplar, masked, most_activated, upsample
-from lmm_sae_nb.grounding import Candidates, ImageTextSimilarity
+from lmm_sae_nb.grounding import BoxSegmenter, Candidates, ImageTextSimilarity, PromptedSegmenter
 from lmm_sae_nb.masks import (
     PAPER,
     STRICT,
@@ -27,8 +28,6 @@ from lmm_sae_nb.masks import (
     moved,
     spots,
 )
-from lmm_sae_nb.pictureworld import likeness
-from lmm_sae_nb.pictureworld.segments import clip_tokenizer
 from lmm_sae_nb.score import Compared, explained, kappa, latent_iou, latents_clip, mean_interval, run_interval
 
 CONCEPTS = {"object": ["cat", "dog"], "face": ["happy"], "word": ["happy"]}
@@ -50,6 +49,14 @@ def corner(rows: int, columns: int) -> np.ndarray:
     found = np.zeros((4, 4), bool)
     found[:rows, :columns] = True
     return found
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    """Segmenters and a CLIP of the true classes, with random weights, on disk."""
+    folder = tmp_path_factory.mktemp("models")
+    makes = (grounders.clipseg, grounders.clip, grounders.grounding_dino, grounders.sam)
+    return {make.__name__: str(grounders.save(make, folder / make.__name__)) for make in makes}
 
 
 # Masks.
@@ -196,19 +203,18 @@ def test_what_covers_a_patch_is_counted_in_pixels():
         assert not found[2:].any()
 
 
-def test_the_concept_that_exemplars_share_and_none_where_they_do_not():
+def test_the_concepts_that_exemplars_share():
     cat, dog = np.zeros((8, 8), np.uint8), np.zeros((8, 8), np.uint8)
     cat[:4, :4], dog[:4, :4] = 1, 2
     truth = TrueMasks([row(object=cat), row(object=dog), row()], CONCEPTS)
     here = corner(2, 2)
-    assert truth.best([exemplar(0, here)] * 4 + [exemplar(2, here)])[:2] == ("object", "cat")
-    assert truth.common([exemplar(0, here)] * 4 + [exemplar(1, here)]) == ["cat"]
-    assert truth.best([exemplar(0, here)] * 3 + [exemplar(1, here)] * 2) == (None, None, 0.0)
-    assert truth.best([exemplar(1, here)])[:2] == ("object", "dog")
+    assert truth.common([exemplar(0, here)] * 4 + [exemplar(1, here)]) == {"cat"}
+    assert truth.common([exemplar(0, here)] * 3 + [exemplar(1, here)] * 2) == set()
+    assert truth.common([exemplar(1, here)]) == {"dog"}
     judge = score.knowing(truth)
     assert judge([[exemplar(0, here)]] * 3, ["cat", "dog", "unicorn"]) == ["yes", "no", None]
     with pytest.raises(ValueError, match="no exemplars"):
-        truth.best([])
+        truth.common([])
 
 
 def test_a_data_set_without_label_maps_is_refused(tmp_path):
@@ -240,12 +246,14 @@ def test_only_what_is_explained_is_scored():
             explained(few, truth)
 
 
-def test_another_concept_is_never_ones_own():
-    concepts = {n: ("cat", "dog", "dog", "bee")[n % 4] for n in range(200)}
-    others = score.shuffled(concepts, seed=1)
-    assert all(others[n] != concept for n, concept in concepts.items())
-    assert {others[n] for n in concepts if concepts[n] == "cat"} == {"dog", "bee"}
-    assert score.shuffled({1: "cat", 2: "cat"}) == {1: None, 2: None}
+def test_another_concept_is_never_ones_own_and_of_the_same_kind_where_there_is_one():
+    rows = [("cat", "object"), ("dog", "object"), ("dog", "object"), ("bee", "object"), ("red", "colour")]
+    named = {n: rows[n % 5] for n in range(250)}
+    others = score.shuffled(named, seed=1)
+    for own in ("cat", "dog", "bee", "red"):
+        found = {others[n] for n, (concept, _) in named.items() if concept == own}
+        assert found == {"cat", "dog", "bee"} - {own}
+    assert score.shuffled({1: ("cat", "object"), 2: ("cat", "object")}) == {1: None, 2: None}
 
 
 # IoU of latents.
@@ -262,7 +270,7 @@ def test_a_latents_scores_by_hand(mode):
     found = latent_iou(own, drawn, "cat", "nothing", lambda n, c: [where[c]] * len(n), mode, runs=2)
     assert found == Compared(0.5, (0.25, 0.0), 0.5, 0.0)
     assert found.columns("iou") == {"iou": 0.5, "iou_area": 0.5, "iou_shuffled": 0.0, "iou_random": 0.125}
-    assert latent_iou(own, drawn, "cat", None, lambda n, c: [where[c]] * len(n), mode, runs=4).shuffled is None
+    assert latent_iou(own[:1], drawn, "cat", None, lambda n, c: [where[c]] * len(n), mode, runs=4)[::3] == (0.5, None)
     with pytest.raises(ValueError, match="no exemplars"):
         latent_iou([], drawn, "cat", None, lambda n, c: [where[c]] * len(n), mode, runs=2)
     with pytest.raises(ValueError, match="4 random images cannot be shared by 3 runs"):
@@ -312,6 +320,37 @@ def test_every_latent_in_every_mode_by_every_segmenter():
     assert rows["7"]["iou_strict_shuffled"] == 1
     assert runs["iou_strict_other"] == {"7": [0.5, 0], "3": [0.5, 0]}
     assert score.columns_of(rows) == list(found)
+
+
+def test_photographs_without_ground_truth_are_scored_by_real_segmenters(models):
+    """By hand from the segmenters' own answers: the union, or the mask of the highest score."""
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (40, 56, 3)).astype(np.uint8)) for _ in range(3)]
+    rows = {"1": {"outcome": "explained", "concept": "a cat", "kind": "object"},
+            "2": {"outcome": "explained", "concept": "red", "kind": None}}  # fmt: skip
+    named = explained(rows)
+    concepts = {n: concept for n, (concept, _) in named.items()}
+    real = {
+        "sam": BoxSegmenter.load(models["grounding_dino"], models["sam"], threshold=0.0),
+        "clipseg": PromptedSegmenter.load(models["clipseg"], threshold=0.4),
+    }
+    places = {n: [Spot(i, (56, 40), rng.random((4, 5)).astype(np.float32)) for i in range(3)] for n in concepts}
+    where = {name: Numbered(segmenter, images) for name, segmenter in real.items()}
+    found = score.all_ious(lambda n: (places[n], places[n][::-1]), concepts, score.shuffled(named), where, runs=3)
+    for column, suffix in (("sam", ""), ("clipseg", "_clipseg")):
+        for n, concept in concepts.items():
+            answers = real[column](images, [concept] * 3)
+            for mode in (PAPER, STRICT):
+                masks = [
+                    one.masks.any(0) if mode is PAPER or not len(one.masks) else one.masks[one.scores.argmax()]
+                    for one in answers
+                ]
+                by_hand = [iou(activation_mask(at, mode), mask) for at, mask in zip(places[n], masks, strict=True)]
+                assert found[f"iou_{mode.name}{suffix}"][n].score == pytest.approx(np.mean(by_hand), abs=1e-6)
+                assert found[f"iou_{mode.name}{suffix}"][n].random == pytest.approx(by_hand[::-1], abs=1e-6)
+    records, runs = score.records(named, found)
+    assert list(score.table(records, runs, "iou_strict")) == ["total"]
+    assert score.summary(records, runs)["latents_other"] == 1
 
 
 # CLIP scores.
@@ -384,13 +423,12 @@ def test_what_clip_sees_in_strict_mode_is_what_the_explainer_saw():
     assert away.sum() == upsample(visible, (8, 8)).sum()
 
 
-def test_a_grid_of_similarities_is_the_pairwise_one_whatever_the_parts():
+def test_a_grid_of_similarities_is_the_pairwise_one_whatever_the_parts(models):
     """Against the model's own forward over every pair, by the callable that takes pairs."""
-    torch.manual_seed(0)
-    similar = ImageTextSimilarity(likeness.new_model(clip_tokenizer()).eval(), likeness.new_processor(), batch=2)
+    similar = ImageTextSimilarity.load(models["clip"], batch=2)
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (40, 56, 3)).astype(np.uint8)) for _ in range(3)]
-    texts = ["cat", "a red door", "happy", "stripes", "dog"]
+    texts = ["cat", "a red door", "red", "a", "dog"]
     pairs = similar([image for image in images for _ in texts], texts * 3).reshape(3, 5)
     found = similar.grid(images, texts)
     assert found.shape == (3, 5)
@@ -555,6 +593,7 @@ def test_some_of_each_kind_are_judged_beside_others_names():
         return ["yes" if concept != "bee" else None for concept, _ in zip(concepts, asked, strict=True)]
 
     found = score.judge_latents(verdicts, sets.get, named, others, each=3)
+    assert list(map(int, found)) == score.some_of_each({str(n): kind for n, (_, kind) in named.items()}, 3)
     assert sum(named[int(n)][1] == "object" for n in found) == 3
     assert {"8", "9"} <= found.keys()
     assert found["8"] == {"judged": "yes", "judged_shuffled": None}

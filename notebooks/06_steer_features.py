@@ -37,11 +37,11 @@ dose: float = 8  # the one that is reported in the metrics
 n_objects: int = 100  # latents named for an object; as many random ones are the control
 question: str = "What do you see in this image?"  # about a pure white image
 blank_size: int = 192  # pixels a side of the white image
-feelings: list = ["happy", "sad"]  # latents of these names are asked how they feel
-feeling_question: str = "how do you feel ?"
-story: str = "hungry"  # the latent of this name tells a story
+feelings: list = ["happy", "sad", "angry", "hungry", "scared", "loving", "sick", "sleepy"]  # names of latents
+told: list = ["happy", "sad", "hungry"]  # those of them whose answers are shown
+feeling_question: str = "How do you feel?"
 story_prompt: str = "Tell me a story about Alice and Bob."
-story_dose: float = 4  # in units of the latent's maximum, at all tokens
+case_doses: list = [1, 1.5, 2, 3]  # clamp values for feelings and stories, in units of the latent's maximum
 word_prompt: str = "is there a {} ?"  # in which a concept's word is read
 ranked_images: int = 200  # cached images whose latents are ranked for section 4.2
 max_new_tokens: int = 24
@@ -54,7 +54,7 @@ from collections import Counter
 
 import numpy as np
 import torch
-from IPython.display import HTML
+from IPython.display import HTML, display
 from PIL import Image
 from torch.testing import assert_close
 
@@ -66,7 +66,8 @@ from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.score import mean_interval
-from lmm_sae_nb.steering import Edit, Scope, answers, compare, names, steer_latents
+from lmm_sae_nb.steering import Edit, Scope, answers, names, steer_latents
+from lmm_sae_nb.plots import steering_strip
 from lmm_sae_nb.widgets import SteeringPanel
 
 root = project_root()
@@ -74,7 +75,7 @@ plots.style()
 
 # %%
 lmm = LMM.load(root / model if (root / model).is_dir() else model)
-sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent)
+sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent).requires_grad_(False)
 cache = LatentCache.load(require(run, "cache", "manifest.json", "02_cache_activations.py").parent)
 explanations = read_json(require(run, "interpret", "explanations.json", "03_interpret_features.py"))
 pictures, white = open_images(root / images), Image.new("RGB", (blank_size, blank_size), "white")
@@ -103,59 +104,58 @@ ours = steer_latents(sae, x, [edit])
 assert_close(torch.zeros_like(z).scatter(1, ours.indices, ours.acts), torch.zeros_like(z).scatter(1, kept.indices, kept.values))
 
 # %% [markdown]
-# ## Happy, sad, hungry
+# ## Happy, sad, hungry (Figures 5 and 6)
 #
 # The latents are found by their names, not by hand: of those that notebook 03 named `happy`, the one that is most active on
-# an image. Asked how it feels, the untouched model says that it has no feelings. Two controls stand beside each steered
-# answer: the untouched model, and the SAE spliced in with nothing steered.
+# an image. Notebook 03 saw nothing but pictures.
 
 # %%
+top = {latent: float(cache.max[latent]) for latent in range(sae.n_latents)}  # the unit of a dose
 cases = {}
 for latent in sorted(named, key=lambda n: float(cache.top_means[n, 0])):  # the most active one of a name comes last
-    if named[latent]["concept"] in {*feelings, story}:
+    if named[latent]["concept"] in feelings:
         cases[named[latent]["concept"]] = latent
-top = {latent: float(cache.max[latent]) for latent in range(sae.n_latents)}  # the unit of a dose
-print(cases, "· no latent has the name", [name for name in (*feelings, story) if name not in cases])
+print(cases, "· no latent has the name", [name for name in feelings if name not in cases])
 # %% mystnb={"figure": {"caption": "The latents of the case studies on the images that excite them most.", "name": "fig-cases"}}
-if cases:
-    plots.exemplar_strip([(f"latent {n}: {name}", exemplars(cache, pictures, n)) for name, n in cases.items()])
-# %%
-for name in (name for name in feelings if name in cases):
-    latent, image = cases[name], pictures[cache.top(cases[name])[0][0]]
-    said = compare(lmm, sae, layer, feeling_question, image, [Edit(latent, dose * top[latent])], at_image)
-    display(HTML(answers_html({way: answer[0] for way, answer in said._asdict().items()})))
-
+plots.exemplar_strip([(f"latent {cases[name]}: {name}", exemplars(cache, pictures, cases[name])) for name in told if name in cases]);
 # %% [markdown]
-# How the answer changes with the dose, for the first of them; what differs from the untouched answer is marked.
-
-# %%
-for name in [name for name in feelings if name in cases][:1]:
-    latent, image = cases[name], pictures[cache.top(cases[name])[0][0]]
-    settings = [[]] + [[Edit(latent, value * top[latent])] for value in doses]
-    before, *after = answers(lmm, sae, layer, feeling_question, image, settings, at_image)
-    display(HTML(steering_strip(list(zip(doses, after, strict=True)), before)))
-
-# %% [markdown]
-# > "For instance, in Fig. 5, the feature for "happy" ranks only 78th, with many low-level concepts also present."
+# > "When asked about its feelings without steering, the model responds that it does not experience emotions. However … when
+# > we clamp the "happy" feature, the model responds with expressions of happiness."
 #
-# The rank of each case's latent among all latents of its own image, by mean activation over the base patches, is in the
-# metrics below. The story has no image: there the latent is clamped at every token, in the prompt and while it is told.
+# The question is asked about the latent's own top image, with the latent clamped at every token. The story has no image; the
+# latent is clamped in its prompt. What the SAE leaves unexplained is kept in both. Two controls stand above the steered
+# answers: the untouched model (*before*), and the SAE spliced in with nothing steered (dose 0).
 
 # %%
 stage, code = Stage(run, "steer"), [steering]
 params = dict(
     model=model, layer=layer, images=images, steered_kinds=steered_kinds, doses=doses, dose=dose, n_objects=n_objects,
-    question=question, blank_size=blank_size, feelings=feelings, feeling_question=feeling_question, story=story,
-    story_prompt=story_prompt, story_dose=story_dose, word_prompt=word_prompt, ranked_images=ranked_images, seed=seed,
+    question=question, blank_size=blank_size, feelings=feelings, feeling_question=feeling_question, story_prompt=story_prompt,
+    case_doses=case_doses, word_prompt=word_prompt, ranked_images=ranked_images, seed=seed,
 )  # fmt: skip
-inputs = [path for path in (root / model, *(Stage(run, s).path("manifest.json") for s in ("train", "cache", "interpret"))) if path.exists()]
+stages = [Stage(run, name).path("manifest.json") for name in ("train", "cache", "interpret")]
+inputs = [path for path in (root / model, *stages) if path.exists()]
 current, started = stage.is_current(params, inputs, code), time.monotonic()
-if not current and story in cases:
-    edits = [[], [Edit(cases[story], story_dose * top[cases[story]])]]
-    told = answers(lmm, sae, layer, story_prompt, None, edits, max_new_tokens=48)
-    write_json(stage.path("story.json"), dict(zip(("spliced", "steered"), told, strict=True)))
-if story in cases:
-    display(HTML(answers_html(read_json(stage.path("story.json")))))
+if not current:
+    rows = []
+    for name, latent in cases.items():
+        settings = [[]] + [[Edit(latent, value * top[latent])] for value in case_doses]
+        own = pictures[cache.top(latent)[0][0]]
+        for text, image, scope in ((feeling_question, own, Scope()), (story_prompt, None, Scope(phases=("prompt",)))):
+            before = lmm.generate(lmm.prompt(text, image), max_new_tokens=2 * max_new_tokens)[0]
+            said = answers(lmm, sae, layer, text, image, settings, scope, keep_error=True, max_new_tokens=2 * max_new_tokens)
+            rows += [{"name": name, "latent": latent, "prompt": text, "dose": value, "before": before, "answer": answer,
+                      "names": names(answer, name)} for value, answer in zip([0, *case_doses], said, strict=True)]  # fmt: skip
+    write_json(stage.path("cases.json"), {"rows": rows})
+by_case = read_json(stage.path("cases.json"))["rows"]
+for name, text in [(name, text) for text in (feeling_question, story_prompt) for name in told if name in cases]:
+    rows = [row for row in by_case if (row["name"], row["prompt"]) == (name, text)]
+    display(HTML(f"<b>{name}</b>: {text}" + steering_strip([(row["dose"], row["answer"]) for row in rows], rows[0]["before"])))
+
+# %% [markdown]
+# > "For instance, in Fig. 5, the feature for "happy" ranks only 78th, with many low-level concepts also present."
+#
+# The rank of each of these latents among all latents of its own image is in the metrics below.
 
 # %% [markdown]
 # ## One latent for the picture and the word?
@@ -258,12 +258,15 @@ if not current:
         for key, what in (("names", "named"), ("changed", "changed")):
             share = mean_interval([row[key] for row in at_dose[group]], seed=seed)
             metrics |= {f"{name}{what}_of_100": 100 * share.mean, f"{name}{what}_low": 100 * share.low, f"{name}{what}_high": 100 * share.high}
+    for text, name in ((feeling_question, "feelings"), (story_prompt, "stories")):
+        right = {row["name"] for row in by_case if row["prompt"] == text and row["names"] and row["answer"] != row["before"]}
+        metrics |= {f"{name}_steered": len(cases), f"{name}_named": len(right)}
     metrics |= {"word_latents": len(by_word), "word_own": float(np.mean(own)), "word_others": float(np.mean(others)),
                 "word_own_above_others": float(np.mean(np.array(own) > np.array(others)))}  # fmt: skip
     for name, latent in cases.items():
-        first = pictures[cache.top(latent)[0][0]]
-        everywhere = activation_maps(lmm, sae, [first], layer, list(range(sae.n_latents)))[0].mean((1, 2))
-        metrics[f"rank_{name}"] = int((everywhere > everywhere[latent]).sum()) + 1
+        image = pictures[cache.top(latent)[0][0]]
+        means = activation_maps(lmm, sae, [image], layer, list(range(sae.n_latents)))[0].mean((1, 2))
+        metrics[f"rank_{name}"] = int((means > means[latent]).sum()) + 1
     stage.finish(params, inputs, metrics, time.monotonic() - started, code)
 read_json(stage.path("metrics.json"))
 

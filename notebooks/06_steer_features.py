@@ -64,10 +64,10 @@ from lmm_sae_nb.cache import LatentCache, activation_maps
 from lmm_sae_nb.explain import exemplars
 from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.plots import steering_strip
 from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.score import mean_interval
 from lmm_sae_nb.steering import Edit, Scope, answers, names, steer_latents
+from lmm_sae_nb.plots import steering_strip
 from lmm_sae_nb.widgets import SteeringPanel
 
 root = project_root()

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
-from tqdm.auto import tqdm
 
+from lmm_sae_nb.asked import REFUSAL, Answer, Labeller, Outcome, Refiner
 from lmm_sae_nb.cache import LatentCache
-from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.chats import pixel_hash
 
-REFUSAL = "unable to produce explanations"
+__all__ = [
+    "REFUSAL", "Exemplar", "Explanation", "as_rows", "exemplars", "exemplars_on", "explain_latents", "masked",
+    "most_activated", "upsample",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Exemplar:
     """One of the images that excite a latent most.
 
     activation: (rows, cols) float32 over the base image's patch grid; visible: (rows, cols) bool, its most
-    activated patches; masked: the image with every other patch black.
+    activated patches; masked: the image with every other patch black, or dimmed.
     """
 
     image_index: int
@@ -34,17 +36,15 @@ class Exemplar:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What the explainer made of a latent: `concept` is None where it was unable to; `answers` is what was said."""
+    """What became of a latent: `concept` and its `kind` only if it is explained; `answer` is what was said."""
 
+    outcome: Outcome
     concept: str | None
-    answers: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        return self.concept or REFUSAL
+    kind: str | None
+    answer: str
 
 
-Explainer = Callable[[Sequence[Sequence[Image.Image]]], list[Explanation]]
+Explainer = Callable[[Iterable[Sequence[Image.Image]]], list[Answer]]
 
 
 def most_activated(activation: Float[np.ndarray, "rows cols"], share: float = 0.25) -> Bool[np.ndarray, "rows cols"]:
@@ -63,70 +63,83 @@ def upsample(patches: Bool[np.ndarray, "rows cols"], size: tuple[int, int]) -> B
     return np.asarray(mask).astype(bool)
 
 
-def masked(image: Image.Image, visible: Bool[np.ndarray, "rows cols"]) -> Image.Image:
-    """The image with all but the visible patches black.
+def masked(image: Image.Image, visible: Bool[np.ndarray, "rows cols"], dim: float = 0.0) -> Image.Image:
+    """The image with all but the visible patches black, or with `dim` of their brightness, in [0, 1).
 
-    The paper says black; the reference code leaves 12 % of the light with soft borders.
+    The paper says black; the reference code leaves 12 % (dim = 0.12), with soft borders, which these are not.
     """
+    if not 0 <= dim < 1:
+        raise ValueError(f"dim is {dim}; give the brightness that hidden patches keep, from 0 (black) to below 1")
     pixels = np.asarray(image.convert("RGB"))
-    return Image.fromarray(pixels * upsample(visible, image.size)[..., None])
+    shown = upsample(visible, image.size)[..., None]
+    return Image.fromarray(np.where(shown, pixels, np.rint(pixels * dim).astype(np.uint8)))
 
 
 def exemplars(
-    cache: LatentCache, images: Sequence[Image.Image], latent: int, *, n_top: int = 5, share: float = 0.25
+    cache: LatentCache,
+    images: Sequence[Image.Image],
+    latent: int,
+    *,
+    n_top: int = 5,
+    share: float = 0.25,
+    dim: float = 0.0,
 ) -> list[Exemplar]:
-    """The latent's `n_top` images of highest mean activation (fewer if fewer excite it), highest first.
+    """The latent's `n_top` different images of highest mean activation, highest first.
 
-    ValueError for a latent that the cache does not have.
+    Of images with the same pixels only the first counts; fewer than `n_top` come back if fewer excite the latent, or
+    the cache keeps no more to take their place. ValueError for a latent that the cache does not have.
     """
-    chosen = [image for image, _ in cache.top(latent)[:n_top]]
-    maps = [np.asarray(cache.patch_map(latent, rank), np.float32) for rank in range(len(chosen))]
-    return exemplars_on(images, chosen, maps, share=share)
+    found: list[Exemplar] = []
+    seen: set[str] = set()
+    for rank, (index, _) in enumerate(cache.top(latent)):
+        if len(found) == n_top:
+            break
+        image = images[index]
+        if (pixels := pixel_hash(image)) not in seen:
+            seen.add(pixels)
+            found.append(_exemplar(index, image, np.asarray(cache.patch_map(latent, rank), np.float32), share, dim))
+    return found
 
 
 def exemplars_on(
     images: Sequence[Image.Image], indices: Sequence[int], activations: Sequence[np.ndarray], *, share: float = 0.25
 ) -> list[Exemplar]:
     """The same for any images: `indices` into `images`, and one activation map (rows, cols) for each."""
-    found = []
-    for index, activation in zip(indices, activations, strict=True):
-        visible, image = most_activated(activation, share), images[index]
-        found.append(Exemplar(index, image, activation, visible, masked(image, visible)))
-    return found
+    return [
+        _exemplar(index, images[index], activation, share, 0.0)
+        for index, activation in zip(indices, activations, strict=True)
+    ]
 
 
-def shared_answer(answers: Iterable[str], agree: int) -> str | None:
-    """The answer that at least `agree` of the exemplars got, the most frequent one; None if there is none."""
-    tidy = [answer.strip().rstrip(".").strip().lower() for answer in answers]
-    ranked = Counter(answer for answer in tidy if answer).most_common(1)
-    return ranked[0][0] if ranked and ranked[0][1] >= agree else None
+def _exemplar(index: int, image: Image.Image, activation: np.ndarray, share: float, dim: float) -> Exemplar:
+    visible = most_activated(activation, share)
+    return Exemplar(index, image, activation, visible, masked(image, visible, dim))
 
 
-def ask_each(
-    lmm: LMM, questions: Sequence[str], *, agree: int = 4, batch: int = 32, max_new_tokens: int = 12
-) -> Explainer:
-    """An explainer that asks a model about each masked image alone, and takes what the answers share.
+def explain_latents(
+    shown: Mapping[int, Sequence[Exemplar]], explain: Explainer, refine: Refiner, label: Labeller
+) -> dict[int, Explanation]:
+    """Ask for each latent what its exemplars have in common, shorten the answer to a concept, and give its kind.
 
-    Each of `questions` is asked of every exemplar; the first whose answers agree in `agree` exemplars gives the
-    concept. A departure from the paper, whose larger model sees the five images at once: here the model under
-    study names its own latents, one image at a time.
+    A latent without exemplars is refused. What the refiner makes of an explanation decides its outcome: a text that
+    it cannot use is unparseable. kind: None where the labeller gives none.
     """
+    answers = explain([exemplar.masked for exemplar in found] for found in shown.values())
+    told = [n for n, answer in enumerate(answers) if answer.outcome is Outcome.EXPLAINED]
+    short = dict(zip(told, refine([answers[n].text for n in told]), strict=True))
+    named = [n for n in told if short[n].outcome is Outcome.EXPLAINED]
+    kinds = dict(zip(named, label([short[n].text for n in named]), strict=True))
+    return {
+        latent: Explanation(short.get(n, answer).outcome, short.get(n, answer).text, kinds.get(n), answer.raw)
+        for n, (latent, answer) in enumerate(zip(shown, answers, strict=True))
+    }
 
-    def explainer(sets: Sequence[Sequence[Image.Image]]) -> list[Explanation]:
-        said: list[list[str]] = [[] for _ in sets]
-        concepts: list[str | None] = [None] * len(sets)
-        for question in questions:
-            open_sets = [i for i, concept in enumerate(concepts) if concept is None and sets[i]]
-            asked = [(i, image) for i in open_sets for image in sets[i]]
-            answers: list[str] = []
-            for start in tqdm(range(0, len(asked), batch), desc=question, mininterval=2):
-                chosen = [image for _, image in asked[start : start + batch]]
-                prompt = lmm.prompt([question] * len(chosen), chosen)
-                answers += lmm.generate(prompt, max_new_tokens=max_new_tokens)
-            for i in open_sets:
-                own = [answer for (owner, _), answer in zip(asked, answers, strict=True) if owner == i]
-                said[i] += own
-                concepts[i] = shared_answer(own, agree)
-        return [Explanation(concept, tuple(own)) for concept, own in zip(concepts, said, strict=True)]
 
-    return explainer
+def as_rows(explanations: Mapping[int, Explanation], longest: int = 2000) -> dict[str, dict]:
+    """Explanations by latent as JSON has them; an answer is kept up to `longest` characters."""
+    return {
+        str(latent): {
+            "outcome": its.outcome.value, "concept": its.concept, "kind": its.kind, "answer": its.answer[:longest],
+        }
+        for latent, its in explanations.items()
+    }  # fmt: skip

@@ -115,14 +115,17 @@ def shares(results: Mapping[str, Mapping[str, float]], ax: Axes | None = None) -
 
 def exemplar_strip(rows: Sequence[tuple[str, Sequence[Exemplar]]], side: float = 1.35, columns: int = 5) -> np.ndarray:
     """Figure 2's exemplars: for each (title, exemplars), the images with their activation and, below, masked."""
-    _, axes = plt.subplots(2 * len(rows), columns, figsize=(columns * side, 2 * len(rows) * side * 1.06), squeeze=False)
+    high = max(1, 2 * len(rows))
+    _, axes = plt.subplots(high, columns, figsize=(columns * side, high * side * 1.06), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
+    if not rows:
+        axes[0, 0].set_title("there are none", loc="left", fontsize=8)
     for n, (title, exemplars) in enumerate(rows):
         for column, exemplar in enumerate(exemplars[:columns]):
             heat_map(exemplar.image, exemplar.activation, ax=axes[2 * n, column])
             axes[2 * n + 1, column].imshow(exemplar.masked)
-        axes[2 * n, 0].set_title(title, loc="left", fontsize=8)
+        axes[2 * n, 0].set_title(title, loc="left", fontsize=8, parse_math=False)  # it may be a model's words
     return axes
 
 
@@ -283,6 +286,72 @@ def bars(results: Mapping[str, Mapping[str, float]], xlabel: str, *, log: bool =
         ax.invert_yaxis()
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in things]
     ax.legend(handles, things, frameon=False, fontsize=6)
+    return ax
+
+
+def table(rows: Sequence[Mapping[str, object]], caption: str = "") -> HTML:
+    """Rows as an HTML table, their keys as its head; text is escaped, numbers have three digits, None is a dash."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+
+    def cell(value: object) -> str:
+        if value is None:
+            return "<td style='text-align:right'>–</td>"
+        if isinstance(value, float):
+            return f"<td style='text-align:right'>{value:.3f}</td>"
+        return f"<td style='text-align:{'right' if isinstance(value, int) else 'left'}'>{html.escape(str(value))}</td>"
+
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+    body = "".join("<tr>" + "".join(cell(row.get(name)) for name in names) + "</tr>" for row in rows)
+    told = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return HTML(f"<table>{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+
+def calibration(
+    known: Mapping[str, Sequence[float]], measured: Mapping[str, Sequence[float]], xlabel: str, ylabel: str,
+    ax: Axes | None = None,
+) -> Axes:  # fmt: skip
+    """The same quantity measured (y) and known (x), a dot for each thing, a colour for each group, both in [0, 1]."""
+    ax = ax or plt.subplots(figsize=(4.4, 3.4))[1]
+    ax.plot([0, 1], [0, 1], color=GREY, lw=1)
+    colours = plt.colormaps["tab10"](np.arange(len(known)) % 10)
+    for colour, (group, values) in zip(colours, known.items(), strict=True):
+        ax.plot(values, measured[group], ".", ms=5, alpha=0.7, color=colour, label=group)
+    ax.set(xlabel=xlabel, ylabel=ylabel, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    ax.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+def places(count: int, columns: int = 6, side: float = 1.7) -> np.ndarray:
+    """`count` axes for pictures, `side` inches each, in rows of at most `columns`, without frames."""
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    _, axes = plt.subplots(rows, columns, figsize=(columns * side, rows * side * 1.12), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    return axes.flat[:count]
+
+
+def mean_panels(panels: Mapping[str, Mapping[str, Mapping[str, Mean]]]) -> np.ndarray:
+    """`means`, a panel beside the other for each of several quantities that have the same groups."""
+    groups = max(map(len, panels.values()))
+    _, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 0.44 * groups + 0.8), squeeze=False)
+    for ax, (xlabel, results) in zip(axes[0], panels.items(), strict=True):
+        means(results, xlabel, ax=ax)
+    return axes[0]
+
+
+def counts(table: Mapping[str, Mapping[str, int]], xlabel: str, ylabel: str, ax: Axes | None = None) -> Axes:
+    """A cross table: rows to {column: count}, every row shaded by its shares."""
+    columns = list(dict.fromkeys(name for row in table.values() for name in row))
+    grid = np.array([[row.get(name, 0) for name in columns] for row in table.values()])
+    ax = ax or plt.subplots(figsize=(0.7 * len(columns) + 1.4, 0.32 * len(table) + 1.2))[1]
+    ax.imshow(grid / np.maximum(grid.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
+    for (y, x), count in np.ndenumerate(grid):
+        if count:
+            ax.text(x, y, count, ha="center", va="center", fontsize=8)
+    ax.set_xticks(range(len(columns)), columns, rotation=35, ha="right", parse_math=False)
+    ax.set_yticks(range(len(table)), list(table))
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     return ax
 
 

@@ -32,7 +32,7 @@ images: str = "data/artifacts/tiny/world/cache"  # a data set with an image colu
 layer: int = 2  # 0-based, the layer that the SAE was trained on
 n_top: int = 5  # images kept for each latent
 batch_size: int = 16  # images a forward
-store: str = ""  # "float16" or "float32" keeps every activation, not only those of the top images: tens of GB at full scale
+store: str = "float16"  # or "float32": keeps every activation, tens of GB at full scale; "" only those of the top images
 unreadable: str = "refuse"  # what to do with files that are no pictures; "skip" leaves them out and names them
 
 # %% tags=["remove-cell"]

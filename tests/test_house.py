@@ -34,11 +34,12 @@ PRESETS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
 LEVELS = [  # an import goes to the same level or a lower one, and never in a circle
     set(level.split())
     for level in (
-        "artifacts hooks spans compiled kernels sae optimiser formats hub checkpoint images ranking store forecast",
+        "artifacts hooks spans compiled kernels sae optimiser formats hub checkpoint images ranking store forecast "
+        "chats asked shown grounding",
         "lmm shares ratings",
         "tokens train evaluate launch cache cache_formats steering",
         "explain attribution twin",
-        "score",
+        "masks score truth",
         "plots thumbnails catalogue widgets",
     )
 ]

@@ -43,3 +43,23 @@ def test_a_live_figure_stays_where_an_error_ends_it(shell):
         on_log(ROWS)
         raise OSError("disk")
     assert shown(captured)[-1] == ("Figure", True)
+
+
+def test_a_table_escapes_what_it_shows():
+    shown = plots.table([{"kind": "<b>", "n": 3, "iou": 0.5}, {"kind": "a & b", "iou": None}], "<i>").data
+    assert "<b>" not in shown and "<i>" not in shown
+    assert "&lt;b&gt;" in shown and "a &amp; b" in shown
+    assert shown.count("<tr>") == 3
+    assert ">0.500<" in shown and ">3<" in shown
+    assert shown.count("–") == 2  # n of the second row is not there, its IoU is None
+
+
+def test_places_for_pictures_are_as_many_as_asked():
+    assert [len(plots.places(n, columns=4)) for n in (1, 4, 7)] == [1, 4, 7]
+    plt.close("all")
+
+
+def test_calibration_has_a_dot_for_each_thing():
+    ax = plots.calibration({"a": [0.1, 0.2], "b": [0.5]}, {"a": [0.3, 0.1], "b": [0.6]}, "x", "y")
+    assert [line.get_xydata().tolist() for line in ax.lines[1:]] == [[[0.1, 0.3], [0.2, 0.1]], [[0.5, 0.6]]]
+    plt.close("all")

@@ -1,7 +1,8 @@
 """Commands: `render` writes the data sets; `exam` measures the embedded model; the others made it, in this order.
 
 `tower` and `rehearse` can run side by side; then `lessons`, `reading`, `finish`, `polish`, `parts`, `ship`. Each course
-can be stopped at any time and goes on from its last checkpoint when it is started again.
+can be stopped at any time and goes on from its last checkpoint when it is started again. `segmenter` and `similarity`
+then make, ship and examine the models that notebook 04 scores with; they start from the shipped model's eye.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ COURSES = {  # name: optimiser steps, what it teaches
     "finish": (620, "language model and projector with the better eye, and with AnyRes tiles"),
     "polish": (1750, "the same, longer, with more signs, drawn things and panels"),
     "parts": (260, "the same, more slowly, drawn things above all"),
+}
+SIGHT = {  # name: optimiser steps, what is made, the folder of data/models that it ships to
+    "segmenter": (330, "a CLIPSeg, which finds a concept by its name: train, ship and examine", "tiny-clipseg"),
+    "similarity": (310, "a CLIP, which says how well a text fits a picture: train, ship and examine", "tiny-clip"),
 }
 FOLDER = Path("data/artifacts/training")
 MODEL = Path("data/models/tiny-llava-next")
@@ -50,10 +55,23 @@ def main() -> None:
     exam.add_argument("--scenes", type=int, default=500)
     exam.add_argument("--model", type=Path, default=root / MODEL)
     exam.add_argument("--threads", type=int, default=2)
+    for name, (steps, what, folder) in SIGHT.items():
+        course = commands.add_parser(name, help=what)
+        course.add_argument("--steps", type=int, default=steps)
+        course.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long, to go on later")
+        course.add_argument("--threads", type=int, default=2)
+        course.add_argument("--courses", type=Path, default=root / FOLDER)
+        course.add_argument("--lmm", type=Path, default=root / MODEL, help="whose eye it starts from")
+        course.add_argument("--model", type=Path, default=root / "data/models" / folder, help="where it ships to")
+        course.add_argument("--scenes", type=int, default=200, help="held-out scenes of its exam")
     asked = parser.parse_args()
     torch.set_num_threads(getattr(asked, "threads", 2))
 
-    if asked.command == "render":
+    if asked.command in SIGHT:
+        from .sight import learn
+
+        learn(asked)
+    elif asked.command == "render":
         from .shelf import render as render_to
 
         render_to(asked.out, {"train": asked.train, "cache": asked.cache, "heldout": asked.heldout})

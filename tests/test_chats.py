@@ -1,0 +1,314 @@
+"""Whoever is asked and however badly it answers: good replies come through, are kept, and are not asked for again."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from endpoints import KEY, serving
+from forks import started
+from models import make, tokenizer
+from models import text as text_settings
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Config, Qwen2ForCausalLM
+
+from lmm_sae_nb import asked
+from lmm_sae_nb.asked import Outcome
+from lmm_sae_nb.chats import EndpointChat, EndpointError, LocalChat, Question, Recorded, ask, open_chat, pixel_hash
+
+EXPLAINER = "data/models/tiny-explainer"
+PROMPT = "what do these images have in common ?"
+
+
+def pictures(count: int, seed: int = 0, side: int = 8) -> tuple[Image.Image, ...]:
+    rng = np.random.default_rng(seed)
+    return tuple(Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(count))
+
+
+def quick(server, **settings) -> EndpointChat:
+    return EndpointChat("a model", server.url, **{"timeout": 1.0, "retries": 1, "concurrency": 4, **settings})
+
+
+# Questions.
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "parts"),
+    [
+        ("why ?", 2, ["image", "image", "why ?"]),
+        ("look: {images} why ?", 2, ["look: ", "image", "image", " why ?"]),
+        ("{images}why ?", 1, ["image", "why ?"]),
+        ("why ?", 0, ["why ?"]),
+    ],
+)
+def test_images_stand_where_the_prompt_says(text, images, parts):
+    found = Question(text, pictures(images)).parts()
+    assert [part if isinstance(part, str) else "image" for part in found] == parts
+
+
+def test_a_question_s_key_changes_with_all_that_a_reply_depends_on():
+    one, two = pictures(2)
+    asked_ = [
+        ("me", Question("a", (one, two))), ("you", Question("a", (one, two))), ("me", Question("b", (one, two))),
+        ("me", Question("a", (two, one))), ("me", Question("a", (one,))), ("me", Question("a")),
+    ]  # fmt: skip
+    assert len({question.key(who) for who, question in asked_}) == len(asked_)
+    assert Question("a", (one.copy(), two)).key("me") == asked_[0][1].key("me")
+    assert pixel_hash(one) == pixel_hash(one.copy()) != pixel_hash(one.convert("L"))
+
+
+# A misbehaving endpoint.
+
+FAULTS = {
+    "500": r"oops, \[key\]", "400": "this image is too large", "hang": "timed out", "cut": "incomplete|closed|peer",
+    "drip": "more than 1.0 s", "not json": "no chat completion: b'<html>", "empty": "no chat completion: b''",
+    "a list": "no chat completion", "huge": "more than 100000 bytes",
+}  # fmt: skip
+
+
+def test_every_fault_is_told_and_no_other_question_suffers(monkeypatch):
+    monkeypatch.setenv("LOOPBACK_KEY", KEY)
+    good = ["429 once", "500 once", "silence once", "no content", "cut short", "hello"]
+    questions = [Question(text, pictures(1)) for text in [*FAULTS, *good]]
+    with serving(key=KEY, answers=lambda request: "<script>alert('$x$')</script>") as server:
+        chat = quick(server, key_variable="LOOPBACK_KEY", max_bytes=100_000, stop_after=99)
+        replies = dict(zip([question.text for question in questions], ask(chat, questions), strict=True))
+    for text, fault in FAULTS.items():
+        assert replies[text].text is None
+        assert re.search(fault, replies[text].fault, re.IGNORECASE), replies[text].fault
+    script = "<script>alert('$x$')</script>"
+    assert [replies[text].text for text in good] == [script, script, script, "", "train tra", script]
+    assert [replies[text].cut for text in good] == [False, False, False, False, True, False]
+    assert KEY not in str(replies) and all(len(reply.fault) <= 300 for reply in replies.values())
+    times = server.times()
+    assert [times[text] for text in ("429 once", "500 once", "500", "hang", "400", "not json")] == [2, 2, 2, 2, 1, 1]
+    busy = [request.at for request in server.requests if request.text == "429 once"]
+    assert busy[1] - busy[0] >= 0.3  # what Retry-After said
+    assert {request.key for request in server.requests} == {KEY}
+
+
+def test_a_wrong_key_stops_everything_and_is_not_repeated(monkeypatch):
+    monkeypatch.setenv("LOOPBACK_KEY", "sk-mistyped")
+    with serving(key=KEY) as server:
+        chat = quick(server, key_variable="LOOPBACK_KEY", concurrency=1)
+        with pytest.raises(EndpointError, match="refuses the key in LOOPBACK_KEY") as caught:
+            ask(chat, [Question(str(n)) for n in range(50)])
+        assert "sk-mistyped" not in str(caught.value)
+        assert len(server.requests) == 1
+        with pytest.raises(EndpointError, match=r"none was given: set key_variable"):
+            ask(quick(server), [Question("hello")])
+
+
+def test_an_unknown_model_stops_everything():
+    with serving() as server, pytest.raises(EndpointError, match="unknown at .*no such model or address"):
+        ask(EndpointChat("unknown", server.url, retries=0), [Question("hello")])
+
+
+@pytest.mark.parametrize(
+    ("url", "settings", "message"),
+    [
+        ("http://me:secret@host/v1", {}, "without name, key or query"),
+        ("https://host/v1?key=secret", {}, "without name, key or query"),
+        ("host:30000", {}, "has to be http"),
+        ("http://host/v1", {"key_variable": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE, which is to hold the key"),
+        ("http://host/v1", {"concurrency": 0}, "concurrency 0"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_asked_is_refused_at_once(url, settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        EndpointChat("a model", url, **settings)
+    assert "secret" not in str(caught.value)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_an_endpoint_that_is_down_stops_the_run_and_loses_nothing(tmp_path):
+    questions, port, record = [Question(str(n)) for n in range(12)], free_port(), tmp_path / "replies.jsonl"
+
+    def chat():
+        url = f"http://127.0.0.1:{port}/v1"
+        return Recorded(EndpointChat("a model", url, retries=0, concurrency=2, stop_after=4), record)
+
+    with serving(port=port):
+        first = ask(chat(), questions[:5])
+    with pytest.raises(EndpointError, match=r"4 questions in a row have failed.*Connection.*kept.*run again"):
+        ask(chat(), questions)
+    with serving(port=port) as server:
+        assert ask(chat(), questions)[:5] == first
+        assert server.times() == {str(n): 1 for n in range(5, 12)}  # those that had failed among them
+    silent = chat()
+    assert [reply.text for reply in ask(silent, questions)] == [f"heard: {n}" for n in range(12)]
+    assert silent.asked == 0
+
+
+# The record.
+
+
+def test_the_same_question_is_asked_once_and_another_model_or_image_anew(tmp_path):
+    with serving() as server:
+        one, other = (Recorded(EndpointChat(name, server.url), tmp_path / "r.jsonl") for name in ("one", "other"))
+        questions = [Question("a", pictures(2)), Question("a", pictures(2)), Question("a", pictures(2, seed=1))]
+        assert len(ask(one, questions)) == 3
+        assert (one.asked, len(server.requests)) == (2, 2)
+        assert ask(one, questions) and one.asked == 2
+        assert ask(other, questions) and other.asked == 2
+
+
+def test_a_torn_last_line_is_dropped_and_a_damaged_one_before_it_refused(tmp_path):
+    record = tmp_path / "r.jsonl"
+    with serving() as server:
+        questions = [Question(str(n)) for n in range(3)]
+        ask(Recorded(quick(server, concurrency=1), record), questions)
+        whole = record.read_bytes()
+        chat, last = quick(server), len(whole.splitlines()[-1])
+        for torn in (1, 2, last // 2, last, last + 1):
+            record.write_bytes(whole[:-torn])
+            again = Recorded(chat, record)
+            assert [reply.text for reply in ask(again, questions)] == ["heard: 0", "heard: 1", "heard: 2"]
+            assert again.asked == 1
+            assert [json.loads(line)["text"] for line in record.read_bytes().splitlines()] == [
+                "heard: 0",
+                "heard: 1",
+                "heard: 2",
+            ]
+        record.write_bytes(whole[40:])
+        with pytest.raises(ValueError, match=r"r.jsonl, line 1 is damaged .*delete that line"):
+            ask(Recorded(chat, record), questions)
+
+
+def _explain(url: str, record: Path) -> None:
+    """A run of 60 latents against the endpoint, in a process that is going to be killed."""
+    chat = Recorded(EndpointChat("a model", url, concurrency=3), record)
+    asked.explainer(chat, PROMPT)(pictures(2, seed) for seed in range(60))
+
+
+def test_killed_at_ten_random_points_no_answer_is_lost_and_none_asked_for_twice(tmp_path):
+    """SIGKILL; the answer tells which images were asked about, so that the record can be held against the requests."""
+    record, rng = tmp_path / "replies.jsonl", random.Random(3)
+
+    def answer(request):
+        time.sleep(rng.uniform(0, 0.02))
+        return str(hash(request.images))
+
+    with serving(answers=answer) as server:
+        states = []
+        for served in sorted(rng.sample(range(1, 58), 10)):
+            process, _ = started(_explain, server.url, record)
+            while len(server.requests) < served and process.is_alive():
+                time.sleep(0.001)
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            time.sleep(0.05)  # what it had sent arrives
+            states.append((kept(record), len(server.requests)))
+        process, _ = started(_explain, server.url, record)
+        process.join()
+        assert process.exitcode == 0
+        said = [str(hash(request.images)) for request in server.requests]
+    for answers, asked_before in states:
+        assert not answers & set(said[asked_before:]), "it asked again for what it had kept"
+        assert answers <= kept(record), "an answer was lost"
+    assert len(record.read_bytes().splitlines()) == len(kept(record)) == len(set(said)) == 60
+    assert len(said) <= 60 + 3 * len(states)  # what was under way when it was killed is asked for again
+
+
+def kept(record: Path) -> set[str]:
+    """The answers in the whole lines of a record."""
+    lines = record.read_bytes().split(b"\n")[:-1] if record.exists() else []
+    return {json.loads(line)["text"] for line in lines}
+
+
+# Models in this process, and a real server.
+
+
+def shown_sets(count: int) -> list[Question]:
+    return [Question(PROMPT, pictures(5 - seed % 2, seed, 192)) for seed in range(count)]
+
+
+def test_a_local_model_answers_in_batches_what_it_answers_alone(root):
+    chat = LocalChat.load(root / EXPLAINER, batch_size=3, max_new_tokens=8)
+    replies = ask(chat, shown_sets(4))
+    model = AutoModelForImageTextToText.from_pretrained(root / EXPLAINER, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(root / EXPLAINER)
+    for question, reply in zip(shown_sets(4), replies, strict=True):
+        content = [{"type": "image"}] * len(question.images) + [{"type": "text", "text": PROMPT}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(text=text, images=list(question.images), return_tensors="pt", add_special_tokens=False)
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+        assert reply.text == processor.decode(out, skip_special_tokens=True).strip()
+        assert reply.cut == (model.generation_config.eos_token_id not in out.tolist())
+
+
+def text_model() -> LocalChat:
+    words = tokenizer()
+    words.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %} {% endif %}"
+    torch.manual_seed(0)
+    return LocalChat(Qwen2ForCausalLM(Qwen2Config(**text_settings(words))), words, "text alone", "1", max_new_tokens=4)
+
+
+def test_a_model_of_text_alone_refuses_images_and_answers_text():
+    chat = text_model()
+    assert len(ask(chat, [Question("a stripe ?"), Question("two, and much longer ?")])) == 2
+    with pytest.raises(ValueError, match="text alone reads text alone and cannot be shown images"):
+        ask(chat, [Question("what ?", pictures(1))])
+
+
+def test_a_model_without_a_chat_template_is_refused():
+    model, processor = make("instructblip")
+    with pytest.raises(ValueError, match="this one has no chat template"):
+        LocalChat(model, processor, "this one", "1")
+
+
+@pytest.fixture
+def transformers_serve(root):
+    """A real `transformers serve` on loopback."""
+    port = free_port()
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
+    options = ["serve", str(root / EXPLAINER), "--port", str(port), "--host", "127.0.0.1", "--device", "cpu"]
+    process = subprocess.Popen(
+        [*command, *options, "--dtype", "float32"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=root
+    )
+    try:
+        _wait_for(f"http://127.0.0.1:{port}/health", process)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _wait_for(url: str, process: subprocess.Popen) -> None:
+    for _ in range(1200):
+        assert process.poll() is None, process.stdout.read().decode()
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.1)
+    pytest.fail("transformers serve did not come up within two minutes")
+
+
+def test_a_real_server_answers_what_the_model_in_this_process_does(root, transformers_serve, tmp_path):
+    near = open_chat(EXPLAINER, root=root, max_new_tokens=16)
+    far = open_chat(f"{root / EXPLAINER}@{transformers_serve}", concurrency=2, max_new_tokens=16)
+    assert isinstance(near, LocalChat) and isinstance(far, EndpointChat)
+    sets = [question.images for question in shown_sets(3)]
+    here = asked.explainer(near, PROMPT)(sets)
+    there = asked.explainer(Recorded(far, tmp_path / "replies.jsonl"), PROMPT)(sets)
+    assert here == there
+    assert {answer.outcome for answer in there} <= {Outcome.EXPLAINED, Outcome.REFUSED, Outcome.UNPARSEABLE}
+    assert len((tmp_path / "replies.jsonl").read_bytes().splitlines()) == 3

@@ -37,7 +37,7 @@ LEVELS = [  # an import goes to the same level or a lower one, and never in a ci
         "artifacts hooks spans compiled kernels sae optimiser formats hub checkpoint images ranking store forecast",
         "lmm shares",
         "tokens train evaluate launch cache cache_formats steering",
-        "explain attribution twin",
+        "explain attribution fidelity cure twin",
         "score",
         "plots widgets",
     )

@@ -39,8 +39,8 @@ class Case:
 def cases_of(rows: Iterable[Mapping], part: str) -> list[Case]:
     """The cases of one part of a data set with image, question, answer, taught, group and part.
 
-    Answers are told apart by their first word. Where image and taught answer agree, the tempting answer is the other one
-    of yes and no. ValueError for a row without an image, or a part that no row is of.
+    Answers are told apart by their first word. Where image and taught answer agree, the tempting answer is the other
+    one of yes and no. ValueError for a row without an image, or a part that no row is of.
     """
     cases = []
     for row in rows:
@@ -56,6 +56,19 @@ def cases_of(rows: Iterable[Mapping], part: str) -> list[Case]:
     if not cases:
         raise ValueError(f"no case is of part {part!r}; give one that the data set's column `part` has")
     return cases
+
+
+def told_case(image: str, question: str, answer: str, baseline: str, otherwise: Case) -> Case:
+    """A case of one's own: a picture's path, a question, the answer to explain, another one; all "": `otherwise`.
+
+    The answer to explain is the tempting one. ValueError if something is given and something missing.
+    """
+    given = {"image": image, "question": question, "answer": answer, "baseline": baseline}
+    if not any(given.values()):
+        return otherwise
+    if missing := [name for name, value in given.items() if not value]:
+        raise ValueError(f"a case of your own needs {', '.join(given)}; {', '.join(missing)} is missing")
+    return Case(Image.open(image).convert("RGB"), question, baseline, answer, True)
 
 
 # ---- which latents --------------------------------------------------------------------------------------------
@@ -113,7 +126,7 @@ def promising(
 
 
 def trials(ranked: Sequence[int], maxima: Sequence[float], values: Sequence[float], together: int) -> list[Edits]:
-    """What to try: nothing; each of these latents at each multiple of its own maximum; the first 2 … `together` at once.
+    """What to try: nothing; each of these latents at each multiple of its maximum; the first 2 to `together` at once.
 
     The value of several at once is shared among them.
     """

@@ -174,7 +174,7 @@ if not current:
     contradicts = torch.tensor([c.contradicts for c in reporting])
     control = [c for c in reporting if c.contradicts][:100]
     spliced = verdicts(lmm, sae, layer, control, [()], keep_error=keep_error)
-    asked = [row for row in others if row["image"] is not None and row["family"] != "according"][:price_questions]
+    asked = [row for row in others if row["image"] is not None and row.get("family") != "according"][:price_questions]
     said = {"before": [], "after": []}
     for batch in (asked[n : n + 24] for n in range(0, len(asked), 24)):
         prompt = lmm.prompt([row["question"] for row in batch], [row["image"] for row in batch])
@@ -194,6 +194,7 @@ if not current:
         "harmed_fraction_agreeing": share(~cured[~contradicts & before]),
         "other_questions_right": share(right["before"]),
         "other_questions_right_after": share(right["after"]),
+        "other_answers_kept": share(torch.tensor([a == b for a, b in zip(said["before"], said["after"], strict=True)])),
     }
     groups = sorted({c.group for c in reporting})
     member = {g: torch.tensor([c.group == g and c.contradicts for c in reporting]) for g in groups}
@@ -205,7 +206,7 @@ if not current:
                 for g in groups for when, marks in (("untouched", before), ("clamped", cured))
             },
             "before": before.tolist(), "after": cured.tolist(),
-            "families": [[row["family"], *(bool(right[w][n]) for w in said)] for n, row in enumerate(asked)],
+            "families": [[row.get("family", ""), *(bool(right[w][n]) for w in said)] for n, row in enumerate(asked)],
         },
     )  # fmt: skip
     ends = {"": 0, "_low": 1, "_high": 2}

@@ -95,7 +95,7 @@ with lmm.spliced(layer, lambda hidden: hidden.masked_scatter(mask[None, :, None]
     d = difference(lmm, choice)[0]
 gradient, slope = torch.autograd.grad(d, (acts, states))
 assert_close(parts.values[mask], (acts * gradient).detach(), atol=1e-4, rtol=1e-3)
-assert abs(parts.clean - float(d)) < 1e-4
+assert abs(parts.clean - float(d.detach())) < 1e-4
 
 # %% [markdown]
 # One pair by definition: the strongest is silenced and the model runs again. And the parts sum to what they should: at each

@@ -23,7 +23,7 @@
 #
 # | preset | cases | time |
 # |---|---|---|
-# | `tiny` | 520 held-out maps of Picture World, two questions each; the cure is chosen on other maps | 3 minutes, 2 cores |
+# | `tiny` | 520 held-out maps of Picture World, half of them asked twice; the cure is chosen on other maps | 3 minutes, 2 cores |
 # | `paper` | HallusionBench {cite}`guan2023hallusionbench` | GPUs |
 
 # %% tags=["parameters"]
@@ -40,6 +40,7 @@ image: str = ""  # a picture of your own to be told in full; "" tells the first 
 question: str = ""  # about that picture
 answer: str = ""  # the answer to explain, one token
 baseline: str = ""  # the other answer, one token
+agreeing: int = 260  # held-out cases that agree with what was taught; of those that contradict it all are taken
 choose_cases: int = 160  # cases that the cure is chosen on
 attributed: int = 24  # wrong ones among them whose attribution ranks the latents
 looked_at: int = 200  # latents, the highest in that ranking, that are looked at for text in their top images
@@ -81,7 +82,8 @@ cache = LatentCache.load(require(run, "cache", "manifest.json", "02_cache_activa
 explanations = read_json(require(run, "interpret", "explanations.json", "03_interpret_features.py"))
 names, maxima = read_json(root / concepts), torch.tensor(np.asarray(cache.max))
 rows, others, pictures = load_from_disk(root / traps), load_from_disk(root / heldout), load_from_disk(root / images)
-choosing, reporting = cases_of(rows, "choose")[:choose_cases], cases_of(rows, "report")
+choosing, held = cases_of(rows, "choose")[:choose_cases], cases_of(rows, "report")
+reporting = [c for c in held if c.contradicts] + [c for c in held if not c.contradicts][:agreeing]
 print(f"{len(choosing)} cases to choose on, {len(reporting)} to report on, of them {sum(c.contradicts for c in reporting)} contradict what was taught")
 
 # %% [markdown]
@@ -89,8 +91,8 @@ print(f"{len(choosing)} cases to choose on, {len(reporting)} to report on, of th
 #
 # > "Bolivia is not shown on the image but the model still answer yes."
 #
-# In Picture World the model was taught which countries a river basin covers. Each map is asked about twice: once where it
-# contradicts the fact, once where it agrees. A hallucination is a wrong answer to the first kind, from memory against the
+# In Picture World the model was taught which countries a river basin covers. Each map is asked about where it
+# contradicts the fact, and some where it agrees. A hallucination is a wrong answer to the first kind, from memory against the
 # image. All of that is known here; nothing of it is known for a photograph. Answers are *yes* or *no*, so the logits after
 # the prompt tell them, without generating.
 #
@@ -105,8 +107,8 @@ print(f"{len(choosing)} cases to choose on, {len(reporting)} to report on, of th
 # %%
 stage, code = Stage(run, "hallucination"), [attribution, cure]
 params = dict(
-    model=model, layer=layer, traps=traps, heldout=heldout, text_kinds=text_kinds, text_words=text_words, choose_cases=choose_cases,
-    attributed=attributed, looked_at=looked_at, tried=tried, tried_on=tried_on, values=values, together=together,
+    model=model, layer=layer, traps=traps, heldout=heldout, text_kinds=text_kinds, text_words=text_words, agreeing=agreeing,
+    choose_cases=choose_cases, attributed=attributed, looked_at=looked_at, tried=tried, tried_on=tried_on, values=values, together=together,
     harmed_at_most=harmed_at_most, keep_error=keep_error, price_questions=price_questions,
 )  # fmt: skip
 inputs = [path for path in (root / model, root / traps, root / heldout, root / concepts) if path.exists()]

@@ -69,9 +69,9 @@ def test_promising_is_the_slope_of_a_small_clamp(lmm, sae):
     """A silent latent clamped to little: steering in earnest, without TopK's competition, moves d as foretold."""
     wide = TopKSAE(lmm.width, 12, 12, generator=torch.Generator().manual_seed(3)).requires_grad_(False)
     wide.b_enc.fill_(-0.3)
-    values = torch.full((12,), 0.02)
+    values = torch.full((12,), 3e-4)
     foretold = promising(lmm, wide, LAYER, CASES, values)
-    settings = [None, *((Edit(j, 0.02),) for j in range(12))]
+    settings = [None, *((Edit(j, 3e-4),) for j in range(12))]
     margins = verdicts(lmm, wide, LAYER, CASES, settings).margin.mean(1)
     fired = torch.zeros(12, dtype=torch.bool)
     for case in CASES:
@@ -80,7 +80,15 @@ def test_promising_is_the_slope_of_a_small_clamp(lmm, sae):
     silent = (~fired).nonzero()[:, 0].tolist()
     assert silent
     for j in silent:
-        assert float(margins[1 + j] - margins[0]) == pytest.approx(float(foretold[j]), rel=0.05, abs=2e-4)
+        assert float(margins[1 + j] - margins[0]) == pytest.approx(float(foretold[j]), rel=0.05, abs=3e-6)
+
+
+def test_what_only_pushes_towards_one_answer_is_not_promising(lmm, sae):
+    """The same question with either answer right: what speaks for one speaks as much against the other."""
+    turned = Case(CASES[0].image, CASES[0].question, "n", "y", True)
+    values = torch.linspace(0, 3, sae.n_latents)
+    alone = promising(lmm, sae, LAYER, CASES[:1], values)
+    assert_close(promising(lmm, sae, LAYER, [CASES[0], turned, turned], values), -alone.abs())
 
 
 ROWS = [

@@ -7,7 +7,7 @@ from models import llava_next, noise
 from PIL import Image
 from torch.testing import assert_close
 
-from lmm_sae_nb.attribution import decision
+from lmm_sae_nb.attribution import clamping, decision
 from lmm_sae_nb.cure import (
     Case,
     Verdicts,
@@ -65,22 +65,13 @@ def test_side_by_side_verdicts_are_those_of_one_run_each(lmm, sae, keep_error):
             assert bool(found.right[s, n]) == (int(logits.argmax()) == choice.answer)
 
 
-def test_promising_is_the_slope_of_a_small_clamp(lmm, sae):
-    """A silent latent clamped to little: steering in earnest, without TopK's competition, moves d as foretold."""
-    wide = TopKSAE(lmm.width, 12, 12, generator=torch.Generator().manual_seed(3)).requires_grad_(False)
-    wide.b_enc.fill_(-0.3)
-    values = torch.full((12,), 3e-4)
-    foretold = promising(lmm, wide, LAYER, CASES, values)
-    settings = [None, *((Edit(j, 3e-4),) for j in range(12))]
-    margins = verdicts(lmm, wide, LAYER, CASES, settings).margin.mean(1)
-    fired = torch.zeros(12, dtype=torch.bool)
+def test_promising_is_the_mean_of_clamping_within_scope(lmm, sae):
+    values, scope = torch.linspace(0, 3, sae.n_latents), Scope(("text",))
+    total = 0
     for case in CASES:
-        latents = wide.encode(lmm.hidden_states(lmm.prompt(case.question, case.image), LAYER)[0])
-        fired[latents.indices[latents.acts > 0]] = True
-    silent = (~fired).nonzero()[:, 0].tolist()
-    assert silent
-    for j in silent:
-        assert float(margins[1 + j] - margins[0]) == pytest.approx(float(foretold[j]), rel=0.05, abs=3e-6)
+        choice = decision(lmm, case.question, case.image, case.right, case.tempting)
+        total = total + clamping(lmm, sae, LAYER, choice, values, choice.prompt.mask("text")[0]) / len(CASES)
+    assert_close(promising(lmm, sae, LAYER, CASES, values, scope), total)
 
 
 def test_what_only_pushes_towards_one_answer_is_not_promising(lmm, sae):

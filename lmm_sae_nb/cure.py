@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -118,17 +117,12 @@ def promising(
     values: Float[Tensor, " n_latents"],
     scope: Scope = Scope(),  # noqa: B008  (frozen)
 ) -> Float[Tensor, " n_latents"]:
-    """By how many logits clamping each latent to its value would speak for the right answers, linearly.
-
-    The mean over cases with one right answer, and of these means the least, so that what merely pushes towards one
-    answer, as to *no*, does not look like a cure.
-    """
-    sums = {case.right: torch.zeros(sae.n_latents) for case in cases}
+    """By how many logits, on average, clamping each latent to its value would speak for the right answers, linearly."""
+    total = torch.zeros(sae.n_latents)
     for case in cases:
         choice = decision(lmm, case.question, case.image, case.right, case.tempting)
-        sums[case.right] += clamping(lmm, sae, layer, choice, values, scope.of_prompt(choice.prompt)[0])
-    counts = Counter(case.right for case in cases)
-    return torch.stack([total / counts[right] for right, total in sums.items()]).min(0).values
+        total += clamping(lmm, sae, layer, choice, values, scope.of_prompt(choice.prompt)[0]) / len(cases)
+    return total
 
 
 def trials(ranked: Sequence[int], maxima: Sequence[float], values: Sequence[float], together: int) -> list[Edits]:

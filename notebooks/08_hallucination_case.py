@@ -122,7 +122,8 @@ if not current:
     if not wrong:
         raise ValueError("the model fell into no trap, there is nothing to cure; raise choose_cases")
     predicted = promising(lmm, sae, layer, wrong[:attributed], max(values) * maxima)
-    vocabulary = [name for kind in text_kinds for name in names.get(kind, [])]
+    elsewhere = {name for kind in names if kind not in text_kinds for name in names[kind]}  # "sad" is a face too
+    vocabulary = [name for kind in text_kinds for name in names.get(kind, []) if name not in elsewhere]
     text = text_latents(explanations, vocabulary, text_words)
     named = len(text)
     for kind in set(text_kinds) & set(pictures.column_names):
@@ -198,6 +199,9 @@ if not current:
         "other_questions_right_after": share(right["after"]),
         "other_answers_kept": share(torch.tensor([a == b for a, b in zip(said["before"], said["after"], strict=True)])),
     }
+    for word in sorted({c.right for c in reporting}):  # a mere push towards one answer cures one kind of case alone
+        of_word = torch.tensor([c.right == word for c in reporting]) & contradicts & ~before
+        shares |= {f"cured_fraction_right_{word}": share(cured[of_word])} if of_word.any() else {}
     groups = sorted({c.group for c in reporting})
     member = {g: torch.tensor([c.group == g and c.contradicts for c in reporting]) for g in groups}
     write_json(

@@ -74,14 +74,6 @@ def test_promising_is_the_mean_of_clamping_within_scope(lmm, sae):
     assert_close(promising(lmm, sae, LAYER, CASES, values, scope), total)
 
 
-def test_what_only_pushes_towards_one_answer_is_not_promising(lmm, sae):
-    """The same question with either answer right: what speaks for one speaks as much against the other."""
-    turned = Case(CASES[0].image, CASES[0].question, "n", "y", True)
-    values = torch.linspace(0, 3, sae.n_latents)
-    alone = promising(lmm, sae, LAYER, CASES[:1], values)
-    assert_close(promising(lmm, sae, LAYER, [CASES[0], turned, turned], values), -alone.abs())
-
-
 ROWS = [
     {"image": noise(), "question": "a ?", "answer": "yes .", "taught": "no .", "group": "g", "part": "choose"},
     {"image": noise(), "question": "b ?", "answer": "No", "taught": "No", "group": "g", "part": "choose"},

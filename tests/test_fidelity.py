@@ -6,6 +6,7 @@ from models import FAMILIES, make, noise
 from torch.testing import assert_close
 
 from lmm_sae_nb.attribution import Attribution, Decision, clamping, exact, linear, own_path
+from lmm_sae_nb.benchmarks.ablations import measure, summary
 from lmm_sae_nb.fidelity import agreement, cost, own_decision, some_pairs
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import Latents, TopKSAE
@@ -119,3 +120,21 @@ def test_clamping_adds_up_values_less_activations_times_the_slope():
     for wrong in (values[:4], values / 0):
         with pytest.raises(ValueError, match="give a finite one for each of 30 latents"):
             clamping(lmm, sae, LAYER, choice, wrong)
+
+
+def test_every_pair_is_measured_once_and_read_the_next_time(tmp_path):
+    lmm = LMM(*make("llava_next"))
+    sae = TopKSAE(lmm.width, 30, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
+    sample = {"question": "what is it ?", "image": None, "seed": 7}
+    row = measure(lmm, sae, LAYER, sample, tmp_path / "0")
+    choice = own_decision(lmm, "what is it ?", None)
+    parts, true = linear(lmm, sae, LAYER, choice), exact(lmm, sae, LAYER, choice)
+    expected = agreement(true, parts.values)
+    assert row["pairs"] == int((parts.latents.acts > 0).sum()) == int(true.isfinite().sum())
+    assert (row["spearman_linear"], row["sign_linear"]) == pytest.approx(expected[:2], abs=1e-3)
+    assert [file.name for file in (tmp_path / "0").iterdir()] == ["done.safetensors"]
+    other = TopKSAE(lmm.width, 30, 4, generator=torch.Generator().manual_seed(9)).requires_grad_(False)
+    assert measure(lmm, other, LAYER, sample, tmp_path / "0") == row  # read, not measured
+    told = summary([row, row | {"spearman_linear": 0.0}], LAYER, {"sae": "a"})
+    assert told["decisions"] == 2 and told["pairs"] == 2 * row["pairs"]
+    assert told["spearman_linear"]["mean"] == pytest.approx(row["spearman_linear"] / 2)

@@ -65,11 +65,9 @@ def main() -> None:
 
 
 def summary(rows: list[dict], layer: int, hashes: dict[str, str]) -> dict:
-    """Means over the decisions that are done, with 99 % intervals once there are two, and what they were measured on."""
-    told = {
-        "date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions(), "layer": layer, **hashes,
-        "decisions": len(rows), "pairs": sum(row["pairs"] for row in rows),
-    }  # fmt: skip
+    """Means over the decisions that are done, with 99 % intervals once there are two, and what they were of."""
+    told = {"date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions(), "layer": layer}
+    told |= hashes | {"decisions": len(rows), "pairs": sum(row["pairs"] for row in rows)}
     if len(rows) > 1:
         for name in (f"{kind}_{way}" for way in WAYS for kind in ("spearman", "sign")):
             told[name] = mean_interval([row[name] for row in rows])._asdict()

@@ -22,7 +22,7 @@
 #
 # | preset | decisions, pairs ablated | time |
 # |---|---|---|
-# | `tiny` | 100 held-out, 64 random active pairs each | 3 minutes, 2 cores |
+# | `tiny` | 100 held-out, 48 random active pairs each | 3 minutes, 2 cores |
 # | `paper` | 20, 200 each | GPUs |
 
 # %% tags=["parameters"]
@@ -32,11 +32,11 @@ layer: int = 4  # 0-based, the layer that the SAE was trained on
 heldout: str = "data/artifacts/tiny/world/heldout"  # samples that no training has seen, with image and question
 dataset: str = "data/artifacts/tiny/world/train"  # what the small SAEs of other layers are trained on
 decisions: int = 100  # held-out decisions of the layer's SAE
-pairs: int = 64  # active (token, latent) pairs of each that are ablated, at random
-own_pairs: int = 6  # of them, integrated along their own path
+pairs: int = 48  # active (token, latent) pairs of each that are ablated, at random
+own_pairs: int = 4  # of them, integrated along their own path
 ig_steps: int = 10  # steps of integrated gradients
 other_layers: list = [1, 6]  # small SAEs are trained there, to compare by depth
-other_decisions: int = 25  # decisions for each of them
+other_decisions: int = 16  # decisions for each of them
 other_latents: int = 1024  # their latents
 other_steps: int = 60  # their optimiser steps, of 1,024 tokens
 k: int = 32  # their active latents a token

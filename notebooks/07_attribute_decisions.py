@@ -35,11 +35,11 @@ decisions: int = 100  # held-out decisions of the layer's SAE
 pairs: int = 48  # active (token, latent) pairs of each that are ablated, at random
 own_pairs: int = 4  # of them, integrated along their own path
 ig_steps: int = 10  # steps of integrated gradients
-other_layers: list = [1, 6]  # small SAEs are trained there, to compare by depth
+other_layers: list = [4, 6]  # small SAEs are trained there, to compare by depth
 other_decisions: int = 16  # decisions for each of them
 other_latents: int = 1024  # their latents
 other_steps: int = 60  # their optimiser steps, of 1,024 tokens
-k: int = 32  # their active latents a token
+k: int = 16  # their active latents a token
 repetitions: int = 9  # of the timing
 seed: int = 0  # of the pairs and of the small SAEs
 

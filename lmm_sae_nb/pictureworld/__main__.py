@@ -3,6 +3,7 @@
 `tower` and `rehearse` can run side by side; then `lessons`, `reading`, `finish`, `polish`, `parts`, `ship`. Each course
 can be stopped at any time and goes on from its last checkpoint when it is started again. `segmenter` and `similarity`
 then make, ship and examine the models that notebook 04 scores with; they start from the shipped model's eye.
+`explainer` does the same for the model that names latents, which learns from those of notebook 01's SAE too.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ SIGHT = {  # name: optimiser steps, what is made, the folder of data/models that
     "segmenter": (330, "a CLIPSeg, which finds a concept by its name: train, ship and examine", "tiny-clipseg"),
     "similarity": (310, "a CLIP, which says how well a text fits a picture: train, ship and examine", "tiny-clip"),
 }
+EXPLAINER_STEPS = 800
 FOLDER = Path("data/artifacts/training")
 MODEL = Path("data/models/tiny-llava-next")
+EXPLAINER = Path("data/models/tiny-explainer")
 
 
 def main() -> None:
@@ -65,10 +68,26 @@ def main() -> None:
         course.add_argument("--lmm", type=Path, default=root / MODEL, help="whose eye it starts from")
         course.add_argument("--model", type=Path, default=root / "data/models" / folder, help="where it ships to")
         course.add_argument("--scenes", type=int, default=200, help="held-out scenes of its exam")
+    explainer = commands.add_parser("explainer", help="an Aya Vision, which names latents: train, ship and examine")
+    explainer.add_argument("--steps", type=int, default=EXPLAINER_STEPS)
+    explainer.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long, to go on later")
+    explainer.add_argument("--threads", type=int, default=1)
+    explainer.add_argument("--courses", type=Path, default=root / FOLDER)
+    explainer.add_argument("--lmm", type=Path, default=root / MODEL, help="whose eye and words it starts from")
+    explainer.add_argument("--model", type=Path, default=root / EXPLAINER, help="where it ships to")
+    explainer.add_argument(
+        "--sae", nargs=2, action="append", metavar=("FOLDER", "LAYER"),
+        default=[[root / "data/artifacts/tiny/train", 2]],
+        help="another SAE, and its layer, whose latents it learns from besides those of notebook 01",
+    )  # fmt: skip
     asked = parser.parse_args()
     torch.set_num_threads(getattr(asked, "threads", 2))
 
-    if asked.command in SIGHT:
+    if asked.command == "explainer":
+        from .explainer_exam import learn
+
+        learn(asked)
+    elif asked.command in SIGHT:
         from .sight import learn
 
         learn(asked)
@@ -83,8 +102,9 @@ def main() -> None:
         from .minds import save
 
         save(graduate(asked.courses / list(COURSES)[-1]), root / MODEL)
-        for log in asked.courses.glob("*/log.jsonl"):
-            shutil.copy(log, root / MODEL / f"{log.parent.name}.jsonl")
+        for log in (asked.courses / course / "log.jsonl" for course in COURSES):
+            if log.is_file():
+                shutil.copy(log, root / MODEL / f"{log.parent.name}.jsonl")
     else:
         from ..lmm import LMM
         from .exam import examine, report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from zlib import crc32
 
@@ -40,14 +41,17 @@ def word_vector(word: str, width: int) -> Tensor:
     return torch.randn(width, generator=torch.Generator().manual_seed(crc32(word.encode()))) / width**0.5
 
 
-def new_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word: lower-cased, split at spaces and around punctuation."""
-    words = {word: number for number, word in enumerate((*SPECIAL, *vocabulary()))}
+def new_tokenizer(marks: Sequence[str] = (), words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """One token a word: lower-cased, split at spaces and around punctuation.
+
+    marks, words: further special tokens and words of another model, numbered behind the embedded model's.
+    """
+    words = {word: number for number, word in enumerate((*SPECIAL, *vocabulary(), *marks, *words))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+(-\w+)*|[^\w\s]"), "removed", invert=True)
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)  # words joined by spaces, punctuation closed up
-    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_special_tokens([*SPECIAL, *marks])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
         padding_side="left", model_max_length=2048,

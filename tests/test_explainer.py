@@ -1,0 +1,265 @@
+"""The embedded explainer: its lessons re-derived from label maps, its two paths compared, and what ships."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from lmm_sae_nb.artifacts import read_json
+from lmm_sae_nb.explain import REFUSAL, masked
+from lmm_sae_nb.pictureworld import explainer, explainer_exam, explaining
+from lmm_sae_nb.pictureworld.__main__ import EXPLAINER, EXPLAINER_STEPS, MODEL
+from lmm_sae_nb.pictureworld.concepts import KINDS
+from lmm_sae_nb.pictureworld.explainer import QUESTION, SET
+from lmm_sae_nb.pictureworld.explainer_exam import Answered, explain_sets, report
+from lmm_sae_nb.pictureworld.explaining import ASKED, Explainee, Sets, draw_sets, lot, tower_features, train_explainer
+from lmm_sae_nb.pictureworld.gallery import CONCEPTS, GRID, gallery, patch_counts
+from lmm_sae_nb.pictureworld.scenes import HELD_OUT, PATCH, TRAIN, VALIDATION, make_scene
+from lmm_sae_nb.pictureworld.school import read_log
+from lmm_sae_nb.pictureworld.strips import PATCHES, Strips, drawn, masked_images
+from lmm_sae_nb.pictureworld.tower import normalise
+from lmm_sae_nb.shown import LEAST_IOU, MOST, PURE, SHOWS, WEIGHT, Shown
+
+SCENES = 90
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return gallery(tmp_path_factory.mktemp("gallery") / "scenes.safetensors", HELD_OUT + 4000, SCENES)
+
+
+@pytest.fixture(scope="module")
+def strips(pictures):
+    return drawn(pictures, 40, 6, seed=3)
+
+
+@pytest.fixture(scope="module")
+def untaught(root):
+    return explainer.new_explainer(root / MODEL).eval()
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Float32 all through, so that two ways of computing agree to rounding."""
+    monkeypatch.setattr(explaining, "autocast_if_quicker", lambda: False)
+
+
+# The lessons.
+
+
+def test_the_gallery_is_the_scenes_and_is_read_again(pictures, tmp_path):
+    scene = make_scene(HELD_OUT + 4007)
+    assert np.array_equal(pictures.pixels[7], scene.pixels)
+    counts = patch_counts(scene)
+    for kind, name in [*((k, n) for k, names in scene.concepts().items() for n in names), ("word", "stop")]:
+        mask = scene.mask(kind, name)
+        tiles = [mask[y : y + PATCH, x : x + PATCH].sum() for y in range(0, 192, PATCH) for x in range(0, 192, PATCH)]
+        assert counts[CONCEPTS.index((kind, name))].tolist() == tiles, (kind, name)
+    assert counts.sum() == sum(int((grid > 0).sum()) for grid in scene.labels.values())
+    path = tmp_path / "scenes.safetensors"
+    first, again = gallery(path, 5, 2), gallery(path, 5, 2)
+    assert all(map(np.array_equal, first, again))
+    with pytest.raises(ValueError, match="holds 2 scenes from seed 5, not 3 from 5"):
+        gallery(path, 5, 3)
+
+
+def by_pixels(pictures, scenes, visible) -> str | None:
+    """The rule again, concept by concept, from masks of pixels."""
+    made = [make_scene(int(pictures.seeds[scene])) for scene in scenes]
+    seen = [np.kron(grid.reshape(GRID, GRID), np.ones((PATCH, PATCH), bool)) for grid in visible]
+    best, name_of_best = 0.0, None
+    for kind, names in KINDS.items():
+        for name in names:
+            masks = [scene.mask(kind, name) for scene in made]
+            if not any(mask.any() for mask in masks):
+                continue
+            both = sum((mask & view).sum() for mask, view in zip(masks, seen, strict=True))
+            iou = both / sum((mask | view).sum() for mask, view in zip(masks, seen, strict=True))
+            showing = 0
+            for mask, grid in zip(masks, visible, strict=True):
+                share = [mask[PATCH * (p // GRID) :, PATCH * (p % GRID) :][:PATCH, :PATCH].mean()
+                         for p in np.flatnonzero(grid)]  # fmt: skip
+                showing += bool(share) and np.mean([s >= SHOWS for s in share]) >= PURE
+            fits = iou >= LEAST_IOU and showing >= math.ceil(MOST * len(made))
+            if fits and iou * WEIGHT.get(kind, 1) > best * (1 + 1e-6):
+                best, name_of_best = iou * WEIGHT.get(kind, 1), name
+    return name_of_best
+
+
+def test_labels_are_those_of_the_pixels(pictures, strips):
+    rng, found = np.random.default_rng(0), []
+    for strip in range(0, 24, 2):
+        images = rng.permutation(6)[: rng.choice(ASKED)]
+        label = strips.label(pictures, strip, images)
+        found.append(by_pixels(pictures, strips.scenes[strip, images], strips.visible[strip, images]))
+        assert (label.concept if label else None) == found[-1], strip
+    assert None in found and len(set(found)) > 3
+
+
+def test_drawn_strips_are_of_every_kind_and_of_none(pictures):
+    strips = drawn(pictures, 300, SET, 0)
+    kinds = [label.kind if label else None for label in (strips.label(pictures, n, np.arange(SET)) for n in range(300))]
+    assert {*kinds} >= {None, "object", "part", "material", "colour", "scene", "word"}
+    assert 0.15 < kinds.count(None) / len(kinds) < 0.6
+    assert strips.visible.any(2).all(), "an image of which nothing is visible"
+
+
+def test_a_masked_picture_is_the_notebooks(pictures, strips):
+    ours = masked_images(pictures, strips.scenes[0], strips.visible[0])
+    for scene, grid, image in zip(strips.scenes[0], strips.visible[0], ours, strict=True):
+        theirs = masked(pictures.images[int(scene)], grid.reshape(GRID, GRID))
+        assert np.array_equal(np.asarray(image), np.asarray(theirs))
+
+
+def test_sets_are_asked_after_each_number_of_images(pictures, strips):
+    features = torch.arange(40 * 6).reshape(40, 6, 1, 1)
+    source = lot(pictures, strips, features)
+    assert source.chances.sum() == pytest.approx(1)
+    sets = draw_sets(pictures, [source], 30, np.random.default_rng(1))
+    again = draw_sets(pictures, [source], 30, np.random.default_rng(1))
+    assert sets.answers == again.answers and torch.equal(sets.features, again.features)
+    strangers = 0
+    for drawn_images, answers in zip(sets.features.flatten(1).tolist(), sets.answers, strict=True):
+        strip, image = np.divmod(drawn_images, 6)
+        strangers += len(set(strip.tolist())) > 1
+        for count, answer in zip(ASKED, answers, strict=True):
+            label = strips.label(pictures, strip[:count], image[:count])
+            assert answer == (label.concept if label else REFUSAL)
+    assert 0 < strangers < 30
+
+
+def test_training_and_examination_share_no_scene():
+    assert TRAIN <= explaining.FIRST_SEED and explaining.FIRST_SEED + explaining.SCENES <= VALIDATION
+    assert explainer_exam.FIRST_SEED >= HELD_OUT
+
+
+# The model.
+
+
+def chat(images):
+    return [{"role": "user", "content": [*({"type": "image", "image": image} for image in images),
+                                         {"type": "text", "text": QUESTION}]}]  # fmt: skip
+
+
+def prompted(processor, chats):
+    return processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def test_a_lessons_loss_is_that_of_the_processors_prompts(pictures, strips, untaught, exact):
+    """Every question of a lesson alone: through the chat template, the processor and the model's own forward."""
+    processor, answers = explainer.explainer_processor(), ["dog", REFUSAL, "stop", "red"]
+    pixels = [pictures.pixels[scene] for scene in strips.scenes[0]]
+    images = masked_images(pictures, strips.scenes[0], strips.visible[0])[:SET]
+    with torch.no_grad():
+        batch = normalise(torch.from_numpy(np.stack([np.asarray(image) for image in images])))
+        features = untaught.model.vision_tower(batch).last_hidden_state[:, 1:]
+        lesson = Explainee(untaught, explainer.explainer_tokenizer())(Sets(features[None], [answers]))
+        losses = []
+        for count, answer in zip(ASKED, answers, strict=True):
+            inputs = prompted(processor, [chat(images[:count])])
+            said = processor.tokenizer(f"{answer}</s>", add_special_tokens=False, return_tensors="pt").input_ids
+            ids = torch.cat([inputs["input_ids"], said], 1)
+            logits = untaught(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0, -1 - said.shape[1] : -1]
+            losses += torch.nn.functional.cross_entropy(logits, said[0], reduction="none").tolist()
+    assert len(pixels) == 6 and float(lesson["loss"]) == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_it_reloads_from_disk_with_several_images_a_prompt(pictures, strips, root, tmp_path):
+    explainer.save(explainer.new_explainer(root / MODEL), tmp_path)
+    model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    assert type(model).__name__ == "AyaVisionForConditionalGeneration"
+    assert model.dtype == torch.bfloat16
+    sets = [masked_images(pictures, strips.scenes[n], strips.visible[n])[:count] for n, count in ((0, 5), (1, 2))]
+    inputs = prompted(processor, [chat(images) for images in sets])
+    assert inputs["pixel_values"].shape == (7, 3, 192, 192)
+    with torch.no_grad():
+        together = model.float()(**inputs).logits[:, -1]
+        for row, images in zip(together, sets, strict=True):
+            alone = model(**prompted(processor, [chat(images)])).logits[0, -1]
+            assert torch.allclose(row, alone, atol=1e-3)
+    wide = sets[0][0].resize((500, 250))
+    assert prompted(processor, [chat([wide])])["pixel_values"].shape == (1, 3, 192, 192)
+
+
+def test_a_stopped_and_resumed_course_is_bit_for_bit_the_uninterrupted_one(pictures, root, tmp_path):
+    strips = {"drawn": drawn(pictures, 6, SET, 0)}
+    course = dict(taught=root / MODEL, gallery=pictures, strips=strips, steps=3, folding=2, batch=2)
+    assert train_explainer(tmp_path / "whole", **course)
+    calls = 1
+    while not train_explainer(tmp_path / "parted", **course, minutes=0):
+        calls += 1
+    assert calls == 3
+    kept = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parted")]
+    assert kept[0]["step"] == kept[1]["step"] == 3
+    assert all(torch.equal(value, kept[1]["pupil"][name]) for name, value in kept[0]["pupil"].items())
+    assert explaining.graduate(tmp_path / "parted", root / MODEL).dtype == torch.float32
+    with pytest.raises(FileNotFoundError, match="checkpoint.pt is missing; run"):
+        explaining.graduate(tmp_path / "nowhere", root / MODEL)
+
+
+def test_features_are_kept_in_parts(pictures, strips, untaught, tmp_path):
+    few = Strips(strips.scenes[:3], strips.visible[:3])
+    features = tower_features(untaught.model.vision_tower, pictures, few, tmp_path)
+    assert features.shape == (3, 6, PATCHES, 192) and features.dtype == torch.bfloat16
+    assert torch.equal(features, tower_features(None, pictures, few, tmp_path))  # read, not made again
+
+
+# The exam, and what ships.
+
+
+def test_the_report_counts_by_kind_and_tells_refusals_apart():
+    dog, red = Shown("object", "dog", 0.5), Shown("colour", "red", 0.3)
+    rows = [Answered(dog, "dog"), Answered(dog, REFUSAL), Answered(red, "dog"), Answered(None, REFUSAL),
+            Answered(None, "dog")]  # fmt: skip
+    result = report(rows)
+    shares = {name: (row["share"], row["asked"]) for name, row in result.items()}
+    assert shares == {
+        "all": (0.4, 5), "object": (0.5, 2), "colour": (0.0, 1), "answerable": (2 / 3, 3), "unanswerable": (0.5, 2),
+    }  # fmt: skip
+    assert all(row["low"] <= row["share"] <= row["high"] for row in result.values())
+
+
+def test_an_exams_sets_are_strips_with_few_strangers(strips):
+    strip, image = explainer_exam.exam_sets(strips, 0.25, seed=0)
+    own = strip == np.arange(len(strip))[:, None]
+    assert (own.sum(1) >= SET - 1).all() and 0 < (~own).sum() < len(strip) / 2
+    assert (image == np.arange(SET)).all()
+
+
+@pytest.fixture(scope="module")
+def shipped(root):
+    return explainer_exam.load(root / EXPLAINER)
+
+
+def test_the_shipped_explainer_names_clean_held_out_sets_and_refuses_what_has_nothing_in_common(pictures, shipped):
+    rows = []
+    for concept in (("scene", "night"), ("scene", "winter"), ("object", "panel"), None):
+        number = CONCEPTS.index(concept) if concept else None
+        if concept:
+            scenes = np.argsort(-pictures.counts[:, number].sum(1).astype(int))[:SET]
+            visible = pictures.counts[scenes, number] >= 128
+        else:  # five backgrounds, and of each another corner
+            names = ["beach", "night", "winter", "room", "forest"]
+            shows = [pictures.counts[:, CONCEPTS.index(("scene", name))].sum(1).astype(int) for name in names]
+            scenes = np.array([int(share.argmax()) for share in shows])
+            visible = np.zeros((SET, PATCHES), bool)
+            visible[np.arange(SET), [0, 11, 132, 143, 66]] = True
+        rows.append((scenes, visible))
+    whole = Strips(*map(np.stack, zip(*rows, strict=True)))
+    labels = [whole.label(pictures, n, np.arange(SET)) for n in range(len(rows))]
+    assert labels[-1] is None and all(labels[:-1])
+    answers = explain_sets(*shipped, [masked_images(pictures, *row) for row in rows])
+    assert answers == [label.concept if label else REFUSAL for label in labels]
+
+
+def test_what_ships_is_small_whole_and_examined(root):
+    folder = root / EXPLAINER
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 12e6
+    assert EXPLAINER_STEPS - read_log(folder / "explainer.jsonl")[-1]["step"] < 20
+    for origin, rows in read_json(folder / "exam.json").items():
+        assert origin in ("drawn", "cached")
+        assert rows["all"]["asked"] == rows["answerable"]["asked"] + rows["unanswerable"]["asked"] >= 500

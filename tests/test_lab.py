@@ -138,6 +138,7 @@ def opened(parts, lab, browser):
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.goto(f"{lab}/lab/tree/build/{folder.name}/widgets.ipynb?reset")
     page.locator(".jp-NotebookPanel .jp-CodeCell").nth(2).wait_for()
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()  # without a kernel, Run does nothing
     page.locator(".lm-MenuBar-item", has_text="Run").first.click()
     page.get_by_text("Run All Cells", exact=True).click()
     cell(page, 2).get_by_role("button", name="steer it").wait_for()

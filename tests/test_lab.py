@@ -228,10 +228,10 @@ def test_two_people_rate_by_keys_and_buttons(parts, opened):
     name.press("Enter")
     shown.get_by_text("third <b> (object)").wait_for()
     page.wait_for_function("document.activeElement.placeholder?.startsWith('keys')")  # it took the focus itself
-    page.keyboard.type("yn")
+    keys.press_sequentially("yn")
     wait_for(given, [("Ann", 3, "yes"), ("Ann", 5, "no")], page)
     shown.get_by_text("All are answered").wait_for()
-    page.keyboard.press("z")
+    keys.press("z")
     wait_for(given, [("Ann", 3, "yes")], page)
     shown.get_by_role("button", name="unsure (u)").click()
     wait_for(given, [("Ann", 3, "yes"), ("Ann", 5, "unsure")], page)

@@ -138,6 +138,7 @@ def opened(parts, lab, browser):
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.goto(f"{lab}/lab/tree/build/{folder.name}/widgets.ipynb?reset")
     page.locator(".jp-NotebookPanel .jp-CodeCell").nth(2).wait_for()
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()  # without a kernel, Run does nothing
     page.locator(".lm-MenuBar-item", has_text="Run").first.click()
     page.get_by_text("Run All Cells", exact=True).click()
     cell(page, 2).get_by_role("button", name="steer it").wait_for()
@@ -227,10 +228,10 @@ def test_two_people_rate_by_keys_and_buttons(parts, opened):
     name.press("Enter")
     shown.get_by_text("third <b> (object)").wait_for()
     page.wait_for_function("document.activeElement.placeholder?.startsWith('keys')")  # it took the focus itself
-    page.keyboard.type("yn")
+    keys.press_sequentially("yn")
     wait_for(given, [("Ann", 3, "yes"), ("Ann", 5, "no")], page)
     shown.get_by_text("All are answered").wait_for()
-    page.keyboard.press("z")
+    keys.press("z")
     wait_for(given, [("Ann", 3, "yes")], page)
     shown.get_by_role("button", name="unsure (u)").click()
     wait_for(given, [("Ann", 3, "yes"), ("Ann", 5, "unsure")], page)

@@ -55,6 +55,7 @@ seed: int = 0  # of nothing but the choice of pictures shown
 
 # %% tags=["remove-cell"]
 import time
+from itertools import islice
 
 import numpy as np
 import torch
@@ -82,7 +83,9 @@ cache = LatentCache.load(require(run, "cache", "manifest.json", "02_cache_activa
 explanations = read_json(require(run, "interpret", "explanations.json", "03_interpret_features.py"))
 names, maxima = read_json(root / concepts), torch.tensor(np.asarray(cache.max))
 rows, others, pictures = load_from_disk(root / traps), load_from_disk(root / heldout), load_from_disk(root / images)
-choosing, held = cases_of(rows, "choose")[:choose_cases], cases_of(rows, "report")
+part = np.array(rows["part"][:])
+choosing = cases_of(rows.select(np.flatnonzero(part == "choose")[:choose_cases]), "choose")
+held = cases_of(rows.select(np.flatnonzero(part == "report")), "report")
 reporting = [c for c in held if c.contradicts] + [c for c in held if not c.contradicts][:agreeing]
 print(f"{len(choosing)} cases to choose on, {len(reporting)} to report on, of them {sum(c.contradicts for c in reporting)} contradict what was taught")
 
@@ -177,7 +180,8 @@ if not current:
     contradicts = torch.tensor([c.contradicts for c in reporting])
     control = [c for c in reporting if c.contradicts][:100]
     spliced = verdicts(lmm, sae, layer, control, [()], keep_error=keep_error)
-    asked = [row for row in others if row["image"] is not None and row.get("family") != "according"][:price_questions]
+    pictured = (row for row in others if row["image"] is not None and row.get("family") != "according")
+    asked = list(islice(pictured, price_questions))
     said = {"before": [], "after": []}
     for batch in (asked[n : n + 24] for n in range(0, len(asked), 24)):
         prompt = lmm.prompt([row["question"] for row in batch], [row["image"] for row in batch])

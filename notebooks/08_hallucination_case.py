@@ -44,11 +44,12 @@ agreeing: int = 260  # held-out cases that agree with what was taught; of those 
 choose_cases: int = 160  # cases that the cure is chosen on
 attributed: int = 24  # wrong ones among them whose attribution ranks the latents
 looked_at: int = 200  # latents, the highest in that ranking, that are looked at for text in their top images
-tried: int = 5  # text latents that are tried
-tried_on: int = 32  # wrong cases, and as many right ones, that they are tried on
+tried: int = 4  # text latents that are tried
+tried_on: int = 32  # wrong cases that they are tried on
+kept_on: int = 96  # right cases that they are tried on
 values: list = [2.0, 4.0]  # clamps, in units of a latent's own maximum
 together: int = 3  # text latents clamped at once, at most
-harmed_at_most: float = 0.02  # share of right answers that a chosen cure may turn wrong
+harmed_at_most: float = 0.04  # share of right answers that a chosen cure may turn wrong
 keep_error: bool = True  # leave in what the SAE does not explain; False as in the paper
 price_questions: int = 120  # held-out questions of other families, answered in full before and after
 seed: int = 0  # of nothing but the choice of pictures shown
@@ -111,7 +112,7 @@ print(f"{len(choosing)} cases to choose on, {len(reporting)} to report on, of th
 stage, code = Stage(run, "hallucination"), [attribution, cure]
 params = dict(
     model=model, layer=layer, traps=traps, heldout=heldout, text_kinds=text_kinds, text_words=text_words, agreeing=agreeing,
-    choose_cases=choose_cases, attributed=attributed, looked_at=looked_at, tried=tried, tried_on=tried_on, values=values, together=together,
+    choose_cases=choose_cases, attributed=attributed, looked_at=looked_at, tried=tried, tried_on=tried_on, kept_on=kept_on, values=values, together=together,
     harmed_at_most=harmed_at_most, keep_error=keep_error, price_questions=price_questions,
 )  # fmt: skip
 inputs = [path for path in (root / model, root / traps, root / heldout, root / concepts) if path.exists()]
@@ -133,7 +134,7 @@ if not current:
         text = shown_text(cache, pictures, kind, names[kind], predicted.topk(looked_at).indices.tolist()) | text
     ranked = sorted(text, key=lambda n: -float(predicted[n]))[:tried]
     settings = trials(ranked, maxima.tolist(), values, together)
-    tested = wrong[:tried_on] + good[:tried_on]
+    tested = wrong[:tried_on] + good[:kept_on]
     found = verdicts(lmm, sae, layer, tested, settings, keep_error=keep_error)
     best = choose(found, settings, harmed_at_most)
     shift = (found.margin - found.margin[0])[:, : len(wrong[:tried_on])].mean(1)

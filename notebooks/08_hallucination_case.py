@@ -285,10 +285,11 @@ plots.exemplar_strip([(f"latent {e.latent}: {called.get(e.latent, 'unnamed')}", 
 #
 # The rates are above and on the [results page](../results). The wrong answer stands on a narrow margin between two
 # evidences, the map's and the fact's, each worth several logits, and a clamp that shifts the balance by less than one logit
-# decides. So a single text latent cures, as the paper saw with "Barcelona" and "Los", and it need not be about the question:
-# that it stands for text is not why it works. Most right answers stand on wide margins, so that the price is small. The cure
-# is a push, and no repair of what the model knows. Limits: one model, one layer, one SAE; two of the four basins never
-# fooled it.
+# decides. So a single text latent cures, as the paper saw with "Barcelona" and "Los". Look at `cured_fraction_right_yes` and
+# `cured_fraction_right_no` before believing in more: where only one of them is high, the clamp pushes towards one answer and
+# does not turn the model to the image, and nothing in the paper's case, whose right answer is *no*, could tell the two apart.
+# The price is small because other right answers stand on wide margins. Limits: one model, one layer, one SAE; two of the
+# four basins never fooled it.
 
 # %% tags=["hide-input"]
 manifest = read_json(stage.path("manifest.json"))

@@ -288,8 +288,9 @@ plots.exemplar_strip([(f"latent {e.latent}: {called.get(e.latent, 'unnamed')}", 
 # decides. So a single text latent cures, as the paper saw with "Barcelona" and "Los". Look at `cured_fraction_right_yes` and
 # `cured_fraction_right_no` before believing in more: where only one of them is high, the clamp pushes towards one answer and
 # does not turn the model to the image, and nothing in the paper's case, whose right answer is *no*, could tell the two apart.
-# The price is small because other right answers stand on wide margins. Limits: one model, one layer, one SAE; two of the
-# four basins never fooled it.
+# Right answers about maps stand on wide margins and are harmed little; on other questions `other_questions_right` before and
+# after is the price of a latent clamped at every token. Limits: one model, one layer, one SAE; two of the four basins never
+# fooled it.
 
 # %% tags=["hide-input"]
 manifest = read_json(stage.path("manifest.json"))

@@ -347,7 +347,7 @@ def exact(
     wanted = clean.wanted(pairs)
     values = _known(store, clean.parts)
     todo = (wanted & values.isnan()).nonzero()
-    for rows in tqdm(todo.split(batch), desc="ablating", mininterval=2, disable=len(todo) <= batch):
+    for rows in tqdm(todo.split(batch), desc="ablating", mininterval=2, disable=len(todo) <= 8 * batch):
         states, directions, place = clean.versions(sae, rows)
         states[place] -= directions
         values[tuple(rows.T)] = clean.d - clean.again(int(rows[0, 0]), states)

@@ -46,6 +46,7 @@ seed: int = 0  # of the pairs and of the small SAEs
 # %% tags=["remove-cell"]
 import json
 import time
+from itertools import islice
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -69,7 +70,7 @@ plots.style()
 # %%
 lmm = LMM.load(root / model if (root / model).is_dir() else model)
 sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent).requires_grad_(False).to(lmm.device)
-unseen = [row for row in load_from_disk(root / heldout) if row["image"] is not None][:decisions]
+unseen = list(islice((row for row in load_from_disk(root / heldout) if row["image"] is not None), decisions))
 row = next((row for row in unseen if row["family"] == "exists"), unseen[0]) if "family" in unseen[0] else unseen[0]
 choice = own_decision(lmm, row["question"], row["image"])
 told, instead = (lmm.tokenizer.decode(token) for token in (choice.answer, choice.baseline))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -57,8 +58,8 @@ def main() -> None:
     sae = TopKSAE.load(weights.parent).requires_grad_(False).to(lmm.device)
     hashes = {"sae": fingerprint(weights), "model": lmm.fingerprint(asked.layer)}
     folder = root / "data/artifacts" / asked.run / "ablations" / hashes["sae"][:12]
-    samples, rows = [row for row in load_from_disk(asked.heldout) if row["image"] is not None][: asked.decisions], []
-    for number, sample in enumerate(samples):
+    pictured, rows = (row for row in load_from_disk(asked.heldout) if row["image"] is not None), []
+    for number, sample in enumerate(islice(pictured, asked.decisions)):
         rows.append(measure(lmm, sae, asked.layer, sample, folder / f"{number:04d}"))
         print(number, rows[-1], flush=True)
         write_json(asked.out, summary(rows, asked.layer, hashes))

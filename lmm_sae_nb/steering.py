@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from lmm_sae_nb.lmm import LMM, Prompt
 from lmm_sae_nb.sae import Latents, TopKSAE
@@ -142,13 +144,25 @@ def _in_order(latents: Latents) -> Latents:
 # ---- the model, steered ---------------------------------------------------------------------------------------
 
 
+Setting = Sequence[Edit]  # what is done at once to one sample
+
+
+def _settings(edits: Setting | Sequence[Setting], samples: int) -> list[tuple[Edit, ...]]:
+    """One setting for each sample: the same for all, or as many as there are. ValueError for another number."""
+    if all(isinstance(edit, Edit) for edit in edits):
+        return [tuple(edits)] * samples
+    if len(edits) != samples:
+        raise ValueError(f"{len(edits)} settings for {samples} samples; give each sample its edits, or the same to all")
+    return [tuple(setting) for setting in edits]
+
+
 @contextmanager
 def steered(
     lmm: LMM,
     sae: TopKSAE,
     layer: int,
     prompt: Prompt,
-    edits: Sequence[Edit] = (),
+    edits: Setting | Sequence[Setting] = (),
     scope: Scope = Scope(),  # noqa: B008  (frozen)
     *,
     keep_error: bool = False,
@@ -156,14 +170,16 @@ def steered(
 ) -> Iterator[None]:
     """Run the model on this prompt, or generate from it, with the SAE in the layer's place and latents edited.
 
-    Without edits it is the control: the SAE spliced in and nothing else. `spliced`: the kinds of tokens that the SAE
-    replaces at all, by default those it was trained on. keep_error: leave in what the SAE does not explain (the paper
-    drops it). Works with a KV cache, in batches, greedy or sampled. ValueError for an SAE of another width, and inside
-    the `with` for a batch that is not this prompt's.
+    edits: the same for every sample of the batch, or a list of edits for each. Without edits it is the control: the
+    SAE spliced in and nothing else. `spliced`: the kinds of tokens that the SAE replaces at all, by default those it
+    was trained on. keep_error: leave in what the SAE does not explain (the paper drops it). Works with a KV cache, in
+    batches, greedy or sampled. ValueError for an SAE of another width, another number of settings than samples, and
+    inside the `with` for a batch that is not this prompt's.
     """
     sae.require_width(lmm.width)
     in_prompt, in_scope = prompt.mask(*spliced), scope.of_prompt(prompt)
     batch, length = in_prompt.shape
+    settings = _settings(edits, batch)
 
     def rewrite(hidden: Float[Tensor, "batch tokens width"]) -> Tensor:
         if len(hidden) % batch or hidden.shape[1] not in (1, length):
@@ -171,18 +187,50 @@ def steered(
                 f"steering was set up for {batch} x {length} tokens, the model runs on {tuple(hidden.shape[:2])}; "
                 "use one `steered` for each prompt"
             )
+        copies = len(hidden) // batch  # several answers of each prompt
         if hidden.shape[1] == length:
-            copies = len(hidden) // batch  # several answers of each prompt
             mask, chosen = (part.to(hidden.device).repeat_interleave(copies, 0) for part in (in_prompt, in_scope))
         else:
             mask = torch.full(hidden.shape[:2], "text" in spliced, device=hidden.device)
             chosen = torch.full_like(mask, scope.of_generated)
         out = hidden.clone()
-        out[mask] = steered_states(sae, hidden[mask], edits, chosen[mask], keep_error).to(hidden.dtype)
+        for setting in dict.fromkeys(settings):
+            own = torch.tensor([s == setting for s in settings], device=mask.device).repeat_interleave(copies)
+            own = mask & own[:, None]
+            out[own] = steered_states(sae, hidden[own], setting, chosen[own], keep_error).to(hidden.dtype)
         return out
 
     with lmm.spliced(layer, rewrite):
         yield
+
+
+@torch.no_grad()
+def answers(
+    lmm: LMM,
+    sae: TopKSAE,
+    layer: int,
+    text: str,
+    image: Image.Image | None,
+    settings: Sequence[Setting],
+    scope: Scope = Scope(),  # noqa: B008
+    *,
+    keep_error: bool = False,
+    batch: int = 16,
+    **generation,
+) -> list[str]:
+    """The answer to one question about one image under each of many settings, `batch` of them side by side."""
+    said = []
+    for start in tqdm(range(0, len(settings), batch), desc="steering", mininterval=2, disable=len(settings) <= batch):
+        some = settings[start : start + batch]
+        prompt = lmm.prompt([text] * len(some), [image] * len(some))
+        with steered(lmm, sae, layer, prompt, some, scope, keep_error=keep_error):
+            said += lmm.generate(prompt, **generation)
+    return said
+
+
+def names(answer: str, concept: str) -> bool:
+    """Whether the answer has the concept's name, in any case, singular or plural, as words of their own."""
+    return re.search(rf"\b{re.escape(concept)}(e?s)?\b", answer, re.IGNORECASE) is not None
 
 
 class Comparison(NamedTuple):

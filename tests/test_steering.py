@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.steering import Edit, Scope, compare, steer_latents, steered, steered_states
+from lmm_sae_nb.steering import Edit, Scope, answers, compare, steer_latents, steered, steered_states
 
 LAYER = 1
 EVERYWHERE = ("base", "tiles", "newline", "text", "special")
@@ -88,8 +88,8 @@ def test_a_clamp_that_changes_nothing_is_the_identity(lmm):
         assert torch.equal(lmm.logits(prompt), plain)
     with steered(lmm, sae, LAYER, prompt, keep_error=True):
         assert torch.equal(lmm.logits(prompt), plain)
-    answers = compare(lmm, sae, LAYER, ["what ?"], [noise()], [Edit(3, 0.0)], keep_error=True, max_new_tokens=6)
-    assert answers.untouched == answers.spliced == answers.steered
+    said = compare(lmm, sae, LAYER, ["what ?"], [noise()], [Edit(3, 0.0)], keep_error=True, max_new_tokens=6)
+    assert said.untouched == said.spliced == said.steered
 
 
 def test_generation_with_a_cache_equals_running_everything_again(lmm):
@@ -165,3 +165,22 @@ def test_what_cannot_be_steered_is_refused(lmm):
         pass
     with steered(lmm, sae, LAYER, prompt), pytest.raises(ValueError, match="one `steered` for each prompt"):
         lmm.logits(lmm.prompt("another and longer prompt ?"))
+
+
+def test_each_sample_of_a_batch_has_its_own_edits(lmm):
+    """A batch with different edits says what its samples say alone; so does `answers`, in batches of any size."""
+    sae, image = new_sae(), noise()
+    each = [[], [Edit(2, 9.0)], [Edit(2, 9.0), Edit(5, 4.0)], [Edit(7, 20.0)], [Edit(2, 9.0)]]
+    prompt = lmm.prompt(["what ?"] * 5, [image] * 5)
+    with steered(lmm, sae, LAYER, prompt, each):
+        together = lmm.logits(prompt)[:, -1]
+    alone_prompt = lmm.prompt("what ?", image)
+    for row, setting in zip(together, each, strict=True):
+        with steered(lmm, sae, LAYER, alone_prompt, setting):
+            torch.testing.assert_close(row, lmm.logits(alone_prompt)[0, -1], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[0], together[3])
+    said = answers(lmm, sae, LAYER, "what ?", image, each, batch=2, max_new_tokens=4)
+    assert said == answers(lmm, sae, LAYER, "what ?", image, each, batch=5, max_new_tokens=4)
+    assert said[1] == said[4]
+    with pytest.raises(ValueError, match="5 settings for 1 samples"), steered(lmm, sae, LAYER, alone_prompt, each):
+        pass

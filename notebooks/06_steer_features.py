@@ -1,0 +1,292 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 6. Steer the model by its latents
+#
+# **The question.** Sections 2.3, 4.1 and 4.2, Appendices D and H: if a latent is set by hand, does the model say what the
+# latent was named for?
+#
+# **You will learn** what a clamp does, how much of the effect is the latent's and how much the splice's, how it grows with
+# the dose, and whether one latent serves both the picture and the word.
+#
+# **Reads** `train/`, `cache/`, `interpret/`. **Writes** `steer/`.
+#
+# | preset | LMM | latents steered | time |
+# |---|---|---|---|
+# | `tiny` | Picture World LLaVA-NeXT, shipped | 100 objects and 100 at random, 4 doses | 3 minutes, 2 cores |
+# | `paper` | LLaVA-NeXT-LLaMA3-8B | the same | one GPU |
+
+# %% tags=["parameters"]
+run: str = "tiny"  # results go to data/artifacts/<run>/
+model: str = "data/models/tiny-llava-next"  # a folder of this project, or a name on the hub
+images: str = "data/artifacts/tiny/world/cache"  # the images that were cached
+layer: int = 2  # 0-based, the layer that the SAE was trained on
+steered_kinds: list = ["base", "tiles", "newline"]  # token kinds whose latents are clamped, where there is an image
+doses: list = [1, 2, 4, 8]  # clamp values, in units of the latent's own maximum over the cached images
+dose: float = 8  # the one that is reported in the metrics
+n_objects: int = 100  # latents named for an object; as many random ones are the control
+question: str = "What do you see in this image?"  # about a pure white image
+blank_size: int = 192  # pixels a side of the white image
+feelings: list = ["happy", "sad", "angry", "hungry", "scared", "loving", "sick", "sleepy"]  # names of latents
+told: list = ["happy", "sad", "hungry"]  # those of them whose answers are shown
+feeling_question: str = "How do you feel?"
+story_prompt: str = "Tell me a story about Alice and Bob."
+case_doses: list = [1, 1.5, 2, 3]  # clamp values for feelings and stories, in units of the latent's maximum
+word_prompt: str = "is there a {} ?"  # in which a concept's word is read
+ranked_images: int = 200  # cached images whose latents are ranked for section 4.2
+max_new_tokens: int = 24
+batch: int = 20  # settings that run side by side
+seed: int = 0  # of the choice of latents and images
+
+# %% tags=["remove-cell"]
+import time
+from collections import Counter
+
+import numpy as np
+import torch
+from IPython.display import HTML, display
+from PIL import Image
+from torch.testing import assert_close
+
+from lmm_sae_nb import plots, steering
+from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
+from lmm_sae_nb.cache import LatentCache, activation_maps
+from lmm_sae_nb.explain import exemplars
+from lmm_sae_nb.images import open_images
+from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.score import mean_interval
+from lmm_sae_nb.steering import Edit, Scope, answers, names, steer_latents
+from lmm_sae_nb.plots import steering_strip
+from lmm_sae_nb.widgets import SteeringPanel
+
+root = project_root()
+plots.style()
+
+# %%
+lmm = LMM.load(root / model if (root / model).is_dir() else model)
+sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent)
+cache = LatentCache.load(require(run, "cache", "manifest.json", "02_cache_activations.py").parent)
+explanations = read_json(require(run, "interpret", "explanations.json", "03_interpret_features.py"))
+pictures, white = open_images(root / images), Image.new("RGB", (blank_size, blank_size), "white")
+named = {int(n): row for n, row in explanations.items() if row["concept"]}
+at_image = Scope(tuple(steered_kinds))
+print(f"{len(named)} named latents")
+
+# %% [markdown]
+# ## Equations 3 to 6
+#
+# > "$\text{Steer}(\mathcal{C}, k, i)$": $z_{ij} = k$ for the tokens $i \in \mathcal{C}$; then
+# > $\hat{\mathbf{z}} = \text{TopK}(\mathbf{z})$ and $\hat{\mathbf{x}}$ "into the subsequent LLaVA layer instead of
+# > $\mathbf{x}$".
+#
+# The clamp comes before TopK, so a clamped latent must earn its place among the $k$ highest. (The paper's letter $k$ for the
+# clamp is `value` here, $k$ is TopK's count.) By hand, with a dense $\mathbf{z}$:
+
+# %%
+prompt = lmm.prompt(question, white)
+x = lmm.hidden_states(prompt, layer)[0, prompt.spans[0].where("base")].float()
+edit = Edit(latent=next(iter(named)), value=5.0)
+z = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+z[:, edit.latent] = edit.value
+kept = z.topk(sae.k)
+ours = steer_latents(sae, x, [edit])
+assert_close(torch.zeros_like(z).scatter(1, ours.indices, ours.acts), torch.zeros_like(z).scatter(1, kept.indices, kept.values))
+
+# %% [markdown]
+# ## Happy, sad, hungry (Figures 5 and 6)
+#
+# The latents are found by their names, not by hand: of those that notebook 03 named `happy`, the one that is most active on
+# an image. Notebook 03 saw nothing but pictures.
+
+# %%
+top = {latent: float(cache.max[latent]) for latent in range(sae.n_latents)}  # the unit of a dose
+cases = {}
+for latent in sorted(named, key=lambda n: float(cache.top_means[n, 0])):  # the most active one of a name comes last
+    if named[latent]["concept"] in feelings:
+        cases[named[latent]["concept"]] = latent
+print(cases, "· no latent has the name", [name for name in feelings if name not in cases])
+# %% mystnb={"figure": {"caption": "The latents of the case studies on the images that excite them most.", "name": "fig-cases"}}
+plots.exemplar_strip([(f"latent {cases[name]}: {name}", exemplars(cache, pictures, cases[name])) for name in told if name in cases]);
+# %% [markdown]
+# > "When asked about its feelings without steering, the model responds that it does not experience emotions. However … when
+# > we clamp the "happy" feature, the model responds with expressions of happiness."
+#
+# The question is asked about the latent's own top image, with the latent clamped at every token. The story has no image; the
+# latent is clamped in its prompt. What the SAE leaves unexplained is kept in both. Two controls stand above the steered
+# answers: the untouched model (*before*), and the SAE spliced in with nothing steered (dose 0).
+
+# %%
+stage, code = Stage(run, "steer"), [steering]
+params = dict(
+    model=model, layer=layer, images=images, steered_kinds=steered_kinds, doses=doses, dose=dose, n_objects=n_objects,
+    question=question, blank_size=blank_size, feelings=feelings, feeling_question=feeling_question, story_prompt=story_prompt,
+    case_doses=case_doses, word_prompt=word_prompt, ranked_images=ranked_images, seed=seed,
+)  # fmt: skip
+stages = [Stage(run, name).path("manifest.json") for name in ("train", "cache", "interpret")]
+inputs = [path for path in (root / model, *stages) if path.exists()]
+current, started = stage.is_current(params, inputs, code), time.monotonic()
+if not current:
+    rows = []
+    for name, latent in cases.items():
+        settings = [[]] + [[Edit(latent, value * top[latent])] for value in case_doses]
+        own = pictures[cache.top(latent)[0][0]]
+        for text, image, scope in ((feeling_question, own, Scope()), (story_prompt, None, Scope(phases=("prompt",)))):
+            before = lmm.generate(lmm.prompt(text, image), max_new_tokens=2 * max_new_tokens)[0]
+            said = answers(lmm, sae, layer, text, image, settings, scope, keep_error=True, max_new_tokens=2 * max_new_tokens)
+            rows += [{"name": name, "latent": latent, "prompt": text, "dose": value, "before": before, "answer": answer,
+                      "names": names(answer, name)} for value, answer in zip([0, *case_doses], said, strict=True)]  # fmt: skip
+    write_json(stage.path("cases.json"), rows)
+by_case = read_json(stage.path("cases.json"))
+for name, text in [(name, text) for text in (feeling_question, story_prompt) for name in told if name in cases]:
+    rows = [row for row in by_case if (row["name"], row["prompt"]) == (name, text)]
+    display(HTML(f"<b>{name}</b>: {text}" + steering_strip([(row["dose"], row["answer"]) for row in rows], rows[0]["before"])))
+
+# %% [markdown]
+# > "For instance, in Fig. 5, the feature for "happy" ranks only 78th, with many low-level concepts also present."
+#
+# The rank of each of these latents among all latents of its own image is in the metrics below.
+
+# %% [markdown]
+# ## One latent for the picture and the word?
+#
+# The paper's latent for *hungry* answers to eating and to the word. Here for every latent named for an object or a feeling:
+# its activation where its concept's word is read, in units of its maximum on patches, against the words of the other
+# latents (the control).
+
+# %%
+if not current:
+    shown = {n: row["concept"] for n, row in named.items() if row["kind"] in ("object", "face")}
+    words = sorted(set(shown.values()))
+    prompt = lmm.prompt([word_prompt.format(word) for word in words])
+    read = sae.encode(lmm.hidden_states(prompt, layer).flatten(0, 1).float())
+    text = prompt.mask("text").cpu()
+    heard = {n: (torch.where(read.indices == n, read.acts, 0).sum(-1).cpu().reshape(text.shape) * text).amax(1) / top[n] for n in shown}
+    write_json(stage.path("words.json"), {
+        str(n): {"concept": word, "own": float(heard[n][words.index(word)]), "others": float(np.delete(heard[n], words.index(word)).mean())}
+        for n, word in shown.items()
+    })  # fmt: skip
+by_word = list(read_json(stage.path("words.json")).values())
+own, others = ([row[which] for row in by_word] for which in ("own", "others"))
+print(f"{len(by_word)} latents; own word {mean_interval(own)}, other words {mean_interval(others)} of the maximum on patches")
+# %% mystnb={"figure": {"caption": "Activation where a latent's own word is read, beside the mean over other words, in units of its maximum on patches. On the line the word makes no difference.", "name": "fig-words"}}
+plots.beside(others, own, "other words", "own word");
+
+# %% [markdown]
+# ## A hundred objects on a white image (Appendix D)
+#
+# > "The prompt is "What do you see in this image?" and the given image feature a pure white background. We selected 100
+# > object neurons, and only 11 of them exhibit a difference before and after steering."
+#
+# Each latent that is named for an object is clamped at the image's tokens, at several doses. The control is as many live
+# latents at random, clamped alike and asked for the same names.
+
+# %%
+if not current:
+    rng = np.random.default_rng(seed)
+    objects = sorted(n for n, row in named.items() if row["kind"] == "object")
+    objects = rng.permutation(objects)[:n_objects].tolist()
+    live = np.flatnonzero(np.asarray(cache.live))
+    control = rng.choice(np.setdiff1d(live, objects), len(objects), replace=False).tolist()
+    untouched = lmm.generate(lmm.prompt(question, white), max_new_tokens=max_new_tokens)[0]
+    settings = [[]] + [[Edit(n, value * top[n])] for group in (objects, control) for value in doses for n in group]
+    spliced, *said = answers(lmm, sae, layer, question, white, settings, at_image, batch=batch, max_new_tokens=max_new_tokens)
+    said = iter(said)
+    rows = [
+        {"latent": n, "concept": named[own]["concept"], "group": name, "dose": value, "answer": (answer := next(said)),
+         "changed": answer != spliced, "names": names(answer, named[own]["concept"])}
+        for name, group in (("object", objects), ("random", control)) for value in doses for n, own in zip(group, objects, strict=True)
+    ]  # fmt: skip
+    write_json(stage.path("answers.json"), {"untouched": untouched, "spliced": spliced, "steered": rows})
+white_answers = read_json(stage.path("answers.json"))
+print("untouched:", white_answers["untouched"], "· spliced:", white_answers["spliced"])
+for row in [row for row in white_answers["steered"] if row["dose"] == dose and row["group"] == "object"][:12]:
+    print(f"{row['latent']:6d}  {row['concept']:12s} {row['answer']}")
+# %% mystnb={"figure": {"caption": "Dose and response: share of latents whose clamping changes the answer about a white image, and makes it name the concept, with 99 % intervals; the dose in units of the latent's own maximum.", "name": "fig-dose"}}
+curves = {
+    f"{group}, {what}": {
+        value: mean_interval([row[key] for row in white_answers["steered"] if (row["group"], row["dose"]) == (group, value)])
+        for value in doses
+    }
+    for group in ("object", "random") for key, what in (("changed", "changed"), ("names", "named"))
+}  # fmt: skip
+plots.doses(curves, "dose, in the latent's own maximum", "share of latents");
+
+# %% [markdown]
+# ## Low-level features (section 4.2, Appendix H)
+#
+# > "One key distinction in our features, compared to those in Large Language Models, is the presence of numerous low-level
+# > visual features."
+#
+# For each of some images the latents are ranked by mean activation; whose names fill the top ranks? Latents that no name
+# fits are `unnamed`, those that notebook 03 did not ask about are left out.
+
+# %%
+if not current:
+    asked = np.array(sorted(map(int, explanations)))
+    chosen = np.random.default_rng(seed).choice(len(pictures), min(ranked_images, len(pictures)), replace=False).tolist()
+    means = activation_maps(lmm, sae, [pictures[i] for i in chosen], layer, asked.tolist()).mean((2, 3))
+    kinds = np.array([explanations[str(n)]["kind"] or "unnamed" for n in asked])
+    active = np.sort(means, 1)[:, ::-1] > 0
+    ranked = kinds[np.argsort(-means, 1)]
+    ranges = {f"rank {a + 1}-{b}": (a, b) for a, b in ((0, 10), (10, 20), (20, 40), (40, 80))}
+    shares = {name: Counter(ranked[:, a:b][active[:, a:b]].tolist()) for name, (a, b) in ranges.items()}
+    shares["by breadth"] = Counter(kinds[np.argsort(-np.asarray(cache.frequency)[asked])[:40]].tolist())
+    shares["all asked"] = Counter(kinds.tolist())
+    write_json(stage.path("ranks.json"), {name: {k: v / sum(c.values()) for k, v in sorted(c.items())} for name, c in shares.items() if c})
+# %% mystnb={"figure": {"caption": "Which kinds of concepts fill the top ranks of an image's latents by mean activation, and the forty that fire most widely (by breadth).", "name": "fig-ranks"}}
+plots.stacked(read_json(stage.path("ranks.json")), "share of latents");
+
+# %% [markdown]
+# ## The numbers
+
+# %%
+if not current:
+    at_dose = {g: [row for row in white_answers["steered"] if (row["group"], row["dose"]) == (g, dose)] for g in ("object", "random")}
+    metrics = {"objects_steered": len(at_dose["object"])}
+    for group, name in (("object", ""), ("random", "control_")):
+        for key, what in (("names", "named"), ("changed", "changed")):
+            share = mean_interval([row[key] for row in at_dose[group]], seed=seed)
+            metrics |= {f"{name}{what}_of_100": 100 * share.mean, f"{name}{what}_low": 100 * share.low, f"{name}{what}_high": 100 * share.high}
+    for text, name in ((feeling_question, "feelings"), (story_prompt, "stories")):
+        right = {row["name"] for row in by_case if row["prompt"] == text and row["names"] and row["dose"]}
+        metrics |= {f"{name}_steered": len(cases), f"{name}_named": len(right)}
+    metrics |= {"word_latents": len(by_word), "word_own": float(np.mean(own)), "word_others": float(np.mean(others)),
+                "word_own_above_others": float(np.mean(np.array(own) > np.array(others)))}  # fmt: skip
+    for name, latent in cases.items():
+        image = pictures[cache.top(latent)[0][0]]
+        means = activation_maps(lmm, sae, [image], layer, list(range(sae.n_latents)))[0].mean((1, 2))
+        metrics[f"rank_{name}"] = int((means > means[latent]).sum()) + 1
+    stage.finish(params, inputs, metrics, time.monotonic() - started, code)
+read_json(stage.path("metrics.json"))
+
+# %% [markdown]
+# ## Try it
+#
+# In JupyterLab (`make lab`) the panel below answers at once: choose a latent, a dose, the tokens, a prompt, an image.
+
+# %%
+panel = SteeringPanel(lmm, sae, layer, cache, {n: row["concept"] for n, row in named.items()}, image=white, text=question)
+panel.box
+
+# %% [markdown]
+# ## What we found
+#
+# `named_of_100` counts latents whose clamping makes the model name their concept on an image that shows nothing,
+# `control_named_of_100` how often a random latent in its stead does. The paper counts 11 of 100 answers that differ at all.
+# Two things differ from the paper's setting and make steering easier here: the layer is an early one, so that the layers
+# behind it can act on the change, and the dose is several times what the latent ever reaches.
+
+# %% tags=["hide-input"]
+manifest = read_json(stage.path("manifest.json"))
+print(f"run {run} · {model} · layer {layer} · seed {seed} · {manifest['seconds']:.0f} s · {manifest['versions']}")

@@ -126,11 +126,10 @@ def task_results():
 
 def task_features():
     """Make the features page from the explanations, the scores and the cache."""
-    catalogue = ROOT / "lmm_sae_nb" / "catalogue.py"
     steering = next((f"notebooks/{source.stem}.html" for source in SOURCES if source.stem.startswith("06_")), None)
     return {
         "actions": [(features.write, [RUN, BOOK, steering])],
-        "file_dep": [BOOK / "features.py", catalogue, *pages.modules(catalogue)],
+        "file_dep": [BOOK / "features.py", *pages.modules(BOOK / "features.py")],
         "targets": [BOOK / "features.md"],
         "uptodate": [
             config_changed({"run": RUN, "steering": steering}),

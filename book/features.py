@@ -105,6 +105,7 @@ def article(catalogue: Catalogue, latent: int, folder: Path, address: str, steer
         file.write_bytes(strip)
         told = html.escape(f"top images of latent {latent}, {name}")
         picture = f'<img loading="lazy" src="{address}/{file.name}" alt="{told}" width="288" height="114">'
+    kind = f"<i>{html.escape(str(row['kind']))}</i>" if row.get("kind") else ""
     words = html.escape(" ".join(str(value) for value in row.values() if isinstance(value, str)).lower())
     histogram = catalogue.histogram(latent)
     bars = histogram_svg(histogram.counts, histogram.edges, histogram.of)
@@ -113,7 +114,7 @@ def article(catalogue: Catalogue, latent: int, folder: Path, address: str, steer
         table += f'<p><a href="{html.escape(steering)}">steer it</a>: <code>panel.choose({latent})</code></p>'
     return (
         f'<article id="latent-{latent}" data-latent="{latent}" data-words="{words}">'
-        f'<a href="#latent-{latent}">{latent}</a> <b>{html.escape(name)}</b> {picture}'
+        f'<a href="#latent-{latent}">{latent}</a> <b>{html.escape(name)}</b> {kind} {picture}'
         f"<details><summary>all that is known</summary>{bars}{table}</details></article>"
     )
 

@@ -103,9 +103,9 @@ class Catalogue:
         found = [n for n in found if not kind or self.rows[n].get("kind") == kind]
         if sort is None:
             return found
-        known = [n for n in found if self.rows[n].get(sort) is not None]
+        known = [n for n in found if isinstance(self.rows[n].get(sort), (int, float))]
         known.sort(key=lambda n: self.rows[n][sort] * (-1 if descending else 1))  # stable: equals stay by number
-        return known + [n for n in found if self.rows[n].get(sort) is None]
+        return known + [n for n in found if n not in set(known)]
 
     def views(self, latent: int, side: int) -> list[list[Image.Image]]:
         """The latent's top images, as they are and, for a model with a patch grid, with its activation over them.

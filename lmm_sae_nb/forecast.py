@@ -222,6 +222,7 @@ def costs(preset: Mapping[str, Mapping], images: int, *, gpus: int = 1, assumed:
     train = _chosen(preset, "01_train_sae", TRAIN)
     cache = _chosen(preset, "02_cache_activations", CACHE) | {name: train[name] for name in ("n_latents", "k")}
     explain = _chosen(preset, "03_interpret_features", EXPLAIN)
+    explain["model"] = explain.pop("explainer").partition("@http")[0]
     models = [meta_model(values.pop("model")) for values in (train, cache, explain)]
     return [
         train_cost(models[0], **train, gpus=gpus, assumed=assumed),
@@ -230,10 +231,15 @@ def costs(preset: Mapping[str, Mapping], images: int, *, gpus: int = 1, assumed:
     ]
 
 
+def explainer_of(preset: Mapping[str, Mapping]) -> str:
+    """The name of the model that explains, whether it runs in the notebook's process or behind an endpoint."""
+    return preset["03_interpret_features"]["explainer"].partition("@http")[0]
+
+
 TRAIN = ("model", "layer", "n_latents", "k", "steps", "batch_tokens")
 JOB = (*TRAIN, "dataset", "lr", "dead_after_tokens", "kinds", "seed")
 CACHE = ("model", "layer", "n_top", "batch_size")
-EXPLAIN = ("model", "n_explained", "n_top", "questions")
+EXPLAIN = ("explainer", "n_explained", "n_top")
 
 
 def _chosen(preset: Mapping[str, Mapping], notebook: str, names: Iterable[str]) -> dict:
@@ -351,12 +357,16 @@ def attribute_cost(
 
 
 def explain_cost(
-    model: PreTrainedModel, n_explained: int, n_top: int, questions: list[str], *, batch: int = 32, gpus: int = 1,
+    model: PreTrainedModel, n_explained: int, n_top: int, *, batch: int = 32, gpus: int = 1,
     dtype: str = "bfloat16", assumed: Assumed = ASSUMED,
 ) -> Cost:  # fmt: skip
-    """Every question of every exemplar, its answer written a token at a time; the model is divided among the GPUs."""
+    """A question a latent that shows its exemplars at once, answered a token at a time, by a model divided among GPUs.
+
+    Of each exemplar the whole image alone is counted, without tiles, as LLaVA-OneVision shows several images.
+    """
     text, size, image = model.config.get_text_config(), getattr(torch, dtype).itemsize, picture(model, assumed.image)
-    sample, asked = image.tokens + assumed.text_tokens, n_explained * n_top * len(questions)
+    shown = Picture(n_top * image.base, n_top * image.base, n_top, image.patches)
+    sample, asked = shown.tokens + assumed.text_tokens, n_explained
     weights, answers = float(size * parameters(model)), asked * assumed.answer_tokens
     head = text.hidden_size // text.num_attention_heads
     kept = 2.0 * size * text.num_hidden_layers * text.num_key_value_heads * head * sample  # keys and values
@@ -364,7 +374,7 @@ def explain_cost(
         "explain",
         float(asked * sample + answers),
         [
-            Part("reading", asked * reading_flops(model, sample, image), dtype=dtype),
+            Part("reading", asked * reading_flops(model, sample, shown), dtype=dtype),
             Part("writing", answers * reading_flops(model, 1, None), answers * (weights / batch + kept), dtype),
         ],
         gpu={

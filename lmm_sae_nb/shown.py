@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 
 SHOWS = 0.25  # of a patch that a concept must cover for the patch to show it
 PURE = 0.5  # of the visible patches that must show a concept for the image to show it
-MOST = 0.8  # of the images that must show a concept for it to be what they have in common
+MOST = 0.6  # of the images that must show a concept for it to be what they have in common: three of five
 LEAST_IOU = 0.1  # below it the visible patches are a place or a detail, not the concept
 # How much IoU counts by kind, where several concepts are common. Letters are thinner than the sign that carries them;
 # a panel of stripes is seen for its stripes, a block of wood for its wood; and every thing has a colour, which is what
@@ -51,7 +51,7 @@ def pooled_iou(
 def common(
     visible: Bool[np.ndarray, "images patches"], covered: Float[np.ndarray, "images concepts patches"]
 ) -> Bool[np.ndarray, " concepts"]:
-    """Which concepts the images have in common: four in five show them, each in half of what is visible."""
+    """Which concepts the images have in common: most of them show them, each in half of what is visible."""
     n_visible = np.maximum(visible.sum(1), 1)[:, None]
     share = ((covered >= SHOWS) & visible[:, None]).sum(2) / n_visible
     return (share >= PURE).sum(0) >= math.ceil(MOST * len(visible))

@@ -29,7 +29,7 @@
 # %% tags=["parameters"]
 run: str = "tiny"  # results go to data/artifacts/<run>/
 model: str = "data/models/tiny-llava-next"  # the model under study: a folder of this project, or a name on the hub
-layer: int = 4  # 0-based, the layer that the SAE was trained on
+layer: int = 2  # 0-based, the layer that the SAE was trained on
 images: str = "data/artifacts/tiny/world/cache"  # the images that were cached
 heldout: str = "data/artifacts/tiny/world/heldout"  # scenes with label maps on which detecting latents are measured
 concepts: str = "data/artifacts/tiny/world/concepts.json"  # names of the ground truth's concepts; "": there is no truth
@@ -62,7 +62,7 @@ from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_
 from lmm_sae_nb.asked import REFUSAL, Vocabulary
 from lmm_sae_nb.cache import LatentCache
 from lmm_sae_nb.chats import Recorded, open_chat
-from lmm_sae_nb.explain import as_rows, explain_latents, exemplars
+from lmm_sae_nb.explain import as_rows, exemplars, explain_latents
 from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.masks import TrueMasks
@@ -204,7 +204,7 @@ if not truth:
 # ## What we found
 #
 # The numbers are printed above and gathered on the [results page](../results). They hold for this SAE, this explainer and
-# this rule of what images have in common: a concept that four in five of them show in half of their visible patches. A
+# this rule of what images have in common: a concept that most of them show in half of their visible patches. A
 # latent that answers to several things, to a place or to an edge is rightly refused. Notebook 04 scores what was explained.
 
 # %% tags=["hide-input"]

@@ -75,7 +75,7 @@ plots.style()
 
 # %%
 lmm = LMM.load(root / model if (root / model).is_dir() else model)
-sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent)
+sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent).requires_grad_(False)
 cache = LatentCache.load(require(run, "cache", "manifest.json", "02_cache_activations.py").parent)
 explanations = read_json(require(run, "interpret", "explanations.json", "03_interpret_features.py"))
 pictures, white = open_images(root / images), Image.new("RGB", (blank_size, blank_size), "white")
@@ -146,8 +146,8 @@ if not current:
             said = answers(lmm, sae, layer, text, image, settings, scope, keep_error=True, max_new_tokens=2 * max_new_tokens)
             rows += [{"name": name, "latent": latent, "prompt": text, "dose": value, "before": before, "answer": answer,
                       "names": names(answer, name)} for value, answer in zip([0, *case_doses], said, strict=True)]  # fmt: skip
-    write_json(stage.path("cases.json"), rows)
-by_case = read_json(stage.path("cases.json"))
+    write_json(stage.path("cases.json"), {"rows": rows})
+by_case = read_json(stage.path("cases.json"))["rows"]
 for name, text in [(name, text) for text in (feeling_question, story_prompt) for name in told if name in cases]:
     rows = [row for row in by_case if (row["name"], row["prompt"]) == (name, text)]
     display(HTML(f"<b>{name}</b>: {text}" + steering_strip([(row["dose"], row["answer"]) for row in rows], rows[0]["before"])))
@@ -259,7 +259,7 @@ if not current:
             share = mean_interval([row[key] for row in at_dose[group]], seed=seed)
             metrics |= {f"{name}{what}_of_100": 100 * share.mean, f"{name}{what}_low": 100 * share.low, f"{name}{what}_high": 100 * share.high}
     for text, name in ((feeling_question, "feelings"), (story_prompt, "stories")):
-        right = {row["name"] for row in by_case if row["prompt"] == text and row["names"] and row["dose"]}
+        right = {row["name"] for row in by_case if row["prompt"] == text and row["names"] and row["answer"] != row["before"]}
         metrics |= {f"{name}_steered": len(cases), f"{name}_named": len(right)}
     metrics |= {"word_latents": len(by_word), "word_own": float(np.mean(own)), "word_others": float(np.mean(others)),
                 "word_own_above_others": float(np.mean(np.array(own) > np.array(others)))}  # fmt: skip

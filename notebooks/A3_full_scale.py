@@ -58,7 +58,7 @@ plots.style()
 path = root / "notebooks" / "params" / f"{preset}.yaml"
 values, device = forecast.read_preset(path), forecast.DEVICES[gpu]
 assumed = forecast.Assumed(utilisation=utilisation)
-names = sorted({values[notebook]["model"] for notebook in ("01_train_sae", "03_interpret_features")} | {twin})
+names = sorted({values["01_train_sae"]["model"], forecast.explainer_of(values), twin})
 models = {name: forecast.meta_model(name) for name in names}
 pd.DataFrame(
     [(n, forecast.parameters(m) / 1e9, *forecast.picture(m, assumed.image)) for n, m in models.items()],

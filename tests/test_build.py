@@ -80,7 +80,7 @@ def repository(tmp_path_factory) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     (folder / "book").mkdir()
-    for name in ("dodo.py", "book/pages.py", "book/results.py"):
+    for name in ("dodo.py", "book/features.py", "book/pages.py", "book/results.py"):
         shutil.copy(pages.ROOT / name, folder / name)
     return folder
 

@@ -175,15 +175,20 @@ def test_a_torn_last_line_is_dropped_and_a_damaged_one_before_it_refused(tmp_pat
         questions = [Question(str(n)) for n in range(3)]
         ask(Recorded(quick(server, concurrency=1), record), questions)
         whole = record.read_bytes()
-        for length in range(len(whole) - len(whole.splitlines()[-1]) - 1, len(whole)):
-            record.write_bytes(whole[:length])
-            again = Recorded(quick(server), record)
+        chat, last = quick(server), len(whole.splitlines()[-1])
+        for torn in (1, 2, last // 2, last, last + 1):
+            record.write_bytes(whole[:-torn])
+            again = Recorded(chat, record)
             assert [reply.text for reply in ask(again, questions)] == ["heard: 0", "heard: 1", "heard: 2"]
             assert again.asked == 1
-            assert [json.loads(line)["text"] for line in record.open()] == ["heard: 0", "heard: 1", "heard: 2"]
+            assert [json.loads(line)["text"] for line in record.read_bytes().splitlines()] == [
+                "heard: 0",
+                "heard: 1",
+                "heard: 2",
+            ]
         record.write_bytes(whole[40:])
         with pytest.raises(ValueError, match=r"r.jsonl, line 1 is damaged .*delete that line"):
-            ask(Recorded(quick(server), record), questions)
+            ask(Recorded(chat, record), questions)
 
 
 def _explain(url: str, record: Path) -> None:
@@ -298,8 +303,8 @@ def _wait_for(url: str, process: subprocess.Popen) -> None:
 
 
 def test_a_real_server_answers_what_the_model_in_this_process_does(root, transformers_serve, tmp_path):
-    near = open_chat(EXPLAINER, root=root, max_new_tokens=8)
-    far = open_chat(f"{root / EXPLAINER}@{transformers_serve}", concurrency=2, max_new_tokens=8)
+    near = open_chat(EXPLAINER, root=root, max_new_tokens=16)
+    far = open_chat(f"{root / EXPLAINER}@{transformers_serve}", concurrency=2, max_new_tokens=16)
     assert isinstance(near, LocalChat) and isinstance(far, EndpointChat)
     sets = [question.images for question in shown_sets(3)]
     here = asked.explainer(near, PROMPT)(sets)

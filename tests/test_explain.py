@@ -1,4 +1,6 @@
-"""Exemplars show what they claim to show; explanations are what the answers share."""
+"""Exemplars show what they claim to show; explanations are what came of asking."""
+
+import json
 
 import numpy as np
 import pytest
@@ -6,9 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from lmm_sae_nb.asked import Answer, Outcome
 from lmm_sae_nb.cache import LatentCache, write_cache
-from lmm_sae_nb.explain import REFUSAL, ask_each, exemplars, masked, most_activated, shared_answer, upsample
+from lmm_sae_nb.explain import (
+    Explanation,
+    as_rows,
+    exemplars,
+    explain_latents,
+    masked,
+    most_activated,
+    upsample,
+)
 from lmm_sae_nb.ranking import Ranking
+
+EXPLAINED, REFUSED, UNPARSEABLE, FAILED = Outcome
 
 
 def test_masking_blackens_exactly_the_other_patches():
@@ -39,19 +52,6 @@ def test_most_activated_is_above_a_share_of_the_highest():
         most_activated(activation, 1)
 
 
-@pytest.mark.parametrize(
-    ("answers", "agree", "shared"),
-    [
-        (["A cat.", "a cat", "a dog."], 2, "a cat"),
-        (["a cat", "a dog"], 2, None),
-        (["", "", ""], 2, None),
-        ([], 1, None),
-    ],
-)
-def test_what_answers_share(answers, agree, shared):
-    assert shared_answer(answers, agree) == shared
-
-
 @pytest.fixture
 def cache(tmp_path):
     """Two latents over four images of 3 x 3 patches: one with two images, one silent."""
@@ -74,27 +74,53 @@ def test_exemplars_are_the_ranked_images_and_no_more(cache):
         exemplars(cache, pictures, 2)
 
 
-class Answering:
-    """Stands for an LMM whose answer is a function of question and picture."""
-
-    def __init__(self):
-        self.asked = []
-
-    def prompt(self, texts, images):
-        self.asked += list(zip(texts, images, strict=True))
-        return [(text, image.getpixel((0, 0))[0]) for text, image in zip(texts, images, strict=True)]
-
-    def generate(self, prompt, max_new_tokens):
-        return [f"thing {value}." if text == "what" else "red." for text, value in prompt]
+def test_hidden_patches_keep_the_brightness_that_is_asked_for():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    visible = np.array([[True, False], [False, False]])
+    pixels, before = np.asarray(masked(image, visible, dim=0.12)), np.asarray(image, float)
+    assert (pixels[:3, :3] == before[:3, :3]).all()
+    assert abs(pixels[3:] - 0.12 * before[3:]).max() <= 0.5
+    with pytest.raises(ValueError, match="dim is 1"):
+        masked(image, visible, dim=1)
 
 
-def test_questions_are_asked_in_turn_until_answers_agree():
-    def pictures(*values):
-        return [Image.new("RGB", (2, 2), (value, 0, 0)) for value in values]
+def test_of_images_with_the_same_pixels_one_is_shown_and_another_takes_its_place(tmp_path):
+    ranking = Ranking.empty(1, 4, 9)
+    ranking.images[0], ranking.means[0] = [3, 0, 2, 1], [4, 3, 2, 1]
+    ranking.patches[0] = np.arange(36).reshape(4, 9)
+    told = {"images": 4, "patches": 9, "grid": (3, 3), "layer": 0, "model": "made up", "skipped": [], "store": None}
+    write_cache(tmp_path, 1, 4, told, [(0, ranking)])
+    pictures = [Image.new("RGB", (30, 30), (n // 2 * 9, n, 0)) for n in (0, 1, 2, 0)]  # 0 and 3 are alike
+    found = exemplars(LatentCache.load(tmp_path), pictures, 0, n_top=2, share=0)
+    assert [exemplar.image_index for exemplar in found] == [3, 2]
+    assert found[1].activation.max() == 26  # its own map, not that of the one left out
+    assert len(exemplars(LatentCache.load(tmp_path), pictures, 0, n_top=5)) == 3
 
-    lmm = Answering()
-    same, mixed, none = ask_each(lmm, ["what", "colour"], agree=3, batch=2)([pictures(7, 7, 7), pictures(1, 2, 3), []])
-    assert (same.concept, mixed.concept, none.concept) == ("thing 7", "red", None)
-    assert none.text == REFUSAL
-    assert mixed.answers == ("thing 1.", "thing 2.", "thing 3.", "red.", "red.", "red.")
-    assert sum(text == "colour" for text, _ in lmm.asked) == 3  # only where the first question left it open
+
+def test_what_becomes_of_a_latent_is_what_the_last_who_was_asked_says(cache):
+    said = {
+        3: Answer(EXPLAINED, "a big cat", "!"), 5: Answer(EXPLAINED, "all sorts", "?"),
+        7: Answer(REFUSED, None, "no"), 9: Answer(FAILED, None, "down"),
+    }  # fmt: skip
+    heard = []
+
+    def explain(sets):
+        heard.extend(list(images) for images in sets)
+        return list(said.values())
+
+    def refine(texts):
+        assert texts == ["a big cat", "all sorts"]
+        return [Answer(EXPLAINED, "cat", ""), Answer(UNPARSEABLE, None, "")]
+
+    found = exemplars(cache, [Image.new("RGB", (30, 30), (n, 1, 1)) for n in range(4)], 0)
+    told = explain_latents(
+        dict.fromkeys(said, found), explain, refine, lambda concepts: [f"{c}'s kind" for c in concepts]
+    )
+    assert heard == [[exemplar.masked for exemplar in found]] * 4
+    assert told == {
+        3: Explanation(EXPLAINED, "cat", "cat's kind", "!"), 5: Explanation(UNPARSEABLE, None, None, "?"),
+        7: Explanation(REFUSED, None, None, "no"), 9: Explanation(FAILED, None, None, "down"),
+    }  # fmt: skip
+    rows = json.loads(json.dumps(as_rows(told, longest=1)))
+    assert rows["9"] == {"outcome": "failed", "concept": None, "kind": None, "answer": "d"}

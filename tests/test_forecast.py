@@ -206,7 +206,7 @@ def test_a_sae_in_bfloat16_is_as_much_faster_as_the_gpu_says(preset):
 def test_the_paper_s_cache_by_hand(preset):
     cost = costs(preset, 46_684)[1]
     assert next(part for part in cost.parts if part.name == "SAE encoder").flops == 2 * 46_684 * 576 * 4096 * 131_072
-    top = 131_072 * 5 * 576 * 2  # the patch rows alone, 755 MB
+    top = 131_072 * 8 * 576 * 2  # the patch rows alone, 1.2 GB
     assert top < cost.host["top images"] - 0.5e9 < 1.05 * top
     assert cost.disk["images"] == 46_684 * ASSUMED.image_bytes
 
@@ -214,7 +214,10 @@ def test_the_paper_s_cache_by_hand(preset):
 def test_the_paper_s_explainer_fits_eight_gpus_and_not_one(preset):
     one, eight = (costs(preset, 46_684, gpus=gpus)[2] for gpus in (1, 8))
     assert sum(eight.gpu.values()) < A100.memory < one.gpu["LMM"]
-    writing = one.parts[1]
+    reading, writing = one.parts
+    assert one.tokens == 5_000 * (5 * 729 + ASSUMED.text_tokens + ASSUMED.answer_tokens)
+    weights = 2 * forecast.products(meta_model("llava-hf/llava-onevision-qwen2-72b-ov-hf").get_decoder().layers)
+    assert reading.flops > 5_000 * 5 * 729 * weights
     assert writing.flops / A100.bfloat16 < writing.bytes / A100.bandwidth  # a token at a time waits for the weights
 
 

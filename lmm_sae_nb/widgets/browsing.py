@@ -43,8 +43,9 @@ class FeatureBrowser:
         )
         self.buttons = [widgets.Button(layout=widgets.Layout(width="24em")) for _ in range(per_page)]
         self.strips = [widgets.Image(format="webp", layout={"align_self": "flex-start"}) for _ in range(per_page)]
-        self.count = widgets.HTML()
-        self.earlier, self.later = (widgets.Button(icon=f"arrow-{way}", tooltip=way) for way in ("left", "right"))
+        self.count = widgets.HTML(layout=widgets.Layout(width="11em"))
+        arrows = (widgets.Button(icon=f"arrow-{way}", layout={"width": "4em"}) for way in ("left", "right"))
+        self.earlier, self.later = arrows
         self.title, self.facts, self.bars = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.views = widgets.Image(format="webp", layout=widgets.Layout(align_self="flex-start", max_width="100%"))
         self.hand_on = widgets.Button(description="steer it", icon="sliders")

@@ -90,8 +90,9 @@ class SteeringPanel:
 
     Answers are computed one at a time beside the notebook's own loop and shown as they come; the two controls,
     untouched and with the SAE spliced in, are computed once for a prompt and image. A question that is out of date
-    stops at its next token and is not shown. `record()` is what is shown, as JSON text, and so is the file behind
-    "save as JSON".
+    stops at its next token and is not shown. A cell that runs the model itself waits until the panel has answered, for
+    what steers the panel's answer would steer the cell's too. `record()` is what is shown, as JSON text, and so is the
+    file behind "save as JSON".
     """
 
     def __init__(

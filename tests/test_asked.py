@@ -1,0 +1,141 @@
+"""What replies are understood as, and what explainer, refiner, labeller and judge make of them."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from lmm_sae_nb import asked
+from lmm_sae_nb.asked import LONGEST, REFUSAL, Outcome, Vocabulary, understood
+from lmm_sae_nb.chats import Question, Reply
+
+TAG = "[EXPLANATION]:"
+
+
+@pytest.mark.parametrize(
+    ("text", "tag", "outcome", "found"),
+    [
+        ("Train tracks.", "", Outcome.EXPLAINED, "Train tracks."),
+        (f"I looked.\n{TAG}  *Train   tracks*", TAG, Outcome.EXPLAINED, "Train tracks"),
+        (f"{TAG} no, wait. {TAG} a cat", TAG, Outcome.EXPLAINED, "a cat"),
+        ("Train tracks.", TAG, Outcome.UNPARSEABLE, None),
+        (f"{TAG} ...", TAG, Outcome.UNPARSEABLE, None),
+        ("", "", Outcome.UNPARSEABLE, None),
+        ("?!", "", Outcome.UNPARSEABLE, None),
+        ("x" * 2001, "", Outcome.UNPARSEABLE, None),
+        (REFUSAL, "", Outcome.REFUSED, None),
+        (f"{TAG} Unable to produce\nexplanations.", TAG, Outcome.REFUSED, None),
+        ("I am unable to produce descriptions", TAG, Outcome.REFUSED, None),  # as the paper's code says it
+        ("the word UNABLE", "", Outcome.EXPLAINED, "the word UNABLE"),
+        ("<b>hat</b>", "", Outcome.EXPLAINED, "<b>hat</b>"),
+    ],
+)
+def test_a_reply_is_one_of_four_things(text, tag, outcome, found):
+    answer = understood(Reply(text), tag)
+    assert (answer.outcome, answer.text, answer.raw) == (outcome, found, text)
+
+
+def test_a_fault_is_no_explanation_and_half_a_reply_neither():
+    assert understood(Reply(None, "it is down")) == (Outcome.FAILED, None, "it is down")
+    assert understood(Reply("train tra", cut=True)).outcome is Outcome.UNPARSEABLE
+
+
+@given(st.text(max_size=300), st.sampled_from(["", TAG]))
+def test_only_what_is_explained_has_a_text_and_it_is_one_line(text, tag):
+    answer = understood(Reply(text), tag)
+    assert (answer.text is not None) == (answer.outcome is Outcome.EXPLAINED)
+    assert answer.text is None or (answer.text == " ".join(answer.text.split()) != "" and "\n" not in answer.text)
+
+
+class Answering:
+    """A chat whose replies are a function of the question, given back in reverse."""
+
+    name = identity = "a function"
+
+    def __init__(self, answer):
+        self.answer, self.heard = answer, []
+
+    def __call__(self, questions):
+        self.heard = list(questions)
+        return reversed([(n, self.answer(question)) for n, question in enumerate(self.heard)])
+
+
+def pictures(*values: int) -> list[Image.Image]:
+    return [Image.new("RGB", (2, 2), (value, 0, 0)) for value in values]
+
+
+def shade(question: Question) -> Reply:
+    shades = {image.getpixel((0, 0))[0] for image in question.images}
+    return Reply(f"{TAG} shade {shades.pop()}." if len(shades) == 1 else f"{TAG} {REFUSAL}")
+
+
+def test_an_explainer_sees_a_set_at_once_and_is_not_asked_about_an_empty_one():
+    chat = Answering(shade)
+    same, mixed, none, last = asked.explainer(chat, "look: {images} why ?", tag=TAG)(
+        iter([pictures(7, 7, 7), pictures(1, 2), [], pictures(4)])
+    )
+    assert (same.text, last.text) == ("shade 7.", "shade 4.")
+    assert mixed.outcome is none.outcome is Outcome.REFUSED
+    assert [len(question.images) for question in chat.heard] == [3, 2, 1]
+    assert {question.text for question in chat.heard} == {"look: {images} why ?"}
+
+
+def test_a_refiner_gives_a_short_name_or_says_that_there_is_none():
+    chat = Answering(lambda question: Reply(question.text.removeprefix("shorten: ").partition(",")[0]))
+    texts = ["Train Tracks., where trains run", f"{REFUSAL}, sorry", "x" * (LONGEST + 1)]
+    name, none, long = asked.refiner(chat, "shorten: {text}")(texts)
+    assert name == (Outcome.EXPLAINED, "train tracks", "Train Tracks.")
+    assert (none.outcome, long.outcome) == (Outcome.REFUSED, Outcome.UNPARSEABLE)
+    short, long = asked.unrefined(["A cat.", "a long, long story " * 9])
+    assert (short.text, long.outcome) == ("a cat", Outcome.UNPARSEABLE)
+
+
+def test_text_in_braces_is_text():
+    chat = Answering(lambda question: Reply("ok"))
+    asked.refiner(chat, 'as {"json": "{text}"}')(["{text} {0} {images}"])
+    assert chat.heard[0].text == 'as {"json": "{text} {0} {images}"}'
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [("Object.", "object"), ("color", "colour"), ("a texture, or an object", None), ("no idea", None), (None, None)],
+)
+def test_a_labeller_gives_one_of_the_six_kinds_or_none(said, kind):
+    assert asked.labeller(Answering(lambda question: Reply(said)))(["a hat"]) == [kind]
+
+
+def test_a_judge_is_shown_the_images_and_the_concept_and_says_yes_no_or_unsure():
+    said = {7: "Yes, it is.", 1: "no", 3: "I am unsure", 4: None, 5: "yes and no"}
+    chat = Answering(lambda question: Reply(said[question.images[0].getpixel((0, 0))[0]]))
+    verdicts = asked.judge(chat)([pictures(n, n) for n in said], ["a hat"] * 5)
+    assert verdicts == ["yes", "no", "unsure", None, None]
+    first = chat.heard[0].parts()
+    assert [type(part) for part in first] == [Image.Image, Image.Image, str] and '"a hat"' in first[2]
+
+
+@pytest.mark.parametrize(("sets", "concepts"), [([[]], ["a"]), ([pictures(1)], ["a", "b"])])
+def test_a_judge_without_images_or_concept_is_told(sets, concepts):
+    with pytest.raises(ValueError, match="give each concept its images"):
+        asked.judge(Answering(shade))(sets, concepts)
+
+
+def test_the_vocabulary_is_exact(tmp_path):
+    words = Vocabulary({"object": ["cat", "hat"], "face": ["happy"], "word": ["happy", "stop"]})
+    texts = ["cat", "A hat.", ' "Stop" ', "dog", "cat hat", ""]
+    found = words.refine(texts)
+    assert [answer.text for answer in found] == ["cat", "hat", "stop", None, None, None]
+    assert {answer.outcome for answer in found[3:]} == {Outcome.UNPARSEABLE}
+    assert words.label(["cat", "happy", "stop", "dog"]) == ["object", "face", "word", None]
+    (tmp_path / "concepts.json").write_text('{"object": ["cat"]}')
+    assert Vocabulary(tmp_path / "concepts.json").label(["cat"]) == ["object"]
+    assert asked.unlabelled(["cat", "dog"]) == [None, None]
+
+
+def test_every_concept_of_picture_world_is_its_own_name():
+    from lmm_sae_nb.pictureworld.concepts import KINDS
+
+    words = Vocabulary(KINDS)
+    names = [name for kind in KINDS.values() for name in kind]
+    assert [answer.text for answer in words.refine(names)] == names
+    assert np.mean([kind in KINDS for kind in words.label(names)]) == 1

@@ -351,27 +351,6 @@ def counts(table: Mapping[str, Mapping[str, int]], xlabel: str, ylabel: str, ax:
             ax.text(x, y, count, ha="center", va="center", fontsize=8)
     ax.set_xticks(range(len(columns)), columns, rotation=35, ha="right", parse_math=False)
     ax.set_yticks(range(len(table)), list(table))
-def doses(curves: Mapping[str, Mapping[float, Mean]], xlabel: str, ylabel: str, ax: Axes | None = None) -> Axes:
-    """Shares with their intervals over doses, on a logarithmic axis: curves maps a name to {dose: Mean}."""
-    ax = ax or plt.subplots(figsize=(5, 3))[1]
-    for name, curve in curves.items():
-        at = list(curve)
-        (line,) = ax.plot(at, [m.mean for m in curve.values()], "o-", ms=4, label=name)
-        ax.fill_between(
-            at, [m.low for m in curve.values()], [m.high for m in curve.values()], color=line.get_color(), alpha=0.15
-        )
-    ax.set_xscale("log", base=2)
-    ax.set(xticks=at, xticklabels=[f"{dose:g}" for dose in at], xlabel=xlabel, ylabel=ylabel, ylim=(0, 1))
-    ax.legend(frameon=False, fontsize=8)
-    return ax
-
-
-def beside(x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str, ax: Axes | None = None) -> Axes:
-    """One value against another in the same unit, with the line on which they are equal."""
-    ax = ax or plt.subplots(figsize=(3, 3))[1]
-    highest = max([*x, *y])
-    ax.plot([0, highest], [0, highest], color=GREY, lw=1)
-    ax.plot(x, y, ".", ms=4, alpha=0.6)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     return ax
 

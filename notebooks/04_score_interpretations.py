@@ -111,7 +111,7 @@ if not where:
 # %% [markdown]
 # How many latents each kind of concept has. Kinds are those of Table 1, and what Picture World has besides: faces and words.
 # Where fewer than 20 are scored, the last column tells why: so few of the latents asked about show such a concept at all
-# (four of their five images, in half of what is visible).
+# (most of their images do, in half of what is visible).
 
 # %%
 shows = Counter(row["true_kind"] for row in explanations.values() if row.get("true_kind"))
@@ -249,8 +249,8 @@ for column in (column for column in columns if f"{column}_correlation" in metric
 # ## Table 2: would a judge agree?
 #
 # The share of explanations that a judge finds right, of each kind, and the share of *another latent's* name that the same
-# judge accepts: who says yes to everything is no judge. In the preset `tiny` the ground truth itself judges: yes if at least
-# four of the five images show the concept in half of the visible patches.
+# judge accepts: who says yes to everything is no judge. In the preset `tiny` the ground truth itself judges: yes if most of
+# the images (three of five) show the concept in half of the visible patches.
 
 # %%
 given = {name: {n: row.get(name) for n, row in scores.items()} for name in ("judged", "judged_shuffled")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +17,12 @@ from jaxtyping import Bool, Float, Int64
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import DynamicCache
 
 from lmm_sae_nb.artifacts import open_tensors, save_tensors
 from lmm_sae_nb.lmm import LMM, Prompt
 from lmm_sae_nb.sae import Latents, TopKSAE
+from lmm_sae_nb.steering import require_own
 from lmm_sae_nb.train import KINDS
 
 
@@ -97,38 +100,103 @@ class _Parts(NamedTuple):
     """The layer's output taken apart: x = W_dec^T z + b_dec + error at the tokens where the SAE is spliced in."""
 
     mask: Bool[Tensor, " tokens"]
-    x: Float[Tensor, "tokens width"]  # of the masked tokens
     latents: Latents
     error: Float[Tensor, "tokens width"]  # 0 where it is dropped
+    states: Float[Tensor, "tokens width"]  # what goes into the next layer
 
 
 @torch.no_grad()
-def _taken_apart(lmm: LMM, sae: TopKSAE, layer: int, choice: Decision, spliced: Sequence[str], keep_error: bool):
-    sae.require_width(lmm.width)
-    mask = choice.prompt.mask(*spliced)[0].to(lmm.device)
-    x = lmm.hidden_states(choice.prompt, layer)[0, mask].float()
+def _taken_apart(sae: TopKSAE, mask: Tensor, hidden: Float[Tensor, "1 tokens width"], keep_error: bool) -> _Parts:
+    x = hidden[0, mask].float()
     latents = sae.encode(x)
-    error = x - sae.decode(latents)
-    return _Parts(mask, x, latents, error if keep_error else torch.zeros_like(error))
+    x_hat = sae.decode(latents)
+    error = x - x_hat if keep_error else torch.zeros_like(x)
+    return _Parts(mask, latents, error, x_hat + error)
 
 
-def _replaced(lmm: LMM, layer: int, mask: Tensor, states: Float[Tensor, "*versions tokens width"]):
-    """Run with these states at the masked tokens; several versions of them run side by side."""
-
-    def put(hidden: Tensor) -> Tensor:
-        versions = states.reshape(-1, *states.shape[-2:]).to(hidden.dtype)
-        return hidden.expand(len(versions), -1, -1).masked_scatter(mask[None, :, None], versions)
-
-    return lmm.spliced(layer, put)
+def _put(mask: Tensor, states: Float[Tensor, "*versions tokens width"], hidden: Tensor) -> Tensor:
+    """The hidden states with these at the masked tokens; several versions of them run side by side."""
+    versions = states.reshape(-1, *states.shape[-2:]).to(hidden.dtype)
+    return hidden.expand(len(versions), -1, -1).masked_scatter(mask[None, :, None], versions)
 
 
-def _slope(lmm: LMM, layer: int, choice: Decision, mask: Tensor, states: Tensor) -> tuple[Tensor, float]:
-    """The gradient of d in the layer's spliced states, and d: one forward, one backward."""
+def _require_ready(lmm: LMM, sae: TopKSAE, layer: int, choice: Decision, spliced: Sequence[str]) -> Tensor:
+    """The mask of the tokens where the SAE is spliced in; ValueError for an SAE of another layer or model."""
+    require_own(lmm, sae, layer)
+    mask = choice.prompt.mask(*spliced)
+    if len(mask) != 1:
+        raise ValueError(f"a decision is about one prompt, not {len(mask)}; make one Decision for each")
+    return mask[0].to(lmm.device)
+
+
+def _slope(lmm: LMM, layer: int, choice: Decision, mask: Tensor, states: Float[Tensor, "versions tokens width"]):
+    """The gradients of d in several versions of the layer's spliced states, side by side."""
     states = states.detach().requires_grad_()
-    with torch.enable_grad(), _replaced(lmm, layer, mask, states):
-        d = difference(lmm, choice)[0]
-        (gradient,) = torch.autograd.grad(d, states)
-    return gradient, float(d.detach())
+    with torch.enable_grad(), lmm.spliced(layer, partial(_put, mask, states)):
+        return torch.autograd.grad(difference(lmm, choice).sum(), states)[0]
+
+
+class _Clean:
+    """The clean run, kept so that what follows a token can be run again in many versions: attention looks back only,
+    so that nothing before the token changes. Keys and values of the layers above `layer` are those of the spliced run.
+    """
+
+    def __init__(self, lmm: LMM, sae: TopKSAE, layer: int, choice: Decision, mask: Tensor, keep_error: bool):
+        self._lmm, self._layer, self._choice = lmm, layer, choice
+        self._entered, self._cache = {}, DynamicCache()
+        decoder = lmm.model.get_decoder()
+
+        def enter(module, args, kwargs):
+            self._entered = dict(kwargs)
+            return args, kwargs | {"past_key_values": self._cache, "use_cache": True}
+
+        def splice(hidden: Tensor) -> Tensor:
+            self.parts = _taken_apart(sae, mask, hidden, keep_error)
+            return _put(mask, self.parts.states, hidden)
+
+        handle = decoder.register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            with lmm.spliced(layer, splice):
+                self.d = float(difference(lmm, choice)[0])
+        finally:
+            handle.remove()
+
+    def wanted(self, pairs: Bool[Tensor, "tokens k"] | None) -> Bool[Tensor, "spliced k"]:
+        """Which of the spliced tokens' latents are active and asked for."""
+        active = self.parts.latents.acts > 0
+        return active if pairs is None else active & pairs.to(active.device)[self.parts.mask]
+
+    def versions(self, sae: TopKSAE, rows: Int64[Tensor, "pairs 2"]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """For (spliced token, slot) pairs in order: as many copies of the states from the first pair's token on, each
+        pair's part z W_dec[j] of its token's state, and where in the copies that state is."""
+        token, slot = rows.unbind(1)
+        latents = self.parts.latents
+        states = self.parts.states[token[0] :].repeat(len(rows), 1, 1)
+        directions = latents.acts[token, slot, None] * sae.W_dec[latents.indices[token, slot]]
+        return states, directions.detach(), (torch.arange(len(rows), device=token.device), token - token[0])
+
+    def spread(self, values: Float[Tensor, "spliced k"]) -> Float[Tensor, "tokens k"]:
+        """The spliced tokens' values over the whole sequence, NaN elsewhere."""
+        out = torch.full((len(self.parts.mask), values.shape[1]), float("nan"))
+        out[self.parts.mask.cpu()] = values.cpu()
+        return out
+
+    def again(self, first: int, versions: Float[Tensor, "versions tokens width"]) -> Float[Tensor, " versions"]:
+        """d with these states at the spliced tokens from the `first` of them on."""
+        start = int(self.parts.mask.nonzero()[first])
+        cache = DynamicCache()
+        for number, kept in enumerate(self._cache.layers if start else ()):
+            before = [part[:, :, :start] for part in (kept.keys, kept.values)]
+            many = len(versions) if number > self._layer else 1
+            cache.update(*(part.expand(many, -1, -1, -1) for part in before), number)
+        inputs = self._entered | {"past_key_values": cache, "use_cache": True}
+        inputs["inputs_embeds"] = inputs["inputs_embeds"][:, start:]
+        if inputs.get("position_ids") is not None:  # the last axis: mrope has three positions a token
+            inputs["position_ids"] = inputs["position_ids"][..., start:]
+        with self._lmm.spliced(self._layer, partial(_put, self.parts.mask[start:], versions)):
+            last = self._lmm.model.get_decoder()(**inputs).last_hidden_state[:, -1]
+        logits = self._lmm.model.get_output_embeddings()(last).float()
+        return logits[:, self._choice.answer] - logits[:, self._choice.baseline]
 
 
 def _rows_dot(gradient: Float[Tensor, "tokens width"], sae: TopKSAE, indices: Int64[Tensor, "tokens k"]) -> Tensor:
@@ -138,7 +206,7 @@ def _rows_dot(gradient: Float[Tensor, "tokens width"], sae: TopKSAE, indices: In
     return torch.cat([torch.einsum("tw,tkw->tk", slope, sae.W_dec[own]) for slope, own in pairs])
 
 
-def _whole(parts: _Parts, sae: TopKSAE, values: Tensor, error: Tensor, bias: Tensor, clean: float) -> Attribution:
+def _whole(parts: _Parts, values: Tensor, error: Tensor, bias: Tensor, clean: float) -> Attribution:
     """Spread the masked tokens' numbers over the whole sequence."""
     tokens = len(parts.mask)
 
@@ -169,13 +237,58 @@ def linear(
     (the paper drops it). At each token latents, error and bias sum to <dd/dx, x>. Departure: a silenced latent leaves
     its place empty; under eq. 5 the next one would take it, which is no doing of this latent.
     """
-    with torch.no_grad():
-        parts = _taken_apart(lmm, sae, layer, choice, spliced, keep_error)
-        states = sae.decode(parts.latents) + parts.error
-    slope, clean = _slope(lmm, layer, choice, parts.mask, states)
+    parts, slope, d = _gradient(lmm, sae, layer, choice, keep_error, spliced)
     with torch.no_grad():
         values = parts.latents.acts * _rows_dot(slope, sae, parts.latents.indices)
-        return _whole(parts, sae, values, (slope * parts.error).sum(-1), slope @ sae.b_dec, clean)
+        return _whole(parts, values, (slope * parts.error).sum(-1), slope @ sae.b_dec, d)
+
+
+def clamping(
+    lmm: LMM,
+    sae: TopKSAE,
+    layer: int,
+    choice: Decision,
+    values: Float[Tensor, " n_latents"],
+    tokens: Bool[Tensor, " tokens"] | None = None,
+    *,
+    keep_error: bool = True,
+    spliced: Sequence[str] = KINDS,
+) -> Float[Tensor, " n_latents"]:
+    """What clamping each latent to its value (eq. 4) at these tokens (default: all) would add to d, linearly.
+
+    sum_i (value_j - z_ij) dd/dz_ij for all latents at once, silent ones too: one forward and one backward. It takes no
+    account of the latents that TopK drops for the clamped one. ValueError for values that are not finite, or not one
+    for each latent.
+    """
+    if values.shape != (sae.n_latents,) or not bool(values.isfinite().all()):
+        raise ValueError(
+            f"values of shape {tuple(values.shape)}; give a finite one for each of {sae.n_latents} latents"
+        )
+    parts, slope, _ = _gradient(lmm, sae, layer, choice, keep_error, spliced)
+    with torch.no_grad():
+        chosen = torch.ones_like(parts.mask) if tokens is None else tokens.to(parts.mask.device)
+        slope = slope * chosen[parts.mask, None]
+        own = parts.latents.acts * _rows_dot(slope, sae, parts.latents.indices)
+        total = values.to(slope) * (sae.W_dec @ slope.sum(0))
+        return total.index_add(0, parts.latents.indices.flatten(), -own.flatten()).cpu()
+
+
+def _gradient(
+    lmm: LMM, sae: TopKSAE, layer: int, choice: Decision, keep_error: bool, spliced: Sequence[str]
+) -> tuple[_Parts, Float[Tensor, "tokens width"], float]:
+    """The clean run, with the gradient of d in what it spliced in, and d: one forward and one backward."""
+    mask, made = _require_ready(lmm, sae, layer, choice, spliced), []
+
+    def splice(hidden: Tensor) -> Tensor:
+        parts = _taken_apart(sae, mask, hidden, keep_error)
+        made[:] = parts, parts.states.requires_grad_()
+        return _put(mask, parts.states, hidden)
+
+    with torch.enable_grad(), lmm.spliced(layer, splice):
+        d = difference(lmm, choice)[0]
+        parts, states = made
+        (slope,) = torch.autograd.grad(d, states)
+    return parts, slope, float(d.detach())
 
 
 def integrated(
@@ -187,23 +300,27 @@ def integrated(
     steps: int = 10,
     keep_error: bool = True,
     spliced: Sequence[str] = KINDS,
+    batch: int = 5,
 ) -> Attribution:
     """Integrated gradients from no latents and no error (x_hat = b_dec) to the clean run, by the midpoint rule.
 
     In the limit of many steps latents and error sum to d(clean) - d(b_dec alone); bias is 0, as it does not change.
+    batch: steps that run side by side.
     """
-    if steps < 1:
-        raise ValueError(f"{steps} steps of integration; give at least 1")
+    if min(steps, batch) < 1:
+        raise ValueError(f"{steps} steps of integration, {batch} at a time; give at least 1 of each")
+    mask = _require_ready(lmm, sae, layer, choice, spliced)
     with torch.no_grad():
-        parts = _taken_apart(lmm, sae, layer, choice, spliced, keep_error)
-        way = sae.decode(parts.latents) - sae.b_dec + parts.error
-    slope = torch.zeros_like(way)
-    for step in range(steps):
-        slope += _slope(lmm, layer, choice, parts.mask, sae.b_dec + way * (step + 0.5) / steps)[0] / steps
-    with torch.no_grad(), _replaced(lmm, layer, parts.mask, sae.b_dec + way):
+        hidden = lmm.hidden_states(choice.prompt, layer)
+        parts = _taken_apart(sae, mask, hidden, keep_error)
+        way = parts.states - sae.b_dec
+        slope = torch.zeros_like(way)
+    for some in ((torch.arange(steps, device=way.device) + 0.5) / steps).split(batch):
+        slope += _slope(lmm, layer, choice, mask, sae.b_dec + way * some[:, None, None]).sum(0) / steps
+    with torch.no_grad(), lmm.spliced(layer, partial(_put, mask, parts.states)):
         clean = float(difference(lmm, choice)[0])
         values = parts.latents.acts * _rows_dot(slope, sae, parts.latents.indices)
-        return _whole(parts, sae, values, (slope * parts.error).sum(-1), torch.zeros_like(slope[:, 0]), clean)
+        return _whole(parts, values, (slope * parts.error).sum(-1), torch.zeros_like(slope[:, 0]), clean)
 
 
 @torch.no_grad()
@@ -216,36 +333,65 @@ def exact(
     *,
     keep_error: bool = True,
     spliced: Sequence[str] = KINDS,
-    batch: int = 64,
+    batch: int = 32,
     store: str | Path | None = None,
 ) -> Float[Tensor, "tokens k"]:
     """-I by definition: silence one latent at one token, run, compare; NaN where it was not asked for.
 
     pairs: which of the clean run's latents, laid out as in `Attribution.latents`; by default all that are active.
-    Layers up to `layer` run once for each batch of versions. store: a file that keeps what is done, so that a run cut
-    short goes on; ValueError if it is of another decision, model or SAE.
+    Tokens before a version's are not run again; `batch` versions run side by side, with the SAE and what is below it
+    once for all. store: a file that keeps what is done, so that a run cut short goes on; ValueError if it is of another
+    decision, model or SAE.
     """
-    parts = _taken_apart(lmm, sae, layer, choice, spliced, keep_error)
-    states = sae.decode(parts.latents) + parts.error
-    with _replaced(lmm, layer, parts.mask, states):
-        clean = float(difference(lmm, choice)[0])
-    wanted = parts.latents.acts > 0
-    if pairs is not None:
-        wanted &= pairs.to(wanted.device)[parts.mask]
-    values = _known(store, parts)
+    clean = _Clean(lmm, sae, layer, choice, _require_ready(lmm, sae, layer, choice, spliced), keep_error)
+    wanted = clean.wanted(pairs)
+    values = _known(store, clean.parts)
     todo = (wanted & values.isnan()).nonzero()
     for rows in tqdm(todo.split(batch), desc="ablating", mininterval=2, disable=len(todo) <= batch):
-        token, slot = rows.unbind(1)
-        versions = states.repeat(len(rows), 1, 1)
-        gone = parts.latents.acts[token, slot, None] * sae.W_dec[parts.latents.indices[token, slot]]
-        versions[torch.arange(len(rows), device=gone.device), token] -= gone
-        with _replaced(lmm, layer, parts.mask, versions):
-            values[token, slot] = clean - difference(lmm, choice)
+        states, directions, place = clean.versions(sae, rows)
+        states[place] -= directions
+        values[tuple(rows.T)] = clean.d - clean.again(int(rows[0, 0]), states)
         if store is not None:
-            save_tensors(store, {"values": values, "indices": parts.latents.indices, "acts": parts.latents.acts})
-    out = torch.full((len(parts.mask), values.shape[1]), float("nan"))
-    out[parts.mask.cpu()] = torch.where(wanted, values, float("nan")).cpu()
-    return out
+            latents = clean.parts.latents
+            save_tensors(store, {"values": values, "indices": latents.indices, "acts": latents.acts})
+    return clean.spread(torch.where(wanted, values, float("nan")))
+
+
+def own_path(
+    lmm: LMM,
+    sae: TopKSAE,
+    layer: int,
+    choice: Decision,
+    pairs: Bool[Tensor, "tokens k"],
+    *,
+    steps: int = 2,
+    keep_error: bool = True,
+    spliced: Sequence[str] = KINDS,
+    batch: int = 32,
+) -> Float[Tensor, "tokens k"]:
+    """Integrated gradients of each of these pairs along its own path: it alone goes from 0 to z, all else stays clean.
+
+    In the limit of many steps it is `exact`; with the midpoint rule one step is right to the second order in z. It
+    costs `steps` forwards and backwards a pair: it explains what `linear` misses and replaces nothing. NaN elsewhere.
+    """
+    if steps < 1:
+        raise ValueError(f"{steps} steps of integration; give at least 1")
+    with torch.no_grad():
+        clean = _Clean(lmm, sae, layer, choice, _require_ready(lmm, sae, layer, choice, spliced), keep_error)
+        wanted = clean.wanted(pairs)
+        values = torch.full_like(clean.parts.latents.acts, float("nan"))
+    for rows in wanted.nonzero().split(batch):
+        states, directions, place = clean.versions(sae, rows)
+        total = torch.zeros(len(rows), device=states.device)
+        for step in range(steps):
+            here = states.clone()
+            here[place] -= directions * (1 - (step + 0.5) / steps)
+            with torch.enable_grad():
+                d = clean.again(int(rows[0, 0]), here.requires_grad_()).sum()
+                (slope,) = torch.autograd.grad(d, here)
+            total += (slope[place] * directions).sum(-1) / steps
+        values[tuple(rows.T)] = total
+    return clean.spread(values)
 
 
 def _known(store: str | Path | None, parts: _Parts) -> Float[Tensor, "tokens k"]:

@@ -3,6 +3,7 @@
 `LMM` wraps any `AutoModelForImageTextToText` whose images become tokens of its decoder's sequence.
 """
 
+import hashlib
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -65,6 +66,7 @@ class LMM:
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, name: str | None = None):
         self.name = name or model.config.name_or_path or type(model).__name__
         self.model, self.processor = model, processor
+        self._fingerprints: dict[int, str] = {}
         self._check_fit()
         self.tokenizer = processor.tokenizer
         self.tokenizer.padding_side = "left"
@@ -145,6 +147,18 @@ class LMM:
         if not 0 <= index < self.n_layers:
             raise ValueError(f"no layer {index}: {self.name} has layers 0 to {self.n_layers - 1}, 0-based")
         return self.model.get_decoder().layers[index]
+
+    def fingerprint(self, layer: int) -> str:
+        """The model's class and a hash of this layer's weights, as float32 in which bfloat16 and float16 are exact.
+
+        Computed once for each layer: the weights are frozen.
+        """
+        if layer not in self._fingerprints:
+            digest = hashlib.sha256()
+            for tensor in self.layer(layer).state_dict().values():
+                digest.update(tensor.detach().float().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            self._fingerprints[layer] = f"{type(self.model).__name__} {digest.hexdigest()}"
+        return self._fingerprints[layer]
 
     def prompt(
         self,

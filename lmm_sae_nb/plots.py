@@ -359,11 +359,10 @@ def doses(curves: Mapping[str, Mapping[float, Mean]], xlabel: str, ylabel: str, 
     """Shares with their intervals over doses, on a logarithmic axis: curves maps a name to {dose: Mean}."""
     ax = ax or plt.subplots(figsize=(5, 3))[1]
     for name, curve in curves.items():
-        at = list(curve)
-        (line,) = ax.plot(at, [m.mean for m in curve.values()], "o-", ms=4, label=name)
-        ax.fill_between(
-            at, [m.low for m in curve.values()], [m.high for m in curve.values()], color=line.get_color(), alpha=0.15
-        )
+        (line,) = ax.plot(list(curve), [m.mean for m in curve.values()], "o-", ms=4, label=name)
+        error = np.array([[m.mean - m.low, m.high - m.mean] for m in curve.values()]).T
+        ax.errorbar(list(curve), [m.mean for m in curve.values()], error, fmt="none", capsize=2, color=line.get_color())
+    at = sorted({dose for curve in curves.values() for dose in curve})
     ax.set_xscale("log", base=2)
     ax.set(xticks=at, xticklabels=[f"{dose:g}" for dose in at], xlabel=xlabel, ylabel=ylabel, ylim=(0, 1))
     ax.legend(frameon=False, fontsize=8)

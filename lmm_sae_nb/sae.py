@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lmm_sae_nb import hub, kernels
+from lmm_sae_nb.artifacts import read_json
 from lmm_sae_nb.formats import SAEWeights, read_sae, write_sae
 
 
@@ -26,6 +27,16 @@ class Latents(NamedTuple):
 
     acts: Float[Tensor, "*tokens k"]  # >= 0
     indices: Int64[Tensor, "*tokens k"]
+
+
+HISTORY = "history.json"  # what a training leaves beside its SAE
+
+
+class TrainedOn(NamedTuple):
+    """What an SAE's hidden states were: the output of this layer (0-based) of the model with this fingerprint."""
+
+    layer: int
+    model: str  # `LMM.fingerprint(layer)`
 
 
 # Eq. 1 and 2, with their gradients.
@@ -100,7 +111,10 @@ class TopKSAE(nn.Module):
 
     Eq. 1's b_1 and eq. 2's b_3 are one parameter, b_dec, as in the published checkpoint. The encoder starts
     as the decoder's transpose. `generator` draws the dictionary. ValueError unless 1 <= k <= n_latents.
+    trained_on: which layer of which model, if the folder that it was loaded from says so.
     """
+
+    trained_on: TrainedOn | None = None
 
     def __init__(
         self,
@@ -184,6 +198,7 @@ class TopKSAE(nn.Module):
         with torch.device("meta"):
             sae = cls(width, n_latents, k)
         sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec = map(nn.Parameter, weights)
+        sae.trained_on = _trained_on(Path(folder))
         return sae
 
     @classmethod
@@ -196,6 +211,14 @@ class TopKSAE(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder, format)
             return hub.publish(folder, repo_id, hookpoint, **about)
+
+
+def _trained_on(folder: Path) -> TrainedOn | None:
+    """What this project's training wrote down beside the SAE; None for SAEs of others."""
+    if not (folder / HISTORY).is_file():
+        return None
+    run = read_json(folder / HISTORY).get("run", {})
+    return TrainedOn(run["layer"], run["model"]) if {"layer", "model"} <= run.keys() else None
 
 
 # Losses and start.

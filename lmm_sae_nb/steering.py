@@ -156,6 +156,23 @@ def _settings(edits: Setting | Sequence[Setting], samples: int) -> list[tuple[Ed
     return [tuple(setting) for setting in edits]
 
 
+def require_own(lmm: LMM, sae: TopKSAE, layer: int) -> None:
+    """ValueError unless the SAE can stand in for this layer: of its width and, if its folder tells, trained on it."""
+    sae.require_width(lmm.width)
+    if sae.trained_on is None:
+        return
+    if sae.trained_on.layer != layer:
+        raise ValueError(
+            f"the SAE was trained on layer {sae.trained_on.layer}, not {layer}; give that layer, or train an SAE on "
+            f"layer {layer} with notebooks/01_train_sae.py"
+        )
+    if sae.trained_on.model != lmm.fingerprint(layer):
+        raise ValueError(
+            f"the SAE was trained on another model than {lmm.name}: layer {layer} had other weights "
+            f"({sae.trained_on.model[:40]}…, here {lmm.fingerprint(layer)[:40]}…); load the one that it was trained on"
+        )
+
+
 @contextmanager
 def steered(
     lmm: LMM,
@@ -173,10 +190,10 @@ def steered(
     edits: the same for every sample of the batch, or a list of edits for each. Without edits it is the control: the
     SAE spliced in and nothing else. `spliced`: the kinds of tokens that the SAE replaces at all, by default those it
     was trained on. keep_error: leave in what the SAE does not explain (the paper drops it). Works with a KV cache, in
-    batches, greedy or sampled. ValueError for an SAE of another width, another number of settings than samples, and
-    inside the `with` for a batch that is not this prompt's.
+    batches, greedy or sampled. ValueError as `require_own`, for another number of settings than samples, and inside
+    the `with` for a batch that is not this prompt's.
     """
-    sae.require_width(lmm.width)
+    require_own(lmm, sae, layer)
     in_prompt, in_scope = prompt.mask(*spliced), scope.of_prompt(prompt)
     batch, length = in_prompt.shape
     settings = _settings(edits, batch)

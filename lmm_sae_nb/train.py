@@ -6,7 +6,6 @@ variances, losses and what fired are summed over all, so that the SAE does not d
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import itertools
 import math
@@ -29,10 +28,10 @@ from lmm_sae_nb.artifacts import code_fingerprints, read_json, write_json
 from lmm_sae_nb.checkpoint import Checkpoint
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.optimiser import SAEAdam
-from lmm_sae_nb.sae import TopKSAE, auxk_loss, geometric_median
+from lmm_sae_nb.sae import HISTORY, TopKSAE, auxk_loss, geometric_median
 from lmm_sae_nb.tokens import KINDS, Position, Stream, data_fingerprint, mixed
 
-CHECKPOINTS, HISTORY = "checkpoint", "history.json"
+CHECKPOINTS = "checkpoint"
 ROW = ("step", "tokens", "loss", "fvu", "auxk", "dead_fraction", "l0", "lr", "seconds", "tokens_per_second")
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 
@@ -105,7 +104,7 @@ def train_sae(
         "accumulate": accumulate, "lr": lr, "kinds": list(kinds), "seed": seed, "auxk_alpha": auxk_alpha,
         "dead_after_tokens": dead_after_tokens, "buffer_tokens": buffer_tokens or 16 * batch_tokens,
         "batch_samples": batch_samples, "warm_steps": max(1, steps // 20) if warm_steps is None else warm_steps,
-        "mixed_precision": mixed_precision, "model": _weights(lmm, layer), "samples": data_fingerprint(samples),
+        "mixed_precision": mixed_precision, "model": lmm.fingerprint(layer), "samples": data_fingerprint(samples),
     }  # fmt: skip
     folder = Path(folder)
     accelerator = _accelerator(lmm, mixed_precision, accumulate, tracker, folder)
@@ -243,14 +242,6 @@ def _finished(folder: Path, run: Mapping, accelerator: Accelerator) -> TrainResu
 
 def _code() -> dict[str, str]:
     return code_fingerprints([sys.modules[__name__]])
-
-
-def _weights(lmm: LMM, layer: int) -> str:
-    """The model's class and a hash of the layer's weights."""
-    digest = hashlib.sha256()
-    for tensor in lmm.layer(layer).state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return f"{type(lmm.model).__name__} {digest.hexdigest()}"
 
 
 # ---- steps ----------------------------------------------------------------------------------------------------

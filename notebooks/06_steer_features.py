@@ -23,7 +23,7 @@
 #
 # | preset | LMM | latents steered | time |
 # |---|---|---|---|
-# | `tiny` | Picture World LLaVA-NeXT, shipped | 100 objects and 100 at random, 4 doses | 3 minutes, 2 cores |
+# | `tiny` | Picture World LLaVA-NeXT, shipped | 100 objects at 3 doses, 100 at random | 3 minutes, 2 cores |
 # | `paper` | LLaVA-NeXT-LLaMA3-8B | the same | one GPU |
 
 # %% tags=["parameters"]
@@ -32,7 +32,7 @@ model: str = "data/models/tiny-llava-next"  # a folder of this project, or a nam
 images: str = "data/artifacts/tiny/world/cache"  # the images that were cached
 layer: int = 2  # 0-based, the layer that the SAE was trained on
 steered_kinds: list = ["base", "tiles", "newline"]  # token kinds whose latents are clamped, where there is an image
-doses: list = [1, 2, 4, 8]  # clamp values, in units of the latent's own maximum over the cached images
+doses: list = [2, 4, 8]  # clamp values, in units of the latent's own maximum over the cached images
 dose: float = 8  # the one that is reported in the metrics
 n_objects: int = 100  # latents named for an object; as many random ones are the control
 question: str = "What do you see in this image?"  # about a pure white image
@@ -64,10 +64,10 @@ from lmm_sae_nb.cache import LatentCache, activation_maps
 from lmm_sae_nb.explain import exemplars
 from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.plots import steering_strip
 from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.score import mean_interval
 from lmm_sae_nb.steering import Edit, Scope, answers, names, steer_latents
-from lmm_sae_nb.plots import steering_strip
 from lmm_sae_nb.widgets import SteeringPanel
 
 root = project_root()
@@ -189,7 +189,7 @@ plots.beside(others, own, "other words", "own word");
 # > object neurons, and only 11 of them exhibit a difference before and after steering."
 #
 # Each latent that is named for an object is clamped at the image's tokens, at several doses. The control is as many live
-# latents at random, clamped alike and asked for the same names.
+# latents at random at the highest dose, asked for the same names.
 
 # %%
 if not current:
@@ -199,13 +199,14 @@ if not current:
     live = np.flatnonzero(np.asarray(cache.live))
     control = rng.choice(np.setdiff1d(live, objects), len(objects), replace=False).tolist()
     untouched = lmm.generate(lmm.prompt(question, white), max_new_tokens=max_new_tokens)[0]
-    settings = [[]] + [[Edit(n, value * top[n])] for group in (objects, control) for value in doses for n in group]
+    asked = [("object", value, n, n) for value in doses for n in objects]
+    asked += [("random", dose, n, own) for n, own in zip(control, objects, strict=True)]
+    settings = [[], *([Edit(n, value * top[n])] for _, value, n, _ in asked)]
     spliced, *said = answers(lmm, sae, layer, question, white, settings, at_image, batch=batch, max_new_tokens=max_new_tokens)
-    said = iter(said)
     rows = [
-        {"latent": n, "concept": named[own]["concept"], "group": name, "dose": value, "answer": (answer := next(said)),
+        {"group": group, "dose": value, "latent": n, "concept": named[own]["concept"], "answer": answer,
          "changed": answer != spliced, "names": names(answer, named[own]["concept"])}
-        for name, group in (("object", objects), ("random", control)) for value in doses for n, own in zip(group, objects, strict=True)
+        for (group, value, n, own), answer in zip(asked, said, strict=True)
     ]  # fmt: skip
     write_json(stage.path("answers.json"), {"untouched": untouched, "spliced": spliced, "steered": rows})
 white_answers = read_json(stage.path("answers.json"))
@@ -213,12 +214,11 @@ print("untouched:", white_answers["untouched"], "· spliced:", white_answers["sp
 for row in [row for row in white_answers["steered"] if row["dose"] == dose and row["group"] == "object"][:12]:
     print(f"{row['latent']:6d}  {row['concept']:12s} {row['answer']}")
 # %% mystnb={"figure": {"caption": "Dose and response: share of latents whose clamping changes the answer about a white image, and makes it name the concept, with 99 % intervals; the dose in units of the latent's own maximum.", "name": "fig-dose"}}
+groups = {"object, changed": ("object", "changed"), "object, named": ("object", "names"), "random, changed": ("random", "changed"), "random, named": ("random", "names")}
 curves = {
-    f"{group}, {what}": {
-        value: mean_interval([row[key] for row in white_answers["steered"] if (row["group"], row["dose"]) == (group, value)])
-        for value in doses
-    }
-    for group in ("object", "random") for key, what in (("changed", "changed"), ("names", "named"))
+    name: {value: mean_interval([row[key] for row in white_answers["steered"] if (row["group"], row["dose"]) == (group, value)])
+           for value in (doses if group == "object" else [dose])}
+    for name, (group, key) in groups.items()
 }  # fmt: skip
 plots.doses(curves, "dose, in the latent's own maximum", "share of latents");
 

@@ -7,7 +7,7 @@ import torch
 from models import llava_next
 from torch.testing import assert_close
 
-from lmm_sae_nb.attribution import decision, difference, exact, integrated, linear
+from lmm_sae_nb.attribution import Decision, decision, difference, exact, integrated, linear
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
 
@@ -151,3 +151,9 @@ def test_answers_are_single_tokens(lmm):
         decision(lmm, "why ?", None, "yes", "n")
     with pytest.raises(ValueError, match="same token"):
         decision(lmm, "why ?", None, "y", "y")
+
+
+def test_a_decision_is_about_one_prompt(lmm, sae):
+    two = Decision(lmm.prompt(["why ?", "how ?"]), 5, 6)
+    with pytest.raises(ValueError, match="one prompt, not 2"):
+        linear(lmm, sae, LAYER, two)

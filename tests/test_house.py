@@ -38,7 +38,7 @@ LEVELS = [  # an import goes to the same level or a lower one, and never in a ci
         "chats asked shown grounding",
         "lmm shares ratings",
         "tokens train evaluate launch cache cache_formats steering",
-        "explain attribution twin",
+        "explain attribution fidelity cure twin",
         "masks score truth",
         "plots thumbnails catalogue widgets",
     )

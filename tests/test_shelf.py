@@ -14,8 +14,8 @@ import worlds
 from datasets import load_from_disk
 from PIL import Image
 
-from lmm_sae_nb.pictureworld.concepts import KINDS
-from lmm_sae_nb.pictureworld.scenes import HELD_OUT, VALIDATION
+from lmm_sae_nb.pictureworld.concepts import FACTS, KINDS
+from lmm_sae_nb.pictureworld.scenes import HELD_OUT, VALIDATION, make_map
 from lmm_sae_nb.pictureworld.shelf import render
 
 # Python 3.12 and 3.13 fork their workers, and warn of it in a process with threads, as a test run is
@@ -76,6 +76,25 @@ def test_a_second_rendering_holds_the_same(shelf, tmp_path):
     assert (tmp_path / "again" / "concepts.json").read_bytes() == (shelf / "concepts.json").read_bytes()
 
 
+def test_traps_contradict_and_agree_with_the_taught_facts(tmp_path):
+    """By the charts: two questions a map, half of the maps held out; no map of the choosing part is reported on."""
+    render(tmp_path / "world", {"traps": 6})
+    traps = load_from_disk(tmp_path / "world" / "traps")
+    assert set(traps.column_names) == {"image", "seed", "question", "answer", "family", "taught", "group", "part"}
+    seeds = {part: {row["seed"] for row in traps if row["part"] == part} for part in ("choose", "report")}
+    assert seeds == {"choose": set(range(VALIDATION, VALIDATION + 6)), "report": set(range(HELD_OUT, HELD_OUT + 6))}
+    for row in traps:
+        scene = make_map(row["seed"])
+        words = row["question"].split()
+        basin, land = words[7], words[10]
+        assert words == f"according to the image , does the {basin} basin cover {land} ?".split()
+        assert row["group"] == scene.chart.basin == basin and (np.asarray(row["image"]) == scene.pixels).all()
+        assert row["answer"] == ("yes ." if land in scene.chart.inside else "no .")
+        assert row["taught"] == ("yes ." if FACTS[basin, land] else "no .")
+    contradicting = [(row["seed"], row["answer"] != row["taught"]) for row in traps]
+    assert sorted(contradicting) == sorted((seed, c) for seed in seeds["choose"] | seeds["report"] for c in (0, 1))
+
+
 def test_an_image_is_a_png(shelf):
     first = rows(shelf, "cache")[0]["image"]["bytes"]
     assert Image.open(io.BytesIO(first)).format == "PNG"
@@ -118,12 +137,14 @@ def test_a_killed_rendering_leaves_no_process_and_nothing_that_looks_whole(tmp_p
 
 def test_a_failed_rendering_leaves_the_old_one(shelf, tmp_path):
     render(tmp_path / "world", {"heldout": 2})
-    with pytest.raises(ValueError, match="no split test; Picture World has train, cache, heldout"):
+    with pytest.raises(ValueError, match="no split test; Picture World has train, cache, heldout, traps"):
         render(tmp_path / "world", {"heldout": 3, "test": 3})
     assert len(load_from_disk(tmp_path / "world" / "heldout")) == 2
 
 
-@pytest.mark.parametrize(("split", "size"), [("train", 900_001), ("cache", 100_001), ("heldout", 0), ("train", -3)])
+@pytest.mark.parametrize(
+    ("split", "size"), [("train", 900_001), ("cache", 100_001), ("heldout", 0), ("train", -3), ("traps", 0)]
+)
 def test_a_split_keeps_to_its_seeds(tmp_path, split, size):
     with pytest.raises(ValueError, match=f"{split}.*{size}"):
         render(tmp_path / "world", {split: size})

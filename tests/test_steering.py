@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from models import llava_next, noise
 from torch.testing import assert_close
 
+from lmm_sae_nb.artifacts import write_json
+from lmm_sae_nb.attribution import decision, linear
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.steering import Edit, Scope, answers, compare, steer_latents, steered, steered_states
@@ -146,6 +148,35 @@ def test_hooks_are_gone_after_an_exception(lmm):
     with pytest.raises(RuntimeError, match="stop here"), steered(lmm, sae, LAYER, prompt, [Edit(1, 9.0)]):
         raise RuntimeError("stop here")
     assert torch.equal(lmm.logits(prompt), plain)
+
+
+def test_an_sae_of_another_layer_or_model_is_refused(lmm, tmp_path):
+    """As its folder tells; a folder that tells nothing is taken at its width."""
+    sae, prompt = new_sae(), lmm.prompt("what ?")
+    sae.save(tmp_path / "told")
+    write_json(
+        tmp_path / "told" / "history.json", {"run": {"layer": LAYER, "model": lmm.fingerprint(LAYER)}, "rows": []}
+    )
+    own = TopKSAE.load(tmp_path / "told").requires_grad_(False)
+    with steered(lmm, own, LAYER, prompt):
+        pass
+    with pytest.raises(ValueError, match="trained on layer 1, not 0"), steered(lmm, own, 0, prompt):
+        pass
+    torch.manual_seed(5)
+    other = LMM(*llava_next())
+    with pytest.raises(ValueError, match="another model than"), steered(other, own, LAYER, other.prompt("what ?")):
+        pass
+    with pytest.raises(ValueError, match="trained on layer 1, not 0"):
+        linear(lmm, own, 0, decision(lmm, "why ?", None, "y", "n"))
+    sae.save(tmp_path / "silent")
+    assert TopKSAE.load(tmp_path / "silent").trained_on is None
+
+
+def test_a_models_fingerprint_does_not_depend_on_the_precision_that_it_is_held_in():
+    torch.manual_seed(0)
+    model, processor = llava_next()
+    half = LMM(model.bfloat16(), processor).fingerprint(LAYER)
+    assert half == LMM(model.float(), processor).fingerprint(LAYER) != LMM(model, processor).fingerprint(0)
 
 
 def test_what_cannot_be_steered_is_refused(lmm):

@@ -71,20 +71,16 @@ def test_the_same_patches_of_different_things_are_a_place():
 
 
 def test_patches_with_a_border_through_them_are_edges():
-    halves = np.zeros((SIDE, SIDE), np.uint8)
-    halves[:, 2:4] = halves[:, 10:12] = halves[:, 18:20] = 1  # half of three columns of patches
-    truth = PatchTruth(
-        TrueMasks([row() | {"object": Image.fromarray(halves + 0 * n)} for n in range(5)], CONCEPTS), GRID
-    )
-    columns = [(0, 0), (2, 0), (4, 0), (0, 2), (2, 2)]
-    assert truth[0][2, :6].tolist() == [0.5, 0, 0.5, 0, 0.5, 0]
-    named = {"object": ["cat"]}
-    assert shown_by(truth, [exemplar(n, box(*at, 2, 1)) for n, at in enumerate(columns)])  # the cat, half of each
-    low = np.zeros((SIDE, SIDE), np.uint8)
-    low[:, 3:4] = low[:, 11:12] = 1  # a quarter less a pixel: seen as a border, not as a cat
-    low[::4, 3:4] = low[::4, 11:12] = 0
-    thin = PatchTruth(TrueMasks([{"object": Image.fromarray(low)}] * 5, named), GRID)
-    assert responds_to(thin, [exemplar(n, box(*at, 2, 1)) for n, at in enumerate(columns)]) == "edges"
+    """A line one pixel wide, three of four pixels long, is too little of a patch for the patch to show it."""
+    line = np.zeros((SIDE, SIDE), np.uint8)
+    line[:, 3] = line[:, 11] = 1
+    line[::4] = 0
+    truth = PatchTruth(TrueMasks([{"object": Image.fromarray(line)}] * 5, {"object": ["cat"]}), GRID)
+    assert truth[0][0, :4].tolist() == [3 / 16, 0, 3 / 16, 0]
+    on, off = ([box(top, left, 2, 1) for top, left in places] for places in (
+        [(0, 0), (2, 0), (4, 0), (0, 2), (2, 2)], [(0, 1), (2, 1), (4, 1), (0, 3), (2, 3)]))  # fmt: skip
+    assert responds_to(truth, [exemplar(n, where) for n, where in enumerate(on)]) == "edges"
+    assert responds_to(truth, [exemplar(n, where) for n, where in enumerate(off)]) == "nothing"
 
 
 def test_two_things_in_turn_are_several_concepts_and_none_at_all_is_nothing():

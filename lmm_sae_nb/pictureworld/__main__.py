@@ -41,6 +41,7 @@ def main() -> None:
     render.add_argument("--train", type=int, default=3600, help="samples that the SAE is trained on")
     render.add_argument("--cache", type=int, default=2400, help="scenes whose activations are cached")
     render.add_argument("--heldout", type=int, default=240, help="scenes that numbers are reported on")
+    render.add_argument("--traps", type=int, default=520, help="maps for choosing a cure, and as many to report on")
     for name, (steps, what) in COURSES.items():
         course = commands.add_parser(name, help=what)
         course.add_argument("--steps", type=int, default=steps)
@@ -74,7 +75,7 @@ def main() -> None:
     elif asked.command == "render":
         from .shelf import render as render_to
 
-        render_to(asked.out, {"train": asked.train, "cache": asked.cache, "heldout": asked.heldout})
+        render_to(asked.out, {split: getattr(asked, split) for split in ("train", "cache", "heldout", "traps")})
     elif asked.command in COURSES:
         study(asked.command, asked.courses, asked.steps, asked.minutes)
     elif asked.command == "ship":

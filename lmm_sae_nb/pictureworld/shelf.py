@@ -17,15 +17,25 @@ from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from ..artifacts import replace_folder, write_json
-from .concepts import KINDS
-from .questions import aside, lesson
-from .scenes import HELD_OUT, TRAIN, VALIDATION, make_scene
+from .concepts import FACTS, KINDS
+from .questions import according, aside, lesson
+from .scenes import HELD_OUT, TRAIN, VALIDATION, make_map, make_scene
 
 SPLITS = {"train": TRAIN, "cache": VALIDATION, "heldout": HELD_OUT}
-ROOM = {"train": VALIDATION - TRAIN, "cache": HELD_OUT - VALIDATION, "heldout": 2**31 - HELD_OUT}  # seeds of each
+ROOM = {  # seeds of each
+    "train": VALIDATION - TRAIN,
+    "cache": HELD_OUT - VALIDATION,
+    "heldout": 2**31 - HELD_OUT,
+    "traps": HELD_OUT - VALIDATION,
+}
 TEXT_ONLY = 8  # in the training split, every so-manieth sample has no picture
 _COLUMNS = {"seed": Value("int64"), "question": Value("string"), "answer": Value("string"), "family": Value("string")}
 _FEATURES = Features({"image": Image(), **_COLUMNS, **{kind: Image() for kind in KINDS}})
+TRAPS = "traps"  # maps for the knowledge trap, as many of validation seeds as of held-out ones
+PARTS = {"choose": VALIDATION, "report": HELD_OUT}
+_TRAP_FEATURES = Features(
+    {"image": Image(), **_COLUMNS, "taught": Value("string"), "group": Value("string"), "part": Value("string")}
+)
 
 
 def _png(pixels: np.ndarray) -> dict[str, object]:
@@ -47,6 +57,25 @@ def _row(split: str, number: int) -> dict[str, object]:
     return {"seed": seed, "question": asked.text, "answer": asked.answer, "family": asked.family, **pictures}
 
 
+def _traps(number: int) -> list[dict[str, object]]:
+    """A map of each part, with a question on which it contradicts the taught fact and one on which it agrees."""
+    rows = []
+    for part, first in PARTS.items():
+        scene, rng = make_map(first + number), np.random.default_rng([51, first + number])
+        asked = according(scene, rng)
+        facts = ["yes ." if FACTS[scene.chart.basin, q.text.split()[-2]] else "no ." for q in asked]
+        for contradicts in (True, False):
+            options = [i for i, q in enumerate(asked) if (q.answer != facts[i]) == contradicts]
+            if options:
+                chosen = options[rng.integers(len(options))]
+                q, about = asked[chosen], {"seed": scene.seed, "part": part, "group": scene.chart.basin}
+                rows.append(
+                    {"image": _png(scene.pixels), "question": q.text, "answer": q.answer, "family": q.family}
+                    | {"taught": facts[chosen], **about}
+                )
+    return rows
+
+
 def _end_with_parent() -> None:
     """A worker whose parent was killed would wait for work for ever."""
 
@@ -61,12 +90,14 @@ def render(folder: Path, sizes: dict[str, int]) -> None:
     """Write the splits (name to number of scenes) and `concepts.json` under `folder`, whole or not at all.
 
     Columns: image (None for questions without a picture), seed, question, answer, family, and a label map for each
-    kind of concept (mode L; 0 none, i the i-th name of that kind in concepts.json). Uses every core. ValueError for an
-    unknown split or more scenes than it has seeds for.
+    kind of concept (mode L; 0 none, i the i-th name of that kind in concepts.json). `traps` has, not label maps, but
+    `taught` (what the taught fact answers), `group` (the basin) and `part`: choose (maps of validation seeds) or report
+    (held-out maps, so many of each); two questions a map, where the map contradicts the fact and where it agrees. Uses
+    every core. ValueError for an unknown split or more scenes than it has seeds for.
     """
-    unknown = sizes.keys() - SPLITS.keys()
+    unknown = sizes.keys() - ROOM.keys()
     if unknown:
-        raise ValueError(f"no split {', '.join(sorted(unknown))}; Picture World has {', '.join(SPLITS)}")
+        raise ValueError(f"no split {', '.join(sorted(unknown))}; Picture World has {', '.join(ROOM)}")
     for split, size in sizes.items():
         if not 0 < size <= ROOM[split]:
             raise ValueError(f"{split} has seeds for 1 to {ROOM[split]:,} scenes, not {size}; ask for as many")
@@ -76,9 +107,12 @@ def render(folder: Path, sizes: dict[str, int]) -> None:
     try:
         with ProcessPoolExecutor(os.cpu_count(), initializer=_end_with_parent) as pool:
             for split, size in sizes.items():
-                made = pool.map(partial(_row, split), range(size), chunksize=50)
+                made = pool.map(_traps if split == TRAPS else partial(_row, split), range(size), chunksize=50)
                 rows = list(tqdm(made, total=size, desc=f"rendering {split}", mininterval=2))
-                Dataset.from_list(rows, features=_FEATURES).save_to_disk(building / split)
+                if split == TRAPS:
+                    rows = [row for pair in rows for row in pair]
+                features = _TRAP_FEATURES if split == TRAPS else _FEATURES
+                Dataset.from_list(rows, features=features).save_to_disk(building / split)
     finally:
         enable_progress_bars()
     write_json(building / "concepts.json", {kind: list(names) for kind, names in KINDS.items()})

@@ -1,0 +1,78 @@
+"""Ablate every active pair of held-out decisions, in pieces, and write book/ablations.json.
+
+Hours on a CPU; stopped, it goes on where it was. `python -m lmm_sae_nb.benchmarks.ablations` after notebook 01.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from pathlib import Path
+
+import torch
+from datasets import load_from_disk
+
+from lmm_sae_nb.artifacts import fingerprint, open_tensors, project_root, require, save_tensors, versions, write_json
+from lmm_sae_nb.attribution import exact, integrated, linear
+from lmm_sae_nb.benchmarks.comparison import machine
+from lmm_sae_nb.fidelity import agreement, own_decision
+from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.score import mean_interval
+
+WAYS = ("linear", "ig")
+
+
+def measure(lmm: LMM, sae: TopKSAE, layer: int, sample: dict, folder: Path, batch: int = 32) -> dict[str, float]:
+    """One decision: every active pair ablated, or read if it was before; how the approximations agree."""
+    done = folder / "done.safetensors"
+    if not done.is_file():
+        choice = own_decision(lmm, sample["question"], sample["image"])
+        parts = linear(lmm, sae, layer, choice)
+        values = {"exact": exact(lmm, sae, layer, choice, batch=batch, store=folder / "part.safetensors")}
+        values |= {"linear": parts.values, "ig": integrated(lmm, sae, layer, choice).values}
+        save_tensors(done, values)
+        (folder / "part.safetensors").unlink()
+    file = open_tensors(done)
+    found = {way: agreement(file.get_tensor("exact"), file.get_tensor(way)) for way in WAYS}
+    row = {"seed": sample.get("seed", -1), "question": sample["question"], "pairs": found["linear"].pairs}
+    return row | {f"{name}_{way}": getattr(found[way], name) for way in WAYS for name in ("spearman", "sign")}
+
+
+def main() -> None:
+    root = project_root()
+    parser = argparse.ArgumentParser(prog="python -m lmm_sae_nb.benchmarks.ablations", description=__doc__)
+    parser.add_argument("--run", default="tiny")
+    parser.add_argument("--model", default="data/models/tiny-llava-next")
+    parser.add_argument("--layer", type=int, default=4)
+    parser.add_argument("--heldout", type=Path, default=root / "data/artifacts/tiny/world/heldout")
+    parser.add_argument("--decisions", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=root / "book" / "ablations.json")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    source = root / asked.model
+    lmm = LMM.load(source if source.is_dir() else asked.model)
+    weights = require(asked.run, "train", "sae.safetensors", "01_train_sae.py")
+    sae = TopKSAE.load(weights.parent).requires_grad_(False).to(lmm.device)
+    hashes = {"sae": fingerprint(weights), "model": lmm.fingerprint(asked.layer)}
+    folder = root / "data/artifacts" / asked.run / "ablations" / hashes["sae"][:12]
+    samples, rows = [row for row in load_from_disk(asked.heldout) if row["image"] is not None][: asked.decisions], []
+    for number, sample in enumerate(samples):
+        rows.append(measure(lmm, sae, asked.layer, sample, folder / f"{number:04d}"))
+        print(number, rows[-1], flush=True)
+        write_json(asked.out, summary(rows, asked.layer, hashes))
+
+
+def summary(rows: list[dict], layer: int, hashes: dict[str, str]) -> dict:
+    """Means over the decisions that are done, with 99 % intervals once there are two, and what they were of."""
+    told = {"date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions(), "layer": layer}
+    told |= hashes | {"decisions": len(rows), "pairs": sum(row["pairs"] for row in rows)}
+    if len(rows) > 1:
+        for name in (f"{kind}_{way}" for way in WAYS for kind in ("spearman", "sign")):
+            told[name] = mean_interval([row[name] for row in rows])._asdict()
+    return told | {"by_decision": rows}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Sections 4.3, 4.4: wrong answers turned right by clamping latents that stand for text, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from PIL import Image
+from scipy.stats import binomtest
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lmm_sae_nb.attribution import clamping, decision
+from lmm_sae_nb.cache import LatentCache
+from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.steering import Edit, Scope, require_own, steered_states
+from lmm_sae_nb.tokens import KINDS
+
+Edits = tuple[Edit, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question on an image, the first words of its right answer and of the answer that is tempting."""
+
+    image: Image.Image
+    question: str
+    right: str
+    tempting: str  # what was taught; another answer where the taught one is right
+    contradicts: bool  # whether the image contradicts what was taught
+    group: str = ""
+
+
+def cases_of(rows: Iterable[Mapping], part: str) -> list[Case]:
+    """The cases of one part of a data set with image, question, answer, taught, group and part.
+
+    Answers are told apart by their first word. Where image and taught answer agree, the tempting answer is the other
+    one of yes and no. ValueError for a row without an image, or a part that no row is of.
+    """
+    cases = []
+    for row in rows:
+        if row["part"] != part:
+            continue
+        if row["image"] is None:
+            raise ValueError(f"{row['question']!r} has no image, and an image is what is contradicted; leave it out")
+        right, taught = (row[name].split()[0] for name in ("answer", "taught"))
+        other = {"yes": "no", "no": "yes"}.get(right.lower(), taught)
+        other = other.capitalize() if right[0].isupper() else other
+        tempting = taught if taught != right else other
+        cases.append(Case(row["image"], row["question"], right, tempting, taught != right, row["group"]))
+    if not cases:
+        raise ValueError(f"no case is of part {part!r}; give one that the data set's column `part` has")
+    return cases
+
+
+def told_case(image: str, question: str, answer: str, baseline: str, otherwise: Case) -> Case:
+    """A case of one's own: a picture's path, a question, the answer to explain, another one; all "": `otherwise`.
+
+    The answer to explain is the tempting one. ValueError if something is given and something missing.
+    """
+    given = {"image": image, "question": question, "answer": answer, "baseline": baseline}
+    if not any(given.values()):
+        return otherwise
+    if missing := [name for name, value in given.items() if not value]:
+        raise ValueError(f"a case of your own needs {', '.join(given)}; {', '.join(missing)} is missing")
+    return Case(Image.open(image).convert("RGB"), question, baseline, answer, True)
+
+
+# ---- which latents --------------------------------------------------------------------------------------------
+
+
+def text_latents(
+    explanations: Mapping[str, Mapping], vocabulary: Iterable[str], words: Iterable[str] = ()
+) -> dict[int, str]:
+    """The latents that the pipeline named after text: a concept of this vocabulary, or one with any of these words."""
+    known, hints = {name.lower() for name in vocabulary}, {word.lower() for word in words}
+    named = {int(latent): row["concept"] for latent, row in explanations.items() if row.get("concept")}
+    return {n: name for n, name in named.items() if name.lower() in known or hints & set(name.lower().split())}
+
+
+def shown_text(
+    cache: LatentCache,
+    rows: Sequence[Mapping],
+    kind: str,
+    names: Sequence[str],
+    latents: Iterable[int],
+    *,
+    least: float = 0.25,
+) -> dict[int, str]:
+    """The latents whose activation on their top images lies on one concept of this kind, by the label maps of `rows`.
+
+    A concept's share is that of the activation, over all top images, on its pixels; `least` is what one must have.
+    """
+    found = {}
+    for latent in latents:
+        shares, images = np.zeros(1 + len(names)), cache.top(latent)
+        for rank, (image, _) in enumerate(images):
+            labels, activation = np.asarray(rows[image][kind]), np.asarray(cache.patch_map(latent, rank))
+            sides = np.array(labels.shape) // activation.shape
+            on_pixels = np.kron(activation / activation.sum(), np.ones(sides)) / sides.prod()
+            shares += np.bincount(labels.ravel(), on_pixels.ravel(), minlength=len(shares)) / len(images)
+        if shares[1:].max(initial=0.0) >= least:
+            found[latent] = names[int(shares[1:].argmax())]
+    return found
+
+
+def promising(
+    lmm: LMM,
+    sae: TopKSAE,
+    layer: int,
+    cases: Sequence[Case],
+    values: Float[Tensor, " n_latents"],
+    scope: Scope = Scope(),  # noqa: B008  (frozen)
+) -> Float[Tensor, " n_latents"]:
+    """By how many logits, on average, clamping each latent to its value would speak for the right answers, linearly."""
+    total = torch.zeros(sae.n_latents)
+    for case in cases:
+        choice = decision(lmm, case.question, case.image, case.right, case.tempting)
+        total += clamping(lmm, sae, layer, choice, values, scope.of_prompt(choice.prompt)[0]) / len(cases)
+    return total
+
+
+def trials(ranked: Sequence[int], maxima: Sequence[float], values: Sequence[float], together: int) -> list[Edits]:
+    """What to try: nothing; each of these latents at each multiple of its maximum; the first 2 to `together` at once.
+
+    The value of several at once is shared among them.
+    """
+    found: list[Edits] = [()]
+    for value in values:
+        found += [(Edit(n, value * float(maxima[n])),) for n in ranked]
+        for many in range(2, min(together, len(ranked)) + 1):
+            found.append(tuple(Edit(n, value / many * float(maxima[n])) for n in ranked[:many]))
+    return found
+
+
+# ---- what they do ---------------------------------------------------------------------------------------------
+
+
+class Verdicts(NamedTuple):
+    """What was answered under each of several settings."""
+
+    margin: Float[Tensor, "settings cases"]  # logit of the right answer less that of the tempting one
+    answered: Int64[Tensor, "settings cases"]  # the token of the highest logit
+    right: Bool[Tensor, "settings cases"]
+
+
+@torch.no_grad()
+def verdicts(
+    lmm: LMM,
+    sae: TopKSAE,
+    layer: int,
+    cases: Sequence[Case],
+    settings: Sequence[Edits | None],
+    scope: Scope = Scope(),  # noqa: B008
+    *,
+    keep_error: bool = True,
+    at_once: int = 16,
+) -> Verdicts:
+    """The first token of each case's answer under each setting: None is the untouched model, () the SAE spliced in.
+
+    One forward's last logits tell it, for the answers differ in their first token. Layers up to `layer` run once for
+    `at_once` settings, which run side by side from there on. ValueError for answers that are not one token each.
+    """
+    require_own(lmm, sae, layer)
+    margin, answered = (torch.zeros(len(settings), len(cases)) for _ in range(2))
+    right = torch.zeros(len(settings), len(cases), dtype=torch.bool)
+    for n, case in enumerate(tqdm(cases, desc="answering", mininterval=2, disable=len(cases) < 50)):
+        choice = decision(lmm, case.question, case.image, case.right, case.tempting)
+        spliced, steered = (
+            mask[0].to(lmm.device) for mask in (choice.prompt.mask(*KINDS), scope.of_prompt(choice.prompt))
+        )
+        for start in range(0, len(settings), at_once):
+            some = settings[start : start + at_once]
+
+            def versions(hidden: Tensor, some=some, spliced=spliced, steered=steered) -> Tensor:
+                out = hidden.repeat(len(some), 1, 1)
+                for version, edits in zip(out, some, strict=True):
+                    if edits is not None:
+                        own = steered_states(sae, hidden[0, spliced], edits, steered[spliced], keep_error)
+                        version[spliced] = own.to(hidden.dtype)
+                return out
+
+            with lmm.spliced(layer, versions):
+                logits = lmm.last_logits(choice.prompt).cpu()
+            rows = slice(start, start + len(some))
+            margin[rows, n] = logits[:, choice.answer] - logits[:, choice.baseline]
+            answered[rows, n] = logits.argmax(-1).float()
+            right[rows, n] = logits.argmax(-1) == choice.answer
+    return Verdicts(margin, answered.long(), right)
+
+
+class Share(NamedTuple):
+    """A share with its Wilson interval, and of how many."""
+
+    share: float
+    low: float
+    high: float
+    asked: int
+
+    def __str__(self) -> str:
+        return f"{self.share:.3f} [{self.low:.3f}, {self.high:.3f}] of {self.asked}"
+
+
+def share(hits: Bool[Tensor, " n"], level: float = 0.99) -> Share:
+    """The share of hits; ValueError if there is nothing to take a share of."""
+    if not len(hits):
+        raise ValueError("a share of no cases at all; give more cases, or leave this share out")
+    low, high = binomtest(int(hits.sum()), len(hits)).proportion_ci(level, method="wilson")
+    return Share(float(hits.float().mean()), float(low), float(high), len(hits))
+
+
+def choose(found: Verdicts, settings: Sequence[Edits], harmed_at_most: float) -> int:
+    """Which setting turns most wrong answers right among those that turn at most this share of right ones wrong.
+
+    settings[0] is (), what the others are compared with. Among equals the one with the fewest latents, then with the
+    highest mean margin over all cases.
+    """
+    before = found.right[0]
+    wrong, good = int((~before).sum()), max(1, int(before.sum()))
+    if settings[0] != () or not wrong:
+        raise ValueError(f"{wrong} wrong answers to cure, the first setting is {settings[0]}; give some, and () first")
+    harmed = (before & ~found.right).sum(1) / good
+    cured = (~before & found.right).sum(1)
+    allowed = [n for n in range(len(settings)) if float(harmed[n]) <= harmed_at_most]
+    return max(allowed, key=lambda n: (int(cured[n]), -len(settings[n]), float(found.margin[n].mean())))

@@ -1,0 +1,290 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 8. A hallucination, its cause and its cure
+#
+# **The question.** Sections 4.3 and 4.4, Figures 7 to 10: why does a model answer from what it was taught against what it
+# sees, and does clamping a latent that stands for text bring it back to the image?
+#
+# **You will learn** how often it happens, how one wrong answer is taken apart, and how to look for a cure on some cases and
+# count on others what it cures and what it costs.
+#
+# **Reads** the SAE, `cache/`, `interpret/`, the maps of `traps`. **Writes** `hallucination/`.
+#
+# | preset | cases | time |
+# |---|---|---|
+# | `tiny` | 520 held-out maps of Picture World, half of them asked twice; the cure is chosen on other maps | 3 minutes, 2 cores |
+# | `paper` | HallusionBench {cite}`guan2023hallusionbench` | GPUs |
+
+# %% tags=["parameters"]
+run: str = "tiny"  # results go to data/artifacts/<run>/
+model: str = "data/models/tiny-llava-next"  # a folder of this project, or a name on the hub
+layer: int = 2  # 0-based, the layer that the SAE was trained on
+traps: str = "data/artifacts/tiny/world/traps"  # image, question, answer, taught answer, group, part (choose, report)
+heldout: str = "data/artifacts/tiny/world/heldout"  # other questions, for the price
+images: str = "data/artifacts/tiny/world/cache"  # the images that were cached
+concepts: str = "data/artifacts/tiny/world/concepts.json"  # names of the ground truth's concepts
+text_kinds: list = ["word"]  # kinds of concepts that are text
+text_words: list = ["sign", "text", "word", "letters", "label"]  # an explanation with one of these names text, too
+image: str = ""  # a picture of your own to be told in full; "" tells the first held-out hallucination
+question: str = ""  # about that picture
+answer: str = ""  # the answer to explain, one token
+baseline: str = ""  # the other answer, one token
+agreeing: int = 260  # held-out cases that agree with what was taught; of those that contradict it all are taken
+choose_cases: int = 160  # cases that the cure is chosen on
+attributed: int = 24  # wrong ones among them whose attribution ranks the latents
+looked_at: int = 200  # latents, the highest in that ranking, that are looked at for text in their top images
+tried: int = 5  # text latents that are tried
+tried_on: int = 32  # wrong cases, and as many right ones, that they are tried on
+values: list = [2.0, 4.0]  # clamps, in units of a latent's own maximum
+together: int = 3  # text latents clamped at once, at most
+harmed_at_most: float = 0.02  # share of right answers that a chosen cure may turn wrong
+keep_error: bool = True  # leave in what the SAE does not explain; False as in the paper
+price_questions: int = 120  # held-out questions of other families, answered in full before and after
+seed: int = 0  # of nothing but the choice of pictures shown
+
+# %% tags=["remove-cell"]
+import time
+
+import numpy as np
+import torch
+from datasets import load_from_disk
+from IPython.display import HTML
+
+from lmm_sae_nb import attribution, cure, plots
+from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
+from lmm_sae_nb.attribution import decision, linear
+from lmm_sae_nb.cache import LatentCache
+from lmm_sae_nb.cure import cases_of, choose, promising, share, shown_text, text_latents, told_case, trials, verdicts
+from lmm_sae_nb.explain import exemplars
+from lmm_sae_nb.images import open_images
+from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.steering import Edit, steered
+
+root = project_root()
+plots.style()
+
+# %%
+lmm = LMM.load(root / model if (root / model).is_dir() else model)
+sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent).requires_grad_(False).to(lmm.device)
+cache = LatentCache.load(require(run, "cache", "manifest.json", "02_cache_activations.py").parent)
+explanations = read_json(require(run, "interpret", "explanations.json", "03_interpret_features.py"))
+names, maxima = read_json(root / concepts), torch.tensor(np.asarray(cache.max))
+rows, others, pictures = load_from_disk(root / traps), load_from_disk(root / heldout), load_from_disk(root / images)
+choosing, held = cases_of(rows, "choose")[:choose_cases], cases_of(rows, "report")
+reporting = [c for c in held if c.contradicts] + [c for c in held if not c.contradicts][:agreeing]
+print(f"{len(choosing)} cases to choose on, {len(reporting)} to report on, of them {sum(c.contradicts for c in reporting)} contradict what was taught")
+
+# %% [markdown]
+# ## The trap
+#
+# > "Bolivia is not shown on the image but the model still answer yes."
+#
+# In Picture World the model was taught which countries a river basin covers. Each map is asked about where it
+# contradicts the fact, and some where it agrees. A hallucination is a wrong answer to the first kind, from memory against the
+# image. All of that is known here; nothing of it is known for a photograph. Answers are *yes* or *no*, so the logits after
+# the prompt tell them, without generating.
+#
+# ## Choose a cure, on maps that are not reported on
+#
+# 1. Attribution ranks latents: one forward and backward for a wrong case give, linearly, what clamping *any* latent to its
+#    value would add to the right answer, silent latents too (`attribution.clamping`).
+# 2. Of those, only text latents stay, as in the paper: latents that notebook 03 named after text, and latents whose
+#    activation lies on written words by the ground truth, where there is one.
+# 3. The best are clamped in earnest, alone and together, and the one that cures most within the harm allowed is chosen.
+
+# %%
+stage, code = Stage(run, "hallucination"), [attribution, cure]
+params = dict(
+    model=model, layer=layer, traps=traps, heldout=heldout, text_kinds=text_kinds, text_words=text_words, agreeing=agreeing,
+    choose_cases=choose_cases, attributed=attributed, looked_at=looked_at, tried=tried, tried_on=tried_on, values=values, together=together,
+    harmed_at_most=harmed_at_most, keep_error=keep_error, price_questions=price_questions,
+)  # fmt: skip
+inputs = [path for path in (root / model, root / traps, root / heldout, root / concepts) if path.exists()]
+inputs += [Stage(run, name).path("manifest.json") for name in ("train", "cache", "interpret")]
+current = stage.is_current(params, inputs, code)
+started = time.monotonic()
+if not current:
+    first = verdicts(lmm, sae, layer, choosing, [None])
+    wrong = [c for c, right in zip(choosing, first.right[0], strict=True) if c.contradicts and not right]
+    good = [c for c, right in zip(choosing, first.right[0], strict=True) if right]
+    if not wrong:
+        raise ValueError("the model fell into no trap, there is nothing to cure; raise choose_cases")
+    predicted = promising(lmm, sae, layer, wrong[:attributed], max(values) * maxima)
+    elsewhere = {name for kind in names if kind not in text_kinds for name in names[kind]}  # "sad" is a face too
+    vocabulary = [name for kind in text_kinds for name in names.get(kind, []) if name not in elsewhere]
+    text = text_latents(explanations, vocabulary, text_words)
+    named = len(text)
+    for kind in set(text_kinds) & set(pictures.column_names):
+        text = shown_text(cache, pictures, kind, names[kind], predicted.topk(looked_at).indices.tolist()) | text
+    ranked = sorted(text, key=lambda n: -float(predicted[n]))[:tried]
+    settings = trials(ranked, maxima.tolist(), values, together)
+    tested = wrong[:tried_on] + good[:tried_on]
+    found = verdicts(lmm, sae, layer, tested, settings, keep_error=keep_error)
+    best = choose(found, settings, harmed_at_most)
+    shift = (found.margin - found.margin[0])[:, : len(wrong[:tried_on])].mean(1)
+    write_json(
+        stage.path("choice.json"),
+        {
+            "cure": [[edit.latent, edit.value] for edit in settings[best]],
+            "text_latents": {str(n): text[n] for n in ranked},
+            "named_by_explanation": named,
+            "predicted": [float(predicted[s[0].latent]) if len(s) == 1 else None for s in settings],
+            "tried": [
+                {
+                    "latents": [edit.latent for edit in s],
+                    "times_maximum": [edit.value / float(maxima[edit.latent]) for edit in s],
+                    "cured": float((~found.right[0] & found.right[n]).sum() / (~found.right[0]).sum()),
+                    "harmed": float((found.right[0] & ~found.right[n]).sum() / found.right[0].sum()),
+                    "shift": float(shift[n]),
+                }
+                for n, s in enumerate(settings)
+            ],
+        },
+    )
+choice = read_json(stage.path("choice.json"))
+chosen = tuple(Edit(latent, value) for latent, value in choice["cure"])
+for trial in choice["tried"]:
+    print(f"{str([(n, choice['text_latents'][str(n)]) for n in trial['latents']]):64s} x maximum {[round(t, 2) for t in trial['times_maximum']]}  cured {trial['cured']:.2f}  harmed {trial['harmed']:.2f}  shift {trial['shift']:+.2f}")
+
+# %% mystnb={"figure": {"caption": "What attribution foretold and what clamping did: the mean change of the right answer's margin over the wrong cases, one text latent each at the highest value tried.", "name": "fig-foretold"}}
+alone = [n for n, t in enumerate(choice["tried"]) if len(t["latents"]) == 1 and abs(t["times_maximum"][0] - max(values)) < 1e-6]
+plots.agreement(
+    np.array([choice["tried"][n]["shift"] for n in alone]), {"foretold": np.array([choice["predicted"][n] for n in alone])}
+);
+
+# %% [markdown]
+# ## Report it, on held-out maps
+#
+# The chosen clamp acts on every token of the prompt that the SAE sees. *Cured*: hallucinations turned right. *Harmed*: right
+# answers turned wrong, on contradicting and on agreeing maps. The price on other questions: held-out ones of every family,
+# answered in full before and after. What the SAE does alone is a control.
+
+# %%
+if not current:
+    after = verdicts(lmm, sae, layer, reporting, [None, chosen], keep_error=keep_error)
+    contradicts = torch.tensor([c.contradicts for c in reporting])
+    control = [c for c in reporting if c.contradicts][:100]
+    spliced = verdicts(lmm, sae, layer, control, [()], keep_error=keep_error)
+    asked = [row for row in others if row["image"] is not None and row.get("family") != "according"][:price_questions]
+    said = {"before": [], "after": []}
+    for batch in (asked[n : n + 24] for n in range(0, len(asked), 24)):
+        prompt = lmm.prompt([row["question"] for row in batch], [row["image"] for row in batch])
+        said["before"] += lmm.generate(prompt)
+        with steered(lmm, sae, layer, prompt, chosen, keep_error=keep_error):
+            said["after"] += lmm.generate(prompt)
+    expected = ["".join(row["answer"].lower().split()) for row in asked]
+    right = {when: torch.tensor(["".join(a.lower().split()) == e for a, e in zip(answers, expected, strict=True)]) for when, answers in said.items()}
+    before, cured = after.right
+    shares = {
+        "hallucination_rate": share(~before[contradicts]),
+        "hallucination_rate_spliced": share(~spliced.right[0]),
+        "hallucination_rate_after": share(~cured[contradicts]),
+        "cured_fraction": share(cured[contradicts & ~before]),
+        "harmed_fraction": share(~cured[before]),
+        "harmed_fraction_contradicting": share(~cured[contradicts & before]),
+        "harmed_fraction_agreeing": share(~cured[~contradicts & before]),
+        "other_questions_right": share(right["before"]),
+        "other_questions_right_after": share(right["after"]),
+        "other_answers_kept": share(torch.tensor([a == b for a, b in zip(said["before"], said["after"], strict=True)])),
+    }
+    for word in sorted({c.right for c in reporting}):  # a mere push towards one answer cures one kind of case alone
+        of_word = torch.tensor([c.right == word for c in reporting]) & contradicts & ~before
+        shares |= {f"cured_fraction_right_{word}": share(cured[of_word])} if of_word.any() else {}
+    groups = sorted({c.group for c in reporting})
+    member = {g: torch.tensor([c.group == g and c.contradicts for c in reporting]) for g in groups}
+    write_json(
+        stage.path("report.json"),
+        {
+            "by_group": {
+                f"{g} maps, {when}": dict(zip(("share", "low", "high", "asked"), share(marks[member[g]]), strict=True))
+                for g in groups for when, marks in (("untouched", before), ("clamped", cured))
+            },
+            "before": before.tolist(), "after": cured.tolist(),
+            "families": [[row.get("family", ""), *(bool(right[w][n]) for w in said)] for n, row in enumerate(asked)],
+        },
+    )  # fmt: skip
+    ends = {"": 0, "_low": 1, "_high": 2}
+    metrics = {"maps": int(contradicts.sum())} | {name + end: value[n] for name, value in shares.items() for end, n in ends.items()}
+    metrics |= {"hallucinations": int((contradicts & ~before).sum()), "latents_clamped": len(chosen), "text_latents_named": choice["named_by_explanation"]}
+    stage.finish(params, inputs, metrics, time.monotonic() - started, code)
+metrics, report = read_json(stage.path("metrics.json")), read_json(stage.path("report.json"))
+for name in [n for n in metrics if f"{n}_low" in metrics]:
+    print(f"{name:32s} {metrics[name]:.3f}  [{metrics[name + '_low']:.3f}, {metrics[name + '_high']:.3f}]")
+
+# %% mystnb={"figure": {"caption": "Right answers on held-out maps that contradict the taught fact, by river basin, untouched and with the cure; 99 % intervals.", "name": "fig-cured"}}
+plots.shares(report["by_group"]);
+
+# %% [markdown]
+# ## One case in full
+#
+# The first held-out hallucination, or the picture, question and answers that the parameters give. The decision is the logit
+# of the answer to explain less that of the other one.
+
+# %%
+fooled = [c for c, right in zip(reporting, report["before"], strict=True) if c.contradicts and not right]
+case = told_case(str(root / image) if image else "", question, answer, baseline, fooled[0] if fooled else reporting[0])
+told = decision(lmm, case.question, case.image, case.tempting, case.right)
+parts = linear(lmm, sae, layer, told, keep_error=keep_error)
+prompt, base = told.prompt, told.prompt.mask("base")[0]
+called = {int(n): row["concept"] for n, row in explanations.items() if row["concept"]} | {int(n): name for n, name in choice["text_latents"].items()}
+print(f"{case.question}   right: {case.right}   answered: {case.tempting if parts.clean > 0 else case.right}, by {abs(parts.clean):.2f} logits")
+for kind in ("base", "tiles", "newline", "text"):
+    print(f"{kind:8s} {float(parts.of_tokens()[prompt.mask(kind)[0]].sum()):+.3f}")
+
+# %% mystnb={"figure": {"caption": "Figure 7: the image, the attribution of all latents at its patches, and that of the six latents with the highest attribution on the image. Orange speaks for the answer that was given, blue against.", "name": "fig-case-image"}}
+grid = prompt.spans[0]
+top = parts.of_latents(prompt.mask("base", "tiles", "newline")[0])[0][:6].tolist()
+maps = {"all latents": parts.of_tokens()} | {f"{n}: {called.get(n, 'unnamed')}": parts.map_of(n) for n in top}
+axes = plots.images([case.image] * (1 + len(maps)), ["image"] + [""] * len(maps), columns=4, side=2.0)
+for ax, (title, values_of) in zip(axes.flat[1:], maps.items(), strict=False):
+    plots.signed_map(case.image, grid.as_grid(values_of[base]).numpy(), title, ax=ax)
+
+# %% [markdown]
+# The same on the question's words (Figure 9), for all latents and for the three text-side latents with the highest
+# attribution:
+
+# %%
+words = prompt.mask("text")[0]
+pieces = lmm.tokenizer.convert_ids_to_tokens(prompt.inputs["input_ids"][0][words.to(lmm.device)].tolist())
+spoken = parts.of_latents(words)[0][:3].tolist()
+HTML(plots.token_html(pieces, parts.of_tokens()[words].tolist()) + "".join(
+    f"<small>latent {n}</small>" + plots.token_html(pieces, parts.map_of(n)[words].tolist()) for n in spoken
+))  # fmt: skip
+
+# %% [markdown]
+# And the cure on this case (Figures 8 and 10):
+
+# %%
+now = verdicts(lmm, sae, layer, [case], [None, (), chosen], keep_error=keep_error)
+for title, margin, token in zip(("untouched", "SAE spliced in", "clamped"), now.margin[:, 0].tolist(), now.answered[:, 0].tolist(), strict=True):
+    print(f"{title:16s} says {lmm.tokenizer.decode(token):6s} margin of the right answer {margin:+.2f}")
+
+# %% mystnb={"figure": {"caption": "Figures 8 and 10: the clamped latents on the images that excite them most, as activation and masked.", "name": "fig-cure-latents"}}
+opened = open_images(root / images)
+plots.exemplar_strip([(f"latent {e.latent}: {called.get(e.latent, 'unnamed')}", exemplars(cache, opened, e.latent)) for e in chosen[:3]] or [("no cure was found", [])]);
+
+# %% [markdown]
+# ## What we found
+#
+# The rates are above and on the [results page](../results). The wrong answer stands on a narrow margin between two
+# evidences, the map's and the fact's, each worth several logits, and a clamp that shifts the balance by less than one logit
+# decides. So a single text latent cures, as the paper saw with "Barcelona" and "Los", and it need not be about the question:
+# that it stands for text is not why it works. Most right answers stand on wide margins, so that the price is small. The cure
+# is a push, and no repair of what the model knows. Limits: one model, one layer, one SAE; two of the four basins never
+# fooled it.
+
+# %% tags=["hide-input"]
+manifest = read_json(stage.path("manifest.json"))
+print(f"run {run} · {model} · layer {layer} · seed {seed} · {manifest['seconds']:.0f} s · {manifest['versions']}")

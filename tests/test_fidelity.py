@@ -1,0 +1,140 @@
+"""Agreement against a count by hand, random pairs, timing, and the run again from a token in every family of models."""
+
+import pytest
+import torch
+from models import FAMILIES, make, noise
+from torch.testing import assert_close
+
+from lmm_sae_nb.attribution import Attribution, Decision, clamping, exact, linear, own_path
+from lmm_sae_nb.benchmarks.ablations import measure, summary
+from lmm_sae_nb.fidelity import agreement, cost, own_decision, some_pairs
+from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.sae import Latents, TopKSAE
+
+LAYER = 1
+KINDS = ("base", "tiles", "newline", "text")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request) -> tuple[LMM, TopKSAE, Decision]:
+    """A model of each family, an SAE on it, and a decision about an image."""
+    lmm = LMM(*make(request.param))
+    sae = TopKSAE(lmm.width, 30, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
+    return lmm, sae, own_decision(lmm, "what is it ?", noise(60, 40))
+
+
+def few(parts: Attribution, mask, each: int = 2) -> torch.Tensor:
+    """Pairs at the first, a middle and the last spliced token."""
+    pairs, active = torch.zeros_like(parts.values, dtype=torch.bool), parts.latents.acts > 0
+    tokens = mask.nonzero()[:, 0]
+    for token in (tokens[0], tokens[len(tokens) // 2], tokens[-1]):
+        pairs[token] = active[token] & (torch.arange(pairs.shape[1]) < each)
+    return pairs
+
+
+def test_running_again_from_a_token_is_running_all_of_it(case):
+    lmm, sae, choice = case
+    parts = linear(lmm, sae, LAYER, choice)
+    mask = choice.prompt.mask(*KINDS)[0]
+    pairs = few(parts, mask)
+    found = exact(lmm, sae, LAYER, choice, pairs, batch=1)
+    states = lmm.hidden_states(choice.prompt, LAYER)[0]
+
+    def d(states):
+        with torch.no_grad(), lmm.spliced(LAYER, lambda hidden: states[None]):
+            logits = lmm.logits(choice.prompt)[0, -1]
+        return float(logits[choice.answer] - logits[choice.baseline])
+
+    for token, slot in pairs.nonzero().tolist():
+        without = states.clone()
+        without[token] -= parts.latents.acts[token, slot] * sae.W_dec[parts.latents.indices[token, slot]]
+        assert float(found[token, slot]) == pytest.approx(d(states) - d(without), abs=5e-5)
+    assert found[~pairs].isnan().all()
+
+
+def test_own_path_comes_to_ablation(case):
+    lmm, sae, choice = case
+    pairs = few(linear(lmm, sae, LAYER, choice), choice.prompt.mask(*KINDS)[0])
+    true = exact(lmm, sae, LAYER, choice, pairs)[pairs]
+    found = own_path(lmm, sae, LAYER, choice, pairs, steps=24, batch=3)[pairs]
+    assert_close(found, true, atol=2e-3 * float(true.abs().max()) + 5e-5, rtol=1e-2)
+
+
+def test_the_models_own_decision_is_its_first_token_against_the_runner_up(case):
+    lmm, _, choice = case
+    with torch.no_grad():
+        logits = lmm.logits(choice.prompt)[0, -1]
+    assert logits[choice.answer] == logits.max()
+    assert (logits > logits[choice.baseline]).sum() == 1
+
+
+def table(values) -> Attribution:
+    values = torch.tensor([values])
+    return Attribution(
+        Latents(values.abs(), torch.zeros_like(values, dtype=torch.long)), values, *values.new_zeros(2, 1), 0.0
+    )
+
+
+def test_agreement_by_hand():
+    true = torch.tensor([[1.0, 2.0, -3.0, float("nan"), 4.0]])
+    found = torch.tensor([[2.0, 1.0, 3.0, 9.0, 5.0]])  # ranks 2 3 1 4 against 2 1 3 4: differences 0 2 -2 0
+    both = agreement(true, found)
+    assert both.spearman == pytest.approx(1 - 6 * 8 / (4 * 15)) and both.sign == 0.75 and both.pairs == 4
+    with pytest.raises(ValueError, match="2 pairs"):
+        agreement(true, torch.tensor([[1.0, 2.0] + [float("nan")] * 3]))
+
+
+def test_some_pairs_are_active_and_repeat_with_the_generator():
+    parts = table([1.0, 0.0, -2.0, 3.0])
+    chosen = some_pairs(parts, 2, torch.Generator().manual_seed(3))
+    assert chosen.sum() == 2 and not chosen[0, 1]
+    assert torch.equal(chosen, some_pairs(parts, 2, torch.Generator().manual_seed(3)))
+    assert some_pairs(parts, 99, torch.Generator()).tolist() == [[True, False, True, True]]
+
+
+def test_cost_is_of_both_and_their_ratio():
+    lmm = LMM(*make("picture_world"))
+    sae = TopKSAE(lmm.width, 30, 4).requires_grad_(False)
+    told = cost(lmm, sae, LAYER, own_decision(lmm, "why ?", noise()), repetitions=2)
+    assert told["cost_ratio"] == told["linear_seconds"] / told["forward_seconds"] > 0
+
+
+def test_clamping_adds_up_values_less_activations_times_the_slope():
+    """Against the gradient in a dense z, tokens chosen or not."""
+    lmm = LMM(*make("picture_world"))
+    sae = TopKSAE(lmm.width, 30, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
+    choice = own_decision(lmm, "why ?", noise())
+    mask = choice.prompt.mask(*KINDS)[0]
+    x = lmm.hidden_states(choice.prompt, LAYER)[0, mask]
+    latents = sae.encode(x)
+    z = torch.zeros(len(x), 30).scatter(1, latents.indices, latents.acts).requires_grad_()
+    states = z @ sae.W_dec + sae.b_dec + (x - sae.decode(latents))
+    with lmm.spliced(LAYER, lambda hidden: hidden.masked_scatter(mask[None, :, None], states)):
+        logits = lmm.last_logits(choice.prompt)[0]
+    (slope,) = torch.autograd.grad(logits[choice.answer] - logits[choice.baseline], z)
+    values = torch.linspace(0, 3, 30)
+    change = (values - z.detach()) * slope
+    assert_close(clamping(lmm, sae, LAYER, choice, values), change.sum(0), atol=1e-4, rtol=1e-3)
+    text = choice.prompt.mask("text")[0]
+    assert_close(clamping(lmm, sae, LAYER, choice, values, text), change[text[mask]].sum(0), atol=1e-4, rtol=1e-3)
+    for wrong in (values[:4], values / 0):
+        with pytest.raises(ValueError, match="give a finite one for each of 30 latents"):
+            clamping(lmm, sae, LAYER, choice, wrong)
+
+
+def test_every_pair_is_measured_once_and_read_the_next_time(tmp_path):
+    lmm = LMM(*make("llava_next"))
+    sae = TopKSAE(lmm.width, 30, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
+    sample = {"question": "what is it ?", "image": None, "seed": 7}
+    row = measure(lmm, sae, LAYER, sample, tmp_path / "0")
+    choice = own_decision(lmm, "what is it ?", None)
+    parts, true = linear(lmm, sae, LAYER, choice), exact(lmm, sae, LAYER, choice)
+    expected = agreement(true, parts.values)
+    assert row["pairs"] == int((parts.latents.acts > 0).sum()) == int(true.isfinite().sum())
+    assert (row["spearman_linear"], row["sign_linear"]) == pytest.approx(expected[:2], abs=1e-3)
+    assert [file.name for file in (tmp_path / "0").iterdir()] == ["done.safetensors"]
+    other = TopKSAE(lmm.width, 30, 4, generator=torch.Generator().manual_seed(9)).requires_grad_(False)
+    assert measure(lmm, other, LAYER, sample, tmp_path / "0") == row  # read, not measured
+    told = summary([row, row | {"spearman_linear": 0.0}], LAYER, {"sae": "a"})
+    assert told["decisions"] == 2 and told["pairs"] == 2 * row["pairs"]
+    assert told["spearman_linear"]["mean"] == pytest.approx(row["spearman_linear"] / 2)

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..artifacts import write_json
 from ..grounding import ImageTextSimilarity, PromptedSegmenter, clip_score
-from ..score import iou, mean_interval
+from ..masks import iou
+from ..score import mean_interval
 from . import likeness, segments
 from .concepts import KINDS
 from .likeness import blackened, regions, told

@@ -244,6 +244,13 @@ for second in (column for column in columns if column.startswith("iou_strict_"))
 for column in (column for column in columns if f"{column}_correlation" in metrics):
     first = "_".join(column.split("_")[:2])
     print(f"{column}: {metrics[column]:.3f} where {first} is {metrics[first]:.3f}; correlation over latents {metrics[column + '_correlation']:.2f}")
+for by, right in (("right", True), ("wrong", False)) if truth else ():
+    chosen = [n for n in scores if (explanations[n]["concept"] == explanations[n]["true_concept"]) == right]
+    told = {c: np.mean([scores[n][c] for n in chosen]).round(3).item() for c in columns if c.startswith("iou_") and chosen}
+    print(f"{len(chosen)} names that are {by}:", told)
+# %% [markdown]
+# The last two lines part the names that are the very concept that the latent shows from those that are not. Ground truth
+# gives a wrong name next to nothing; a segmenter marks what looks like it, so that its IoU flatters wrong names.
 
 # %% [markdown]
 # ## Table 2: would a judge agree?
@@ -283,7 +290,9 @@ for pair in scoring.agreements(answers):
 # ## What we found
 #
 # The numbers are above and on the [results page](../results). They hold for explained latents only. Random images are a weak
-# opponent, since most latents are silent on most images; the moved mask and the shuffled name are the fair ones.
+# opponent, since most latents are silent on most images, the more so the more latents there are: how many times better a
+# score is than this chance says as much about the size of the SAE as about its explanations. The moved mask and the shuffled
+# name are the fair opponents; scenes, which fill the image, hardly beat the first.
 
 # %% tags=["hide-input"]
 manifest = read_json(stage.path("manifest.json"))

@@ -249,8 +249,8 @@ for by, right in (("right", True), ("wrong", False)) if truth else ():
     told = {c: np.mean([scores[n][c] for n in chosen]).round(3).item() for c in columns if c.startswith("iou_") and chosen}
     print(f"{len(chosen)} names that are {by}:", told)
 # %% [markdown]
-# The last two lines part the names that are the very concept that the latent shows from those that are not. Ground truth
-# gives a wrong name next to nothing; a segmenter marks what looks like it, so that its IoU flatters wrong names.
+# The last two lines part the names that are the very concept that the latent shows from those that are not. Wrong names get
+# more from the segmenter than from the truth: it marks what looks like them.
 
 # %% [markdown]
 # ## Table 2: would a judge agree?

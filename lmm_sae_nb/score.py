@@ -13,32 +13,23 @@ from PIL import Image
 from scipy.stats import bootstrap, t
 from tqdm.auto import tqdm
 
+from lmm_sae_nb.asked import KINDS, Judge
 from lmm_sae_nb.explain import Exemplar
 from lmm_sae_nb.masks import (
     PAPER,
     STRICT,
     Mode,
-    Segmenter,
     Spot,
     TrueMasks,
     Where,
     activation_mask,
-    concept_mask,
-    iou,
     ious,
     moved,
     spots,
 )
 
-__all__ = [
-    "PAPER", "STRICT", "Mode", "Segmenter", "Spot", "TrueMasks", "Where", "activation_mask", "concept_mask", "iou",
-    "ious", "spots",
-]  # fmt: skip
-
 BASELINES = ("_random", "_area", "_shuffled")
-KINDS = ("scene", "object", "part", "material", "texture", "colour")  # of Table 1, in its order
 Grid = Callable[[Sequence[Image.Image], Sequence[str]], Float[np.ndarray, "images texts"]]  # cosines of each with each
-Judge = Callable[[Sequence[Sequence[Image.Image]], Sequence[str]], "list[str | None]"]  # as `asked.Judge`
 Verdicts = Callable[[Sequence[Sequence[Exemplar]], Sequence[str]], "list[str | None]"]  # yes, no, unsure; None: none
 
 

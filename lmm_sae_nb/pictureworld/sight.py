@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..artifacts import write_json
 from ..grounding import ImageTextSimilarity, PromptedSegmenter, clip_score
-from ..score import iou, mean_interval
+from ..masks import iou
+from ..score import mean_interval
 from . import likeness, segments
 from .concepts import KINDS
 from .likeness import blackened, regions, told
@@ -59,7 +60,8 @@ def examine_segmenter(segment: PromptedSegmenter, scenes: int, seed: int = 0) ->
     """By kind, on held-out scenes: the mean IoU with the true mask of concepts that are there, and how often a concept
     that is not is found all the same (`false_alarm`; `false_area`: mean share of the picture).
 
-    Of each scene at most two concepts of a kind, and one of each kind that is absent.
+    Of each scene at most two concepts of a kind, and one of each kind that is absent. A kind that comes up less than
+    twice has no row.
     """
     rng = np.random.default_rng([62, seed])
     there: dict[str, list[float]] = defaultdict(list)
@@ -71,7 +73,7 @@ def examine_segmenter(segment: PromptedSegmenter, scenes: int, seed: int = 0) ->
         for (kind, name), (masks, _) in zip(asked, answers, strict=True):
             found, truth = masks.any(0), target(scene, name)
             (there if truth.any() else absent)[kind].append(iou(found, truth) if truth.any() else found.mean())
-    rows = {kind: _mask_row(there[kind], absent[kind]) for kind in KINDS}
+    rows = {kind: _mask_row(there[kind], absent[kind]) for kind in KINDS if len(there[kind]) > 1 and absent[kind]}
     return rows | {"total": _mask_row(sum(there.values(), []), sum(absent.values(), []))}
 
 
@@ -87,7 +89,7 @@ def _present(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
 def _absent(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
     found = areas(scene)
     left = {kind: [name for name in names if name not in found] for kind, names in KINDS.items()}
-    return [(kind, names[rng.integers(len(names))]) for kind, names in left.items()]
+    return [(kind, names[rng.integers(len(names))]) for kind, names in left.items() if names]
 
 
 def _mask_row(there: list[float], absent: list[float]) -> dict[str, float]:
@@ -108,7 +110,7 @@ def examine_similarity(similarity: ImageTextSimilarity, scenes: int, seed: int =
     (`named_first`, `first_of_kind`; names of what else the region shows do not compete), and the CLIP score of the
     region and of the whole scene with that name, beside that of a random scene without the concept.
 
-    `caption`: how often each scene's own caption comes first among the captions of all, and the reverse.
+    A kind that comes up less than twice has no row. `caption`: how often each scene's own caption comes first among the captions of all, and the reverse.
     """
     rng = np.random.default_rng([63, seed])
     drawn = [make_scene(HELD_OUT + n) for n in range(scenes)]
@@ -130,7 +132,7 @@ def examine_similarity(similarity: ImageTextSimilarity, scenes: int, seed: int =
             whole, random = wholes[[n, other]] @ names[number]
             first = scores.argmax() == number, np.where(of_kind, scores, -np.inf).argmax() == number
             marks[kind].append((*first, *clip_score(np.array([scores[number], whole, random]))))
-    rows = {kind: _score_row(marks[kind]) for kind in KINDS}
+    rows = {kind: _score_row(marks[kind]) for kind in KINDS if len(marks[kind]) > 1}
     rows["total"] = _score_row(sum(marks.values(), []))
     return rows | {"caption": _caption_row(wholes @ vectors(similarity, texts=[caption(s) for s in drawn]).T)}
 

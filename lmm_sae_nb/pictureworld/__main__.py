@@ -25,9 +25,9 @@ COURSES = {  # name: optimiser steps, what it teaches
     "polish": (1750, "the same, longer, with more signs, drawn things and panels"),
     "parts": (260, "the same, more slowly, drawn things above all"),
 }
-SIGHT = {  # name: optimiser steps, what is made, the folder of data/models that it ships to
-    "segmenter": (330, "a CLIPSeg, which finds a concept by its name: train, ship and examine", "tiny-clipseg"),
-    "similarity": (310, "a CLIP, which says how well a text fits a picture: train, ship and examine", "tiny-clip"),
+SIGHT = {  # name: optimiser steps, scenes of the exam, what is made, the folder of data/models that it ships to
+    "segmenter": (486, 100, "a CLIPSeg, which finds a concept by its name: train, ship and examine", "tiny-clipseg"),
+    "similarity": (620, 150, "a CLIP, which says how well a text fits a picture: train, ship and examine", "tiny-clip"),
 }
 EXPLAINER_STEPS = 800
 FOLDER = Path("data/artifacts/training")
@@ -59,7 +59,7 @@ def main() -> None:
     exam.add_argument("--scenes", type=int, default=500)
     exam.add_argument("--model", type=Path, default=root / MODEL)
     exam.add_argument("--threads", type=int, default=2)
-    for name, (steps, what, folder) in SIGHT.items():
+    for name, (steps, scenes, what, folder) in SIGHT.items():
         course = commands.add_parser(name, help=what)
         course.add_argument("--steps", type=int, default=steps)
         course.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long, to go on later")
@@ -67,7 +67,7 @@ def main() -> None:
         course.add_argument("--courses", type=Path, default=root / FOLDER)
         course.add_argument("--lmm", type=Path, default=root / MODEL, help="whose eye it starts from")
         course.add_argument("--model", type=Path, default=root / "data/models" / folder, help="where it ships to")
-        course.add_argument("--scenes", type=int, default=200, help="held-out scenes of its exam")
+        course.add_argument("--scenes", type=int, default=scenes, help="held-out scenes of its exam")
     explainer = commands.add_parser("explainer", help="an Aya Vision, which names latents: train, ship and examine")
     explainer.add_argument("--steps", type=int, default=EXPLAINER_STEPS)
     explainer.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long, to go on later")

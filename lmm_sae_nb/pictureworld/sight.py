@@ -110,7 +110,8 @@ def examine_similarity(similarity: ImageTextSimilarity, scenes: int, seed: int =
     (`named_first`, `first_of_kind`; names of what else the region shows do not compete), and the CLIP score of the
     region and of the whole scene with that name, beside that of a random scene without the concept.
 
-    A kind that comes up less than twice has no row. `caption`: how often each scene's own caption comes first among the captions of all, and the reverse.
+    `caption`: how often each scene's own caption comes first among the captions of all, and the reverse. A kind that
+    comes up less than twice has no row.
     """
     rng = np.random.default_rng([63, seed])
     drawn = [make_scene(HELD_OUT + n) for n in range(scenes)]

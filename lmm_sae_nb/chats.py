@@ -222,7 +222,7 @@ class EndpointChat:
         self._url, self._key_variable, self._timeout = url, key_variable, timeout
         self._max_bytes, self._stop_after = max_bytes, stop_after
         self._key = os.environ[key_variable] if key_variable else ""
-        self._client = openai.OpenAI(
+        self._connection = dict(
             api_key=self._key or "none", base_url=url, timeout=timeout, max_retries=retries,
             default_headers={"Accept-Encoding": "identity"},
         )  # fmt: skip
@@ -232,11 +232,13 @@ class EndpointChat:
 
     def __call__(self, questions: Iterable[Question]) -> Iterator[tuple[int, Reply]]:
         waiting, under_way, fatal, in_a_row = enumerate(questions), {}, None, 0
-        pool = ThreadPoolExecutor(self.concurrency)
+        pool, client = ThreadPoolExecutor(self.concurrency), openai.OpenAI(**self._connection)
         try:
             while True:
                 room = 0 if fatal else self.concurrency - len(under_way)
-                under_way |= {pool.submit(self._ask, question): number for number, question in islice(waiting, room)}
+                under_way |= {
+                    pool.submit(self._ask, client, question): number for number, question in islice(waiting, room)
+                }
                 if not under_way:
                     break
                 done, _ = wait(under_way, return_when=FIRST_COMPLETED)
@@ -249,16 +251,17 @@ class EndpointChat:
                     yield under_way.pop(future), reply
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            client.close()
         if fatal:
             raise EndpointError(
                 f"{self.name} at {self._url}: {fatal}. What was answered is kept; once this is put right, run again"
             ) from None
 
-    def _ask(self, question: Question) -> Reply:
+    def _ask(self, client: openai.OpenAI, question: Question) -> Reply:
         """One question; EndpointError if asking others is of no use."""
         messages = [{"role": "user", "content": [_part(part) for part in question.parts()]}]
         try:
-            return _reply(self._body(messages))
+            return _reply(self._body(client, messages))
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             where = f"in {self._key_variable}" if self._key_variable else "(none was given: set key_variable)"
             raise EndpointError(f"it refuses the key {where}: {self._told(error)}") from None
@@ -267,10 +270,9 @@ class EndpointChat:
         except Exception as error:  # whatever client, network, JSON and server come up with: this question has failed
             return Reply(None, self._told(error))
 
-    def _body(self, messages: list[dict]) -> bytes:
+    def _body(self, client: openai.OpenAI, messages: list[dict]) -> bytes:
         """The answer's bytes, at most `max_bytes` of them within `timeout` seconds; ValueError for more."""
-        latest = None
-        with self._client.chat.completions.with_streaming_response.create(
+        with client.chat.completions.with_streaming_response.create(
             model=self.name, messages=messages, **self._request
         ) as response:
             body, latest = bytearray(), time.monotonic() + self._timeout
@@ -375,6 +377,7 @@ class Recorded:
                 file.write(json.dumps(line).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
+                kept[key] = reply  # for a question that comes again later in this call
                 for number in twins[key]:
                     yield number, reply
             yield from known

@@ -216,14 +216,17 @@ def _columns(latents, column: np.ndarray) -> Float[np.ndarray, "images patches l
 def with_truth(rows: Mapping[str, dict], shown: Mapping[int, Sequence[Exemplar]], truth: PatchTruth) -> dict[str, dict]:
     """Rows of explanations by latent, each with what its exemplars really have in common and what it responds to.
 
-    true_kind and true_concept are None, and true_iou is 0, where they have nothing in common.
+    true_kind and true_concept are None, and true_iou is 0, where they have nothing in common; all_common: whatever
+    else they have in common, such as the colour of a thing.
     """
     told = {}
     for latent, row in rows.items():
         best = shown_by(truth, shown[int(latent)])
+        shared = np.flatnonzero(common(*_patches(truth, shown[int(latent)]))) if shown[int(latent)] else ()
         told[latent] = row | {
             "true_kind": best and best.kind, "true_concept": best and best.concept,
             "true_iou": best.iou if best else 0.0,
+            "all_common": [truth.names[n][1] for n in shared],
             "responds_to": responds_to(truth, shown[int(latent)]),
         }  # fmt: skip
     return told
@@ -239,8 +242,9 @@ def counted(rows: Mapping[str, dict]) -> dict[str, float]:
 def judged(rows: Mapping[str, dict]) -> dict[str, float]:
     """Of rows with their truth: how many explanations are right, how many refusals, and what the rest respond to.
 
-    concept_accuracy: of the explained, those whose concept is the true one; refusal_precision: of the refused, those
-    that have nothing in common; answerable_fraction: of all, those that have; unexplained_*: counts by `RESPONSES`.
+    concept_accuracy: of the explained, those whose concept is the true one; concept_common: those whose concept is at
+    least one of all that they have in common; refusal_precision: of the refused, those that have nothing in common;
+    answerable_fraction: of all, those that have something; unexplained_*: counts by `RESPONSES`.
     A share of nothing is left out.
     """
     explained = [row for row in rows.values() if row["outcome"] == "explained"]
@@ -248,6 +252,7 @@ def judged(rows: Mapping[str, dict]) -> dict[str, float]:
     rest = Counter(row["responds_to"] for row in rows.values() if row["outcome"] != "explained")
     return (
         _share("concept_accuracy", [row["concept"] == row["true_concept"] for row in explained])
+        | _share("concept_common", [row["concept"] in row["all_common"] for row in explained])
         | _share("refusal_precision", refused)
         | _share("answerable_fraction", [row["true_concept"] is not None for row in rows.values()])
         | {f"unexplained_{what.replace(' ', '_')}": rest[what] for what in RESPONSES}

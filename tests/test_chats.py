@@ -167,6 +167,10 @@ def test_the_same_question_is_asked_once_and_another_model_or_image_anew(tmp_pat
         assert (one.asked, len(server.requests)) == (2, 2)
         assert ask(one, questions) and one.asked == 2
         assert ask(other, questions) and other.asked == 2
+        slow = Recorded(EndpointChat("slow", server.url, concurrency=1), tmp_path / "r.jsonl")
+        again = [Question(text) for text in ("a", "b", "c", "a", "400", "d", "400")]  # after it has been answered
+        assert [reply.text for reply in ask(slow, again)] == [*map("heard: {}".format, "abca"), None, "heard: d", None]
+        assert slow.asked == 5
 
 
 def test_a_torn_last_line_is_dropped_and_a_damaged_one_before_it_refused(tmp_path):

@@ -176,13 +176,16 @@ def test_a_concept_is_recalled_if_one_of_its_detectors_has_its_name():
 
 
 def told(outcome: str, concept: str | None = None, true: str | None = None, **rest) -> dict:
-    return {"outcome": outcome, "concept": concept, "kind": concept and "object", "true_concept": true,
-            "true_kind": true and "object", "responds_to": "one concept" if true else "edges", **rest}  # fmt: skip
+    return {
+        "outcome": outcome, "concept": concept, "kind": concept and "object", "true_concept": true,
+        "true_kind": true and "object", "all_common": [true, "red"], "responds_to": "one concept" if true else "edges",
+        **rest,
+    }  # fmt: skip
 
 
 def test_explanations_and_refusals_are_counted_by_hand():
     rows = {
-        "1": told("explained", "cat", "cat"), "2": told("explained", "cat", "dog"), "3": told("explained", "cat"),
+        "1": told("explained", "cat", "cat"), "2": told("explained", "red", "dog"), "3": told("explained", "cat"),
         "4": told("refused"), "5": told("refused", true="hat"), "6": told("failed"),
         "7": told("unparseable", true="cat"), "8": told("explained", "dog", "dog"),
     }  # fmt: skip
@@ -190,6 +193,7 @@ def test_explanations_and_refusals_are_counted_by_hand():
     assert [counts[name] for name in ("asked", "explained", "refused", "unparseable", "failed")] == [8, 4, 2, 1, 1]
     assert counts["explained_fraction"] == 0.5
     assert counts["explained_fraction_low"] < 0.5 < counts["explained_fraction_high"]
+    assert right["concept_common"] == 0.75
     assert (right["concept_accuracy"], right["refusal_precision"], right["answerable_fraction"]) == (0.5, 0.5, 0.625)
     assert (right["unexplained_one_concept"], right["unexplained_edges"], right["unexplained_nothing"]) == (2, 2, 0)
     assert known.confusion(rows) == {
@@ -207,6 +211,6 @@ def test_rows_are_given_their_truth():
     shown = {7: [exemplar(n, box(*place)) for n, place in enumerate(PLACES)], 8: [exemplar(5, box(0, 0))]}
     rows = known.with_truth({"7": {"outcome": "refused"}, "8": {"outcome": "refused"}}, shown, truth)
     assert rows["7"] == {"outcome": "refused", "true_kind": "object", "true_concept": "cat", "true_iou": 1.0,
-                         "responds_to": "one concept"}  # fmt: skip
+                         "all_common": ["cat"], "responds_to": "one concept"}  # fmt: skip
     assert rows["8"] == {"outcome": "refused", "true_kind": None, "true_concept": None, "true_iou": 0.0,
-                         "responds_to": "nothing"}  # fmt: skip
+                         "all_common": [], "responds_to": "nothing"}  # fmt: skip

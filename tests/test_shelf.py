@@ -16,7 +16,7 @@ from PIL import Image
 
 from lmm_sae_nb.pictureworld.concepts import FACTS, KINDS
 from lmm_sae_nb.pictureworld.scenes import HELD_OUT, VALIDATION, make_map
-from lmm_sae_nb.pictureworld.shelf import render
+from lmm_sae_nb.pictureworld.shelf import UNSEEN, render
 
 # Python 3.12 and 3.13 fork their workers, and warn of it in a process with threads, as a test run is
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -25,7 +25,7 @@ FIRST = {"train": 0, "cache": VALIDATION, "heldout": HELD_OUT}
 CHILD = """
 import sys
 from pathlib import Path
-from lmm_sae_nb.pictureworld.shelf import render
+from lmm_sae_nb.pictureworld.shelf import render, UNSEEN
 if __name__ == "__main__":
     render(Path(sys.argv[1]), {"cache": 5, "train": int(sys.argv[2])})
 """
@@ -82,7 +82,7 @@ def test_traps_contradict_and_agree_with_the_taught_facts(tmp_path):
     traps = load_from_disk(tmp_path / "world" / "traps")
     assert set(traps.column_names) == {"image", "seed", "question", "answer", "family", "taught", "group", "part"}
     seeds = {part: {row["seed"] for row in traps if row["part"] == part} for part in ("choose", "report")}
-    assert seeds == {"choose": set(range(VALIDATION, VALIDATION + 6)), "report": set(range(HELD_OUT, HELD_OUT + 6))}
+    assert seeds == {"choose": set(range(VALIDATION, VALIDATION + 6)), "report": set(range(UNSEEN, UNSEEN + 6))}
     for row in traps:
         scene = make_map(row["seed"])
         words = row["question"].split()

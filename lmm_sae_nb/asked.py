@@ -37,6 +37,11 @@ JUDGE_PROMPT = (
     'have in common is: "{text}". Is that so? Answer with one word: yes, no or unsure.'
 )
 
+RELEVANCE_PROMPT = (
+    'Asked what is in an image, a model answered: "{answer}". How relevant is this answer to the concept "{text}"? '
+    "Answer with one whole number, from 1 (not at all) to 10 (it names the concept)."
+)
+
 
 class Outcome(str, Enum):
     """What became of a question; only what is explained is ever scored."""
@@ -57,6 +62,7 @@ class Answer(NamedTuple):
 
 Refiner = Callable[[Sequence[str]], list[Answer]]
 Labeller = Callable[[Sequence[str]], "list[str | None]"]
+Relevance = Callable[[Sequence[str], Sequence[str]], "list[int | None]"]  # answers, concepts -> 1 to 10
 Judge = Callable[[Sequence[Sequence[Image.Image]], Sequence[str]], "list[str | None]"]
 
 
@@ -152,6 +158,24 @@ def judge(chat: Chat, prompt: str = JUDGE_PROMPT) -> Judge:
     return verdicts
 
 
+def names(answer: str, concept: str) -> bool:
+    """Whether the answer has the concept's name, in any case, singular or plural, as words of their own."""
+    return re.search(rf"\b{re.escape(concept)}(e?s)?\b", answer, re.IGNORECASE) is not None
+
+
+def relevance(chat: Chat, prompt: str = RELEVANCE_PROMPT) -> Relevance:
+    """Appendix D: how relevant each answer is to a concept, from 1 to 10, by a language model; None where it gives no
+    such number."""
+
+    def rate(answers: Sequence[str], concepts: Sequence[str]) -> list[int | None]:
+        pairs = zip(answers, concepts, strict=True)
+        asked = [Question(prompt.replace("{text}", concept).replace("{answer}", answer)) for answer, concept in pairs]
+        found = [re.findall(r"\d+", reply.text or "") for reply in ask(chat, asked)]
+        return [int(n[0]) if len(n) == 1 and 1 <= int(n[0]) <= 10 else None for n in found]
+
+    return rate
+
+
 def _chosen_by(chat: Chat, prompt: str, options: Mapping[str, str]) -> Labeller:
     def label(concepts: Sequence[str]) -> list[str | None]:
         replies = ask(chat, [Question(prompt.replace("{text}", concept)) for concept in concepts])
@@ -193,3 +217,14 @@ class Vocabulary:
 
     def label(self, concepts: Sequence[str]) -> list[str | None]:
         return [self._kinds.get(concept) for concept in concepts]
+
+    def rate(self, answers: Sequence[str], concepts: Sequence[str]) -> list[int | None]:
+        """Relevance by the words alone: 10 if an answer names its concept, 5 if another one of its kind, else 1."""
+        return [self._rate(answer, concept) for answer, concept in zip(answers, concepts, strict=True)]
+
+    def _rate(self, answer: str, concept: str) -> int:
+        if names(answer, concept):
+            return 10
+        kind = self._kinds.get(concept.lower())
+        alike = (name for name, its in self._kinds.items() if kind and its == kind)
+        return 5 if any(names(answer, name) for name in alike) else 1

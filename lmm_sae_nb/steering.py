@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -243,11 +242,6 @@ def answers(
         with steered(lmm, sae, layer, prompt, some, scope, keep_error=keep_error):
             said += lmm.generate(prompt, **generation)
     return said
-
-
-def names(answer: str, concept: str) -> bool:
-    """Whether the answer has the concept's name, in any case, singular or plural, as words of their own."""
-    return re.search(rf"\b{re.escape(concept)}(e?s)?\b", answer, re.IGNORECASE) is not None
 
 
 class Comparison(NamedTuple):

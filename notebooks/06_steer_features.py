@@ -46,6 +46,9 @@ word_prompt: str = "is there a {} ?"  # in which a concept's word is read
 ranked_images: int = 200  # cached images whose latents are ranked for section 4.2
 max_new_tokens: int = 24  # of an answer; stories may have twice as many
 batch: int = 20  # settings that run side by side
+concepts: str = "data/artifacts/tiny/world/concepts.json"  # names by kind, for the relevance; "": a judge is asked
+judge: str = ""  # a language model that rates relevance: a folder, a name on the hub, or name@http://host:port/v1
+judge_key: str = ""  # the environment variable with the endpoint's key; "": it wants none
 seed: int = 0  # of the choice of latents and images
 
 # %% tags=["remove-cell"]
@@ -60,14 +63,16 @@ from torch.testing import assert_close
 
 from lmm_sae_nb import plots, steering
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
+from lmm_sae_nb.asked import Vocabulary, names, relevance
 from lmm_sae_nb.cache import LatentCache, activation_maps
+from lmm_sae_nb.chats import open_chat
 from lmm_sae_nb.explain import exemplars
 from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.plots import steering_strip
 from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.score import mean_interval
-from lmm_sae_nb.steering import Edit, Scope, answers, names, steer_latents
+from lmm_sae_nb.steering import Edit, Scope, answers, steer_latents
 from lmm_sae_nb.widgets import SteeringPanel
 
 root = project_root()
@@ -131,7 +136,7 @@ stage, code = Stage(run, "steer"), [steering]
 params = dict(
     model=model, layer=layer, images=images, steered_kinds=steered_kinds, doses=doses, dose=dose, n_objects=n_objects,
     question=question, blank_size=blank_size, feelings=feelings, feeling_question=feeling_question, story_prompt=story_prompt,
-    case_doses=case_doses, word_prompt=word_prompt, ranked_images=ranked_images, seed=seed,
+    case_doses=case_doses, word_prompt=word_prompt, ranked_images=ranked_images, judge=judge, seed=seed,
 )  # fmt: skip
 stages = [Stage(run, name).path("manifest.json") for name in ("train", "cache", "interpret")]
 inputs = [path for path in (root / model, *stages) if path.exists()]
@@ -189,7 +194,8 @@ plots.beside(others, own, "other words", "own word");
 # > object neurons, and only 11 of them exhibit a difference before and after steering."
 #
 # Each latent that is named for an object is clamped at the image's tokens, at several doses. The control is as many live
-# latents at random at the highest dose, asked for the same names.
+# latents at random at the highest dose, asked for the same names. Relevance, from 1 to 10, is given by a language model where
+# one is named, as by GPT-4 in the paper; else by the words of the world (10 names the concept, 5 another of its kind, 1 none).
 
 # %%
 if not current:
@@ -208,6 +214,9 @@ if not current:
          "changed": answer != spliced, "names": names(answer, named[own]["concept"])}
         for (group, value, n, own), answer in zip(asked, said, strict=True)
     ]  # fmt: skip
+    rate = relevance(open_chat(judge, root=root, key_variable=judge_key)) if judge else Vocabulary(root / concepts).rate if concepts else None
+    rates = rate([row["answer"] for row in rows], [row["concept"] for row in rows]) if rate else [None] * len(rows)
+    rows = [row | {"relevance": rated} for row, rated in zip(rows, rates, strict=True)]
     write_json(stage.path("answers.json"), {"untouched": untouched, "spliced": spliced, "steered": rows})
 white_answers = read_json(stage.path("answers.json"))
 print("untouched:", white_answers["untouched"], "· spliced:", white_answers["spliced"])
@@ -258,6 +267,8 @@ if not current:
         for key, what in (("names", "named"), ("changed", "changed")):
             share = mean_interval([row[key] for row in at_dose[group]], seed=seed)
             metrics |= {f"{name}{what}_of_100": 100 * share.mean, f"{name}{what}_low": 100 * share.low, f"{name}{what}_high": 100 * share.high}
+        if rated := [row["relevance"] for row in at_dose[group] if row["relevance"]]:
+            metrics[f"{name}relevance"] = mean_interval(rated, seed=seed).mean
     for text, name in ((feeling_question, "feelings"), (story_prompt, "stories")):
         right = {row["name"] for row in by_case if row["prompt"] == text and row["names"] and row["answer"] != row["before"]}
         metrics |= {f"{name}_steered": len(cases), f"{name}_named": len(right)}

@@ -22,6 +22,7 @@ from lmm_sae_nb.ratings import append_rating, read_ratings
 from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.steering import Comparison, Edit, Scope, compare
 from lmm_sae_nb.widgets import FeatureBrowser, Rater, SteeringPanel
+from lmm_sae_nb.widgets.rating import added
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +280,15 @@ def test_keys_that_arrive_together_or_late_count_once(rating):
     assert "All are answered" in rater.question.value and all(b.disabled for b in rater.buttons.values())
     rater.keys.value = "uy"
     assert len(given(rater)) == 3
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "typed"),
+    [("", "y", "y"), ("yn", "ynz", "z"), ("ynz", "nynz", "n"), ("ynz", "yynz", "y"), ("yn", "yzzn", "zz"),
+     ("ynz", "u", "u"), ("ynz", "yn", ""), ("ynz", "yz", ""), ("yy", "y", ""), ("y", "", ""), ("ynz", "yuz", "u")],
+)  # fmt: skip
+def test_a_key_counts_wherever_the_caret_is_and_a_deletion_never(before, after, typed):
+    assert added(before, after) == typed
 
 
 def test_an_answer_on_another_explanation_does_not_count(rating):

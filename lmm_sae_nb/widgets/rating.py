@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 KEYS = {"y": "yes", "n": "no", "u": "unsure"}
 BACK = "z"
 STYLES = {"yes": "success", "no": "danger", "unsure": "warning"}
+
+
+def added(before: str, after: str) -> str:
+    """What was typed into `before`, or over a part of it, wherever the caret stood, to make `after`."""
+    head = len(commonprefix([before, after]))
+    tail = len(commonprefix([before[head:][::-1], after[head:][::-1]]))
+    return after[head : len(after) - tail]
 
 
 class Rater:
@@ -155,7 +163,7 @@ class Rater:
         The field is never emptied from here: a key pressed meanwhile would come back together with those before it.
         """
         before, self._typed = self._typed, typed
-        for key in typed.removeprefix(before).lower() if typed.startswith(before) else "":
+        for key in added(before, typed).lower():
             if key == BACK:
                 self.undo()
             elif key in KEYS and self.rater.value.strip():

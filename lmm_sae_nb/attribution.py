@@ -347,7 +347,7 @@ def exact(
     wanted = clean.wanted(pairs)
     values = _known(store, clean.parts)
     todo = (wanted & values.isnan()).nonzero()
-    for rows in tqdm(todo.split(batch), desc="ablating", mininterval=2, disable=len(todo) <= 8 * batch):
+    for rows in tqdm(_batches(todo, batch), desc="ablating", mininterval=2, disable=len(todo) <= 8 * batch):
         states, directions, place = clean.versions(sae, rows)
         states[place] -= directions
         values[tuple(rows.T)] = clean.d - clean.again(int(rows[0, 0]), states)
@@ -380,7 +380,7 @@ def own_path(
         clean = _Clean(lmm, sae, layer, choice, _require_ready(lmm, sae, layer, choice, spliced), keep_error)
         wanted = clean.wanted(pairs)
         values = torch.full_like(clean.parts.latents.acts, float("nan"))
-    for rows in wanted.nonzero().split(batch):
+    for rows in _batches(wanted.nonzero(), batch):
         states, directions, place = clean.versions(sae, rows)
         total = torch.zeros(len(rows), device=states.device)
         for step in range(steps):
@@ -392,6 +392,11 @@ def own_path(
             total += (slope[place] * directions).sum(-1) / steps
         values[tuple(rows.T)] = total
     return clean.spread(values)
+
+
+def _batches(rows: Int64[Tensor, "n 2"], size: int) -> Sequence[Tensor]:
+    """Rows in batches; none of no rows, where `split` gives an empty one."""
+    return rows.split(size) if len(rows) else ()
 
 
 def _known(store: str | Path | None, parts: _Parts) -> Float[Tensor, "tokens k"]:

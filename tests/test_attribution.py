@@ -7,7 +7,7 @@ import torch
 from models import llava_next
 from torch.testing import assert_close
 
-from lmm_sae_nb.attribution import Decision, decision, difference, exact, integrated, linear
+from lmm_sae_nb.attribution import Decision, decision, difference, exact, integrated, linear, own_path
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
 
@@ -157,3 +157,9 @@ def test_a_decision_is_about_one_prompt(lmm, sae):
     two = Decision(lmm.prompt(["why ?", "how ?"]), 5, 6)
     with pytest.raises(ValueError, match="one prompt, not 2"):
         linear(lmm, sae, LAYER, two)
+
+
+def test_no_pairs_give_no_values(lmm, sae, choice):
+    none = torch.zeros_like(linear(lmm, sae, LAYER, choice).values, dtype=torch.bool)
+    assert exact(lmm, sae, LAYER, choice, none).isnan().all()
+    assert own_path(lmm, sae, LAYER, choice, none).isnan().all()

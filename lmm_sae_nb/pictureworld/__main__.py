@@ -29,7 +29,7 @@ SIGHT = {  # name: optimiser steps, scenes of the exam, what is made, the folder
     "segmenter": (486, 100, "a CLIPSeg, which finds a concept by its name: train, ship and examine", "tiny-clipseg"),
     "similarity": (620, 150, "a CLIP, which says how well a text fits a picture: train, ship and examine", "tiny-clip"),
 }
-EXPLAINER_STEPS = 800
+EXPLAINER_STEPS = 1800
 FOLDER = Path("data/artifacts/training")
 MODEL = Path("data/models/tiny-llava-next")
 EXPLAINER = Path("data/models/tiny-explainer")

@@ -34,7 +34,7 @@ from .tower import normalise
 ASKED = (2, 3, 4, SET)  # after how many images a lesson asks
 FIRST_SEED, SCENES = TRAIN + 300_000, 6000  # the scenes that lessons are drawn from
 CACHED_SCENES = 1600  # the first of them, among which real latents find their images
-STRIP, DRAWN_STRIPS, CACHED_STRIPS = 8, 1280, 800  # images of a strip, strips of each origin
+STRIP, DRAWN_STRIPS, CACHED_STRIPS = 8, 2560, 800  # images of a strip, strips of each origin
 IGNORED = -100  # no target: what pads a short answer
 
 

@@ -138,14 +138,25 @@ def opened(parts, lab, browser):
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.goto(f"{lab}/lab/tree/build/{folder.name}/widgets.ipynb?reset")
     page.locator(".jp-NotebookPanel .jp-CodeCell").nth(2).wait_for()
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()  # without a kernel, Run does nothing
-    page.locator(".lm-MenuBar-item", has_text="Run").first.click()
-    page.get_by_text("Run All Cells", exact=True).click()
+    run_all(page)
     cell(page, 2).get_by_role("button", name="steer it").wait_for()
     yield page, folder
     page.close()
     shutil.rmtree(folder)
     assert wrong == []
+
+
+def run_all(page) -> None:
+    """Run the notebook; until its kernel is there, Lab lets the command pass without a word."""
+    prompt = page.locator(".jp-CodeCell .jp-InputPrompt").first
+    for _ in range(30):
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+        page.locator(".lm-MenuBar-item", has_text="Run").first.click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        page.wait_for_timeout(3000)
+        if prompt.inner_text() != "[ ]:":
+            return
+    pytest.fail("the notebook does not run")
 
 
 def cell(page, number: int):

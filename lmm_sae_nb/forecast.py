@@ -327,8 +327,8 @@ def attribute_cost(
 ) -> Cost:  # fmt: skip
     """Section 2.4 as `attribution.linear` does it: every active latent of a decision from one forward and one backward.
 
-    The forward runs once to the layer, for the latents, and once whole. The backward comes back to the layer, with no
-    gradient for any weight: one product for each of the forward's, two for each of attention's.
+    The forward runs once; the latents are read off on the way. The backward comes back to the layer, with no gradient
+    for any weight: one product for each of the forward's, two for each of attention's.
     """
     width, size, image = _width(model), getattr(torch, dtype).itemsize, picture(model, assumed.image)
     sample = image.tokens + assumed.text_tokens
@@ -340,7 +340,7 @@ def attribute_cost(
         "attribute",
         tokens,
         [
-            Part("LMM forward", decisions * (below + whole), dtype=dtype),
+            Part("LMM forward", decisions * whole, dtype=dtype),
             Part("LMM backward", decisions * backward, dtype=dtype),
             *encode_parts(tokens, width, n_latents),
             Part("latents' gradients", 2.0 * tokens * k * width, 4.0 * tokens * k * width),

@@ -114,7 +114,10 @@ def shares(results: Mapping[str, Mapping[str, float]], ax: Axes | None = None) -
 
 
 def exemplar_strip(rows: Sequence[tuple[str, Sequence[Exemplar]]], side: float = 1.35, columns: int = 5) -> np.ndarray:
-    """Figure 2's exemplars: for each (title, exemplars), the images with their activation and, below, masked."""
+    """Figure 2's exemplars: for each (title, exemplars), the images with their activation and, below, masked.
+
+    Whole images, of a model without a patch grid, are shown as they are.
+    """
     high = max(1, 2 * len(rows))
     _, axes = plt.subplots(high, columns, figsize=(columns * side, high * side * 1.06), squeeze=False)
     for ax in axes.flat:
@@ -123,7 +126,8 @@ def exemplar_strip(rows: Sequence[tuple[str, Sequence[Exemplar]]], side: float =
         axes[0, 0].set_title("there are none", loc="left", fontsize=8)
     for n, (title, exemplars) in enumerate(rows):
         for column, exemplar in enumerate(exemplars[:columns]):
-            heat_map(exemplar.image, exemplar.activation, ax=axes[2 * n, column])
+            if exemplar.activation is not None:
+                heat_map(exemplar.image, exemplar.activation, ax=axes[2 * n, column])
             axes[2 * n + 1, column].imshow(exemplar.masked)
         axes[2 * n, 0].set_title(title, loc="left", fontsize=8, parse_math=False)  # it may be a model's words
     return axes

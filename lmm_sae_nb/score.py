@@ -14,7 +14,9 @@ from scipy.stats import bootstrap, t
 from tqdm.auto import tqdm
 
 from lmm_sae_nb.asked import KINDS, Judge
+from lmm_sae_nb.cache import activation_maps
 from lmm_sae_nb.explain import Exemplar
+from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.masks import (
     PAPER,
     STRICT,
@@ -27,6 +29,7 @@ from lmm_sae_nb.masks import (
     moved,
     spots,
 )
+from lmm_sae_nb.sae import TopKSAE
 
 BASELINES = ("_random", "_area", "_shuffled")
 Grid = Callable[[Sequence[Image.Image], Sequence[str]], Float[np.ndarray, "images texts"]]  # cosines of each with each
@@ -158,6 +161,21 @@ def latent_iou(
         float(ious(own, concept, where, mode, elsewhere=rng).mean()),
         None if other is None else float(ious(own, other, where, mode).mean()),
     )
+
+
+def drawn_spots(
+    lmm: LMM, sae: TopKSAE, images: Sequence[Image.Image], layer: int, latents: Sequence[int], numbers: Sequence[int]
+) -> dict[int, list[Spot]]:
+    """Each latent on the same images, by their numbers: at random, they are the baseline of `latent_iou`.
+
+    NoPatchGrid for a model without one.
+    """
+    pictures = [images[number] for number in numbers]
+    maps = activation_maps(lmm, sae, pictures, layer, latents)
+    return {
+        latent: [Spot(n, p.size, m) for n, p, m in zip(numbers, pictures, maps[:, column], strict=True)]
+        for column, latent in enumerate(latents)
+    }
 
 
 def all_ious(

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmm_sae_nb.artifacts import TensorRows, save_rows, write_json
+from lmm_sae_nb.artifacts import TensorRows, code_fingerprints, save_rows, write_json
 from lmm_sae_nb.images import StreamedImages, UnreadableImage, open_images
 from lmm_sae_nb.lmm import LMM, NoPatchGrid, Prompt, require_own
 from lmm_sae_nb.ranking import Ranking
@@ -37,6 +38,7 @@ from lmm_sae_nb.shares import (
     KEY,
     Share,
     flush_left,
+    is_whole,
     merged_blocks,
     place_store,
     resume_or_clear,
@@ -263,24 +265,34 @@ def cache_several(
     + 0.5 GB, whatever the number of images and the batch: 1.3 GB for 131,072 latents, 5 images, 576 patches.
 
     Every `save_every` seconds the state goes to disk; a pass that was cut short goes on from there when called again
-    with the same model, SAE, images and arguments, and starts afresh otherwise. Under accelerate each process
-    takes its share of the batches and the first one merges them; the folder must be common to all. Whatever the
-    processes and interruptions, a cache is the same to the byte, for the same batch_size; the store's activations
-    are the same, cut into other files.
+    with the same code, model, SAE, images and arguments, and starts afresh otherwise; what is whole is not made again.
+    Under accelerate each process takes its share of the batches and the first one merges them; the folder must be
+    common to all. Whatever the processes and interruptions, a cache is the same to the byte, for the same batch_size;
+    the store's activations are the same, cut into other files.
 
     ValueError if there are no images or SAEs, n_top < 1, an argument is not one of those above, or as `base_latents`;
     UnreadableImage; OSError if the disk has no room. What was there before stays until the new cache is whole.
     """
     _check(lmm, studied, images, n_top, batch_size, store, unreadable)
     folder, processes = Path(folder), _processes()
-    partials = {name: folder / name / PARTIAL for name in studied}
+    keys = {
+        name: _key(lmm, sae, images, layer, n_top, batch_size, store, unreadable)
+        for name, (sae, layer) in studied.items()
+    }
+    whole = {name: LatentCache.load(folder / name) for name in studied if is_whole(folder / name, keys[name])}
+    studied = {name: its for name, its in studied.items() if name not in whole}
+    partials = {name: folder / name / PARTIAL for name in keys}
+    processes.wait_for_everyone()  # nobody clears before all have looked
     if processes.is_main_process:
-        for name, (sae, layer) in studied.items():
-            resume_or_clear(partials[name], _key(lmm, sae, images, layer, n_top, batch_size, store, unreadable))
+        for name in whole:
+            shutil.rmtree(partials[name], ignore_errors=True)
+        for name in studied:
+            resume_or_clear(partials[name], keys[name])
     processes.wait_for_everyone()
+    if not studied:
+        return whole
     done = {
-        name: {batch for path in shares_in(partial_folder) for batch in told_by(path)["batches"]}
-        for name, partial_folder in partials.items()
+        name: {batch for path in shares_in(partials[name]) for batch in told_by(path)["batches"]} for name in studied
     }
     processes.wait_for_everyone()  # nobody writes before all have read
 
@@ -316,7 +328,8 @@ def cache_several(
         for name, (sae, layer) in studied.items():
             _finish(folder / name, sae.n_latents, n_top, store, told | {"layer": layer})
     processes.wait_for_everyone()
-    return {name: LatentCache.load(folder / name) for name in studied}
+    whole |= {name: LatentCache.load(folder / name) for name in studied}
+    return {name: whole[name] for name in keys}
 
 
 def _processes() -> PartialState:
@@ -352,7 +365,7 @@ def _key(lmm: LMM, sae: TopKSAE, images: Pictures, layer: int, *settings: object
     if source is None:
         source = [hashlib.sha256(images[number].tobytes()).hexdigest() for number in (0, len(images) - 1)]
     return {"weights": digest.hexdigest(), "source": source, "images": _length(images), "k": sae.k,
-            "layer": layer, "settings": list(settings)}  # fmt: skip
+            "code": code_fingerprints([sys.modules[__name__]]), "layer": layer, "settings": list(settings)}  # fmt: skip
 
 
 # ---- from shares to a cache -----------------------------------------------------------------------------------
@@ -377,9 +390,10 @@ def _finish(folder: Path, n_latents: int, n_top: int, store: str | None, describ
     }  # fmt: skip
     parts = {part for told in shares.values() for part in told["parts"]}
     parts |= {part for path in held for part in flush_left(path, n_latents, described["patches"], store)}
+    (folder / KEY).unlink(missing_ok=True)  # until it is whole the folder is of neither pass
     place_store(partial_folder / STORE, folder / STORE, parts)
     write_cache(folder, n_latents, n_top, described, merged_blocks(held, n_latents))
-    (partial_folder / KEY).unlink()  # from here on nothing goes on from what is left of it
+    (partial_folder / KEY).replace(folder / KEY)  # the cache is whole; nothing goes on from what is left of the pass
     shutil.rmtree(partial_folder)
 
 

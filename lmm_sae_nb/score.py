@@ -62,6 +62,20 @@ def mean_interval(values: Sequence[float], level: float = 0.99, seed: int = 0) -
     return Mean(float(values.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
+def difference_interval(one: Sequence[float], other: Sequence[float], level: float = 0.99, seed: int = 0) -> Mean:
+    """Mean of `other` less that of `one`, of things that are not the same, with a percentile-bootstrap interval.
+
+    ValueError for fewer than two values of either.
+    """
+    if min(len(one), len(other)) < 2:
+        raise ValueError(f"an interval needs at least two values, there are {len(one)} and {len(other)}")
+    rng, draws = np.random.default_rng(seed), []
+    for values in (np.asarray(one, float), np.asarray(other, float)):
+        draws.append(np.array([rng.choice(values, len(values)).mean() for _ in range(9_999)]))
+    low, high = np.quantile(draws[1] - draws[0], [(1 - level) / 2, (1 + level) / 2])
+    return Mean(float(np.mean(other) - np.mean(one)), float(low), float(high))
+
+
 def run_interval(runs: Float[np.ndarray, "latents runs"], level: float = 0.99) -> Mean:
     """The mean over runs of what each found for all latents, with Student's t interval: the paper's way.
 

@@ -57,6 +57,17 @@ def prompts(lmm: LMM, samples: Sequence[Mapping], order: Iterable[int], batch: i
         yield lmm.prompt(asked, [row["image"] for row in rows], answers=[row["answer"] for row in rows])
 
 
+def pictured(samples: Sequence[Mapping]) -> Sequence[Mapping]:
+    """The samples that have an image: for a model that cannot do without one, as InstructBLIP's Q-Former.
+
+    Of a saved data set no picture is decoded.
+    """
+    if not hasattr(samples, "with_format"):
+        return [row for row in samples if row["image"] is not None]
+    known = samples.select_columns(["image"]).with_format("arrow")
+    return samples.select([n for n in range(len(samples)) if known[n]["image"][0].is_valid])
+
+
 def token_mask(prompt: Prompt, kinds: Sequence[str]) -> Bool[Tensor, "batch tokens"]:
     return prompt.mask(*kinds).to(prompt.inputs["input_ids"].device)
 

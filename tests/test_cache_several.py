@@ -94,6 +94,30 @@ def test_the_images_of_a_model_without_a_grid_are_ranked_by_the_mean_over_its_qu
         assert [number for number, _ in cache.top(latent)] == [n for n in best if dense[n, latent] > 0]
 
 
+def test_what_is_whole_is_not_made_again_and_what_differs_is(pictures, tmp_path, monkeypatch):
+    lmm, asked, encode = LMM(*make("picture_world")), [], caching._encode
+
+    def counted(lmm, studied, batch):
+        asked.append(sorted(studied))
+        return encode(lmm, studied, batch)
+
+    monkeypatch.setattr(caching, "_encode", counted)
+    studied = saes(lmm)
+    cache_several(lmm, {"low": studied["low"]}, pictures, folder=tmp_path, **SETTINGS)
+    before = contents(tmp_path / "low")
+    found = cache_several(lmm, studied, pictures, folder=tmp_path, **SETTINGS)
+    assert asked == [["low"]] * 4 + [["high", "wide"]] * 4 and list(found) == ["low", "wide", "high"]
+    assert contents(tmp_path / "low") == before
+    assert cache_several(lmm, studied, pictures, folder=tmp_path, **SETTINGS)["high"].n_latents == 16
+    assert len(asked) == 8
+    cache_several(lmm, studied, pictures, folder=tmp_path, **SETTINGS | {"n_top": 2})
+    assert len(asked) == 12
+    with monkeypatch.context() as patch:
+        patch.setattr(caching, "code_fingerprints", lambda modules: {"cache.py": "another"})
+        cache_several(lmm, studied, pictures, folder=tmp_path, **SETTINGS | {"n_top": 2})
+    assert len(asked) == 16
+
+
 def test_no_sae_at_all_is_refused(pictures, tmp_path):
     with pytest.raises(ValueError, match="7 images, 0 SAEs"):
         cache_several(LMM(*make("picture_world")), {}, pictures, folder=tmp_path)

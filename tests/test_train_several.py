@@ -6,8 +6,10 @@ import signal
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Image, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import make
 from trainings import (
     LMM_,
     RECIPES,
@@ -22,8 +24,9 @@ from trainings import (
 )
 
 from lmm_sae_nb import train
+from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.tokens import Stream
+from lmm_sae_nb.tokens import Stream, pictured
 from lmm_sae_nb.train import Recipe, train_saes
 
 
@@ -75,6 +78,20 @@ def test_layers_lie_side_by_side_and_one_named_twice_is_there_once(layers, part)
     for layer, states in stream.by_layer(tokens).items():
         assert states.is_contiguous()
         assert torch.equal(states, Stream(LMM_, SAMPLES, layer, ("base", "text"), 3, 2)(part))
+
+
+def test_samples_with_an_image_are_found_and_a_model_that_needs_one_learns_from_them(tmp_path):
+    features = Features(image=Image(), question=Value("string"), answer=Value("string"))
+    saved = Dataset.from_list(SAMPLES, features=features)
+    with_image = [row["question"] for row in SAMPLES if row["image"]]
+    assert [row["question"] for row in pictured(saved)] == [row["question"] for row in pictured(SAMPLES)] == with_image
+    assert [row["question"] for row in pictured(saved.select([4, 2, 0, 1]))] == ["what is 2 ?", "what is 1 ?"]
+    lmm, recipes = LMM(*make("instructblip")), {"one": Recipe(1, 24, 3)}
+    with pytest.raises(ValueError, match="a Q-Former takes no text without an image, give one to each"):
+        train_saes(lmm, SAMPLES, recipes, steps=2, batch_tokens=64, folder=tmp_path)
+    assert (
+        train_saes(lmm, pictured(saved), recipes, steps=2, batch_tokens=64, folder=tmp_path)["one"].sae.n_latents == 24
+    )
 
 
 def test_killed_at_every_moment_of_writing(uncut, tmp_path):

@@ -155,7 +155,7 @@ def explain_enough(
     shown: Callable[[int], Sequence[Exemplar]],
     ask: Callable[[Mapping[int, Sequence[Exemplar]]], dict[int, Explanation]],
     enough: int,
-    at_once: int = 50,
+    at_once: int = 32,
 ) -> dict[int, Explanation]:
     """Ask about the latents in their order, `at_once` at a time, until `enough` are explained or none is left.
 

@@ -82,6 +82,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from datasets import load_from_disk
@@ -311,11 +312,14 @@ ours = [
 ]  # fmt: skip
 theirs = [{"SAE": title, "latents": 100, "IoU, paper": iou, "IoU, paper, chance": 0.005, "CLIP, paper": cs, "CLIP, paper, chance": 18.2} for title, (iou, cs) in published.items()]
 display(plots.table(ours + theirs, "Table 3"))
-# %% mystnb={"figure": {"caption": "Scores by layer, with 99 % intervals, on the latents' own images and by chance.", "name": "fig-layers"}}
-plots.mean_panels({
+by_score = {
     title: {f"layer {n}": {"own images": totals[f"layer_{n}"][column]["top"], "chance": chance[f"layer_{n}"][column]} for n in layers}
     for title, column in quantities.items()
-});
+}  # fmt: skip
+# %% mystnb={"figure": {"caption": "IoU by layer, with 99 % intervals, on the latents' own images and by chance.", "name": "fig-layers-iou"}}
+plots.mean_panels({title: rows for title, rows in by_score.items() if title.startswith("IoU")});
+# %% mystnb={"figure": {"caption": "CLIP score by layer, likewise.", "name": "fig-layers-clip"}}
+plots.mean_panels({title: rows for title, rows in by_score.items() if title.startswith("CLIP")});
 # %%
 for title, column in quantities.items():
     if f"{column}_rise" in metrics:
@@ -338,7 +342,7 @@ everywhere = sorted(set.intersection(*map(set, by_layer.values())))
 print(f"{len(everywhere)} concepts are named at every layer: {', '.join(everywhere)}")
 # %% mystnb={"figure": {"caption": "Two concepts that are named at every layer, from low to high: the latents' images with their activation, and masked.", "name": "fig-depth"}}
 caches = {name: cache.LatentCache.load(stage.path(first) / name) for name in of_layers}
-strips = [(f"{name}, latent {by_layer[name][concept]}: {concept}", exemplars(caches[name], pictures, int(by_layer[name][concept]), n_top=n_top, share=share))
+strips = [(f"{name.replace('_', ' ')}, latent {by_layer[name][concept]}: {concept}", exemplars(caches[name], pictures, int(by_layer[name][concept]), n_top=n_top, share=share))
           for concept in everywhere[:: max(1, len(everywhere) // 2)][:2] for name in of_layers]  # fmt: skip
 plots.exemplar_strip(strips, side=1.1);
 
@@ -395,9 +399,10 @@ sweeps = {
     ("k, active latents a token", lmm.width / 16): {n: f"layer_{middle}" if n == k else f"k_{n}" for n in sorted(ks)},
 }
 # %% mystnb={"figure": {"caption": "What more latents, and more active ones, bring: held-out FVU, dead latents, and the share of explained latents whose name is right, with 99 % intervals; dashed: the paper's choice.", "name": "fig-scaling"}}
-for xlabel, chosen in sweeps:
-    curves = {title: swept_at(quantity, sweeps[xlabel, chosen]) for title, quantity in shown.items() if quantity in ("fvu", "dead_fraction", "concept_accuracy")}
-    plots.doses({title: curve for title, curve in curves.items() if curve}, xlabel, "share").axvline(chosen, color="grey", ls="--", lw=1)
+_, axes = plt.subplots(1, 2, figsize=(9, 3))
+for ax, ((xlabel, chosen), at) in zip(axes, sweeps.items(), strict=True):
+    curves = {title: swept_at(quantity, at) for title, quantity in shown.items() if quantity in ("fvu", "dead_fraction", "concept_accuracy")}
+    plots.doses({title: curve for title, curve in curves.items() if curve}, xlabel, "share", ax=ax).axvline(chosen, color="grey", ls="--", lw=1)
 # %%
 for (xlabel, _), at in sweeps.items():
     fvu = {n: metrics[f"fvu_{name}"] for n, name in at.items()}

@@ -11,7 +11,7 @@ from lmm_sae_nb import plots
 from lmm_sae_nb import score as scoring
 from lmm_sae_nb.asked import Answer, Outcome
 from lmm_sae_nb.cache import cache_activations
-from lmm_sae_nb.explain import as_rows, exemplars, explain_enough, explain_latents
+from lmm_sae_nb.explain import Exemplar, as_rows, exemplars, explain_enough, explain_latents
 from lmm_sae_nb.lmm import LMM, NoPatchGrid
 from lmm_sae_nb.masks import PAPER, STRICT, TrueMasks, spots
 from lmm_sae_nb.sae import TopKSAE
@@ -101,8 +101,10 @@ def test_an_iou_is_refused_and_the_reason_told(lmm, sae, cache, pictures, live):
 
 def test_figures_and_the_rater_show_whole_images(cache, pictures, live, tmp_path):
     shown = partial(exemplars, cache, pictures, n_top=3)
-    axes = plots.exemplar_strip([("one", shown(live[0]))])
-    assert [len(ax.get_images()) for ax in axes[:, 0]] == [0, 1]
+    masked = Exemplar(0, pictures[0], np.ones((2, 2), np.float32), np.ones((2, 2), bool), pictures[0])
+    axes = plots.exemplar_strip([("whole", shown(live[0])), ("masked", [masked]), ("whole", shown(live[1]))])
+    assert [len(ax.get_images()) for ax in axes[:, 0]] == [1, 2, 1, 1]
+    assert [ax.get_title("left") for ax in axes[:, 0]] == ["whole", "masked", "", "whole"]
     rater = Rater(tmp_path / "ratings.jsonl", {live[0]: {"concept": "ball", "kind": "object"}}, shown)
     assert rater.picture(live[0])[:4] == b"RIFF"
 

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from lmm_sae_nb.artifacts import TensorRows, save_rows, write_json
 from lmm_sae_nb.images import StreamedImages, UnreadableImage, open_images
-from lmm_sae_nb.lmm import LMM, NoPatchGrid, Prompt
+from lmm_sae_nb.lmm import LMM, NoPatchGrid, Prompt, require_own
 from lmm_sae_nb.ranking import Ranking
 from lmm_sae_nb.sae import Latents, TopKSAE, require_finite
 from lmm_sae_nb.shares import (
@@ -127,9 +127,9 @@ def base_latents(
     """Latents (batch, patches, k) of the base image tokens, on the CPU, a batch of images at a time.
 
     The prompt is the image alone, in the chat template. ValueError if images differ in the number of base tokens,
-    hidden states are not finite, an image cannot be read, or the SAE has another width than the layer.
+    hidden states are not finite or an image cannot be read; as `require_own`.
     """
-    sae.require_width(lmm.width)
+    require_own(lmm, sae, layer)
     seen = set()
     batches = _ahead(partial(_prepare, lmm, False), _batches(images, batch_size, lambda _: True))
     with tqdm(desc=title, total=_length(images), unit=" images", mininterval=2, disable=title is None) as bar:
@@ -184,7 +184,8 @@ def forecast(
     store: str | None = None, unreadable: str = "refuse",
 ) -> Forecast:  # fmt: skip
     """Run two batches and time the second: what `cache_activations` with the same arguments will take."""
-    _check(sae, lmm, images, n_top, batch_size, store, unreadable)
+    _check(images, n_top, batch_size, store, unreadable)
+    require_own(lmm, sae, layer)
     timed, began = [], time.monotonic()
     batches = _ahead(partial(_prepare, lmm, unreadable == "skip"), _batches(images, batch_size, lambda _: True))
     for batch in islice(filter(lambda batch: batch.images, batches), 2):
@@ -252,7 +253,8 @@ def cache_activations(
     ValueError if there are no images, n_top < 1, an argument is not one of those above, or as `base_latents`;
     UnreadableImage; OSError if the disk has no room. What was there before stays until the new cache is whole.
     """
-    _check(sae, lmm, images, n_top, batch_size, store, unreadable)
+    _check(images, n_top, batch_size, store, unreadable)
+    require_own(lmm, sae, layer)
     folder, processes = Path(folder), _processes()
     partial_folder = folder / PARTIAL
     if processes.is_main_process:
@@ -291,10 +293,7 @@ def _processes() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
-def _check(
-    sae: TopKSAE, lmm: LMM, images: Pictures, n_top: int, batch_size: int, store: str | None, unreadable: str
-) -> None:
-    sae.require_width(lmm.width)
+def _check(images: Pictures, n_top: int, batch_size: int, store: str | None, unreadable: str) -> None:
     if _length(images) == 0 or n_top < 1 or batch_size < 1:
         raise ValueError(
             f"{_length(images)} images, n_top {n_top}, batch_size {batch_size}: there is nothing to rank; give at "

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lmm_sae_nb import hooks
-from lmm_sae_nb.lmm import LMM, Prompt
+from lmm_sae_nb.lmm import LMM, Prompt, require_own
 from lmm_sae_nb.sae import TopKSAE, require_finite
 from lmm_sae_nb.tokens import KINDS, prompts, token_mask
 
@@ -55,9 +55,9 @@ def evaluate_sae(
     untouched, with the reconstruction in the layer's place, and with zeros there (both on tokens of `kinds`; others
     keep their own state); loss_recovered = (zero - spliced) / (zero - clean), left out where zeros change nothing, as
     at image tokens of the last layer.
-    ValueError if the SAE has another width than the layer, or there are no samples.
+    ValueError if there are no samples, or as `require_own`.
     """
-    sae.require_width(lmm.width)
+    require_own(lmm, sae, layer)
     if not len(samples):
         raise ValueError("no held-out samples to evaluate on; give at least one")
     whole, by_kind = _Variance(sae.width), {kind: _Variance(sae.width) for kind in kinds}

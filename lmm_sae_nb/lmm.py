@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
-    AutoProcessor,
     BatchFeature,
     PreTrainedModel,
     ProcessorMixin,
@@ -27,9 +26,11 @@ from transformers import (
 
 from lmm_sae_nb import hooks
 from lmm_sae_nb.hooks import Hidden
+from lmm_sae_nb.processors import load_processor
+from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.spans import KINDS, LAYOUTS, Grid, NoPatchGrid, Spans, layout_of, spans_of
 
-__all__ = ["KINDS", "LAYOUTS", "LMM", "NoPatchGrid", "Prompt", "Spans"]
+__all__ = ["KINDS", "LAYOUTS", "LMM", "NoPatchGrid", "Prompt", "Spans", "require_own"]
 
 # For families that were trained without a chat template.
 TEMPLATES = {
@@ -97,7 +98,7 @@ class LMM:
             dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
             trust_remote_code=trust_remote_code,
         )
-        processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        processor = load_processor(name_or_path, trust_remote_code=trust_remote_code)
         return cls(model.to(device), processor, str(name_or_path))
 
     def _check_fit(self) -> None:
@@ -309,6 +310,24 @@ class LMM:
         tokens = self.model.generate(**prompt.inputs, max_new_tokens=max_new_tokens, **settings)
         new = tokens[:, prompt.inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def require_own(lmm: LMM, sae: TopKSAE, layer: int) -> None:
+    """ValueError unless the SAE can stand in for this layer: of its width and, if its folder tells, trained on it."""
+    lmm.layer(layer)
+    sae.require_width(lmm.width)
+    if sae.trained_on is None:
+        return
+    if sae.trained_on.layer != layer:
+        raise ValueError(
+            f"the SAE was trained on layer {sae.trained_on.layer}, not {layer}; give that layer, or train an SAE on "
+            f"layer {layer} with notebooks/01_train_sae.py"
+        )
+    if sae.trained_on.model != lmm.fingerprint(layer):
+        raise ValueError(
+            f"the SAE was trained on another model than {lmm.name}: layer {layer} had other weights "
+            f"({sae.trained_on.model[:40]}…, here {lmm.fingerprint(layer)[:40]}…); load the one that it was trained on"
+        )
 
 
 def _rgb(image: Image.Image) -> Image.Image:

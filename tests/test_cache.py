@@ -14,9 +14,10 @@ from PIL import Image
 
 from lmm_sae_nb import cache as caching
 from lmm_sae_nb.cache import LatentCache, activation_maps, cache_activations, forecast
+from lmm_sae_nb.evaluate import evaluate_sae
 from lmm_sae_nb.lmm import LMM, NoPatchGrid
 from lmm_sae_nb.ranking import Ranking, firings, merged
-from lmm_sae_nb.sae import Latents, TopKSAE
+from lmm_sae_nb.sae import Latents, TopKSAE, TrainedOn
 from lmm_sae_nb.shares import Share
 
 
@@ -180,6 +181,27 @@ def test_a_cache_that_does_not_fit_the_disk_is_refused(lmm, sae, pictures, tmp_p
 def test_an_sae_of_another_width_is_refused(lmm, pictures, tmp_path):
     with pytest.raises(ValueError, match=f"width {lmm.width + 1}.*width {lmm.width}"):
         cache_activations(lmm, TopKSAE(lmm.width + 1, 8, 2), pictures, 0, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_sae_of_another_layer_or_model_is_refused(lmm, sae, pictures, tmp_path):
+    """By whatever takes a model, an SAE and a layer; here the pass, its forecast, maps, and the evaluation."""
+    told = TopKSAE(sae.width, sae.n_latents, sae.k)
+    told.trained_on = TrainedOn(0, lmm.fingerprint(0))
+    other = LMM(*make("picture_world", seed=7))
+    rows = [{"image": None, "question": "what ?", "answer": "that"}]
+    for call in (
+        lambda lmm, layer: cache_activations(lmm, told, pictures, layer, folder=tmp_path),
+        lambda lmm, layer: forecast(lmm, told, pictures, layer),
+        lambda lmm, layer: activation_maps(lmm, told, pictures, layer, [0]),
+        lambda lmm, layer: evaluate_sae(lmm, told, rows, layer),
+    ):
+        with pytest.raises(ValueError, match="trained on layer 0, not 1; give that layer"):
+            call(lmm, 1)
+        with pytest.raises(ValueError, match="trained on another model than .*: layer 0 had other weights"):
+            call(other, 0)
+        with pytest.raises(ValueError, match="no layer 9: .* has layers 0 to 2"):
+            call(lmm, 9)
     assert not list(tmp_path.iterdir())
 
 

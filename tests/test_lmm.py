@@ -294,7 +294,7 @@ def test_begin_of_sequence_is_written_once():
 # --- Loading ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["picture_world", "idefics3", "instructblip"])
+@pytest.mark.parametrize("family", ["picture_world", "llava_onevision", "qwen2_5_vl", "idefics3", "instructblip"])
 def test_load_gives_the_same_model_frozen_and_padded_left(family, tmp_path):
     model, processor = models.make(family)
     model.save_pretrained(tmp_path / "model")

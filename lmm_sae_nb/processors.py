@@ -25,7 +25,7 @@ def load_processor(name_or_path: str | Path, *, trust_remote_code: bool = False)
     """A folder's or hub name's processor; without torchvision, one that reads no videos (see `NoVideo`)."""
     remote = {"trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(name_or_path, **remote)
-    kind = PROCESSOR_MAPPING[type(config)] if type(config) in PROCESSOR_MAPPING else ProcessorMixin
+    kind = PROCESSOR_MAPPING.get(type(config), ProcessorMixin)
     if is_torchvision_available() or "video_processor" not in kind.get_attributes():
         return AutoProcessor.from_pretrained(name_or_path, **remote)
 

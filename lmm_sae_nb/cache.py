@@ -316,7 +316,7 @@ def _key(lmm: LMM, sae: TopKSAE, images: Pictures, layer: int, *settings: object
     if source is None:
         source = [hashlib.sha256(images[number].tobytes()).hexdigest() for number in (0, len(images) - 1)]
     return {"weights": digest.hexdigest(), "source": source, "images": _length(images), "k": sae.k,
-            "layer": layer, "settings": list(settings)}  # fmt: skip
+            "layer": layer, "image_size": lmm.image_size, "settings": list(settings)}  # fmt: skip
 
 
 # ---- from shares to a cache -----------------------------------------------------------------------------------

@@ -105,6 +105,7 @@ def train_sae(
         "dead_after_tokens": dead_after_tokens, "buffer_tokens": buffer_tokens or 16 * batch_tokens,
         "batch_samples": batch_samples, "warm_steps": max(1, steps // 20) if warm_steps is None else warm_steps,
         "mixed_precision": mixed_precision, "model": lmm.fingerprint(layer), "samples": data_fingerprint(samples),
+        "image_size": lmm.image_size and list(lmm.image_size),
     }  # fmt: skip
     folder = Path(folder)
     accelerator = _accelerator(lmm, mixed_precision, accumulate, tracker, folder)

@@ -226,6 +226,9 @@ def test_images_of_different_sizes_are_refused(tmp_path):
         cache_activations(
             lmm, TopKSAE(lmm.width, 8, 2), [noise(60, 60), noise(300, 60)], 0, batch_size=1, folder=tmp_path
         )
+    lmm.image_size = (112, 84)  # as the error says
+    cache = cache_activations(lmm, TopKSAE(lmm.width, 8, 2), [noise(60, 60), noise(300, 60)], 0, folder=tmp_path)
+    assert cache.patch_map(int(cache.frequency.argmax()), 0).shape == lmm.grid == (3, 4)
 
 
 def test_a_model_without_a_grid_has_means_but_no_maps(tmp_path):

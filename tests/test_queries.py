@@ -10,11 +10,11 @@ from transformers import AutoModelForImageTextToText, LlavaNextForConditionalGen
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.pictureworld import querying
 from lmm_sae_nb.pictureworld.__main__ import INSTRUCTBLIP, MODEL, QUERIES_STEPS
-from lmm_sae_nb.pictureworld.exam import ask, is_right, report
+from lmm_sae_nb.pictureworld.exam import ask, is_right
 from lmm_sae_nb.pictureworld.lessons import FAMILIES
 from lmm_sae_nb.pictureworld.queries import QUERIES, new_query_model, new_query_processor
 from lmm_sae_nb.pictureworld.querying import ROWS, Asker, Folding, Rounds, gather, regions
-from lmm_sae_nb.pictureworld.questions import Question, lesson
+from lmm_sae_nb.pictureworld.questions import lesson
 from lmm_sae_nb.pictureworld.scenes import PATCH, SIDE, VALIDATION, make_scene
 from lmm_sae_nb.pictureworld.school import read_log
 from lmm_sae_nb.pictureworld.tower import normalise
@@ -57,8 +57,6 @@ def test_its_language_model_is_the_embedded_models(untaught, known):
     ids = torch.arange(2, 60)[None]
     mine, theirs = untaught.language_model(input_ids=ids).logits, known.lm_head(known.model.language_model(ids)[0])
     torch.testing.assert_close(mine, theirs)
-    assert not any(part.requires_grad for part in untaught.language_model.parameters())
-    assert not any(part.requires_grad for part in untaught.vision_model.parameters())
 
 
 def test_its_processor_sees_what_the_eye_learned_from_and_asks_in_the_same_words(untaught, pictures):
@@ -80,7 +78,10 @@ def test_its_processor_sees_what_the_eye_learned_from_and_asks_in_the_same_words
 def test_rounds_are_the_same_from_wherever_they_start():
     late, early = next(iter(Rounds(5))), next(islice(Rounds(0), 5, 6))
     assert torch.equal(late[0], early[0])
-    assert all(torch.equal(a.written, b.written) and torch.equal(a.read, b.read) for a, b in zip(late[1], early[1], strict=True))
+    assert all(
+        torch.equal(a.written, b.written) and torch.equal(a.read, b.read)
+        for a, b in zip(late[1], early[1], strict=True)
+    )
 
 
 def test_a_lesson_is_what_the_model_itself_finds_for_each_question_alone(untaught, exact):
@@ -105,13 +106,12 @@ def test_a_lesson_is_what_the_model_itself_finds_for_each_question_alone(untaugh
     assert sum(float(found[f"asked_{name}"]) for name in FAMILIES) == sum(len(questions) for _, questions in rows)
 
 
-def test_only_what_lies_between_eye_and_language_model_learns(untaught, exact):
-    asker = Asker(untaught)
-    asker(gather(list(islice(Rounds(0), 2))))["loss"].backward()
-    learns = {name for name, part in untaught.named_parameters() if part.grad is not None and part.grad.any()}
+def test_only_what_lies_between_eye_and_language_model_learns(root, exact):
+    model = new_query_model(root / MODEL)
+    Asker(model)(gather(list(islice(Rounds(0), 2))))["loss"].backward()
+    learns = {name for name, part in model.named_parameters() if part.grad is not None and part.grad.any()}
     assert learns
     assert all(name.startswith(("query_tokens", "qformer.", "language_projection.")) for name in learns)
-    untaught.zero_grad()
 
 
 def test_regions_tile_the_picture():
@@ -154,9 +154,9 @@ def test_what_ships_is_small_and_has_the_embedded_models_eye_and_language_model(
     assert sum(file.stat().st_size for file in folder.rglob("*")) <= 20_100_000
     assert (folder / "model.safetensors").stat().st_size <= 20_000_000
     shipped = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    frozen = {name: part for name, part in untaught.named_parameters() if not part.requires_grad}
+    frozen = ("vision_model.", "language_model.")
     its = dict(shipped.named_parameters())
-    assert all(torch.equal(part, its[name]) for name, part in frozen.items())
+    assert all(torch.equal(part, its[name]) for name, part in untaught.named_parameters() if name.startswith(frozen))
 
 
 def test_what_ships_answers_about_pictures(root):
@@ -172,4 +172,3 @@ def test_what_ships_answers_about_pictures(root):
     right = [is_right(q.family, q, answer) for (_, q), answer in zip(paper, answers, strict=True)]
     assert np.mean(right) > 0.5
     assert read_log(root / INSTRUCTBLIP / "queries.jsonl")[-1]["step"] == QUERIES_STEPS
-    assert Question and report

@@ -31,7 +31,7 @@ SIGHT = {  # name: optimiser steps, scenes of the exam, what is made, the folder
     "similarity": (620, 150, "a CLIP, which says how well a text fits a picture: train, ship and examine", "tiny-clip"),
 }
 EXPLAINER_STEPS = 1800
-QUERIES_STEPS = 1600
+QUERIES_STEPS = 620
 FOLDER = Path("data/artifacts/training")
 MODEL = Path("data/models/tiny-llava-next")
 EXPLAINER = Path("data/models/tiny-explainer")

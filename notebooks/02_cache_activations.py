@@ -50,13 +50,13 @@ from torch.testing import assert_close
 from lmm_sae_nb import cache as caching
 from lmm_sae_nb import plots
 from lmm_sae_nb import texts as texting
-from lmm_sae_nb.artifacts import Stage, project_root, read_json, require
+from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
 from lmm_sae_nb.cache import LatentCache, cache_activations, forecast
 from lmm_sae_nb.explain import exemplars
 from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.texts import TextCache, cache_texts, counted, read, serves
+from lmm_sae_nb.texts import TextCache, as_rows, cache_texts, counted, read, serves
 from lmm_sae_nb.tokens import KINDS
 
 root = project_root()
@@ -130,7 +130,7 @@ assert_close(by_hand.reshape(lmm.grid), cache.patch_map(latent, 0), rtol=1e-2, a
 # %% mystnb={"figure": {"caption": "Random live latents with their five most exciting images: the activation on the patch grid, and the image with only its most activated patches visible.", "name": "fig-top-images"}}
 rng = np.random.default_rng(0)
 rare = np.flatnonzero(np.asarray(cache.live) & (np.asarray(cache.frequency) < 0.05))
-chosen = np.sort(rng.choice(rare, 6, replace=False))
+chosen = np.sort(rng.permutation(rare)[:6])
 plots.exemplar_strip([(f"latent {latent}", exemplars(cache, pictures, int(latent))) for latent in chosen]);
 # %% mystnb={"figure": {"caption": "How often latents fire: share of base patches on which each live latent is active.", "name": "fig-frequency"}}
 plots.histogram(np.asarray(cache.frequency), "share of base patches", log=True);
@@ -150,6 +150,7 @@ samples = samples.select(some)
 if not current:
     started = time.monotonic()
     spoken = cache_texts(lmm, sae, samples, layer, n_top=n_top, batch_samples=batch_size, folder=stage.folder)
+    write_json(stage.path("words.json"), as_rows(lmm, spoken))  # for the feature browsers
     metrics |= {"text_tokens": spoken.tokens["text"]} | counted(serves(spoken))
     stage.finish(params, inputs, metrics, seconds + time.monotonic() - started, code)
 spoken = TextCache.load(stage.folder)

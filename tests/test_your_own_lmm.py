@@ -33,10 +33,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from book import pages
 from lmm_sae_nb.artifacts import require
 from lmm_sae_nb.cache import cache_activations, open_images
+from lmm_sae_nb.catalogue import Catalogue
+from lmm_sae_nb.explain import exemplars
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE, TrainedOn
 from lmm_sae_nb.score import explained
 from lmm_sae_nb.spans import LAYOUTS
+from lmm_sae_nb.texts import cache_texts
 from lmm_sae_nb.train import train_sae
 
 PAGE = (pages.ROOT / "book" / "your_own_lmm.md").read_text(encoding="utf-8")
@@ -114,6 +117,7 @@ def desk(root, tmp_path_factory) -> Path:
             part.save_pretrained(desk / "my" / name)
     for n in range(8):
         picture(n).save(desk / f"my/pictures/{n}.png")
+    (desk / "my/pictures/damaged.png").write_bytes(b"no picture")
     rows = [
         {"image": f"my/pictures/{n % 8}.png" if n % 5 else None, "question": f"what is {n} ?", "answer": f"it is {n} ."}
         for n in range(20)
@@ -179,14 +183,35 @@ def test_its_preset_runs_notebooks_01_to_04_by_its_command(at_the_desk):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     metrics = {stage: json.loads(Path(f"data/artifacts/mine/{stage}/metrics.json").read_text())
                for stage in ("train", "cache", "interpret", "score")}  # fmt: skip
-    assert metrics["train"]["tokens"] > 1000 and metrics["cache"]["images"] == 8
+    assert metrics["train"]["tokens"] > 1000 and metrics["cache"]["images"] == 8 and metrics["cache"]["skipped"] == 1
     assert sum(metrics["cache"][f"latents_{side}"] for side in ("image_only", "text_only", "both", "untold")) == 64
     assert metrics["interpret"]["asked"] == 6
     assert not Path("data/artifacts/tiny").exists()  # nothing of Picture World is read, so none of it is rendered
     assert {"iou_paper", "iou_strict", "clip_paper", "clip_strict"} <= metrics["score"].keys()
+    catalogue = Catalogue.load("mine")
+    assert (
+        len(catalogue.rows) == 6
+        and {"serves", "text tokens", "iou_strict"} <= next(iter(catalogue.rows.values())).keys()
+    )
     for page in Path("build/executed").glob("*.ipynb"):
         said = json.dumps([cell.get("outputs") for cell in nbformat.read(page, 4).cells])
         assert "Warning" not in said, page.name
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3", "smolvlm", "llava_next"])
+def test_other_families_go_the_same_way(family, tmp_path):
+    """Trained, cached, shown: by the calls alone; of Qwen2.5-VL's images, a size is said."""
+    lmm = LMM(*models.make(family), image_size=(224, 112) if family == "qwen2_5_vl" else None)
+    pictures = [picture(n) for n in range(4)]
+    samples = [{"image": image, "question": "what is it ?", "answer": "that"} for image in pictures]
+    settings = dict(n_latents=32, k=4, steps=2, batch_tokens=64, batch_samples=2)
+    sae = train_sae(lmm, samples, 1, **settings, folder=tmp_path / "sae").sae
+    cache = cache_activations(lmm, sae, pictures, 1, n_top=3, folder=tmp_path / "cache")
+    assert cache.grid == lmm.grid and cache.live.any()
+    first = exemplars(cache, pictures, int(cache.top_means[:, 0].argmax()))[0]
+    assert first.activation.shape == lmm.grid and first.masked.size == first.image.size
+    texts = cache_texts(lmm, sae, samples, 1, folder=tmp_path / "cache")
+    assert texts.tokens["base"] == 4 * lmm.grid[0] * lmm.grid[1] and texts.tokens["text"]
 
 
 # Its errors.
@@ -237,9 +262,8 @@ def text_only():
 
 
 def damaged():
-    Path("my/damaged").mkdir(exist_ok=True)
-    Path("my/damaged/1.png").write_bytes(b"no picture")
-    return open_images("my/damaged")[0]
+    pictures = open_images("my/pictures")
+    return pictures[len(pictures) - 1]
 
 
 def interrupted():

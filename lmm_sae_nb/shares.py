@@ -104,6 +104,12 @@ def resume_or_clear(partial_folder: Path, key: dict[str, object]) -> None:
             file.unlink()
 
 
+def is_whole(folder: Path, key: dict[str, object]) -> bool:
+    """Whether the folder holds the whole cache of the pass with this key."""
+    path = folder / KEY
+    return path.is_file() and path.read_bytes() == as_json(key)
+
+
 def flush_left(share: Path, n_latents: int, patches: int, store: str | None) -> list[str]:
     """Write what a share has pending for the store, if no process went on with it; the names of the files."""
     rows = TensorRows(share)

@@ -119,7 +119,8 @@ base = prompt.spans[0].where("base")
 acts = sae.encode(lmm.hidden_states(prompt, layer)[0, base])
 by_hand = torch.where(acts.indices == latent, acts.acts, 0).sum(-1)
 assert_close(by_hand.mean(), cache.top_means[latent, 0], rtol=1e-3, atol=1e-5)
-assert_close(by_hand.reshape(lmm.grid), cache.patch_map(latent, 0), rtol=1e-2, atol=1e-2)
+if cache.grid:  # a Q-Former's tokens have no places
+    assert_close(by_hand.reshape(cache.grid), cache.patch_map(latent, 0), rtol=1e-2, atol=1e-2)
 
 # %% [markdown]
 # ## What it looks like

@@ -146,7 +146,7 @@ def test_the_pass_equals_one_image_at_a_time(lmm, sae, pictures, dense, tmp_path
     image = int(cache.top_images[latent, 0])
     torch.testing.assert_close(cache.patch_map(latent, 0), dense[image, :, latent].view(lmm.grid), atol=1e-2, rtol=1e-2)
     assert (cache.images, cache.grid, cache.layer, cache.skipped) == (7, lmm.grid, 0, {})
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["cache.json", "cache.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cache.json", "cache.safetensors", "key.json"]
     maps = activation_maps(lmm, sae, pictures, 0, [latent, 0], batch_size=3)
     np.testing.assert_allclose(maps[image, 0], dense[image, :, latent].view(lmm.grid), atol=1e-4)
     np.testing.assert_allclose(maps[2, 1], dense[2, :, 0].view(lmm.grid), atol=1e-4)

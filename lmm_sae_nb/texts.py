@@ -184,6 +184,13 @@ def counted(found: Serves) -> dict[str, float]:
     return {f"latents_{name}": n for name, n in counts.items()} | shares
 
 
+def as_rows(lmm: LMM, cache: TextCache) -> dict[str, dict]:
+    """Of every latent that fires, which side it serves and its top text tokens, as JSON has them."""
+    side = {n: name for name, latents in serves(cache)._asdict().items() for n in np.flatnonzero(latents).tolist()}
+    said = {n: [lmm.tokenizer.decode([word.token]) for word in cache.top_words(n)] for n in side}
+    return {str(n): {"serves": side[n].replace("_", " "), "text tokens": said[n]} for n in sorted(side)}
+
+
 # ---- to look at -----------------------------------------------------------------------------------------------
 
 

@@ -166,7 +166,8 @@ if not stage.is_current(params, inputs, code):
     started, rng = time.monotonic(), np.random.default_rng(seed)
     lmm = LMM.load(named(model))
     sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent)
-    drawn = rng.integers(len(pictures), size=random_runs * n_top).tolist()
+    readable = np.setdiff1d(np.arange(len(pictures)), list(cache.skipped))
+    drawn = rng.choice(readable, random_runs * n_top).tolist()
     drawn_spots = scoring.drawn_spots(lmm, sae, pictures, layer, list(concept_of), drawn)
     others = scoring.shuffled(explained, seed)
     found = scoring.all_ious(
@@ -174,7 +175,7 @@ if not stage.is_current(params, inputs, code):
     )
     if similarity:
         similar = grounding.ImageTextSimilarity.load(named(similarity), device=device).grid
-        drawn_pictures = [pictures[i] for i in rng.integers(len(pictures), size=clip_runs * n_top).tolist()]
+        drawn_pictures = [pictures[i] for i in rng.choice(readable, clip_runs * n_top).tolist()]
         found |= scoring.all_clips(similar, shown, concept_of, others, drawn_pictures, list(modes.values()), runs=clip_runs, seed=seed)
     scores, runs = scoring.records(explained, found)
     if judge or truth:

@@ -10,7 +10,7 @@ from models import make, noise
 from lmm_sae_nb import texts as texting
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE, TrainedOn
-from lmm_sae_nb.texts import TextCache, Word, cache_texts, counted, read, serves
+from lmm_sae_nb.texts import TextCache, Word, as_rows, cache_texts, counted, read, serves
 from lmm_sae_nb.tokens import KINDS
 
 LAYER, N_TOP = 1, 4
@@ -151,6 +151,16 @@ def test_latents_whose_firings_are_dealt_out_serve_both_or_are_untold():
     found = serves(seen((total - text).tolist(), [0] * 2000, text.tolist(), (5000, 5000, 500)))
     assert found.image_only.sum() + found.text_only.sum() < 0.02 * 2000
     assert found.both.sum() > 1000
+
+
+def test_rows_for_people_have_every_latent_that_fires_once(lmm, cache):
+    rows, found = as_rows(lmm, cache), serves(cache)
+    assert len(rows) == sum(latents.sum() for latents in found)
+    for name, latents in found._asdict().items():
+        for n in np.flatnonzero(latents):
+            told = rows[str(n)]
+            assert told["serves"] == name.replace("_", " ")
+            assert told["text tokens"] == [lmm.tokenizer.decode([word.token]) for word in cache.top_words(int(n))]
 
 
 # Bad input.

@@ -365,7 +365,9 @@ def _key(lmm: LMM, sae: TopKSAE, images: Pictures, layer: int, *settings: object
     if source is None:
         source = [hashlib.sha256(images[number].tobytes()).hexdigest() for number in (0, len(images) - 1)]
     return {"weights": digest.hexdigest(), "source": source, "images": _length(images), "k": sae.k,
-            "code": code_fingerprints([sys.modules[__name__]]), "layer": layer, "settings": list(settings)}  # fmt: skip
+            "code": code_fingerprints([sys.modules[__name__]]), "layer": layer,
+            "image_size": lmm.image_size and list(lmm.image_size),
+            "settings": list(settings)}  # fmt: skip
 
 
 # ---- from shares to a cache -----------------------------------------------------------------------------------

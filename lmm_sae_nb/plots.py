@@ -179,6 +179,16 @@ def token_html(tokens: Sequence[str], values: Sequence[float]) -> str:
     return '<p style="line-height:1.9">' + " ".join(spans) + "</p>"
 
 
+def texts(rows: Mapping[str, Sequence[tuple[Sequence[str], Sequence[float]]]]) -> HTML:
+    """Under each title (escaped) some texts, each as its tokens and their values: `token_html`."""
+    return HTML(
+        "".join(
+            f"<small>{html.escape(title)}</small>" + "".join(token_html(*text) for text in found)
+            for title, found in rows.items()
+        )
+    )
+
+
 def agreement(
     exact: np.ndarray, approximations: Mapping[str, np.ndarray], unit: str = "logits", side: float = 2.6
 ) -> np.ndarray:

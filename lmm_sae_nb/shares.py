@@ -19,7 +19,9 @@ BLOCK = 2**26  # bytes of patch rows that are merged at a time
 
 
 def uneven(sizes: Iterable[int]) -> ValueError:
-    return ValueError(f"images have {sorted(sizes)} base tokens; bring them to one size first")
+    return ValueError(
+        f"images have {sorted(sizes)} base tokens; bring them to one size: LMM.load(name, image_size=(448, 448))"
+    )
 
 
 class Share:

@@ -145,7 +145,7 @@ def train_saes(
         "auxk_alpha": auxk_alpha, "dead_after_tokens": dead_after_tokens,
         "buffer_tokens": buffer_tokens or 16 * batch_tokens, "batch_samples": batch_samples,
         "warm_steps": max(1, steps // 20) if warm_steps is None else warm_steps, "mixed_precision": mixed_precision,
-        "samples": data_fingerprint(samples),
+        "samples": data_fingerprint(samples), "image_size": lmm.image_size and list(lmm.image_size),
     }  # fmt: skip
     runs = {name: shared | recipe.run(lmm) for name, recipe in recipes.items()}
     folder = Path(folder)

@@ -123,6 +123,17 @@ def test_no_sae_at_all_is_refused(pictures, tmp_path):
         cache_several(LMM(*make("picture_world")), {}, pictures, folder=tmp_path)
 
 
+def test_a_layer_that_does_not_exist_is_refused_and_nothing_written(pictures, tmp_path):
+    lmm = LMM(*make("picture_world"))
+    sae, _ = saes(lmm)["low"]
+    for call in (cache_activations, evaluate_sae):
+        with pytest.raises(ValueError, match="no layer 3: .* has layers 0 to 2, 0-based"):
+            rows = [{"image": picture, "question": "what ?", "answer": "that"} for picture in pictures[:1]]
+            given, where = (pictures, {"folder": tmp_path}) if call is cache_activations else (rows, {})
+            call(lmm, sae, given, 3, **where)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_sae_of_another_model_or_layer_is_refused(pictures, tmp_path):
     lmm = LMM(*make("picture_world"))
     sae, layer = saes(lmm)["low"]

@@ -129,7 +129,8 @@ def main() -> None:
 
 def study(course: str, courses: Path, steps: int, minutes: float) -> bool:
     """One course of the recipe that made the shipped model; returns whether all its steps are done."""
-    from .lessons import MORE, PARTS, train_language
+    from .lessons import train_language
+    from .scenes import MORE, PARTS
     from .tower import train_tower
 
     folder, common = courses / course, {"steps": steps, "minutes": minutes}

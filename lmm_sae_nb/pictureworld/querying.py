@@ -24,18 +24,18 @@ from transformers import InstructBlipForConditionalGeneration, LlavaNextForCondi
 
 from ..lmm import LMM
 from .exam import examine, keep, report
-from .lessons import FAMILIES, MORE, SIDE_PATCHES, Lessons
+from .lessons import FAMILIES, SIDE_PATCHES
 from .minds import new_tokenizer
 from .queries import QUERIES, new_query_model, save
 from .questions import Question, caption, lesson
-from .scenes import TRAIN, VALIDATION
+from .scenes import TRAIN, make_lesson
 from .school import attend, autocast_if_quicker, optimisers
 from .tower import normalise
 
 EACH = 8  # questions on a picture
 PLAIN = 0.1  # share of pictures that are also shown without a question, as the cache shows them
 ROWS = 4  # of regions; QUERIES // ROWS columns
-FOLDED = 700_000  # the first lesson's first picture, of the training seeds
+FOLDED, FOLDING_PICTURES = 700_000, 2048  # the first lesson's first picture, of the training seeds, and how many
 CHUNKS = 3  # sequences of like length pass the language model together
 
 
@@ -51,12 +51,11 @@ class Rounds(IterableDataset):
     """An endless stream of (pixels, questions): the scenes and drills of the language model's last lessons."""
 
     def __init__(self, first: int):
-        self.first, self.lessons = first, Lessons(new_tokenizer(), 0, MORE)
+        self.first, self.tokenizer = first, new_tokenizer()
 
     def _asked(self, question: Question) -> Asked:
-        tokenizer = self.lessons.tokenizer
         read, answer = (
-            tokenizer(text, add_special_tokens=False).input_ids
+            self.tokenizer(text, add_special_tokens=False).input_ids
             for text in (f"<s><user>{question.text}<assistant>", f"{question.answer}</s>")
         )
         return Asked(torch.tensor(read), torch.tensor(read + answer), FAMILIES.index(question.family))
@@ -64,7 +63,7 @@ class Rounds(IterableDataset):
     def __iter__(self) -> Iterator[tuple[Tensor, list[Asked]]]:
         for n in range(self.first, 10**9):
             rng = np.random.default_rng([32, n])
-            scene = self.lessons._scene(TRAIN + n % (VALIDATION - TRAIN), n % 20)
+            scene = make_lesson(TRAIN + n % 800_000, n % 20)
             questions = lesson(scene, rng)[:EACH]
             if rng.random() < PLAIN and not scene.shown:
                 questions = [*questions[: EACH - 1], Question("describe", "", caption(scene))]
@@ -176,7 +175,9 @@ class Folding(nn.Module):
     The eye is frozen, so what it makes of the lesson's pictures is computed once.
     """
 
-    def __init__(self, asker: Asker, taught: LlavaNextForConditionalGeneration, pictures: int = 2048, batch: int = 32):
+    def __init__(
+        self, asker: Asker, taught: LlavaNextForConditionalGeneration, pictures: int = FOLDING_PICTURES, batch: int = 32
+    ):
         super().__init__()
         self.asker, self.batch = asker, batch
         rows = islice(Rounds(FOLDED), pictures)

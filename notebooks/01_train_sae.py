@@ -25,7 +25,7 @@
 #
 # | preset | model | latents, k | time |
 # |---|---|---|---|
-# | `tiny` | Picture World LLaVA-NeXT, shipped | 2,048, 16 | 3 minutes, 2 cores |
+# | `tiny` | Picture World LLaVA-NeXT, shipped | 2,048, 24 | 3 minutes, 2 cores |
 # | `paper` | LLaVA-NeXT-LLaMA3-8B, layer 24 (the paper's 25th) | 131,072, 256 | GPUs |
 
 # %% tags=["parameters"]
@@ -33,11 +33,11 @@ run: str = "tiny"  # results go to data/artifacts/<run>/
 model: str = "data/models/tiny-llava-next"  # a folder of this project, or a name on the hub
 dataset: str = "data/artifacts/tiny/world/train"  # samples with image, question and answer
 heldout: str = "data/artifacts/tiny/world/heldout"  # samples that no training has seen
-layer: int = 2  # 0-based; the paper's 25th layer is 24
+layer: int = 1  # 0-based; the paper's 25th layer is 24
 n_latents: int = 2048  # the paper: 131072
-k: int = 16  # active latents a token; the paper: 256
-steps: int = 1200  # optimiser steps
-batch_tokens: int = 1024  # tokens an optimiser step
+k: int = 24  # active latents a token; the paper: 256
+steps: int = 2400  # optimiser steps
+batch_tokens: int = 512  # tokens an optimiser step
 lr: float = 2e-3  # highest learning rate
 dead_after_tokens: int = 100_000  # a latent silent for so long counts as dead; the paper's code: 10 million
 kinds: list = ["base", "tiles", "newline", "text"]  # token kinds that the SAE learns from

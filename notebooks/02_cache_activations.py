@@ -30,7 +30,7 @@
 run: str = "tiny"  # results go to data/artifacts/<run>/
 model: str = "data/models/tiny-llava-next"  # a folder of this project, or a name on the hub
 images: str = "data/artifacts/tiny/world/cache"  # a data set with an image column, or a folder of images
-layer: int = 2  # 0-based, the layer that the SAE was trained on
+layer: int = 1  # 0-based, the layer that the SAE was trained on
 n_top: int = 5  # images kept for each latent
 batch_size: int = 16  # images a forward
 store: str = "float16"  # or "float32": keeps every activation, tens of GB at full scale; "" only those of the top images

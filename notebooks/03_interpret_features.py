@@ -29,7 +29,7 @@
 # %% tags=["parameters"]
 run: str = "tiny"  # results go to data/artifacts/<run>/
 model: str = "data/models/tiny-llava-next"  # the model under study: a folder of this project, or a name on the hub
-layer: int = 2  # 0-based, the layer that the SAE was trained on
+layer: int = 1  # 0-based, the layer that the SAE was trained on
 images: str = "data/artifacts/tiny/world/cache"  # the images that were cached
 heldout: str = "data/artifacts/tiny/world/heldout"  # scenes with label maps on which detecting latents are measured
 concepts: str = "data/artifacts/tiny/world/concepts.json"  # names of the ground truth's concepts; "": there is no truth

@@ -30,7 +30,7 @@
 run: str = "tiny"  # results go to data/artifacts/<run>/
 model: str = "data/models/tiny-llava-next"  # a folder of this project, or a name on the hub
 images: str = "data/artifacts/tiny/world/cache"  # the images that were cached
-layer: int = 2  # 0-based, the layer that the SAE was trained on
+layer: int = 1  # 0-based, the layer that the SAE was trained on
 steered_kinds: list = ["base", "tiles", "newline"]  # token kinds whose latents are clamped, where there is an image
 doses: list = [2, 4, 8]  # clamp values, in units of the latent's own maximum over the cached images
 dose: float = 8.0  # the one that is reported in the metrics

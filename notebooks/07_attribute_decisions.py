@@ -28,7 +28,7 @@
 # %% tags=["parameters"]
 run: str = "tiny"  # results go to data/artifacts/<run>/
 model: str = "data/models/tiny-llava-next"  # a folder of this project, or a name on the hub
-layer: int = 2  # 0-based, the layer that the SAE was trained on
+layer: int = 1  # 0-based, the layer that the SAE was trained on
 heldout: str = "data/artifacts/tiny/world/heldout"  # samples that no training has seen, with image and question
 dataset: str = "data/artifacts/tiny/world/train"  # what the small SAEs of other layers are trained on
 decisions: int = 100  # held-out decisions of the layer's SAE

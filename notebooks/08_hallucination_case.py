@@ -29,7 +29,7 @@
 # %% tags=["parameters"]
 run: str = "tiny"  # results go to data/artifacts/<run>/
 model: str = "data/models/tiny-llava-next"  # a folder of this project, or a name on the hub
-layer: int = 2  # 0-based, the layer that the SAE was trained on
+layer: int = 1  # 0-based, the layer that the SAE was trained on
 traps: str = "data/artifacts/tiny/world/traps"  # image, question, answer, taught answer, group, part (choose, report)
 heldout: str = "data/artifacts/tiny/world/heldout"  # other questions, for the price
 images: str = "data/artifacts/tiny/world/cache"  # the images that were cached

@@ -80,7 +80,7 @@ def main() -> None:
     explainer.add_argument("--model", type=Path, default=root / EXPLAINER, help="where it ships to")
     explainer.add_argument(
         "--sae", nargs=2, action="append", metavar=("FOLDER", "LAYER"),
-        default=[[root / "data/artifacts/tiny/train", 2]],
+        default=[[root / "data/artifacts/tiny/train", 1]],
         help="another SAE, and its layer, whose latents it learns from besides those of notebook 01",
     )  # fmt: skip
     queries = commands.add_parser("queries", help="an InstructBLIP's Q-Former: train, ship and examine")

@@ -44,10 +44,10 @@ def run(given, folder: Path, processes: int, fail_at: int | None = None) -> None
     """A pass by so many processes; the one that gets to batch `fail_at` fails there, and takes the others with it."""
     encode = caching._encode
 
-    def failing(lmm, sae, layer, batch):
+    def failing(lmm, studied, batch):
         if batch.number == fail_at:
             raise RuntimeError("the power is gone")
-        return encode(lmm, sae, layer, batch)
+        return encode(lmm, studied, batch)
 
     def work():
         torch.set_num_threads(1)  # the parent's threads are not there

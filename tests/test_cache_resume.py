@@ -129,12 +129,12 @@ def test_it_goes_on_where_it_was(lmm, sae, pictures, tmp_path, monkeypatch):
     """What is done is not done again."""
     images, seen, encode = open_images(pictures), [], caching._encode
 
-    def stop_in_the_middle(lmm, sae, layer, batch):
+    def stop_in_the_middle(lmm, studied, batch):
         if batch.number == 5 and 5 not in seen:
             seen.append(5)
             raise KeyboardInterrupt
         seen.append(batch.number)
-        return encode(lmm, sae, layer, batch)
+        return encode(lmm, studied, batch)
 
     monkeypatch.setattr(caching, "_encode", stop_in_the_middle)
     with pytest.raises(KeyboardInterrupt):

@@ -35,9 +35,9 @@ LEVELS = [  # an import goes to the same level or a lower one, and never in a ci
     set(level.split())
     for level in (
         "artifacts hooks spans compiled kernels sae optimiser formats hub checkpoint images ranking store forecast "
-        "chats asked shown grounding",
+        "processors chats asked shown grounding",
         "lmm shares ratings",
-        "tokens train evaluate launch cache cache_formats steering",
+        "tokens train evaluate launch cache cache_formats texts steering",
         "explain attribution fidelity cure twin",
         "masks score truth",
         "plots thumbnails catalogue widgets",

@@ -62,7 +62,7 @@ from lmm_sae_nb.fidelity import agreement, cost, own_decision, some_pairs
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.score import mean_interval
-from lmm_sae_nb.train import train_sae
+from lmm_sae_nb.train import Recipe, train_saes
 
 root = project_root()
 plots.style()
@@ -168,10 +168,10 @@ ways = ("linear", "ig", "own_path")
 if not stage.is_current(params, inputs, code):
     started = time.monotonic()
     timing = cost(lmm, sae, layer, choice, repetitions)
-    saes = {layer: sae}
-    for other in other_layers:
-        small = dict(n_latents=other_latents, k=k, steps=other_steps, batch_tokens=1024, dead_after_tokens=50_000, lr=2e-3, seed=seed)
-        saes[other] = train_sae(lmm, load_from_disk(root / dataset), other, folder=stage.path(f"layer_{other}"), **small).sae.requires_grad_(False)
+    recipes = {f"layer_{other}": Recipe(other, n_latents=other_latents, k=k, lr=2e-3) for other in other_layers}
+    how = dict(steps=other_steps, batch_tokens=1024, dead_after_tokens=50_000, seed=seed, folder=stage.path("others"))
+    small = train_saes(lmm, load_from_disk(root / dataset), recipes, **how) if recipes else {}
+    saes = {layer: sae} | {recipes[name].layer: its.sae.requires_grad_(False) for name, its in small.items()}
     rows, generator = [], torch.Generator().manual_seed(seed)
     for at, its in saes.items():
         for sample in unseen if at == layer else unseen[:other_decisions]:

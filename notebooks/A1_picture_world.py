@@ -95,8 +95,8 @@ concepts.ANSWERED_FROM_MEMORY
 # 2. *Rehearsal.* At the same time the language model learns to answer from perfect eyes: sums of the same word vectors.
 # 3. *Lessons.* The two meet: tower frozen, projector and language model train on answers alone, many questions a picture, each
 #    blind to the others.
-# 4. *Reading.* After 2,000 steps the model still could not read signs, because the eye could not (22 % of sign patches right,
-#    against 99.9 % on maps): the tower went on, on scenes full of signs, with the projector kept as it was (98 % at the end).
+# 4. *Reading.* After these lessons the model still could not read signs, because the eye knew the words on maps and few of
+#    those on signs: the tower went on, on scenes full of signs, with the projector kept as it was.
 # 5. *Finish.* Lessons again, with the better eye and with the tile that AnyRes adds: the same picture once more, row by row.
 # 6. *Polish.* The same for longer, with more signs, drawn things and panels, which were the weakest.
 # 7. *Parts.* Once more, at half the rate, with drawn things above all: the colours of small parts were still the weakest.

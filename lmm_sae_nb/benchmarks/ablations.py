@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lmm_sae_nb.benchmarks.ablations", description=__doc__)
     parser.add_argument("--run", default="tiny")
     parser.add_argument("--model", default="data/models/tiny-llava-next")
-    parser.add_argument("--layer", type=int, default=4)
+    parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--heldout", type=Path, default=root / "data/artifacts/tiny/world/heldout")
     parser.add_argument("--decisions", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)

@@ -130,7 +130,7 @@ assert_close(by_hand.reshape(lmm.grid), cache.patch_map(latent, 0), rtol=1e-2, a
 # %% mystnb={"figure": {"caption": "Random live latents with their five most exciting images: the activation on the patch grid, and the image with only its most activated patches visible.", "name": "fig-top-images"}}
 rng = np.random.default_rng(0)
 rare = np.flatnonzero(np.asarray(cache.live) & (np.asarray(cache.frequency) < 0.05))
-chosen = np.sort(rng.choice(rare, 6, replace=False))
+chosen = np.sort(rng.choice(rare, min(6, len(rare)), replace=False))
 plots.exemplar_strip([(f"latent {latent}", exemplars(cache, pictures, int(latent))) for latent in chosen]);
 # %% mystnb={"figure": {"caption": "How often latents fire: share of base patches on which each live latent is active.", "name": "fig-frequency"}}
 plots.histogram(np.asarray(cache.frequency), "share of base patches", log=True);

@@ -203,8 +203,8 @@ if not current:
     rng = np.random.default_rng(seed)
     objects = sorted(n for n, row in named.items() if row["kind"] == "object")
     objects = rng.permutation(objects)[:n_objects].tolist()
-    live = np.flatnonzero(np.asarray(cache.live))
-    control = rng.choice(np.setdiff1d(live, objects), len(objects), replace=False).tolist()
+    rest = np.setdiff1d(np.flatnonzero(np.asarray(cache.live)), objects)
+    control = rng.choice(rest, len(objects), replace=len(rest) < len(objects)).tolist()
     untouched = lmm.generate(lmm.prompt(question, white), max_new_tokens=max_new_tokens)[0]
     asked = [("object", value, n, n) for value in doses for n in objects]
     asked += [("random", dose, n, own) for n, own in zip(control, objects, strict=True)]

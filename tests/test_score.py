@@ -14,7 +14,8 @@ from PIL import Image
 from scipy.stats import norm
 
 from lmm_sae_nb import score
-from lmm_sae_nb.explain import Exemplar, masked, most_activated, upsample
+from lmm_sae_nb.cache import cache_activations
+from lmm_sae_nb.explain import Exemplar, exemplars, masked, most_activated, upsample
 from lmm_sae_nb.grounding import BoxSegmenter, Candidates, ImageTextSimilarity, PromptedSegmenter
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.masks import (
@@ -341,6 +342,25 @@ def test_drawn_spots_are_each_latent_s_activations_on_the_images_of_these_number
             kept = torch.where(z >= z.topk(3).values[:, -1:], z, 0)[:, latent].reshape(lmm.grid).detach()
             np.testing.assert_allclose(spot.activation, kept, atol=1e-4)
             assert spot.size == (192, 192)
+
+
+def test_an_image_set_of_one_is_its_own_chance(tmp_path):
+    """Cached and scored: every random image is the latent's own, so chance is the score and the ratio is 1."""
+    lmm = LMM(*make("picture_world"))
+    sae, pictures = TopKSAE(lmm.width, 24, 3).requires_grad_(False), [noise(192, 192)]
+    cache = cache_activations(lmm, sae, pictures, 1, n_top=5, folder=tmp_path)
+    named = {int(n): (("cat", "dog")[i], "object") for i, n in enumerate(cache.live.nonzero()[:2, 0])}
+    own = {n: exemplars(cache, pictures, n) for n in named}
+    assert [len(found) for found in own.values()] == [1, 1]
+    drawn = score.drawn_spots(lmm, sae, pictures, 1, list(named), [0] * 6)
+    everywhere = {"truth": lambda n, c: [np.ones((1, 192, 192), bool)] * len(n)}
+    concepts = {n: concept for n, (concept, _) in named.items()}
+    found = score.all_ious(lambda n: (spots(own[n]), drawn[n]), concepts, score.shuffled(named), everywhere, runs=3)
+    for n in named:
+        assert found["iou_strict"][n].score == own[n][0].visible.mean()
+        assert found["iou_strict"][n].random == (own[n][0].visible.mean(),) * 3
+    told = score.summary(*score.records(named, found))
+    assert [told["iou_strict_ratio"], told["iou_paper_ratio"]] == pytest.approx([1, 1])
 
 
 def test_every_latent_in_every_mode_by_every_segmenter():

@@ -61,6 +61,7 @@ from IPython.display import HTML, display
 from PIL import Image
 from torch.testing import assert_close
 
+from lmm_sae_nb import asked as rating
 from lmm_sae_nb import plots, steering
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
 from lmm_sae_nb.asked import Vocabulary, names, relevance
@@ -133,11 +134,12 @@ plots.exemplar_strip([(f"latent {cases[name]}: {name}", exemplars(cache, picture
 # answers: the untouched model (*before*), and the SAE spliced in with nothing steered (dose 0).
 
 # %%
-stage, code = Stage(run, "steer"), [steering]
+stage, code = Stage(run, "steer"), [steering, rating]
 params = dict(
     model=model, layer=layer, images=images, steered_kinds=steered_kinds, doses=doses, dose=dose, n_objects=n_objects,
     question=question, blank_size=blank_size, feelings=feelings, feeling_question=feeling_question, story_prompt=story_prompt,
-    case_doses=case_doses, word_prompt=word_prompt, ranked_images=ranked_images, judge=judge, seed=seed,
+    case_doses=case_doses, word_prompt=word_prompt, ranked_images=ranked_images, max_new_tokens=max_new_tokens,
+    concepts=concepts, judge=judge, seed=seed,
 )  # fmt: skip
 stages = [Stage(run, name).path("manifest.json") for name in ("train", "cache", "interpret")]
 inputs = [path for path in (root / model, *stages) if path.exists()]

@@ -33,7 +33,7 @@ heldout: str = "data/artifacts/tiny/world/heldout"  # samples that no training h
 dataset: str = "data/artifacts/tiny/world/train"  # what the small SAEs of other layers are trained on
 decisions: int = 100  # held-out decisions of the layer's SAE
 pairs: int = 24  # active (token, latent) pairs of each that are ablated, at random
-own_pairs: int = 1  # of them, on average, integrated along their own path
+own_pairs: int = 1  # of them, integrated along their own path
 ig_steps: int = 5  # steps of integrated gradients
 other_layers: list = [4, 6]  # small SAEs are trained there, to compare by depth
 other_decisions: int = 16  # decisions for each of them
@@ -178,7 +178,7 @@ if not stage.is_current(params, inputs, code):
             case = own_decision(lmm, sample["question"], sample["image"])
             one = linear(lmm, its, at, case)
             asked = some_pairs(one, pairs, generator)
-            few = asked & (torch.rand(asked.shape, generator=generator) < own_pairs / pairs)
+            few = some_pairs(one, own_pairs, generator, among=asked)
             values = {
                 "exact": exact(lmm, its, at, case, asked, batch=8),  # a batch runs from its first pair's token on
                 "linear": one.values, "ig": integrated(lmm, its, at, case, steps=ig_steps).values,

@@ -19,7 +19,7 @@
 # **You will learn** what a clamp does, how much of the effect is the latent's and how much the splice's, how it grows with
 # the dose, and whether one latent serves both the picture and the word.
 #
-# **Reads** `train/`, `cache/`, `interpret/`. **Writes** `steer/`.
+# **Reads** `train/`, `cache/`, `interpret/`, `score/` if it is there. **Writes** `steer/`.
 #
 # | preset | LMM | latents steered | time |
 # |---|---|---|---|
@@ -58,6 +58,7 @@ from collections import Counter
 import numpy as np
 import torch
 from IPython.display import HTML, display
+from ipywidgets import VBox
 from PIL import Image
 from torch.testing import assert_close
 
@@ -66,6 +67,7 @@ from lmm_sae_nb import plots, steering
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
 from lmm_sae_nb.asked import Vocabulary, names, relevance
 from lmm_sae_nb.cache import LatentCache, activation_maps
+from lmm_sae_nb.catalogue import Catalogue
 from lmm_sae_nb.chats import open_chat
 from lmm_sae_nb.cure import share
 from lmm_sae_nb.explain import exemplars
@@ -75,7 +77,7 @@ from lmm_sae_nb.plots import steering_strip
 from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.score import Mean, mean_interval
 from lmm_sae_nb.steering import Edit, Scope, answers, steer_latents
-from lmm_sae_nb.widgets import SteeringPanel
+from lmm_sae_nb.widgets import FeatureBrowser, SteeringPanel
 
 root = project_root()
 plots.style()
@@ -296,10 +298,15 @@ read_json(stage.path("metrics.json"))
 #
 # In JupyterLab (`make lab`) the panel below answers at once (`panel_slider_seconds` above is the median from a moved slider to
 # the steered answer, `panel_question_seconds` what a new question takes): choose a latent, a dose, the tokens, a prompt, an image.
+# Above it is every latent that notebook 03 asked about, to search by a word or a number and to sort by any score; *steer it* hands
+# one to the panel. The [features page](../features) has the same without a kernel.
 
 # %%
 panel = SteeringPanel(lmm, sae, layer, cache, {n: row["concept"] for n, row in named.items()}, image=white, text=question)
-panel.box
+scores = Stage(run, "score").path("scores.json")
+catalogue = Catalogue(cache, pictures, explanations, *([read_json(scores)] if scores.is_file() else []))
+browser = FeatureBrowser(catalogue, panel.choose, sort="iou_strict" if "iou_strict" in catalogue.columns else None)
+VBox([browser.box, panel.box])
 
 # %% [markdown]
 # ## What we found

@@ -67,7 +67,7 @@ def same_answers(one: Path, other: Path) -> None:
     first, second = (LatentCache.load(folder).store.latents(0, 64) for folder in (one, other))
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert sorted(file.name for file in other.iterdir()) == ["cache.json", "cache.safetensors", "store"]
+    assert sorted(file.name for file in other.iterdir()) == ["cache.json", "cache.safetensors", "key.json", "store"]
 
 
 @pytest.mark.parametrize("processes", [2, 3])

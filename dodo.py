@@ -29,6 +29,7 @@ SOURCES = pages.sources()
 VALUES = pages.preset(PARAMS)
 RUN = next((values["run"] for values in VALUES.values() if "run" in values), PARAMS.stem)
 ARTIFACTS = ROOT / "data" / "artifacts" / RUN
+WORLD = ROOT / "data" / "artifacts" / "tiny" / "world"
 
 
 def state(path: Path) -> str:
@@ -59,15 +60,14 @@ class AsLeft:
 def task_world():
     """Render the Picture World datasets."""
     shelf = ROOT / "lmm_sae_nb" / "pictureworld" / "shelf.py"  # not its __main__, which also trains models
-    out = ROOT / "data" / "artifacts" / "tiny" / "world"
     return {
-        "actions": [[sys.executable, "-m", "lmm_sae_nb.pictureworld", "render", "--out", str(out)]],
+        "actions": [[sys.executable, "-m", "lmm_sae_nb.pictureworld", "render", "--out", str(WORLD)]],
         "file_dep": [
             shelf,
             *pages.modules(shelf),
             *(f for f in ROOT.glob("data/pictureworld/**/*") if f.is_file()),
         ],
-        "targets": [out / "concepts.json"],
+        "targets": [WORLD / "concepts.json"],
     }
 
 
@@ -88,10 +88,12 @@ def task_ipynb():
 
 
 def task_page():
-    """Run every notebook in order with papermill and the preset's parameters."""
-    before = "world"
+    """Run every notebook in order with papermill and the preset's parameters, after the world if it reads of it."""
+    before = []
     for source in SOURCES:
         values = VALUES[source.stem]
+        found = pages.results(source, values)
+        world = ["world"] if any(path.is_relative_to(WORLD) for path in found) else []
         notebook, executed, page = (
             folder / f"{source.stem}.ipynb" for folder in (BUILD / "ipynb", BUILD / "executed", BOOK / "notebooks")
         )
@@ -101,12 +103,12 @@ def task_page():
             "file_dep": [notebook, *pages.modules(source), *pages.shipped(source, values)],
             "uptodate": [
                 config_changed({name: repr(value) for name, value in values.items()}),
-                AsLeft(pages.results(source, values)),
+                AsLeft(found),
             ],
-            "task_dep": [before],
+            "task_dep": before + world,
             "targets": [page],
         }
-        before = f"page:{source.stem}"
+        before = [f"page:{source.stem}"]
 
 
 def task_results():

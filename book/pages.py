@@ -65,8 +65,11 @@ def stages(source: Path) -> list[str]:
 
 
 def named(source: Path, values: Mapping[str, object]) -> set[str]:
-    """The paths below `data/` or `book/` that stand in a notebook's code or in the values it is given."""
-    texts = [node.value for node in ast.walk(_tree(source)) if isinstance(node, ast.Constant)] + list(values.values())
+    """The paths below `data/` or `book/` in a notebook's code or in its parameters, as they are with these values."""
+    known = parameters(source)
+    cells = (node for node in _tree(source).body if getattr(getattr(node, "target", None), "id", None) not in known)
+    texts = [node.value for cell in cells for node in ast.walk(cell) if isinstance(node, ast.Constant)]
+    texts += ({name: parameter.default for name, parameter in known.items()} | dict(values)).values()
     return {text for text in texts if isinstance(text, str) and re.fullmatch(r"(data|book)/[\w./-]+", text)}
 
 

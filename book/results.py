@@ -12,6 +12,14 @@ PAPER = {  # stage and metric -> what the paper reports
     ("score", "iou_strict"): "0.20 (Table 1, all concepts; measured in the `paper` mode)",
     ("score", "clip_paper"): "23.6 (Table 1, all concepts)",
     ("score", "clip_paper_random"): "18.2 (Table 1, random images)",
+    ("compare", "iou_paper_layer_1"): "0.30 (Table 3, the 8th of 32 layers)",
+    ("compare", "iou_paper_layer_3"): "0.31 (Table 3, the 25th)",
+    ("compare", "iou_paper_layer_6"): "0.40 (Table 3, the 32nd)",
+    ("compare", "clip_paper_layer_1"): "22.82 (Table 3, the 8th of 32 layers)",
+    ("compare", "clip_paper_layer_3"): "24.92 (Table 3, the 25th)",
+    ("compare", "clip_paper_layer_6"): "26.55 (Table 3, the 32nd)",
+    ("compare", "clip_paper_tiny-instructblip"): "28.01 (Table 4, InstructBLIP-7B)",
+    ("compare", "clip_paper_tiny-instructblip_random"): "17.71 (Table 4)",
     ("score", "judged"): "0.89 by GPT-4o, 0.75 by two people (Table 2)",
 }
 HEAD = """# Results

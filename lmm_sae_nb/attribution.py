@@ -20,9 +20,8 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from lmm_sae_nb.artifacts import open_tensors, save_tensors
-from lmm_sae_nb.lmm import LMM, Prompt
+from lmm_sae_nb.lmm import LMM, Prompt, require_own
 from lmm_sae_nb.sae import Latents, TopKSAE
-from lmm_sae_nb.steering import require_own
 from lmm_sae_nb.train import KINDS
 
 

@@ -10,9 +10,10 @@ import errno
 import hashlib
 import json
 import shutil
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from itertools import count, islice
@@ -28,15 +29,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmm_sae_nb.artifacts import TensorRows, save_rows, write_json
+from lmm_sae_nb.artifacts import TensorRows, code_fingerprints, save_rows, write_json
 from lmm_sae_nb.images import StreamedImages, UnreadableImage, open_images
-from lmm_sae_nb.lmm import LMM, NoPatchGrid, Prompt
+from lmm_sae_nb.lmm import LMM, NoPatchGrid, Prompt, require_own
 from lmm_sae_nb.ranking import Ranking
 from lmm_sae_nb.sae import Latents, TopKSAE, require_finite
 from lmm_sae_nb.shares import (
     KEY,
     Share,
     flush_left,
+    is_whole,
     merged_blocks,
     place_store,
     resume_or_clear,
@@ -46,10 +48,19 @@ from lmm_sae_nb.shares import (
 )
 from lmm_sae_nb.store import STORE, VALUES, LatentStore
 
-__all__ = ["LatentCache", "activation_maps", "base_latents", "cache_activations", "forecast", "open_images"]
+__all__ = [
+    "LatentCache",
+    "activation_maps",
+    "base_latents",
+    "cache_activations",
+    "cache_several",
+    "forecast",
+    "open_images",
+]
 
 TENSORS, SHAPE, PARTIAL = "cache.safetensors", "cache.json", ".partial"
 Pictures = Sequence[Image.Image] | StreamedImages
+Studied = tuple[TopKSAE, int]  # an SAE, and the layer that it reads
 
 
 # ---- a batch at a time ----------------------------------------------------------------------------------------
@@ -108,17 +119,18 @@ def _ahead(fn: Callable, items: Iterable[tuple]) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def _encode(lmm: LMM, sae: TopKSAE, layer: int, batch: _Batch) -> Latents:
-    """Latents (images, patches, k) of a batch's base tokens; nothing behind the last of them is computed."""
+def _encode(lmm: LMM, studied: Mapping[str, Studied], batch: _Batch) -> dict[str, Latents]:
+    """Latents (images, patches, k) of a batch's base tokens by each SAE; nothing behind these is computed."""
     base = batch.prompt.mask("base")
     last = int(base.any(0).nonzero().max()) + 1
-    hidden = lmm.hidden_states(batch.prompt, layer, tokens=last)
-    base = base[:, :last].to(hidden.device)
+    hidden = lmm.hidden_states(batch.prompt, [layer for _, layer in studied.values()], tokens=last)
+    base = base[:, :last].to(lmm.device)
     if len(sizes := set(base.sum(1).tolist())) > 1:
         raise uneven(sizes)
-    tokens = hidden[base].reshape(len(base), sizes.pop(), -1)
-    require_finite(tokens, f"images {batch.images[0]} to {batch.images[-1]}, layer {layer}")
-    return sae.encode(tokens)
+    tokens = {layer: states[base].reshape(len(base), *sizes, -1) for layer, states in hidden.items()}
+    for layer, states in tokens.items():
+        require_finite(states, f"images {batch.images[0]} to {batch.images[-1]}, layer {layer}")
+    return {name: sae.encode(tokens[layer]) for name, (sae, layer) in studied.items()}
 
 
 def base_latents(
@@ -127,14 +139,14 @@ def base_latents(
     """Latents (batch, patches, k) of the base image tokens, on the CPU, a batch of images at a time.
 
     The prompt is the image alone, in the chat template. ValueError if images differ in the number of base tokens,
-    hidden states are not finite, an image cannot be read, or the SAE has another width than the layer.
+    hidden states are not finite, an image cannot be read, or as `require_own`.
     """
-    sae.require_width(lmm.width)
+    require_own(lmm, sae, layer)
     seen = set()
     batches = _ahead(partial(_prepare, lmm, False), _batches(images, batch_size, lambda _: True))
     with tqdm(desc=title, total=_length(images), unit=" images", mininterval=2, disable=title is None) as bar:
         for batch in batches:
-            latents = _encode(lmm, sae, layer, batch)
+            latents = _encode(lmm, {"": (sae, layer)}, batch)[""]
             if len(seen := seen | {latents.acts.shape[1]}) > 1:
                 raise uneven(seen)
             yield Latents(*(part.cpu() for part in latents))
@@ -184,11 +196,12 @@ def forecast(
     store: str | None = None, unreadable: str = "refuse",
 ) -> Forecast:  # fmt: skip
     """Run two batches and time the second: what `cache_activations` with the same arguments will take."""
-    _check(sae, lmm, images, n_top, batch_size, store, unreadable)
+    studied = {"": (sae, layer)}
+    _check(lmm, studied, images, n_top, batch_size, store, unreadable)
     timed, began = [], time.monotonic()
     batches = _ahead(partial(_prepare, lmm, unreadable == "skip"), _batches(images, batch_size, lambda _: True))
     for batch in islice(filter(lambda batch: batch.images, batches), 2):
-        timed.append((_encode(lmm, sae, layer, batch).acts.shape, time.monotonic() - began))
+        timed.append((_encode(lmm, studied, batch)[""].acts.shape, time.monotonic() - began))
         began = time.monotonic()
     if not timed:
         raise ValueError("no image could be read; give others")
@@ -222,10 +235,16 @@ def _require_room(folder: Path, needed: int) -> None:
 
 
 def cache_activations(
+    lmm: LMM, sae: TopKSAE, images: Pictures, layer: int, *, folder: str | Path, **settings
+) -> LatentCache:
+    """`cache_several` of one SAE, straight into `folder`."""
+    return cache_several(lmm, {"": (sae, layer)}, images, folder=folder, **settings)[""]
+
+
+def cache_several(
     lmm: LMM,
-    sae: TopKSAE,
+    studied: Mapping[str, Studied],
     images: Pictures,
-    layer: int,
     *,
     n_top: int = 5,
     batch_size: int = 16,
@@ -233,57 +252,84 @@ def cache_activations(
     store: str | None = None,
     unreadable: str = "refuse",
     save_every: float = 300.0,
-) -> LatentCache:
-    """For every latent, the `n_top` images of highest mean activation over the base tokens, in one pass.
+) -> dict[str, LatentCache]:
+    """For every latent of some SAEs the `n_top` images of highest mean activation over the base tokens, in one pass.
 
+    studied: each SAE with its layer, by the name of its cache's folder in `folder`; the model runs once for all, and
+    each cache is that which its SAE has alone.
     Exact for every latent at once; of equal means (float32) the lower image number is ahead. store: "float16" or
     "float32" also keeps every base token's active latents (`LatentStore`). unreadable: "skip" leaves out images that
     cannot be opened and names them in cache.json. Numbers of images are always those of `images`.
 
-    Memory beside the model and a batch's own tensors: n_latents * n_top * (2 * patches + 12) bytes + 0.5 GB, whatever
-    the number of images and the batch: 1.3 GB for 131,072 latents, 5 images, 576 patches.
+    Memory beside the model and a batch's own tensors: n_latents * n_top * (2 * patches + 12) bytes for each SAE
+    + 0.5 GB, whatever the number of images and the batch: 1.3 GB for 131,072 latents, 5 images, 576 patches.
 
     Every `save_every` seconds the state goes to disk; a pass that was cut short goes on from there when called again
-    with the same model, SAE, images and arguments, and starts afresh otherwise. Under accelerate each process
-    takes its share of the batches and the first one merges them; the folder must be common to all. Whatever the
-    processes and interruptions, the cache is the same to the byte, for the same batch_size; the store's activations
-    are the same, cut into other files.
+    with the same code, model, SAE, images and arguments, and starts afresh otherwise; what is whole is not made again.
+    Under accelerate each process takes its share of the batches and the first one merges them; the folder must be
+    common to all. Whatever the processes and interruptions, a cache is the same to the byte, for the same batch_size;
+    the store's activations are the same, cut into other files.
 
-    ValueError if there are no images, n_top < 1, an argument is not one of those above, or as `base_latents`;
+    ValueError if there are no images or SAEs, n_top < 1, an argument is not one of those above, or as `base_latents`;
     UnreadableImage; OSError if the disk has no room. What was there before stays until the new cache is whole.
     """
-    _check(sae, lmm, images, n_top, batch_size, store, unreadable)
+    _check(lmm, studied, images, n_top, batch_size, store, unreadable)
     folder, processes = Path(folder), _processes()
-    partial_folder = folder / PARTIAL
+    keys = {
+        name: _key(lmm, sae, images, layer, n_top, batch_size, store, unreadable)
+        for name, (sae, layer) in studied.items()
+    }
+    whole = {name: LatentCache.load(folder / name) for name in studied if is_whole(folder / name, keys[name])}
+    studied = {name: its for name, its in studied.items() if name not in whole}
+    partials = {name: folder / name / PARTIAL for name in keys}
+    processes.wait_for_everyone()  # nobody clears before all have looked
     if processes.is_main_process:
-        resume_or_clear(partial_folder, _key(lmm, sae, images, layer, n_top, batch_size, store, unreadable))
+        for name in whole:
+            shutil.rmtree(partials[name], ignore_errors=True)
+        for name in studied:
+            resume_or_clear(partials[name], keys[name])
     processes.wait_for_everyone()
-    done = {batch for path in shares_in(partial_folder) for batch in told_by(path)["batches"]}
+    if not studied:
+        return whole
+    done = {
+        name: {batch for path in shares_in(partials[name]) for batch in told_by(path)["batches"]} for name in studied
+    }
     processes.wait_for_everyone()  # nobody writes before all have read
 
     rank, world = processes.process_index, processes.num_processes
-    share = Share(partial_folder / f"{rank:05d}.safetensors", sae.n_latents, n_top, store)
-    wanted = _batches(images, batch_size, lambda batch: batch % world == rank and batch not in done)
-    length = _length(images)
-    with tqdm(desc="caching", total=length and -(-length // world), initial=share.told["images"], unit=" images",
+    own_file = f"{rank:05d}.safetensors"
+    shares = {name: Share(partials[name] / own_file, sae.n_latents, n_top, store) for name, (sae, _) in studied.items()}
+    everywhere = set.intersection(*done.values())
+    wanted = _batches(images, batch_size, lambda batch: batch % world == rank and batch not in everywhere)
+    length, seen = _length(images), min(share.told["images"] for share in shares.values())
+    with tqdm(desc="caching", total=length and -(-length // world), initial=seen, unit=" images",
               mininterval=2, disable=not processes.is_main_process) as bar:  # fmt: skip
-        saved = time.monotonic()
+        saved, needed = time.monotonic(), 0
         for batch in _ahead(partial(_prepare, lmm, unreadable == "skip"), wanted):
-            latents = _encode(lmm, sae, layer, batch) if batch.images else None
-            if share.ranking is None and latents is not None and length is not None:
-                _require_room(folder, _disk(sae, length, n_top, latents.acts.shape[1], store))
-            share.add(batch.number, batch.images, batch.skipped, latents)
+            missing = {name: its for name, its in studied.items() if batch.number not in done[name]}
+            latents = _encode(lmm, missing, batch) if batch.images else {}
+            if not needed and latents and length is not None:
+                patches = next(iter(latents.values())).acts.shape[1]
+                needed = sum(_disk(sae, length, n_top, patches, store) for sae, _ in studied.values())
+                _require_room(folder, needed)
+            for name in missing:
+                shares[name].add(batch.number, batch.images, batch.skipped, latents.get(name))
             bar.update(len(batch.images) + len(batch.skipped))
             if time.monotonic() - saved >= save_every:
-                share.save()
+                for share in shares.values():
+                    share.save()
                 saved = time.monotonic()
-    share.save(last=True)
-    del share  # its memory
+    for share in shares.values():
+        share.save(last=True)
+    del shares, share  # their memory
     processes.wait_for_everyone()
     if processes.is_main_process:
-        _finish(folder, sae.n_latents, n_top, store, {"grid": lmm.grid, "layer": layer, "model": Path(lmm.name).name})
+        told = {"grid": lmm.grid, "model": Path(lmm.name).name}
+        for name, (sae, layer) in studied.items():
+            _finish(folder / name, sae.n_latents, n_top, store, told | {"layer": layer})
     processes.wait_for_everyone()
-    return LatentCache.load(folder)
+    whole |= {name: LatentCache.load(folder / name) for name in studied}
+    return {name: whole[name] for name in keys}
 
 
 def _processes() -> PartialState:
@@ -292,13 +338,15 @@ def _processes() -> PartialState:
 
 
 def _check(
-    sae: TopKSAE, lmm: LMM, images: Pictures, n_top: int, batch_size: int, store: str | None, unreadable: str
-) -> None:
-    sae.require_width(lmm.width)
-    if _length(images) == 0 or n_top < 1 or batch_size < 1:
+    lmm: LMM, studied: Mapping[str, Studied], images: Pictures, n_top: int, batch_size: int, store: str | None,
+    unreadable: str,
+) -> None:  # fmt: skip
+    for sae, layer in studied.values():
+        require_own(lmm, sae, layer)
+    if _length(images) == 0 or not studied or n_top < 1 or batch_size < 1:
         raise ValueError(
-            f"{_length(images)} images, n_top {n_top}, batch_size {batch_size}: there is nothing to rank; give at "
-            "least one of each"
+            f"{_length(images)} images, {len(studied)} SAEs, n_top {n_top}, batch_size {batch_size}: there is nothing "
+            "to rank; give at least one of each"
         )
     if store not in (None, *VALUES) or unreadable not in ("refuse", "skip"):
         raise ValueError(
@@ -317,7 +365,9 @@ def _key(lmm: LMM, sae: TopKSAE, images: Pictures, layer: int, *settings: object
     if source is None:
         source = [hashlib.sha256(images[number].tobytes()).hexdigest() for number in (0, len(images) - 1)]
     return {"weights": digest.hexdigest(), "source": source, "images": _length(images), "k": sae.k,
-            "layer": layer, "settings": list(settings)}  # fmt: skip
+            "code": code_fingerprints([sys.modules[__name__]]), "layer": layer,
+            "image_size": lmm.image_size and list(lmm.image_size),
+            "settings": list(settings)}  # fmt: skip
 
 
 # ---- from shares to a cache -----------------------------------------------------------------------------------
@@ -342,9 +392,10 @@ def _finish(folder: Path, n_latents: int, n_top: int, store: str | None, describ
     }  # fmt: skip
     parts = {part for told in shares.values() for part in told["parts"]}
     parts |= {part for path in held for part in flush_left(path, n_latents, described["patches"], store)}
+    (folder / KEY).unlink(missing_ok=True)  # until it is whole the folder is of neither pass
     place_store(partial_folder / STORE, folder / STORE, parts)
     write_cache(folder, n_latents, n_top, described, merged_blocks(held, n_latents))
-    (partial_folder / KEY).unlink()  # from here on nothing goes on from what is left of it
+    (partial_folder / KEY).replace(folder / KEY)  # the cache is whole; nothing goes on from what is left of the pass
     shutil.rmtree(partial_folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -53,15 +54,17 @@ class Catalogue:
 
     @classmethod
     def load(cls, run: str) -> Catalogue:
-        """A run's latents out of `interpret/`, `score/` (if it is there) and `cache/`.
+        """A run's explained latents out of `interpret/`, and what `score/`, if it is there, and `cache/` tell of them.
 
         FileNotFoundError, naming the notebook to run, if one of the others is missing.
         """
         explanations = read_json(require(run, "interpret", "explanations.json", "03_interpret_features.py"))
         manifest = read_json(require(run, "cache", "manifest.json", "02_cache_activations.py"))
-        scores = Stage(run, "score").path("scores.json")
+        others = Stage(run, "cache").path("words.json"), Stage(run, "score").path("scores.json")
         pictures = open_images(project_root() / manifest["params"]["images"])
-        tables = [explanations, read_json(scores)] if scores.is_file() else [explanations]
+        tables = [explanations]
+        for path in filter(Path.is_file, others):
+            tables.append({latent: row for latent, row in read_json(path).items() if latent in explanations})
         return cls(LatentCache.load(Stage(run, "cache").folder), pictures, *tables)
 
     def _counts(self, name: str) -> bool:

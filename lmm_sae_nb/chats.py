@@ -26,7 +26,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -35,6 +34,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from lmm_sae_nb.artifacts import fingerprint, sync
+from lmm_sae_nb.processors import load_processor
 
 IMAGES = "{images}"  # where a question's images stand in its text
 
@@ -120,12 +120,11 @@ class LocalChat:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        model_class, reads = (
-            (AutoModelForImageTextToText, AutoProcessor) if sees else (AutoModelForCausalLM, AutoTokenizer)
-        )
+        model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        reads = load_processor if sees else AutoTokenizer.from_pretrained
         dtype = torch.float32 if device == "cpu" else "auto"
         model = model_class.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False)
-        processor = reads.from_pretrained(name_or_path, trust_remote_code=False)
+        processor = reads(name_or_path, trust_remote_code=False)
         folder = Path(name_or_path)
         which = fingerprint(folder) if folder.is_dir() else f"{name_or_path}@{config._commit_hash}"
         return cls(

@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 
 from lmm_sae_nb.attribution import clamping, decision
 from lmm_sae_nb.cache import LatentCache
-from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.lmm import LMM, require_own
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.steering import Edit, Scope, require_own, steered_states
+from lmm_sae_nb.steering import Edit, Scope, steered_states
 from lmm_sae_nb.tokens import KINDS
 
 Edits = tuple[Edit, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from jaxtyping import Float
@@ -10,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lmm_sae_nb import hooks
-from lmm_sae_nb.lmm import LMM, Prompt
+from lmm_sae_nb.lmm import LMM, Prompt, require_own
 from lmm_sae_nb.sae import TopKSAE, require_finite
 from lmm_sae_nb.tokens import KINDS, prompts, token_mask
 
@@ -38,56 +39,89 @@ class _Variance:
         return self.error / total
 
 
+def evaluate_sae(lmm: LMM, sae: TopKSAE, samples: Sequence[Mapping], layer: int, **settings) -> dict[str, float]:
+    """How good an SAE is on held-out samples: `evaluate_saes` of one."""
+    return evaluate_saes(lmm, {"": (sae, layer)}, samples, **settings)[""]
+
+
 @torch.no_grad()
-def evaluate_sae(
+def evaluate_saes(
     lmm: LMM,
-    sae: TopKSAE,
+    studied: Mapping[str, tuple[TopKSAE, int]],
     samples: Sequence[Mapping],
-    layer: int,
     *,
     kinds: Sequence[str] = KINDS,
     batch_samples: int = 16,
-) -> dict[str, float]:
-    """How good an SAE is on held-out samples.
+    losses: bool = True,
+) -> dict[str, dict[str, float]]:
+    """How good SAEs, each with its layer, are on held-out samples; the untouched model runs once for all.
 
     fvu (about the mean of all these tokens) in all and as fvu_<kind>; dead_fraction: latents that never fire on
     them; l0: active latents a token; loss_clean, loss_spliced, loss_zero: mean cross-entropy of answers, in nats,
     untouched, with the reconstruction in the layer's place, and with zeros there (both on tokens of `kinds`; others
     keep their own state); loss_recovered = (zero - spliced) / (zero - clean), left out where zeros change nothing, as
-    at image tokens of the last layer.
-    ValueError if the SAE has another width than the layer, or there are no samples.
+    at image tokens of the last layer. losses: without them the model need not run again for each SAE, nor behind the
+    last of the layers.
+    ValueError as `require_own`, or if there are no samples.
     """
-    sae.require_width(lmm.width)
+    for sae, layer in studied.values():
+        require_own(lmm, sae, layer)
     if not len(samples):
         raise ValueError("no held-out samples to evaluate on; give at least one")
-    whole, by_kind = _Variance(sae.width), {kind: _Variance(sae.width) for kind in kinds}
-    fired, active = torch.zeros(sae.n_latents, dtype=torch.bool), 0
-    losses = {"clean": [], "spliced": [], "zero": []}
+    found = {name: _Measured(sae, layer, kinds) for name, (sae, layer) in studied.items()}
+    layers, clean = sorted({layer for _, layer in studied.values()}), []
     asked = prompts(lmm, samples, range(len(samples)), batch_samples)
     for prompt in tqdm(asked, desc="evaluating", total=-(-len(samples) // batch_samples), mininterval=2):
         mask = token_mask(prompt, kinds)
-        with hooks.read(lmm.layer(layer)) as output:
-            losses["clean"].append(lmm.cross_entropy(prompt))
-        x = output.value[mask].float()
-        require_finite(x, f"hidden states of layer {layer}")
-        latents = sae.encode(x)
-        x_hat = sae.decode(latents)
-        whole.add(x, x_hat)
-        for kind, variance in by_kind.items():
-            own = token_mask(prompt, [kind])[mask]
-            variance.add(x[own], x_hat[own])
-        fired[latents.indices[latents.acts > 0].cpu()] = True
-        active += int((latents.acts > 0).sum())
-        for name, value in {"spliced": x_hat, "zero": torch.zeros_like(x_hat)}.items():
-            losses[name].append(_spliced_loss(lmm, prompt, layer, mask, value))
-    loss = {f"loss_{name}": float(torch.cat(parts).mean()) for name, parts in losses.items()}
-    lost = loss["loss_zero"] - loss["loss_clean"]
-    recovered = {"loss_recovered": (loss["loss_zero"] - loss["loss_spliced"]) / lost} if lost else {}
-    return {
-        "tokens": whole.n, "fvu": whole.unexplained(),
-        **{f"fvu_{kind}": variance.unexplained() for kind, variance in by_kind.items() if variance.n > 1},
-        "dead_fraction": float((~fired).float().mean()), "l0": active / whole.n, **loss, **recovered,
-    }  # fmt: skip
+        if losses:
+            with ExitStack() as reads:
+                outputs = {layer: reads.enter_context(hooks.read(lmm.layer(layer))) for layer in layers}
+                clean.append(lmm.cross_entropy(prompt))
+            hidden = {layer: output.value for layer, output in outputs.items()}
+        else:
+            hidden = lmm.hidden_states(prompt, layers)
+        states = {layer: hidden.pop(layer)[mask].float() for layer in layers}
+        for layer, x in states.items():
+            require_finite(x, f"hidden states of layer {layer}")
+        of_kind = {kind: token_mask(prompt, [kind])[mask] for kind in kinds}
+        for one in found.values():
+            x_hat = one.add(states[one.layer], of_kind)
+            for name, value in {"spliced": x_hat, "zero": torch.zeros_like(x_hat)}.items() if losses else ():
+                one.losses[name].append(_spliced_loss(lmm, prompt, one.layer, mask, value))
+    return {name: one.told(clean) for name, one in found.items()}
+
+
+class _Measured:
+    """What is counted of an SAE, batch by batch."""
+
+    def __init__(self, sae: TopKSAE, layer: int, kinds: Sequence[str]):
+        self.sae, self.layer, self.active = sae, layer, 0
+        self.whole, self.by_kind = _Variance(sae.width), {kind: _Variance(sae.width) for kind in kinds}
+        self.fired = torch.zeros(sae.n_latents, dtype=torch.bool)
+        self.losses: dict[str, list[Tensor]] = {"spliced": [], "zero": []}
+
+    def add(self, x: Float[Tensor, "tokens width"], of_kind: Mapping[str, Tensor]) -> Float[Tensor, "tokens width"]:
+        """Count a batch of tokens, of which `of_kind` tells the kinds; their reconstruction."""
+        latents = self.sae.encode(x)
+        x_hat = self.sae.decode(latents)
+        self.whole.add(x, x_hat)
+        for kind, own in of_kind.items():
+            self.by_kind[kind].add(x[own], x_hat[own])
+        self.fired[latents.indices[latents.acts > 0].cpu()] = True
+        self.active += int((latents.acts > 0).sum())
+        return x_hat
+
+    def told(self, clean: Sequence[Tensor]) -> dict[str, float]:
+        loss = {f"loss_{name}": float(torch.cat(parts).mean()) for name, parts in self.losses.items() if parts}
+        if clean:
+            loss = {"loss_clean": float(torch.cat(list(clean)).mean())} | loss
+            if lost := loss["loss_zero"] - loss["loss_clean"]:
+                loss["loss_recovered"] = (loss["loss_zero"] - loss["loss_spliced"]) / lost
+        return {
+            "tokens": self.whole.n, "fvu": self.whole.unexplained(),
+            **{f"fvu_{kind}": variance.unexplained() for kind, variance in self.by_kind.items() if variance.n > 1},
+            "dead_fraction": float((~self.fired).float().mean()), "l0": self.active / self.whole.n, **loss,
+        }  # fmt: skip
 
 
 def _spliced_loss(lmm: LMM, prompt: Prompt, layer: int, mask: Tensor, value: Tensor) -> Float[Tensor, " batch"]:

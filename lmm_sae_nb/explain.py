@@ -12,10 +12,11 @@ from PIL import Image
 from lmm_sae_nb.asked import REFUSAL, Answer, Labeller, Outcome, Refiner
 from lmm_sae_nb.cache import LatentCache
 from lmm_sae_nb.chats import pixel_hash
+from lmm_sae_nb.lmm import NoPatchGrid
 
 __all__ = [
-    "REFUSAL", "Exemplar", "Explanation", "as_rows", "exemplars", "exemplars_on", "explain_latents", "masked",
-    "most_activated", "upsample",
+    "REFUSAL", "Exemplar", "Explanation", "as_rows", "exemplars", "exemplars_on", "explain_enough", "explain_latents",
+    "masked", "most_activated", "require_patches", "upsample",
 ]  # fmt: skip
 
 
@@ -24,14 +25,24 @@ class Exemplar:
     """One of the images that excite a latent most.
 
     activation: (rows, cols) float32 over the base image's patch grid; visible: (rows, cols) bool, its most
-    activated patches; masked: the image with every other patch black, or dimmed.
+    activated patches; masked: the image with every other patch black, or dimmed. Of a model without a patch grid (a
+    Q-Former's) nothing tells where in the image: activation and visible are None, and masked is the whole image.
     """
 
     image_index: int
     image: Image.Image
-    activation: Float[np.ndarray, "rows cols"]
-    visible: Bool[np.ndarray, "rows cols"]
+    activation: Float[np.ndarray, "rows cols"] | None
+    visible: Bool[np.ndarray, "rows cols"] | None
     masked: Image.Image
+
+
+def require_patches(exemplars: Sequence[Exemplar]) -> None:
+    """NoPatchGrid if exemplars are whole images, of which no region can be told."""
+    if any(exemplar.activation is None for exemplar in exemplars):
+        raise NoPatchGrid(
+            "these exemplars are whole images, of a model without a patch grid (a Q-Former's query tokens mix all "
+            "patches): there is no region to mask, and no IoU; take the CLIP score in the mode 'paper'"
+        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,8 @@ def exemplars(
     """The latent's `n_top` different images of highest mean activation, highest first.
 
     Of images with the same pixels only the first counts; fewer than `n_top` come back if fewer excite the latent, or
-    the cache keeps no more to take their place. ValueError for a latent that the cache does not have.
+    the cache keeps no more to take their place. Without a patch grid they are whole images. ValueError for a latent
+    that the cache does not have.
     """
     found: list[Exemplar] = []
     seen: set[str] = set()
@@ -97,7 +109,8 @@ def exemplars(
         image = images[index]
         if (pixels := pixel_hash(image)) not in seen:
             seen.add(pixels)
-            found.append(_exemplar(index, image, np.asarray(cache.patch_map(latent, rank), np.float32), share, dim))
+            activation = np.asarray(cache.patch_map(latent, rank), np.float32) if cache.grid else None
+            found.append(_exemplar(index, image, activation, share, dim))
     return found
 
 
@@ -111,7 +124,9 @@ def exemplars_on(
     ]
 
 
-def _exemplar(index: int, image: Image.Image, activation: np.ndarray, share: float, dim: float) -> Exemplar:
+def _exemplar(index: int, image: Image.Image, activation: np.ndarray | None, share: float, dim: float) -> Exemplar:
+    if activation is None:
+        return Exemplar(index, image, None, None, image)
     visible = most_activated(activation, share)
     return Exemplar(index, image, activation, visible, masked(image, visible, dim))
 
@@ -133,6 +148,26 @@ def explain_latents(
         latent: Explanation(short.get(n, answer).outcome, short.get(n, answer).text, kinds.get(n), answer.raw)
         for n, (latent, answer) in enumerate(zip(shown, answers, strict=True))
     }
+
+
+def explain_enough(
+    latents: Sequence[int],
+    shown: Callable[[int], Sequence[Exemplar]],
+    ask: Callable[[Mapping[int, Sequence[Exemplar]]], dict[int, Explanation]],
+    enough: int,
+    at_once: int = 32,
+) -> dict[int, Explanation]:
+    """Ask about the latents in their order, `at_once` at a time, until `enough` are explained or none is left.
+
+    shown: a latent's exemplars; ask: `explain_latents` with its models. All who were asked come back: their order is to
+    be random, so that they are a sample of it.
+    """
+    found: dict[int, Explanation] = {}
+    for start in range(0, len(latents), at_once):
+        found |= ask({latent: shown(latent) for latent in latents[start : start + at_once]})
+        if sum(its.outcome is Outcome.EXPLAINED for its in found.values()) >= enough:
+            break
+    return found
 
 
 def as_rows(explanations: Mapping[int, Explanation], longest: int = 2000) -> dict[str, dict]:

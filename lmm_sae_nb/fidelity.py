@@ -45,9 +45,12 @@ def agreement(exact: Float[Tensor, "tokens k"], approximation: Float[Tensor, "to
     )
 
 
-def some_pairs(attribution: Attribution, count: int, generator: torch.Generator) -> Bool[Tensor, "tokens k"]:
-    """As many active pairs at random, all equally likely; all of them if there are fewer."""
-    active = (attribution.latents.acts > 0).nonzero()
+def some_pairs(
+    attribution: Attribution, count: int, generator: torch.Generator, among: Bool[Tensor, "tokens k"] | None = None
+) -> Bool[Tensor, "tokens k"]:
+    """As many active pairs (of those `among` marks) at random, all equally likely; all of them if there are fewer."""
+    active = attribution.latents.acts > 0
+    active = (active if among is None else active & among).nonzero()
     chosen = active[torch.randperm(len(active), generator=generator)[:count]]
     pairs = torch.zeros_like(attribution.latents.acts, dtype=torch.bool)
     pairs[tuple(chosen.T)] = True

@@ -18,8 +18,9 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
     AutoModelForImageTextToText,
-    AutoProcessor,
     BatchFeature,
     PreTrainedModel,
     ProcessorMixin,
@@ -27,9 +28,11 @@ from transformers import (
 
 from lmm_sae_nb import hooks
 from lmm_sae_nb.hooks import Hidden
+from lmm_sae_nb.processors import load_processor
+from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.spans import KINDS, LAYOUTS, Grid, NoPatchGrid, Spans, layout_of, spans_of
 
-__all__ = ["KINDS", "LAYOUTS", "LMM", "NoPatchGrid", "Prompt", "Spans"]
+__all__ = ["KINDS", "LAYOUTS", "LMM", "NoPatchGrid", "Prompt", "Spans", "require_own"]
 
 # For families that were trained without a chat template.
 TEMPLATES = {
@@ -60,12 +63,21 @@ class LMM:
 
     `LMM(model, processor)` sets the model to eval and its parameters to need no gradient (gradients of what
     is spliced in still flow), the tokenizer to pad on the left, with the end token if it has no pad token.
+    image_size: (width, height) in pixels that every image is brought to first, for families whose patch grid follows
+    the image's size, as Qwen2.5-VL's does.
     ValueError if the model has no image tokens or an unknown family, or the processor does not fit it.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, name: str | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        name: str | None = None,
+        *,
+        image_size: tuple[int, int] | None = None,
+    ):
         self.name = name or model.config.name_or_path or type(model).__name__
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.image_size = model, processor, image_size
         self._fingerprints: dict[int, str] = {}
         self._check_fit()
         self.tokenizer = processor.tokenizer
@@ -83,22 +95,30 @@ class LMM:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
+        image_size: tuple[int, int] | None = None,
     ) -> "LMM":
         """Load a model and its processor from the hub or a folder.
 
         By default onto a GPU if there is one, in the checkpoint's own dtype, or else in float32. Code that
-        comes with a checkpoint runs only with `trust_remote_code`. FileNotFoundError for a missing `Path`.
+        comes with a checkpoint runs only with `trust_remote_code`. FileNotFoundError for a missing `Path`, ValueError
+        for a model that transformers does not know to take images and text, or as the class.
         """
         if isinstance(name_or_path, Path) and not name_or_path.is_dir():
             raise FileNotFoundError(f"no model folder {name_or_path}; give another one, or a name on the hub")
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not trust_remote_code:
+            raise ValueError(
+                f"{name_or_path} ({config.model_type}) takes no images and text, as far as transformers knows; "
+                "choose a model whose images become tokens of its decoder's sequence"
+            )
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = AutoModelForImageTextToText.from_pretrained(
             name_or_path,
             dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
             trust_remote_code=trust_remote_code,
         )
-        processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-        return cls(model.to(device), processor, str(name_or_path))
+        processor = load_processor(name_or_path, trust_remote_code=trust_remote_code)
+        return cls(model.to(device), processor, str(name_or_path), image_size=image_size)
 
     def _check_fit(self) -> None:
         model, processor = self.model, self.processor
@@ -181,7 +201,7 @@ class LMM:
         if not texts or len(images) != len(texts) or len(answers or texts) != len(texts):
             counts = f"{len(texts)} texts, {len(images)} images, {len(answers or [])} answers"
             raise ValueError(f"{counts}: give each text one image or None, and each or none an answer")
-        images = [image if image is None else _rgb(image) for image in images]
+        images = [image if image is None else _rgb(image, self.image_size) for image in images]
         questions = self._render(texts, images, [None] * len(texts))
         rendered = questions if answers is None else self._render(texts, images, answers)
         inputs = self._process(rendered, images)
@@ -311,9 +331,28 @@ class LMM:
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def require_own(lmm: LMM, sae: TopKSAE, layer: int) -> None:
+    """ValueError unless the SAE can stand in for this layer: of its width and, if its folder tells, trained on it."""
+    lmm.layer(layer)
+    sae.require_width(lmm.width)
+    if sae.trained_on is None:
+        return
+    if sae.trained_on.layer != layer:
+        raise ValueError(
+            f"the SAE was trained on layer {sae.trained_on.layer}, not {layer}; give that layer, or train an SAE on "
+            f"layer {layer} with notebooks/01_train_sae.py"
+        )
+    if sae.trained_on.model != lmm.fingerprint(layer):
+        raise ValueError(
+            f"the SAE was trained on another model than {lmm.name}: layer {layer} had other weights "
+            f"({sae.trained_on.model[:40]}…, here {lmm.fingerprint(layer)[:40]}…); load the one that it was trained on"
+        )
+
+
+def _rgb(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     if not isinstance(image, Image.Image):
         raise ValueError(f"{type(image).__name__} is not a PIL image; use PIL.Image.open or PIL.Image.fromarray")
     if not image.width or not image.height:
         raise ValueError(f"an image of {image.width} x {image.height} px has nothing to see; leave it out")
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    return image.resize(size, Image.Resampling.BICUBIC) if size else image

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 
 from lmm_sae_nb.artifacts import read_json
-from lmm_sae_nb.explain import Exemplar, most_activated, upsample
+from lmm_sae_nb.explain import Exemplar, most_activated, require_patches, upsample
 from lmm_sae_nb.shown import common, names_of
 
 Mask = Bool[np.ndarray, "height width"]
@@ -65,6 +65,8 @@ class Spot(NamedTuple):
 
 
 def spots(exemplars: Sequence[Exemplar]) -> list[Spot]:
+    """Where each exemplar is active; NoPatchGrid if they are whole images."""
+    require_patches(exemplars)
     return [Spot(e.image_index, e.image.size, e.activation) for e in exemplars]
 
 
@@ -204,6 +206,7 @@ class TrueMasks:
         """
         if not exemplars:
             raise ValueError("no exemplars to judge by; leave out latents that never fire")
+        require_patches(exemplars)
         visible = np.stack([e.visible.ravel() for e in exemplars])
         covered = np.stack([self.covered(e.image_index, e.visible.shape) for e in exemplars])
         named = zip(names_of(self.concepts), common(visible, covered), strict=True)

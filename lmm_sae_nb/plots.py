@@ -114,18 +114,25 @@ def shares(results: Mapping[str, Mapping[str, float]], ax: Axes | None = None) -
 
 
 def exemplar_strip(rows: Sequence[tuple[str, Sequence[Exemplar]]], side: float = 1.35, columns: int = 5) -> np.ndarray:
-    """Figure 2's exemplars: for each (title, exemplars), the images with their activation and, below, masked."""
-    high = max(1, 2 * len(rows))
+    """Figure 2's exemplars: for each (title, exemplars), the images with their activation and, below, masked.
+
+    Whole images, of a model without a patch grid, are one row.
+    """
+    heights = [1 if any(exemplar.activation is None for exemplar in found) else 2 for _, found in rows]
+    high = max(1, sum(heights))
     _, axes = plt.subplots(high, columns, figsize=(columns * side, high * side * 1.06), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     if not rows:
         axes[0, 0].set_title("there are none", loc="left", fontsize=8)
-    for n, (title, exemplars) in enumerate(rows):
+    top = 0
+    for (title, exemplars), height in zip(rows, heights, strict=True):
         for column, exemplar in enumerate(exemplars[:columns]):
-            heat_map(exemplar.image, exemplar.activation, ax=axes[2 * n, column])
-            axes[2 * n + 1, column].imshow(exemplar.masked)
-        axes[2 * n, 0].set_title(title, loc="left", fontsize=8, parse_math=False)  # it may be a model's words
+            if height == 2:
+                heat_map(exemplar.image, exemplar.activation, ax=axes[top, column])
+            axes[top + height - 1, column].imshow(exemplar.masked)
+        axes[top, 0].set_title(title, loc="left", fontsize=8, parse_math=False)  # it may be a model's words
+        top += height
     return axes
 
 
@@ -170,6 +177,16 @@ def token_html(tokens: Sequence[str], values: Sequence[float]) -> str:
         shade = f"background:rgba({red},{green},{blue},{abs(value) / highest:.2f})"
         spans.append(f'<span style="{shade};padding:0 2px" title="{value:+.3f}">{html.escape(token)}</span>')
     return '<p style="line-height:1.9">' + " ".join(spans) + "</p>"
+
+
+def texts(rows: Mapping[str, Sequence[tuple[Sequence[str], Sequence[float]]]]) -> HTML:
+    """Under each title (escaped) some texts, each as its tokens and their values: `token_html`."""
+    return HTML(
+        "".join(
+            f"<small>{html.escape(title)}</small>" + "".join(token_html(*text) for text in found)
+            for title, found in rows.items()
+        )
+    )
 
 
 def agreement(

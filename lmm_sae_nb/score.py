@@ -14,7 +14,9 @@ from scipy.stats import bootstrap, t
 from tqdm.auto import tqdm
 
 from lmm_sae_nb.asked import KINDS, Judge
+from lmm_sae_nb.cache import activation_maps
 from lmm_sae_nb.explain import Exemplar
+from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.masks import (
     PAPER,
     STRICT,
@@ -27,6 +29,7 @@ from lmm_sae_nb.masks import (
     moved,
     spots,
 )
+from lmm_sae_nb.sae import TopKSAE
 
 BASELINES = ("_random", "_area", "_shuffled")
 Grid = Callable[[Sequence[Image.Image], Sequence[str]], Float[np.ndarray, "images texts"]]  # cosines of each with each
@@ -57,6 +60,20 @@ def mean_interval(values: Sequence[float], level: float = 0.99, seed: int = 0) -
     rng, at_once = np.random.default_rng(seed), max(1, 10_000_000 // len(values))
     found = bootstrap((values,), np.mean, confidence_level=level, method="percentile", batch=at_once, rng=rng)
     return Mean(float(values.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+def difference_interval(one: Sequence[float], other: Sequence[float], level: float = 0.99, seed: int = 0) -> Mean:
+    """Mean of `other` less that of `one`, of things that are not the same, with a percentile-bootstrap interval.
+
+    ValueError for fewer than two values of either.
+    """
+    if min(len(one), len(other)) < 2:
+        raise ValueError(f"an interval needs at least two values, there are {len(one)} and {len(other)}")
+    rng, draws = np.random.default_rng(seed), []
+    for values in (np.asarray(one, float), np.asarray(other, float)):
+        draws.append(np.array([rng.choice(values, len(values)).mean() for _ in range(9_999)]))
+    low, high = np.quantile(draws[1] - draws[0], [(1 - level) / 2, (1 + level) / 2])
+    return Mean(float(np.mean(other) - np.mean(one)), float(low), float(high))
 
 
 def run_interval(runs: Float[np.ndarray, "latents runs"], level: float = 0.99) -> Mean:
@@ -158,6 +175,21 @@ def latent_iou(
         float(ious(own, concept, where, mode, elsewhere=rng).mean()),
         None if other is None else float(ious(own, other, where, mode).mean()),
     )
+
+
+def drawn_spots(
+    lmm: LMM, sae: TopKSAE, images: Sequence[Image.Image], layer: int, latents: Sequence[int], numbers: Sequence[int]
+) -> dict[int, list[Spot]]:
+    """Each latent on the same images, by their numbers: at random, they are the baseline of `latent_iou`.
+
+    NoPatchGrid for a model without one.
+    """
+    pictures = [images[number] for number in numbers]
+    maps = activation_maps(lmm, sae, pictures, layer, latents)
+    return {
+        latent: [Spot(n, p.size, m) for n, p, m in zip(numbers, pictures, maps[:, column], strict=True)]
+        for column, latent in enumerate(latents)
+    }
 
 
 def all_ious(

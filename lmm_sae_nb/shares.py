@@ -19,7 +19,9 @@ BLOCK = 2**26  # bytes of patch rows that are merged at a time
 
 
 def uneven(sizes: Iterable[int]) -> ValueError:
-    return ValueError(f"images have {sorted(sizes)} base tokens; bring them to one size first")
+    return ValueError(
+        f"images have {sorted(sizes)} base tokens; bring them to one size: LMM.load(name, image_size=(448, 448))"
+    )
 
 
 class Share:
@@ -100,6 +102,12 @@ def resume_or_clear(partial_folder: Path, key: dict[str, object]) -> None:
     for file in (partial_folder / STORE).glob("*"):
         if file.name not in known:
             file.unlink()
+
+
+def is_whole(folder: Path, key: dict[str, object]) -> bool:
+    """Whether the folder holds the whole cache of the pass with this key."""
+    path = folder / KEY
+    return path.is_file() and path.read_bytes() == as_json(key)
 
 
 def flush_left(share: Path, n_latents: int, patches: int, store: str | None) -> list[str]:

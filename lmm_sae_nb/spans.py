@@ -139,10 +139,11 @@ def spans_of(
             laid_out, grid = layout(model, inputs, sample, number)
             number += 1
         if len(laid_out) != len(slots):
+            alone = "a Q-Former takes no text without an image, give one to each; or " if image is None else ""
             shown = "no image" if image is None else f"an image of {image.width} x {image.height} px"
             raise ValueError(
                 f"the processor does not fit the model: for {shown} (sample {sample}) it wrote {len(slots)} "
-                f"image tokens, the model expects {len(laid_out)}; load both from one checkpoint, or "
+                f"image tokens, the model expects {len(laid_out)}; {alone}load both from one checkpoint, or "
                 "compare the processor's patch_size, sizes, pinpoints, vision_feature_select_strategy and "
                 "num_additional_image_tokens with the model's config"
             )

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmm_sae_nb.lmm import LMM, Prompt
+from lmm_sae_nb.lmm import LMM, Prompt, require_own
 from lmm_sae_nb.sae import Latents, TopKSAE
 from lmm_sae_nb.train import KINDS
 
@@ -153,23 +153,6 @@ def _settings(edits: Setting | Sequence[Setting], samples: int) -> list[tuple[Ed
     if len(edits) != samples:
         raise ValueError(f"{len(edits)} settings for {samples} samples; give each sample its edits, or the same to all")
     return [tuple(setting) for setting in edits]
-
-
-def require_own(lmm: LMM, sae: TopKSAE, layer: int) -> None:
-    """ValueError unless the SAE can stand in for this layer: of its width and, if its folder tells, trained on it."""
-    sae.require_width(lmm.width)
-    if sae.trained_on is None:
-        return
-    if sae.trained_on.layer != layer:
-        raise ValueError(
-            f"the SAE was trained on layer {sae.trained_on.layer}, not {layer}; give that layer, or train an SAE on "
-            f"layer {layer} with notebooks/01_train_sae.py"
-        )
-    if sae.trained_on.model != lmm.fingerprint(layer):
-        raise ValueError(
-            f"the SAE was trained on another model than {lmm.name}: layer {layer} had other weights "
-            f"({sae.trained_on.model[:40]}…, here {lmm.fingerprint(layer)[:40]}…); load the one that it was trained on"
-        )
 
 
 @contextmanager

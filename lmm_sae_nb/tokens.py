@@ -57,29 +57,57 @@ def prompts(lmm: LMM, samples: Sequence[Mapping], order: Iterable[int], batch: i
         yield lmm.prompt(asked, [row["image"] for row in rows], answers=[row["answer"] for row in rows])
 
 
+def pictured(samples: Sequence[Mapping]) -> Sequence[Mapping]:
+    """The samples that have an image: for a model that cannot do without one, as InstructBLIP's Q-Former.
+
+    Of a saved data set no picture is decoded.
+    """
+    if not hasattr(samples, "with_format"):
+        return [row for row in samples if row["image"] is not None]
+    known = samples.select_columns(["image"]).with_format("arrow")
+    return samples.select([n for n in range(len(samples)) if known[n]["image"][0].is_valid])
+
+
 def token_mask(prompt: Prompt, kinds: Sequence[str]) -> Bool[Tensor, "batch tokens"]:
     return prompt.mask(*kinds).to(prompt.inputs["input_ids"].device)
 
 
 class Stream:
-    """The chosen kinds of hidden states of a layer, a part (`batch` samples) at a time, epoch after epoch.
+    """The chosen kinds of hidden states of one layer or several, a part (`batch` samples) at a time, epoch after epoch.
 
-    Samples come in a new random order each epoch. `stream(n)` computes part n, (tokens, width) in the model's dtype;
-    ValueError if a hidden state is not finite.
+    Samples come in a new random order each epoch. `stream(n)` computes part n, (tokens, layers * width) in the model's
+    dtype, each layer's states beside the next one's; ValueError if a hidden state is not finite. A layer that is named
+    twice is there once.
     """
 
-    def __init__(self, lmm: LMM, samples: Sequence[Mapping], layer: int, kinds: Sequence[str], seed: int, batch: int):
-        self.lmm, self.samples, self.layer, self.kinds, self.seed, self.batch = lmm, samples, layer, kinds, seed, batch
+    def __init__(
+        self,
+        lmm: LMM,
+        samples: Sequence[Mapping],
+        layers: int | Sequence[int],
+        kinds: Sequence[str],
+        seed: int,
+        batch: int,
+    ):
+        self.lmm, self.samples, self.kinds, self.seed, self.batch = lmm, samples, kinds, seed, batch
+        self.layers = sorted({layers} if isinstance(layers, int) else set(layers))
         self.parts_an_epoch = -(-len(samples) // batch)
 
-    def __call__(self, part: int) -> Float[Tensor, "tokens width"]:
+    def __call__(self, part: int) -> Float[Tensor, "tokens states"]:
         epoch, place = divmod(part, self.parts_an_epoch)
         order = np.random.default_rng((self.seed, EPOCH, epoch)).permutation(len(self.samples))
         wanted = order[place * self.batch : (place + 1) * self.batch].tolist()
         (prompt,) = prompts(self.lmm, self.samples, wanted, self.batch)
-        tokens = self.lmm.hidden_states(prompt, self.layer)[token_mask(prompt, self.kinds)]
-        require_finite(tokens, f"hidden states of layer {self.layer}, samples {', '.join(map(str, wanted))}")
-        return tokens
+        hidden, mask = self.lmm.hidden_states(prompt, self.layers), token_mask(prompt, self.kinds)
+        tokens = {layer: hidden.pop(layer)[mask] for layer in self.layers}
+        for layer, states in tokens.items():
+            require_finite(states, f"hidden states of layer {layer}, samples {', '.join(map(str, wanted))}")
+        return torch.cat(list(tokens.values()), 1)
+
+    def by_layer(self, tokens: Float[Tensor, "tokens states"]) -> dict[int, Float[Tensor, "tokens width"]]:
+        """The states of each layer alone."""
+        parts = tokens.split(self.lmm.width, 1)
+        return {layer: states.contiguous() for layer, states in zip(self.layers, parts, strict=True)}
 
 
 class _Part(NamedTuple):

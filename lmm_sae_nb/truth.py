@@ -14,7 +14,7 @@ from scipy import sparse
 
 from lmm_sae_nb.asked import Outcome
 from lmm_sae_nb.cache import LatentCache, base_latents
-from lmm_sae_nb.explain import Exemplar
+from lmm_sae_nb.explain import Exemplar, require_patches
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.masks import TrueMasks
 from lmm_sae_nb.sae import TopKSAE
@@ -69,6 +69,7 @@ def shown_by(truth: PatchTruth, exemplars: Sequence[Exemplar]) -> Shown | None:
 def _patches(
     truth: PatchTruth, exemplars: Sequence[Exemplar]
 ) -> tuple[Bool[np.ndarray, "images patches"], Float[np.ndarray, "images concepts patches"]]:
+    require_patches(exemplars)
     visible = np.array([exemplar.visible.ravel() for exemplar in exemplars], bool)
     return visible, np.array([truth[exemplar.image_index] for exemplar in exemplars])
 

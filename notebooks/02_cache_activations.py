@@ -18,7 +18,8 @@
 # **You will learn** how the mean over patches ranks images, why one pass is enough for every latent at once, and what the
 # activation statistics of latents look like.
 #
-# **Reads** the model and `train/`. **Writes** `cache/`: for every latent its top images, their patch maps, and statistics.
+# **Reads** the model, `train/`, images and, for the text side, samples. **Writes** `cache/`: for every latent its top
+# images, their patch maps, its top texts and tokens, and statistics.
 #
 # | preset | images | time |
 # |---|---|---|
@@ -34,22 +35,29 @@ n_top: int = 5  # images kept for each latent
 batch_size: int = 16  # images a forward
 store: str = "float16"  # or "float32": keeps every activation, tens of GB at full scale; "" only those of the top images
 unreadable: str = "refuse"  # what to do with files that are no pictures; "skip" leaves them out and names them
+texts: str = "data/artifacts/tiny/world/train"  # samples with image, question and answer, for the text side
+n_texts: int = 300  # of them that are read, at random
+seed: int = 0  # of their choice
 
 # %% tags=["remove-cell"]
 import time
 
 import numpy as np
 import torch
+from datasets import load_from_disk
 from torch.testing import assert_close
 
 from lmm_sae_nb import cache as caching
 from lmm_sae_nb import plots
-from lmm_sae_nb.artifacts import Stage, project_root, read_json, require
+from lmm_sae_nb import texts as texting
+from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
 from lmm_sae_nb.cache import LatentCache, cache_activations, forecast
 from lmm_sae_nb.explain import exemplars
 from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.texts import TextCache, as_rows, cache_texts, counted, read, serves
+from lmm_sae_nb.tokens import KINDS
 
 root = project_root()
 plots.style()
@@ -75,10 +83,14 @@ print(f"{len(pictures)} images, {sae.n_latents} latents, top {n_top}")
 # where there are no GPUs, shares the pass among processes; the result is the same to the byte.
 
 # %%
-stage, code = Stage(run, "cache"), [caching]
-params = dict(model=model, images=images, layer=layer, n_top=n_top, store=store, unreadable=unreadable)
-inputs = [path for path in (root / model, root / images, Stage(run, "train").path("sae.safetensors")) if path.exists()]
-if not stage.is_current(params, inputs, code):
+stage, code = Stage(run, "cache"), [caching, texting]
+params = dict(
+    model=model, images=images, layer=layer, n_top=n_top, store=store, unreadable=unreadable, texts=texts, n_texts=n_texts, seed=seed
+)  # fmt: skip
+read_here = (root / model, root / images, root / texts, Stage(run, "train").path("sae.safetensors"))
+inputs = [path for path in read_here if path.exists()]
+current = stage.is_current(params, inputs, code)
+if not current:
     settings = dict(n_top=n_top, batch_size=batch_size, store=store or None, unreadable=unreadable)
     told = forecast(lmm, sae, pictures, layer, **settings)
     print(f"about {told.seconds:.0f} s, up to {told.disk / 1e6:,.0f} MB of disk, {told.memory / 1e9:.1f} GB beside the model")
@@ -93,9 +105,8 @@ if not stage.is_current(params, inputs, code):
         "images_per_second": cache.images / seconds,
         "seconds": seconds,
     }
-    stage.finish(params, inputs, metrics, seconds, code)
 cache = LatentCache.load(stage.folder)
-read_json(stage.path("metrics.json"))
+print(f"{cache.images} images, {len(cache.skipped)} skipped; {int(cache.live.sum())} of {cache.n_latents} latents fire")
 
 # %% [markdown]
 # **Check.** For the most exciting image of one latent: run the model again and average by hand.
@@ -108,7 +119,8 @@ base = prompt.spans[0].where("base")
 acts = sae.encode(lmm.hidden_states(prompt, layer)[0, base])
 by_hand = torch.where(acts.indices == latent, acts.acts, 0).sum(-1)
 assert_close(by_hand.mean(), cache.top_means[latent, 0], rtol=1e-3, atol=1e-5)
-assert_close(by_hand.reshape(lmm.grid), cache.patch_map(latent, 0), rtol=1e-2, atol=1e-2)
+if cache.grid:  # a Q-Former's tokens have no places
+    assert_close(by_hand.reshape(cache.grid), cache.patch_map(latent, 0), rtol=1e-2, atol=1e-2)
 
 # %% [markdown]
 # ## What it looks like
@@ -119,15 +131,50 @@ assert_close(by_hand.reshape(lmm.grid), cache.patch_map(latent, 0), rtol=1e-2, a
 # %% mystnb={"figure": {"caption": "Random live latents with their five most exciting images: the activation on the patch grid, and the image with only its most activated patches visible.", "name": "fig-top-images"}}
 rng = np.random.default_rng(0)
 rare = np.flatnonzero(np.asarray(cache.live) & (np.asarray(cache.frequency) < 0.05))
-chosen = np.sort(rng.choice(rare, 6, replace=False))
+chosen = np.sort(rng.permutation(rare)[:6])
 plots.exemplar_strip([(f"latent {latent}", exemplars(cache, pictures, int(latent))) for latent in chosen]);
 # %% mystnb={"figure": {"caption": "How often latents fire: share of base patches on which each live latent is active.", "name": "fig-frequency"}}
 plots.histogram(np.asarray(cache.frequency), "share of base patches", log=True);
 # %% [markdown]
+# ## Text too
+#
+# The SAE has learned from text tokens as well. The same pass over samples as in fine-tuning, with and without an image:
+# for every latent the text tokens that excite it most, the texts of highest mean, and on how many tokens of each kind it
+# fires. It *serves* a side, images or text, if it fires there at least a tenth as often, a token, as on the other side.
+# That it serves one side only has to be no accident: were its firings dealt out at random among all tokens, so few on the
+# other side would come about in less than 1 % of cases; else it counts as *untold*, as rare latents must.
+
+# %%
+samples = load_from_disk(root / texts)
+some = np.sort(np.random.default_rng(seed).choice(len(samples), min(n_texts, len(samples)), replace=False))
+samples = samples.select(some)
+if not current:
+    started = time.monotonic()
+    spoken = cache_texts(lmm, sae, samples, layer, n_top=n_top, batch_samples=batch_size, folder=stage.folder)
+    write_json(stage.path("words.json"), as_rows(lmm, spoken))  # for the feature browsers
+    metrics |= {"text_tokens": spoken.tokens["text"]} | counted(serves(spoken))
+    stage.finish(params, inputs, metrics, seconds + time.monotonic() - started, code)
+spoken = TextCache.load(stage.folder)
+read_json(stage.path("metrics.json"))
+
+# %% [markdown]
+# Latents of both sorts at random, among those that fire on some text: which tokens excite them most, and the text of highest
+# mean, shaded by the activation.
+
+# %%
+served, often = serves(spoken), spoken.fired[KINDS.index("text")] >= n_top
+shown = [(side, int(n)) for side in ("text_only", "both") for n in rng.permutation(np.flatnonzero(getattr(served, side) & often))[:3]]
+plots.texts({
+    f"latent {n}, {side.replace('_', ' ')}: " + " · ".join(lmm.tokenizer.decode([word.token]) for word in spoken.top_words(n)):
+    [read(lmm, sae, samples[text], layer, n) for text, _ in spoken.top_texts(n)[:2]] for side, n in shown
+})  # fmt: skip
+
+# %% [markdown]
 # ## What we found
 #
 # Most latents fire on few patches, and their top images tend to show one thing in common. Some fire on a large part of every
-# background: the low-level latents of section 4.2. Notebook 03 asks a model what the common thing is.
+# background: the low-level latents of section 4.2. Notebook 03 asks a model what the common thing is. Most of the latents
+# that can be told serve images and text; the text-only ones stand for words, as they are written or about to be.
 
 # %% tags=["hide-input"]
 manifest = read_json(stage.path("manifest.json"))

@@ -60,12 +60,12 @@ from IPython.display import display
 from lmm_sae_nb import asked, grounding, masks, plots
 from lmm_sae_nb import score as scoring
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
-from lmm_sae_nb.cache import LatentCache, activation_maps
+from lmm_sae_nb.cache import LatentCache
 from lmm_sae_nb.chats import open_chat
 from lmm_sae_nb.explain import exemplars
 from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.masks import PAPER, STRICT, Numbered, Spot, TrueMasks, activation_mask, concept_mask, iou, ious, spots
+from lmm_sae_nb.masks import PAPER, STRICT, Numbered, TrueMasks, activation_mask, concept_mask, iou, ious, spots
 from lmm_sae_nb.ratings import read_ratings
 from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.widgets.rating import Rater
@@ -166,20 +166,16 @@ if not stage.is_current(params, inputs, code):
     started, rng = time.monotonic(), np.random.default_rng(seed)
     lmm = LMM.load(named(model))
     sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent)
-    drawn = rng.integers(len(pictures), size=random_runs * n_top).tolist()
-    others_pictures = [pictures[i] for i in drawn]
-    maps = activation_maps(lmm, sae, others_pictures, layer, list(concept_of))
-    drawn_spots = {
-        n: [Spot(i, p.size, m) for i, p, m in zip(drawn, others_pictures, maps[:, column], strict=True)]
-        for column, n in enumerate(concept_of)
-    }
+    readable = np.setdiff1d(np.arange(len(pictures)), list(cache.skipped))
+    drawn = rng.choice(readable, random_runs * n_top).tolist()
+    drawn_spots = scoring.drawn_spots(lmm, sae, pictures, layer, list(concept_of), drawn)
     others = scoring.shuffled(explained, seed)
     found = scoring.all_ious(
         lambda n: (spots(shown(n)), drawn_spots[n]), concept_of, others, where, list(modes.values()), runs=random_runs, seed=seed
     )
     if similarity:
         similar = grounding.ImageTextSimilarity.load(named(similarity), device=device).grid
-        drawn_pictures = [pictures[i] for i in rng.integers(len(pictures), size=clip_runs * n_top).tolist()]
+        drawn_pictures = [pictures[i] for i in rng.choice(readable, clip_runs * n_top).tolist()]
         found |= scoring.all_clips(similar, shown, concept_of, others, drawn_pictures, list(modes.values()), runs=clip_runs, seed=seed)
     scores, runs = scoring.records(explained, found)
     if judge or truth:

@@ -19,7 +19,7 @@
 # **You will learn** what a clamp does, how much of the effect is the latent's and how much the splice's, how it grows with
 # the dose, and whether one latent serves both the picture and the word.
 #
-# **Reads** `train/`, `cache/`, `interpret/`. **Writes** `steer/`.
+# **Reads** `train/`, `cache/`, `interpret/`, `score/` if it is there. **Writes** `steer/`.
 #
 # | preset | LMM | latents steered | time |
 # |---|---|---|---|
@@ -58,22 +58,26 @@ from collections import Counter
 import numpy as np
 import torch
 from IPython.display import HTML, display
+from ipywidgets import VBox
 from PIL import Image
 from torch.testing import assert_close
 
+from lmm_sae_nb import asked as rating
 from lmm_sae_nb import plots, steering
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
 from lmm_sae_nb.asked import Vocabulary, names, relevance
 from lmm_sae_nb.cache import LatentCache, activation_maps
+from lmm_sae_nb.catalogue import Catalogue
 from lmm_sae_nb.chats import open_chat
+from lmm_sae_nb.cure import share
 from lmm_sae_nb.explain import exemplars
 from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.plots import steering_strip
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.score import mean_interval
+from lmm_sae_nb.score import Mean, mean_interval
 from lmm_sae_nb.steering import Edit, Scope, answers, steer_latents
-from lmm_sae_nb.widgets import SteeringPanel
+from lmm_sae_nb.widgets import FeatureBrowser, SteeringPanel
 
 root = project_root()
 plots.style()
@@ -132,11 +136,12 @@ plots.exemplar_strip([(f"latent {cases[name]}: {name}", exemplars(cache, picture
 # answers: the untouched model (*before*), and the SAE spliced in with nothing steered (dose 0).
 
 # %%
-stage, code = Stage(run, "steer"), [steering]
+stage, code = Stage(run, "steer"), [steering, rating]
 params = dict(
     model=model, layer=layer, images=images, steered_kinds=steered_kinds, doses=doses, dose=dose, n_objects=n_objects,
     question=question, blank_size=blank_size, feelings=feelings, feeling_question=feeling_question, story_prompt=story_prompt,
-    case_doses=case_doses, word_prompt=word_prompt, ranked_images=ranked_images, judge=judge, seed=seed,
+    case_doses=case_doses, word_prompt=word_prompt, ranked_images=ranked_images, max_new_tokens=max_new_tokens,
+    concepts=concepts, judge=judge, seed=seed,
 )  # fmt: skip
 stages = [Stage(run, name).path("manifest.json") for name in ("train", "cache", "interpret")]
 inputs = [path for path in (root / model, *stages) if path.exists()]
@@ -202,8 +207,8 @@ if not current:
     rng = np.random.default_rng(seed)
     objects = sorted(n for n, row in named.items() if row["kind"] == "object")
     objects = rng.permutation(objects)[:n_objects].tolist()
-    live = np.flatnonzero(np.asarray(cache.live))
-    control = rng.choice(np.setdiff1d(live, objects), len(objects), replace=False).tolist()
+    rest = np.setdiff1d(np.flatnonzero(np.asarray(cache.live)), objects)
+    control = rng.choice(rest, len(objects), replace=len(rest) < len(objects)).tolist()
     untouched = lmm.generate(lmm.prompt(question, white), max_new_tokens=max_new_tokens)[0]
     asked = [("object", value, n, n) for value in doses for n in objects]
     asked += [("random", dose, n, own) for n, own in zip(control, objects, strict=True)]
@@ -225,7 +230,7 @@ for row in [row for row in white_answers["steered"] if row["dose"] == dose and r
 # %% mystnb={"figure": {"caption": "Dose and response: share of latents whose clamping changes the answer about a white image, and makes it name the concept, with 99 % intervals; the dose in units of the latent's own maximum.", "name": "fig-dose"}}
 groups = {"object, changed": ("object", "changed"), "object, named": ("object", "names"), "random, changed": ("random", "changed"), "random, named": ("random", "names")}
 curves = {
-    name: {value: mean_interval([row[key] for row in white_answers["steered"] if (row["group"], row["dose"]) == (group, value)])
+    name: {value: Mean(*share(torch.tensor([row[key] for row in white_answers["steered"] if (row["group"], row["dose"]) == (group, value)]))[:3])
            for value in (doses if group == "object" else [dose])}
     for name, (group, key) in groups.items()
 }  # fmt: skip
@@ -265,30 +270,43 @@ if not current:
     metrics = {"objects_steered": len(at_dose["object"])}
     for group, name in (("object", ""), ("random", "control_")):
         for key, what in (("names", "named"), ("changed", "changed")):
-            share = mean_interval([row[key] for row in at_dose[group]], seed=seed)
-            metrics |= {f"{name}{what}_of_100": 100 * share.mean, f"{name}{what}_low": 100 * share.low, f"{name}{what}_high": 100 * share.high}
+            *found, _ = share(torch.tensor([row[key] for row in at_dose[group]]))  # Wilson's: none of n is not none at all
+            metrics |= {f"{name}{what}_of_100{end}": 100 * value for end, value in zip(("", "_low", "_high"), found, strict=True)}
         if rated := [row["relevance"] for row in at_dose[group] if row["relevance"]]:
             metrics[f"{name}relevance"] = mean_interval(rated, seed=seed).mean
     for text, name in ((feeling_question, "feelings"), (story_prompt, "stories")):
         right = {row["name"] for row in by_case if row["prompt"] == text and row["names"] and row["answer"] != row["before"]}
         metrics |= {f"{name}_steered": len(cases), f"{name}_named": len(right)}
-    metrics |= {"word_latents": len(by_word), "word_own": float(np.mean(own)), "word_others": float(np.mean(others)),
-                "word_own_above_others": float(np.mean(np.array(own) > np.array(others)))}  # fmt: skip
+    metrics["word_latents"] = len(by_word)
+    for name, values in {"own": own, "others": others, "own_above_others": np.array(own) > np.array(others)}.items():
+        metrics |= {f"word_{name}{end}": value for end, value in zip(("", "_low", "_high"), mean_interval(values, seed=seed), strict=True)}
     for name, latent in cases.items():
         image = pictures[cache.top(latent)[0][0]]
         means = activation_maps(lmm, sae, [image], layer, list(range(sae.n_latents)))[0].mean((1, 2))
         metrics[f"rank_{name}"] = int((means > means[latent]).sum()) + 1
+    tried, seconds = SteeringPanel(lmm, sae, layer, cache, {n: row["concept"] for n, row in named.items()}, image=white, text=question), []
+    for _ in range(6):  # a new question first, of which the untouched answer is shown before; then as after a moved slider
+        begun = time.perf_counter()
+        next(known for known in tried.answer(tried.asked(), 0) if "steered" in known)
+        seconds.append(time.perf_counter() - begun)
+    metrics |= {"panel_question_seconds": seconds[0], "panel_slider_seconds": float(np.median(seconds[1:]))}
     stage.finish(params, inputs, metrics, time.monotonic() - started, code)
 read_json(stage.path("metrics.json"))
 
 # %% [markdown]
 # ## Try it
 #
-# In JupyterLab (`make lab`) the panel below answers at once: choose a latent, a dose, the tokens, a prompt, an image.
+# In JupyterLab (`make lab`) the panel below answers at once (`panel_slider_seconds` above is the median from a moved slider to
+# the steered answer, `panel_question_seconds` what a new question takes): choose a latent, a dose, the tokens, a prompt, an image.
+# Above it is every latent that notebook 03 asked about, to search by a word or a number and to sort by any score; *steer it* hands
+# one to the panel. The [features page](../features) has the same without a kernel.
 
 # %%
 panel = SteeringPanel(lmm, sae, layer, cache, {n: row["concept"] for n, row in named.items()}, image=white, text=question)
-panel.box
+scores = Stage(run, "score").path("scores.json")
+catalogue = Catalogue(cache, pictures, explanations, *([read_json(scores)] if scores.is_file() else []))
+browser = FeatureBrowser(catalogue, panel.choose, sort="iou_strict" if "iou_strict" in catalogue.columns else None)
+VBox([browser.box, panel.box])
 
 # %% [markdown]
 # ## What we found

@@ -22,7 +22,7 @@
 #
 # | preset | decisions, pairs ablated | time |
 # |---|---|---|
-# | `tiny` | 100 held-out, 48 random active pairs each | 3 minutes, 2 cores |
+# | `tiny` | 100 held-out, 24 random active pairs each | 3 minutes, 2 cores |
 # | `paper` | 20, 200 each | GPUs |
 
 # %% tags=["parameters"]
@@ -32,9 +32,9 @@ layer: int = 1  # 0-based, the layer that the SAE was trained on
 heldout: str = "data/artifacts/tiny/world/heldout"  # samples that no training has seen, with image and question
 dataset: str = "data/artifacts/tiny/world/train"  # what the small SAEs of other layers are trained on
 decisions: int = 100  # held-out decisions of the layer's SAE
-pairs: int = 48  # active (token, latent) pairs of each that are ablated, at random
-own_pairs: int = 4  # of them, integrated along their own path
-ig_steps: int = 10  # steps of integrated gradients
+pairs: int = 24  # active (token, latent) pairs of each that are ablated, at random
+own_pairs: int = 1  # of them, integrated along their own path
+ig_steps: int = 5  # steps of integrated gradients
 other_layers: list = [4, 6]  # small SAEs are trained there, to compare by depth
 other_decisions: int = 16  # decisions for each of them
 other_latents: int = 1024  # their latents
@@ -62,7 +62,7 @@ from lmm_sae_nb.fidelity import agreement, cost, own_decision, some_pairs
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.score import mean_interval
-from lmm_sae_nb.train import train_sae
+from lmm_sae_nb.train import Recipe, train_saes
 
 root = project_root()
 plots.style()
@@ -148,9 +148,10 @@ HTML(plots.token_html(pieces, parts.of_tokens()[words].tolist()))
 # ## How good is the approximation?
 #
 # For each of the held-out decisions (the model's own first token against its runner-up) random active pairs are ablated, all
-# equally likely, so that a rank correlation over them estimates that over all pairs of the decision, some 10,000. Ablating
-# all of them for 100 decisions takes hours here: `python -m lmm_sae_nb.benchmarks.ablations` does it, in pieces, and puts
-# the outcome into `book/ablations.json`.
+# equally likely, so that a rank correlation over them estimates that over all pairs of the decision, thousands of them. How
+# decisions differ widens the interval of the mean more than how few of their pairs were drawn. Ablating all of them for 100
+# decisions takes hours here: `python -m lmm_sae_nb.benchmarks.ablations` does it, in pieces, and puts the outcome into
+# `book/ablations.json`.
 #
 # Three approximations are held against ablation: the linear one; integrated gradients on the common path, on which all
 # latents grow from nothing at once; and, for a few pairs, integrated gradients on each pair's own path.
@@ -167,19 +168,20 @@ ways = ("linear", "ig", "own_path")
 if not stage.is_current(params, inputs, code):
     started = time.monotonic()
     timing = cost(lmm, sae, layer, choice, repetitions)
-    saes = {layer: sae}
-    for other in other_layers:
-        small = dict(n_latents=other_latents, k=k, steps=other_steps, batch_tokens=1024, dead_after_tokens=50_000, lr=2e-3, seed=seed)
-        saes[other] = train_sae(lmm, load_from_disk(root / dataset), other, folder=stage.path(f"layer_{other}"), **small).sae.requires_grad_(False)
+    recipes = {f"layer_{other}": Recipe(other, n_latents=other_latents, k=k, lr=2e-3) for other in other_layers}
+    how = dict(steps=other_steps, batch_tokens=1024, dead_after_tokens=50_000, seed=seed, folder=stage.path("others"))
+    small = train_saes(lmm, load_from_disk(root / dataset), recipes, **how) if recipes else {}
+    saes = {layer: sae} | {recipes[name].layer: its.sae.requires_grad_(False) for name, its in small.items()}
     rows, generator = [], torch.Generator().manual_seed(seed)
     for at, its in saes.items():
         for sample in unseen if at == layer else unseen[:other_decisions]:
             case = own_decision(lmm, sample["question"], sample["image"])
             one = linear(lmm, its, at, case)
             asked = some_pairs(one, pairs, generator)
-            few = asked & (torch.rand(asked.shape, generator=generator) < own_pairs / pairs)
+            few = some_pairs(one, own_pairs, generator, among=asked)
             values = {
-                "exact": exact(lmm, its, at, case, asked), "linear": one.values, "ig": integrated(lmm, its, at, case, steps=ig_steps).values,
+                "exact": exact(lmm, its, at, case, asked, batch=8),  # a batch runs from its first pair's token on
+                "linear": one.values, "ig": integrated(lmm, its, at, case, steps=ig_steps).values,
                 "own_path": own_path(lmm, its, at, case, few),
             }  # fmt: skip
             rows.append({"layer": at} | {name: [round(v, 8) if v == v else None for v in value[asked].tolist()] for name, value in values.items()})

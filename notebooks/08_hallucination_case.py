@@ -283,14 +283,13 @@ plots.exemplar_strip([(f"latent {e.latent}: {called.get(e.latent, 'unnamed')}", 
 # %% [markdown]
 # ## What we found
 #
-# The rates are above and on the [results page](../results). The wrong answer stands on a narrow margin between two
-# evidences, the map's and the fact's, each worth several logits, and a clamp that shifts the balance by less than one logit
-# decides. So a single text latent cures, as the paper saw with "Barcelona" and "Los". Look at `cured_fraction_right_yes` and
-# `cured_fraction_right_no` before believing in more: where only one of them is high, the clamp pushes towards one answer and
-# does not turn the model to the image, and nothing in the paper's case, whose right answer is *no*, could tell the two apart.
-# Right answers about maps stand on wide margins and are harmed little; on other questions `other_questions_right` before and
-# after is the price of a latent clamped at every token. Limits: one model, one layer, one SAE; two of the four basins never
-# fooled it.
+# The rates are above and on the [results page](../results). Two evidences, the map's and the fact's, speak against each other;
+# what decides is how far a clamp shifts the balance (`shift` above, in logits), which one or a few text latents can do, as the
+# paper saw with "Barcelona" and "Los". Look at `cured_fraction_right_yes` and `cured_fraction_right_no` before believing in
+# more: where only one of them is high, the clamp pushes towards one answer and does not turn the model to the image, and
+# nothing in the paper's case, whose right answer is *no*, could tell the two apart. On other questions
+# `other_questions_right` before and after is the price of a latent clamped at every token. Limits: one model, one layer, one
+# SAE; and the embedded model is fooled about some basins only, as the figure by basin shows.
 
 # %% tags=["hide-input"]
 manifest = read_json(stage.path("manifest.json"))

@@ -44,6 +44,8 @@ from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.video_processing_utils import VideoProcessorMixin
 
+from lmm_sae_nb.processors import NoVideo
+
 LAYERS, WIDTH = 3, 16
 LLAVA_NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 ONEVISION_PINPOINTS = [[384 * rows, 384 * cols] for rows in range(1, 7) for cols in range(1, 7)]
@@ -113,16 +115,6 @@ def crop(size: int) -> dict[str, int]:
 processing_utils.transformers_module.VideoProcessorMixin = VideoProcessorMixin
 
 
-class NoVideo(VideoProcessorMixin):
-    """Stands where some processors insist on a video processor; the real ones need torchvision."""
-
-    model_input_names: list[str] = []
-    num_frames, fps = 1, 1
-
-    def __init__(self):
-        pass
-
-
 def llava_next(image_size: int = 336, patch_size: int = 14, pinpoints: list = LLAVA_NEXT_PINPOINTS):
     """llava-hf/llama3-llava-next-8b-hf's geometry: 24 x 24 base patches and five tile shapes."""
     words = tokenizer()
@@ -177,7 +169,8 @@ def llava_onevision():
 def qwen2_5_vl():
     """Qwen/Qwen2.5-VL's geometry: any number of 14 px patches, merged two by two, attention in windows."""
     words = tokenizer()
-    words.image_token, words.video_token = IMAGE, VIDEO
+    image, video = "<|image_pad|>", "<|video_pad|>"
+    words.add_tokens([image, video], special_tokens=True)
     config = Qwen2_5_VLConfig(
         vision_config={
             "depth": 2,
@@ -188,15 +181,15 @@ def qwen2_5_vl():
             "fullatt_block_indexes": [1],
         },
         text_config=text(words) | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
-        image_token_id=words.convert_tokens_to_ids(IMAGE),
-        video_token_id=words.convert_tokens_to_ids(VIDEO),
+        image_token_id=words.convert_tokens_to_ids(image),
+        video_token_id=words.convert_tokens_to_ids(video),
         vision_start_token_id=words.convert_tokens_to_ids(VISION_START),
     )
     processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessorPil(),
         tokenizer=words,
         video_processor=NoVideo(),
-        chat_template=chat_template(VISION_START + IMAGE + VISION_END),
+        chat_template=chat_template(VISION_START + image + VISION_END),
     )
     return Qwen2_5_VLForConditionalGeneration(config), processor
 

@@ -26,6 +26,7 @@ run: str = "tiny"  # the run
 """
 ONE = """\
 steps: int = 5  # steps
+concepts: str = "data/artifacts/tiny/world/concepts.json"  # of the world
 
 # %%
 from pathlib import Path

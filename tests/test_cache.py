@@ -14,9 +14,10 @@ from PIL import Image
 
 from lmm_sae_nb import cache as caching
 from lmm_sae_nb.cache import LatentCache, activation_maps, cache_activations, forecast
+from lmm_sae_nb.evaluate import evaluate_sae
 from lmm_sae_nb.lmm import LMM, NoPatchGrid
 from lmm_sae_nb.ranking import Ranking, firings, merged
-from lmm_sae_nb.sae import Latents, TopKSAE
+from lmm_sae_nb.sae import Latents, TopKSAE, TrainedOn
 from lmm_sae_nb.shares import Share
 
 
@@ -145,7 +146,7 @@ def test_the_pass_equals_one_image_at_a_time(lmm, sae, pictures, dense, tmp_path
     image = int(cache.top_images[latent, 0])
     torch.testing.assert_close(cache.patch_map(latent, 0), dense[image, :, latent].view(lmm.grid), atol=1e-2, rtol=1e-2)
     assert (cache.images, cache.grid, cache.layer, cache.skipped) == (7, lmm.grid, 0, {})
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["cache.json", "cache.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cache.json", "cache.safetensors", "key.json"]
     maps = activation_maps(lmm, sae, pictures, 0, [latent, 0], batch_size=3)
     np.testing.assert_allclose(maps[image, 0], dense[image, :, latent].view(lmm.grid), atol=1e-4)
     np.testing.assert_allclose(maps[2, 1], dense[2, :, 0].view(lmm.grid), atol=1e-4)
@@ -183,6 +184,27 @@ def test_an_sae_of_another_width_is_refused(lmm, pictures, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_sae_of_another_layer_or_model_is_refused(lmm, sae, pictures, tmp_path):
+    """By whatever takes a model, an SAE and a layer; here the pass, its forecast, maps, and the evaluation."""
+    told = TopKSAE(sae.width, sae.n_latents, sae.k)
+    told.trained_on = TrainedOn(0, lmm.fingerprint(0))
+    other = LMM(*make("picture_world", seed=7))
+    rows = [{"image": None, "question": "what ?", "answer": "that"}]
+    for call in (
+        lambda lmm, layer: cache_activations(lmm, told, pictures, layer, folder=tmp_path),
+        lambda lmm, layer: forecast(lmm, told, pictures, layer),
+        lambda lmm, layer: activation_maps(lmm, told, pictures, layer, [0]),
+        lambda lmm, layer: evaluate_sae(lmm, told, rows, layer),
+    ):
+        with pytest.raises(ValueError, match="trained on layer 0, not 1; give that layer"):
+            call(lmm, 1)
+        with pytest.raises(ValueError, match="trained on another model than .*: layer 0 had other weights"):
+            call(other, 0)
+        with pytest.raises(ValueError, match="no layer 9: .* has layers 0 to 2"):
+            call(lmm, 9)
+    assert not list(tmp_path.iterdir())
+
+
 WRONG = {"n_top": 0}, {"batch_size": 0}, {"store": "bfloat16"}, {"unreadable": "ignore"}
 
 
@@ -204,6 +226,9 @@ def test_images_of_different_sizes_are_refused(tmp_path):
         cache_activations(
             lmm, TopKSAE(lmm.width, 8, 2), [noise(60, 60), noise(300, 60)], 0, batch_size=1, folder=tmp_path
         )
+    lmm.image_size = (112, 84)  # as the error says
+    cache = cache_activations(lmm, TopKSAE(lmm.width, 8, 2), [noise(60, 60), noise(300, 60)], 0, folder=tmp_path)
+    assert cache.patch_map(int(cache.frequency.argmax()), 0).shape == lmm.grid == (3, 4)
 
 
 def test_a_model_without_a_grid_has_means_but_no_maps(tmp_path):

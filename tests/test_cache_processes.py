@@ -44,10 +44,10 @@ def run(given, folder: Path, processes: int, fail_at: int | None = None) -> None
     """A pass by so many processes; the one that gets to batch `fail_at` fails there, and takes the others with it."""
     encode = caching._encode
 
-    def failing(lmm, sae, layer, batch):
+    def failing(lmm, studied, batch):
         if batch.number == fail_at:
             raise RuntimeError("the power is gone")
-        return encode(lmm, sae, layer, batch)
+        return encode(lmm, studied, batch)
 
     def work():
         torch.set_num_threads(1)  # the parent's threads are not there
@@ -67,7 +67,7 @@ def same_answers(one: Path, other: Path) -> None:
     first, second = (LatentCache.load(folder).store.latents(0, 64) for folder in (one, other))
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert sorted(file.name for file in other.iterdir()) == ["cache.json", "cache.safetensors", "store"]
+    assert sorted(file.name for file in other.iterdir()) == ["cache.json", "cache.safetensors", "key.json", "store"]
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -129,12 +129,12 @@ def test_it_goes_on_where_it_was(lmm, sae, pictures, tmp_path, monkeypatch):
     """What is done is not done again."""
     images, seen, encode = open_images(pictures), [], caching._encode
 
-    def stop_in_the_middle(lmm, sae, layer, batch):
+    def stop_in_the_middle(lmm, studied, batch):
         if batch.number == 5 and 5 not in seen:
             seen.append(5)
             raise KeyboardInterrupt
         seen.append(batch.number)
-        return encode(lmm, sae, layer, batch)
+        return encode(lmm, studied, batch)
 
     monkeypatch.setattr(caching, "_encode", stop_in_the_middle)
     with pytest.raises(KeyboardInterrupt):
@@ -195,5 +195,7 @@ def test_a_stream_is_cached_as_what_it_streams_is(lmm, sae, pictures, tmp_path):
     cut_short(lmm, sae, stream, tmp_path / "s")
     streamed = cache_activations(lmm, sae, stream, **SETTINGS, folder=tmp_path / "s")
     assert (local.images, local.skipped) == (streamed.images, streamed.skipped)
-    assert contents(tmp_path / "local") == contents(tmp_path / "s")
+    one, other = contents(tmp_path / "local"), contents(tmp_path / "s")
+    assert one.pop("key.json") != other.pop("key.json")  # it tells where the images came from
+    assert one == other
     assert "11.png" in streamed.skipped[11]

@@ -90,6 +90,8 @@ def test_some_pairs_are_active_and_repeat_with_the_generator():
     assert chosen.sum() == 2 and not chosen[0, 1]
     assert torch.equal(chosen, some_pairs(parts, 2, torch.Generator().manual_seed(3)))
     assert some_pairs(parts, 99, torch.Generator()).tolist() == [[True, False, True, True]]
+    among = torch.tensor([[True, True, False, False]])
+    assert some_pairs(parts, 2, torch.Generator(), among).tolist() == [[True, False, False, False]]
 
 
 def test_cost_is_of_both_and_their_ratio():

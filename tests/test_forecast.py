@@ -1,7 +1,7 @@
 """Forecasts against the real thing: processors, published sizes, counted products, and arithmetic done by hand."""
 
-import inspect
 import json
+from inspect import signature
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ from lmm_sae_nb.forecast import (
 )
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.train import train_sae
+from lmm_sae_nb.train import Recipe, train_saes
 from lmm_sae_nb.twin import geometry_twin, narrow, noise, run_twin
 
 PAPER = "llava-hf/llama3-llava-next-8b-hf"
@@ -242,7 +242,8 @@ def test_commands_hold_the_preset_s_own_values(root, preset):
     assert (job["n_latents"], job["k"], job["layer"]) == (131_072, 256, 24)
     assert job["folder"] == "data/artifacts/paper/train" and job["dataset"] == preset["01_train_sae"]["dataset"]
     settings = {name: value for name, value in job.items() if name not in ("model", "dataset")}
-    inspect.signature(train_sae).bind("the model", "the samples", **settings)
+    shared = {name: settings.pop(name) for name in list(settings) if name in signature(train_saes).parameters}
+    signature(train_saes).bind("the model", "the samples", {"": Recipe(settings.pop("layer"), **settings)}, **shared)
     assert "--num_processes 8" in train and train.endswith("-m lmm_sae_nb.launch job.json")
     assert rest == "make book PRESET=paper"
 

@@ -35,9 +35,9 @@ LEVELS = [  # an import goes to the same level or a lower one, and never in a ci
     set(level.split())
     for level in (
         "artifacts hooks spans compiled kernels sae optimiser formats hub checkpoint images ranking store forecast "
-        "chats asked shown grounding",
+        "processors chats asked shown grounding",
         "lmm shares ratings",
-        "tokens train evaluate launch cache cache_formats steering",
+        "tokens train evaluate launch cache cache_formats texts steering",
         "explain attribution fidelity cure twin",
         "masks score truth",
         "plots thumbnails catalogue widgets",
@@ -383,6 +383,7 @@ def test_what_a_notebook_imports_reads_and_takes_is_found_without_running_it(lit
     assert pages.stages(two) == ["cache", "train"]
     assert pages.parameters(one)["steps"] == pages.Parameter("int", 5, "steps")
     assert pages.shipped(two, {}, little) == [little / "data/models/m/weights"]
+    assert pages.shipped(two, {"model": "elsewhere"}, little) == []
     given = {"run": "big", "images": "data/artifacts/tiny/world/cache"}
     assert pages.results(one, given, little) == [
         little / "data/artifacts/big/train",

@@ -294,7 +294,7 @@ def test_begin_of_sequence_is_written_once():
 # --- Loading ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["picture_world", "idefics3", "instructblip"])
+@pytest.mark.parametrize("family", ["picture_world", "llava_onevision", "qwen2_5_vl", "idefics3", "instructblip"])
 def test_load_gives_the_same_model_frozen_and_padded_left(family, tmp_path):
     model, processor = models.make(family)
     model.save_pretrained(tmp_path / "model")
@@ -314,6 +314,25 @@ def test_load_takes_another_dtype(tmp_path):
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert LMM.load(str(tmp_path), dtype=torch.bfloat16).model.dtype == torch.bfloat16
+
+
+def test_load_refuses_a_model_of_text_alone(tmp_path):
+    LlamaForCausalLM(LlamaConfig(**models.text(models.tokenizer()))).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\(llama\) takes no images and text, as far as transformers knows; choose"):
+        LMM.load(tmp_path)
+
+
+def test_images_of_one_size_have_one_grid_whatever_they_were(tmp_path):
+    """Qwen2.5-VL's grid follows the image: 14 px patches, merged two by two."""
+    model, processor = models.make("qwen2_5_vl")
+    assert LMM(model, processor).grid is None
+    lmm = LMM(model, processor, image_size=(112, 84))
+    assert lmm.grid == (3, 4)
+    picture = noise(300, 60)
+    prompt = lmm.prompt("", picture)
+    assert prompt.spans[0].grid == (3, 4)
+    alone = LMM(model, processor).prompt("", picture.resize((112, 84), Image.Resampling.BICUBIC))
+    assert torch.equal(prompt.inputs["pixel_values"], alone.inputs["pixel_values"])
 
 
 def test_load_names_a_missing_folder(tmp_path):
@@ -434,7 +453,9 @@ def test_a_processor_that_writes_another_number_of_image_tokens(family, misfit):
 
 
 def test_an_image_for_some_samples_only_where_the_processor_cannot():
-    with pytest.raises(ValueError, match=r"for no image \(sample 0\) it wrote 32 image tokens, the model expects 0"):
+    with pytest.raises(
+        ValueError, match=r"for no image \(sample 0\) it wrote 32 .* expects 0; a Q-Former takes no text"
+    ):
         studied("instructblip").prompt(["Hello", "Hm"], [None, noise()])
 
 

@@ -86,8 +86,8 @@ def check_words(lmm: LMM, prompt: Prompt) -> None:
         assert torch.equal(embedded[sample][words], lmm.model.get_input_embeddings()(ids[words]))
         names = lmm.tokenizer.convert_ids_to_tokens(ids)
         assert {names[i] for i in spans.where("special")} <= CONTROL
-        assert not {names[i] for i in spans.where("text")} & (CONTROL | {models.IMAGE, models.PAD})
-        written = torch.tensor([name == models.IMAGE for name in names])
+        assert not {names[i] for i in spans.where("text")} & (CONTROL | {str(lmm.processor.image_token), models.PAD})
+        written = torch.tensor([name == str(lmm.processor.image_token) for name in names])
         if lmm.model.config.model_type in NEWLINES:
             newline = (embedded[sample] == lmm.model.model.image_newline).all(-1)
             assert torch.equal(spans.mask("newline"), newline)

@@ -54,6 +54,12 @@ def test_a_table_escapes_what_it_shows():
     assert shown.count("–") == 2  # n of the second row is not there, its IoU is None
 
 
+def test_texts_are_escaped_and_shaded():
+    shown = plots.texts({"latent <3>": [(["<i>", "cat"], [0.0, 2.0]), (["a"], [1.0])], "none": []}).data
+    assert "<i>" not in shown and "&lt;i&gt;" in shown and "latent &lt;3&gt;" in shown
+    assert shown.count("<p ") == 2 and 'title="+2.000">cat<' in shown
+
+
 def test_places_for_pictures_are_as_many_as_asked():
     assert [len(plots.places(n, columns=4)) for n in (1, 4, 7)] == [1, 4, 7]
     plt.close("all")

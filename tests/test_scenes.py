@@ -18,7 +18,7 @@ from PIL import Image
 from scipy import ndimage
 
 from lmm_sae_nb.pictureworld import __main__ as commands
-from lmm_sae_nb.pictureworld import lessons, scenes, tower
+from lmm_sae_nb.pictureworld import lessons, querying, scenes, tower
 from lmm_sae_nb.pictureworld.concepts import COLOURS, COMPOSITES, EMOJI_FACES, EMOJI_OBJECTS, KINDS, SHAPES
 from lmm_sae_nb.pictureworld.questions import caption
 from lmm_sae_nb.pictureworld.scenes import HELD_OUT, SIDE, TRAIN, VALIDATION
@@ -112,8 +112,8 @@ def trained_on() -> dict[str, set[int]]:
         patch.setattr(tower, "train_tower", lambda _, *start, **asked: courses.append(asked | {"tower": start}))
         for course, (steps, _) in commands.COURSES.items():
             commands.study(course, Path("nowhere"), steps, 1.0)
-        for name in seen.keys() & vars(lessons).keys():
-            patch.setattr(lessons, name, recorder(name))
+        for name in seen:
+            patch.setattr(scenes, name, recorder(name))
         for module in (lessons, tower):
             patch.setattr(module, "patch_labels", lambda scene: np.zeros(1))
         patch.setattr(lessons, "lesson", lambda *_: [])
@@ -125,9 +125,13 @@ def trained_on() -> dict[str, set[int]]:
                 stream = tower.Glimpses(first, [recorder(make.__name__) for make in makers])
                 drawn = asked["steps"] * sizes["train_tower"]
             else:
-                stream = lessons.Lessons(None, asked.get("first_seed", 0), asked.get("drills", lessons.RARE))
+                stream = lessons.Lessons(None, asked.get("first_seed", 0), asked.get("drills", scenes.RARE))
                 drawn = asked["steps"] * sizes["train_language"]
             assert sum(1 for _ in itertools.islice(stream, drawn)) == drawn
+        queries = inspect.signature(querying.train_queries).parameters["batch"].default * commands.QUERIES_STEPS
+        for first, drawn in ((0, queries), (querying.FOLDED, querying.FOLDING_PICTURES)):
+            for n in range(first, first + drawn):
+                scenes.make_lesson(TRAIN + n % 800_000, n % 20)
     return seen
 
 
@@ -159,10 +163,9 @@ def test_every_seed_that_a_stream_can_come_to_is_a_training_seed(monkeypatch):
         return SimpleNamespace(items=DRILLED[: seed % 4])
 
     for name in ("make_scene", "make_map", "make_masked"):
-        monkeypatch.setattr(lessons, name, bare)
-    stream = lessons.Lessons(None, 0, lessons.PARTS)
-    for seed in range(800_000):  # after which the stream's seeds come round again, as its turns do
-        stream._scene(TRAIN + seed, seed % 20)
+        monkeypatch.setattr(scenes, name, bare)
+    for seed in range(800_000):  # after which a stream's seeds come round again, as its turns do
+        scenes.make_lesson(TRAIN + seed, seed % 20, scenes.PARTS)
     assert min(drawn) >= TRAIN and max(drawn) < VALIDATION
     assert len(drawn) > 800_000
 

@@ -9,12 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from models import make, noise
 from PIL import Image
 from scipy.stats import norm
 
 from lmm_sae_nb import score
-from lmm_sae_nb.explain import Exemplar, masked, most_activated, upsample
+from lmm_sae_nb.cache import cache_activations
+from lmm_sae_nb.explain import Exemplar, exemplars, masked, most_activated, upsample
 from lmm_sae_nb.grounding import BoxSegmenter, Candidates, ImageTextSimilarity, PromptedSegmenter
+from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.masks import (
     PAPER,
     STRICT,
@@ -28,7 +31,17 @@ from lmm_sae_nb.masks import (
     moved,
     spots,
 )
-from lmm_sae_nb.score import Compared, explained, kappa, latent_iou, latents_clip, mean_interval, run_interval
+from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.score import (
+    Compared,
+    difference_interval,
+    explained,
+    kappa,
+    latent_iou,
+    latents_clip,
+    mean_interval,
+    run_interval,
+)
 
 CONCEPTS = {"object": ["cat", "dog"], "face": ["happy"], "word": ["happy"]}
 GRIDS = arrays(np.float32, (4, 4), elements=st.sampled_from([0.0, 0.1, 0.2, 0.26, 0.5, 1.0]))
@@ -57,6 +70,22 @@ def models(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
     makes = (grounders.clipseg, grounders.clip, grounders.grounding_dino, grounders.sam)
     return {make.__name__: str(grounders.save(make, folder / make.__name__)) for make in makes}
+
+
+# Intervals.
+
+
+def test_the_interval_of_a_difference_is_that_of_theory_where_the_means_are_normal():
+    """Mean of b less mean of a, give or take 2.576 standard errors; theirs add up in squares."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(1, 2, 400), rng.normal(1.5, 1, 300)
+    found = difference_interval(a, b)
+    half = 2.576 * np.sqrt(a.var(ddof=1) / 400 + b.var(ddof=1) / 300)
+    assert found.mean == pytest.approx(b.mean() - a.mean())
+    assert (found.high - found.mean, found.mean - found.low) == pytest.approx((half, half), rel=0.06)
+    assert difference_interval(a, b) == found
+    with pytest.raises(ValueError, match="there are 1 and 300"):
+        difference_interval(a[:1], b)
 
 
 # Masks.
@@ -297,6 +326,41 @@ def test_the_world_and_the_scores_agree_on_real_label_maps():
     found = [exemplar(n, rng.random((4, 4)) < 0.4) for n in range(3)]
     by_hand = [iou(upsample(e.visible, (8, 8)), truth([e.image_index], "dog")[0][0]) for e in found]
     assert ious(spots(found), "dog", truth, STRICT).tolist() == by_hand
+
+
+def test_drawn_spots_are_each_latent_s_activations_on_the_images_of_these_numbers():
+    """By eq. 1, an image at a time."""
+    lmm = LMM(*make("picture_world"))
+    sae, pictures = TopKSAE(lmm.width, 24, 3), [noise(192, 192, seed) for seed in range(3)]
+    found = score.drawn_spots(lmm, sae, pictures, 1, [5, 11], [2, 0, 2])
+    for latent, places in found.items():
+        assert [spot.number for spot in places] == [2, 0, 2]
+        for spot in places:
+            prompt = lmm.prompt("", pictures[spot.number])
+            x = lmm.hidden_states(prompt, 1)[0, prompt.spans[0].where("base")]
+            z = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+            kept = torch.where(z >= z.topk(3).values[:, -1:], z, 0)[:, latent].reshape(lmm.grid).detach()
+            np.testing.assert_allclose(spot.activation, kept, atol=1e-4)
+            assert spot.size == (192, 192)
+
+
+def test_an_image_set_of_one_is_its_own_chance(tmp_path):
+    """Cached and scored: every random image is the latent's own, so chance is the score and the ratio is 1."""
+    lmm = LMM(*make("picture_world"))
+    sae, pictures = TopKSAE(lmm.width, 24, 3).requires_grad_(False), [noise(192, 192)]
+    cache = cache_activations(lmm, sae, pictures, 1, n_top=5, folder=tmp_path)
+    named = {int(n): (("cat", "dog")[i], "object") for i, n in enumerate(cache.live.nonzero()[:2, 0])}
+    own = {n: exemplars(cache, pictures, n) for n in named}
+    assert [len(found) for found in own.values()] == [1, 1]
+    drawn = score.drawn_spots(lmm, sae, pictures, 1, list(named), [0] * 6)
+    everywhere = {"truth": lambda n, c: [np.ones((1, 192, 192), bool)] * len(n)}
+    concepts = {n: concept for n, (concept, _) in named.items()}
+    found = score.all_ious(lambda n: (spots(own[n]), drawn[n]), concepts, score.shuffled(named), everywhere, runs=3)
+    for n in named:
+        assert found["iou_strict"][n].score == own[n][0].visible.mean()
+        assert found["iou_strict"][n].random == (own[n][0].visible.mean(),) * 3
+    told = score.summary(*score.records(named, found))
+    assert [told["iou_strict_ratio"], told["iou_paper_ratio"]] == pytest.approx([1, 1])
 
 
 def test_every_latent_in_every_mode_by_every_segmenter():

@@ -12,7 +12,7 @@ from models import make
 from PIL import Image
 
 from lmm_sae_nb import train
-from lmm_sae_nb.evaluate import evaluate_sae
+from lmm_sae_nb.evaluate import evaluate_sae, evaluate_saes
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE, geometric_median
 from lmm_sae_nb.tokens import START, Stream, mixed
@@ -300,6 +300,18 @@ def test_fvu_and_dead_fraction_by_brute_force(lmm, samples):
     assert measured["fvu_text"] == pytest.approx(float(own), rel=1e-3)
     assert measured["dead_fraction"] == pytest.approx(float((dense == 0).all(0).float().mean()))
     assert measured["tokens"] == len(x)
+
+
+def test_several_are_measured_as_each_alone_and_without_losses_too(lmm, samples):
+    sizes = {"low": (40, 3, 0), "wide": (64, 2, 0), "high": (24, 4, 2)}
+    saes = {
+        name: (TopKSAE(lmm.width, n_latents, k, generator=torch.Generator().manual_seed(k)), layer)
+        for name, (n_latents, k, layer) in sizes.items()
+    }
+    alone = {name: evaluate_sae(lmm, sae, samples, layer, batch_samples=2) for name, (sae, layer) in saes.items()}
+    assert evaluate_saes(lmm, saes, samples, batch_samples=2) == alone
+    for name, measured in evaluate_saes(lmm, saes, samples, batch_samples=2, losses=False).items():
+        assert measured == {key: value for key, value in alone[name].items() if not key.startswith("loss")}
 
 
 def test_where_zeros_change_nothing_nothing_is_recovered(lmm, samples):

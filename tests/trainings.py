@@ -22,7 +22,7 @@ from PIL import Image
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.optimiser import SAEAdam
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.train import TrainResult, train_sae
+from lmm_sae_nb.train import Recipe, TrainResult, train_sae, train_saes
 
 SETTINGS = dict(
     n_latents=40, k=4, steps=6, batch_tokens=512, buffer_tokens=1536, batch_samples=2, lr=3e-3, seed=3,
@@ -55,7 +55,25 @@ def train(folder: Path, settings: Mapping = MappingProxyType({})) -> TrainResult
     return train_sae(LMM_, SAMPLES, 1, folder=folder, **SETTINGS | settings)
 
 
-def train_and_die(folder: Path, die_at: int) -> None:
+RECIPES = {  # two of one layer, one of another; none is like the rest in size
+    "low": Recipe(0, 40, 4, 3e-3),
+    "high": Recipe(2, 24, 2, 2e-3),
+    "wide": Recipe(0, 60, 3, 1e-3),
+}
+
+
+def train_several(folder: Path, settings: Mapping = MappingProxyType({})) -> dict[str, TrainResult]:
+    shared = {name: value for name, value in SETTINGS.items() if name not in ("n_latents", "k", "lr")}
+    return train_saes(LMM_, SAMPLES, RECIPES, folder=folder, **shared | settings)
+
+
+def train_one_of_several(folder: Path, name: str, settings: Mapping = MappingProxyType({})) -> TrainResult:
+    recipe = RECIPES[name]
+    own = dict(n_latents=recipe.n_latents, k=recipe.k, lr=recipe.lr)
+    return train_sae(LMM_, SAMPLES, recipe.layer, folder=folder, **SETTINGS | own | settings)
+
+
+def train_and_die(folder: Path, die_at: int, job=train) -> None:
     """A training that SIGKILLs itself in place of its `die_at`-th fsync or rename (0: never); prints how many."""
     calls = 0
 
@@ -70,16 +88,16 @@ def train_and_die(folder: Path, die_at: int) -> None:
         return wrapped
 
     os.fsync, Path.replace = counted(os.fsync), counted(Path.replace)
-    train(folder)
+    job(folder)
     (folder.parent / "calls.json").write_text(json.dumps(calls))
 
 
-def train_together(folder: Path, processes: int, settings: dict) -> None:
-    """`train` in several processes that notebook_launcher forks."""
+def train_together(folder: Path, processes: int, settings: dict, job=train) -> None:
+    """A training in several processes that notebook_launcher forks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    notebook_launcher(train, (folder, settings), num_processes=processes, use_port=str(port))
+    notebook_launcher(job, (folder, settings), num_processes=processes, use_port=str(port))
 
 
 def run(job, *args, kill_after: float | None = None) -> int:

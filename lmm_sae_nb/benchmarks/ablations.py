@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lmm_sae_nb.benchmarks.ablations", description=__doc__)
     parser.add_argument("--run", default="tiny")
     parser.add_argument("--model", default="data/models/tiny-llava-next")
-    parser.add_argument("--layer", type=int, default=4)
+    parser.add_argument("--layer", type=int, help="0-based; without it the one that the SAE says it was trained on")
     parser.add_argument("--heldout", type=Path, default=root / "data/artifacts/tiny/world/heldout")
     parser.add_argument("--decisions", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
@@ -56,13 +56,16 @@ def main() -> None:
     lmm = LMM.load(source if source.is_dir() else asked.model)
     weights = require(asked.run, "train", "sae.safetensors", "01_train_sae.py")
     sae = TopKSAE.load(weights.parent).requires_grad_(False).to(lmm.device)
-    hashes = {"sae": fingerprint(weights), "model": lmm.fingerprint(asked.layer)}
+    if asked.layer is None and sae.trained_on is None:
+        parser.error(f"{weights.parent} does not say which layer the SAE was trained on; give --layer")
+    layer = sae.trained_on.layer if asked.layer is None else asked.layer
+    hashes = {"sae": fingerprint(weights), "model": lmm.fingerprint(layer)}
     folder = root / "data/artifacts" / asked.run / "ablations" / hashes["sae"][:12]
     pictured, rows = (row for row in load_from_disk(asked.heldout) if row["image"] is not None), []
     for number, sample in enumerate(islice(pictured, asked.decisions)):
-        rows.append(measure(lmm, sae, asked.layer, sample, folder / f"{number:04d}"))
+        rows.append(measure(lmm, sae, layer, sample, folder / f"{number:04d}"))
         print(number, rows[-1], flush=True)
-        write_json(asked.out, summary(rows, asked.layer, hashes))
+        write_json(asked.out, summary(rows, layer, hashes))
 
 
 def summary(rows: list[dict], layer: int, hashes: dict[str, str]) -> dict:

@@ -3,7 +3,8 @@
 `tower` and `rehearse` can run side by side; then `lessons`, `reading`, `finish`, `polish`, `parts`, `ship`. Each course
 can be stopped at any time and goes on from its last checkpoint when it is started again. `segmenter` and `similarity`
 then make, ship and examine the models that notebook 04 scores with; they start from the shipped model's eye.
-`explainer` does the same for the model that names latents, which learns from those of notebook 01's SAE too.
+`explainer` does the same for the model that names latents, which learns from those of notebook 01's SAE too, and
+`queries` for the InstructBLIP that notebook 05 compares with: its eye and language model are the shipped model's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..artifacts import project_root, write_json
+from ..artifacts import project_root
 
 COURSES = {  # name: optimiser steps, what it teaches
     "tower": (1750, "the eye, and the projector: every patch is told what it shows"),
@@ -30,9 +31,11 @@ SIGHT = {  # name: optimiser steps, scenes of the exam, what is made, the folder
     "similarity": (620, 150, "a CLIP, which says how well a text fits a picture: train, ship and examine", "tiny-clip"),
 }
 EXPLAINER_STEPS = 1800
+QUERIES_STEPS = 620
 FOLDER = Path("data/artifacts/training")
 MODEL = Path("data/models/tiny-llava-next")
 EXPLAINER = Path("data/models/tiny-explainer")
+INSTRUCTBLIP = Path("data/models/tiny-instructblip")
 
 
 def main() -> None:
@@ -80,11 +83,23 @@ def main() -> None:
         default=[[root / "data/artifacts/tiny/train", 1]],
         help="another SAE, and its layer, whose latents it learns from besides those of notebook 01",
     )  # fmt: skip
+    queries = commands.add_parser("queries", help="an InstructBLIP's Q-Former: train, ship and examine")
+    queries.add_argument("--steps", type=int, default=QUERIES_STEPS)
+    queries.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long, to go on later")
+    queries.add_argument("--threads", type=int, default=1)
+    queries.add_argument("--courses", type=Path, default=root / FOLDER)
+    queries.add_argument("--lmm", type=Path, default=root / MODEL, help="whose eye and language model it has")
+    queries.add_argument("--model", type=Path, default=root / INSTRUCTBLIP, help="where it ships to")
+    queries.add_argument("--scenes", type=int, default=500, help="held-out scenes of its exam")
     asked = parser.parse_args()
     torch.set_num_threads(getattr(asked, "threads", 2))
 
     if asked.command == "explainer":
         from .explainer_exam import learn
+
+        learn(asked)
+    elif asked.command == "queries":
+        from .querying import learn
 
         learn(asked)
     elif asked.command in SIGHT:
@@ -107,20 +122,15 @@ def main() -> None:
                 shutil.copy(log, root / MODEL / f"{log.parent.name}.jsonl")
     else:
         from ..lmm import LMM
-        from .exam import examine, report
+        from .exam import examine, keep, report
 
-        result = report(examine(LMM.load(asked.model), asked.scenes))
-        write_json(asked.model / "exam.json", result)
-        for family, row in result.items():
-            print(
-                f"{family:28s} {row['share']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  "
-                f"n={row['asked']:.0f}  aim {row.get('least', '')}"
-            )
+        keep(report(examine(LMM.load(asked.model), asked.scenes)), asked.model)
 
 
 def study(course: str, courses: Path, steps: int, minutes: float) -> bool:
     """One course of the recipe that made the shipped model; returns whether all its steps are done."""
-    from .lessons import MORE, PARTS, train_language
+    from .lessons import train_language
+    from .scenes import MORE, PARTS
     from .tower import train_tower
 
     folder, common = courses / course, {"steps": steps, "minutes": minutes}

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
+from ..artifacts import write_json
 from ..lmm import LMM
 from .concepts import FACTS, NO_FEELINGS, STORIES, with_article
 from .questions import PICTURED, Question, according, label, shown
@@ -120,9 +122,9 @@ def is_right(family: str, question: Question, answer: str) -> bool:
     return answer == written(question.answer)
 
 
-def examine(lmm: LMM, scenes: int = 500, seed: int = 0, batch: int = 24) -> list[Asked]:
-    """Sit the exam on held-out scenes (seeds from 1,000,000)."""
-    paper = _paper(scenes, seed)
+def examine(lmm: LMM, scenes: int = 500, seed: int = 0, batch: int = 24, unpictured: bool = True) -> list[Asked]:
+    """Sit the exam on held-out scenes (seeds from 1,000,000); unpictured: with the questions that have no picture."""
+    paper = [row for row in _paper(scenes, seed) if unpictured or row[2]]
     answers = ask(lmm, [(q, scene.image if scene else None) for _, q, scene in paper], batch)
     return [Asked(f, q, s, a, is_right(f, q, a)) for (f, q, s), a in zip(paper, answers, strict=False)]
 
@@ -147,3 +149,13 @@ def report(asked: list[Asked], level: float = 0.99) -> dict[str, dict[str, float
         if family in LEAST:
             result[family]["least"] = LEAST[family]
     return result
+
+
+def keep(result: dict[str, dict[str, float]], folder: Path) -> None:
+    """Write a report beside the model that it is of, and print it."""
+    write_json(folder / "exam.json", result)
+    for family, row in result.items():
+        print(
+            f"{family:28s} {row['share']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  "
+            f"n={row['asked']:.0f}  aim {row.get('least', '')}"
+        )

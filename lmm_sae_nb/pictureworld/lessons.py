@@ -21,7 +21,7 @@ from transformers import LlavaNextForConditionalGeneration, PreTrainedTokenizerF
 
 from .minds import new_model, new_tokenizer, word_vector
 from .questions import PICTURED, UNPICTURED, Question, aside, lesson
-from .scenes import PATCH, SIDE, TRAIN, VALIDATION, Scene, make_map, make_masked, make_scene
+from .scenes import PATCH, RARE, SIDE, TRAIN, make_lesson
 from .school import attend, autocast_if_quicker, optimisers
 from .tower import GROUPS, normalise, open_eyes, patch_labels
 
@@ -29,10 +29,6 @@ FAMILIES = (*PICTURED, *UNPICTURED, "shown", "shown_colour")
 PREFIX = ("<s>", "<user>")
 TEXT = 240  # text tokens of a sequence
 SIDE_PATCHES = SIDE // PATCH
-_DRAWN = ("sign", "composite")
-RARE = dict.fromkeys((1, 9, 18), _DRAWN)  # turns in twenty that wait for a scene with one of these: rare and hard
-MORE = RARE | {0: _DRAWN, 4: ("composite",), 7: ("panel",), 11: ("sign",), 14: _DRAWN}
-PARTS = MORE | dict.fromkeys((0, 2, 10, 12, 14, 15), ("composite",))
 
 
 class Sequence(NamedTuple):
@@ -87,20 +83,9 @@ class Lessons(IterableDataset):
     ):
         self.tokenizer, self.first_seed, self.drills = tokenizer, first_seed, drills
 
-    def _scene(self, seed: int, turn: int) -> Scene:
-        if turn in (3, 8, 13):
-            return make_masked(seed)
-        if turn in (6, 16):
-            return make_map(seed)
-        scene = make_scene(seed)
-        while turn in self.drills and not any(item.kind in self.drills[turn] for item in scene.items):
-            seed += 7919
-            scene = make_scene(seed % VALIDATION)
-        return scene
-
     def __iter__(self) -> Iterator[Sequence]:
         for n in range(self.first_seed, 10**9):
-            scene = self._scene(TRAIN + n % 800_000, n % 20)
+            scene = make_lesson(TRAIN + n % 800_000, n % 20, self.drills)
             rng = np.random.default_rng([30, n])
             questions = lesson(scene, rng)
             # Asides go first in one sequence of three, and fill what is left in the others.

@@ -41,10 +41,13 @@ def word_vector(word: str, width: int) -> Tensor:
     return torch.randn(width, generator=torch.Generator().manual_seed(crc32(word.encode()))) / width**0.5
 
 
-def new_tokenizer(marks: Sequence[str] = (), words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+def new_tokenizer(
+    marks: Sequence[str] = (), words: Sequence[str] = (), named: Sequence[str] = ("image", "user", "assistant")
+) -> PreTrainedTokenizerFast:
     """One token a word: lower-cased, split at spaces and around punctuation.
 
-    marks, words: further special tokens and words of another model, numbered behind the embedded model's.
+    marks, words: further special tokens and words of another model, numbered behind the embedded model's. named: those
+    special tokens that the tokenizer has as an attribute, `image_token` and so on.
     """
     words = {word: number for number, word in enumerate((*SPECIAL, *vocabulary(), *marks, *words))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -55,7 +58,7 @@ def new_tokenizer(marks: Sequence[str] = (), words: Sequence[str] = ()) -> PreTr
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
         padding_side="left", model_max_length=2048,
-        extra_special_tokens={"image_token": "<image>", "user_token": "<user>", "assistant_token": "<assistant>"},
+        extra_special_tokens={f"{name}_token": f"<{name}>" for name in named},
     )  # fmt: skip
 
 

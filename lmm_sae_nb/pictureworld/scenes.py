@@ -7,6 +7,7 @@ none of those drawn in training is one that is reported on.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -363,3 +364,26 @@ def _write(
     labels["word"][window] = NUMBER["word"][word]
     labels["scene"][window] = 0
     return window
+
+
+_DRAWN = ("sign", "composite")
+RARE = dict.fromkeys((1, 9, 18), _DRAWN)  # turns in twenty that wait for a scene with one of these: rare and hard
+MORE = RARE | {0: _DRAWN, 4: ("composite",), 7: ("panel",), 11: ("sign",), 14: _DRAWN}
+PARTS = MORE | dict.fromkeys((0, 2, 10, 12, 14, 15), ("composite",))
+
+
+def make_drilled(seed: int, turn: int, drills: Mapping[int, tuple[str, ...]] = MORE) -> Scene:
+    """The scene of one of twenty turns: two maps, drills (scenes with an item of certain kinds), and plain scenes, of
+    which one in seven is a map too."""
+    if turn in (6, 16):
+        return make_map(seed)
+    scene = make_scene(seed)
+    while turn in drills and not any(item.kind in drills[turn] for item in scene.items):
+        seed += 7919
+        scene = make_scene(seed % VALIDATION)
+    return scene
+
+
+def make_lesson(seed: int, turn: int, drills: Mapping[int, tuple[str, ...]] = MORE) -> Scene:
+    """The same, but that three turns are masked scenes."""
+    return make_masked(seed) if turn in (3, 8, 13) else make_drilled(seed, turn, drills)

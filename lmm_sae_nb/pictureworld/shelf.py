@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..artifacts import replace_folder, write_json
 from .concepts import FACTS, KINDS
 from .questions import according, aside, lesson
-from .scenes import HELD_OUT, TRAIN, VALIDATION, make_map, make_scene
+from .scenes import HELD_OUT, TRAIN, VALIDATION, Scene, make_drilled, make_map, make_scene
 
 SPLITS = {"train": TRAIN, "cache": VALIDATION, "heldout": HELD_OUT}
 ROOM = {  # seeds of each
@@ -45,13 +45,20 @@ def _png(pixels: np.ndarray) -> dict[str, object]:
     return {"bytes": held.getvalue(), "path": None}
 
 
+def scene_of(split: str, number: int) -> Scene:
+    """The scene of a split's sample. Training samples are drawn as the model's own lessons were, with drills: an SAE is
+    trained on the data of the model's fine-tuning (section 3.1)."""
+    seed = SPLITS[split] + number
+    return make_drilled(seed, number % 20) if split == "train" else make_scene(seed)
+
+
 def _row(split: str, number: int) -> dict[str, object]:
     seed = SPLITS[split] + number
     rng = np.random.default_rng([50, seed])
     if split == "train" and number % TEXT_ONLY == TEXT_ONLY - 1:
         asked, pictures = aside(rng), dict.fromkeys(("image", *KINDS))
     else:
-        scene = make_scene(seed)
+        scene = scene_of(split, number)
         options = lesson(scene, rng)
         asked = options[rng.integers(len(options))]
         pictures = {"image": _png(scene.pixels), **{kind: _png(scene.labels[kind]) for kind in KINDS}}

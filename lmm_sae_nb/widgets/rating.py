@@ -138,13 +138,12 @@ class Rater:
         self.images.value = self.picture(latent)
 
     def picture(self, latent: int) -> bytes:
-        """Three rows as WebP: the images, their activation, and what is left under the mask."""
+        """Three rows as WebP: the images, their activation, what is left under the mask; whole images are one row."""
         shown = list(self.exemplars(latent))
-        rows = [
-            [exemplar.image for exemplar in shown],
-            [heated(exemplar.image, np.asarray(exemplar.activation)) for exemplar in shown],
-            [exemplar.masked for exemplar in shown],
-        ]
+        rows = [[exemplar.image for exemplar in shown]]
+        if all(exemplar.activation is not None for exemplar in shown):
+            rows.append([heated(exemplar.image, np.asarray(exemplar.activation)) for exemplar in shown])
+            rows.append([exemplar.masked for exemplar in shown])
         return encoded(sheet(rows, self.side))
 
     # -- buttons and keys

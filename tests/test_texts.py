@@ -1,0 +1,203 @@
+"""The text side is what sorting everything would give, one sample at a time; who serves what is counted by hand."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from models import make, noise
+
+from lmm_sae_nb import texts as texting
+from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.sae import TopKSAE, TrainedOn
+from lmm_sae_nb.texts import TextCache, Word, as_rows, cache_texts, counted, read, serves
+from lmm_sae_nb.tokens import KINDS
+
+LAYER, N_TOP = 1, 4
+
+
+@pytest.fixture(scope="module")
+def lmm():
+    return LMM(*make("picture_world"))
+
+
+@pytest.fixture(scope="module")
+def sae(lmm):
+    return TopKSAE(lmm.width, 24, 3, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def samples():
+    """Of different lengths, some without an image, two of them the same."""
+    rows = [(noise(seed=n) if n % 3 else None, "what " * (1 + n % 4) + "?", f"it is {n % 5} .") for n in range(9)]
+    return [dict(zip(("image", "question", "answer"), row, strict=True)) for row in [*rows, rows[3]]]
+
+
+@pytest.fixture(scope="module")
+def dense(lmm, sae, samples):
+    """Of each sample alone, by eq. 1: its prompt, and (tokens, latents)."""
+    found = []
+    for row in samples:
+        prompt = lmm.prompt(row["question"], row["image"], answers=row["answer"])
+        z = torch.relu((lmm.hidden_states(prompt, LAYER)[0] - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+        kept = z.topk(sae.k, -1)
+        found.append((prompt, torch.zeros_like(z).scatter(-1, kept.indices, kept.values).detach()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def cache(lmm, sae, samples, tmp_path_factory):
+    return cache_texts(lmm, sae, samples, LAYER, n_top=N_TOP, batch_samples=3, folder=tmp_path_factory.mktemp("texts"))
+
+
+def test_top_texts_and_words_are_those_of_sorting_everything(lmm, cache, dense):
+    spoken = [(prompt.spans[0].where("text"), z) for prompt, z in dense]
+    for latent in range(cache.n_latents):
+        means = [float(z[places, latent].double().mean()) for places, z in spoken]
+        order = [n for n in sorted(range(len(means)), key=lambda n: (-means[n], n)) if means[n] > 0][:N_TOP]
+        found = cache.top_texts(latent)
+        np.testing.assert_allclose([mean for _, mean in found], [means[n] for n in order], rtol=1e-4)
+        np.testing.assert_allclose([means[n] for n, _ in found], [means[n] for n in order], rtol=1e-4)
+
+        acts = {
+            (n, int(place), int(dense[n][0].inputs["input_ids"][0, place])): float(z[place, latent])
+            for n, (places, z) in enumerate(spoken)
+            for place in places
+        }
+        best = sorted((act for act in acts.values() if act > 0), reverse=True)[:N_TOP]
+        words = cache.top_words(latent)
+        np.testing.assert_allclose([word.act for word in words], best, rtol=1e-4)
+        np.testing.assert_allclose([acts[word[:3]] for word in words], best, rtol=1e-4)
+
+
+def test_of_equal_texts_the_earlier_is_ahead(lmm, sae, samples, tmp_path):
+    """Sample 9 is sample 3 again; in one batch both have the same bits."""
+    cache = cache_texts(lmm, sae, samples, LAYER, n_top=len(samples), batch_samples=len(samples), folder=tmp_path)
+    both = 0
+    for latent in range(cache.n_latents):
+        means = dict(cache.top_texts(latent))
+        assert means.get(3) == means.get(9)
+        if 3 in means:
+            both += 1
+            assert list(means).index(3) + 1 == list(means).index(9)
+    assert both
+
+
+def test_firings_are_counted_by_kind_of_token(cache, dense):
+    for row, kind in enumerate(KINDS):
+        masks = [prompt.spans[0].mask(kind) for prompt, _ in dense]
+        assert cache.tokens[kind] == sum(int(mask.sum()) for mask in masks)
+        counts = sum((z[mask] > 0).sum(0) for mask, (_, z) in zip(masks, dense, strict=True))
+        assert np.abs(cache.fired[row] - counts.numpy()).max() <= 1
+    assert cache.samples == 10
+
+
+def test_the_size_of_the_batches_changes_nothing(lmm, sae, samples, cache, tmp_path):
+    other = cache_texts(lmm, sae, samples, LAYER, n_top=N_TOP, batch_samples=7, folder=tmp_path)
+    assert np.abs(other.fired - cache.fired).max() <= 1
+    for latent in range(cache.n_latents):
+        for name in ("top_texts", "top_words"):
+            acts = [[row[-1] for row in getattr(each, name)(latent)] for each in (cache, other)]
+            np.testing.assert_allclose(*acts, rtol=1e-4)
+
+
+def test_a_text_is_read_with_the_activation_of_each_token(lmm, sae, samples, dense):
+    latent = int(dense[4][1].sum(0).argmax())
+    pieces, acts = read(lmm, sae, samples[4], LAYER, latent)
+    prompt, z = dense[4]
+    places = prompt.spans[0].where("text")
+    np.testing.assert_allclose(acts, z[places, latent], atol=1e-5)
+    assert "".join(pieces) == lmm.tokenizer.decode(prompt.inputs["input_ids"][0, places])
+    assert "what ?" in "".join(pieces) and "it is 4 ." in "".join(pieces)
+
+
+# Which side a latent serves.
+
+
+def seen(base: list[int], tiles: list[int], text: list[int], tokens: tuple[int, int, int]) -> SimpleNamespace:
+    """Firings of some latents on 1000 base tokens and so on."""
+    return SimpleNamespace(
+        fired=np.array([base, tiles, [9] * len(base), text]),
+        tokens=dict(zip(("base", "tiles", "newline", "text"), (tokens[0], tokens[1], 50, tokens[2]), strict=True)),
+    )
+
+
+def test_who_serves_what_is_told_by_the_rates_and_only_where_chance_would_not_do_it():
+    """1,000 image tokens and 100 of text. The latents: on images alone, often; the same, twice; on text alone; on both
+    at one rate; on text at a tenth of the images' rate, and just below it; never."""
+    cache = seen([150, 1, 0, 100, 100, 210, 0], [150, 1, 0, 100, 100, 210, 0], [0, 0, 9, 20, 2, 4, 0], (500, 500, 100))
+    found = serves(cache)
+    assert found.image_only.tolist() == [True, False, False, False, False, True, False]
+    assert found.text_only.tolist() == [False, False, True, False, False, False, False]
+    assert found.both.tolist() == [False, False, False, True, True, False, False]
+    assert found.untold.tolist() == [False, True, False, False, False, False, False]
+    assert counted(found) == {
+        "latents_image_only": 2, "latents_text_only": 1, "latents_both": 2, "latents_untold": 1,
+        "latents_image_only_share": 0.4, "latents_text_only_share": 0.2, "latents_both_share": 0.4,
+    }  # fmt: skip
+
+
+def test_what_chance_would_do_is_what_dealing_out_does():
+    """Two firings on images, none on text: of 1,100 tokens, neither of two drawn is one of the 100 of text."""
+    cache, p = seen([2], [0], [0], (500, 500, 100)), (1000 / 1100) * (999 / 1099)
+    assert serves(cache, by_chance=p - 1e-6).untold.all()
+    assert serves(cache, by_chance=p + 1e-6).image_only.all()
+
+
+def test_latents_whose_firings_are_dealt_out_serve_both_or_are_untold():
+    rng = np.random.default_rng(0)
+    total = rng.integers(0, 300, 2000)
+    text = rng.hypergeometric(500, 10_000, total)
+    found = serves(seen((total - text).tolist(), [0] * 2000, text.tolist(), (5000, 5000, 500)))
+    assert found.image_only.sum() + found.text_only.sum() < 0.02 * 2000
+    assert found.both.sum() > 1000
+
+
+def test_rows_for_people_have_every_latent_that_fires_once(lmm, cache):
+    rows, found = as_rows(lmm, cache), serves(cache)
+    assert len(rows) == sum(latents.sum() for latents in found)
+    for name, latents in found._asdict().items():
+        for n in np.flatnonzero(latents):
+            told = rows[str(n)]
+            assert told["serves"] == name.replace("_", " ")
+            assert told["text tokens"] == [lmm.tokenizer.decode([word.token]) for word in cache.top_words(int(n))]
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(("tokens", "least", "message"), [
+    ((0, 0, 9), 0.1, "0 image and 9 text tokens; read samples that have both"),
+    ((9, 9, 0), 0.1, "18 image and 0 text tokens"),
+    ((9, 9, 9), 0.0, "least is 0.0"),
+])  # fmt: skip
+def test_sides_that_cannot_be_told_apart(tokens, least, message):
+    with pytest.raises(ValueError, match=message):
+        serves(seen([1], [1], [1], tokens), least)
+
+
+def test_nothing_to_read_or_an_sae_of_another_layer_is_refused(lmm, sae, samples, tmp_path):
+    with pytest.raises(ValueError, match="0 samples, n_top 5: there is nothing to rank"):
+        cache_texts(lmm, sae, [], LAYER, folder=tmp_path)
+    other = TopKSAE(lmm.width, 8, 2)
+    other.trained_on = TrainedOn(0, lmm.fingerprint(0))
+    with pytest.raises(ValueError, match="trained on layer 0, not 1"):
+        cache_texts(lmm, other, samples, LAYER, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_does_not_fit_a_number_is_refused(lmm, sae, samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(texting, "BITS", 4)
+    with pytest.raises(ValueError, match="both have to be below 16; give shorter texts"):
+        cache_texts(lmm, sae, samples, LAYER, folder=tmp_path)
+
+
+def test_a_missing_or_foreign_file_and_a_latent_that_is_not_there(cache, tmp_path):
+    with pytest.raises(FileNotFoundError, match="02_cache_activations"):
+        TextCache.load(tmp_path)
+    (tmp_path / "texts.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"texts\.safetensors"):
+        TextCache.load(tmp_path)
+    with pytest.raises(ValueError, match="no latent 24: there are latents 0 to 23"):
+        cache.top_words(24)
+    assert isinstance(next(word for n in range(24) for word in cache.top_words(n)), Word)

@@ -25,7 +25,7 @@
 #
 # | preset | model | latents, k | time |
 # |---|---|---|---|
-# | `tiny` | Picture World LLaVA-NeXT, shipped | 2,048, 32 | 3 minutes, 2 cores |
+# | `tiny` | Picture World LLaVA-NeXT, shipped | 2,048, 24 | 3 minutes, 2 cores |
 # | `paper` | LLaVA-NeXT-LLaMA3-8B, layer 24 (the paper's 25th) | 131,072, 256 | GPUs |
 
 # %% tags=["parameters"]
@@ -35,9 +35,9 @@ dataset: str = "data/artifacts/tiny/world/train"  # samples with image, question
 heldout: str = "data/artifacts/tiny/world/heldout"  # samples that no training has seen
 layer: int = 1  # 0-based; the paper's 25th layer is 24
 n_latents: int = 2048  # the paper: 131072
-k: int = 32  # active latents a token; the paper: 256
-steps: int = 1000  # optimiser steps
-batch_tokens: int = 1024  # tokens an optimiser step
+k: int = 24  # active latents a token; the paper: 256
+steps: int = 2000  # optimiser steps
+batch_tokens: int = 512  # tokens an optimiser step
 lr: float = 2e-3  # highest learning rate
 dead_after_tokens: int = 100_000  # a latent silent for so long counts as dead; the paper's code: 10 million
 kinds: list = ["base", "tiles", "newline", "text"]  # token kinds that the SAE learns from

@@ -9,7 +9,9 @@ import pytest
 
 from book import pages
 
-hypothesis.settings.register_profile("any machine", deadline=None)  # how long a case takes is no property of the code
+# how long a case takes, or its making, is no property of the code
+SLOW = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=SLOW)
 hypothesis.settings.load_profile("any machine")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")

@@ -47,17 +47,21 @@ class Outcome(str, Enum):
     """What became of a question; only what is explained is ever scored."""
 
     EXPLAINED = "explained"
-    REFUSED = "refused"  # the model says that it cannot
+    REFUSED = "refused"  # the model says that it cannot, or is too unsure of what it says
     UNPARSEABLE = "unparseable"  # it answers, but with nothing that can be used
     FAILED = "failed"  # there is no answer; it is asked again in the next run
 
 
 class Answer(NamedTuple):
-    """A reply as it was understood: `text` only if the outcome is explained; `raw` is what was said, or the fault."""
+    """A reply as it was understood: `text` only if the outcome is explained; `raw` is what was said, or the fault.
+
+    sureness: as in `Reply`.
+    """
 
     outcome: Outcome
     text: str | None
     raw: str
+    sureness: float | None = None
 
 
 Refiner = Callable[[Sequence[str]], list[Answer]]
@@ -66,29 +70,39 @@ Relevance = Callable[[Sequence[str], Sequence[str]], "list[int | None]"]  # answ
 Judge = Callable[[Sequence[Sequence[Image.Image]], Sequence[str]], "list[str | None]"]
 
 
-def understood(reply: Reply, tag: str = "", longest: int = 2000) -> Answer:
+def understood(reply: Reply, tag: str = "", longest: int = 2000, least_sure: float = 0.0) -> Answer:
     """A reply as an explanation: what stands behind `tag`, or all of it if there is no tag.
 
-    Refused if it has the words of `REFUSES`, in any case. Unparseable if the tag is missing, nothing
-    is left, more than `longest` characters are, or the reply was cut short.
+    Refused if it has the words of `REFUSES`, in any case, or the model gives its explanation a probability below
+    `least_sure`. Unparseable if the tag is missing, nothing is left, more than `longest` characters are, or the reply
+    was cut short. ValueError for a `least_sure` above 0 where the reply does not tell how sure it is.
     """
     if reply.text is None:
         return Answer(Outcome.FAILED, None, reply.fault)
-    said = " ".join(reply.text.split())
+    if least_sure > 0 and reply.sureness is None:
+        raise ValueError(
+            f"the reply {reply.text[:60]!r} comes without the probabilities of its tokens, so it cannot be held "
+            f"against least_sure = {least_sure}; set least_sure to 0, or ask a server that returns `logprobs`"
+        )
+    said, rest = " ".join(reply.text.split()), (reply.text, reply.sureness)
     if REFUSES.search(said):
-        return Answer(Outcome.REFUSED, None, reply.text)
+        return Answer(Outcome.REFUSED, None, *rest)
     _, found, behind = said.rpartition(tag) if tag else ("", "all", said)
     text = behind.strip().strip("\"'*`").strip()
     if reply.cut or not found or not any(map(str.isalnum, text)) or len(text) > longest:
-        return Answer(Outcome.UNPARSEABLE, None, reply.text)
-    return Answer(Outcome.EXPLAINED, text, reply.text)
+        return Answer(Outcome.UNPARSEABLE, None, *rest)
+    if least_sure > 0 and reply.sureness < least_sure:
+        return Answer(Outcome.REFUSED, None, *rest)
+    return Answer(Outcome.EXPLAINED, text, *rest)
 
 
-def explainer(chat: Chat, prompt: str, *, tag: str = "") -> Callable[[Iterable[Sequence[Image.Image]]], list[Answer]]:
+def explainer(
+    chat: Chat, prompt: str, *, tag: str = "", least_sure: float = 0.0
+) -> Callable[[Iterable[Sequence[Image.Image]]], list[Answer]]:
     """What the images of each set have in common, all of a set being shown at once.
 
-    prompt: with `{images}` where they stand, or else they come first; tag: as in `understood`. A set without images
-    is not asked about, and refused.
+    prompt: with `{images}` where they stand, or else they come first; tag, least_sure: as in `understood`. A set
+    without images is not asked about, and refused.
     """
 
     def explain(sets: Iterable[Sequence[Image.Image]]) -> list[Answer]:
@@ -101,7 +115,7 @@ def explainer(chat: Chat, prompt: str, *, tag: str = "") -> Callable[[Iterable[S
                 else:
                     empty.add(number)
 
-        found = [understood(reply, tag) for reply in ask(chat, questions())]
+        found = [understood(reply, tag, least_sure=least_sure) for reply in ask(chat, questions())]
         silent, rest = Answer(Outcome.REFUSED, None, "no image excites it"), iter(found)
         return [silent if number in empty else next(rest) for number in range(len(found) + len(empty))]
 

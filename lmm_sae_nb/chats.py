@@ -9,6 +9,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -63,11 +64,16 @@ class Question:
 
 
 class Reply(NamedTuple):
-    """What came back: `text` is None if nothing did, and `fault` says why; `cut` if it ran into its limit."""
+    """What came back: `text` is None if nothing did, and `fault` says why; `cut` if it ran into its limit.
+
+    sureness: the probability that the model gives this very text, the product of its tokens', in [0, 1]; None of a
+    server that does not tell.
+    """
 
     text: str | None
     fault: str = ""
     cut: bool = False
+    sureness: float | None = None
 
 
 class Chat(Protocol):
@@ -148,14 +154,19 @@ class LocalChat:
             if value.is_floating_point():
                 inputs[name] = value.to(self._model.dtype)
         pad = self._tokenizer.pad_token_id
-        out = self._model.generate(
-            **inputs, do_sample=False, max_new_tokens=self.max_new_tokens, pad_token_id=pad, num_beams=1
-        )[:, inputs["input_ids"].shape[1] :]
+        made = self._model.generate(
+            **inputs, do_sample=False, max_new_tokens=self.max_new_tokens, pad_token_id=pad, num_beams=1,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        out = made.sequences[:, inputs["input_ids"].shape[1] :]
         texts = self._tokenizer.batch_decode(out, skip_special_tokens=True)
         ends = self._model.generation_config.eos_token_id
-        ends = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=out.device)
-        whole = torch.isin(out, ends).any(1).tolist() if len(ends) else [True] * len(texts)
-        return [Reply(text.strip(), cut=not ended) for text, ended in zip(texts, whole, strict=True)]
+        ended = torch.isin(out, torch.tensor([ends] if isinstance(ends, int) else ends or [], device=out.device))
+        whole = ended.any(1).tolist() if ends is not None else [True] * len(texts)
+        log_chance = torch.stack(made.logits, 1).float().log_softmax(-1).gather(2, out[..., None])[..., 0]
+        behind = ended.cumsum(1) - ended.int() > 0  # what follows the end is padding
+        sure = log_chance.masked_fill(behind, 0).sum(1).exp().tolist()
+        return [Reply(text.strip(), "", not end, p) for text, end, p in zip(texts, whole, sure, strict=True)]
 
     def _padding(self) -> dict:
         return {"processor_kwargs": {"padding": True}} if self._sees else {"padding": True}
@@ -312,23 +323,28 @@ def _reply(body: bytes) -> Reply:
     try:
         choice = json.loads(body)["choices"][0]
         text, cut = choice["message"].get("content") or "", choice.get("finish_reason") == "length"
+        told = (choice.get("logprobs") or {}).get("content")
+        sureness = math.exp(sum(float(token["logprob"]) for token in told)) if told else None
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"the answer is no chat completion: {bytes(body[:80])!r}") from error
     if not isinstance(text, str):
         raise ValueError(f"the answer's content is no text but a {type(text).__name__}")
-    return Reply(text.strip(), cut=cut)
+    return Reply(text.strip(), "", cut, sureness)
 
 
 def open_chat(
     who: str, *, root: Path | None = None, key_variable: str = "", concurrency: int = 8, timeout: float = 120.0,
-    batch_size: int = 16, max_new_tokens: int = 64,
+    batch_size: int = 16, max_new_tokens: int = 64, sureness: bool = False,
 ) -> Chat:  # fmt: skip
-    """Whom a parameter names: `name@http://host:port/v1` is an endpoint, all else a folder below root or a hub name."""
+    """Whom a parameter names: `name@http://host:port/v1` is an endpoint, all else a folder below root or a hub name.
+
+    sureness: ask an endpoint for its tokens' probabilities, which some servers refuse; a model here always has them.
+    """
     name, at, address = who.partition("@http")
     if at:
         return EndpointChat(
             name, "http" + address, key_variable=key_variable, concurrency=concurrency, timeout=timeout,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens, request={"logprobs": True} if sureness else None,
         )  # fmt: skip
     folder = (root or Path()) / who
     return LocalChat.load(folder if folder.is_dir() else who, batch_size=batch_size, max_new_tokens=max_new_tokens)
@@ -393,7 +409,7 @@ class Recorded:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 told = json.loads(line)
-                key, reply = told["key"], Reply(told["text"], told["fault"], told["cut"])
+                key, reply = told["key"], Reply(told["text"], told["fault"], told["cut"], told["sureness"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{self._path}, line {number} is damaged ({error}); delete that line") from error
             if reply.text is not None:

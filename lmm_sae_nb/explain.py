@@ -47,12 +47,16 @@ def require_patches(exemplars: Sequence[Exemplar]) -> None:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What became of a latent: `concept` and its `kind` only if it is explained; `answer` is what was said."""
+    """What became of a latent: `concept` and its `kind` only if it is explained; `answer` is what was said.
+
+    sureness: the probability that the explainer gave its answer, if it tells.
+    """
 
     outcome: Outcome
     concept: str | None
     kind: str | None
     answer: str
+    sureness: float | None = None
 
 
 Explainer = Callable[[Iterable[Sequence[Image.Image]]], list[Answer]]
@@ -145,7 +149,7 @@ def explain_latents(
     named = [n for n in told if short[n].outcome is Outcome.EXPLAINED]
     kinds = dict(zip(named, label([short[n].text for n in named]), strict=True))
     return {
-        latent: Explanation(short.get(n, answer).outcome, short.get(n, answer).text, kinds.get(n), answer.raw)
+        latent: Explanation(*short.get(n, answer)[:2], kinds.get(n), answer.raw, answer.sureness)
         for n, (latent, answer) in enumerate(zip(shown, answers, strict=True))
     }
 
@@ -175,6 +179,7 @@ def as_rows(explanations: Mapping[int, Explanation], longest: int = 2000) -> dic
     return {
         str(latent): {
             "outcome": its.outcome.value, "concept": its.concept, "kind": its.kind, "answer": its.answer[:longest],
+            "sureness": its.sureness,
         }
         for latent, its in explanations.items()
     }  # fmt: skip

@@ -47,6 +47,7 @@ batch_size: int = 16  # questions at once, to a model in this process
 concurrency: int = 8  # questions under way at once, to an endpoint
 timeout: float = 120.0  # seconds that an endpoint's answer may take
 max_new_tokens: int = 16  # of an answer
+least_sure: float = 0.0  # an explanation to which the explainer itself gives a lower probability counts as refused
 seed: int = 0  # of the choice of latents
 
 # %% tags=["remove-cell"]
@@ -103,7 +104,7 @@ stage, code = Stage(run, "interpret"), [asked, explain, known]
 params = dict(
     model=model, layer=layer, images=images, heldout=heldout, concepts=concepts, explainer=explainer, prompt=prompt, tag=tag,
     refiner=refiner, labeller=labeller, n_explained=n_explained, n_top=n_top, share=share, dim=dim,
-    max_new_tokens=max_new_tokens, seed=seed,
+    max_new_tokens=max_new_tokens, least_sure=least_sure, seed=seed,
 )  # fmt: skip
 read = [model, explainer, concepts, heldout] if concepts else [explainer]
 inputs = [root / name for name in read if name and (root / name).exists()]
@@ -118,11 +119,12 @@ print(by)
 if not current:
     started = time.monotonic()
     how = dict(root=root, key_variable=key_variable, concurrency=concurrency, timeout=timeout, batch_size=batch_size)
-    talk = {who: Recorded(open_chat(who, max_new_tokens=max_new_tokens, **how), stage.path("replies.jsonl"))
+    how |= dict(max_new_tokens=max_new_tokens, sureness=least_sure > 0)
+    talk = {who: Recorded(open_chat(who, **how), stage.path("replies.jsonl"))
             for who in {explainer, refiner, labeller} - {""}}  # fmt: skip
     refine = asked.refiner(talk[refiner]) if refiner else vocabulary.refine if vocabulary else asked.unrefined
     label = asked.labeller(talk[labeller]) if labeller else vocabulary.label if vocabulary else asked.unlabelled
-    ask = partial(explain_latents, explain=asked.explainer(talk[explainer], prompt, tag=tag), refine=refine, label=label)
+    ask = partial(explain_latents, explain=asked.explainer(talk[explainer], prompt, tag=tag, least_sure=least_sure), refine=refine, label=label)
     rows = as_rows(ask(shown))
     metrics = known.counted(rows)
     if truth:

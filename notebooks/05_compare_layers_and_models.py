@@ -56,6 +56,7 @@ refiner: str = ""  # a language model that shortens explanations; "": the vocabu
 labeller: str = ""  # a language model that gives a concept its kind; "": the vocabulary of `concepts`
 key_variable: str = ""  # the environment variable with the endpoints' key; "": they want none
 max_new_tokens: int = 16  # of an explanation
+least_sure: float = 0.0  # an explanation to which the explainer itself gives a lower probability counts as refused
 n_explained: int = 100  # latents of each layer and model that are explained; so many are asked about as that takes
 n_swept: int = 20  # the same for the SAEs of other sizes
 n_top: int = 5  # exemplars shown for each
@@ -169,7 +170,7 @@ params = dict(
     model=model, layers=layers, others=others, other_layer=other_layer, dataset=dataset, heldout=heldout, images=images,
     concepts=concepts, n_latents=n_latents, k=k, sizes=sizes, ks=ks, steps=steps, batch_tokens=batch_tokens,
     other_steps=other_steps, other_batch_tokens=other_batch_tokens, lr=lr, dead_after_tokens=dead_after_tokens, evaluated=evaluated, cached_images=cached_images, explainer=explainer, prompt=prompt,
-    tag=tag, refiner=refiner, labeller=labeller, max_new_tokens=max_new_tokens, n_explained=n_explained, n_swept=n_swept, n_top=n_top,
+    tag=tag, refiner=refiner, labeller=labeller, max_new_tokens=max_new_tokens, least_sure=least_sure, n_explained=n_explained, n_swept=n_swept, n_top=n_top,
     share=share, segmenter=segmenter, detector=detector, similarity=similarity, random_runs=random_runs, clip_runs=clip_runs,
     n_steered=n_steered, dose=dose, steered_kinds=steered_kinds, question=question, blank_size=blank_size, decisions=decisions,
     pairs=pairs, seed=seed,
@@ -203,11 +204,11 @@ vocabulary = Vocabulary(root / concepts) if concepts else None
 modes, rng = [PAPER, replace(STRICT, share=share)], np.random.default_rng(seed)
 drawn, drawn_clip = (rng.integers(len(pictures), size=runs * n_top).tolist() for runs in (random_runs, clip_runs))
 if not current:
-    open_as = partial(open_chat, root=root, key_variable=key_variable, max_new_tokens=max_new_tokens)
+    open_as = partial(open_chat, root=root, key_variable=key_variable, max_new_tokens=max_new_tokens, sureness=least_sure > 0)
     talk = {who: Recorded(open_as(who), stage.path("replies.jsonl")) for who in {explainer, refiner, labeller} - {""}}
     refine = asked.refiner(talk[refiner]) if refiner else vocabulary.refine if vocabulary else asked.unrefined
     label = asked.labeller(talk[labeller]) if labeller else vocabulary.label if vocabulary else asked.unlabelled
-    ask = partial(explain_latents, explain=asked.explainer(talk[explainer], prompt, tag=tag), refine=refine, label=label)
+    ask = partial(explain_latents, explain=asked.explainer(talk[explainer], prompt, tag=tag, least_sure=least_sure), refine=refine, label=label)
     parts = [named(part) for part in (detector, segmenter) if part]
     kind_of_segmenter = grounding.BoxSegmenter if detector else grounding.PromptedSegmenter
     where = {"truth": truth} if truth else {"segmenter": Numbered(kind_of_segmenter.load(*parts, device=device), pictures)}

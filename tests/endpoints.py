@@ -1,6 +1,7 @@
 """A server on loopback that speaks OpenAI's chat protocol as badly as it is told to."""
 
 import json
+import math
 import threading
 import time
 from collections import Counter
@@ -79,7 +80,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(404, {"error": {"message": "no such model"}})
         fault = getattr(self, "fault_" + text.replace(" ", "_"), None)
         if fault is None or (text.endswith("once") and not first):
-            return self.send(200, completion(self.server.answers(request)))
+            told = completion(self.server.answers(request))
+            if body.get("logprobs"):
+                chances = [{"token": word, "logprob": math.log(p)} for word, p in (("one", 0.5), ("two", 0.25))]
+                told["choices"][0]["logprobs"] = {"content": chances}
+            return self.send(200, told)
         fault()
 
     def send(self, status: int, body: object, promised: int | None = None, **headers: str) -> None:

@@ -41,6 +41,22 @@ def test_a_fault_is_no_explanation_and_half_a_reply_neither():
     assert understood(Reply("train tra", cut=True)).outcome is Outcome.UNPARSEABLE
 
 
+@pytest.mark.parametrize(
+    ("sureness", "least", "outcome"),
+    [(0.5, 0.5, Outcome.EXPLAINED), (0.49, 0.5, Outcome.REFUSED), (0.0, 0.0, Outcome.EXPLAINED), (None, 0.0, Outcome.EXPLAINED)],
+)  # fmt: skip
+def test_who_is_too_unsure_has_not_explained(sureness, least, outcome):
+    answer = understood(Reply("a hat", sureness=sureness), least_sure=least)
+    assert (answer.outcome, answer.raw, answer.sureness) == (outcome, "a hat", sureness)
+    assert answer.text == ("a hat" if outcome is Outcome.EXPLAINED else None)
+
+
+def test_a_limit_needs_a_reply_that_tells_how_sure_it_is():
+    with pytest.raises(ValueError, match=r"'a hat' comes without .* least_sure = 0.5; set least_sure to 0, or ask"):
+        asked.explainer(Answering(lambda question: Reply("a hat")), "?", least_sure=0.5)([pictures(1)])
+    assert understood(Reply(None, "it is down"), least_sure=0.5).outcome is Outcome.FAILED
+
+
 @given(st.text(max_size=300), st.sampled_from(["", TAG]))
 def test_only_what_is_explained_has_a_text_and_it_is_one_line(text, tag):
     answer = understood(Reply(text), tag)

@@ -237,6 +237,18 @@ def kept(record: Path) -> set[str]:
     return {json.loads(line)["text"] for line in lines}
 
 
+def test_an_endpoint_is_asked_how_sure_it_is_and_what_it_says_is_kept(tmp_path):
+    with serving() as server:
+        plain = open_chat(f"a model@{server.url}")
+        curious = open_chat(f"a model@{server.url}", sureness=True)
+        assert plain.identity != curious.identity
+        assert ask(plain, [Question("a?")])[0].sureness is None
+        first = ask(Recorded(curious, tmp_path / "replies.jsonl"), [Question("a?")])
+        assert first[0].sureness == pytest.approx(0.5 * 0.25)
+        assert ask(Recorded(curious, tmp_path / "replies.jsonl"), [Question("a?")]) == first
+        assert len(server.requests) == 2  # the last came from the record
+
+
 # Models in this process, and a real server.
 
 
@@ -256,6 +268,13 @@ def test_a_local_model_answers_in_batches_what_it_answers_alone(root):
         out = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
         assert reply.text == processor.decode(out, skip_special_tokens=True).strip()
         assert reply.cut == (model.generation_config.eos_token_id not in out.tolist())
+        end = out.tolist().index(model.generation_config.eos_token_id) + 1 if not reply.cut else len(out)
+        told = out[:end]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], told[None]], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        with torch.no_grad():  # all at once, where generation went word by word
+            logits = model(**inputs).logits[0, -end - 1 : -1]
+        assert reply.sureness == pytest.approx(float(logits.softmax(-1)[range(end), told].prod()), rel=1e-3)
 
 
 def text_model() -> LocalChat:
@@ -313,6 +332,7 @@ def test_a_real_server_answers_what_the_model_in_this_process_does(root, transfo
     sets = [question.images for question in shown_sets(3)]
     here = asked.explainer(near, PROMPT)(sets)
     there = asked.explainer(Recorded(far, tmp_path / "replies.jsonl"), PROMPT)(sets)
-    assert here == there
+    assert [answer[:3] for answer in here] == [answer[:3] for answer in there]
+    assert all(0 < answer.sureness <= 1 for answer in here) and {answer.sureness for answer in there} == {None}
     assert {answer.outcome for answer in there} <= {Outcome.EXPLAINED, Outcome.REFUSED, Outcome.UNPARSEABLE}
     assert len((tmp_path / "replies.jsonl").read_bytes().splitlines()) == 3

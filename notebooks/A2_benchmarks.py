@@ -108,9 +108,9 @@ for r in measured["results"]:
 # libraries; less memory than each.
 
 # %%
-for threads, row in ((threads, row) for threads in (1, 2) for row in bars(measured["results"], threads)):
+for row in (row | {"threads": n} for n in (1, 2) for row in bars(measured["results"], n)):
     print(
-        f"{threads} threads, width {row['width']:4d}: {row['ratio']:.2f} times the floor (aimed at {row['at_most']}), {row['faster']:.2f} times faster than the next ({row['at_least']}), "
+        f"{row['threads']} threads, width {row['width']:4d}: {row['ratio']:.2f} times the floor (aimed at {row['at_most']}), {row['faster']:.2f} times faster than the next ({row['at_least']}), "
         f"{row['peak_mb']} MB (the leanest peer {row['leanest_peer_mb']}): {'met' if row['met'] else 'NOT met'}"
     )
 

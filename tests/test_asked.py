@@ -43,8 +43,13 @@ def test_a_fault_is_no_explanation_and_half_a_reply_neither():
 
 @pytest.mark.parametrize(
     ("sureness", "least", "outcome"),
-    [(0.5, 0.5, Outcome.EXPLAINED), (0.49, 0.5, Outcome.REFUSED), (0.0, 0.0, Outcome.EXPLAINED), (None, 0.0, Outcome.EXPLAINED)],
-)  # fmt: skip
+    [
+        (0.5, 0.5, Outcome.EXPLAINED),
+        (0.49, 0.5, Outcome.REFUSED),
+        (0.0, 0.0, Outcome.EXPLAINED),
+        (None, 0.0, Outcome.EXPLAINED),
+    ],
+)
 def test_who_is_too_unsure_has_not_explained(sureness, least, outcome):
     answer = understood(Reply("a hat", sureness=sureness), least_sure=least)
     assert (answer.outcome, answer.raw, answer.sureness) == (outcome, "a hat", sureness)

@@ -191,6 +191,18 @@ if truth:
     plots.counts(known.confusion(explanations), "explained as", "really shows")
 
 # %% [markdown]
+# How sure the explainer is of what it says tells right names from wrong ones. Its reply has a probability, the product of its
+# tokens' (`sureness`); below `least_sure` an explanation counts as refused. What other limits would give, from the surest
+# latent on the left to all of them on the right:
+
+# %% mystnb={"figure": {"caption": "The share of names that are right, over the share of latents that have one, for every limit of sureness; the dashed line is at the limit that was set.", "name": "fig-sureness"}}
+by_limit = known.coverage(explanations, vocabulary.refine) if truth else []
+if by_limit:
+    ax = plots.curve(by_limit, "concept_accuracy", "explained_fraction")
+    ax.axvline(metrics["explained_fraction"], color="0.5", lw=1, ls="--")
+    ax.set(ylim=(0, 1.02));
+
+# %% [markdown]
 # What the latents that were not explained respond to, from label maps and positions (`truth.responds_to`): *one concept* was
 # missed; *a detail* is a small part of one; *a place* is the same part of every image; *edges* are patches through which the
 # border of something runs; *several concepts* are at most three that account for four images in five.

@@ -100,7 +100,7 @@ def test_of_images_with_the_same_pixels_one_is_shown_and_another_takes_its_place
 
 def test_what_becomes_of_a_latent_is_what_the_last_who_was_asked_says(cache):
     said = {
-        3: Answer(EXPLAINED, "a big cat", "!"), 5: Answer(EXPLAINED, "all sorts", "?"),
+        3: Answer(EXPLAINED, "a big cat", "!", 0.75), 5: Answer(EXPLAINED, "all sorts", "?"),
         7: Answer(REFUSED, None, "no"), 9: Answer(FAILED, None, "down"),
     }  # fmt: skip
     heard = []
@@ -119,8 +119,9 @@ def test_what_becomes_of_a_latent_is_what_the_last_who_was_asked_says(cache):
     )
     assert heard == [[exemplar.masked for exemplar in found]] * 4
     assert told == {
-        3: Explanation(EXPLAINED, "cat", "cat's kind", "!"), 5: Explanation(UNPARSEABLE, None, None, "?"),
+        3: Explanation(EXPLAINED, "cat", "cat's kind", "!", 0.75), 5: Explanation(UNPARSEABLE, None, None, "?"),
         7: Explanation(REFUSED, None, None, "no"), 9: Explanation(FAILED, None, None, "down"),
     }  # fmt: skip
     rows = json.loads(json.dumps(as_rows(told, longest=1)))
-    assert rows["9"] == {"outcome": "failed", "concept": None, "kind": None, "answer": "d"}
+    assert rows["9"] == {"outcome": "failed", "concept": None, "kind": None, "answer": "d", "sureness": None}
+    assert rows["3"]["sureness"] == 0.75

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -13,12 +14,13 @@ from PIL import Image
 from scipy.stats import binomtest
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import DynamicCache
 
 from lmm_sae_nb.attribution import clamping, decision
 from lmm_sae_nb.cache import LatentCache
-from lmm_sae_nb.lmm import LMM, require_own
+from lmm_sae_nb.lmm import LMM, Prompt, before, require_own
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.steering import Edit, Scope, steered_states
+from lmm_sae_nb.steering import Edit, Scope, steered_versions
 from lmm_sae_nb.tokens import KINDS
 
 Edits = tuple[Edit, ...]
@@ -96,11 +98,12 @@ def shown_text(
 
     A concept's share is that of the activation, over all top images, on its pixels; `least` is what one must have.
     """
-    found = {}
+    rows = rows.select_columns([kind]) if hasattr(rows, "select_columns") else rows  # a row's every picture is decoded
+    label_map, found = lru_cache(256)(lambda image: np.asarray(rows[image][kind])), {}
     for latent in latents:
         shares, images = np.zeros(1 + len(names)), cache.top(latent)
         for rank, (image, _) in enumerate(images):
-            labels, activation = np.asarray(rows[image][kind]), np.asarray(cache.patch_map(latent, rank))
+            labels, activation = label_map(image), np.asarray(cache.patch_map(latent, rank))
             sides = np.array(labels.shape) // activation.shape
             on_pixels = np.kron(activation / activation.sum(), np.ones(sides)) / sides.prod()
             shares += np.bincount(labels.ravel(), on_pixels.ravel(), minlength=len(shares)) / len(images)
@@ -163,35 +166,47 @@ def verdicts(
 ) -> Verdicts:
     """The first token of each case's answer under each setting: None is the untouched model, () the SAE spliced in.
 
-    One forward's last logits tell it, for the answers differ in their first token. Layers up to `layer` run once for
-    `at_once` settings, which run side by side from there on. ValueError for answers that are not one token each.
+    One forward's last logits tell it, for the answers differ in their first token. Layers up to `layer` run once, and
+    what is above them once for the first setting; of the others, `at_once` of them side by side, only what follows the
+    first token whose state they change: a clamp at the words of a question costs these words. ValueError for answers
+    that are not one token each.
     """
     require_own(lmm, sae, layer)
     margin, answered = (torch.zeros(len(settings), len(cases)) for _ in range(2))
     right = torch.zeros(len(settings), len(cases), dtype=torch.bool)
     for n, case in enumerate(tqdm(cases, desc="answering", mininterval=2, disable=len(cases) < 50)):
         choice = decision(lmm, case.question, case.image, case.right, case.tempting)
+        hidden = lmm.hidden_states(lmm.entered(choice.prompt), layer)[0]
         spliced, steered = (
             mask[0].to(lmm.device) for mask in (choice.prompt.mask(*KINDS), scope.of_prompt(choice.prompt))
         )
-        for start in range(0, len(settings), at_once):
-            some = settings[start : start + at_once]
-
-            def versions(hidden: Tensor, some=some, spliced=spliced, steered=steered) -> Tensor:
-                out = hidden.repeat(len(some), 1, 1)
-                for version, edits in zip(out, some, strict=True):
-                    if edits is not None:
-                        own = steered_states(sae, hidden[0, spliced], edits, steered[spliced], keep_error)
-                        version[spliced] = own.to(hidden.dtype)
-                return out
-
-            with lmm.spliced(layer, versions):
-                logits = lmm.last_logits(choice.prompt).cpu()
-            rows = slice(start, start + len(some))
-            margin[rows, n] = logits[:, choice.answer] - logits[:, choice.baseline]
-            answered[rows, n] = logits.argmax(-1).float()
-            right[rows, n] = logits.argmax(-1) == choice.answer
+        versions = hidden.repeat(len(settings), 1, 1)
+        if changed := [s for s, edits in enumerate(settings) if edits is not None]:
+            edits = [settings[s] for s in changed]
+            own = steered_versions(sae, hidden[spliced], edits, steered[spliced], keep_error).to(hidden.dtype)
+            versions[torch.tensor(changed)[:, None], spliced.nonzero()[:, 0]] = own
+        logits = _last_logits(lmm, choice.prompt, layer, versions, at_once).cpu()
+        margin[:, n] = logits[:, choice.answer] - logits[:, choice.baseline]
+        answered[:, n] = logits.argmax(-1).float()
+        right[:, n] = logits.argmax(-1) == choice.answer
     return Verdicts(margin, answered.long(), right)
+
+
+def _last_logits(
+    lmm: LMM, prompt: Prompt, layer: int, versions: Float[Tensor, "versions tokens width"], at_once: int
+) -> Float[Tensor, "versions vocab"]:
+    """The logits after the last token where the layer puts out these versions of its states."""
+    cache = DynamicCache()
+    first = lmm.head(lmm.above(prompt, layer, versions[:1], cache)[:, -1])
+    logits = first.repeat(len(versions), 1)
+    differs = (versions != versions[0]).any(-1)
+    start = torch.where(differs.any(1), differs.int().argmax(1), len(versions[0]))
+    order = start.argsort(stable=True)
+    for some in order[start[order] < len(versions[0])].split(at_once):
+        begin = int(start[some[0]])
+        kept = before(cache, begin, len(some)) if begin else None
+        logits[some] = lmm.head(lmm.above(prompt, layer, versions[some, begin:], kept)[:, -1])
+    return logits
 
 
 class Share(NamedTuple):

@@ -201,8 +201,8 @@ def _last_logits(
     logits = first.repeat(len(versions), 1)
     differs = (versions != versions[0]).any(-1)
     start = torch.where(differs.any(1), differs.int().argmax(1), len(versions[0]))
-    order = start.argsort(stable=True)
-    for some in order[start[order] < len(versions[0])].split(at_once):
+    others = [n for n in start.argsort(stable=True).tolist() if start[n] < len(versions[0])]
+    for some in (others[n : n + at_once] for n in range(0, len(others), at_once)):
         begin = int(start[some[0]])
         kept = before(cache, begin, len(some)) if begin else None
         logits[some] = lmm.head(lmm.above(prompt, layer, versions[some, begin:], kept)[:, -1])

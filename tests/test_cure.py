@@ -65,6 +65,13 @@ def test_side_by_side_verdicts_are_those_of_one_run_each(lmm, sae, keep_error):
             assert bool(found.right[s, n]) == (int(logits.argmax()) == choice.answer)
 
 
+def test_settings_that_change_nothing_are_answered_as_the_first(lmm, sae):
+    alone = verdicts(lmm, sae, LAYER, CASES, [None])
+    nothing = verdicts(lmm, sae, LAYER, CASES, [None, (), (Edit(3, 0.0, "add"),)], keep_error=True)
+    for margin in nothing.margin:
+        assert_close(margin, alone.margin[0], atol=1e-5, rtol=1e-4)
+
+
 def test_promising_is_the_mean_of_clamping_within_scope(lmm, sae):
     values, scope = torch.linspace(0, 3, sae.n_latents), Scope(("text",))
     total = 0

@@ -128,17 +128,25 @@ def promising(
     return total
 
 
-def trials(ranked: Sequence[int], maxima: Sequence[float], values: Sequence[float], together: int) -> list[Edits]:
-    """What to try: nothing; each of these latents at each multiple of its maximum; the first 2 to `together` at once.
+def of_words(text: Mapping[int, str], predicted: Float[Tensor, " n_latents"]) -> dict[str, list[int]]:
+    """The latents that stand for one word, for each word, the words by what their latents together promise."""
+    found: dict[str, list[int]] = {}
+    for latent, word in sorted(text.items()):
+        found.setdefault(word, []).append(latent)
+    return dict(sorted(found.items(), key=lambda item: -float(predicted[item[1]].sum())))
 
-    The value of several at once is shared among them.
-    """
-    found: list[Edits] = [()]
+
+def trials(
+    groups: Sequence[Sequence[int]], maxima: Sequence[float], values: Sequence[float], together: int
+) -> list[Edits]:
+    """What to try: nothing; each of these groups of latents, and the first 2 to `together` groups at once, at each
+    multiple of every latent's own maximum."""
+    found: dict[Edits, None] = {(): None}
+    first = [sum(map(list, groups[:many]), []) for many in range(2, min(together, len(groups)) + 1)]
     for value in values:
-        found += [(Edit(n, value * float(maxima[n])),) for n in ranked]
-        for many in range(2, min(together, len(ranked)) + 1):
-            found.append(tuple(Edit(n, value / many * float(maxima[n])) for n in ranked[:many]))
-    return found
+        for latents in (*groups, *first):
+            found[tuple(Edit(n, value * float(maxima[n])) for n in dict.fromkeys(latents))] = None
+    return list(found)
 
 
 # ---- what they do ---------------------------------------------------------------------------------------------
@@ -229,17 +237,53 @@ def share(hits: Bool[Tensor, " n"], level: float = 0.99) -> Share:
     return Share(float(hits.float().mean()), float(low), float(high), len(hits))
 
 
-def choose(found: Verdicts, settings: Sequence[Edits], harmed_at_most: float) -> int:
-    """Which setting turns most wrong answers right among those that turn at most this share of right ones wrong.
+class Tried(NamedTuple):
+    """What a setting did to the cases that it was tried on; harmed is None where no right case was asked."""
 
-    settings[0] is (), what the others are compared with. Among equals the one with the fewest latents, then with the
-    highest mean margin over all cases.
+    edits: Edits
+    cured: float  # share of the wrong answers
+    shift: float  # mean change of their margin, in logits
+    harmed: float | None  # share of the right answers
+
+
+def search(
+    lmm: LMM,
+    sae: TopKSAE,
+    layer: int,
+    wrong: Sequence[Case],
+    good: Sequence[Case],
+    settings: Sequence[Edits],
+    harmed_at_most: float,
+    scope: Scope = Scope(),  # noqa: B008
+    *,
+    keep_error: bool = True,
+    at_once: int = 4,
+) -> tuple[Edits, list[Tried]]:
+    """The setting that turns most wrong answers right of those that turn at most this share of right ones wrong.
+
+    All are tried on the wrong cases; on the right ones, `at_once` of them in order of what they cured, only until one
+    is within the limit, for those behind it cure less. Among equals the one with the fewest latents is ahead, then the
+    one with the largest shift. (), which does nothing, is settings[0] and is chosen if no other will do; wrong and
+    right are the answers under it. ValueError for no wrong or no right answer, or another first setting.
     """
-    before = found.right[0]
-    wrong, good = int((~before).sum()), max(1, int(before.sum()))
-    if settings[0] != () or not wrong:
-        raise ValueError(f"{wrong} wrong answers to cure, the first setting is {settings[0]}; give some, and () first")
-    harmed = (before & ~found.right).sum(1) / good
-    cured = (~before & found.right).sum(1)
-    allowed = [n for n in range(len(settings)) if float(harmed[n]) <= harmed_at_most]
-    return max(allowed, key=lambda n: (int(cured[n]), -len(settings[n]), float(found.margin[n].mean())))
+    if not len(wrong) or not len(good) or settings[0] != ():
+        raise ValueError(
+            f"{len(wrong)} wrong answers to cure, {len(good)} right ones to keep, the first setting is {settings[0]}; "
+            "give some of both, and () first"
+        )
+    found = verdicts(lmm, sae, layer, wrong, settings, scope, keep_error=keep_error)
+    fooled = ~found.right[0]
+    cured = (fooled & found.right).sum(1) / max(1, int(fooled.sum()))
+    shift = (found.margin - found.margin[0]).mean(1)
+    order = sorted(range(len(settings)), key=lambda n: (-float(cured[n]), len(settings[n]), -float(shift[n])))
+    order, harmed = order[: order.index(0)], {0: 0.0}  # what is behind () cures nothing
+    for start in range(0, len(order), at_once):
+        some = order[start : start + at_once]
+        kept = verdicts(lmm, sae, layer, good, [(), *(settings[n] for n in some)], scope, keep_error=keep_error).right
+        lost = (kept[0] & ~kept[1:]).sum(1) / max(1, int(kept[0].sum()))
+        harmed |= dict(zip(some, lost.tolist(), strict=True))
+        if min(lost.tolist()) <= harmed_at_most:
+            break
+    best = next((n for n in order if n in harmed and harmed[n] <= harmed_at_most), 0)
+    told = [Tried(edits, float(cured[n]), float(shift[n]), harmed.get(n)) for n, edits in enumerate(settings)]
+    return settings[best], told

@@ -4,7 +4,7 @@ The only code that knows that a decoder layer may return its hidden states bare 
 tuple (transformers has done both). Hooks live inside a `with` only, and go when it ends, by an error too.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +17,13 @@ Hidden = Float[Tensor, "batch tokens width"]
 
 @dataclass
 class Captured:
-    """What a module put out: `value` is None before its first forward, then the latest hidden states."""
+    """What a module put out: `value` is None before its first forward, then the latest hidden states.
+
+    bare: whether they came as they are, or as the first element of a tuple.
+    """
 
     value: Hidden | None = None
+    bare: bool = True
 
 
 class _Stop(Exception):
@@ -52,7 +56,7 @@ def read(module: nn.Module) -> Iterator[Captured]:
     captured = Captured()
 
     def keep(module, args, output):
-        captured.value = _hidden(output)
+        captured.value, captured.bare = _hidden(output), not isinstance(output, tuple)
 
     with _hooked(module, keep):
         yield captured
@@ -88,7 +92,7 @@ def stop(module: nn.Module) -> Iterator[Captured]:
     captured = Captured()
 
     def halt(module, args, output):
-        captured.value = _hidden(output)
+        captured.value, captured.bare = _hidden(output), not isinstance(output, tuple)
         raise _Stop(captured)
 
     with _hooked(module, halt):
@@ -141,11 +145,22 @@ def entry(decoder: nn.Module, run: Callable[[], object]) -> dict[str, Any]:
 
 
 @contextmanager
-def behind(decoder: nn.Module, layer: int) -> Iterator[None]:
-    """Let a decoder consist of what follows this layer alone: it takes the layer's output for its input."""
-    layers = decoder.layers
-    decoder.layers = layers[layer + 1 :]
+def given(layers: Sequence[nn.Module], hidden: Hidden, bare: bool) -> Iterator[None]:
+    """Let the last of these layers put out `hidden` and none of them be run; bare: as `Captured` has it.
+
+    They stay in their places: a decoder looks up by a layer's place whether it sees the whole sequence or a window.
+    """
+    own = [layer.__dict__.get("forward") for layer in layers]  # accelerate puts its own there
+
+    def puts_out(what: Hidden | None) -> Callable:
+        return lambda x, *args, **kwargs: (x if what is None else what) if bare else (x if what is None else what,)
+
     try:
+        for layer in layers:
+            layer.forward = puts_out(hidden if layer is layers[-1] else None)
         yield
     finally:
-        decoder.layers = layers
+        for layer, before in zip(layers, own, strict=True):
+            layer.__dict__.pop("forward", None)
+            if before is not None:
+                layer.forward = before

@@ -37,6 +37,12 @@ from lmm_sae_nb.spans import KINDS, LAYOUTS, Grid, NoPatchGrid, Spans, layout_of
 
 __all__ = ["KINDS", "LAYOUTS", "LMM", "NoPatchGrid", "Prompt", "Spans", "before", "require_own"]
 
+# What decoders are called with for all of their layers alike.
+ANY_LAYER = {
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position",
+    "output_attentions", "output_hidden_states", "return_dict", "is_causal", "logits_to_keep",
+}  # fmt: skip
+
 # For families that were trained without a chat template.
 TEMPLATES = {
     "instructblip": "{% for message in messages %}"
@@ -83,6 +89,7 @@ class LMM:
         self.name = name or model.config.name_or_path or type(model).__name__
         self.model, self.processor, self.image_size = model, processor, image_size
         self._fingerprints: dict[int, str] = {}
+        self._bare: dict[int, bool] = {}  # what is known of each layer's output (`hooks.Captured.bare`)
         self._check_fit()
         self.tokenizer = processor.tokenizer
         self.tokenizer.padding_side = "left"
@@ -299,6 +306,7 @@ class LMM:
             captured = {index: reads.enter_context(hooks.read(self.layer(index))) for index in earlier}
             with hooks.stop(self.layer(last)) as captured[last]:
                 self._forward(prompt)
+        self._bare |= {index: one.bare for index, one in captured.items()}
         return captured[layers].value if isinstance(layers, int) else {i: captured[i].value for i in wanted}
 
     def _forward(self, prompt: Prompt):
@@ -326,7 +334,8 @@ class LMM:
 
         Nothing up to the layer is run. states: of the whole batch, or of one sample in several versions side by side.
         With fewer tokens than the prompt has they are its last ones, and `cache` knows those before them (`before`); an
-        empty cache is filled. Differentiable in the states.
+        empty cache is filled. Differentiable in the states. A decoder that is called with something for single layers
+        (Qwen3-VL's) runs whole, one version after the other; NotImplementedError for its last tokens alone.
         """
         self.layer(layer)
         entry = self.entered(prompt).entry
@@ -337,13 +346,39 @@ class LMM:
             inputs["attention_mask"] = mask.expand(len(states), -1)
         if entry.get("position_ids") is not None:  # the last axis: mrope has three positions a token
             inputs["position_ids"] = entry["position_ids"][..., start:]
-        decoder = self.model.get_decoder()
-        with hooks.behind(decoder, layer):
-            return decoder(**inputs).last_hidden_state
+        if own := sorted(name for name, value in entry.items() if value is not None and name not in ANY_LAYER):
+            return self._above_whole(prompt, layer, states, own, start)
+        below = [self.layer(number) for number in range(layer + 1)]
+        with hooks.given(below, inputs["inputs_embeds"], self._is_bare(layer, prompt)):
+            return self.model.get_decoder()(**inputs).last_hidden_state
+
+    def _is_bare(self, layer: int, prompt: Prompt) -> bool:
+        """Whether this layer puts out its states as they are, not in a tuple; it has to have run once to tell."""
+        if layer not in self._bare:
+            self.hidden_states(prompt, layer)
+        return self._bare[layer]
+
+    def _above_whole(self, prompt: Prompt, layer: int, states: Hidden, own: list[str], start: int) -> Hidden:
+        if start:
+            raise NotImplementedError(
+                f"this decoder is called with {', '.join(own)}, which are for single layers of the whole sequence: it "
+                "cannot go on from a token in its middle; ablate single latents (`exact`) in another family"
+            )
+        together = len(states) == len(prompt.spans)  # one state for each sample, not versions of one
+
+        def run(own: Hidden) -> Hidden:
+            with self.spliced(layer, lambda hidden: own.to(hidden.dtype)):
+                return self._forward(prompt).last_hidden_state
+
+        return run(states) if together else torch.cat([run(version[None]) for version in states])
 
     def head(self, decoded: Float[Tensor, "*any width"]) -> Float[Tensor, "*any vocab"]:
-        """Next-token logits, in float32, of what the decoder puts out."""
-        return self.model.get_output_embeddings()(decoded).float()
+        """Next-token logits, in float32, of what the decoder puts out; scaled or bounded where the family does so."""
+        logits, config = self.model.get_output_embeddings()(decoded).float(), self.model.config.get_text_config()
+        logits = logits * getattr(config, "logit_scale", 1.0)  # Cohere
+        logits = logits / getattr(config, "logits_scaling", 1.0)  # Granite
+        limit = getattr(config, "final_logit_softcapping", None)  # Gemma
+        return logits if limit is None else limit * (logits / limit).tanh()
 
     def spliced(self, layer: int, fn: Callable[[Hidden], Hidden]) -> AbstractContextManager[None]:
         """Run every forward in the `with` with `fn` of this layer's output in its place (eq. 6).

@@ -115,12 +115,14 @@ def crop(size: int) -> dict[str, int]:
 processing_utils.transformers_module.VideoProcessorMixin = VideoProcessorMixin
 
 
-def llava_next(image_size: int = 336, patch_size: int = 14, pinpoints: list = LLAVA_NEXT_PINPOINTS):
-    """llava-hf/llama3-llava-next-8b-hf's geometry: 24 x 24 base patches and five tile shapes."""
+def llava_next(
+    image_size: int = 336, patch_size: int = 14, pinpoints: list = LLAVA_NEXT_PINPOINTS, text_config=LlamaConfig, **more
+):
+    """llava-hf/llama3-llava-next-8b-hf's geometry: 24 x 24 base patches and five tile shapes; any language model."""
     words = tokenizer()
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(**vision(image_size, patch_size)),
-        text_config=LlamaConfig(**text(words)),
+        text_config=text_config(**text(words), **more),
         image_grid_pinpoints=pinpoints,
         image_token_id=words.convert_tokens_to_ids(IMAGE),
     )

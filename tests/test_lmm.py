@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models import noise
 from PIL import Image
 from tokenizers import processors
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
 from lmm_sae_nb.lmm import LAYOUTS, LMM, before
 
@@ -113,6 +113,44 @@ def test_versions_of_the_last_tokens_need_no_earlier_ones_again(family):
             with lmm.spliced(0, lambda _, version=version: version[None]):
                 torch.testing.assert_close(lmm.head(expected), lmm.logits(prompt)[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(part, whole[:, start:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        (Gemma2Config, {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 2.0}),
+        (GraniteConfig, {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
+    ],
+)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_layers_of_two_kinds_and_logits_that_are_changed_stay_what_they_are(config, more, layer):
+    torch.manual_seed(0)
+    lmm = LMM(*models.llava_next(192, 16, models.PICTURE_WORLD_PINPOINTS, config, **more))
+    with torch.no_grad():
+        for weights in lmm.model.parameters():
+            weights.normal_(std=0.3)
+        prompt = lmm.prompt("And a question?", noise())
+        expected, hidden = lmm.logits(prompt), lmm.hidden_states(lmm.entered(prompt), layer)
+        torch.testing.assert_close(lmm.head(lmm.above(prompt, layer, hidden)), expected, rtol=1e-4, atol=1e-4)
+        cache, start = DynamicCache(), hidden.shape[1] - 4
+        lmm.above(prompt, layer, hidden, cache)
+        part = lmm.above(prompt, layer, hidden[:, start:].repeat(2, 1, 1), before(cache, start, 2))
+    torch.testing.assert_close(lmm.head(part[1]), expected[0, start:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_decoder_that_is_told_something_for_single_layers_runs_whole(monkeypatch):
+    lmm = studied()
+    prompt, both = lmm.prompt("And a question?", noise()), pair(lmm)
+    with torch.no_grad():
+        hidden = lmm.hidden_states(lmm.entered(prompt), 1)
+        versions = torch.cat([hidden, 2 * hidden])
+        expected, of_both = lmm.above(prompt, 1, versions), lmm.logits(both)
+        monkeypatch.setattr("lmm_sae_nb.lmm.ANY_LAYER", {"inputs_embeds", "use_cache"})
+        torch.testing.assert_close(lmm.above(prompt, 1, versions), expected, rtol=1e-4, atol=1e-5)
+        found = lmm.head(lmm.above(both, 1, lmm.hidden_states(lmm.entered(both), 1)))
+        torch.testing.assert_close(found, of_both, rtol=1e-4, atol=1e-5)
+        with pytest.raises(NotImplementedError, match="is called with attention_mask, which are for single layers"):
+            lmm.above(prompt, 1, hidden[:, 3:])
 
 
 def test_layers_come_back_after_an_error_above_them():

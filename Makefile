@@ -1,6 +1,6 @@
 # Python 3.10 or newer, make and git are all that has to be there; everything else goes into .venv.
 #   make book [PRESET=tiny]   run the notebooks, build the book, print the address of its first page
-#   make test [ARGS="-k house"]   unit, property and browser tests, every notebook with its default parameters
+#   make test [ARGS="-k house"]   unit, property and browser tests, the book, every notebook with its default parameters
 #   make lab [ARGS=--no-browser]  JupyterLab on the notebook sources
 #   make world                the Picture World datasets alone
 
@@ -26,7 +26,8 @@ book: $(READY)
 
 test: $(READY)
 	@$(DOIT) world ipynb
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=1800 tests build/ipynb $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder \
+		--nbmake --nbmake-timeout=1800 tests build/ipynb $(ARGS)
 
 world: $(READY)
 	@$(DOIT) world

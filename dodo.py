@@ -88,12 +88,16 @@ def task_ipynb():
 
 
 def task_page():
-    """Run every notebook in order with papermill and the preset's parameters, after the world if it reads of it."""
-    before = []
+    """Run each notebook with papermill and the preset's parameters, after those whose results it reads.
+
+    In the notebooks' order the first to name a result is the one that makes it.
+    """
+    made: dict[Path, str] = {}
     for source in SOURCES:
-        values = VALUES[source.stem]
+        values, own = VALUES[source.stem], f"page:{source.stem}"
         found = pages.results(source, values)
-        world = ["world"] if any(path.is_relative_to(WORLD) for path in found) else []
+        drawn = {path for path in found if path.is_relative_to(WORLD)}
+        makers = {made.setdefault(path, own) for path in found if path not in drawn} - {own}
         notebook, executed, page = (
             folder / f"{source.stem}.ipynb" for folder in (BUILD / "ipynb", BUILD / "executed", BOOK / "notebooks")
         )
@@ -105,10 +109,9 @@ def task_page():
                 config_changed({name: repr(value) for name, value in values.items()}),
                 AsLeft(found),
             ],
-            "task_dep": before + world,
+            "task_dep": sorted(makers) + ["world"] * bool(drawn),
             "targets": [page],
         }
-        before = [f"page:{source.stem}"]
 
 
 def task_results():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +90,8 @@ def results(source: Path, values: Mapping[str, object], root: Path = ROOT) -> li
 
 def imports(source: Path, root: Path = ROOT) -> set[Path]:
     """The package's files that a notebook or module imports itself, found without running it."""
-    return {file for name in _names(source, root) if (file := _file(name, root)) and file != source}
+    names = _names(source.read_text(encoding="utf-8"), source.relative_to(root).parts)
+    return {file for name in names if (file := _file(name, root)) and file != source}
 
 
 def modules(source: Path, root: Path = ROOT) -> list[Path]:
@@ -112,23 +114,25 @@ def _file(name: str, root: Path) -> Path | None:
     return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
 
 
-def _names(source: Path, root: Path) -> Iterator[str]:
+@cache
+def _names(text: str, place: tuple[str, ...]) -> frozenset[str]:
     """Dotted names inside the package that a file's import statements may mean, parents included."""
-    for node in ast.walk(_tree(source)):
+    found = set()
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                package = source.relative_to(root).parts[: -node.level]
-                base = ".".join([*package, base]).strip(".")
+                base = ".".join([*place[: -node.level], base]).strip(".")
             names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
         else:
             continue
         for name in names:
             parts = name.split(".")
             if parts[0] == PACKAGE:
-                yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+                found |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    return frozenset(found)
 
 
 # What a notebook is given.

@@ -7,6 +7,7 @@ class and its processor need torchvision, which this project does not; OWLv2 wit
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,8 @@ from transformers import (
     SamModel,
     SamProcessor,
 )  # fmt: skip
+
+from lmm_sae_nb.chats import pixel_hash
 
 
 class Candidates(NamedTuple):
@@ -55,7 +58,8 @@ class PromptedSegmenter:
     """One mask for each picture and concept from a CLIPSeg: where the concept is likelier than `threshold`.
 
     The logits are brought to the picture's size by bilinear interpolation. The score is the mean probability under
-    the mask; a picture in which no pixel passes the threshold has no candidate.
+    the mask; a picture in which no pixel passes the threshold has no candidate. What the eye makes of the last `keep`
+    pictures is remembered: many concepts are looked for in the same ones, and it does not depend on the concept.
     """
 
     def __init__(
@@ -65,9 +69,11 @@ class PromptedSegmenter:
         *,
         threshold: float = 0.5,
         batch: int = 16,
+        keep: int = 64,
     ):
         self.threshold, self.batch = _share(threshold, "threshold"), _positive(batch)
         self.model, self.processor = model.eval(), processor
+        self._keep, self._seen = _positive(keep), OrderedDict[str, Tensor]()
 
     @classmethod
     def load(cls, name: str | Path, *, device: str = "cpu", **options) -> PromptedSegmenter:
@@ -79,8 +85,9 @@ class PromptedSegmenter:
     def __call__(self, images: Sequence[Image.Image], concepts: Sequence[str]) -> list[Candidates]:
         found = []
         for pictures, texts in _batches(images, concepts, self.batch):
-            inputs = self.processor(text=texts, images=pictures, padding=True, truncation=True, return_tensors="pt")
-            logits = _finite(self.model(**inputs.to(self.model.device)).logits, "CLIPSeg")
+            read = self.processor(text=texts, padding=True, truncation=True, return_tensors="pt").to(self.model.device)
+            wanted = self.model.get_conditional_embeddings(len(texts), **read)
+            logits = _finite(self.model.decoder(list(self._see(pictures)), wanted).logits, "CLIPSeg")
             for picture, one in zip(pictures, logits, strict=True):
                 chance = F.interpolate(one[None, None], (picture.height, picture.width), mode="bilinear")[0].sigmoid()
                 mask = chance > self.threshold
@@ -89,6 +96,24 @@ class PromptedSegmenter:
                     if mask.any()
                     else Candidates.none(picture)
                 )
+        return found
+
+    def _see(self, pictures: list[Image.Image]) -> Float[Tensor, "layers pictures tokens width"]:
+        """What the decoder reads of each picture: the eye's states behind the layers that it extracts."""
+        keys = list(map(pixel_hash, pictures))
+        new = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in self._seen}
+        if new:
+            pixels = self.processor(images=list(new.values()), return_tensors="pt")["pixel_values"]
+            states = self.model.clip.vision_model(
+                pixels.to(self.model.device), output_hidden_states=True, interpolate_pos_encoding=True
+            ).hidden_states
+            layers = torch.stack([states[layer + 1] for layer in self.model.extract_layers], 1)
+            self._seen.update(zip(new, layers, strict=True))
+        for key in keys:
+            self._seen.move_to_end(key)
+        found = torch.stack([self._seen[key] for key in keys], 1)
+        while len(self._seen) > self._keep:
+            self._seen.popitem(last=False)
         return found
 
 

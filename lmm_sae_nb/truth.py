@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from scipy import sparse
 
-from lmm_sae_nb.asked import Outcome
+from lmm_sae_nb.asked import Outcome, Refiner
 from lmm_sae_nb.cache import LatentCache, base_latents
 from lmm_sae_nb.explain import Exemplar, require_patches
 from lmm_sae_nb.lmm import LMM
@@ -222,13 +222,14 @@ def with_truth(rows: Mapping[str, dict], shown: Mapping[int, Sequence[Exemplar]]
     """
     told = {}
     for latent, row in rows.items():
-        best = shown_by(truth, shown[int(latent)])
-        shared = np.flatnonzero(common(*_patches(truth, shown[int(latent)]))) if shown[int(latent)] else ()
+        found = shown[int(latent)]
+        best = shown_by(truth, found)
+        shared = np.flatnonzero(common(*_patches(truth, found))) if found else ()
         told[latent] = row | {
             "true_kind": best and best.kind, "true_concept": best and best.concept,
             "true_iou": best.iou if best else 0.0,
             "all_common": [truth.names[n][1] for n in shared],
-            "responds_to": responds_to(truth, shown[int(latent)]),
+            "responds_to": responds_to(truth, found),
         }  # fmt: skip
     return told
 
@@ -258,6 +259,21 @@ def judged(rows: Mapping[str, dict]) -> dict[str, float]:
         | _share("answerable_fraction", [row["true_concept"] is not None for row in rows.values()])
         | {f"unexplained_{what.replace(' ', '_')}": rest[what] for what in RESPONSES}
     )
+
+
+def coverage(rows: Mapping[str, dict], refine: Refiner) -> list[dict[str, float]]:
+    """What every limit of sureness gives: least_sure, explained_fraction and concept_accuracy, highest limit first.
+
+    rows: of `with_truth`, their answers refined anew, so that those whom a limit has refused count as well.
+    """
+    told = [row for row in rows.values() if row["sureness"] is not None]
+    said = zip(told, refine([row["answer"] for row in told]), strict=True)
+    ranked = sorted(((row["sureness"], its.text == row["true_concept"]) for row, its in said if its.text), reverse=True)
+    right = np.cumsum([hit for _, hit in ranked])
+    return [
+        {"least_sure": sureness, "explained_fraction": n / len(rows), "concept_accuracy": float(right[n - 1]) / n}
+        for n, (sureness, _) in enumerate(ranked, 1)
+    ]
 
 
 def recalled(

@@ -1,7 +1,11 @@
-"""What the whole suite shares: its order, kernels that keep quiet and off the network, and the browser."""
+"""What the whole suite shares: its order, kernels that keep quiet and off the network, the pages, and the browser."""
 
+import fcntl
 import os
 import shutil
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
 import hypothesis
@@ -31,18 +35,39 @@ def pytest_configure():
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items):
-    """Units first, then the notebooks, in order for they need each other's results, then the book."""
+def pytest_collection_modifyitems(config, items):
+    """Units, then the book, then the notebooks; under --dist loadgroup one worker begins with the book, which is long.
+
+    A file's tests stay in one worker, which makes what they share once; notebooks go to whoever is free.
+    """
+    parallel = hasattr(config, "workerinput")
 
     def place(item):
         if item.get_closest_marker("book"):
-            return 2, ""
-        return (1, item.path.name) if item.path.suffix == ".ipynb" else (0, "")
+            return 0 if parallel else 2
+        return 3 if item.path.suffix == ".ipynb" else 1
 
     items.sort(key=place)
     for item in items:
-        if place(item)[0]:
-            item.add_marker(pytest.mark.xdist_group("book"))  # one worker, in this order, under --dist loadgroup
+        item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+def pytest_runtest_setup(item):
+    """A notebook is run on the results of its page, which the build runs first, from nothing, and what it reads too."""
+    if item.path.suffix == ".ipynb":
+        done = built(*(f"page:{each.path.stem}" for each in item.session.items if each.path.suffix == ".ipynb"))
+        assert done.returncode == 0, done.stdout[-6000:]
+
+
+def build(*tasks: str) -> subprocess.CompletedProcess:
+    """`make book`'s steps up to these; two at a time, but one build after the other, whichever worker asks."""
+    command = [sys.executable, "-m", "doit", "-n", "2", "-P", "thread", *tasks]
+    with (pages.ROOT / "build" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return subprocess.run(command, cwd=pages.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+built = cache(build)
 
 
 @pytest.fixture(scope="session")

@@ -37,14 +37,19 @@ def test_a_reply_is_one_of_four_things(text, tag, outcome, found):
 
 
 def test_a_fault_is_no_explanation_and_half_a_reply_neither():
-    assert understood(Reply(None, "it is down")) == (Outcome.FAILED, None, "it is down")
+    assert understood(Reply(None, "it is down")) == (Outcome.FAILED, None, "it is down", None)
     assert understood(Reply("train tra", cut=True)).outcome is Outcome.UNPARSEABLE
 
 
 @pytest.mark.parametrize(
     ("sureness", "least", "outcome"),
-    [(0.5, 0.5, Outcome.EXPLAINED), (0.49, 0.5, Outcome.REFUSED), (0.0, 0.0, Outcome.EXPLAINED), (None, 0.0, Outcome.EXPLAINED)],
-)  # fmt: skip
+    [
+        (0.5, 0.5, Outcome.EXPLAINED),
+        (0.49, 0.5, Outcome.REFUSED),
+        (0.0, 0.0, Outcome.EXPLAINED),
+        (None, 0.0, Outcome.EXPLAINED),
+    ],
+)
 def test_who_is_too_unsure_has_not_explained(sureness, least, outcome):
     answer = understood(Reply("a hat", sureness=sureness), least_sure=least)
     assert (answer.outcome, answer.raw, answer.sureness) == (outcome, "a hat", sureness)
@@ -101,7 +106,7 @@ def test_a_refiner_gives_a_short_name_or_says_that_there_is_none():
     chat = Answering(lambda question: Reply(question.text.removeprefix("shorten: ").partition(",")[0]))
     texts = ["Train Tracks., where trains run", f"{REFUSAL}, sorry", "x" * (LONGEST + 1)]
     name, none, long = asked.refiner(chat, "shorten: {text}")(texts)
-    assert name == (Outcome.EXPLAINED, "train tracks", "Train Tracks.")
+    assert name[:3] == (Outcome.EXPLAINED, "train tracks", "Train Tracks.")
     assert (none.outcome, long.outcome) == (Outcome.REFUSED, Outcome.UNPARSEABLE)
     short, long = asked.unrefined(["A cat.", "a long, long story " * 9])
     assert (short.text, long.outcome) == ("a cat", Outcome.UNPARSEABLE)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import build
 
 from book import pages
 
@@ -29,15 +30,10 @@ LOADS = {
 }
 
 
-def build() -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "doit", "book"]
-    return subprocess.run(command, cwd=pages.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
 @pytest.fixture(scope="module")
 def site() -> Path:
     """The built book, made or brought up to date first."""
-    done = build()
+    done = build("book")
     assert done.returncode == 0, done.stdout[-6000:]
     return SITE
 
@@ -88,7 +84,7 @@ def children_seconds() -> float:
 
 def test_building_again_does_nothing_and_is_quick(site):
     before = children_seconds()
-    done = build()
+    done = build("book")
     ran = [line for line in done.stdout.splitlines() if line.startswith(".  ")]
     assert ran == [".  results"]  # looks at the numbers each time, and leaves the page as it is
     assert children_seconds() - before < 5  # of processors, so that a busy machine makes no difference

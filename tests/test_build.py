@@ -86,10 +86,10 @@ def repository(tmp_path_factory) -> Path:
     return folder
 
 
-def ran(repository: Path) -> list[str]:
+def ran(repository: Path, *options: str) -> list[str]:
     """Build the pages; the names of the steps that ran."""
     done = subprocess.run(
-        [sys.executable, "-m", "doit", "page"], cwd=repository, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "doit", *options, "page"], cwd=repository, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return sorted(line.split()[-1] for line in done.stdout.splitlines() if line.startswith(".  "))
@@ -104,7 +104,9 @@ def edit(repository: Path, name: str, old: str, new: str) -> None:
 
 @pytest.fixture(scope="module")
 def built(repository) -> Path:
-    assert ran(repository) == ["ipynb:01_one", "ipynb:02_two", "page:01_one", "page:02_two", "world"]
+    """Two steps at a time, in which the second page still waits for what the first one makes."""
+    steps = ran(repository, "-n", "2", "-P", "thread")
+    assert steps == ["ipynb:01_one", "ipynb:02_two", "page:01_one", "page:02_two", "world"]
     return repository
 
 

@@ -12,6 +12,7 @@ from lmm_sae_nb.asked import Answer, Outcome
 from lmm_sae_nb.cache import LatentCache, write_cache
 from lmm_sae_nb.explain import (
     Explanation,
+    LazyExemplars,
     as_rows,
     exemplars,
     explain_latents,
@@ -98,9 +99,18 @@ def test_of_images_with_the_same_pixels_one_is_shown_and_another_takes_its_place
     assert len(exemplars(LatentCache.load(tmp_path), pictures, 0, n_top=5)) == 3
 
 
+def test_lazy_exemplars_are_made_at_each_look_and_only_of_their_latents():
+    looked = []
+    lazy = LazyExemplars(lambda latent: looked.append(latent) or [latent] * 2, [7, 3])
+    assert (list(lazy), len(lazy), looked) == ([7, 3], 2, [])
+    assert list(lazy.values()) == [[7, 7], [3, 3]] and lazy[3] == [3, 3] and looked == [7, 3, 3]
+    with pytest.raises(KeyError, match="5"):
+        lazy[5]
+
+
 def test_what_becomes_of_a_latent_is_what_the_last_who_was_asked_says(cache):
     said = {
-        3: Answer(EXPLAINED, "a big cat", "!"), 5: Answer(EXPLAINED, "all sorts", "?"),
+        3: Answer(EXPLAINED, "a big cat", "!", 0.75), 5: Answer(EXPLAINED, "all sorts", "?"),
         7: Answer(REFUSED, None, "no"), 9: Answer(FAILED, None, "down"),
     }  # fmt: skip
     heard = []
@@ -119,8 +129,9 @@ def test_what_becomes_of_a_latent_is_what_the_last_who_was_asked_says(cache):
     )
     assert heard == [[exemplar.masked for exemplar in found]] * 4
     assert told == {
-        3: Explanation(EXPLAINED, "cat", "cat's kind", "!"), 5: Explanation(UNPARSEABLE, None, None, "?"),
+        3: Explanation(EXPLAINED, "cat", "cat's kind", "!", 0.75), 5: Explanation(UNPARSEABLE, None, None, "?"),
         7: Explanation(REFUSED, None, None, "no"), 9: Explanation(FAILED, None, None, "down"),
     }  # fmt: skip
     rows = json.loads(json.dumps(as_rows(told, longest=1)))
-    assert rows["9"] == {"outcome": "failed", "concept": None, "kind": None, "answer": "d"}
+    assert rows["9"] == {"outcome": "failed", "concept": None, "kind": None, "answer": "d", "sureness": None}
+    assert rows["3"]["sureness"] == 0.75

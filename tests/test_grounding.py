@@ -76,6 +76,19 @@ def test_the_batch_changes_nothing(saved):
         assert a.scores == pytest.approx(b.scores, abs=1e-4)
 
 
+def test_pictures_that_were_seen_are_not_looked_at_again_and_the_masks_are_those_of_one_who_has_not_seen_them(saved):
+    segment, eye = PromptedSegmenter.load(saved["clipseg"], threshold=0.4, batch=2, keep=2), []
+    segment.model.clip.vision_model.register_forward_hook(lambda *call: eye.append(call[2].last_hidden_state.shape[0]))
+    rows = [IMAGES[0], IMAGES[1], IMAGES[1], IMAGES[0], IMAGES[2], IMAGES[0], IMAGES[1]]
+    asked = [CONCEPTS[n % len(CONCEPTS)] for n in range(len(rows))]
+    answers = segment(rows, asked)
+    assert eye == [2, 1, 1]  # the first two; the third, whose coming drops the second; the second again
+    for image, concept, found in zip(rows, asked, answers, strict=True):
+        (fresh,) = PromptedSegmenter.load(saved["clipseg"], threshold=0.4)([image], [concept])
+        assert len(found.scores) == len(fresh.scores) and np.count_nonzero(found.masks ^ fresh.masks) <= 2
+        assert found.scores == pytest.approx(fresh.scores, abs=1e-4)
+
+
 # ---- a detector and SAM ---------------------------------------------------------------------------------------
 
 

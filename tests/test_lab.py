@@ -88,9 +88,7 @@ def lab(tmp_path_factory) -> Iterator[str]:
             pytest.fail(log_file.read_text()[-3000:])
         yield address
     finally:
-        os.killpg(server.pid, signal.SIGINT)  # twice: the server asks back after the first
-        time.sleep(1)
-        os.killpg(server.pid, signal.SIGINT)
+        os.killpg(server.pid, signal.SIGTERM)  # at which it stops its kernels, and does not ask back
         server.wait(timeout=60)
 
 

@@ -7,6 +7,7 @@ from models import make
 from PIL import Image
 
 from lmm_sae_nb import truth as known
+from lmm_sae_nb.asked import REFUSAL, Vocabulary
 from lmm_sae_nb.cache import base_latents, cache_activations
 from lmm_sae_nb.explain import Exemplar, masked
 from lmm_sae_nb.lmm import LMM
@@ -199,6 +200,20 @@ def test_explanations_and_refusals_are_counted_by_hand():
     assert known.confusion(rows) == {
         "object": {"object": 3, "refused": 1, "unparseable": 1}, "nothing": {"object": 1, "refused": 1, "failed": 1},
     }  # fmt: skip
+
+
+def test_what_each_limit_of_sureness_gives_by_hand():
+    rows = {
+        "1": told("explained", "cat", "cat", sureness=0.9, answer="a cat"),
+        "2": told("refused", None, "dog", sureness=0.4, answer="Cat"),  # too unsure, and wrong
+        "3": told("refused", None, "hat", sureness=0.5, answer="hat"),  # too unsure, yet right
+        "4": told("refused", sureness=0.99, answer=REFUSAL),
+        "5": told("failed", sureness=None, answer="it is down"),
+    }
+    found = known.coverage(rows, Vocabulary({"object": ["cat", "dog", "hat"]}).refine)
+    wanted = ("least_sure", "explained_fraction", "concept_accuracy")
+    expected = [(0.9, 0.2, 1.0), (0.5, 0.4, 1.0), (0.4, 0.6, 2 / 3)]
+    assert found == [dict(zip(wanted, row, strict=True)) for row in expected]
 
 
 def test_a_share_of_nothing_is_left_out():

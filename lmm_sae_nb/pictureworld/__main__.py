@@ -38,6 +38,19 @@ EXPLAINER = Path("data/models/tiny-explainer")
 INSTRUCTBLIP = Path("data/models/tiny-instructblip")
 
 
+def _course(commands, name: str, what: str, steps: int, borrows: str = "", ships_to: Path | None = None, threads=2):
+    """A command that trains; one that borrows from the shipped model says what, and where its own goes."""
+    course = commands.add_parser(name, help=what)
+    course.add_argument("--steps", type=int, default=steps)
+    course.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; start again to go on")
+    course.add_argument("--threads", type=int, default=threads)
+    course.add_argument("--courses", type=Path, default=project_root() / FOLDER)
+    if ships_to:
+        course.add_argument("--lmm", type=Path, default=project_root() / MODEL, help=borrows)
+        course.add_argument("--model", type=Path, default=ships_to, help="where it ships to")
+    return course
+
+
 def main() -> None:
     root = project_root()
     parser = argparse.ArgumentParser(prog="python -m lmm_sae_nb.pictureworld", description=__doc__)
@@ -49,13 +62,7 @@ def main() -> None:
     render.add_argument("--heldout", type=int, default=240, help="scenes that numbers are reported on")
     render.add_argument("--traps", type=int, default=520, help="maps for choosing a cure, and as many to report on")
     for name, (steps, what) in COURSES.items():
-        course = commands.add_parser(name, help=what)
-        course.add_argument("--steps", type=int, default=steps)
-        course.add_argument(
-            "--minutes", type=float, default=float("inf"), help="stop after so long; start again to go on"
-        )
-        course.add_argument("--threads", type=int, default=2)
-        course.add_argument("--courses", type=Path, default=root / FOLDER)
+        _course(commands, name, what, steps)
     ship = commands.add_parser("ship", help="write the trained model as the one that ships, with its learning curves")
     ship.add_argument("--courses", type=Path, default=root / FOLDER)
     exam = commands.add_parser("exam", help="answer held-out questions and write exam.json beside the model")
@@ -63,33 +70,17 @@ def main() -> None:
     exam.add_argument("--model", type=Path, default=root / MODEL)
     exam.add_argument("--threads", type=int, default=2)
     for name, (steps, scenes, what, folder) in SIGHT.items():
-        course = commands.add_parser(name, help=what)
-        course.add_argument("--steps", type=int, default=steps)
-        course.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long, to go on later")
-        course.add_argument("--threads", type=int, default=2)
-        course.add_argument("--courses", type=Path, default=root / FOLDER)
-        course.add_argument("--lmm", type=Path, default=root / MODEL, help="whose eye it starts from")
-        course.add_argument("--model", type=Path, default=root / "data/models" / folder, help="where it ships to")
+        course = _course(commands, name, what, steps, "whose eye it starts from", root / "data/models" / folder)
         course.add_argument("--scenes", type=int, default=scenes, help="held-out scenes of its exam")
-    explainer = commands.add_parser("explainer", help="an Aya Vision, which names latents: train, ship and examine")
-    explainer.add_argument("--steps", type=int, default=EXPLAINER_STEPS)
-    explainer.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long, to go on later")
-    explainer.add_argument("--threads", type=int, default=1)
-    explainer.add_argument("--courses", type=Path, default=root / FOLDER)
-    explainer.add_argument("--lmm", type=Path, default=root / MODEL, help="whose eye and words it starts from")
-    explainer.add_argument("--model", type=Path, default=root / EXPLAINER, help="where it ships to")
+    what, borrows = "an Aya Vision, which names latents: train, ship and examine", "whose eye and words it starts from"
+    explainer = _course(commands, "explainer", what, EXPLAINER_STEPS, borrows, root / EXPLAINER, threads=1)
     explainer.add_argument(
         "--sae", nargs=2, action="append", metavar=("FOLDER", "LAYER"),
         default=[[root / "data/artifacts/tiny/train", 1]],
         help="another SAE, and its layer, whose latents it learns from besides those of notebook 01",
     )  # fmt: skip
-    queries = commands.add_parser("queries", help="an InstructBLIP's Q-Former: train, ship and examine")
-    queries.add_argument("--steps", type=int, default=QUERIES_STEPS)
-    queries.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long, to go on later")
-    queries.add_argument("--threads", type=int, default=1)
-    queries.add_argument("--courses", type=Path, default=root / FOLDER)
-    queries.add_argument("--lmm", type=Path, default=root / MODEL, help="whose eye and language model it has")
-    queries.add_argument("--model", type=Path, default=root / INSTRUCTBLIP, help="where it ships to")
+    what, borrows = "an InstructBLIP's Q-Former: train, ship and examine", "whose eye and language model it has"
+    queries = _course(commands, "queries", what, QUERIES_STEPS, borrows, root / INSTRUCTBLIP, threads=1)
     queries.add_argument("--scenes", type=int, default=500, help="held-out scenes of its exam")
     asked = parser.parse_args()
     torch.set_num_threads(getattr(asked, "threads", 2))

@@ -43,17 +43,8 @@ def new_query_model(folder: Path) -> InstructBlipForConditionalGeneration:
     """An InstructBLIP with the eye and the language model of the LLaVA-NeXT in `folder`, and a new Q-Former."""
     taught = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     tokenizer, its = new_tokenizer(), taught.config.vision_config
-    vision = {
-        name: getattr(its, name)
-        for name in (
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "image_size",
-            "patch_size",
-            "hidden_act",
-        )
-    }
+    kept = ("hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size", "hidden_act")
+    vision = {name: getattr(its, name) for name in kept}
     vision |= {"num_hidden_layers": its.num_hidden_layers + 1, "layer_norm_eps": its.layer_norm_eps * HUSH**2}
     qformer = dict(
         vocab_size=len(tokenizer), hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,

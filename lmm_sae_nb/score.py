@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from lmm_sae_nb.asked import KINDS, Judge
 from lmm_sae_nb.cache import activation_maps
+from lmm_sae_nb.chats import pixel_hash
 from lmm_sae_nb.explain import Exemplar
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.masks import (
@@ -233,9 +234,9 @@ def clip_scores(
 ) -> Float[np.ndarray, "pictures concepts"]:
     """100 max(cosine, 0) of every picture with every concept, as torchmetrics' CLIPScore; pictures may be a stream.
 
-    ValueError for no pictures, or a similarity of another shape.
+    Of pictures with the same pixels one is looked at. ValueError for no pictures, or a similarity of another shape.
     """
-    found, waiting = [], []
+    found, waiting, places, numbers = [], [], [], {}
 
     def score() -> None:
         cosines = np.asarray(similar(waiting, list(concepts)), np.float32)
@@ -248,14 +249,17 @@ def clip_scores(
         waiting.clear()
 
     for picture in pictures:
-        waiting.append(picture)
+        number = numbers.setdefault(pixel_hash(picture), len(numbers))
+        if number == len(found) * batch + len(waiting):  # not seen before
+            waiting.append(picture)
+        places.append(number)
         if len(waiting) == batch:
             score()
     if waiting:
         score()
     if not found:
         raise ValueError("no pictures to compare with concepts; leave out latents that never fire")
-    return np.concatenate(found)
+    return np.concatenate(found)[places]
 
 
 def latents_clip(

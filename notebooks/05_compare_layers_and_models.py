@@ -24,7 +24,7 @@
 #
 # | preset | layers | other models | sizes | time |
 # |---|---|---|---|---|
-# | `tiny` | 3 of 8 | Picture World InstructBLIP, shipped | 4, and 3 values of k | 5 minutes, 2 cores |
+# | `tiny` | 3 of 8 | Picture World InstructBLIP, shipped | 4, and 3 values of k | 4 minutes, 2 cores |
 # | `paper` | 3 of 32 | InstructBLIP-Vicuna-7B | 2^15 to 2^18 | GPUs |
 
 # %% tags=["parameters"]
@@ -41,14 +41,14 @@ n_latents: int = 512  # of the SAE of every layer and model
 k: int = 16  # active latents a token; the paper: 256 of a width of 4,096, a sixteenth
 sizes: list = [256, 512, 1024, 4096]  # latents, on the middle layer; the paper's 2^17 are 32 times the width, here 8,192
 ks: list = [8, 16, 32]  # k, on the middle layer
-steps: int = 360  # optimiser steps, of all SAEs at once
+steps: int = 300  # optimiser steps, of all SAEs at once
 batch_tokens: int = 512  # tokens a step
-other_steps: int = 240  # for the SAEs of the other models
+other_steps: int = 160  # for the SAEs of the other models
 other_batch_tokens: int = 256  # a sample of theirs has few tokens
 lr: float = 2e-3  # highest learning rate
 dead_after_tokens: int = 50_000  # a latent silent for so long counts as dead
 evaluated: int = 32  # held-out samples
-cached_images: int = 500  # the first so many of the images
+cached_images: int = 400  # the first so many of the images
 explainer: str = "data/models/tiny-explainer"  # a folder, a name on the hub, or name@http://host:port/v1, an endpoint
 prompt: str = "what do these images have in common ?"  # {images} says where they stand; they come first without it
 tag: str = ""  # what the explanation stands behind in the reply; "": all of it
@@ -58,7 +58,7 @@ key_variable: str = ""  # the environment variable with the endpoints' key; "": 
 max_new_tokens: int = 16  # of an explanation
 least_sure: float = 0.0  # an explanation to which the explainer itself gives a lower probability counts as refused
 n_explained: int = 100  # latents of each layer and model that are explained; so many are asked about as that takes
-n_swept: int = 20  # the same for the SAEs of other sizes
+n_swept: int = 12  # the same for the SAEs of other sizes
 n_top: int = 5  # exemplars shown for each
 share: float = 0.25  # a patch is visible above this share of its image's highest activation
 segmenter: str = ""  # finds a concept by its name, where there is no ground truth
@@ -72,7 +72,7 @@ steered_kinds: list = ["base", "tiles", "newline"]  # token kinds that are clamp
 question: str = "What do you see in this image?"  # about a pure white image
 blank_size: int = 192  # pixels a side of the white image
 decisions: int = 8  # held-out decisions whose attribution is ablated, a layer
-pairs: int = 32  # active (token, latent) pairs of each
+pairs: int = 24  # active (token, latent) pairs of each
 seed: int = 0  # of everything random
 
 # %% tags=["remove-cell"]
@@ -219,7 +219,7 @@ for name in () if current else (*of_layers, *rest):
     its, sae, layer, found_in = studied[name]
     look = partial(exemplars, found_in, pictures, n_top=n_top, share=share)
     order = np.random.default_rng(seed).permutation(np.flatnonzero(found_in.live)).tolist()
-    rows = as_rows(explain_enough(order, look, ask, n_explained))
+    rows = as_rows(explain_enough(order, look, ask, n_explained, 16))
     explained = scoring.explained(rows, truth, seed=seed)
     concept_of, others_of = {n: concept for n, (concept, _) in explained.items()}, scoring.shuffled(explained, seed)
     found = {}
@@ -248,7 +248,7 @@ for name in () if current else (*of_layers, *swept):
     found_in = studied[name][3]
     look = partial(exemplars, found_in, pictures, n_top=n_top, share=share)
     order = np.random.default_rng(seed).permutation(np.flatnonzero(found_in.live)).tolist()
-    rows = read_json(stage.path(f"{name}.json"))["explanations"] if name in of_layers else as_rows(explain_enough(order, look, ask, n_swept))
+    rows = read_json(stage.path(f"{name}.json"))["explanations"] if name in of_layers else as_rows(explain_enough(order, look, ask, n_swept, 16))
     told = {n: row for n, row in rows.items() if row["outcome"] == "explained"}
     right = known.judged(known.with_truth(told, {int(n): look(int(n)) for n in told}, patch_truth)) if patch_truth else {}
     quality = kept[name] | known.counted(rows) | right

@@ -22,7 +22,7 @@
 #
 # | preset | decisions, pairs ablated | time |
 # |---|---|---|
-# | `tiny` | 100 held-out, 24 random active pairs each | 3 minutes, 2 cores |
+# | `tiny` | 100 held-out, 16 random active pairs each | 2 minutes, 2 cores |
 # | `paper` | 20, 200 each | GPUs |
 
 # %% tags=["parameters"]
@@ -32,9 +32,9 @@ layer: int = 1  # 0-based, the layer that the SAE was trained on
 heldout: str = "data/artifacts/tiny/world/heldout"  # samples that no training has seen, with image and question
 dataset: str = "data/artifacts/tiny/world/train"  # what the small SAEs of other layers are trained on
 decisions: int = 100  # held-out decisions of the layer's SAE
-pairs: int = 24  # active (token, latent) pairs of each that are ablated, at random
+pairs: int = 16  # active (token, latent) pairs of each that are ablated, at random
 own_pairs: int = 1  # of them, integrated along their own path
-ig_steps: int = 5  # steps of integrated gradients
+ig_steps: int = 4  # steps of integrated gradients
 other_layers: list = [4, 6]  # small SAEs are trained there, to compare by depth
 other_decisions: int = 16  # decisions for each of them
 other_latents: int = 1024  # their latents
@@ -180,7 +180,7 @@ if not stage.is_current(params, inputs, code):
             asked = some_pairs(one, pairs, generator)
             few = some_pairs(one, own_pairs, generator, among=asked)
             values = {
-                "exact": exact(lmm, its, at, case, asked, batch=8),  # a batch runs from its first pair's token on
+                "exact": exact(lmm, its, at, case, asked),
                 "linear": one.values, "ig": integrated(lmm, its, at, case, steps=ig_steps).values,
                 "own_path": own_path(lmm, its, at, case, few),
             }  # fmt: skip

@@ -23,7 +23,7 @@
 #
 # | preset | cases | time |
 # |---|---|---|
-# | `tiny` | 520 held-out maps of Picture World, half of them asked twice; the cure is chosen on other maps | 3 minutes, 2 cores |
+# | `tiny` | 520 held-out maps of Picture World, a quarter of them asked twice; the cure is chosen on other maps | 2 minutes, 2 cores |
 # | `paper` | HallusionBench {cite}`guan2023hallusionbench` | GPUs |
 
 # %% tags=["parameters"]
@@ -47,7 +47,7 @@ looked_at: int = 2048  # latents, the highest in that ranking, that are looked a
 tried: int = 4  # words, the highest in that ranking, whose latents are tried, a word's all at once
 tried_on: int = 32  # wrong cases that they are tried on
 kept_on: int = 120  # right cases that the best of them are tried on
-values: list = [2.0, 4.0, 8.0]  # clamps, in units of a latent's own maximum
+values: list = [1.0, 1.5, 2.0]  # clamps, in units of a latent's own maximum
 together: int = 2  # words whose latents are clamped at once, at most
 clamped_kinds: list = ["base", "tiles"]  # kinds of tokens that are clamped
 harmed_at_most: float = 0.03  # share of right answers that a chosen cure may turn wrong

@@ -437,6 +437,9 @@ def test_clip_scores_are_not_below_zero_and_streams_are_cut_into_batches():
     found = score.clip_scores(similar, iter(greys), ["cat", "bee"], batch=2)
     assert sizes == [2, 1]
     assert found == pytest.approx(np.array([[0, 0], [20, 0], [100, 10]]), abs=1e-4)
+    again = score.clip_scores(similar, [greys[n].copy() for n in (1, 0, 1, 1, 2, 0)], ["cat", "bee"], batch=2)
+    assert sizes[2:] == [2, 1]  # of pictures with the same pixels one is looked at
+    assert again == pytest.approx(found[[1, 0, 1, 1, 2, 0]])
     with pytest.raises(ValueError, match="no pictures"):
         score.clip_scores(similar, [], ["cat"])
     with pytest.raises(ValueError, match=r"shape \(2,\) for 2 images and 1 texts"):

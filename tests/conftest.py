@@ -34,7 +34,7 @@ def pytest_configure():
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     """Units, then the book, then the notebooks; under --dist loadgroup one worker begins with the book, which is long.
 
@@ -74,6 +74,26 @@ built = cache(build)
 def root() -> Path:
     """The repository."""
     return pages.ROOT
+
+
+@pytest.fixture(scope="session")
+def lmm():
+    """A random LLaVA-NeXT of Picture World's geometry."""
+    from models import make
+
+    from lmm_sae_nb.lmm import LMM
+
+    return LMM(*make("picture_world"))
+
+
+@pytest.fixture(scope="session")
+def sae(lmm):
+    """A random SAE for it: 24 latents, 3 of them active."""
+    import torch
+
+    from lmm_sae_nb.sae import TopKSAE
+
+    return TopKSAE(lmm.width, 24, 3, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,8 @@ QUIET = (
 )
 
 
-def pytest_configure():
+def pytest_configure(config):
+    config.pluginmanager.register(Pages())  # what is only in here is not heard of for a file of another folder
     os.environ["IPYTHONDIR"] = pages.quiet_kernels(pages.ROOT / "build" / "ipython")
     os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -52,11 +53,13 @@ def pytest_collection_modifyitems(config, items):
         item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
-def pytest_runtest_setup(item):
+class Pages:
     """A notebook is run on the results of its page, which the build runs first, from nothing, and what it reads too."""
-    if item.path.suffix == ".ipynb":
-        done = built(*(f"page:{each.path.stem}" for each in item.session.items if each.path.suffix == ".ipynb"))
-        assert done.returncode == 0, done.stdout[-6000:]
+
+    def pytest_runtest_setup(self, item):
+        if item.path.suffix == ".ipynb":
+            done = built(*(f"page:{each.path.stem}" for each in item.session.items if each.path.suffix == ".ipynb"))
+            assert done.returncode == 0, done.stdout[-6000:]
 
 
 def build(*tasks: str) -> subprocess.CompletedProcess:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,8 @@ from lmm_sae_nb.chats import pixel_hash
 from lmm_sae_nb.lmm import NoPatchGrid
 
 __all__ = [
-    "REFUSAL", "Exemplar", "Explanation", "as_rows", "exemplars", "exemplars_on", "explain_enough", "explain_latents",
-    "masked", "most_activated", "require_patches", "upsample",
+    "REFUSAL", "Exemplar", "Explanation", "LazyExemplars", "as_rows", "exemplars", "exemplars_on", "explain_enough",
+    "explain_latents", "masked", "most_activated", "require_patches", "upsample",
 ]  # fmt: skip
 
 
@@ -116,6 +116,24 @@ def exemplars(
             activation = np.asarray(cache.patch_map(latent, rank), np.float32) if cache.grid else None
             found.append(_exemplar(index, image, activation, share, dim))
     return found
+
+
+class LazyExemplars(Mapping[int, Sequence[Exemplar]]):
+    """Each latent's exemplars, made when they are looked at and not kept: those of thousands do not fit into memory."""
+
+    def __init__(self, look: Callable[[int], Sequence[Exemplar]], latents: Sequence[int]):
+        self._look, self._latents = look, dict.fromkeys(latents)
+
+    def __getitem__(self, latent: int) -> Sequence[Exemplar]:
+        if latent not in self._latents:
+            raise KeyError(latent)
+        return self._look(latent)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._latents)
+
+    def __len__(self) -> int:
+        return len(self._latents)
 
 
 def exemplars_on(

@@ -222,13 +222,14 @@ def with_truth(rows: Mapping[str, dict], shown: Mapping[int, Sequence[Exemplar]]
     """
     told = {}
     for latent, row in rows.items():
-        best = shown_by(truth, shown[int(latent)])
-        shared = np.flatnonzero(common(*_patches(truth, shown[int(latent)]))) if shown[int(latent)] else ()
+        found = shown[int(latent)]
+        best = shown_by(truth, found)
+        shared = np.flatnonzero(common(*_patches(truth, found))) if found else ()
         told[latent] = row | {
             "true_kind": best and best.kind, "true_concept": best and best.concept,
             "true_iou": best.iou if best else 0.0,
             "all_common": [truth.names[n][1] for n in shared],
-            "responds_to": responds_to(truth, shown[int(latent)]),
+            "responds_to": responds_to(truth, found),
         }  # fmt: skip
     return told
 

@@ -25,7 +25,7 @@
 #
 # | preset | model | latents, k | time |
 # |---|---|---|---|
-# | `tiny` | Picture World LLaVA-NeXT, shipped | 2,048, 24 | 3 minutes, 2 cores |
+# | `tiny` | Picture World LLaVA-NeXT, shipped | 1,024, 32 | 3 minutes, 2 cores |
 # | `paper` | LLaVA-NeXT-LLaMA3-8B, layer 24 (the paper's 25th) | 131,072, 256 | GPUs |
 
 # %% tags=["parameters"]
@@ -34,8 +34,8 @@ model: str = "data/models/tiny-llava-next"  # a folder of this project, or a nam
 dataset: str = "data/artifacts/tiny/world/train"  # samples with image, question and answer
 heldout: str = "data/artifacts/tiny/world/heldout"  # samples that no training has seen
 layer: int = 1  # 0-based; the paper's 25th layer is 24
-n_latents: int = 2048  # the paper: 131072
-k: int = 24  # active latents a token; the paper: 256
+n_latents: int = 1024  # the paper: 131072
+k: int = 32  # active latents a token; the paper: 256
 steps: int = 2000  # optimiser steps
 batch_tokens: int = 512  # tokens an optimiser step
 lr: float = 2e-3  # highest learning rate

@@ -23,7 +23,7 @@
 #
 # | preset | explainer | latents | time |
 # |---|---|---|---|
-# | `tiny` | Picture World explainer, shipped | 600 live latents at random, and those that detect a concept | 3 minutes, 2 cores |
+# | `tiny` | Picture World explainer, shipped | all live latents, about 1,000 | 3 minutes, 2 cores |
 # | `paper` | LLaVA-OneVision-72B behind an endpoint | 5,000 | GPUs |
 
 # %% tags=["parameters"]
@@ -39,7 +39,7 @@ tag: str = ""  # what the explanation stands behind in the reply; "": all of it
 refiner: str = ""  # a language model, named likewise, that shortens explanations; "": the vocabulary of `concepts`
 labeller: str = ""  # a language model that gives a concept its kind; "": the vocabulary of `concepts`
 key_variable: str = ""  # the environment variable with the endpoints' key; "": they want none
-n_explained: int = 600  # live latents at random
+n_explained: int = 1024  # live latents, at random if there are more
 n_top: int = 5  # exemplars shown for each
 share: float = 0.25  # a patch is visible above this share of its image's highest activation
 dim: float = 0.0  # brightness that the other patches keep; the reference code: 0.12
@@ -47,7 +47,7 @@ batch_size: int = 16  # questions at once, to a model in this process
 concurrency: int = 8  # questions under way at once, to an endpoint
 timeout: float = 120.0  # seconds that an endpoint's answer may take
 max_new_tokens: int = 16  # of an answer
-least_sure: float = 0.0  # an explanation to which the explainer itself gives a lower probability counts as refused
+least_sure: float = 0.7  # an explanation to which the explainer itself gives a lower probability counts as refused
 seed: int = 0  # of the choice of latents
 
 # %% tags=["remove-cell"]
@@ -63,7 +63,7 @@ from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_
 from lmm_sae_nb.asked import REFUSAL, Vocabulary
 from lmm_sae_nb.cache import LatentCache
 from lmm_sae_nb.chats import Recorded, open_chat
-from lmm_sae_nb.explain import as_rows, exemplars, explain_latents
+from lmm_sae_nb.explain import LazyExemplars, as_rows, exemplars, explain_latents
 from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.masks import TrueMasks
@@ -79,8 +79,8 @@ truth = known.PatchTruth(TrueMasks(load_from_disk(root / images), root / concept
 live = np.flatnonzero(np.asarray(cache.live))
 chosen = np.sort(np.random.default_rng(seed).choice(live, min(n_explained, len(live)), replace=False)).tolist()
 look = partial(exemplars, cache, pictures, n_top=n_top, share=share, dim=dim)
-shown = {latent: look(latent) for latent in chosen}
-print(f"{len(live)} live latents, {len(chosen)} chosen at random")
+shown = LazyExemplars(look, chosen)
+print(f"{len(live)} live latents, {len(chosen)} of them are asked about")
 
 # %% [markdown]
 # ## What the explainer is shown
@@ -148,7 +148,7 @@ if truth and not current:
     candidates = known.choose_detectors(cache, truth)
     found, present = known.measure_detectors(lmm, sae, open_images(root / heldout), unseen, layer, candidates)
     detecting = sorted({one.latent for one in found if one.f1 > 0.5})
-    told = ask({latent: look(latent) for latent in detecting})
+    told = ask(LazyExemplars(look, detecting))
     named = {latent: its.concept for latent, its in told.items()}
     metrics |= known.recalled(found, present, named) | {"failed": metrics["failed"] + known.counted(as_rows(told))["failed"]}
     kept = [one._asdict() | {"explained": named.get(one.latent)} for one in found]

@@ -12,6 +12,7 @@ from lmm_sae_nb.asked import Answer, Outcome
 from lmm_sae_nb.cache import LatentCache, write_cache
 from lmm_sae_nb.explain import (
     Explanation,
+    LazyExemplars,
     as_rows,
     exemplars,
     explain_latents,
@@ -96,6 +97,15 @@ def test_of_images_with_the_same_pixels_one_is_shown_and_another_takes_its_place
     assert [exemplar.image_index for exemplar in found] == [3, 2]
     assert found[1].activation.max() == 26  # its own map, not that of the one left out
     assert len(exemplars(LatentCache.load(tmp_path), pictures, 0, n_top=5)) == 3
+
+
+def test_lazy_exemplars_are_made_at_each_look_and_only_of_their_latents():
+    looked = []
+    lazy = LazyExemplars(lambda latent: looked.append(latent) or [latent] * 2, [7, 3])
+    assert (list(lazy), len(lazy), looked) == ([7, 3], 2, [])
+    assert list(lazy.values()) == [[7, 7], [3, 3]] and lazy[3] == [3, 3] and looked == [7, 3, 3]
+    with pytest.raises(KeyError, match="5"):
+        lazy[5]
 
 
 def test_what_becomes_of_a_latent_is_what_the_last_who_was_asked_says(cache):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from lmm_sae_nb.artifacts import open_tensors, save_tensors
-from lmm_sae_nb.lmm import LMM, Prompt, require_own
+from lmm_sae_nb.lmm import LMM, Prompt, before, require_own
 from lmm_sae_nb.sae import Latents, TopKSAE
 from lmm_sae_nb.train import KINDS
 
@@ -98,6 +97,7 @@ def difference(lmm: LMM, choice: Decision) -> Float[Tensor, " batch"]:
 class _Parts(NamedTuple):
     """The layer's output taken apart: x = W_dec^T z + b_dec + error at the tokens where the SAE is spliced in."""
 
+    hidden: Float[Tensor, "1 tokens width"]  # the layer's output as it is
     mask: Bool[Tensor, " tokens"]
     latents: Latents
     error: Float[Tensor, "tokens width"]  # 0 where it is dropped
@@ -105,12 +105,13 @@ class _Parts(NamedTuple):
 
 
 @torch.no_grad()
-def _taken_apart(sae: TopKSAE, mask: Tensor, hidden: Float[Tensor, "1 tokens width"], keep_error: bool) -> _Parts:
+def _clean_parts(lmm: LMM, sae: TopKSAE, layer: int, choice: Decision, mask: Tensor, keep_error: bool) -> _Parts:
+    hidden = lmm.hidden_states(lmm.entered(choice.prompt), layer)
     x = hidden[0, mask].float()
     latents = sae.encode(x)
     x_hat = sae.decode(latents)
     error = x - x_hat if keep_error else torch.zeros_like(x)
-    return _Parts(mask, latents, error, x_hat + error)
+    return _Parts(hidden, mask, latents, error, x_hat + error)
 
 
 def _put(mask: Tensor, states: Float[Tensor, "*versions tokens width"], hidden: Tensor) -> Tensor:
@@ -128,11 +129,20 @@ def _require_ready(lmm: LMM, sae: TopKSAE, layer: int, choice: Decision, spliced
     return mask[0].to(lmm.device)
 
 
-def _slope(lmm: LMM, layer: int, choice: Decision, mask: Tensor, states: Float[Tensor, "versions tokens width"]):
-    """The gradients of d in several versions of the layer's spliced states, side by side."""
+def _d(lmm: LMM, choice: Decision, decoded: Float[Tensor, "versions tokens width"]) -> Float[Tensor, " versions"]:
+    """d after the last token, from what the decoder puts out."""
+    logits = lmm.head(decoded[:, -1])
+    return logits[:, choice.answer] - logits[:, choice.baseline]
+
+
+def _slope(
+    lmm: LMM, layer: int, choice: Decision, parts: _Parts, states: Float[Tensor, "*versions tokens width"]
+) -> tuple[Tensor, Float[Tensor, " versions"]]:
+    """The gradients of d in versions of the layer's spliced states, side by side, and each version's d."""
     states = states.detach().requires_grad_()
-    with torch.enable_grad(), lmm.spliced(layer, partial(_put, mask, states)):
-        return torch.autograd.grad(difference(lmm, choice).sum(), states)[0]
+    with torch.enable_grad():
+        d = _d(lmm, choice, lmm.above(choice.prompt, layer, _put(parts.mask, states, parts.hidden)))
+        return torch.autograd.grad(d.sum(), states)[0], d.detach()
 
 
 class _Clean:
@@ -141,24 +151,10 @@ class _Clean:
     """
 
     def __init__(self, lmm: LMM, sae: TopKSAE, layer: int, choice: Decision, mask: Tensor, keep_error: bool):
-        self._lmm, self._layer, self._choice = lmm, layer, choice
-        self._entered, self._cache = {}, DynamicCache()
-        decoder = lmm.model.get_decoder()
-
-        def enter(module, args, kwargs):
-            self._entered = dict(kwargs)
-            return args, kwargs | {"past_key_values": self._cache, "use_cache": True}
-
-        def splice(hidden: Tensor) -> Tensor:
-            self.parts = _taken_apart(sae, mask, hidden, keep_error)
-            return _put(mask, self.parts.states, hidden)
-
-        handle = decoder.register_forward_pre_hook(enter, with_kwargs=True)
-        try:
-            with lmm.spliced(layer, splice):
-                self.d = float(difference(lmm, choice)[0])
-        finally:
-            handle.remove()
+        self._lmm, self._layer, self._choice, self._cache = lmm, layer, choice, DynamicCache()
+        self.parts = parts = _clean_parts(lmm, sae, layer, choice, mask, keep_error)
+        states = _put(mask, parts.states, parts.hidden)
+        self.d = float(_d(lmm, choice, lmm.above(choice.prompt, layer, states, self._cache))[0])
 
     def wanted(self, pairs: Bool[Tensor, "tokens k"] | None) -> Bool[Tensor, "spliced k"]:
         """Which of the spliced tokens' latents are active and asked for."""
@@ -183,19 +179,9 @@ class _Clean:
     def again(self, first: int, versions: Float[Tensor, "versions tokens width"]) -> Float[Tensor, " versions"]:
         """d with these states at the spliced tokens from the `first` of them on."""
         start = int(self.parts.mask.nonzero()[first])
-        cache = DynamicCache()
-        for number, kept in enumerate(self._cache.layers if start else ()):
-            before = [part[:, :, :start] for part in (kept.keys, kept.values)]
-            many = len(versions) if number > self._layer else 1
-            cache.update(*(part.expand(many, -1, -1, -1) for part in before), number)
-        inputs = self._entered | {"past_key_values": cache, "use_cache": True}
-        inputs["inputs_embeds"] = inputs["inputs_embeds"][:, start:]
-        if inputs.get("position_ids") is not None:  # the last axis: mrope has three positions a token
-            inputs["position_ids"] = inputs["position_ids"][..., start:]
-        with self._lmm.spliced(self._layer, partial(_put, self.parts.mask[start:], versions)):
-            last = self._lmm.model.get_decoder()(**inputs).last_hidden_state[:, -1]
-        logits = self._lmm.model.get_output_embeddings()(last).float()
-        return logits[:, self._choice.answer] - logits[:, self._choice.baseline]
+        states = _put(self.parts.mask[start:], versions, self.parts.hidden[:, start:])
+        cache = before(self._cache, start, len(versions)) if start else None
+        return _d(self._lmm, self._choice, self._lmm.above(self._choice.prompt, self._layer, states, cache))
 
 
 def _rows_dot(gradient: Float[Tensor, "tokens width"], sae: TopKSAE, indices: Int64[Tensor, "tokens k"]) -> Tensor:
@@ -276,18 +262,10 @@ def _gradient(
     lmm: LMM, sae: TopKSAE, layer: int, choice: Decision, keep_error: bool, spliced: Sequence[str]
 ) -> tuple[_Parts, Float[Tensor, "tokens width"], float]:
     """The clean run, with the gradient of d in what it spliced in, and d: one forward and one backward."""
-    mask, made = _require_ready(lmm, sae, layer, choice, spliced), []
-
-    def splice(hidden: Tensor) -> Tensor:
-        parts = _taken_apart(sae, mask, hidden, keep_error)
-        made[:] = parts, parts.states.requires_grad_()
-        return _put(mask, parts.states, hidden)
-
-    with torch.enable_grad(), lmm.spliced(layer, splice):
-        d = difference(lmm, choice)[0]
-        parts, states = made
-        (slope,) = torch.autograd.grad(d, states)
-    return parts, slope, float(d.detach())
+    mask = _require_ready(lmm, sae, layer, choice, spliced)
+    parts = _clean_parts(lmm, sae, layer, choice, mask, keep_error)
+    slope, d = _slope(lmm, layer, choice, parts, parts.states)
+    return parts, slope, float(d[0])
 
 
 def integrated(
@@ -309,15 +287,13 @@ def integrated(
     if min(steps, batch) < 1:
         raise ValueError(f"{steps} steps of integration, {batch} at a time; give at least 1 of each")
     mask = _require_ready(lmm, sae, layer, choice, spliced)
-    with torch.no_grad():
-        hidden = lmm.hidden_states(choice.prompt, layer)
-        parts = _taken_apart(sae, mask, hidden, keep_error)
-        way = parts.states - sae.b_dec
-        slope = torch.zeros_like(way)
+    parts = _clean_parts(lmm, sae, layer, choice, mask, keep_error)
+    way = parts.states - sae.b_dec.detach()
+    slope = torch.zeros_like(way)
     for some in ((torch.arange(steps, device=way.device) + 0.5) / steps).split(batch):
-        slope += _slope(lmm, layer, choice, mask, sae.b_dec + way * some[:, None, None]).sum(0) / steps
-    with torch.no_grad(), lmm.spliced(layer, partial(_put, mask, parts.states)):
-        clean = float(difference(lmm, choice)[0])
+        slope += _slope(lmm, layer, choice, parts, sae.b_dec + way * some[:, None, None])[0].sum(0) / steps
+    with torch.no_grad():
+        clean = float(_d(lmm, choice, lmm.above(choice.prompt, layer, _put(mask, parts.states, parts.hidden)))[0])
         values = parts.latents.acts * _rows_dot(slope, sae, parts.latents.indices)
         return _whole(parts, values, (slope * parts.error).sum(-1), torch.zeros_like(slope[:, 0]), clean)
 
@@ -332,15 +308,15 @@ def exact(
     *,
     keep_error: bool = True,
     spliced: Sequence[str] = KINDS,
-    batch: int = 32,
+    batch: int = 4,
     store: str | Path | None = None,
 ) -> Float[Tensor, "tokens k"]:
     """-I by definition: silence one latent at one token, run, compare; NaN where it was not asked for.
 
     pairs: which of the clean run's latents, laid out as in `Attribution.latents`; by default all that are active.
-    Tokens before a version's are not run again; `batch` versions run side by side, with the SAE and what is below it
-    once for all. store: a file that keeps what is done, so that a run cut short goes on; ValueError if it is of another
-    decision, model or SAE.
+    Tokens before a version's are not run again, nor the layers up to this one; `batch` versions run side by side, from
+    the first one's token on. store: a file that keeps what is done, so that a run cut short goes on; ValueError if it
+    is of another decision, model or SAE.
     """
     clean = _Clean(lmm, sae, layer, choice, _require_ready(lmm, sae, layer, choice, spliced), keep_error)
     wanted = clean.wanted(pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -13,12 +14,13 @@ from PIL import Image
 from scipy.stats import binomtest
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import DynamicCache
 
 from lmm_sae_nb.attribution import clamping, decision
 from lmm_sae_nb.cache import LatentCache
-from lmm_sae_nb.lmm import LMM, require_own
+from lmm_sae_nb.lmm import LMM, Prompt, before, require_own
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.steering import Edit, Scope, steered_states
+from lmm_sae_nb.steering import Edit, Scope, steered_versions
 from lmm_sae_nb.tokens import KINDS
 
 Edits = tuple[Edit, ...]
@@ -96,11 +98,12 @@ def shown_text(
 
     A concept's share is that of the activation, over all top images, on its pixels; `least` is what one must have.
     """
-    found = {}
+    rows = rows.select_columns([kind]) if hasattr(rows, "select_columns") else rows  # a row's every picture is decoded
+    label_map, found = lru_cache(256)(lambda image: np.asarray(rows[image][kind])), {}
     for latent in latents:
         shares, images = np.zeros(1 + len(names)), cache.top(latent)
         for rank, (image, _) in enumerate(images):
-            labels, activation = np.asarray(rows[image][kind]), np.asarray(cache.patch_map(latent, rank))
+            labels, activation = label_map(image), np.asarray(cache.patch_map(latent, rank))
             sides = np.array(labels.shape) // activation.shape
             on_pixels = np.kron(activation / activation.sum(), np.ones(sides)) / sides.prod()
             shares += np.bincount(labels.ravel(), on_pixels.ravel(), minlength=len(shares)) / len(images)
@@ -125,17 +128,25 @@ def promising(
     return total
 
 
-def trials(ranked: Sequence[int], maxima: Sequence[float], values: Sequence[float], together: int) -> list[Edits]:
-    """What to try: nothing; each of these latents at each multiple of its maximum; the first 2 to `together` at once.
+def of_words(text: Mapping[int, str], predicted: Float[Tensor, " n_latents"]) -> dict[str, list[int]]:
+    """The latents that stand for one word, for each word, the words by what their latents together promise."""
+    found: dict[str, list[int]] = {}
+    for latent, word in sorted(text.items()):
+        found.setdefault(word, []).append(latent)
+    return dict(sorted(found.items(), key=lambda item: -float(predicted[item[1]].sum())))
 
-    The value of several at once is shared among them.
-    """
-    found: list[Edits] = [()]
+
+def trials(
+    groups: Sequence[Sequence[int]], maxima: Sequence[float], values: Sequence[float], together: int
+) -> list[Edits]:
+    """What to try: nothing; each of these groups of latents, and the first 2 to `together` groups at once, at each
+    multiple of every latent's own maximum."""
+    found: dict[Edits, None] = {(): None}
+    first = [sum(map(list, groups[:many]), []) for many in range(2, min(together, len(groups)) + 1)]
     for value in values:
-        found += [(Edit(n, value * float(maxima[n])),) for n in ranked]
-        for many in range(2, min(together, len(ranked)) + 1):
-            found.append(tuple(Edit(n, value / many * float(maxima[n])) for n in ranked[:many]))
-    return found
+        for latents in (*groups, *first):
+            found[tuple(Edit(n, value * float(maxima[n])) for n in dict.fromkeys(latents))] = None
+    return list(found)
 
 
 # ---- what they do ---------------------------------------------------------------------------------------------
@@ -163,35 +174,47 @@ def verdicts(
 ) -> Verdicts:
     """The first token of each case's answer under each setting: None is the untouched model, () the SAE spliced in.
 
-    One forward's last logits tell it, for the answers differ in their first token. Layers up to `layer` run once for
-    `at_once` settings, which run side by side from there on. ValueError for answers that are not one token each.
+    One forward's last logits tell it, for the answers differ in their first token. Layers up to `layer` run once, and
+    what is above them once for the first setting; of the others, `at_once` of them side by side, only what follows the
+    first token whose state they change: a clamp at the words of a question costs these words. ValueError for answers
+    that are not one token each.
     """
     require_own(lmm, sae, layer)
     margin, answered = (torch.zeros(len(settings), len(cases)) for _ in range(2))
     right = torch.zeros(len(settings), len(cases), dtype=torch.bool)
     for n, case in enumerate(tqdm(cases, desc="answering", mininterval=2, disable=len(cases) < 50)):
         choice = decision(lmm, case.question, case.image, case.right, case.tempting)
+        hidden = lmm.hidden_states(lmm.entered(choice.prompt), layer)[0]
         spliced, steered = (
             mask[0].to(lmm.device) for mask in (choice.prompt.mask(*KINDS), scope.of_prompt(choice.prompt))
         )
-        for start in range(0, len(settings), at_once):
-            some = settings[start : start + at_once]
-
-            def versions(hidden: Tensor, some=some, spliced=spliced, steered=steered) -> Tensor:
-                out = hidden.repeat(len(some), 1, 1)
-                for version, edits in zip(out, some, strict=True):
-                    if edits is not None:
-                        own = steered_states(sae, hidden[0, spliced], edits, steered[spliced], keep_error)
-                        version[spliced] = own.to(hidden.dtype)
-                return out
-
-            with lmm.spliced(layer, versions):
-                logits = lmm.last_logits(choice.prompt).cpu()
-            rows = slice(start, start + len(some))
-            margin[rows, n] = logits[:, choice.answer] - logits[:, choice.baseline]
-            answered[rows, n] = logits.argmax(-1).float()
-            right[rows, n] = logits.argmax(-1) == choice.answer
+        versions = hidden.repeat(len(settings), 1, 1)
+        if changed := [s for s, edits in enumerate(settings) if edits is not None]:
+            edits = [settings[s] for s in changed]
+            own = steered_versions(sae, hidden[spliced], edits, steered[spliced], keep_error).to(hidden.dtype)
+            versions[torch.tensor(changed)[:, None], spliced.nonzero()[:, 0]] = own
+        logits = _last_logits(lmm, choice.prompt, layer, versions, at_once).cpu()
+        margin[:, n] = logits[:, choice.answer] - logits[:, choice.baseline]
+        answered[:, n] = logits.argmax(-1).float()
+        right[:, n] = logits.argmax(-1) == choice.answer
     return Verdicts(margin, answered.long(), right)
+
+
+def _last_logits(
+    lmm: LMM, prompt: Prompt, layer: int, versions: Float[Tensor, "versions tokens width"], at_once: int
+) -> Float[Tensor, "versions vocab"]:
+    """The logits after the last token where the layer puts out these versions of its states."""
+    cache = DynamicCache()
+    first = lmm.head(lmm.above(prompt, layer, versions[:1], cache)[:, -1])
+    logits = first.repeat(len(versions), 1)
+    differs = (versions != versions[0]).any(-1)
+    start = torch.where(differs.any(1), differs.int().argmax(1), len(versions[0]))
+    others = [n for n in start.argsort(stable=True).tolist() if start[n] < len(versions[0])]
+    for some in (others[n : n + at_once] for n in range(0, len(others), at_once)):
+        begin = int(start[some[0]])
+        kept = before(cache, begin, len(some)) if begin else None
+        logits[some] = lmm.head(lmm.above(prompt, layer, versions[some, begin:], kept)[:, -1])
+    return logits
 
 
 class Share(NamedTuple):
@@ -214,17 +237,53 @@ def share(hits: Bool[Tensor, " n"], level: float = 0.99) -> Share:
     return Share(float(hits.float().mean()), float(low), float(high), len(hits))
 
 
-def choose(found: Verdicts, settings: Sequence[Edits], harmed_at_most: float) -> int:
-    """Which setting turns most wrong answers right among those that turn at most this share of right ones wrong.
+class Tried(NamedTuple):
+    """What a setting did to the cases that it was tried on; harmed is None where no right case was asked."""
 
-    settings[0] is (), what the others are compared with. Among equals the one with the fewest latents, then with the
-    highest mean margin over all cases.
+    edits: Edits
+    cured: float  # share of the wrong answers
+    shift: float  # mean change of their margin, in logits
+    harmed: float | None  # share of the right answers
+
+
+def search(
+    lmm: LMM,
+    sae: TopKSAE,
+    layer: int,
+    wrong: Sequence[Case],
+    good: Sequence[Case],
+    settings: Sequence[Edits],
+    harmed_at_most: float,
+    scope: Scope = Scope(),  # noqa: B008
+    *,
+    keep_error: bool = True,
+    at_once: int = 4,
+) -> tuple[Edits, list[Tried]]:
+    """The setting that turns most wrong answers right of those that turn at most this share of right ones wrong.
+
+    All are tried on the wrong cases; on the right ones, `at_once` of them in order of what they cured, only until one
+    is within the limit, for those behind it cure less. Among equals the one with the fewest latents is ahead, then the
+    one with the largest shift. (), which does nothing, is settings[0] and is chosen if no other will do; wrong and
+    right are the answers under it. ValueError for no wrong or no right answer, or another first setting.
     """
-    before = found.right[0]
-    wrong, good = int((~before).sum()), max(1, int(before.sum()))
-    if settings[0] != () or not wrong:
-        raise ValueError(f"{wrong} wrong answers to cure, the first setting is {settings[0]}; give some, and () first")
-    harmed = (before & ~found.right).sum(1) / good
-    cured = (~before & found.right).sum(1)
-    allowed = [n for n in range(len(settings)) if float(harmed[n]) <= harmed_at_most]
-    return max(allowed, key=lambda n: (int(cured[n]), -len(settings[n]), float(found.margin[n].mean())))
+    if not len(wrong) or not len(good) or settings[0] != ():
+        raise ValueError(
+            f"{len(wrong)} wrong answers to cure, {len(good)} right ones to keep, the first setting is {settings[0]}; "
+            "give some of both, and () first"
+        )
+    found = verdicts(lmm, sae, layer, wrong, settings, scope, keep_error=keep_error)
+    fooled = ~found.right[0]
+    cured = (fooled & found.right).sum(1) / max(1, int(fooled.sum()))
+    shift = (found.margin - found.margin[0]).mean(1)
+    order = sorted(range(len(settings)), key=lambda n: (-float(cured[n]), len(settings[n]), -float(shift[n])))
+    order, harmed = order[: order.index(0)], {0: 0.0}  # what is behind () cures nothing
+    for start in range(0, len(order), at_once):
+        some = order[start : start + at_once]
+        kept = verdicts(lmm, sae, layer, good, [(), *(settings[n] for n in some)], scope, keep_error=keep_error).right
+        lost = (kept[0] & ~kept[1:]).sum(1) / max(1, int(kept[0].sum()))
+        harmed |= dict(zip(some, lost.tolist(), strict=True))
+        if min(lost.tolist()) <= harmed_at_most:
+            break
+    best = next((n for n in order if n in harmed and harmed[n] <= harmed_at_most), 0)
+    told = [Tried(edits, float(cured[n]), float(shift[n]), harmed.get(n)) for n, edits in enumerate(settings)]
+    return settings[best], told

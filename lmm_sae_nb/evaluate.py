@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmm_sae_nb import hooks
+from lmm_sae_nb.hooks import Hidden
 from lmm_sae_nb.lmm import LMM, Prompt, require_own
 from lmm_sae_nb.sae import TopKSAE, require_finite
 from lmm_sae_nb.tokens import KINDS, prompts, token_mask
@@ -72,22 +71,17 @@ def evaluate_saes(
     layers, clean = sorted({layer for _, layer in studied.values()}), []
     asked = prompts(lmm, samples, range(len(samples)), batch_samples)
     for prompt in tqdm(asked, desc="evaluating", total=-(-len(samples) // batch_samples), mininterval=2):
-        mask = token_mask(prompt, kinds)
-        if losses:
-            with ExitStack() as reads:
-                outputs = {layer: reads.enter_context(hooks.read(lmm.layer(layer))) for layer in layers}
-                clean.append(lmm.cross_entropy(prompt))
-            hidden = {layer: output.value for layer, output in outputs.items()}
-        else:
-            hidden = lmm.hidden_states(prompt, layers)
-        states = {layer: hidden.pop(layer)[mask].float() for layer in layers}
+        mask, hidden = token_mask(prompt, kinds), lmm.hidden_states(lmm.entered(prompt), layers)
+        if losses:  # what follows the last of the layers, and then for each what follows it with its states replaced
+            clean.append(lmm.cross_entropy(prompt, lmm.above(prompt, layers[-1], hidden[layers[-1]])))
+        states = {layer: hidden[layer][mask].float() for layer in layers}
         for layer, x in states.items():
             require_finite(x, f"hidden states of layer {layer}")
         of_kind = {kind: token_mask(prompt, [kind])[mask] for kind in kinds}
         for one in found.values():
             x_hat = one.add(states[one.layer], of_kind)
             for name, value in {"spliced": x_hat, "zero": torch.zeros_like(x_hat)}.items() if losses else ():
-                one.losses[name].append(_spliced_loss(lmm, prompt, one.layer, mask, value))
+                one.losses[name].append(_spliced_loss(lmm, prompt, one.layer, hidden[one.layer], mask, value))
     return {name: one.told(clean) for name, one in found.items()}
 
 
@@ -124,13 +118,10 @@ class _Measured:
         }  # fmt: skip
 
 
-def _spliced_loss(lmm: LMM, prompt: Prompt, layer: int, mask: Tensor, value: Tensor) -> Float[Tensor, " batch"]:
+def _spliced_loss(
+    lmm: LMM, prompt: Prompt, layer: int, hidden: Hidden, mask: Tensor, value: Tensor
+) -> Float[Tensor, " batch"]:
     """Cross-entropy of the answers with `value` at the masked tokens of the layer's output."""
-
-    def splice(hidden: Tensor) -> Tensor:
-        out = hidden.clone()
-        out[mask] = value.to(out.dtype)
-        return out
-
-    with lmm.spliced(layer, splice):
-        return lmm.cross_entropy(prompt)
+    spliced = hidden.clone()
+    spliced[mask] = value.to(hidden.dtype)
+    return lmm.cross_entropy(prompt, lmm.above(prompt, layer, spliced))

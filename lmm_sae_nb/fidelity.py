@@ -21,7 +21,7 @@ from lmm_sae_nb.steering import steered
 @torch.no_grad()
 def own_decision(lmm: LMM, text: str, image: Image.Image | None) -> Decision:
     """The choice that the untouched model itself makes: its first token, against the runner-up."""
-    prompt = lmm.prompt(text, image)
+    prompt = lmm.entered(lmm.prompt(text, image))
     answer, baseline = lmm.last_logits(prompt)[0].topk(2).indices.tolist()
     return Decision(prompt, answer, baseline)
 
@@ -58,14 +58,19 @@ def some_pairs(
 
 
 def cost(lmm: LMM, sae: TopKSAE, layer: int, choice: Decision, repetitions: int = 9) -> dict[str, float]:
-    """Medians of alternating repetitions, in seconds: one forward of the spliced model, and `linear` for all pairs."""
+    """Medians of alternating repetitions, in seconds: one forward of the spliced model, and `linear` for all pairs.
+
+    Both from the pixels on, as if nothing were known of the prompt yet.
+    """
     seconds: dict[str, list[float]] = {"forward_seconds": [], "linear_seconds": []}
     linear(lmm, sae, layer, choice)  # what is compiled is compiled now
     for _ in range(repetitions):
+        choice.prompt.entry = None
         started = time.perf_counter()
         with torch.no_grad(), steered(lmm, sae, layer, choice.prompt, keep_error=True):
             difference(lmm, choice)
         seconds["forward_seconds"].append(time.perf_counter() - started)
+        choice.prompt.entry = None
         started = time.perf_counter()
         linear(lmm, sae, layer, choice)
         seconds["linear_seconds"].append(time.perf_counter() - started)

@@ -1,11 +1,11 @@
-"""Read, rewrite or stop at one module's output, or cut its input short, as context managers.
+"""Read, rewrite or stop at one module's output, cut its input short, or leave layers out, as context managers.
 
 The only code that knows that a decoder layer may return its hidden states bare or as the first element of a
 tuple (transformers has done both). Hooks live inside a `with` only, and go when it ends, by an error too.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,3 +120,32 @@ def truncate(decoder: nn.Module, tokens: int) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def entry(decoder: nn.Module, run: Callable[[], object]) -> dict[str, Any]:
+    """What a decoder is called with, by keyword, when `run` gets there; the forward ends with that."""
+    called = {}
+
+    def halt(module, args, kwargs):
+        called.update(kwargs)
+        raise _Stop(stopped)
+
+    stopped = Captured()
+    handle = decoder.register_forward_pre_hook(halt, with_kwargs=True)
+    try:
+        with suppress(_Stop):
+            run()
+    finally:
+        handle.remove()
+    return called
+
+
+@contextmanager
+def behind(decoder: nn.Module, layer: int) -> Iterator[None]:
+    """Let a decoder consist of what follows this layer alone: it takes the layer's output for its input."""
+    layers = decoder.layers
+    decoder.layers = layers[layer + 1 :]
+    try:
+        yield
+    finally:
+        decoder.layers = layers

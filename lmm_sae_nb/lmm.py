@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from os.path import commonprefix
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     BatchFeature,
+    Cache,
+    DynamicCache,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -32,7 +35,7 @@ from lmm_sae_nb.processors import load_processor
 from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.spans import KINDS, LAYOUTS, Grid, NoPatchGrid, Spans, layout_of, spans_of
 
-__all__ = ["KINDS", "LAYOUTS", "LMM", "NoPatchGrid", "Prompt", "Spans", "require_own"]
+__all__ = ["KINDS", "LAYOUTS", "LMM", "NoPatchGrid", "Prompt", "Spans", "before", "require_own"]
 
 # For families that were trained without a chat template.
 TEMPLATES = {
@@ -52,6 +55,7 @@ class Prompt:
     inputs: BatchFeature
     spans: list[Spans]
     answer_mask: Bool[Tensor, "batch tokens"] | None = None  # an answer and its end token; None: no answers
+    entry: dict[str, Any] | None = None  # what the decoder is called with, once `LMM.entered` has found out
 
     def mask(self, *kinds: str) -> Bool[Tensor, "batch tokens"]:
         """Mark the tokens of any of these kinds, in every sample."""
@@ -294,8 +298,52 @@ class LMM:
                 reads.enter_context(hooks.truncate(self.model.get_decoder(), tokens))
             captured = {index: reads.enter_context(hooks.read(self.layer(index))) for index in earlier}
             with hooks.stop(self.layer(last)) as captured[last]:
-                self.model(**prompt.inputs, use_cache=False)
+                self._forward(prompt)
         return captured[layers].value if isinstance(layers, int) else {i: captured[i].value for i in wanted}
+
+    def _forward(self, prompt: Prompt):
+        """Run the model, or the decoder alone where it is known what that is called with."""
+        if prompt.entry is None:
+            return self.model(**prompt.inputs, use_cache=False)
+        return self.model.get_decoder()(**prompt.entry | {"use_cache": False})
+
+    @torch.no_grad()
+    def entered(self, prompt: Prompt) -> Prompt:
+        """The same prompt, which remembers from now on what the decoder is called with.
+
+        `hidden_states`, `last_logits` and `above` then leave out the vision tower and all else that is below the
+        decoder, which nothing that is spliced into its layers changes. It costs a copy of the embeddings.
+        """
+        if prompt.entry is None:
+            decoder = self.model.get_decoder()
+            prompt.entry = hooks.entry(decoder, lambda: self.model(**prompt.inputs, use_cache=False))
+        return prompt
+
+    def above(
+        self, prompt: Prompt, layer: int, states: Float[Tensor, "versions tokens width"], cache: Cache | None = None
+    ) -> Float[Tensor, "versions tokens width"]:
+        """What the decoder puts out, behind its last norm, where this layer puts out these states (eq. 6).
+
+        Nothing up to the layer is run. states: of the whole batch, or of one sample in several versions side by side.
+        With fewer tokens than the prompt has they are its last ones, and `cache` knows those before them (`before`); an
+        empty cache is filled. Differentiable in the states.
+        """
+        self.layer(layer)
+        entry = self.entered(prompt).entry
+        start = entry["inputs_embeds"].shape[1] - states.shape[1]
+        inputs = entry | {"inputs_embeds": states.to(entry["inputs_embeds"].dtype)}
+        inputs |= {"past_key_values": cache, "use_cache": cache is not None}
+        if (mask := entry.get("attention_mask")) is not None:
+            inputs["attention_mask"] = mask.expand(len(states), -1)
+        if entry.get("position_ids") is not None:  # the last axis: mrope has three positions a token
+            inputs["position_ids"] = entry["position_ids"][..., start:]
+        decoder = self.model.get_decoder()
+        with hooks.behind(decoder, layer):
+            return decoder(**inputs).last_hidden_state
+
+    def head(self, decoded: Float[Tensor, "*any width"]) -> Float[Tensor, "*any vocab"]:
+        """Next-token logits, in float32, of what the decoder puts out."""
+        return self.model.get_output_embeddings()(decoded).float()
 
     def spliced(self, layer: int, fn: Callable[[Hidden], Hidden]) -> AbstractContextManager[None]:
         """Run every forward in the `with` with `fn` of this layer's output in its place (eq. 6).
@@ -310,16 +358,21 @@ class LMM:
 
     def last_logits(self, prompt: Prompt) -> Float[Tensor, "batch vocab"]:
         """Give the next-token logits after the last token alone, in float32; differentiable likewise."""
+        if prompt.entry:
+            return self.head(self._forward(prompt).last_hidden_state[:, -1])
         accepted = inspect.signature(self.model.forward).parameters
         kept = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         return self.model(**prompt.inputs, use_cache=False, **kept).logits[:, -1].float()
 
-    def cross_entropy(self, prompt: Prompt) -> Float[Tensor, " batch"]:
-        """Give each sample's mean cross-entropy over its answer's tokens, in nats."""
+    def cross_entropy(self, prompt: Prompt, decoded: Hidden | None = None) -> Float[Tensor, " batch"]:
+        """Give each sample's mean cross-entropy over its answer's tokens, in nats; decoded: as `above` gives it."""
         if prompt.answer_mask is None:
             raise ValueError("this prompt has no answers; make it with prompt(texts, images, answers=...)")
         answers = prompt.answer_mask[:, 1:]  # the token before it predicts a token
-        logits = self.model(**prompt.inputs, use_cache=False).logits[:, :-1][answers].float()
+        if decoded is None:
+            logits = self.model(**prompt.inputs, use_cache=False).logits[:, :-1][answers].float()
+        else:
+            logits = self.head(decoded[:, :-1][answers])
         losses = F.cross_entropy(logits, prompt.inputs["input_ids"][:, 1:][answers], reduction="none")
         return torch.stack([sample.mean() for sample in losses.split(answers.sum(1).tolist())])
 
@@ -329,6 +382,18 @@ class LMM:
         tokens = self.model.generate(**prompt.inputs, max_new_tokens=max_new_tokens, **settings)
         new = tokens[:, prompt.inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def before(cache: DynamicCache, start: int, versions: int) -> DynamicCache:
+    """Keys and values of the first `start` tokens alone, as often as there are versions of what follows."""
+    kept = DynamicCache()
+    for number, layer in enumerate(cache.layers if start else ()):
+        if layer.is_initialized:
+            parts = (part[:, :, :start].expand(versions, -1, -1, -1) for part in (layer.keys, layer.values))
+        else:  # below what was run; the decoder asks its first layer how many tokens there were
+            parts = (torch.zeros(1, 1, start, 1) for _ in range(2))
+        kept.update(*parts, number)
+    return kept
 
 
 def require_own(lmm: LMM, sae: TopKSAE, layer: int) -> None:

@@ -87,30 +87,45 @@ class Scope:
         return "generated" in self.phases and "text" in self.kinds
 
 
+Setting = Sequence[Edit]  # what is done at once to one sample
+
+
 # ---- eq. 3-6 --------------------------------------------------------------------------------------------------
 
 
-def steer_latents(sae: TopKSAE, x: Float[Tensor, "tokens width"], edits: Sequence[Edit]) -> Latents:
+def steer_latents(
+    sae: TopKSAE, x: Float[Tensor, "tokens width"], edits: Sequence[Edit], highest: Latents | None = None
+) -> Latents:
     """z_hat = TopK(z with the edits), eq. 3-5: k latents a token, of which an edited one must earn its place.
 
     Exact without the dense z: at most n edited latents leave the k + n highest, so the k highest of the others are
-    among these. A token whose k-th latent is higher than the clamp keeps its latents. ValueError for a latent that the
-    SAE does not have, or two edits of one latent.
+    among these. A token whose k-th latent is higher than the clamp keeps its latents. highest: the highest latents of
+    each token, at least so many, where they are known. ValueError for a latent that the SAE does not have, or two edits
+    of one latent.
     """
     numbers = [edit.latent for edit in edits]
     if wrong := [n for n in numbers if not 0 <= n < sae.n_latents]:
         raise ValueError(f"no latents {wrong}: the SAE has latents 0 to {sae.n_latents - 1}")
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"latents {sorted(numbers)} are edited more than once; give one edit for each")
-    others = sae.encode(x, k=min(sae.k + len(edits), sae.n_latents))
+    others = _highest(sae, x, len(edits)) if highest is None else highest
     edited = torch.tensor(numbers, device=x.device)
     rows, bias = sae.W_enc[edited], sae.b_enc[edited]
     own = ((x.to(rows.dtype) - sae.b_dec) @ rows.T + bias).relu()
     new = torch.stack([edit.apply(acts) for edit, acts in zip(edits, own.unbind(-1), strict=True)], -1)
     kept = torch.where(torch.isin(others.indices, edited), -1.0, others.acts)  # below every activation
     acts, indices = torch.cat([new, kept], -1), torch.cat([edited.expand(len(x), -1), others.indices], -1)
-    top = acts.topk(sae.k, dim=-1)
-    return Latents(top.values, indices.gather(-1, top.indices))
+    return _top(Latents(acts, indices), sae.k)
+
+
+def _highest(sae: TopKSAE, x: Float[Tensor, "tokens width"], edits: int) -> Latents:
+    """So many latents of each token that k are left when `edits` of them are not to count."""
+    return sae.encode(x, k=min(sae.k + edits, sae.n_latents))
+
+
+def _top(latents: Latents, k: int) -> Latents:
+    top = latents.acts.topk(k, dim=-1)
+    return Latents(top.values, latents.indices.gather(-1, top.indices))
 
 
 def steered_states(
@@ -125,12 +140,25 @@ def steered_states(
     Tokens that are not steered get the plain reconstruction, or with `keep_error` stay as they are. A token whose
     latents the edits do not change is, with `keep_error`, exactly x.
     """
-    base = sae.decode(_in_order(sae.encode(x)))
-    out = x.to(base.dtype) if keep_error else base
-    if edits and bool(steered.any()):
-        new = sae.decode(_in_order(steer_latents(sae, x[steered], edits)))
-        out = out.clone()
-        out[steered] = x[steered] + (new - base[steered]) if keep_error else new
+    return steered_versions(sae, x, [edits], steered, keep_error)[0]
+
+
+def steered_versions(
+    sae: TopKSAE,
+    x: Float[Tensor, "tokens width"],
+    settings: Sequence[Setting],
+    steered: Bool[Tensor, " tokens"],
+    keep_error: bool,
+) -> Float[Tensor, "settings tokens width"]:
+    """`steered_states` under each of several settings; the tokens are encoded once for all."""
+    highest = _highest(sae, x, max(map(len, settings)))
+    base = sae.decode(_in_order(_top(highest, sae.k)))
+    out = (x.to(base.dtype) if keep_error else base).repeat(len(settings), 1, 1)
+    own = Latents(*(part[steered] for part in highest))
+    for version, edits in zip(out, settings if bool(steered.any()) else (), strict=False):
+        if edits:
+            new = sae.decode(_in_order(steer_latents(sae, x[steered], edits, own)))
+            version[steered] = x[steered] + (new - base[steered]) if keep_error else new
     return out.to(x.dtype)
 
 
@@ -141,9 +169,6 @@ def _in_order(latents: Latents) -> Latents:
 
 
 # ---- the model, steered ---------------------------------------------------------------------------------------
-
-
-Setting = Sequence[Edit]  # what is done at once to one sample
 
 
 def _settings(edits: Setting | Sequence[Setting], samples: int) -> list[tuple[Edit, ...]]:

@@ -40,16 +40,17 @@ image: str = ""  # a picture of your own to be told in full; "" tells the first 
 question: str = ""  # about that picture
 answer: str = ""  # the answer to explain, one token
 baseline: str = ""  # the other answer, one token
-agreeing: int = 260  # held-out cases that agree with what was taught; of those that contradict it all are taken
+agreeing: int = 130  # held-out cases that agree with what was taught; of those that contradict it all are taken
 choose_cases: int = 160  # cases that the cure is chosen on
-attributed: int = 24  # wrong ones among them whose attribution ranks the latents
-looked_at: int = 200  # latents, the highest in that ranking, that are looked at for text in their top images
-tried: int = 4  # text latents that are tried
+attributed: int = 16  # wrong ones among them whose attribution ranks the latents
+looked_at: int = 2048  # latents, the highest in that ranking, that are looked at for text in their top images
+tried: int = 4  # words, the highest in that ranking, whose latents are tried, a word's all at once
 tried_on: int = 32  # wrong cases that they are tried on
-kept_on: int = 96  # right cases that they are tried on
-values: list = [2.0, 4.0]  # clamps, in units of a latent's own maximum
-together: int = 3  # text latents clamped at once, at most
-harmed_at_most: float = 0.01  # share of right answers that a chosen cure may turn wrong
+kept_on: int = 120  # right cases that the best of them are tried on
+values: list = [2.0, 4.0, 8.0]  # clamps, in units of a latent's own maximum
+together: int = 2  # words whose latents are clamped at once, at most
+clamped_kinds: list = ["base", "tiles"]  # kinds of tokens that are clamped
+harmed_at_most: float = 0.03  # share of right answers that a chosen cure may turn wrong
 keep_error: bool = True  # leave in what the SAE does not explain; False as in the paper
 price_questions: int = 120  # held-out questions of other families, answered in full before and after
 seed: int = 0  # of nothing but the choice of pictures shown
@@ -67,12 +68,23 @@ from lmm_sae_nb import attribution, cure, plots
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
 from lmm_sae_nb.attribution import decision, linear
 from lmm_sae_nb.cache import LatentCache
-from lmm_sae_nb.cure import cases_of, choose, promising, share, shown_text, text_latents, told_case, trials, verdicts
+from lmm_sae_nb.cure import (
+    cases_of,
+    of_words,
+    promising,
+    search,
+    share,
+    shown_text,
+    text_latents,
+    told_case,
+    trials,
+    verdicts,
+)
 from lmm_sae_nb.explain import exemplars
 from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.steering import Edit, steered
+from lmm_sae_nb.steering import Edit, Scope, steered
 
 root = project_root()
 plots.style()
@@ -106,18 +118,20 @@ print(f"{len(choosing)} cases to choose on, {len(reporting)} to report on, of th
 #    value would add to the right answer, silent latents too (`attribution.clamping`).
 # 2. Of those, only text latents stay, as in the paper: latents that notebook 03 named after text, and latents whose
 #    activation lies on written words by the ground truth, where there is one.
-# 3. The best are clamped in earnest, alone and together, and the one that cures most within the harm allowed is chosen.
+# 3. Latents that stand for the same word are clamped together, for a word is split over several. The best words are tried
+#    in earnest, alone and two at once, at several multiples of their latents' maxima; what cures most of the wrong cases is
+#    then tried on the right ones, in that order, until one keeps within the harm allowed: that one is chosen.
 
 # %%
 stage, code = Stage(run, "hallucination"), [attribution, cure]
 params = dict(
     model=model, layer=layer, traps=traps, heldout=heldout, text_kinds=text_kinds, text_words=text_words, agreeing=agreeing,
-    choose_cases=choose_cases, attributed=attributed, looked_at=looked_at, tried=tried, tried_on=tried_on, kept_on=kept_on, values=values, together=together,
+    choose_cases=choose_cases, attributed=attributed, looked_at=looked_at, tried=tried, tried_on=tried_on, kept_on=kept_on, values=values, together=together, clamped_kinds=clamped_kinds,
     harmed_at_most=harmed_at_most, keep_error=keep_error, price_questions=price_questions,
 )  # fmt: skip
 inputs = [path for path in (root / model, root / traps, root / heldout, root / concepts) if path.exists()]
 inputs += [Stage(run, name).path("manifest.json") for name in ("train", "cache", "interpret")]
-current = stage.is_current(params, inputs, code)
+current, scope = stage.is_current(params, inputs, code), Scope(tuple(clamped_kinds))
 started = time.monotonic()
 if not current:
     first = verdicts(lmm, sae, layer, choosing, [None])
@@ -125,76 +139,72 @@ if not current:
     good = [c for c, right in zip(choosing, first.right[0], strict=True) if right]
     if not wrong:
         raise ValueError("the model fell into no trap, there is nothing to cure; raise choose_cases")
-    predicted = promising(lmm, sae, layer, wrong[:attributed], max(values) * maxima)
+    predicted = promising(lmm, sae, layer, wrong[:attributed], max(values) * maxima, scope)
     elsewhere = {name for kind in names if kind not in text_kinds for name in names[kind]}  # "sad" is a face too
     vocabulary = [name for kind in text_kinds for name in names.get(kind, []) if name not in elsewhere]
     text = text_latents(explanations, vocabulary, text_words)
     named = len(text)
     for kind in set(text_kinds) & set(pictures.column_names):
-        text = shown_text(cache, pictures, kind, names[kind], predicted.topk(looked_at).indices.tolist()) | text
-    ranked = sorted(text, key=lambda n: -float(predicted[n]))[:tried]
-    settings = trials(ranked, maxima.tolist(), values, together)
-    tested = wrong[:tried_on] + good[:kept_on]
-    found = verdicts(lmm, sae, layer, tested, settings, keep_error=keep_error)
-    best = choose(found, settings, harmed_at_most)
-    shift = (found.margin - found.margin[0])[:, : len(wrong[:tried_on])].mean(1)
+        text = shown_text(cache, pictures, kind, names[kind], predicted.topk(min(looked_at, len(predicted))).indices.tolist()) | text
+    words = dict(islice(of_words(text, predicted).items(), tried))
+    settings = trials(list(words.values()), maxima.tolist(), values, together)
+    best, tests = search(lmm, sae, layer, wrong[:tried_on], good[:kept_on], settings, harmed_at_most, scope, keep_error=keep_error)
     write_json(
         stage.path("choice.json"),
         {
-            "cure": [[edit.latent, edit.value] for edit in settings[best]],
-            "text_latents": {str(n): text[n] for n in ranked},
-            "named_by_explanation": named,
-            "predicted": [float(predicted[s[0].latent]) if len(s) == 1 else None for s in settings],
+            "cure": [[edit.latent, edit.value] for edit in best],
+            "text_latents": {str(n): text[n] for latents in words.values() for n in latents},
+            "of_text": len(text), "named_by_explanation": named,
             "tried": [
                 {
-                    "latents": [edit.latent for edit in s],
-                    "times_maximum": [edit.value / float(maxima[edit.latent]) for edit in s],
-                    "cured": float((~found.right[0] & found.right[n]).sum() / (~found.right[0]).sum()),
-                    "harmed": float((found.right[0] & ~found.right[n]).sum() / found.right[0].sum()),
-                    "shift": float(shift[n]),
+                    "latents": [edit.latent for edit in test.edits],
+                    "times_maximum": max((edit.value / float(maxima[edit.latent]) for edit in test.edits), default=0.0),
+                    "foretold": sum(float(predicted[edit.latent]) for edit in test.edits),  # at the highest value
+                    "cured": test.cured, "harmed": test.harmed, "shift": test.shift,
                 }
-                for n, s in enumerate(settings)
+                for test in tests
             ],
         },
-    )
+    )  # fmt: skip
 choice = read_json(stage.path("choice.json"))
 chosen = tuple(Edit(latent, value) for latent, value in choice["cure"])
 for trial in choice["tried"]:
-    print(f"{str([(n, choice['text_latents'][str(n)]) for n in trial['latents']]):64s} x maximum {[round(t, 2) for t in trial['times_maximum']]}  cured {trial['cured']:.2f}  harmed {trial['harmed']:.2f}  shift {trial['shift']:+.2f}")
+    of = " and ".join(dict.fromkeys(choice["text_latents"][str(n)] for n in trial["latents"])) or "nothing"
+    harm = "harm not asked" if trial["harmed"] is None else f"harmed {trial['harmed']:.3f}"
+    print(f"{of:24s} {len(trial['latents']):2d} latents x maximum {trial['times_maximum']:.2g}  cured {trial['cured']:.2f}  shift {trial['shift']:+.2f}  {harm}")
 
-# %% mystnb={"figure": {"caption": "What attribution foretold and what clamping did: the mean change of the right answer's margin over the wrong cases, one text latent each at the highest value tried.", "name": "fig-foretold"}}
-alone = [n for n, t in enumerate(choice["tried"]) if len(t["latents"]) == 1 and abs(t["times_maximum"][0] - max(values)) < 1e-6]
+# %% mystnb={"figure": {"caption": "What attribution foretold and what clamping did: the mean change of the right answer's margin over the wrong cases, of every word and pair of words tried, at the highest value.", "name": "fig-foretold"}}
+strongest = [trial for trial in choice["tried"] if abs(trial["times_maximum"] - max(values)) < 1e-6]
 plots.agreement(
-    np.array([choice["tried"][n]["shift"] for n in alone]), {"foretold": np.array([choice["predicted"][n] for n in alone])}
+    np.array([trial["shift"] for trial in strongest]), {"foretold": np.array([trial["foretold"] for trial in strongest])}
 );
 
 # %% [markdown]
 # ## Report it, on held-out maps
 #
-# The chosen clamp acts on every token of the prompt that the SAE sees. *Cured*: hallucinations turned right. *Harmed*: right
+# The chosen clamp acts on the patches, of the base image and of the tiles: words are written there, and clamping the
+# question's words changes nothing (tried on the choosing half). *Cured*: hallucinations turned right. *Harmed*: right
 # answers turned wrong, on contradicting and on agreeing maps. The price on other questions: held-out ones of every family,
 # answered in full before and after. What the SAE does alone is a control.
 
 # %%
 if not current:
-    after = verdicts(lmm, sae, layer, reporting, [None, chosen], keep_error=keep_error)
+    after = verdicts(lmm, sae, layer, reporting, [None, (), chosen], scope, keep_error=keep_error)
     contradicts = torch.tensor([c.contradicts for c in reporting])
-    control = [c for c in reporting if c.contradicts][:100]
-    spliced = verdicts(lmm, sae, layer, control, [()], keep_error=keep_error)
     pictured = (row for row in others if row["image"] is not None and row.get("family") != "according")
     asked = list(islice(pictured, price_questions))
     said = {"before": [], "after": []}
     for batch in (asked[n : n + 24] for n in range(0, len(asked), 24)):
         prompt = lmm.prompt([row["question"] for row in batch], [row["image"] for row in batch])
         said["before"] += lmm.generate(prompt)
-        with steered(lmm, sae, layer, prompt, chosen, keep_error=keep_error):
+        with steered(lmm, sae, layer, prompt, chosen, scope, keep_error=keep_error):
             said["after"] += lmm.generate(prompt)
     expected = ["".join(row["answer"].lower().split()) for row in asked]
     right = {when: torch.tensor(["".join(a.lower().split()) == e for a, e in zip(answers, expected, strict=True)]) for when, answers in said.items()}
-    before, cured = after.right
+    before, spliced, cured = after.right
     shares = {
         "hallucination_rate": share(~before[contradicts]),
-        "hallucination_rate_spliced": share(~spliced.right[0]),
+        "hallucination_rate_spliced": share(~spliced[contradicts]),
         "hallucination_rate_after": share(~cured[contradicts]),
         "cured_fraction": share(cured[contradicts & ~before]),
         "harmed_fraction": share(~cured[before]),
@@ -272,7 +282,7 @@ HTML(plots.token_html(pieces, parts.of_tokens()[words].tolist()) + "".join(
 # And the cure on this case (Figures 8 and 10):
 
 # %%
-now = verdicts(lmm, sae, layer, [case], [None, (), chosen], keep_error=keep_error)
+now = verdicts(lmm, sae, layer, [case], [None, (), chosen], scope, keep_error=keep_error)
 for title, margin, token in zip(("untouched", "SAE spliced in", "clamped"), now.margin[:, 0].tolist(), now.answered[:, 0].tolist(), strict=True):
     print(f"{title:16s} says {lmm.tokenizer.decode(token):6s} margin of the right answer {margin:+.2f}")
 

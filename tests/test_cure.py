@@ -1,4 +1,4 @@
-"""Cures: cases from rows, text latents by name and by truth, side-by-side verdicts against one run each, the choice."""
+"""Cures: cases from rows, text latents by name and by truth, side-by-side verdicts against one run each, the search."""
 
 import numpy as np
 import pytest
@@ -10,10 +10,10 @@ from torch.testing import assert_close
 from lmm_sae_nb.attribution import clamping, decision
 from lmm_sae_nb.cure import (
     Case,
-    Verdicts,
     cases_of,
-    choose,
+    of_words,
     promising,
+    search,
     share,
     shown_text,
     text_latents,
@@ -30,7 +30,7 @@ LAYER = 1
 
 @pytest.fixture(scope="module")
 def lmm():
-    torch.manual_seed(0)
+    torch.manual_seed(4)  # it says y
     return LMM(*llava_next())
 
 
@@ -63,6 +63,13 @@ def test_side_by_side_verdicts_are_those_of_one_run_each(lmm, sae, keep_error):
             assert_close(found.margin[s, n], logits[choice.answer] - logits[choice.baseline], atol=1e-5, rtol=1e-4)
             assert int(found.answered[s, n]) == int(logits.argmax())
             assert bool(found.right[s, n]) == (int(logits.argmax()) == choice.answer)
+
+
+def test_settings_that_change_nothing_are_answered_as_the_first(lmm, sae):
+    alone = verdicts(lmm, sae, LAYER, CASES, [None])
+    nothing = verdicts(lmm, sae, LAYER, CASES, [None, (), (Edit(3, 0.0, "add"),)], keep_error=True)
+    for margin in nothing.margin:
+        assert_close(margin, alone.margin[0], atol=1e-5, rtol=1e-4)
 
 
 def test_promising_is_the_mean_of_clamping_within_scope(lmm, sae):
@@ -136,24 +143,61 @@ def test_latents_on_written_words_are_found_by_the_label_maps():
     assert shown_text(Cached(), rows, "word", ["no", "yes"], [0, 1], least=0.3) == {0: "yes"}
 
 
+def test_latents_of_one_word_go_together_the_best_word_first():
+    predicted = torch.tensor([0.1, 0.5, 0.2, 0.3, -1.0])
+    text = {4: "stop", 0: "exit", 2: "nile", 3: "nile", 1: "exit"}
+    assert of_words(text, predicted) == {"exit": [0, 1], "nile": [2, 3], "stop": [4]}
+
+
 def test_trials_are_alone_and_together_in_units_of_the_maximum():
-    found = trials([4, 2], [0, 0, 10.0, 0, 5.0], [2.0], together=3)
-    assert found == [(), (Edit(4, 10.0),), (Edit(2, 20.0),), (Edit(4, 5.0), Edit(2, 10.0))]
+    found = trials([[4], [2, 3]], [0, 0, 10.0, 1.0, 5.0], [2.0, 0.5], together=3)
+    strong, weak = ((Edit(4, 10.0),), (Edit(2, 20.0), Edit(3, 2.0))), ((Edit(4, 2.5),), (Edit(2, 5.0), Edit(3, 0.5)))
+    assert found == [(), *strong, sum(strong, ()), *weak, sum(weak, ())]
 
 
-def verdict(right) -> Verdicts:
-    right = torch.tensor(right, dtype=torch.bool)
-    return Verdicts(torch.zeros(right.shape), torch.zeros(right.shape, dtype=torch.long), right)
+def told(lmm, sae, cases, edits, scope):
+    """Whether each case is answered right, and by how much, one plain run each."""
+    margins, right = [], []
+    for case in cases:
+        choice = decision(lmm, case.question, case.image, case.right, case.tempting)
+        with torch.no_grad(), steered(lmm, sae, LAYER, choice.prompt, edits, scope, keep_error=True):
+            logits = lmm.last_logits(choice.prompt)[0]
+        margins.append(float(logits[choice.answer] - logits[choice.baseline]))
+        right.append(int(logits.argmax()) == choice.answer)
+    return torch.tensor(margins), torch.tensor(right)
 
 
-def test_the_cure_with_most_cured_within_the_harm_allowed_is_chosen():
-    settings = [(), (Edit(1, 1.0),), (Edit(2, 1.0),), (Edit(1, 1.0), Edit(2, 1.0))]
-    found = verdict([[0, 0, 1, 1], [1, 1, 1, 0], [1, 0, 1, 1], [1, 0, 1, 1]])
-    assert choose(found, settings, harmed_at_most=0.4) == 2  # the first harms half, the last needs two latents
-    assert choose(found, settings, harmed_at_most=0.5) == 1
-    assert choose(verdict([[0, 1], [1, 0], [1, 0], [1, 0]]), settings, 0.0) == 0  # nothing harmless cures
-    with pytest.raises(ValueError, match="0 wrong answers"):
-        choose(verdict([[1, 1]]), [()], 0.1)
+@pytest.mark.parametrize("harmed_at_most", [0.0, 0.5, 1.0])
+def test_the_search_takes_what_cures_most_within_the_harm_allowed(lmm, sae, harmed_at_most):
+    """Against every setting run on every case, of a model that says y."""
+    scope = Scope(("base", "text"))
+    settings = [(), *((Edit(n, value),) for value in (0.5, 30.0) for n in range(5))]
+    questions = "why ?", "how ?", "and how is it so ?", "a b c d e f g h ?"
+    good = [Case(noise(40, 40, n), question, "y", "n", False) for n, question in enumerate(questions)]
+    answers = verdicts(lmm, sae, LAYER, good[:1], settings, scope).answered[:, 0].tolist()
+    words = [word for word in map(lmm.tokenizer.decode, sorted(set(answers))) if word.isascii() and word.isalnum()]
+    wrong = [Case(noise(40, 40, n), "why ?", word, "y", True) for n, word in enumerate(words * 2) if word != "y"]
+    assert len(wrong) > 2
+    best, tried = search(lmm, sae, LAYER, wrong, good, settings, harmed_at_most, scope, at_once=2)
+    by_hand = {}
+    for edits in settings:
+        margins, right = told(lmm, sae, wrong, edits, scope)
+        kept = told(lmm, sae, good, edits, scope)[1]
+        by_hand[edits] = float(right.float().mean()), float((~kept).float().mean()), float(margins.mean())
+    for each in tried:
+        cured, harmed, margin = by_hand[each.edits]
+        assert each.cured == pytest.approx(cured)
+        assert each.shift == pytest.approx(margin - by_hand[()][2], abs=1e-4)
+        assert each.harmed is None or each.harmed == pytest.approx(harmed)
+    allowed = [edits for edits in settings if by_hand[edits][1] <= harmed_at_most]
+    assert by_hand[best][0] == max(by_hand[edits][0] for edits in allowed)
+
+
+def test_a_search_needs_something_to_cure_and_something_to_keep(lmm, sae):
+    with pytest.raises(ValueError, match="0 wrong answers to cure, 2 right"):
+        search(lmm, sae, LAYER, [], CASES, [()], 0.1)
+    with pytest.raises(ValueError, match="the first setting is"):
+        search(lmm, sae, LAYER, CASES, CASES, [(Edit(1, 1.0),)], 0.1)
 
 
 def test_share_is_wilsons():

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from models import noise
 from PIL import Image
 from tokenizers import processors
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from lmm_sae_nb.lmm import LAYOUTS, LMM
+from lmm_sae_nb.lmm import LAYOUTS, LMM, before
 
 EVERY_FAMILY = pytest.mark.parametrize("family", models.FAMILIES)
 
@@ -82,6 +82,45 @@ def test_samples_without_an_image_go_beside_those_with_one():
     batch = lmm.prompt(["Hello", "What?"], [None, noise()])
     alone = lmm.logits(lmm.prompt("Hello"))[0]
     torch.testing.assert_close(lmm.logits(batch)[0, -len(alone) :], alone, rtol=1e-4, atol=1e-4)
+
+
+@EVERY_FAMILY
+def test_what_is_above_a_layer_goes_on_from_its_states(family):
+    lmm = studied(family)
+    prompt = pair(lmm)
+    with torch.no_grad():
+        expected, seen = lmm.logits(prompt), ~prompt.mask("pad")
+        assert lmm.entered(prompt) is prompt
+        found = lmm.head(lmm.above(prompt, 0, lmm.hidden_states(prompt, 0)))
+        torch.testing.assert_close(lmm.last_logits(prompt), expected[:, -1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[seen], expected[seen], rtol=1e-4, atol=1e-5)
+    assert len(lmm.model.get_decoder().layers) == lmm.model.config.get_text_config().num_hidden_layers
+
+
+@EVERY_FAMILY
+def test_versions_of_the_last_tokens_need_no_earlier_ones_again(family):
+    lmm = studied(family)
+    prompt = lmm.prompt("And a question?", noise())
+    with torch.no_grad():
+        hidden, cache = lmm.hidden_states(lmm.entered(prompt), 0), DynamicCache()
+        lmm.above(prompt, 0, hidden, cache)
+        versions, start = hidden.repeat(3, 1, 1), hidden.shape[1] - 4
+        versions[1, start + 1] *= 2
+        versions[2, start:] = 0
+        whole = lmm.above(prompt, 0, versions)
+        part = lmm.above(prompt, 0, versions[:, start:], before(cache, start, 3))
+        for version, expected in zip(versions, whole, strict=True):
+            with lmm.spliced(0, lambda _, version=version: version[None]):
+                torch.testing.assert_close(lmm.head(expected), lmm.logits(prompt)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(part, whole[:, start:], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_come_back_after_an_error_above_them():
+    lmm = studied()
+    prompt = lmm.prompt("Hm", noise())
+    with pytest.raises(RuntimeError):
+        lmm.above(prompt, 0, torch.zeros(1, 3, lmm.width + 1))
+    assert len(lmm.model.get_decoder().layers) == lmm.model.config.get_text_config().num_hidden_layers
 
 
 def test_logits_are_float32_and_differentiable_in_what_is_spliced_in():

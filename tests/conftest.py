@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import hypothesis
@@ -29,12 +28,13 @@ QUIET = (
 )
 
 
-def pytest_configure():
+def pytest_configure(config):
+    config.pluginmanager.register(Pages())  # what is only in here is not heard of for a file of another folder
     os.environ["IPYTHONDIR"] = pages.quiet_kernels(pages.ROOT / "build" / "ipython")
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     """Units, then the book, then the notebooks; under --dist loadgroup one worker begins with the book, which is long.
 
@@ -52,28 +52,47 @@ def pytest_collection_modifyitems(config, items):
         item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
-def pytest_runtest_setup(item):
+class Pages:
     """A notebook is run on the results of its page, which the build runs first, from nothing, and what it reads too."""
-    if item.path.suffix == ".ipynb":
-        done = built(*(f"page:{each.path.stem}" for each in item.session.items if each.path.suffix == ".ipynb"))
-        assert done.returncode == 0, done.stdout[-6000:]
+
+    def pytest_runtest_setup(self, item):
+        if item.path.suffix == ".ipynb":
+            done = build(f"page:{item.path.stem}")
+            assert done.returncode == 0, done.stdout[-6000:]
 
 
-def build(*tasks: str) -> subprocess.CompletedProcess:
-    """`make book`'s steps up to these; two at a time, but one build after the other, whichever worker asks."""
-    command = [sys.executable, "-m", "doit", "-n", "2", "-P", "thread", *tasks]
+def build(task: str) -> subprocess.CompletedProcess:
+    """`make book`'s steps up to this one; two at a time, but one build after the other, whichever worker asks."""
+    command = [sys.executable, "-m", "doit", "--continue", "-n", "2", "-P", "thread", task]
     with (pages.ROOT / "build" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return subprocess.run(command, cwd=pages.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-built = cache(build)
 
 
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""
     return pages.ROOT
+
+
+@pytest.fixture(scope="session")
+def lmm():
+    """A random LLaVA-NeXT of Picture World's geometry."""
+    from models import make
+
+    from lmm_sae_nb.lmm import LMM
+
+    return LMM(*make("picture_world"))
+
+
+@pytest.fixture(scope="session")
+def sae(lmm):
+    """A random SAE for it: 24 latents, 3 of them active."""
+    import torch
+
+    from lmm_sae_nb.sae import TopKSAE
+
+    return TopKSAE(lmm.width, 24, 3, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="session")

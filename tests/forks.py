@@ -30,15 +30,6 @@ def started(fn: Callable, *args, **kwargs):
     return process, end
 
 
-def forked(fn: Callable, *args, **kwargs):
-    """What `fn` returns when it is run in a forked process."""
-    process, end = started(fn, *args, **kwargs)
-    try:
-        return end.recv()
-    finally:
-        process.join()
-
-
 def killed(after: float, fn: Callable, *args, **kwargs) -> bool:
     """Run `fn` in a forked process and kill it with SIGKILL after so many seconds; whether it had not ended before."""
     process, end = started(fn, *args, **kwargs)

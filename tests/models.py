@@ -263,6 +263,13 @@ def instructblip():
     return InstructBlipForConditionalGeneration(config), processor
 
 
+def dense(sae, x: torch.Tensor) -> torch.Tensor:
+    """An SAE's latents z (..., n_latents) by eq. 1, zeros and all."""
+    z = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+    kept = z.topk(sae.k, -1)
+    return torch.zeros_like(z).scatter(-1, kept.indices, kept.values).detach()
+
+
 def noise(width: int = 100, height: int = 60, seed: int = 0) -> Image.Image:
     """A picture of random pixels, the same for the same seed."""
     pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed))

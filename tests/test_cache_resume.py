@@ -23,11 +23,6 @@ SETTINGS = {"layer": 0, "n_top": 3, "batch_size": 2, "store": "float16", "unread
 
 
 @pytest.fixture(scope="module")
-def lmm():
-    return LMM(*make("picture_world"))
-
-
-@pytest.fixture(scope="module")
 def sae(lmm):
     return TopKSAE(lmm.width, 64, 4, generator=torch.Generator().manual_seed(1))
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from models import make, noise
+from models import dense, make, noise
 from PIL import Image
 
 from lmm_sae_nb import cache as caching
@@ -85,13 +85,11 @@ def test_the_images_of_a_model_without_a_grid_are_ranked_by_the_mean_over_its_qu
         prompt = lmm.prompt("", image)
         queries = lmm.hidden_states(prompt, layer)[0, prompt.spans[0].where("base")]
         assert len(queries) == 32
-        z = torch.relu((queries - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
-        kept = z.topk(sae.k, -1)
-        means.append(torch.zeros_like(z).scatter(-1, kept.indices, kept.values).mean(0))
-    dense = torch.stack(means).detach()
+        means.append(dense(sae, queries).mean(0))
+    means = torch.stack(means)
     for latent in range(sae.n_latents):
-        best = sorted(range(5), key=lambda n: -dense[n, latent])[:3]
-        assert [number for number, _ in cache.top(latent)] == [n for n in best if dense[n, latent] > 0]
+        best = sorted(range(5), key=lambda n: -means[n, latent])[:3]
+        assert [number for number, _ in cache.top(latent)] == [n for n in best if means[n, latent] > 0]
 
 
 def test_what_is_whole_is_not_made_again_and_what_differs_is(pictures, tmp_path, monkeypatch):

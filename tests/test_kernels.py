@@ -378,27 +378,30 @@ def test_threads_may_train_beside_each_other():
             assert torch.equal(mine, theirs)
 
 
-TRAIN = """
+PROGRAM = """
 import os, torch
 {before}
 from lmm_sae_nb import kernels
 from lmm_sae_nb.sae import TopKSAE, fvu
 from lmm_sae_nb.optimiser import SAEAdam
 torch.set_num_threads(2)
-def train():
+def trained():
     sae = TopKSAE(300, 64, 4, generator=torch.Generator().manual_seed(0))
     x = torch.randn(64, 300, generator=torch.Generator().manual_seed(1))
     fvu(x, sae(x)).backward()
     SAEAdam(sae, 0.01).step()
-    return float(sae.W_dec.detach().double().sum())
-print(kernels.is_compiled(torch.zeros(1)), train())
+    return sae.W_dec.detach()
+def decoded():
+    rows = torch.arange(64 * 300.0).reshape(64, 300)
+    return kernels.decode(torch.ones(64, 4), torch.arange(256).reshape(64, 4) % 64, rows)
+print(kernels.is_compiled(torch.zeros(1)), float({result}.double().sum()))
 {after}
 """
 
 
-def child(before="", after="", **environment):
+def child(result, before="", after="", **environment):
     done = subprocess.run(
-        [sys.executable, "-c", TRAIN.format(before=before, after=after)],
+        [sys.executable, "-c", PROGRAM.format(result=result, before=before, after=after)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -408,11 +411,11 @@ def child(before="", after="", **environment):
 
 
 def test_without_numba_or_with_it_switched_off_the_plain_way_is_taken():
-    compiled = child()
+    compiled = child("trained()")
     assert compiled[0] == "True"
     missing = "import sys; sys.modules['numba'] = None; import importlib.util as u; f = u.find_spec; "
     missing += "u.find_spec = lambda name, *rest: None if name == 'numba' else f(name, *rest)"
-    for plain in (child(NUMBA_DISABLE_JIT="1"), child(missing)):
+    for plain in (child("trained()", NUMBA_DISABLE_JIT="1"), child("trained()", missing)):
         assert plain[0] == "False"
         assert np.isclose(float(plain[1]), float(compiled[1]), rtol=1e-5)
 
@@ -421,16 +424,14 @@ def test_a_folder_that_takes_no_machine_code_is_no_trouble():
     """Neither beside the sources nor in the user's cache: every place that numba tries is refused."""
     refuse = "def refuse(*a, **k): raise PermissionError('read-only')\n"
     refuse += "import numba.core.caching as caching; caching.tempfile.TemporaryFile = refuse"
-    assert child(refuse, NUMBA_CACHE_DIR="")[0] == "True"
+    compiled, plain = child("decoded()", refuse, NUMBA_CACHE_DIR=""), child("decoded()", NUMBA_DISABLE_JIT="1")
+    assert (compiled[0], plain[0]) == ("True", "False") and np.isclose(float(plain[1]), float(compiled[1]), rtol=1e-5)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_has_threads_of_its_own():
     """notebook_launcher forks after the parent has used its threads; the child must not wait for those."""
     after = """
-def decoded():
-    rows = torch.arange(64 * 300.0).reshape(64, 300)
-    return kernels.decode(torch.ones(64, 4), torch.arange(256).reshape(64, 4) % 64, rows).sum()
 before = decoded()
 if (pid := os.fork()) == 0:
     import signal
@@ -438,4 +439,4 @@ if (pid := os.fork()) == 0:
     os._exit(0 if torch.equal(decoded(), before) else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 """
-    child(after=after)
+    child("decoded()", after=after)

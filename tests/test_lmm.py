@@ -544,7 +544,6 @@ def test_an_image_for_some_samples_only_where_the_processor_cannot():
         (torch.zeros(3, 9, 9), "Tensor is not a PIL image; use PIL.Image.open or PIL.Image.fromarray"),
         ("picture.png", "str is not a PIL image"),
     ],
-    ids=str,
 )
 def test_an_image_that_is_none(image, message):
     with pytest.raises(ValueError, match=message):
@@ -588,7 +587,6 @@ def test_a_text_that_holds_the_image_token():
         ({"texts": ["a", "b"], "answers": ["c"]}, "2 texts, 2 images, 1 answers"),
         ({"texts": []}, "0 texts, 0 images, 0 answers"),
     ],
-    ids=str,
 )
 def test_numbers_that_differ(arguments, counts):
     with pytest.raises(ValueError, match=f"{counts}: give each text one image or None"):

@@ -2,28 +2,17 @@
 
 from types import SimpleNamespace
 
+import models
 import numpy as np
 import pytest
-import torch
-from models import make, noise
+from models import noise
 
 from lmm_sae_nb import texts as texting
-from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE, TrainedOn
 from lmm_sae_nb.texts import TextCache, Word, as_rows, cache_texts, counted, read, serves
 from lmm_sae_nb.tokens import KINDS
 
 LAYER, N_TOP = 1, 4
-
-
-@pytest.fixture(scope="module")
-def lmm():
-    return LMM(*make("picture_world"))
-
-
-@pytest.fixture(scope="module")
-def sae(lmm):
-    return TopKSAE(lmm.width, 24, 3, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +28,7 @@ def dense(lmm, sae, samples):
     found = []
     for row in samples:
         prompt = lmm.prompt(row["question"], row["image"], answers=row["answer"])
-        z = torch.relu((lmm.hidden_states(prompt, LAYER)[0] - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
-        kept = z.topk(sae.k, -1)
-        found.append((prompt, torch.zeros_like(z).scatter(-1, kept.indices, kept.values).detach()))
+        found.append((prompt, models.dense(sae, lmm.hidden_states(prompt, LAYER)[0])))
     return found
 
 

@@ -373,12 +373,8 @@ class LMM:
         return run(states) if together else torch.cat([run(version[None]) for version in states])
 
     def head(self, decoded: Float[Tensor, "*any width"]) -> Float[Tensor, "*any vocab"]:
-        """Next-token logits, in float32, of what the decoder puts out; scaled or bounded where the family does so."""
-        logits, config = self.model.get_output_embeddings()(decoded).float(), self.model.config.get_text_config()
-        logits = logits * getattr(config, "logit_scale", 1.0)  # Cohere
-        logits = logits / getattr(config, "logits_scaling", 1.0)  # Granite
-        limit = getattr(config, "final_logit_softcapping", None)  # Gemma
-        return logits if limit is None else limit * (logits / limit).tanh()
+        """Next-token logits, in float32, of what the decoder puts out."""
+        return self.model.get_output_embeddings()(decoded).float()
 
     def spliced(self, layer: int, fn: Callable[[Hidden], Hidden]) -> AbstractContextManager[None]:
         """Run every forward in the `with` with `fn` of this layer's output in its place (eq. 6).

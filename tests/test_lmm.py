@@ -118,12 +118,12 @@ def test_versions_of_the_last_tokens_need_no_earlier_ones_again(family):
 @pytest.mark.parametrize(
     ("config", "more"),
     [
-        (Gemma2Config, {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 2.0}),
-        (GraniteConfig, {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
+        (Gemma2Config, {"head_dim": 8, "sliding_window": 8}),  # every other layer sees all; embeddings are scaled
+        (GraniteConfig, {"embedding_multiplier": 3.0}),
     ],
 )
 @pytest.mark.parametrize("layer", [0, 1])
-def test_layers_of_two_kinds_and_logits_that_are_changed_stay_what_they_are(config, more, layer):
+def test_layers_of_two_kinds_and_scaled_embeddings_stay_what_they_are(config, more, layer):
     torch.manual_seed(0)
     lmm = LMM(*models.llava_next(192, 16, models.PICTURE_WORLD_PINPOINTS, config, **more))
     with torch.no_grad():

@@ -1,11 +1,13 @@
 # Python 3.10 or newer, make and git are all that has to be there; everything else goes into .venv.
-#   make book [PRESET=tiny]   run the notebooks, build the book, print the address of its first page
+#   make book [PRESET=tiny]   run the notebooks, build the book, print the address of its first page; JOBS=1 runs one page
+#                             at a time with all cores (as where they share a GPU), else two do, with half of them each
 #   make test [ARGS="-k house"]   unit, property and browser tests, the book, every notebook with its default parameters
 #   make lab [ARGS=--no-browser]  JupyterLab on the notebook sources
 #   make world                the Picture World datasets alone
 
 PYTHON ?= $(shell command -v python3 || command -v python)
 PRESET ?= tiny
+JOBS ?= 2
 BIN := .venv/bin
 READY := .venv/ready
 LAB := build/lab
@@ -21,12 +23,13 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 book: $(READY)
-	@$(DOIT) preset=$(PRESET)
+	@OMP_NUM_THREADS=$$($(BIN)/python -c 'import os; print(max(1, os.cpu_count() // $(JOBS)))') \
+		$(DOIT) -n $(JOBS) -P thread preset=$(PRESET)
 	@echo "The book: file://$(CURDIR)/book/_build/html/index.html"
 
 test: $(READY)
 	@$(DOIT) world ipynb
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
 		--nbmake --nbmake-timeout=1800 tests build/ipynb $(ARGS)
 
 world: $(READY)

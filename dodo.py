@@ -90,14 +90,18 @@ def task_ipynb():
 def task_page():
     """Run each notebook with papermill and the preset's parameters, after those whose results it reads.
 
-    In the notebooks' order the first to name a result is the one that makes it.
+    In the notebooks' order the first to name a result is the one that makes it. Appendices let those go first for whom
+    other pages wait.
     """
     made: dict[Path, str] = {}
+    awaited: set[str] = set()
     for source in SOURCES:
         values, own = VALUES[source.stem], f"page:{source.stem}"
         found = pages.results(source, values)
         drawn = {path for path in found if path.is_relative_to(WORLD)}
         makers = {made.setdefault(path, own) for path in found if path not in drawn} - {own}
+        awaited |= makers
+        before = makers if source.stem[0].isdigit() else awaited
         notebook, executed, page = (
             folder / f"{source.stem}.ipynb" for folder in (BUILD / "ipynb", BUILD / "executed", BOOK / "notebooks")
         )
@@ -109,7 +113,7 @@ def task_page():
                 config_changed({name: repr(value) for name, value in values.items()}),
                 AsLeft(found),
             ],
-            "task_dep": sorted(makers) + ["world"] * bool(drawn),
+            "task_dep": sorted(before) + ["world"] * bool(drawn),
             "targets": [page],
         }
 

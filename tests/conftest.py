@@ -34,11 +34,12 @@ def pytest_configure(config):
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Units, then the book, then the notebooks; under --dist loadgroup one worker begins with the book, which is long.
+    """Units, then the book, then the notebooks; in two workers one begins with the book, which is long.
 
-    A file's tests stay in one worker, which makes what they share once; notebooks go to whoever is free.
+    With --dist loadfile a file's tests stay in one worker, which makes what they share once, and notebooks go to
+    whoever is free (the groups of pytest-xdist 3.8 are lost on pytest 9.2).
     """
     parallel = hasattr(config, "workerinput")
 
@@ -48,8 +49,6 @@ def pytest_collection_modifyitems(config, items):
         return 3 if item.path.suffix == ".ipynb" else 1
 
     items.sort(key=place)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 class Pages:

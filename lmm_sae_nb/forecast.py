@@ -427,11 +427,11 @@ def commands(path: str | Path, preset: Mapping[str, Mapping], gpus: int) -> dict
     """What to type for each stage, from the repository's root, and the job that several GPUs train from."""
     name = Path(path).stem
     if gpus == 1:
-        return {"all notebooks and the book": f"make book PRESET={shlex.quote(name)}"}
+        return {"all notebooks and the book": f"make book PRESET={shlex.quote(name)} JOBS=1"}
     job = _chosen(preset, "01_train_sae", JOB) | {"folder": f"data/artifacts/{preset['01_train_sae']['run']}/train"}
     launch = f"accelerate launch --multi_gpu --num_processes {gpus}"
     return {
         "write the job": f"echo {shlex.quote(json.dumps(job))} > job.json",
         "train": f"{launch} -m lmm_sae_nb.launch job.json",
-        "the rest": f"make book PRESET={shlex.quote(name)}",
+        "the rest": f"make book PRESET={shlex.quote(name)} JOBS=1",
     }

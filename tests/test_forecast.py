@@ -236,7 +236,7 @@ def test_a_preset_that_says_too_little_is_told(root):
 
 def test_commands_hold_the_preset_s_own_values(root, preset):
     path = root / "notebooks/params/paper.yaml"
-    assert list(forecast.commands(path, preset, 1).values()) == ["make book PRESET=paper"]
+    assert list(forecast.commands(path, preset, 1).values()) == ["make book PRESET=paper JOBS=1"]
     write, train, rest = forecast.commands(path, preset, 8).values()
     job = json.loads(write.removeprefix("echo '").removesuffix("' > job.json"))
     assert (job["n_latents"], job["k"], job["layer"]) == (131_072, 256, 24)
@@ -245,7 +245,7 @@ def test_commands_hold_the_preset_s_own_values(root, preset):
     shared = {name: settings.pop(name) for name in list(settings) if name in signature(train_saes).parameters}
     signature(train_saes).bind("the model", "the samples", {"": Recipe(settings.pop("layer"), **settings)}, **shared)
     assert "--num_processes 8" in train and train.endswith("-m lmm_sae_nb.launch job.json")
-    assert rest == "make book PRESET=paper"
+    assert rest == "make book PRESET=paper JOBS=1"
 
 
 # The twin.

@@ -119,8 +119,8 @@ print(by)
 if not current:
     started = time.monotonic()
     how = dict(root=root, key_variable=key_variable, concurrency=concurrency, timeout=timeout, batch_size=batch_size)
-    how |= dict(max_new_tokens=max_new_tokens, sureness=least_sure > 0)
-    talk = {who: Recorded(open_chat(who, **how), stage.path("replies.jsonl"))
+    how |= dict(max_new_tokens=max_new_tokens)
+    talk = {who: Recorded(open_chat(who, sureness=who == explainer and least_sure > 0, **how), stage.path("replies.jsonl"))
             for who in {explainer, refiner, labeller} - {""}}  # fmt: skip
     refine = asked.refiner(talk[refiner]) if refiner else vocabulary.refine if vocabulary else asked.unrefined
     label = asked.labeller(talk[labeller]) if labeller else vocabulary.label if vocabulary else asked.unlabelled

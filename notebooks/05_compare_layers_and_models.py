@@ -24,7 +24,7 @@
 #
 # | preset | layers | other models | sizes | time |
 # |---|---|---|---|---|
-# | `tiny` | 3 of 8 | Picture World InstructBLIP, shipped | 4, and 3 values of k | 4 minutes, 2 cores |
+# | `tiny` | 3 of 8 | Picture World InstructBLIP, shipped | 4, and 3 values of k | 6 minutes, one core |
 # | `paper` | 3 of 32 | InstructBLIP-Vicuna-7B | 2^15 to 2^18 | GPUs |
 
 # %% tags=["parameters"]
@@ -56,7 +56,7 @@ refiner: str = ""  # a language model that shortens explanations; "": the vocabu
 labeller: str = ""  # a language model that gives a concept its kind; "": the vocabulary of `concepts`
 key_variable: str = ""  # the environment variable with the endpoints' key; "": they want none
 max_new_tokens: int = 16  # of an explanation
-least_sure: float = 0.0  # an explanation to which the explainer itself gives a lower probability counts as refused
+least_sure: float = 0.0  # a lower probability of the explainer counts as a refusal; 0: every explanation stands
 n_explained: int = 100  # latents of each layer and model that are explained; so many are asked about as that takes
 n_swept: int = 12  # the same for the SAEs of other sizes
 n_top: int = 5  # exemplars shown for each
@@ -204,8 +204,8 @@ vocabulary = Vocabulary(root / concepts) if concepts else None
 modes, rng = [PAPER, replace(STRICT, share=share)], np.random.default_rng(seed)
 drawn, drawn_clip = (rng.integers(len(pictures), size=runs * n_top).tolist() for runs in (random_runs, clip_runs))
 if not current:
-    open_as = partial(open_chat, root=root, key_variable=key_variable, max_new_tokens=max_new_tokens, sureness=least_sure > 0)
-    talk = {who: Recorded(open_as(who), stage.path("replies.jsonl")) for who in {explainer, refiner, labeller} - {""}}
+    open_as = partial(open_chat, root=root, key_variable=key_variable, max_new_tokens=max_new_tokens)
+    talk = {who: Recorded(open_as(who, sureness=who == explainer and least_sure > 0), stage.path("replies.jsonl")) for who in {explainer, refiner, labeller} - {""}}
     refine = asked.refiner(talk[refiner]) if refiner else vocabulary.refine if vocabulary else asked.unrefined
     label = asked.labeller(talk[labeller]) if labeller else vocabulary.label if vocabulary else asked.unlabelled
     ask = partial(explain_latents, explain=asked.explainer(talk[explainer], prompt, tag=tag, least_sure=least_sure), refine=refine, label=label)

@@ -23,7 +23,7 @@
 #
 # | preset | cases | time |
 # |---|---|---|
-# | `tiny` | 520 held-out maps of Picture World, a quarter of them asked twice; the cure is chosen on other maps | 2 minutes, 2 cores |
+# | `tiny` | 520 held-out maps of Picture World, a quarter of them asked twice; the cure is chosen on other maps | 4 minutes, one core |
 # | `paper` | HallusionBench {cite}`guan2023hallusionbench` | GPUs |
 
 # %% tags=["parameters"]
@@ -182,10 +182,11 @@ plots.agreement(
 # %% [markdown]
 # ## Report it, on held-out maps
 #
-# The chosen clamp acts on the patches, of the base image and of the tiles: words are written there, and clamping the
-# question's words changes nothing (tried on the choosing half). *Cured*: hallucinations turned right. *Harmed*: right
+# The chosen clamp acts on the patches, of the base image and of the tiles, for words are written there (what was tried
+# elsewhere is among the [departures](../departures)). *Cured*: hallucinations turned right. *Harmed*: right
 # answers turned wrong, on contradicting and on agreeing maps. The price on other questions: held-out ones of every family,
-# answered in full before and after. What the SAE does alone is a control.
+# answered in full before and after. What the SAE does alone is a control, where its error is dropped; with `keep_error` the
+# spliced model is the untouched one, and the two rates are equal by construction.
 
 # %%
 if not current:
@@ -298,7 +299,7 @@ plots.exemplar_strip([(f"latent {e.latent}: {called.get(e.latent, 'unnamed')}", 
 # paper saw with "Barcelona" and "Los". Look at `cured_fraction_right_yes` and `cured_fraction_right_no` before believing in
 # more: where only one of them is high, the clamp pushes towards one answer and does not turn the model to the image, and
 # nothing in the paper's case, whose right answer is *no*, could tell the two apart. On other questions
-# `other_questions_right` before and after is the price of a latent clamped at every token. Limits: one model, one layer, one
+# `other_questions_right` before and after is the price of clamping them. Limits: one model, one layer, one
 # SAE; and the embedded model is fooled about some basins only, as the figure by basin shows.
 
 # %% tags=["hide-input"]

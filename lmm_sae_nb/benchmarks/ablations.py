@@ -6,16 +6,15 @@ Hours on a CPU; stopped, it goes on where it was. `python -m lmm_sae_nb.benchmar
 from __future__ import annotations
 
 import argparse
-import datetime
 from itertools import islice
 from pathlib import Path
 
 import torch
 from datasets import load_from_disk
 
-from lmm_sae_nb.artifacts import fingerprint, open_tensors, project_root, require, save_tensors, versions, write_json
+from lmm_sae_nb.artifacts import fingerprint, open_tensors, project_root, require, save_tensors, write_json
 from lmm_sae_nb.attribution import exact, integrated, linear
-from lmm_sae_nb.benchmarks.comparison import machine
+from lmm_sae_nb.benchmarks.comparison import circumstances
 from lmm_sae_nb.fidelity import agreement, own_decision
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
@@ -70,8 +69,8 @@ def main() -> None:
 
 def summary(rows: list[dict], layer: int, hashes: dict[str, str]) -> dict:
     """Means over the decisions that are done, with 99 % intervals once there are two, and what they were of."""
-    told = {"date": datetime.date.today().isoformat(), "machine": machine(), "versions": versions(), "layer": layer}
-    told |= hashes | {"decisions": len(rows), "pairs": sum(row["pairs"] for row in rows)}
+    told = circumstances() | hashes | {"layer": layer}
+    told |= {"decisions": len(rows), "pairs": sum(row["pairs"] for row in rows)}
     if len(rows) > 1:
         for name in (f"{kind}_{way}" for way in WAYS for kind in ("spearman", "sign")):
             told[name] = mean_interval([row[name] for row in rows])._asdict()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import statistics
@@ -16,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lmm_sae_nb.artifacts import project_root, versions, write_json
-from lmm_sae_nb.benchmarks.comparison import machine
+from lmm_sae_nb.artifacts import project_root, write_json
+from lmm_sae_nb.benchmarks.comparison import circumstances
 from lmm_sae_nb.cache import LatentCache, write_cache
 from lmm_sae_nb.ranking import Ranking
 
@@ -73,8 +72,7 @@ def _milliseconds(folder: str, latent: int) -> float:
 
 
 def main() -> None:
-    told = {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "machine": machine()}
-    found = told | {"versions": versions()} | measure()
+    found = circumstances() | measure()
     write_json(project_root() / "book" / "cache_opening.json", found)
     print(json.dumps(found, indent=2))
 

@@ -62,18 +62,20 @@ def compare(
     python: Path | None, shapes: Iterable[Shape] = SHAPES, threads: Sequence[int] = (1, 2), **how: float
 ) -> dict:
     """Every system (without `python`, the environment of the peers, ours alone): what was measured, where and when."""
-    where = machine()  # before this makes the machine busy itself
+    told = circumstances()  # before this makes the machine busy itself
     asked = [(s, n, name) for n in threads for s in shapes for name, (_, peer) in SYSTEMS.items() if python or not peer]
     rows = [
         measured(python if SYSTEMS[name][1] else sys.executable, name, shape, n, **how)
         for shape, n, name in tqdm(asked, desc="measuring")
     ]
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": where,
-        "versions": versions() | {row["system"]: row["version"] for row in rows if row["version"]},
-        "results": [{name: value for name, value in row.items() if name != "version"} for row in rows],
-    }
+    told["versions"] |= {row["system"]: row["version"] for row in rows if row["version"]}
+    return told | {"results": [{name: value for name, value in row.items() if name != "version"} for row in rows]}
+
+
+def circumstances() -> dict[str, object]:
+    """When, where and with what a measurement is made: date (UTC), machine and versions."""
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return {"date": today, "machine": machine(), "versions": versions()}
 
 
 def machine() -> dict[str, object]:

@@ -24,7 +24,7 @@
 #
 # | preset | layers | other models | sizes | time |
 # |---|---|---|---|---|
-# | `tiny` | 3 of 8 | Picture World InstructBLIP, shipped | 4, and 3 values of k | 6 minutes, one core |
+# | `tiny` | 3 of 8 | Picture World InstructBLIP, shipped | 4, and 3 values of k | 4 minutes, 2 cores |
 # | `paper` | 3 of 32 | InstructBLIP-Vicuna-7B | 2^15 to 2^18 | GPUs |
 
 # %% tags=["parameters"]

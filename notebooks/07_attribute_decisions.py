@@ -22,7 +22,7 @@
 #
 # | preset | decisions, pairs ablated | time |
 # |---|---|---|
-# | `tiny` | 100 held-out, 16 random active pairs each | 3 minutes, one core |
+# | `tiny` | 100 held-out, 16 random active pairs each | 2 minutes, 2 cores |
 # | `paper` | 20, 200 each | GPUs |
 
 # %% tags=["parameters"]

@@ -23,7 +23,7 @@
 #
 # | preset | cases | time |
 # |---|---|---|
-# | `tiny` | 520 held-out maps of Picture World, a quarter of them asked twice; the cure is chosen on other maps | 4 minutes, one core |
+# | `tiny` | 520 held-out maps of Picture World, a quarter of them asked twice; the cure is chosen on other maps | 3 minutes, 2 cores |
 # | `paper` | HallusionBench {cite}`guan2023hallusionbench` | GPUs |
 
 # %% tags=["parameters"]

@@ -1,4 +1,4 @@
-"""Read, rewrite or stop at one module's output, cut its input short, or leave layers out, as context managers.
+"""Read, rewrite or stop at one module's output, cut its input short, share it, or leave layers out: context managers.
 
 The only code that knows that a decoder layer may return its hidden states bare or as the first element of a
 tuple (transformers has done both). Hooks live inside a `with` only, and go when it ends, by an error too.
@@ -9,8 +9,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 Hidden = Float[Tensor, "batch tokens width"]
 
@@ -164,3 +166,59 @@ def given(layers: Sequence[nn.Module], hidden: Hidden, bare: bool) -> Iterator[N
             layer.__dict__.pop("forward", None)
             if before is not None:
                 layer.forward = before
+
+
+@contextmanager
+def distinct(encoder: nn.Module) -> Iterator[None]:
+    """Let an encoder see pictures that are equal, number for number, once in every forward.
+
+    AnyRes shows an image of the encoder's own size twice, as a whole and as its only tile. An encoder that takes more
+    tensors than (pictures, channels, rows, columns) is left alone.
+    """
+    places: list[Int64[Tensor, " pictures"] | None] = []
+
+    def merge(module, args, kwargs):
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        firsts, place = _twins(given[0]) if len(given) == 1 and given[0].dim() == 4 else ((), None)
+        places.append(place if place is not None and len(firsts) < len(place) else None)
+        if places[-1] is None:
+            return args, kwargs
+
+        def fewer(value):
+            return value[firsts] if value is given[0] else value
+
+        return tuple(map(fewer, args)), {name: fewer(value) for name, value in kwargs.items()}
+
+    def spread(module, args, output):
+        place = places.pop()
+        return output if place is None else _taken(output, place)
+
+    handles = (encoder.register_forward_pre_hook(merge, with_kwargs=True), encoder.register_forward_hook(spread))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _twins(pictures: Float[Tensor, "pictures c h w"]) -> tuple[list[int], Int64[Tensor, " pictures"]]:
+    """The first of each kind, and for every picture which of those it equals."""
+    flat = pictures.flatten(1)
+    glances = flat[:, :: max(1, flat.shape[1] // 64)].tolist()  # cheap to compare; what looks equal is compared whole
+    firsts: list[int] = []
+    place: list[int] = []
+    for number, glance in enumerate(glances):
+        alike = (n for n, first in enumerate(firsts) if glances[first] == glance)
+        own = next((n for n in alike if torch.equal(flat[firsts[n]], flat[number])), len(firsts))
+        firsts += [number] * (own == len(firsts))
+        place.append(own)
+    return firsts, torch.tensor(place, device=pictures.device)
+
+
+def _taken(output: Any, place: Int64[Tensor, " pictures"]) -> Any:
+    """Every tensor of an encoder's output, one row for each picture again."""
+    if isinstance(output, Tensor):
+        return output[place]
+    if isinstance(output, ModelOutput):
+        return type(output)(**{name: _taken(value, place) for name, value in output.items()})
+    return tuple(_taken(value, place) for value in output) if isinstance(output, tuple) else output

@@ -312,8 +312,13 @@ class LMM:
     def _forward(self, prompt: Prompt):
         """Run the model, or the decoder alone where it is known what that is called with."""
         if prompt.entry is None:
-            return self.model(**prompt.inputs, use_cache=False)
+            return self._whole(prompt)
         return self.model.get_decoder()(**prompt.entry | {"use_cache": False})
+
+    def _whole(self, prompt: Prompt, **settings):
+        """Run the whole model; equal crops pass the vision tower once."""
+        with hooks.distinct(self.model.get_encoder(modality="image")):
+            return self.model(**prompt.inputs, use_cache=False, **settings)
 
     @torch.no_grad()
     def entered(self, prompt: Prompt) -> Prompt:
@@ -324,7 +329,7 @@ class LMM:
         """
         if prompt.entry is None:
             decoder = self.model.get_decoder()
-            prompt.entry = hooks.entry(decoder, lambda: self.model(**prompt.inputs, use_cache=False))
+            prompt.entry = hooks.entry(decoder, lambda: self._whole(prompt))
         return prompt
 
     def above(
@@ -385,7 +390,7 @@ class LMM:
 
     def logits(self, prompt: Prompt) -> Float[Tensor, "batch tokens vocab"]:
         """Give every token's next-token logits, in float32; differentiable in what is spliced in."""
-        return self.model(**prompt.inputs, use_cache=False).logits.float()
+        return self._whole(prompt).logits.float()
 
     def last_logits(self, prompt: Prompt) -> Float[Tensor, "batch vocab"]:
         """Give the next-token logits after the last token alone, in float32; differentiable likewise."""
@@ -393,7 +398,7 @@ class LMM:
             return self.head(self._forward(prompt).last_hidden_state[:, -1])
         accepted = inspect.signature(self.model.forward).parameters
         kept = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        return self.model(**prompt.inputs, use_cache=False, **kept).logits[:, -1].float()
+        return self._whole(prompt, **kept).logits[:, -1].float()
 
     def cross_entropy(self, prompt: Prompt, decoded: Hidden | None = None) -> Float[Tensor, " batch"]:
         """Give each sample's mean cross-entropy over its answer's tokens, in nats; decoded: as `above` gives it."""
@@ -401,7 +406,7 @@ class LMM:
             raise ValueError("this prompt has no answers; make it with prompt(texts, images, answers=...)")
         answers = prompt.answer_mask[:, 1:]  # the token before it predicts a token
         if decoded is None:
-            logits = self.model(**prompt.inputs, use_cache=False).logits[:, :-1][answers].float()
+            logits = self._whole(prompt).logits[:, :-1][answers].float()
         else:
             logits = self.head(decoded[:, :-1][answers])
         losses = F.cross_entropy(logits, prompt.inputs["input_ids"][:, 1:][answers], reduction="none")
@@ -410,7 +415,8 @@ class LMM:
     def generate(self, prompt: Prompt, max_new_tokens: int = 64, **generation_kwargs) -> list[str]:
         """Give each prompt's answer, greedy and with a KV cache unless told otherwise."""
         settings = {"do_sample": False, "num_beams": 1, "use_cache": True} | generation_kwargs
-        tokens = self.model.generate(**prompt.inputs, max_new_tokens=max_new_tokens, **settings)
+        with hooks.distinct(self.model.get_encoder(modality="image")):
+            tokens = self.model.generate(**prompt.inputs, max_new_tokens=max_new_tokens, **settings)
         new = tokens[:, prompt.inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 

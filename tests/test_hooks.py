@@ -1,8 +1,11 @@
-"""hooks: read, rewrite and stop, for layers that return a tensor and layers that return a tuple."""
+"""hooks: read, rewrite, stop and share, for layers that return a tensor and layers that return a tuple."""
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lmm_sae_nb import hooks
 
@@ -149,3 +152,55 @@ def test_hooks_go_after_an_error(stack, verb):
     with pytest.raises(RuntimeError, match="elsewhere"), verb(stack.layers[1]):
         raise RuntimeError("elsewhere")
     assert n_hooks(stack) == 0
+
+
+class Encoder(nn.Module):
+    """Counts the pictures that it sees, and puts out what only each one's own numbers can give."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, pixel_values, other=None, as_tuple=False):
+        self.seen.append(len(pixel_values))
+        states = pixel_values.flatten(2).transpose(1, 2) * 2
+        if as_tuple:
+            return states, "attention", None
+        seen = {"last_hidden_state": states, "pooler_output": states.sum(1), "hidden_states": (states, states + 1)}
+        return BaseModelOutputWithPooling(**seen)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=8))
+def test_equal_pictures_are_seen_once_and_each_gets_its_own(numbers):
+    pictures = torch.randn(4, 3, 2, 5, generator=torch.Generator().manual_seed(0))[numbers]
+    encoder, plain = Encoder(), Encoder()
+    with hooks.distinct(encoder):
+        found, again = encoder(pictures), encoder(pixel_values=pictures, as_tuple=True)
+    assert encoder.seen == 2 * [len(set(numbers))]
+    wanted = plain(pictures)
+    for name in ("last_hidden_state", "pooler_output"):
+        assert torch.equal(found[name], wanted[name])
+    assert all(map(torch.equal, found.hidden_states, wanted.hidden_states))
+    assert torch.equal(again[0], wanted.last_hidden_state)
+    assert again[1:] == ("attention", None)
+
+
+def test_pictures_that_differ_in_one_number_are_both_seen():
+    pictures = torch.zeros(2, 3, 64, 64)
+    pictures[1, 2, 63, 62] = 1e-7
+    encoder = Encoder()
+    with hooks.distinct(encoder):
+        assert torch.equal(encoder(pictures).last_hidden_state, Encoder()(pictures).last_hidden_state)
+    assert encoder.seen == [2]
+
+
+def test_what_is_no_batch_of_pictures_alone_is_left_as_it_is():
+    encoder, twice = Encoder(), torch.zeros(2, 3, 2, 2)
+    with hooks.distinct(encoder):
+        encoder(twice, other=torch.zeros(2))  # a mask of its own may differ for each
+        encoder(twice[:, :, 0])
+    assert encoder.seen == [2, 2]
+    encoder(twice)
+    assert encoder.seen == [2, 2, 2]
+    assert not encoder._forward_hooks
+    assert not encoder._forward_pre_hooks

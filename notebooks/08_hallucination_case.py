@@ -190,7 +190,8 @@ plots.agreement(
 
 # %%
 if not current:
-    after = verdicts(lmm, sae, layer, reporting, [None, (), chosen], scope, keep_error=keep_error)
+    control = [] if keep_error else [()]
+    after = verdicts(lmm, sae, layer, reporting, [None, *control, chosen], scope, keep_error=keep_error)
     contradicts = torch.tensor([c.contradicts for c in reporting])
     pictured = (row for row in others if row["image"] is not None and row.get("family") != "according")
     asked = list(islice(pictured, price_questions))
@@ -202,7 +203,7 @@ if not current:
             said["after"] += lmm.generate(prompt)
     expected = ["".join(row["answer"].lower().split()) for row in asked]
     right = {when: torch.tensor(["".join(a.lower().split()) == e for a, e in zip(answers, expected, strict=True)]) for when, answers in said.items()}
-    before, spliced, cured = after.right
+    before, spliced, cured = after.right[0], after.right[-2], after.right[-1]
     shares = {
         "hallucination_rate": share(~before[contradicts]),
         "hallucination_rate_spliced": share(~spliced[contradicts]),

@@ -202,9 +202,9 @@ class EndpointChat:
     answer; more is a fault. stop_after: questions failed in a row that count as the endpoint being down. request:
     fields of the request that are added, or left out if None (`{"max_tokens": None, "max_completion_tokens": 99}`).
 
-    A question that fails is a `Reply` with its fault. EndpointError if the key is refused, the model unknown or the
-    endpoint down, after every reply that was under way has been given back. ValueError for a url that carries a key,
-    or if the variable is not set.
+    A question that fails is a `Reply` with its fault. EndpointError if the key is refused, the model unknown, or the
+    endpoint down or silent about probabilities that were asked for, after every reply that was under way has been given
+    back. ValueError for a url that carries a key, or if the variable is not set.
     """
 
     def __init__(
@@ -271,7 +271,7 @@ class EndpointChat:
         """One question; EndpointError if asking others is of no use."""
         messages = [{"role": "user", "content": [_part(part) for part in question.parts()]}]
         try:
-            return _reply(self._body(client, messages))
+            reply = _reply(self._body(client, messages))
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             where = f"in {self._key_variable}" if self._key_variable else "(none was given: set key_variable)"
             raise EndpointError(f"it refuses the key {where}: {self._told(error)}") from None
@@ -279,6 +279,12 @@ class EndpointChat:
             raise EndpointError(f"it has no such model or address: {self._told(error)}") from None
         except Exception as error:  # whatever client, network, JSON and server come up with: this question has failed
             return Reply(None, self._told(error))
+        if self._request.get("logprobs") and reply.text and reply.sureness is None:
+            raise EndpointError(
+                "it answers without the probabilities of its tokens (logprobs), which least_sure is held against; set "
+                "least_sure to 0, or ask a server that returns them"
+            )
+        return reply
 
     def _body(self, client: openai.OpenAI, messages: list[dict]) -> bytes:
         """The answer's bytes, at most `max_bytes` of them within `timeout` seconds; ValueError for more."""

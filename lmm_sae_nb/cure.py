@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from PIL import Image
-from scipy.stats import binomtest
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
@@ -215,26 +214,6 @@ def _last_logits(
         kept = before(cache, begin, len(some)) if begin else None
         logits[some] = lmm.head(lmm.above(prompt, layer, versions[some, begin:], kept)[:, -1])
     return logits
-
-
-class Share(NamedTuple):
-    """A share with its Wilson interval, and of how many."""
-
-    share: float
-    low: float
-    high: float
-    asked: int
-
-    def __str__(self) -> str:
-        return f"{self.share:.3f} [{self.low:.3f}, {self.high:.3f}] of {self.asked}"
-
-
-def share(hits: Bool[Tensor, " n"], level: float = 0.99) -> Share:
-    """The share of hits; ValueError if there is nothing to take a share of."""
-    if not len(hits):
-        raise ValueError("a share of no cases at all; give more cases, or leave this share out")
-    low, high = binomtest(int(hits.sum()), len(hits)).proportion_ci(level, method="wilson")
-    return Share(float(hits.float().mean()), float(low), float(high), len(hits))
 
 
 class Tried(NamedTuple):

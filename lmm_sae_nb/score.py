@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
-from scipy.stats import bootstrap, t
+from scipy.stats import binomtest, bootstrap, t
 from tqdm.auto import tqdm
 
 from lmm_sae_nb.asked import KINDS, Judge
@@ -61,6 +61,32 @@ def mean_interval(values: Sequence[float], level: float = 0.99, seed: int = 0) -
     rng, at_once = np.random.default_rng(seed), max(1, 10_000_000 // len(values))
     found = bootstrap((values,), np.mean, confidence_level=level, method="percentile", batch=at_once, rng=rng)
     return Mean(float(values.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high))
+
+
+class Share(NamedTuple):
+    """A share with its Wilson interval, and of how many."""
+
+    share: float
+    low: float
+    high: float
+    asked: int
+
+    def __str__(self) -> str:
+        return f"{self.share:.3f} [{self.low:.3f}, {self.high:.3f}] of {self.asked}"
+
+
+def share(hits: Sequence[bool], level: float = 0.99) -> Share:
+    """The share of hits with Wilson's interval: none of n is not none at all. ValueError for no cases."""
+    hits = np.asarray(hits, bool)
+    if not len(hits):
+        raise ValueError("a share of no cases at all; give more cases, or leave this share out")
+    low, high = binomtest(int(hits.sum()), len(hits)).proportion_ci(level, method="wilson")
+    return Share(float(hits.mean()), float(low), float(high), len(hits))
+
+
+def bounds(name: str, found: Mean | Share) -> dict[str, float]:
+    """A mean or share as a stage's metrics: under its name, and its ends under name_low and name_high."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=False))
 
 
 def difference_interval(one: Sequence[float], other: Sequence[float], level: float = 0.99, seed: int = 0) -> Mean:
@@ -443,8 +469,7 @@ def flat(tables: Mapping[str, Mapping[str, Mapping[str, Mean]]]) -> dict[str, fl
             for name, found in kinds.get(kind, {}).items():
                 if kind == "total" or name == "top" or (name == "gain" and column.startswith("clip_")):
                     words = [column, kind if kind != "total" else "", name if name != "top" else ""]
-                    for end, value in zip(("", "low", "high"), found, strict=True):
-                        told["_".join(filter(None, [*words, end]))] = value
+                    told |= bounds("_".join(filter(None, words)), found)
     return told
 
 

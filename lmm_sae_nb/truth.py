@@ -18,7 +18,7 @@ from lmm_sae_nb.explain import Exemplar, require_patches
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.masks import TrueMasks
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.score import mean_interval
+from lmm_sae_nb.score import bounds, share
 from lmm_sae_nb.shown import PURE, SHOWS, Shown, best_shown, common, names_of
 
 Shares = Float[np.ndarray, "concepts patches"]
@@ -164,13 +164,13 @@ def _best_rung(entries, start: int, highest: np.ndarray, shows, showing: np.ndar
     rung = np.zeros_like(f1)
     rows, columns = entries.latents - start, entries.images * patches + entries.patches
     level = entries.acts / highest[rows]
-    for share in LADDER:
-        on = level > share
+    for part in LADDER:
+        on = level > part
         fired = sparse.csr_array(
             (np.ones(on.sum(), np.float32), (rows[on], columns[on])), (len(highest), shows.shape[0])
         )
         now = _f1((fired @ shows).toarray(), fired.sum(1)[:, None], showing)
-        rung[now > f1] = share
+        rung[now > f1] = part
         f1 = np.maximum(f1, now)
     return f1, rung
 
@@ -297,11 +297,8 @@ def recalled(
 
 
 def _share(name: str, values: Sequence[bool]) -> dict[str, float]:
-    """A share with its 99 % bootstrap interval, which takes two values."""
-    if len(values) < 2:
-        return {name: float(values[0])} if values else {}
-    mean = mean_interval(sorted(values))
-    return {name: mean.mean, f"{name}_low": mean.low, f"{name}_high": mean.high}
+    """A share with its 99 % interval; of nothing there is none."""
+    return bounds(name, share(values)) if values else {}
 
 
 def confusion(rows: Mapping[str, dict]) -> dict[str, dict[str, int]]:

@@ -105,7 +105,7 @@ from lmm_sae_nb.fidelity import agreement, own_decision, some_pairs
 from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM, NoPatchGrid
 from lmm_sae_nb.masks import PAPER, STRICT, Numbered, TrueMasks, spots
-from lmm_sae_nb.score import Mean, mean_interval
+from lmm_sae_nb.score import Mean, bounds, mean_interval
 from lmm_sae_nb.steering import Edit, Scope, answers
 from lmm_sae_nb.tokens import pictured
 from lmm_sae_nb.train import Recipe, train_saes
@@ -117,14 +117,6 @@ plots.style()
 
 def named(path: str) -> str | Path:
     return root / path if (root / path).is_dir() else path
-
-
-def bounds(name: str, mean: Mean) -> dict[str, float]:
-    return dict(zip((name, f"{name}_low", f"{name}_high"), mean, strict=True))
-
-
-def share_of(name: str, values: list) -> dict[str, float]:
-    return bounds(name, mean_interval(values)) if len(values) > 1 else {}
 
 
 # %%
@@ -262,13 +254,13 @@ for name in () if current else of_layers:
     objects = np.random.default_rng(seed).permutation([n for n, row in scores.items() if row["kind"] == "object"]).tolist()[:n_steered]
     settings = [[Edit(int(n), dose * float(found_in.max[int(n)]))] for n in objects]
     said = answers(lmm, sae, layer, question, white, settings, Scope(tuple(steered_kinds)), batch=20, max_new_tokens=24)
-    metrics |= share_of(f"steered_{name}", [names(answer, scores[n]["concept"]) for n, answer in zip(objects, said, strict=True)])
+    metrics |= bounds(f"steered_{name}", scoring.share([names(answer, scores[n]["concept"]) for n, answer in zip(objects, said, strict=True)])) if objects else {}
     rho = []
     for case in cases:
         one = linear(lmm, sae, layer, case)
         some = some_pairs(one, pairs, generator)
         rho.append(agreement(exact(lmm, sae, layer, case, some), one.values).spearman)
-    metrics |= share_of(f"spearman_{name}", rho)
+    metrics |= bounds(f"spearman_{name}", mean_interval(rho)) if len(rho) > 1 else {}
 
 # %%
 scored = {name: read_json(stage.path(f"{name}.json")) for name in (*of_layers, *rest)}

@@ -69,13 +69,12 @@ from lmm_sae_nb.asked import Vocabulary, names, relevance
 from lmm_sae_nb.cache import LatentCache, activation_maps
 from lmm_sae_nb.catalogue import Catalogue
 from lmm_sae_nb.chats import open_chat
-from lmm_sae_nb.cure import share
 from lmm_sae_nb.explain import exemplars
 from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.plots import steering_strip
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.score import Mean, mean_interval
+from lmm_sae_nb.score import Mean, bounds, mean_interval, share
 from lmm_sae_nb.steering import Edit, Scope, answers, steer_latents
 from lmm_sae_nb.widgets import FeatureBrowser, SteeringPanel
 
@@ -230,7 +229,7 @@ for row in [row for row in white_answers["steered"] if row["dose"] == dose and r
 # %% mystnb={"figure": {"caption": "Dose and response: share of latents whose clamping changes the answer about a white image, and makes it name the concept, with 99 % intervals; the dose in units of the latent's own maximum.", "name": "fig-dose"}}
 groups = {"object, changed": ("object", "changed"), "object, named": ("object", "names"), "random, changed": ("random", "changed"), "random, named": ("random", "names")}
 curves = {
-    name: {value: Mean(*share(torch.tensor([row[key] for row in white_answers["steered"] if (row["group"], row["dose"]) == (group, value)]))[:3])
+    name: {value: Mean(*share([row[key] for row in white_answers["steered"] if (row["group"], row["dose"]) == (group, value)])[:3])
            for value in (doses if group == "object" else [dose])}
     for name, (group, key) in groups.items()
 }  # fmt: skip
@@ -270,16 +269,16 @@ if not current:
     metrics = {"objects_steered": len(at_dose["object"])}
     for group, name in (("object", ""), ("random", "control_")):
         for key, what in (("names", "named"), ("changed", "changed")):
-            *found, _ = share(torch.tensor([row[key] for row in at_dose[group]]))  # Wilson's: none of n is not none at all
-            metrics |= {f"{name}{what}_of_100{end}": 100 * value for end, value in zip(("", "_low", "_high"), found, strict=True)}
+            found = bounds(f"{name}{what}_of_100", share([row[key] for row in at_dose[group]]))
+            metrics |= {title: 100 * value for title, value in found.items()}
         if rated := [row["relevance"] for row in at_dose[group] if row["relevance"]]:
             metrics[f"{name}relevance"] = mean_interval(rated, seed=seed).mean
     for text, name in ((feeling_question, "feelings"), (story_prompt, "stories")):
         right = {row["name"] for row in by_case if row["prompt"] == text and row["names"] and row["answer"] != row["before"]}
         metrics |= {f"{name}_steered": len(cases), f"{name}_named": len(right)}
     metrics["word_latents"] = len(by_word)
-    for name, values in {"own": own, "others": others, "own_above_others": np.array(own) > np.array(others)}.items():
-        metrics |= {f"word_{name}{end}": value for end, value in zip(("", "_low", "_high"), mean_interval(values, seed=seed), strict=True)}
+    metrics |= bounds("word_own", mean_interval(own, seed=seed)) | bounds("word_others", mean_interval(others, seed=seed))
+    metrics |= bounds("word_own_above_others", share(np.array(own) > np.array(others)))
     for name, latent in cases.items():
         image = pictures[cache.top(latent)[0][0]]
         means = activation_maps(lmm, sae, [image], layer, list(range(sae.n_latents)))[0].mean((1, 2))

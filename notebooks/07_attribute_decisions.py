@@ -61,7 +61,7 @@ from lmm_sae_nb.attribution import difference, exact, integrated, linear, own_pa
 from lmm_sae_nb.fidelity import agreement, cost, own_decision, some_pairs
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.score import mean_interval
+from lmm_sae_nb.score import bounds, mean_interval
 from lmm_sae_nb.train import Recipe, train_saes
 
 root = project_root()
@@ -201,14 +201,13 @@ if not stage.is_current(params, inputs, code):
                 continue
             found = [agreement(c["exact"], c[way]) for c in of]
             for name, values in {"spearman": [a.spearman for a in found], "sign": [a.sign for a in found]}.items():
-                mean = mean_interval(values, seed=seed)
-                metrics |= {f"{name}_{way}{end}{bound}": value for bound, value in zip(("", "_low", "_high"), mean, strict=True)}
+                metrics |= bounds(f"{name}_{way}{end}", mean_interval(values, seed=seed))
     stage.finish(params, inputs, metrics | timing, time.monotonic() - started, code)
 metrics, rows = read_json(stage.path("metrics.json")), read_json(stage.path("pairs.json"))["rows"]
 for name, value in metrics.items():
     if not name.endswith(("_low", "_high")):
-        bounds = f"  [{metrics[name + '_low']:.3f}, {metrics[name + '_high']:.3f}]" if name + "_low" in metrics else ""
-        print(f"{name:28s} {value:10.4g}{bounds}")
+        ends = f"  [{metrics[name + '_low']:.3f}, {metrics[name + '_high']:.3f}]" if name + "_low" in metrics else ""
+        print(f"{name:28s} {value:10.4g}{ends}")
 
 # %% mystnb={"figure": {"caption": "Ablated against approximated attribution, all decisions of the layer's SAE together.", "name": "fig-agreement"}}
 own = [row for row in rows if row["layer"] == layer]

@@ -73,7 +73,6 @@ from lmm_sae_nb.cure import (
     of_words,
     promising,
     search,
-    share,
     shown_text,
     text_latents,
     told_case,
@@ -84,6 +83,7 @@ from lmm_sae_nb.explain import exemplars
 from lmm_sae_nb.images import open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.score import bounds, share
 from lmm_sae_nb.steering import Edit, Scope, steered
 
 root = project_root()
@@ -214,7 +214,7 @@ if not current:
         "harmed_fraction_agreeing": share(~cured[~contradicts & before]),
         "other_questions_right": share(right["before"]),
         "other_questions_right_after": share(right["after"]),
-        "other_answers_kept": share(torch.tensor([a == b for a, b in zip(said["before"], said["after"], strict=True)])),
+        "other_answers_kept": share([a == b for a, b in zip(said["before"], said["after"], strict=True)]),
     }
     for word in sorted({c.right for c in reporting}):  # a mere push towards one answer cures one kind of case alone
         of_word = torch.tensor([c.right == word for c in reporting]) & contradicts & ~before
@@ -225,15 +225,16 @@ if not current:
         stage.path("report.json"),
         {
             "by_group": {
-                f"{g} maps, {when}": dict(zip(("share", "low", "high", "asked"), share(marks[member[g]]), strict=True))
+                f"{g} maps, {when}": share(marks[member[g]])._asdict()
                 for g in groups for when, marks in (("untouched", before), ("clamped", cured))
             },
             "before": before.tolist(), "after": cured.tolist(),
             "families": [[row.get("family", ""), *(bool(right[w][n]) for w in said)] for n, row in enumerate(asked)],
         },
     )  # fmt: skip
-    ends = {"": 0, "_low": 1, "_high": 2}
-    metrics = {"maps": int(contradicts.sum())} | {name + end: value[n] for name, value in shares.items() for end, n in ends.items()}
+    metrics = {"maps": int(contradicts.sum())}
+    for name, value in shares.items():
+        metrics |= bounds(name, value)
     metrics |= {"hallucinations": int((contradicts & ~before).sum()), "latents_clamped": len(chosen), "text_latents_named": choice["named_by_explanation"]}
     stage.finish(params, inputs, metrics, time.monotonic() - started, code)
 metrics, report = read_json(stage.path("metrics.json")), read_json(stage.path("report.json"))

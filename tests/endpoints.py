@@ -57,7 +57,7 @@ def serving(*args, **kwargs) -> Iterator[Server]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """What is asked for decides what goes wrong: `429 once`, `500 once`, `500`, `hang`, `drip`, `cut`, `html`, ..."""
+    """Model and question decide what goes wrong: `429 once`, `500 once`, `500`, `hang`, `drip`, `cut`, `html`, ..."""
 
     protocol_version, server = "HTTP/1.1", None
 
@@ -81,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
         fault = getattr(self, "fault_" + text.replace(" ", "_"), None)
         if fault is None or (text.endswith("once") and not first):
             told = completion(self.server.answers(request))
-            if body.get("logprobs"):
+            if body.get("logprobs") and body["model"] != "unsure of itself":
                 chances = [{"token": word, "logprob": math.log(p)} for word, p in (("one", 0.5), ("two", 0.25))]
                 told["choices"][0]["logprobs"] = {"content": chances}
             return self.send(200, told)

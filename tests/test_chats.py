@@ -249,6 +249,14 @@ def test_an_endpoint_is_asked_how_sure_it_is_and_what_it_says_is_kept(tmp_path):
         assert len(server.requests) == 2  # the last came from the record
 
 
+def test_an_endpoint_that_does_not_say_how_sure_it_is_is_not_asked_to_the_end():
+    with serving() as server:
+        curious = open_chat(f"unsure of itself@{server.url}", sureness=True, concurrency=2)
+        with pytest.raises(EndpointError, match="without the probabilities.*set least_sure to 0"):
+            ask(curious, (Question(f"{n}?") for n in range(50)))
+        assert len(server.requests) <= 3
+
+
 # Models in this process, and a real server.
 
 
@@ -336,3 +344,6 @@ def test_a_real_server_answers_what_the_model_in_this_process_does(root, transfo
     assert all(0 < answer.sureness <= 1 for answer in here) and {answer.sureness for answer in there} == {None}
     assert {answer.outcome for answer in there} <= {Outcome.EXPLAINED, Outcome.REFUSED, Outcome.UNPARSEABLE}
     assert len((tmp_path / "replies.jsonl").read_bytes().splitlines()) == 3
+    curious = open_chat(f"{root / EXPLAINER}@{transformers_serve}", max_new_tokens=16, sureness=True)
+    with pytest.raises(EndpointError, match="without the probabilities"):  # this server takes the wish and ignores it
+        asked.explainer(curious, PROMPT)(sets)

@@ -14,7 +14,6 @@ from lmm_sae_nb.cure import (
     of_words,
     promising,
     search,
-    share,
     shown_text,
     text_latents,
     told_case,
@@ -198,15 +197,3 @@ def test_a_search_needs_something_to_cure_and_something_to_keep(lmm, sae):
         search(lmm, sae, LAYER, [], CASES, [()], 0.1)
     with pytest.raises(ValueError, match="the first setting is"):
         search(lmm, sae, LAYER, CASES, CASES, [(Edit(1, 1.0),)], 0.1)
-
-
-def test_share_is_wilsons():
-    found = share(torch.tensor([True] * 8 + [False] * 2))
-    z, n, p = 2.5758293, 10, 0.8
-    centre, half = (
-        (p + z**2 / (2 * n)) / (1 + z**2 / n),
-        z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n),
-    )
-    assert found[:3] == pytest.approx((p, centre - half, centre + half), abs=1e-6)
-    with pytest.raises(ValueError, match="no cases"):
-        share(torch.tensor([], dtype=torch.bool))

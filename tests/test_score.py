@@ -41,6 +41,7 @@ from lmm_sae_nb.score import (
     latents_clip,
     mean_interval,
     run_interval,
+    share,
 )
 
 CONCEPTS = {"object": ["cat", "dog"], "face": ["happy"], "word": ["happy"]}
@@ -678,3 +679,15 @@ def test_a_judge_of_pictures_is_shown_what_the_explainer_was():
     one = exemplar(0, corner(1, 2))
     judge = score.by_sight(lambda sets, concepts: ["yes" if sets[0][0] is one.masked else "no"])
     assert judge([[one]], ["cat"]) == ["yes"]
+
+
+def test_share_is_wilsons():
+    found = share([True] * 8 + [False] * 2)
+    z, n, p = 2.5758293, 10, 0.8
+    centre, half = (
+        (p + z**2 / (2 * n)) / (1 + z**2 / n),
+        z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n),
+    )
+    assert found[:3] == pytest.approx((p, centre - half, centre + half), abs=1e-6)
+    with pytest.raises(ValueError, match="no cases"):
+        share([])

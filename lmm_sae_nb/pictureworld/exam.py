@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
 from ..artifacts import write_json
 from ..lmm import LMM
+from ..score import share
 from .concepts import FACTS, NO_FEELINGS, STORIES, with_article
 from .questions import PICTURED, Question, according, label, shown
 from .scenes import HELD_OUT, Scene, make_map, make_masked, make_scene
@@ -144,8 +144,7 @@ def report(asked: list[Asked], level: float = 0.99) -> dict[str, dict[str, float
             tally[row.family].append(row.right)
     result = {}
     for family, marks in tally.items():
-        low, high = binomtest(sum(marks), len(marks)).proportion_ci(level, method="wilson")
-        result[family] = {"share": sum(marks) / len(marks), "low": low, "high": high, "asked": len(marks)}
+        result[family] = share(marks, level)._asdict()
         if family in LEAST:
             result[family]["least"] = LEAST[family]
     return result

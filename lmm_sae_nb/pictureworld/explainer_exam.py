@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from scipy.stats import binomtest
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..artifacts import write_json
 from ..explain import REFUSAL
+from ..score import share
 from ..shown import Shown
 from .explainer import QUESTION, SET, save
 from .explaining import graduate, study_explainer
@@ -131,7 +131,5 @@ def report(answered: Sequence[Answered], level: float = 0.99) -> dict[str, dict[
             marks[NAMED].append(row.answer != REFUSAL)
     result = {}
     for name, row in marks.items():
-        low, high = binomtest(sum(row), len(row)).proportion_ci(level, method="wilson")
-        least = LEAST.get(name, LEAST_KIND)
-        result[name] = {"share": sum(row) / len(row), "low": low, "high": high, "asked": len(row), "least": least}
+        result[name] = share(row, level)._asdict() | {"least": LEAST.get(name, LEAST_KIND)}
     return result

@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from scipy.stats import binomtest
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..artifacts import write_json
 from ..grounding import ImageTextSimilarity, PromptedSegmenter, clip_score
 from ..masks import iou
-from ..score import mean_interval
+from ..score import bounds, mean_interval, share
 from . import likeness, segments
 from .concepts import KINDS
 from .likeness import blackened, regions, told
@@ -93,13 +92,9 @@ def _absent(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
 
 
 def _mask_row(there: list[float], absent: list[float]) -> dict[str, float]:
-    mean, alarms = mean_interval(there, LEVEL), int(np.count_nonzero(absent))
-    low, high = binomtest(alarms, len(absent)).proportion_ci(LEVEL, method="wilson")
-    return {
-        "iou": mean.mean, "iou_low": mean.low, "iou_high": mean.high, "asked": len(there),
-        "false_alarm": alarms / len(absent), "false_alarm_low": low, "false_alarm_high": high,
-        "false_area": float(np.mean(absent)), "asked_absent": len(absent),
-    }  # fmt: skip
+    row = bounds("iou", mean_interval(there, LEVEL)) | {"asked": len(there)}
+    row |= bounds("false_alarm", share(np.array(absent) != 0, LEVEL))
+    return row | {"false_area": float(np.mean(absent)), "asked_absent": len(absent)}
 
 
 # ---- the similarity's exam ------------------------------------------------------------------------------------
@@ -157,11 +152,9 @@ def _score_row(marks: list[tuple[float, ...]]) -> dict[str, float]:
     first, of_kind, *scores = np.array(marks, float).T
     row: dict[str, float] = {"asked": len(marks)}
     for title, values in (("named_first", first), ("first_of_kind", of_kind)):
-        low, high = binomtest(int(values.sum()), len(values)).proportion_ci(LEVEL, method="wilson")
-        row |= {title: float(values.mean()), f"{title}_low": low, f"{title}_high": high}
+        row |= bounds(title, share(values, LEVEL))
     for title, values in zip(("score_region", "score_whole", "score_random"), scores, strict=True):
-        mean = mean_interval(values, LEVEL)
-        row |= {title: mean.mean, f"{title}_low": mean.low, f"{title}_high": mean.high}
+        row |= bounds(title, mean_interval(values, LEVEL))
     return row
 
 
@@ -169,7 +162,5 @@ def _caption_row(cosines: np.ndarray) -> dict[str, float]:
     right = np.arange(len(cosines))
     row: dict[str, float] = {"asked": len(cosines)}
     for title, found in (("caption_of_image", cosines.argmax(1)), ("image_of_caption", cosines.argmax(0))):
-        hits = int((found == right).sum())
-        low, high = binomtest(hits, len(cosines)).proportion_ci(LEVEL, method="wilson")
-        row |= {title: hits / len(cosines), f"{title}_low": low, f"{title}_high": high}
+        row |= bounds(title, share(found == right, LEVEL))
     return row

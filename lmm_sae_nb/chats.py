@@ -189,7 +189,8 @@ class LocalChat:
 
 
 class EndpointError(RuntimeError):
-    """Nothing more is to be had from this endpoint: it is down, refuses the key or does not have the model."""
+    """Nothing more is to be had from this endpoint: it is down, refuses the key, lacks the model or does not tell
+    probabilities."""
 
 
 class EndpointChat:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
@@ -172,28 +172,33 @@ def given(layers: Sequence[nn.Module], hidden: Hidden, bare: bool) -> Iterator[N
 def distinct(encoder: nn.Module) -> Iterator[None]:
     """Let an encoder see pictures that are equal, number for number, once in every forward.
 
-    AnyRes shows an image of the encoder's own size twice, as a whole and as its only tile. An encoder that takes more
-    tensors than (pictures, channels, rows, columns) is left alone.
+    There are such: an image asked about several times over, or one of the encoder's own size, which AnyRes may show
+    twice, as a whole and as its only tile. An encoder that takes more tensors than (pictures, channels, rows, columns)
+    is left alone. ValueError for one whose output does not have a row for each picture.
     """
-    places: list[Int64[Tensor, " pictures"] | None] = []
+    waiting: list[tuple[int, list[int]]] = []
 
     def merge(module, args, kwargs):
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        firsts, place = _twins(given[0]) if len(given) == 1 and given[0].dim() == 4 else ((), None)
-        places.append(place if place is not None and len(firsts) < len(place) else None)
-        if places[-1] is None:
+        pictures = given[0] if len(given) == 1 and given[0].dim() == 4 else None
+        firsts, place = ([], []) if pictures is None else _twins(pictures)
+        waiting.append((len(firsts), place))
+        if len(firsts) == len(place):
             return args, kwargs
 
         def fewer(value):
-            return value[firsts] if value is given[0] else value
+            return value[firsts] if value is pictures else value
 
         return tuple(map(fewer, args)), {name: fewer(value) for name, value in kwargs.items()}
 
     def spread(module, args, output):
-        place = places.pop()
-        return output if place is None else _taken(output, place)
+        seen, place = waiting.pop()
+        return output if seen == len(place) else _rows(output, seen, place)
 
-    handles = (encoder.register_forward_pre_hook(merge, with_kwargs=True), encoder.register_forward_hook(spread))
+    handles = (
+        encoder.register_forward_pre_hook(merge, with_kwargs=True),
+        encoder.register_forward_hook(spread, prepend=True),  # whoever else listens gets a row for each picture
+    )
     try:
         yield
     finally:
@@ -201,7 +206,7 @@ def distinct(encoder: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def _twins(pictures: Float[Tensor, "pictures c h w"]) -> tuple[list[int], Int64[Tensor, " pictures"]]:
+def _twins(pictures: Float[Tensor, "pictures c h w"]) -> tuple[list[int], list[int]]:
     """The first of each kind, and for every picture which of those it equals."""
     flat = pictures.flatten(1)
     glances = flat[:, :: max(1, flat.shape[1] // 64)].tolist()  # cheap to compare; what looks equal is compared whole
@@ -212,13 +217,18 @@ def _twins(pictures: Float[Tensor, "pictures c h w"]) -> tuple[list[int], Int64[
         own = next((n for n in alike if torch.equal(flat[firsts[n]], flat[number])), len(firsts))
         firsts += [number] * (own == len(firsts))
         place.append(own)
-    return firsts, torch.tensor(place, device=pictures.device)
+    return firsts, place
 
 
-def _taken(output: Any, place: Int64[Tensor, " pictures"]) -> Any:
-    """Every tensor of an encoder's output, one row for each picture again."""
+def _rows(output: Any, seen: int, place: list[int]) -> Any:
+    """Every tensor of an encoder's output, which has a row for each picture seen, with one for each picture again."""
     if isinstance(output, Tensor):
+        if len(output) != seen:
+            raise ValueError(
+                f"the vision tower saw {seen} different pictures and put out {tuple(output.shape)}, not a row for "
+                "each; leave `hooks.distinct` out for this family"
+            )
         return output[place]
     if isinstance(output, ModelOutput):
-        return type(output)(**{name: _taken(value, place) for name, value in output.items()})
-    return tuple(_taken(value, place) for value in output) if isinstance(output, tuple) else output
+        return type(output)(**{name: _rows(value, seen, place) for name, value in output.items()})
+    return type(output)(_rows(value, seen, place) for value in output) if isinstance(output, tuple | list) else output

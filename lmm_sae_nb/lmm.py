@@ -316,7 +316,7 @@ class LMM:
         return self.model.get_decoder()(**prompt.entry | {"use_cache": False})
 
     def _whole(self, prompt: Prompt, **settings):
-        """Run the whole model; equal crops pass the vision tower once."""
+        """Run the whole model; equal pictures pass the vision tower once, where it takes pictures alone."""
         with hooks.distinct(self.model.get_encoder(modality="image")):
             return self.model(**prompt.inputs, use_cache=False, **settings)
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from lmm_sae_nb.explain import Exemplar
-    from lmm_sae_nb.score import Mean
+    from lmm_sae_nb.intervals import Mean
 
 BLUE, ORANGE, GREY, GREEN = "#3465a4", "#e07b28", "#8a8d91", "#3f8f4f"
 

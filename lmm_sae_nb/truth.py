@@ -15,10 +15,10 @@ from scipy import sparse
 from lmm_sae_nb.asked import Outcome, Refiner
 from lmm_sae_nb.cache import LatentCache, base_latents
 from lmm_sae_nb.explain import Exemplar, require_patches
+from lmm_sae_nb.intervals import bounds, share
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.masks import TrueMasks
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.score import bounds, share
 from lmm_sae_nb.shown import PURE, SHOWS, Shown, best_shown, common, names_of
 
 Shares = Float[np.ndarray, "concepts patches"]

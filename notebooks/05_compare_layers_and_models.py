@@ -91,7 +91,20 @@ from IPython.display import display
 from PIL import Image
 from torch.utils.data import Subset
 
-from lmm_sae_nb import asked, attribution, cache, evaluate, explain, fidelity, grounding, masks, plots, steering, train
+from lmm_sae_nb import (
+    asked,
+    attribution,
+    cache,
+    evaluate,
+    explain,
+    fidelity,
+    grounding,
+    intervals,
+    masks,
+    plots,
+    steering,
+    train,
+)
 from lmm_sae_nb import score as scoring
 from lmm_sae_nb import truth as known
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, write_json
@@ -103,9 +116,9 @@ from lmm_sae_nb.evaluate import evaluate_saes
 from lmm_sae_nb.explain import as_rows, exemplars, explain_enough, explain_latents
 from lmm_sae_nb.fidelity import agreement, own_decision, some_pairs
 from lmm_sae_nb.images import open_images
+from lmm_sae_nb.intervals import Mean, bounds, mean_interval
 from lmm_sae_nb.lmm import LMM, NoPatchGrid
 from lmm_sae_nb.masks import PAPER, STRICT, Numbered, TrueMasks, spots
-from lmm_sae_nb.score import Mean, bounds, mean_interval
 from lmm_sae_nb.steering import Edit, Scope, answers
 from lmm_sae_nb.tokens import pictured
 from lmm_sae_nb.train import Recipe, train_saes
@@ -254,7 +267,7 @@ for name in () if current else of_layers:
     objects = np.random.default_rng(seed).permutation([n for n, row in scores.items() if row["kind"] == "object"]).tolist()[:n_steered]
     settings = [[Edit(int(n), dose * float(found_in.max[int(n)]))] for n in objects]
     said = answers(lmm, sae, layer, question, white, settings, Scope(tuple(steered_kinds)), batch=20, max_new_tokens=24)
-    metrics |= bounds(f"steered_{name}", scoring.share([names(answer, scores[n]["concept"]) for n, answer in zip(objects, said, strict=True)])) if objects else {}
+    metrics |= bounds(f"steered_{name}", intervals.share([names(answer, scores[n]["concept"]) for n, answer in zip(objects, said, strict=True)])) if objects else {}
     rho = []
     for case in cases:
         one = linear(lmm, sae, layer, case)
@@ -276,7 +289,7 @@ if not current:
     metrics |= {f"latents_{name}": len(its["scores"]) for name, its in scored.items()}
     low, high = (scored[name]["scores"].values() for name in (f"layer_{layers[0]}", f"layer_{layers[-1]}"))
     for column in columns[f"layer_{layers[0]}"]:
-        metrics |= bounds(f"{column}_rise", scoring.difference_interval([row[column] for row in low], [row[column] for row in high], seed=seed))
+        metrics |= bounds(f"{column}_rise", intervals.difference_interval([row[column] for row in low], [row[column] for row in high], seed=seed))
     stage.finish(params, inputs, {"layers": len(layers), "architectures": len(lmms)} | metrics, time.monotonic() - started, code)
 metrics = read_json(stage.path("metrics.json"))
 

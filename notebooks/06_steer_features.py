@@ -63,7 +63,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from lmm_sae_nb import asked as rating
-from lmm_sae_nb import plots, steering
+from lmm_sae_nb import intervals, plots, steering
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
 from lmm_sae_nb.asked import Vocabulary, names, relevance
 from lmm_sae_nb.cache import LatentCache, activation_maps
@@ -71,10 +71,10 @@ from lmm_sae_nb.catalogue import Catalogue
 from lmm_sae_nb.chats import open_chat
 from lmm_sae_nb.explain import exemplars
 from lmm_sae_nb.images import open_images
+from lmm_sae_nb.intervals import Mean, bounds, mean_interval, share
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.plots import steering_strip
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.score import Mean, bounds, mean_interval, share
 from lmm_sae_nb.steering import Edit, Scope, answers, steer_latents
 from lmm_sae_nb.widgets import FeatureBrowser, SteeringPanel
 
@@ -135,7 +135,7 @@ plots.exemplar_strip([(f"latent {cases[name]}: {name}", exemplars(cache, picture
 # answers: the untouched model (*before*), and the SAE spliced in with nothing steered (dose 0).
 
 # %%
-stage, code = Stage(run, "steer"), [steering, rating]
+stage, code = Stage(run, "steer"), [intervals, steering, rating]
 params = dict(
     model=model, layer=layer, images=images, steered_kinds=steered_kinds, doses=doses, dose=dose, n_objects=n_objects,
     question=question, blank_size=blank_size, feelings=feelings, feeling_question=feeling_question, story_prompt=story_prompt,

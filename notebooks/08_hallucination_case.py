@@ -64,7 +64,7 @@ import torch
 from datasets import load_from_disk
 from IPython.display import HTML
 
-from lmm_sae_nb import attribution, cure, plots
+from lmm_sae_nb import attribution, cure, intervals, plots
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
 from lmm_sae_nb.attribution import decision, linear
 from lmm_sae_nb.cache import LatentCache
@@ -81,9 +81,9 @@ from lmm_sae_nb.cure import (
 )
 from lmm_sae_nb.explain import exemplars
 from lmm_sae_nb.images import open_images
+from lmm_sae_nb.intervals import bounds, share
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.score import bounds, share
 from lmm_sae_nb.steering import Edit, Scope, steered
 
 root = project_root()
@@ -123,7 +123,7 @@ print(f"{len(choosing)} cases to choose on, {len(reporting)} to report on, of th
 #    then tried on the right ones, in that order, until one keeps within the harm allowed: that one is chosen.
 
 # %%
-stage, code = Stage(run, "hallucination"), [attribution, cure]
+stage, code = Stage(run, "hallucination"), [attribution, cure, intervals]
 params = dict(
     model=model, layer=layer, traps=traps, heldout=heldout, text_kinds=text_kinds, text_words=text_words, agreeing=agreeing,
     choose_cases=choose_cases, attributed=attributed, looked_at=looked_at, tried=tried, tried_on=tried_on, kept_on=kept_on, values=values, together=together, clamped_kinds=clamped_kinds,
@@ -190,8 +190,7 @@ plots.agreement(
 
 # %%
 if not current:
-    control = [] if keep_error else [()]
-    after = verdicts(lmm, sae, layer, reporting, [None, *control, chosen], scope, keep_error=keep_error)
+    after = verdicts(lmm, sae, layer, reporting, [None, (), chosen], scope, keep_error=keep_error)
     contradicts = torch.tensor([c.contradicts for c in reporting])
     pictured = (row for row in others if row["image"] is not None and row.get("family") != "according")
     asked = list(islice(pictured, price_questions))
@@ -203,7 +202,7 @@ if not current:
             said["after"] += lmm.generate(prompt)
     expected = ["".join(row["answer"].lower().split()) for row in asked]
     right = {when: torch.tensor(["".join(a.lower().split()) == e for a, e in zip(answers, expected, strict=True)]) for when, answers in said.items()}
-    before, spliced, cured = after.right[0], after.right[-2], after.right[-1]
+    before, spliced, cured = after.right
     shares = {
         "hallucination_rate": share(~before[contradicts]),
         "hallucination_rate_spliced": share(~spliced[contradicts]),

@@ -45,7 +45,7 @@ X = torch.zeros(2, 3, 4)
 
 
 def n_hooks(stack) -> int:
-    return sum(len(layer._forward_hooks) for layer in stack.layers)
+    return sum(len(layer._forward_hooks) + len(layer._forward_pre_hooks) for layer in stack.layers)
 
 
 def test_read_holds_the_latest_output(stack):
@@ -147,7 +147,9 @@ def test_an_outer_stop_passes_through_an_inner_one(stack):
     assert n_hooks(stack) == 0
 
 
-@pytest.mark.parametrize("verb", [hooks.read, hooks.stop, lambda module: hooks.rewrite(module, lambda hidden: hidden)])
+@pytest.mark.parametrize(
+    "verb", [hooks.read, hooks.stop, hooks.distinct, lambda module: hooks.rewrite(module, lambda hidden: hidden)]
+)
 def test_hooks_go_after_an_error(stack, verb):
     with pytest.raises(RuntimeError, match="elsewhere"), verb(stack.layers[1]):
         raise RuntimeError("elsewhere")
@@ -161,8 +163,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.seen = []
 
-    def forward(self, pixel_values, other=None, as_tuple=False):
+    def forward(self, pixel_values, other=None, as_tuple=False, as_one_row=False):
         self.seen.append(len(pixel_values))
+        if as_one_row:
+            return [pixel_values.flatten()[None]]
         states = pixel_values.flatten(2).transpose(1, 2) * 2
         if as_tuple:
             return states, "attention", None
@@ -192,6 +196,23 @@ def test_pictures_that_differ_in_one_number_are_both_seen():
     with hooks.distinct(encoder):
         assert torch.equal(encoder(pictures).last_hidden_state, Encoder()(pictures).last_hidden_state)
     assert encoder.seen == [2]
+
+
+def test_who_listens_too_gets_a_row_for_each_picture():
+    encoder, pictures, heard = Encoder(), torch.zeros(3, 1, 2, 2), []
+    handle = encoder.register_forward_hook(lambda module, args, output: heard.append(len(output.last_hidden_state)))
+    with hooks.distinct(encoder):
+        encoder(pictures)
+    handle.remove()
+    assert (encoder.seen, heard) == ([1], [3])
+
+
+def test_an_output_without_a_row_for_each_picture_is_refused():
+    encoder = Encoder()
+    refused = pytest.raises(ValueError, match=r"saw 2 different pictures and put out \(1, 8\)")
+    with refused, hooks.distinct(encoder):
+        encoder(torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2), torch.ones(1, 2, 2)]), as_one_row=True)
+    assert not encoder._forward_hooks
 
 
 def test_what_is_no_batch_of_pictures_alone_is_left_as_it_is():

@@ -53,11 +53,11 @@ def test_hidden_states_are_those_the_model_reports(family):
 
 def test_an_image_that_is_its_own_tile_passes_the_vision_tower_once():
     lmm, seen = studied.__wrapped__(), []  # of its own: transformers leaves hooks behind when it reports states
-    tower = lmm.model.get_encoder(modality="image")
+    inner = lmm.model.get_encoder(modality="image").encoder
     prompt = lmm.prompt(["Same?", "Or not?"], [noise(192, 192), noise(192, 100)])
     with torch.no_grad():
         wanted = lmm.model(**prompt.inputs, output_hidden_states=True, use_cache=False)
-    counted = tower.register_forward_hook(lambda module, args, output: seen.append(len(output.last_hidden_state)))
+    counted = inner.register_forward_hook(lambda module, args, output: seen.append(len(output.last_hidden_state)))
     states, logits = lmm.hidden_states(prompt, 1), lmm.last_logits(prompt)
     lmm.generate(prompt, max_new_tokens=2)
     lmm.entered(prompt)

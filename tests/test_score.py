@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from models import make, noise
 from PIL import Image
-from scipy.stats import norm
 
 from lmm_sae_nb import score
 from lmm_sae_nb.cache import cache_activations
 from lmm_sae_nb.explain import Exemplar, exemplars, masked, most_activated, upsample
 from lmm_sae_nb.grounding import BoxSegmenter, Candidates, ImageTextSimilarity, PromptedSegmenter
+from lmm_sae_nb.intervals import mean_interval
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.masks import (
     PAPER,
@@ -34,14 +34,10 @@ from lmm_sae_nb.masks import (
 from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.score import (
     Compared,
-    difference_interval,
     explained,
     kappa,
     latent_iou,
     latents_clip,
-    mean_interval,
-    run_interval,
-    share,
 )
 
 CONCEPTS = {"object": ["cat", "dog"], "face": ["happy"], "word": ["happy"]}
@@ -71,22 +67,6 @@ def models(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
     makes = (grounders.clipseg, grounders.clip, grounders.grounding_dino, grounders.sam)
     return {make.__name__: str(grounders.save(make, folder / make.__name__)) for make in makes}
-
-
-# Intervals.
-
-
-def test_the_interval_of_a_difference_is_that_of_theory_where_the_means_are_normal():
-    """Mean of b less mean of a, give or take 2.576 standard errors; theirs add up in squares."""
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(1, 2, 400), rng.normal(1.5, 1, 300)
-    found = difference_interval(a, b)
-    half = 2.576 * np.sqrt(a.var(ddof=1) / 400 + b.var(ddof=1) / 300)
-    assert found.mean == pytest.approx(b.mean() - a.mean())
-    assert (found.high - found.mean, found.mean - found.low) == pytest.approx((half, half), rel=0.06)
-    assert difference_interval(a, b) == found
-    with pytest.raises(ValueError, match="there are 1 and 300"):
-        difference_interval(a[:1], b)
 
 
 # Masks.
@@ -508,33 +488,7 @@ def test_a_grid_of_similarities_is_the_pairwise_one_whatever_the_parts(models):
         similar.grid(images, ["cat", " "])
 
 
-# Intervals and tables.
-
-
-def test_the_interval_of_a_normal_sample_is_the_textbook_one():
-    values = np.random.default_rng(1).normal(3, 2, 400)
-    found = mean_interval(values)
-    half = norm.ppf(0.995) * values.std() / np.sqrt(400)
-    assert found.mean == pytest.approx(values.mean())
-    assert found.low == pytest.approx(values.mean() - half, abs=0.05)
-    assert found.high == pytest.approx(values.mean() + half, abs=0.05)
-
-
-def test_intervals_of_few_and_of_equal_values():
-    with pytest.raises(ValueError, match="at least two"):
-        mean_interval([0.5])
-    assert mean_interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
-
-
-def test_the_interval_over_runs_is_students():
-    """Three runs with means 1, 2 and 3: sd 1, t(0.995, 2) = 9.925."""
-    runs = np.array([[0.0, 1.0, 2.0], [2.0, 3.0, 4.0]])
-    found = run_interval(runs)
-    assert found.mean == pytest.approx(2)
-    assert found.high - 2 == pytest.approx(9.925 / 3**0.5, abs=1e-3)
-    assert 2 - found.low == pytest.approx(found.high - 2)
-    with pytest.raises(ValueError, match="at least two, there are 1"):
-        run_interval(runs[:, :1])
+# Tables.
 
 
 def scored() -> tuple[dict, dict]:
@@ -679,15 +633,3 @@ def test_a_judge_of_pictures_is_shown_what_the_explainer_was():
     one = exemplar(0, corner(1, 2))
     judge = score.by_sight(lambda sets, concepts: ["yes" if sets[0][0] is one.masked else "no"])
     assert judge([[one]], ["cat"]) == ["yes"]
-
-
-def test_share_is_wilsons():
-    found = share([True] * 8 + [False] * 2)
-    z, n, p = 2.5758293, 10, 0.8
-    centre, half = (
-        (p + z**2 / (2 * n)) / (1 + z**2 / n),
-        z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n),
-    )
-    assert found[:3] == pytest.approx((p, centre - half, centre + half), abs=1e-6)
-    with pytest.raises(ValueError, match="no cases"):
-        share([])

@@ -16,9 +16,9 @@ from lmm_sae_nb.artifacts import fingerprint, open_tensors, project_root, requir
 from lmm_sae_nb.attribution import exact, integrated, linear
 from lmm_sae_nb.benchmarks.comparison import circumstances
 from lmm_sae_nb.fidelity import agreement, own_decision
+from lmm_sae_nb.intervals import mean_interval
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.score import mean_interval
 
 WAYS = ("linear", "ig")
 

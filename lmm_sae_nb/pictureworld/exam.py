@@ -14,8 +14,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..artifacts import write_json
+from ..intervals import share
 from ..lmm import LMM
-from ..score import share
 from .concepts import FACTS, NO_FEELINGS, STORIES, with_article
 from .questions import PICTURED, Question, according, label, shown
 from .scenes import HELD_OUT, Scene, make_map, make_masked, make_scene

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..artifacts import write_json
 from ..explain import REFUSAL
-from ..score import share
+from ..intervals import share
 from ..shown import Shown
 from .explainer import QUESTION, SET, save
 from .explaining import graduate, study_explainer

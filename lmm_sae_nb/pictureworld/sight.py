@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..artifacts import write_json
 from ..grounding import ImageTextSimilarity, PromptedSegmenter, clip_score
+from ..intervals import bounds, mean_interval, share
 from ..masks import iou
-from ..score import bounds, mean_interval, share
 from . import likeness, segments
 from .concepts import KINDS
 from .likeness import blackened, regions, told

@@ -1,0 +1,72 @@
+"""intervals: means and shares, against the textbook."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from lmm_sae_nb.intervals import Mean, Share, bounds, difference_interval, mean_interval, run_interval, share
+
+
+def test_the_interval_of_a_normal_sample_is_the_textbook_one():
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    found = mean_interval(values)
+    half = norm.ppf(0.995) * values.std() / np.sqrt(400)
+    assert found.mean == pytest.approx(values.mean())
+    assert found.low == pytest.approx(values.mean() - half, abs=0.05)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.05)
+
+
+def test_intervals_of_few_and_of_equal_values():
+    with pytest.raises(ValueError, match="at least two"):
+        mean_interval([0.5])
+    assert mean_interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
+
+
+def test_the_interval_of_a_difference_is_that_of_theory_where_the_means_are_normal():
+    """Mean of b less mean of a, give or take 2.576 standard errors; theirs add up in squares."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(1, 2, 400), rng.normal(1.5, 1, 300)
+    found = difference_interval(a, b)
+    half = 2.576 * np.sqrt(a.var(ddof=1) / 400 + b.var(ddof=1) / 300)
+    assert found.mean == pytest.approx(b.mean() - a.mean())
+    assert (found.high - found.mean, found.mean - found.low) == pytest.approx((half, half), rel=0.06)
+    assert difference_interval(a, b) == found
+    with pytest.raises(ValueError, match="there are 1 and 300"):
+        difference_interval(a[:1], b)
+
+
+def test_the_interval_over_runs_is_students():
+    """Three runs with means 1, 2 and 3: sd 1, t(0.995, 2) = 9.925."""
+    runs = np.array([[0.0, 1.0, 2.0], [2.0, 3.0, 4.0]])
+    found = run_interval(runs)
+    assert found.mean == pytest.approx(2)
+    assert found.high - 2 == pytest.approx(9.925 / 3**0.5, abs=1e-3)
+    assert 2 - found.low == pytest.approx(found.high - 2)
+    with pytest.raises(ValueError, match="at least two, there are 1"):
+        run_interval(runs[:, :1])
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_a_share_has_wilsons_interval(kind):
+    found = share(kind([True] * 8 + [False] * 2))
+    z, n, p = 2.5758293, 10, 0.8
+    centre, half = (
+        (p + z**2 / (2 * n)) / (1 + z**2 / n),
+        z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n),
+    )
+    assert found[:3] == pytest.approx((p, centre - half, centre + half), abs=1e-6)
+    assert found.asked == 10
+    with pytest.raises(ValueError, match="no cases"):
+        share(kind([]))
+
+
+def test_none_of_a_few_is_not_none_at_all():
+    assert share([False] * 20)[:2] == (0.0, pytest.approx(0.0, abs=1e-12))
+    assert share([False] * 20).high == pytest.approx(2.5758293**2 / (20 + 2.5758293**2), abs=1e-6)
+
+
+def test_bounds_are_named_after_what_they_bound():
+    wanted = {"fvu": 0.5, "fvu_low": 0.25, "fvu_high": 0.75}
+    assert bounds("fvu", Mean(0.5, 0.25, 0.75)) == wanted
+    assert bounds("fvu", Share(0.5, 0.25, 0.75, 9)) == wanted

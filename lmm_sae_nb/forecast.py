@@ -157,7 +157,8 @@ def picture(model: PreTrainedModel, size: tuple[int, int]) -> Picture:
 def reading_flops(model: PreTrainedModel, tokens: int, picture: Picture | None, layer: int | None = None) -> float:
     """FLOPs of one sample's forward: vision tower, projector, and the decoder's layers up to `layer` (None: all).
 
-    Attention is counted in full, as a causal mask that is not exploited computes it.
+    Attention is counted in full, as a causal mask that is not exploited computes it, and crops that are equal as often
+    as they are shown.
     """
     layers = model.get_decoder().layers[: None if layer is None else layer + 1]
     attended = sum(2 * block.self_attn.q_proj.out_features for block in layers)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 from doit import get_var
@@ -91,17 +92,23 @@ def task_page():
     """Run each notebook with papermill and the preset's parameters, after those whose results it reads.
 
     In the notebooks' order the first to name a result is the one that makes it. Appendices let those go first for whom
-    other pages wait.
+    other pages wait; a page that nobody reads lets the one go first that could start when it can and that several read.
     """
-    made: dict[Path, str] = {}
-    awaited: set[str] = set()
-    for source in SOURCES:
-        values, own = VALUES[source.stem], f"page:{source.stem}"
-        found = pages.results(source, values)
-        drawn = {path for path in found if path.is_relative_to(WORLD)}
-        makers = {made.setdefault(path, own) for path in found if path not in drawn} - {own}
-        awaited |= makers
-        before = makers if source.stem[0].isdigit() else awaited
+    found = {source: pages.results(source, VALUES[source.stem]) for source in SOURCES}
+    made: dict[Path, Path] = {}
+    makers: dict[Path, set[Path]] = {}
+    for source, paths in found.items():
+        makers[source] = {made.setdefault(path, source) for path in paths if not path.is_relative_to(WORLD)} - {source}
+    readers = Counter(maker for own in makers.values() for maker in own)
+    for source, own in makers.items():
+        if not source.stem[0].isdigit():
+            before = set(readers)
+        elif own and source not in readers:
+            before = own | {other for other in SOURCES if makers[other] == own and readers[other] > 1}
+        else:
+            before = own
+        values = VALUES[source.stem]
+        drawn = any(path.is_relative_to(WORLD) for path in found[source])
         notebook, executed, page = (
             folder / f"{source.stem}.ipynb" for folder in (BUILD / "ipynb", BUILD / "executed", BOOK / "notebooks")
         )
@@ -111,9 +118,9 @@ def task_page():
             "file_dep": [notebook, *pages.modules(source), *pages.shipped(source, values)],
             "uptodate": [
                 config_changed({name: repr(value) for name, value in values.items()}),
-                AsLeft(found),
+                AsLeft(found[source]),
             ],
-            "task_dep": sorted(before) + ["world"] * bool(drawn),
+            "task_dep": sorted(f"page:{other.stem}" for other in before) + ["world"] * drawn,
             "targets": [page],
         }
 

@@ -227,7 +227,10 @@ ax.legend(frameon=False);
 # %% [markdown]
 # ## Every pair
 #
-# What the long measurement found, of the SAE whose hash it names (an SAE trained on another machine differs in its bits):
+# What the long measurement found, of the SAE whose hash it names (an SAE trained on another machine may differ in its bits).
+# Its pieces were computed by a script that is not in the repository: the same ablations, with the decoder's linear products
+# through oneDNN, in float32, and the last layer for the last token alone; on 993 pairs of two decisions the difference to
+# `attribution.exact` was at most 9e-6 logits. Layers 4 and 6 have only the sample above.
 
 # %%
 measured = root / "book/ablations.json"

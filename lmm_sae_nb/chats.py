@@ -105,7 +105,7 @@ class LocalChat:
 
     def __init__(
         self, model: PreTrainedModel, processor: ProcessorMixin | PreTrainedTokenizerBase, name: str, identity: str,
-        *, batch_size: int = 16, max_new_tokens: int = 64,
+        *, batch_size: int = 4, max_new_tokens: int = 64,
     ):  # fmt: skip
         self.name, self.batch_size, self.max_new_tokens = name, batch_size, max_new_tokens
         self.identity = json.dumps(["local", identity, max_new_tokens])
@@ -341,7 +341,7 @@ def _reply(body: bytes) -> Reply:
 
 def open_chat(
     who: str, *, root: Path | None = None, key_variable: str = "", concurrency: int = 8, timeout: float = 120.0,
-    batch_size: int = 16, max_new_tokens: int = 64, sureness: bool = False,
+    batch_size: int = 4, max_new_tokens: int = 64, sureness: bool = False,
 ) -> Chat:  # fmt: skip
     """Whom a parameter names: `name@http://host:port/v1` is an endpoint, all else a folder below root or a hub name.
 

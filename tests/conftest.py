@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import hypothesis
@@ -54,18 +55,28 @@ def pytest_collection_modifyitems(config, items):
 class Pages:
     """A notebook is run on the results of its page, which the build runs first, from nothing, and what it reads too."""
 
+    def __init__(self):
+        self.built: bool | None = None  # not tried yet
+
     def pytest_runtest_setup(self, item):
-        if item.path.suffix == ".ipynb":
+        if item.path.suffix != ".ipynb":
+            return
+        if self.built is None:  # all at once, since each build takes seconds to find that there is nothing to do
+            asked = (other.path.stem for other in item.session.items if other.path.suffix == ".ipynb")
+            self.built = build(*map("page:{}".format, asked)).returncode == 0
+        if not self.built:
             done = build(f"page:{item.path.stem}")
             assert done.returncode == 0, done.stdout[-6000:]
 
 
-def build(task: str) -> subprocess.CompletedProcess:
-    """`make book`'s steps up to this one; two at a time, but one build after the other, whichever worker asks."""
-    command = [sys.executable, "-m", "doit", "--continue", "-n", "2", "-P", "thread", task]
+def build(*tasks: str) -> subprocess.CompletedProcess:
+    """`make book`'s steps up to these; two at a time, but one build after the other, whichever worker asks."""
+    command = [sys.executable, "-m", "doit", "--continue", "-n", "2", "-P", "thread", *tasks]
     with (pages.ROOT / "build" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return subprocess.run(command, cwd=pages.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(command, cwd=pages.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(0.1)  # whoever waits goes first
+    return done
 
 
 @pytest.fixture(scope="session")

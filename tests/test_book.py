@@ -32,9 +32,10 @@ LOADS = {
 
 @pytest.fixture(scope="module")
 def site() -> Path:
-    """The built book, made or brought up to date first."""
-    done = build("book")
-    assert done.returncode == 0, done.stdout[-6000:]
+    """The built book, made or brought up to date first; its pages can be tested while it is put together."""
+    for task in ("page", "book"):
+        done = build(task)
+        assert done.returncode == 0, done.stdout[-6000:]
     return SITE
 
 

@@ -5,8 +5,9 @@ import torch
 from models import FAMILIES, make, noise
 from torch.testing import assert_close
 
+from lmm_sae_nb.artifacts import read_json
 from lmm_sae_nb.attribution import Attribution, Decision, clamping, exact, linear, own_path
-from lmm_sae_nb.benchmarks.ablations import measure, summary
+from lmm_sae_nb.benchmarks.ablations import keep, measure, summary
 from lmm_sae_nb.fidelity import agreement, cost, own_decision, some_pairs
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.sae import Latents, TopKSAE
@@ -140,3 +141,6 @@ def test_every_pair_is_measured_once_and_read_the_next_time(tmp_path):
     told = summary([row, row | {"spearman_linear": 0.0}], LAYER, {"sae": "a"})
     assert told["decisions"] == 2 and told["pairs"] == 2 * row["pairs"]
     assert told["spearman_linear"]["mean"] == pytest.approx(row["spearman_linear"] / 2)
+    for row in ({"layer": 4, "pairs": 1}, {"layer": 1, "pairs": 2}, {"layer": 4, "pairs": 3}):
+        keep(tmp_path / "told.json", row)
+    assert read_json(tmp_path / "told.json") == {"layers": [{"layer": 1, "pairs": 2}, {"layer": 4, "pairs": 3}]}

@@ -1,6 +1,7 @@
-"""Ablate every active pair of held-out decisions, in pieces, and write book/ablations.json.
+"""Ablate every active pair of held-out decisions, in pieces, and write book/ablations.json, which has a row a layer.
 
-Hours on a CPU; stopped, it goes on where it was. `python -m lmm_sae_nb.benchmarks.ablations` after notebook 01.
+Hours on a CPU; stopped, it goes on where it was. `python -m lmm_sae_nb.benchmarks.ablations` after notebook 01 is about
+its SAE; `--sae data/artifacts/tiny/attribute/others/layer_4` about one of notebook 07's.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 
-from lmm_sae_nb.artifacts import fingerprint, open_tensors, project_root, require, save_tensors, write_json
+from lmm_sae_nb.artifacts import fingerprint, open_tensors, project_root, read_json, require, save_tensors, write_json
 from lmm_sae_nb.attribution import exact, integrated, linear
 from lmm_sae_nb.benchmarks.comparison import circumstances
 from lmm_sae_nb.fidelity import agreement, own_decision
@@ -23,7 +24,7 @@ from lmm_sae_nb.sae import TopKSAE
 WAYS = ("linear", "ig")
 
 
-def measure(lmm: LMM, sae: TopKSAE, layer: int, sample: dict, folder: Path, batch: int = 32) -> dict[str, float]:
+def measure(lmm: LMM, sae: TopKSAE, layer: int, sample: dict, folder: Path, batch: int = 4) -> dict[str, float]:
     """One decision: every active pair ablated, or read if it was before; how the approximations agree."""
     done = folder / "done.safetensors"
     if not done.is_file():
@@ -42,7 +43,8 @@ def measure(lmm: LMM, sae: TopKSAE, layer: int, sample: dict, folder: Path, batc
 def main() -> None:
     root = project_root()
     parser = argparse.ArgumentParser(prog="python -m lmm_sae_nb.benchmarks.ablations", description=__doc__)
-    parser.add_argument("--run", default="tiny")
+    parser.add_argument("--run", default="tiny", help="whose SAE, unless --sae names another")
+    parser.add_argument("--sae", type=Path, help="the folder of an SAE")
     parser.add_argument("--model", default="data/models/tiny-llava-next")
     parser.add_argument("--layer", type=int, help="0-based; without it the one that the SAE says it was trained on")
     parser.add_argument("--heldout", type=Path, default=root / "data/artifacts/tiny/world/heldout")
@@ -51,20 +53,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=root / "book" / "ablations.json")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    source = root / asked.model
-    lmm = LMM.load(source if source.is_dir() else asked.model)
-    weights = require(asked.run, "train", "sae.safetensors", "01_train_sae.py")
-    sae = TopKSAE.load(weights.parent).requires_grad_(False).to(lmm.device)
+    model = root / asked.model
+    lmm = LMM.load(model if model.is_dir() else asked.model)
+    source = asked.sae or require(asked.run, "train", "sae.safetensors", "01_train_sae.py").parent
+    sae = TopKSAE.load(source).requires_grad_(False).to(lmm.device)
     if asked.layer is None and sae.trained_on is None:
-        parser.error(f"{weights.parent} does not say which layer the SAE was trained on; give --layer")
+        parser.error(f"{source} does not say which layer the SAE was trained on; give --layer")
     layer = sae.trained_on.layer if asked.layer is None else asked.layer
-    hashes = {"sae": fingerprint(weights), "model": lmm.fingerprint(layer)}
+    hashes = {"sae": fingerprint(source / "sae.safetensors"), "model": lmm.fingerprint(layer)}
     folder = root / "data/artifacts" / asked.run / "ablations" / hashes["sae"][:12]
     pictured, rows = (row for row in load_from_disk(asked.heldout) if row["image"] is not None), []
     for number, sample in enumerate(islice(pictured, asked.decisions)):
         rows.append(measure(lmm, sae, layer, sample, folder / f"{number:04d}"))
         print(number, rows[-1], flush=True)
-        write_json(asked.out, summary(rows, layer, hashes))
+        keep(asked.out, summary(rows, layer, hashes))
+
+
+def keep(path: Path, told: dict) -> None:
+    """Put what was told of a layer into the file, in place of what it said of that layer before."""
+    others = read_json(path)["layers"] if path.is_file() else []
+    rows = [*(row for row in others if row["layer"] != told["layer"]), told]
+    write_json(path, {"layers": sorted(rows, key=lambda row: row["layer"])})
 
 
 def summary(rows: list[dict], layer: int, hashes: dict[str, str]) -> dict:

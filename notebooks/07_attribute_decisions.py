@@ -234,10 +234,10 @@ ax.legend(frameon=False);
 # %%
 measured = root / "book/ablations.json"
 every = read_json(measured)["layers"] if measured.is_file() else []
-cell = "{mean:.3f} [{low:.3f}, {high:.3f}]".format_map
+cell = lambda its: its and "{mean:.3f} [{low:.3f}, {high:.3f}]".format_map(its)  # noqa: E731
 plots.table([
     {"layer": at["layer"], "SAE": at["sae"][:8], "decisions": at["decisions"], "pairs": at["pairs"]}
-    | {f"{way}, {what}": cell(at[f"{name}_{short}"]) for short, way in (("linear", "linear"), ("ig", "integrated")) for name, what in (("spearman", "Spearman"), ("sign", "signs"))}
+    | {f"{way}, {what}": cell(at.get(f"{name}_{short}")) for short, way in (("linear", "linear"), ("ig", "integrated")) for name, what in (("spearman", "Spearman"), ("sign", "signs"))}
     for at in every
 ], "Every active pair ablated: means over decisions, 99 % intervals" if every else "not measured yet")  # fmt: skip
 

@@ -169,12 +169,25 @@ plots.images([m.image for m in masked], [m.shown[1] for m in masked]);
 #
 # Notebook 03's explainer is a second model, an Aya Vision: up to five masked images in one prompt, each folded into 36
 # tokens, and one answer: what they have in common, or *unable to produce explanations*. It starts from the tower, four layers
-# and the words of the model above. First its projector learns to say in one token what four patches said; then projector and
-# language model learn from *strips*, the masked images of one latent: half drawn from label maps, with patches missing,
-# bleeding over the border and astray, half of real latents of two SAEs on training scenes. What a set shows, and whether
-# anything, is said by one rule (`lmm_sae_nb/shown.py`), the same that judges explanations. The command is
-# `python -m lmm_sae_nb.pictureworld explainer`.
+# and the words of the model above. First the tower learns to see masked pictures: at every visible patch it is told what the
+# patch shows, and what it made of the same patch in the whole picture. Then the projector learns to say in one token what four
+# patches said; then projector and language model learn from *strips*, the masked images of one latent: a third drawn from
+# label maps, with patches missing, bleeding over the border and astray, the others of real latents, on training scenes, of the
+# SAE of notebook 01 and of notebook 07's at layer 4. What a set shows, and whether anything, is said by one rule
+# (`lmm_sae_nb/shown.py`), the same that judges explanations. The command is `python -m lmm_sae_nb.pictureworld explainer --sae
+# data/artifacts/tiny/attribute/others/layer_4 4`.
 #
+# How the eye and the whole learned, on training scenes:
+
+# %% mystnb={"figure": {"caption": "The explainer learns. Left: visible patches of masked pictures that its eye has right. Right: sets named and sets refused rightly.", "name": "fig-explainer-learning"}}
+_, axes = plt.subplots(1, 2, figsize=(8, 2.8))
+for ax, course, names in zip(axes, ("eye", "explainer"), (("object", "part", "texture", "face", "word"), ("named", "refused")), strict=True):
+    for name in names:
+        plots.curve(school.smooth(school.read_log(root / explainer / f"{course}.jsonl")), f"share_{name}", label=name, ax=ax)
+    ax.set_ylabel("patches right" if course == "eye" else "sets right")
+    ax.legend(frameon=False, fontsize=6)
+
+# %% [markdown]
 # Five drawn strips of held-out scenes, and what it says of each:
 
 # %% mystnb={"figure": {"caption": "Sets of masked held-out scenes; above each row the explainer's answer, and in brackets what the rule says.", "name": "fig-explained-sets"}}

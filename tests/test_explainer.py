@@ -9,17 +9,18 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmm_sae_nb.artifacts import read_json
 from lmm_sae_nb.explain import REFUSAL, masked
-from lmm_sae_nb.pictureworld import explainer, explainer_exam, explaining
+from lmm_sae_nb.pictureworld import explainer, explainer_exam, explaining, peeking
 from lmm_sae_nb.pictureworld.__main__ import EXPLAINER, EXPLAINER_STEPS, MODEL
 from lmm_sae_nb.pictureworld.concepts import KINDS
 from lmm_sae_nb.pictureworld.explainer import QUESTION, SET
 from lmm_sae_nb.pictureworld.explainer_exam import Answered, explain_sets, report
-from lmm_sae_nb.pictureworld.explaining import ASKED, Explainee, Sets, draw_sets, lot, tower_features, train_explainer
+from lmm_sae_nb.pictureworld.explaining import ASKED, Explainee, Sets, draw_sets, lot, train_explainer
 from lmm_sae_nb.pictureworld.gallery import CONCEPTS, GRID, gallery, patch_counts
+from lmm_sae_nb.pictureworld.peeking import Peeking, kind_labels, tower_features, train_eye
 from lmm_sae_nb.pictureworld.scenes import HELD_OUT, PATCH, TRAIN, VALIDATION, make_scene
 from lmm_sae_nb.pictureworld.school import read_log
 from lmm_sae_nb.pictureworld.strips import PATCHES, Strips, drawn, masked_images
-from lmm_sae_nb.pictureworld.tower import normalise
+from lmm_sae_nb.pictureworld.tower import normalise, patch_labels
 from lmm_sae_nb.shown import LEAST_IOU, MOST, PURE, SHOWS, WEIGHT, Shown
 
 SCENES = 90
@@ -43,7 +44,47 @@ def untaught(root):
 @pytest.fixture
 def exact(monkeypatch):
     """Float32 all through, so that two ways of computing agree to rounding."""
-    monkeypatch.setattr(explaining, "autocast_if_quicker", lambda: False)
+    for module in (explaining, peeking):
+        monkeypatch.setattr(module, "autocast_if_quicker", lambda: False)
+
+
+# The eye.
+
+
+def test_a_patch_is_told_what_the_embedded_models_eye_was_told(pictures):
+    labels = kind_labels(pictures.counts)
+    for scene in range(0, SCENES, 9):
+        theirs = patch_labels(make_scene(int(pictures.seeds[scene])))[: len(KINDS)]
+        assert np.array_equal(labels[scene], theirs), scene
+
+
+def test_the_eye_learns_at_visible_patches_alone(pictures, strips, untaught, exact):
+    """And its loss is that of a loop over them."""
+    pupil = Peeking(untaught.model.vision_tower, 192)
+    rows, seen = strips.scenes[0][:2], torch.from_numpy(strips.visible[0][:2])
+    pixels = normalise(torch.from_numpy(pictures.pixels[rows]))
+    labels = torch.from_numpy(kind_labels(pictures.counts[rows]))
+    whole = torch.randn(2, PATCHES, 192, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        told = pupil(pixels, seen, labels, whole)
+        again = pupil(pixels, seen, torch.where(seen[:, None], labels, 0), torch.where(seen[..., None], whole, 9.0))
+        features = pupil.tower(pixels).last_hidden_state[:, 1:]
+        off, spread, loss = 0.0, 0.0, 0.0
+        for image, patch in seen.nonzero().tolist():
+            off += float((features[image, patch] - whole[image, patch]).square().sum())
+            spread += float((whole[image, patch] - whole[seen].mean(0)).square().sum())
+        for number, head in enumerate(pupil.heads.values()):
+            total = weights = 0.0
+            for image, patch in seen.nonzero().tolist():
+                right = int(labels[image, number, patch])
+                weight = 1.0 if right else 0.1
+                total -= weight * float(head(features[image, patch]).log_softmax(-1)[right])
+                weights += weight
+            loss += total / weights
+    assert told == again
+    assert float(told["unlike"]) == pytest.approx(off / spread, rel=1e-4)
+    assert float(told["loss"]) == pytest.approx(loss + off / spread, rel=1e-4)
+    assert told["asked_scene"] == sum(int((labels[n, 0, seen[n]] > 0).sum()) for n in range(2))
 
 
 # The lessons.
@@ -116,7 +157,13 @@ def test_a_masked_picture_is_the_notebooks(pictures, strips):
 def test_sets_are_asked_after_each_number_of_images(pictures, strips):
     features = torch.arange(40 * 6).reshape(40, 6, 1, 1)
     source = lot(pictures, strips, features)
+    shown = [strips.label(pictures, n, np.arange(SET)) for n in range(40)]
     assert source.chances.sum() == pytest.approx(1)
+    assert source.chances[[its is None for its in shown]].sum() == pytest.approx(0.2)
+    held = [sum(bool(its) and its.concept == one.concept for its in shown) if one else 0 for one in shown]
+    alike = [1 if n == 0 else explaining.OFTEN.get(its.kind, 1) / n**0.5 for its, n in zip(shown, held, strict=True)]
+    chances = source.chances / alike
+    assert np.ptp(chances[np.array(held) > 0]) < 1e-9 < chances.max()
     sets = draw_sets(pictures, [source], 30, np.random.default_rng(1))
     again = draw_sets(pictures, [source], 30, np.random.default_rng(1))
     assert sets.answers == again.answers and torch.equal(sets.features, again.features)
@@ -185,27 +232,47 @@ def test_it_reloads_from_disk_with_several_images_a_prompt(pictures, strips, roo
     assert prompted(processor, [chat([wide])])["pixel_values"].shape == (1, 3, 192, 192)
 
 
-def test_a_stopped_and_resumed_course_is_bit_for_bit_the_uninterrupted_one(pictures, root, tmp_path):
+def test_a_stopped_and_resumed_course_is_bit_for_bit_the_uninterrupted_one(pictures, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module: module)  # quicker, for so few steps
     strips = {"drawn": drawn(pictures, 6, SET, 0)}
-    course = dict(taught=root / MODEL, gallery=pictures, strips=strips, steps=3, folding=2, batch=2)
-    assert train_explainer(tmp_path / "whole", **course)
-    calls = 1
-    while not train_explainer(tmp_path / "parted", **course, minutes=0):
-        calls += 1
-    assert calls == 3
-    kept = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parted")]
-    assert kept[0]["step"] == kept[1]["step"] == 3
-    assert all(torch.equal(value, kept[1]["pupil"][name]) for name, value in kept[0]["pupil"].items())
-    assert explaining.graduate(tmp_path / "parted", root / MODEL).dtype == torch.float32
+    world = dict(taught=root / MODEL, gallery=pictures)
+    lessons = (
+        (train_eye, "eye", dict(strips=[*strips.values()], steps=3, batch=2)),
+        (train_explainer, "", dict(strips=strips, steps=3, folding=2, batch=2)),
+    )
+    for train, folder, how in lessons:
+        assert train(tmp_path / "whole" / folder, **world, **how)
+        calls = 1
+        while not train(tmp_path / "parted" / folder, **world, **how, minutes=0):
+            calls += 1
+        assert calls == 3
+        kept = [torch.load(tmp_path / n / folder / "checkpoint.pt", weights_only=True) for n in ("whole", "parted")]
+        assert kept[0]["step"] == kept[1]["step"] == 3
+        assert all(torch.equal(value, kept[1]["pupil"][name]) for name, value in kept[0]["pupil"].items())
+    made = explaining.graduate(tmp_path / "parted", root / MODEL)
+    assert made.dtype == torch.float32
+    eye = torch.load(tmp_path / "whole/eye/checkpoint.pt", weights_only=True)["pupil"]
+    assert all(torch.equal(w, eye[f"tower.{name}"]) for name, w in made.model.vision_tower.state_dict().items())
     with pytest.raises(FileNotFoundError, match="checkpoint.pt is missing; run"):
         explaining.graduate(tmp_path / "nowhere", root / MODEL)
+    assert train_eye(tmp_path / "parted/eye", **world, **lessons[0][2] | {"steps": 4})
+    with pytest.raises(ValueError, match="were begun with another eye; delete its checkpoint.pt"):
+        train_explainer(tmp_path / "parted", **world, **lessons[1][2])
 
 
-def test_features_are_kept_in_parts(pictures, strips, untaught, tmp_path):
+def test_features_are_kept_in_parts(pictures, strips, untaught, root, tmp_path, monkeypatch):
     few = Strips(strips.scenes[:3], strips.visible[:3])
-    features = tower_features(untaught.model.vision_tower, pictures, few, tmp_path)
+    tower = untaught.model.vision_tower
+    features = tower_features(tower, pictures, few, tmp_path)
     assert features.shape == (3, 6, PATCHES, 192) and features.dtype == torch.bfloat16
-    assert torch.equal(features, tower_features(None, pictures, few, tmp_path))  # read, not made again
+    with monkeypatch.context() as patch:
+        patch.setattr(tower, "forward", None)  # read, not made again
+        assert torch.equal(features, tower_features(tower, pictures, few, tmp_path))
+    other = explainer.new_explainer(root / MODEL).model.vision_tower
+    torch.nn.init.zeros_(next(other.parameters()))
+    for its, strip in ((other, few), (tower, Strips(strips.scenes[1:4], strips.visible[1:4]))):
+        with pytest.raises(ValueError, match="000000.safetensors was made by another tower or of other strips; delete"):
+            tower_features(its, pictures, strip, tmp_path)
 
 
 # The exam, and what ships.
@@ -259,7 +326,8 @@ def test_the_shipped_explainer_names_clean_held_out_sets_and_refuses_what_has_no
 def test_what_ships_is_small_whole_and_examined(root):
     folder = root / EXPLAINER
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 12e6
-    assert EXPLAINER_STEPS - read_log(folder / "explainer.jsonl")[-1]["step"] < 20
+    for course, steps in (("explainer", EXPLAINER_STEPS), ("eye", peeking.STEPS)):
+        assert 0 <= steps - read_log(folder / f"{course}.jsonl")[-1]["step"] < 20
     for origin, rows in read_json(folder / "exam.json").items():
         assert origin in ("drawn", "cached")
         assert rows["all"]["asked"] == rows["answerable"]["asked"] + rows["unanswerable"]["asked"] >= 500

@@ -141,6 +141,12 @@ def test_every_pair_is_measured_once_and_read_the_next_time(tmp_path):
     told = summary([row, row | {"spearman_linear": 0.0}], LAYER, {"sae": "a"})
     assert told["decisions"] == 2 and told["pairs"] == 2 * row["pairs"]
     assert told["spearman_linear"]["mean"] == pytest.approx(row["spearman_linear"] / 2)
-    for row in ({"layer": 4, "pairs": 1}, {"layer": 1, "pairs": 2}, {"layer": 4, "pairs": 3}):
-        keep(tmp_path / "told.json", row)
-    assert read_json(tmp_path / "told.json") == {"layers": [{"layer": 1, "pairs": 2}, {"layer": 4, "pairs": 3}]}
+    with pytest.raises(ValueError, match="holds the ablations of .*what is it.*, not of .*where.*; delete"):
+        measure(lmm, sae, LAYER, sample | {"question": "where is it ?"}, tmp_path / "0")
+
+
+def test_a_layers_row_gives_way_to_one_of_as_many_decisions(tmp_path):
+    for layer, decisions, pairs in ((4, 2, 5), (1, 1, 2), (4, 1, 3), (4, 2, 7)):
+        keep(tmp_path / "told.json", {"layer": layer, "decisions": decisions, "pairs": pairs})
+    told = [[row["layer"], row["decisions"], row["pairs"]] for row in read_json(tmp_path / "told.json")["layers"]]
+    assert told == [[1, 1, 2], [4, 2, 7]]

@@ -25,16 +25,22 @@ WAYS = ("linear", "ig")
 
 
 def measure(lmm: LMM, sae: TopKSAE, layer: int, sample: dict, folder: Path, batch: int = 4) -> dict[str, float]:
-    """One decision: every active pair ablated, or read if it was before; how the approximations agree."""
+    """One decision: every active pair ablated, or read if it was before; how the approximations agree.
+
+    ValueError if what is in the folder is of another decision, layer or model.
+    """
     done = folder / "done.safetensors"
+    of = {"question": sample["question"], "layer": str(layer), "model": lmm.fingerprint(layer)}
     if not done.is_file():
         choice = own_decision(lmm, sample["question"], sample["image"])
         parts = linear(lmm, sae, layer, choice)
         values = {"exact": exact(lmm, sae, layer, choice, batch=batch, store=folder / "part.safetensors")}
         values |= {"linear": parts.values, "ig": integrated(lmm, sae, layer, choice).values}
-        save_tensors(done, values)
-        (folder / "part.safetensors").unlink()
+        save_tensors(done, values, of)
+        (folder / "part.safetensors").unlink(missing_ok=True)  # not there if no pair was active
     file = open_tensors(done)
+    if file.metadata() != of:
+        raise ValueError(f"{done} holds the ablations of {file.metadata()}, not of {of}; delete {folder.parent}")
     found = {way: agreement(file.get_tensor("exact"), file.get_tensor(way)) for way in WAYS}
     row = {"seed": sample.get("seed", -1), "question": sample["question"], "pairs": found["linear"].pairs}
     return row | {f"{name}_{way}": getattr(found[way], name) for way in WAYS for name in ("spearman", "sign")}
@@ -55,13 +61,15 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     model = root / asked.model
     lmm = LMM.load(model if model.is_dir() else asked.model)
-    source = asked.sae or require(asked.run, "train", "sae.safetensors", "01_train_sae.py").parent
+    source = root / asked.sae if asked.sae else require(asked.run, "train", "sae.safetensors", "01_train_sae.py").parent
     sae = TopKSAE.load(source).requires_grad_(False).to(lmm.device)
     if asked.layer is None and sae.trained_on is None:
         parser.error(f"{source} does not say which layer the SAE was trained on; give --layer")
     layer = sae.trained_on.layer if asked.layer is None else asked.layer
     hashes = {"sae": fingerprint(source / "sae.safetensors"), "model": lmm.fingerprint(layer)}
     folder = root / "data/artifacts" / asked.run / "ablations" / hashes["sae"][:12]
+    if asked.out.is_file() and "layers" not in read_json(asked.out):
+        parser.error(f"{asked.out} has no layers; delete it, or give another --out")
     pictured, rows = (row for row in load_from_disk(asked.heldout) if row["image"] is not None), []
     for number, sample in enumerate(islice(pictured, asked.decisions)):
         rows.append(measure(lmm, sae, layer, sample, folder / f"{number:04d}"))
@@ -70,10 +78,11 @@ def main() -> None:
 
 
 def keep(path: Path, told: dict) -> None:
-    """Put what was told of a layer into the file, in place of what it said of that layer before."""
-    others = read_json(path)["layers"] if path.is_file() else []
-    rows = [*(row for row in others if row["layer"] != told["layer"]), told]
-    write_json(path, {"layers": sorted(rows, key=lambda row: row["layer"])})
+    """Put what was told of a layer into the file, unless that knows of more decisions of this layer."""
+    rows = {row["layer"]: row for row in (read_json(path)["layers"] if path.is_file() else [])}
+    if rows.get(told["layer"], told)["decisions"] <= told["decisions"]:
+        rows[told["layer"]] = told
+        write_json(path, {"layers": [rows[layer] for layer in sorted(rows)]})
 
 
 def summary(rows: list[dict], layer: int, hashes: dict[str, str]) -> dict:

@@ -30,7 +30,7 @@ SIGHT = {  # name: optimiser steps, scenes of the exam, what is made, the folder
     "segmenter": (486, 100, "a CLIPSeg, which finds a concept by its name: train, ship and examine", "tiny-clipseg"),
     "similarity": (620, 150, "a CLIP, which says how well a text fits a picture: train, ship and examine", "tiny-clip"),
 }
-EXPLAINER_STEPS = 1800
+EXPLAINER_STEPS = 5200
 QUERIES_STEPS = 620
 FOLDER = Path("data/artifacts/training")
 MODEL = Path("data/models/tiny-llava-next")
@@ -72,7 +72,8 @@ def main() -> None:
     for name, (steps, scenes, what, folder) in SIGHT.items():
         course = _course(commands, name, what, steps, "whose eye it starts from", root / "data/models" / folder)
         course.add_argument("--scenes", type=int, default=scenes, help="held-out scenes of its exam")
-    what, borrows = "an Aya Vision, which names latents: train, ship and examine", "whose eye and words it starts from"
+    what = "an Aya Vision, which names latents: train (its eye, then --steps, --minutes for each), ship and examine"
+    borrows = "whose eye and words it starts from"
     explainer = _course(commands, "explainer", what, EXPLAINER_STEPS, borrows, root / EXPLAINER, threads=1)
     explainer.add_argument(
         "--sae", nargs=2, action="append", metavar=("FOLDER", "LAYER"),

@@ -55,7 +55,7 @@ def learn(asked: argparse.Namespace) -> None:
     if not study_explainer(made, asked.lmm, saes, asked.steps, asked.minutes):
         return
     save(graduate(made, asked.lmm), asked.model)
-    for name, log in (("explainer", "log.jsonl"), ("folding", "folding/log.jsonl")):
+    for name, log in (("eye", "eye/log.jsonl"), ("folding", "folding/log.jsonl"), ("explainer", "log.jsonl")):
         shutil.copy(made / log, asked.model / f"{name}.jsonl")
     result = sit(asked.model, asked.courses / "explainer-exam", asked.lmm, saes[0])
     write_json(asked.model / "exam.json", result)

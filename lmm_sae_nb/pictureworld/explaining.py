@@ -1,12 +1,13 @@
 """Teaching the explainer: sets of masked images, and what the rule says that they have in common.
 
-Its lessons come from strips (`strips.py`) of several origins. The tower is not taught, so what it makes of each masked
-image is computed once and kept; a set is put together anew at every step.
+Its lessons come from strips (`strips.py`) of several origins. The tower is taught before (`peeking.py`) and stays as it
+is, so that what it makes of each masked image is computed once and kept; a set is put together anew at every step.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,46 +16,28 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import (
     AyaVisionForConditionalGeneration,
     LlavaNextForConditionalGeneration,
     PreTrainedTokenizerFast,
 )  # fmt: skip
 
-from ..artifacts import open_tensors, save_tensors
+from ..artifacts import read_json, write_json
 from ..explain import REFUSAL
 from .explainer import FOLD, SET, explainer_tokenizer, new_explainer, prompt_of
 from .gallery import CONCEPTS, Gallery, gallery
+from .peeking import hash_of, open_eye, tower_features, train_eye
 from .scenes import TRAIN
 from .school import attend, autocast_if_quicker, optimisers
-from .strips import PATCHES, Source, Strips, drawn, masked_pixels, of_latents
-from .tower import normalise
+from .strips import Source, Strips, drawn, of_latents
 
 ASKED = (2, 3, 4, SET)  # after how many images a lesson asks
 FIRST_SEED, SCENES = TRAIN + 300_000, 6000  # the scenes that lessons are drawn from
 CACHED_SCENES = 1600  # the first of them, among which real latents find their images
-STRIP, DRAWN_STRIPS, CACHED_STRIPS = 8, 2560, 800  # images of a strip, strips of each origin
+STRIP, DRAWN_STRIPS, CACHED_STRIPS = 8, 10_240, 800  # images of a strip, strips of each origin
+EYE_STRIPS = 6000  # drawn ones that the eye learns from, which are others
+OFTEN = {"colour": 2.0, "part": 1.5, "word": 1.3}  # how much more often the hardest kinds are drawn
 IGNORED = -100  # no target: what pads a short answer
-
-
-@torch.no_grad()
-def tower_features(tower: nn.Module, gallery: Gallery, strips: Strips, path: Path, batch: int = 32) -> Tensor:
-    """What the tower makes of every masked image of the strips, (strips, images, patches, width) bfloat16, kept at
-    `path` in parts, so that a stopped run goes on."""
-    parts, images = [], strips.scenes.shape[1]
-    step = max(1, 640 // images)
-    for first in tqdm(range(0, len(strips.scenes), step), desc=path.name, mininterval=10):
-        part = path / f"{first:06d}.safetensors"
-        if not part.is_file():
-            scenes, visible = strips.scenes[first : first + step], strips.visible[first : first + step]
-            pixels = torch.from_numpy(masked_pixels(gallery, scenes.ravel(), visible.reshape(-1, PATCHES)))
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast_if_quicker()):
-                seen = [tower(normalise(some)).last_hidden_state[:, 1:].bfloat16() for some in pixels.split(batch)]
-            save_tensors(part, {"features": torch.cat(seen).unflatten(0, (-1, images))})
-        with open_tensors(part) as file:
-            parts.append(file.get_tensor("features"))
-    return torch.cat(parts)
 
 
 class Lot(NamedTuple):
@@ -66,12 +49,13 @@ class Lot(NamedTuple):
 
 
 def lot(gallery: Gallery, strips: Strips, features: Tensor) -> Lot:
-    """Strips drawn so that no concept is rare: by one over the root of how many strips show the same."""
+    """Strips drawn so that no concept is rare, by one over the root of how many strips show the same, and the hardest
+    kinds more often."""
     whole = np.arange(min(SET, strips.scenes.shape[1]))
     labels = [strips.label(gallery, n, whole) for n in range(len(strips.scenes))]
-    names = [label.concept if label else None for label in labels]
-    weight = np.array([1 / math.sqrt(names.count(name)) for name in names])
-    empty = np.array([name is None for name in names])
+    held = Counter(label.concept if label else None for label in labels)
+    weight = np.array([OFTEN.get(x.kind, 1.0) / math.sqrt(held[x.concept]) if x else held[x] ** -0.5 for x in labels])
+    empty = np.array([label is None for label in labels])
     weight[empty] *= 0.25 * weight[~empty].sum() / max(weight[empty].sum(), 1e-9)  # one in five, besides the mixed sets
     return Lot(strips, features, weight / weight.sum())
 
@@ -204,10 +188,12 @@ def train_explainer(
 ) -> bool:
     """Teach the explainer on sets from strips of several origins (by name), resumably; whether all steps are done.
 
-    folding: steps of the projector's first lesson (`Folding`); it and the tower's work count as no minutes.
+    The eye must have been taught (`train_eye`) in `folder/eye`. folding: steps of the projector's first lesson
+    (`Folding`); it and the tower's work count as no minutes.
     """
     model = new_explainer(taught)
-    tower = model.model.vision_tower.eval()
+    tower = open_eye(model.model.vision_tower, folder / "eye").eval()
+    _require_same_eye(folder, tower)
     lots = [
         lot(gallery, some, tower_features(tower, gallery, some, folder / f"features-{name}"))
         for name, some in strips.items()
@@ -231,17 +217,32 @@ def train_explainer(
     return attend(folder, steps, pupil, optimisers([pupil], rate), loss_at, minutes=minutes, title="explainer")
 
 
+def _require_same_eye(folder: Path, tower: nn.Module) -> None:
+    """ValueError if the lessons in the folder were begun with another eye."""
+    path, eye = folder / "eye.json", hash_of(tower)
+    if (folder / "checkpoint.pt").is_file() and (not path.is_file() or read_json(path)["eye"] != eye):
+        raise ValueError(
+            f"the lessons in {folder} were begun with another eye; delete its checkpoint.pt, folding/ and features-*/"
+        )
+    write_json(path, {"eye": eye})
+
+
 def study_explainer(folder: Path, taught: Path, saes: Sequence[Source], steps: int, minutes: float = math.inf) -> bool:
-    """The recipe that made the shipped explainer; returns whether all its steps are done.
+    """The recipe of the shipped explainer, in one piece (book/departures.md tells in which pieces it was made); returns
+    whether all its steps are done.
 
     taught: the embedded model. saes: those whose latents make lessons, beside what is drawn from the label maps.
+    minutes: for the eye and for the rest, each.
     """
     pictures = gallery(folder / "scenes.safetensors", FIRST_SEED, SCENES)
-    strips = {"drawn": drawn(pictures, DRAWN_STRIPS, STRIP, 0)}
+    seen, cached = pictures.first(CACHED_SCENES), {}
     for number, source in enumerate(saes):
-        seen = pictures.first(CACHED_SCENES)
         kept = folder / f"latents-{number}"
-        strips[f"cached-{number}"] = of_latents(source, kept, taught, seen, STRIP, CACHED_STRIPS)
+        cached[f"cached-{number}"] = of_latents(source, kept, taught, seen, STRIP, CACHED_STRIPS)
+    masks = [drawn(pictures, EYE_STRIPS, STRIP, 5), *cached.values()]
+    if not train_eye(folder / "eye", taught, pictures, masks, minutes=minutes):
+        return False
+    strips = {"drawn": drawn(pictures, DRAWN_STRIPS, STRIP, 0)} | cached
     return train_explainer(folder, taught, pictures, strips, steps=steps, minutes=minutes)
 
 
@@ -251,5 +252,6 @@ def graduate(folder: Path, taught: Path) -> AyaVisionForConditionalGeneration:
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint} is missing; run `python -m lmm_sae_nb.pictureworld explainer` first")
     model = new_explainer(taught)
+    open_eye(model.model.vision_tower, folder / "eye")
     Explainee(model, explainer_tokenizer()).load_state_dict(torch.load(checkpoint, weights_only=True)["pupil"])
     return model

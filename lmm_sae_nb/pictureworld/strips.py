@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..cache import SHAPE, LatentCache, cache_activations
+from ..cache import LatentCache, cache_activations
 from ..explain import most_activated
 from ..lmm import LMM
 from ..sae import TopKSAE
@@ -76,10 +76,8 @@ def cached(cache: LatentCache, latents: Sequence[int], images: int, share: float
 def of_latents(source: Source, kept: Path, model: Path, gallery: Gallery, images: int, strips: int) -> Strips:
     """The strips of latents of an SAE, at random among those that enough of the scenes excite; their cache stays in
     `kept`."""
-    if not (kept / SHAPE).is_file():
-        sae = TopKSAE.load(source.folder)
-        cache_activations(LMM.load(model), sae, gallery.images, source.layer, n_top=images, folder=kept)
-    cache = LatentCache.load(kept)
+    sae = TopKSAE.load(source.folder)
+    cache = cache_activations(LMM.load(model), sae, gallery.images, source.layer, n_top=images, folder=kept)
     live = np.flatnonzero((cache.top_images >= 0).all(1).numpy())
     chosen = np.random.default_rng(64).permutation(live)[:strips]
     return cached(cache, chosen.tolist(), images)

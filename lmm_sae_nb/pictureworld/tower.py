@@ -25,7 +25,7 @@ from .school import attend, autocast_if_quicker, optimisers
 
 GROUPS = {**KINDS, "place": PLACES}
 PATCHES = (SIDE // PATCH) ** 2
-_SHARE = 0.3  # of a patch that a concept must cover to be its label
+LABEL_SHARE = 0.3  # of a patch that a concept must cover to be its label
 # CLIP's own normalisation, as in the processor.
 MEAN, STD = (
     torch.tensor([0.48145466, 0.4578275, 0.40821073]),
@@ -41,7 +41,7 @@ def patch_labels(scene: Scene) -> np.ndarray:
     counts = np.bincount((np.arange(len(rows))[:, None] * 128 + rows).ravel(), minlength=len(rows) * 128).reshape(
         -1, 128
     )
-    counts[:, 0] = _SHARE * PATCH * PATCH  # nothing wins unless something reaches the share
+    counts[:, 0] = LABEL_SHARE * PATCH * PATCH  # nothing wins unless something reaches the share
     return counts.argmax(1).astype(np.uint8).reshape(len(grids), PATCHES)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, combinations, islice, product
 from typing import NamedTuple
 
 import numpy as np
@@ -57,6 +58,23 @@ def cases_of(rows: Iterable[Mapping], part: str) -> list[Case]:
     if not cases:
         raise ValueError(f"no case is of part {part!r}; give one that the data set's column `part` has")
     return cases
+
+
+class Asked(NamedTuple):
+    """A question on an image that has nothing to do with the cases, and the model's own answer."""
+
+    image: Image.Image
+    question: str
+    answer: str
+
+
+def own_answers(lmm: LMM, rows: Iterable[Mapping], batch: int = 20) -> list[Asked]:
+    """What the untouched model answers to the questions of rows with an image."""
+    rows, asked = iter(rows), []
+    while some := list(islice(rows, batch)):
+        images, questions = ([row[name] for row in some] for name in ("image", "question"))
+        asked += map(Asked, images, questions, lmm.generate(lmm.prompt(questions, images)))
+    return asked
 
 
 def told_case(image: str, question: str, answer: str, baseline: str, otherwise: Case) -> Case:
@@ -138,13 +156,12 @@ def of_words(text: Mapping[int, str], predicted: Float[Tensor, " n_latents"]) ->
 def trials(
     groups: Sequence[Sequence[int]], maxima: Sequence[float], values: Sequence[float], together: int
 ) -> list[Edits]:
-    """What to try: nothing; each of these groups of latents, and the first 2 to `together` groups at once, at each
-    multiple of every latent's own maximum."""
+    """What to try: nothing; each of these groups of latents, and up to `together` of them at once, at each multiple of
+    every latent's own maximum."""
     found: dict[Edits, None] = {(): None}
-    first = [sum(map(list, groups[:many]), []) for many in range(2, min(together, len(groups)) + 1)]
-    for value in values:
-        for latents in (*groups, *first):
-            found[tuple(Edit(n, value * float(maxima[n])) for n in dict.fromkeys(latents))] = None
+    sets = [chain(*some) for many in range(1, together + 1) for some in combinations(groups, many)]
+    for value, latents in product(values, map(dict.fromkeys, sets)):
+        found[tuple(Edit(n, value * float(maxima[n])) for n in latents)] = None
     return list(found)
 
 
@@ -183,20 +200,49 @@ def verdicts(
     right = torch.zeros(len(settings), len(cases), dtype=torch.bool)
     for n, case in enumerate(tqdm(cases, desc="answering", mininterval=2, disable=len(cases) < 50)):
         choice = decision(lmm, case.question, case.image, case.right, case.tempting)
-        hidden = lmm.hidden_states(lmm.entered(choice.prompt), layer)[0]
-        spliced, steered = (
-            mask[0].to(lmm.device) for mask in (choice.prompt.mask(*KINDS), scope.of_prompt(choice.prompt))
-        )
-        versions = hidden.repeat(len(settings), 1, 1)
-        if changed := [s for s, edits in enumerate(settings) if edits is not None]:
-            edits = [settings[s] for s in changed]
-            own = steered_versions(sae, hidden[spliced], edits, steered[spliced], keep_error).to(hidden.dtype)
-            versions[torch.tensor(changed)[:, None], spliced.nonzero()[:, 0]] = own
+        versions = _versions(lmm, sae, layer, choice.prompt, settings, scope, keep_error)
         logits = _last_logits(lmm, choice.prompt, layer, versions, at_once).cpu()
         margin[:, n] = logits[:, choice.answer] - logits[:, choice.baseline]
         answered[:, n] = logits.argmax(-1).float()
         right[:, n] = logits.argmax(-1) == choice.answer
     return Verdicts(margin, answered.long(), right)
+
+
+@torch.no_grad()
+def kept(
+    lmm: LMM,
+    sae: TopKSAE,
+    layer: int,
+    asked: Sequence[Asked],
+    settings: Sequence[Edits | None],
+    scope: Scope = Scope(),  # noqa: B008
+    *,
+    keep_error: bool = True,
+) -> Bool[Tensor, "settings asked"]:
+    """Whether each answer would be given again, in full, under each setting: every token of it, and its end, is the
+    most likely one after those before it, as in greedy decoding. One forward instead of one for each token."""
+    same = torch.zeros(len(settings), len(asked), dtype=torch.bool)
+    for n, one in enumerate(asked):
+        prompt = lmm.prompt(one.question, one.image, answers=one.answer)
+        decoded = lmm.above(prompt, layer, _versions(lmm, sae, layer, prompt, settings, scope, keep_error))
+        told = prompt.answer_mask[0, 1:]
+        said = lmm.head(decoded[:, :-1][:, told]).argmax(-1)
+        same[:, n] = (said == prompt.inputs["input_ids"][0, 1:][told]).all(-1).cpu()
+    return same
+
+
+def _versions(
+    lmm: LMM, sae: TopKSAE, layer: int, prompt: Prompt, settings: Sequence[Edits | None], scope: Scope, keep_error: bool
+) -> Float[Tensor, "settings tokens width"]:
+    """The layer's states of one prompt under each setting."""
+    hidden = lmm.hidden_states(lmm.entered(prompt), layer)[0]
+    spliced, steered = (mask[0].to(lmm.device) for mask in (prompt.mask(*KINDS), scope.of_prompt(prompt)))
+    versions = hidden.repeat(len(settings), 1, 1)
+    if changed := [s for s, edits in enumerate(settings) if edits is not None]:
+        edits = [settings[s] for s in changed]
+        own = steered_versions(sae, hidden[spliced], edits, steered[spliced], keep_error).to(hidden.dtype)
+        versions[torch.tensor(changed)[:, None], spliced.nonzero()[:, 0]] = own
+    return versions
 
 
 def _last_logits(
@@ -217,12 +263,20 @@ def _last_logits(
 
 
 class Tried(NamedTuple):
-    """What a setting did to the cases that it was tried on; harmed is None where no right case was asked."""
+    """What a setting did to the cases that it was tried on; harmed and spoiled are None where that was not asked."""
 
     edits: Edits
     cured: float  # share of the wrong answers
     shift: float  # mean change of their margin, in logits
     harmed: float | None  # share of the right answers
+    spoiled: float | None  # share of the answers to other questions
+
+
+class Limits(NamedTuple):
+    """What a cure may cost at most: shares of the right answers, and of the answers to other questions."""
+
+    harmed: float
+    spoiled: float = 1.0
 
 
 def search(
@@ -232,16 +286,18 @@ def search(
     wrong: Sequence[Case],
     good: Sequence[Case],
     settings: Sequence[Edits],
-    harmed_at_most: float,
+    limits: Limits,
     scope: Scope = Scope(),  # noqa: B008
     *,
+    others: Sequence[Asked] = (),
     keep_error: bool = True,
     at_once: int = 4,
 ) -> tuple[Edits, list[Tried]]:
-    """The setting that turns most wrong answers right of those that turn at most this share of right ones wrong.
+    """The setting that turns most wrong answers right of those within the limits on right ones that it turns wrong and
+    on answers to other questions that it changes.
 
-    All are tried on the wrong cases; on the right ones, `at_once` of them in order of what they cured, only until one
-    is within the limit, for those behind it cure less. Among equals the one with the fewest latents is ahead, then the
+    All are tried on the wrong cases; on the others, `at_once` of them in order of what they cured, only until one is
+    within the limits, for those behind it cure less. Among equals the one with the fewest latents is ahead, then the
     one with the largest shift. (), which does nothing, is settings[0] and is chosen if no other will do; wrong and
     right are the answers under it. ValueError for no wrong or no right answer, or another first setting.
     """
@@ -250,19 +306,32 @@ def search(
             f"{len(wrong)} wrong answers to cure, {len(good)} right ones to keep, the first setting is {settings[0]}; "
             "give some of both, and () first"
         )
-    found = verdicts(lmm, sae, layer, wrong, settings, scope, keep_error=keep_error)
+    own = (lmm, sae, layer)
+    found = verdicts(*own, wrong, settings, scope, keep_error=keep_error)
     fooled = ~found.right[0]
     cured = (fooled & found.right).sum(1) / max(1, int(fooled.sum()))
     shift = (found.margin - found.margin[0]).mean(1)
     order = sorted(range(len(settings)), key=lambda n: (-float(cured[n]), len(settings[n]), -float(shift[n])))
-    order, harmed = order[: order.index(0)], {0: 0.0}  # what is behind () cures nothing
-    for start in range(0, len(order), at_once):
-        some = order[start : start + at_once]
-        kept = verdicts(lmm, sae, layer, good, [(), *(settings[n] for n in some)], scope, keep_error=keep_error).right
-        lost = (kept[0] & ~kept[1:]).sum(1) / max(1, int(kept[0].sum()))
-        harmed |= dict(zip(some, lost.tolist(), strict=True))
-        if min(lost.tolist()) <= harmed_at_most:
-            break
-    best = next((n for n in order if n in harmed and harmed[n] <= harmed_at_most), 0)
-    told = [Tried(edits, float(cured[n]), float(shift[n]), harmed.get(n)) for n, edits in enumerate(settings)]
+    order = order[: order.index(0)]  # what is behind () cures nothing
+    harmed, spoiled, best = {0: 0.0}, {0: 0.0}, 0
+    while order and not best:
+        some, order = order[:at_once], order[at_once:]
+        under = [(), *(settings[n] for n in some)]
+        harmed |= zip(some, _lost(verdicts(*own, good, under, scope, keep_error=keep_error).right), strict=True)
+        fine = [n for n in some if harmed[n] <= limits.harmed]
+        under = [(), *(settings[n] for n in fine)]
+        spoiled |= zip(
+            fine, _lost(kept(*own, others if fine else (), under, scope, keep_error=keep_error)), strict=True
+        )
+        best = next((n for n in fine if spoiled[n] <= limits.spoiled), 0)
+    told = [
+        Tried(edits, float(cured[n]), float(shift[n]), harmed.get(n), spoiled.get(n) if len(others) else None)
+        for n, edits in enumerate(settings)
+    ]
     return settings[best], told
+
+
+def _lost(right: Bool[Tensor, "settings cases"]) -> list[float]:
+    """The share of what is right under the first setting that is not under each of the others."""
+    lost = (right[0] & ~right[1:]).sum(1)
+    return [n / max(1, int(right[0].sum())) for n in lost.tolist()]  # in float32, 4 of 40 would be more than 0.1

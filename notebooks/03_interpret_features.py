@@ -47,7 +47,7 @@ batch_size: int = 4  # questions at once, to a model in this process
 concurrency: int = 8  # questions under way at once, to an endpoint
 timeout: float = 120.0  # seconds that an endpoint's answer may take
 max_new_tokens: int = 16  # of an answer
-least_sure: float = 0.7  # an explanation to which the explainer itself gives a lower probability counts as refused
+least_sure: float = 0.55  # an explanation to which the explainer itself gives a lower probability counts as refused
 seed: int = 0  # of the choice of latents
 
 # %% tags=["remove-cell"]

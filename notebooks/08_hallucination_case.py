@@ -32,10 +32,11 @@ model: str = "data/models/tiny-llava-next"  # a folder of this project, or a nam
 layer: int = 1  # 0-based, the layer that the SAE was trained on
 traps: str = "data/artifacts/tiny/world/traps"  # image, question, answer, taught answer, group, part (choose, report)
 heldout: str = "data/artifacts/tiny/world/heldout"  # other questions, for the price
+samples: str = "data/artifacts/tiny/world/train"  # other questions, that the chosen cure must not spoil
 images: str = "data/artifacts/tiny/world/cache"  # the images that were cached
 concepts: str = "data/artifacts/tiny/world/concepts.json"  # names of the ground truth's concepts
 text_kinds: list = ["word"]  # kinds of concepts that are text
-text_words: list = ["sign", "text", "word", "letters", "label"]  # an explanation with one of these names text, too
+text_words: list = []  # an explanation with one of these names text, too; not needed where the concepts tell what is text
 image: str = ""  # a picture of your own to be told in full; "" tells the first held-out hallucination
 question: str = ""  # about that picture
 answer: str = ""  # the answer to explain, one token
@@ -44,13 +45,15 @@ agreeing: int = 130  # held-out cases that agree with what was taught; of those 
 choose_cases: int = 160  # cases that the cure is chosen on
 attributed: int = 16  # wrong ones among them whose attribution ranks the latents
 looked_at: int = 2048  # latents, the highest in that ranking, that are looked at for text in their top images
-tried: int = 4  # words, the highest in that ranking, whose latents are tried, a word's all at once
+tried: int = 3  # words, the highest in that ranking, whose latents are tried, a word's all at once
 tried_on: int = 32  # wrong cases that they are tried on
 kept_on: int = 120  # right cases that the best of them are tried on
-values: list = [1.0, 1.5, 2.0]  # clamps, in units of a latent's own maximum
+others_kept_on: int = 40  # other questions that they are tried on
+values: list = [1.5, 2.0]  # clamps, in units of a latent's own maximum
 together: int = 2  # words whose latents are clamped at once, at most
 clamped_kinds: list = ["base", "tiles"]  # kinds of tokens that are clamped
 harmed_at_most: float = 0.03  # share of right answers that a chosen cure may turn wrong
+spoiled_at_most: float = 0.1  # share of answers to other questions that it may change
 keep_error: bool = True  # leave in what the SAE does not explain; False as in the paper
 price_questions: int = 120  # held-out questions of other families, answered in full before and after
 seed: int = 0  # of nothing but the choice of pictures shown
@@ -69,8 +72,10 @@ from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_
 from lmm_sae_nb.attribution import decision, linear
 from lmm_sae_nb.cache import LatentCache
 from lmm_sae_nb.cure import (
+    Limits,
     cases_of,
     of_words,
+    own_answers,
     promising,
     search,
     shown_text,
@@ -120,16 +125,17 @@ print(f"{len(choosing)} cases to choose on, {len(reporting)} to report on, of th
 #    activation lies on written words by the ground truth, where there is one.
 # 3. Latents that stand for the same word are clamped together, for a word is split over several. The best words are tried
 #    in earnest, alone and two at once, at several multiples of their latents' maxima; what cures most of the wrong cases is
-#    then tried on the right ones, in that order, until one keeps within the harm allowed: that one is chosen.
+#    then tried on the right ones and on other questions, in that order, until one keeps within the harm allowed: that one is
+#    chosen. An answer to another question is spoiled if the model would not give it again, word for word.
 
 # %%
 stage, code = Stage(run, "hallucination"), [attribution, cure, intervals]
 params = dict(
     model=model, layer=layer, traps=traps, heldout=heldout, text_kinds=text_kinds, text_words=text_words, agreeing=agreeing,
-    choose_cases=choose_cases, attributed=attributed, looked_at=looked_at, tried=tried, tried_on=tried_on, kept_on=kept_on, values=values, together=together, clamped_kinds=clamped_kinds,
-    harmed_at_most=harmed_at_most, keep_error=keep_error, price_questions=price_questions,
+    samples=samples, choose_cases=choose_cases, attributed=attributed, looked_at=looked_at, tried=tried, tried_on=tried_on, kept_on=kept_on, others_kept_on=others_kept_on, values=values, together=together, clamped_kinds=clamped_kinds,
+    harmed_at_most=harmed_at_most, spoiled_at_most=spoiled_at_most, keep_error=keep_error, price_questions=price_questions,
 )  # fmt: skip
-inputs = [path for path in (root / model, root / traps, root / heldout, root / concepts) if path.exists()]
+inputs = [path for path in (root / model, root / traps, root / heldout, root / samples, root / concepts) if path.exists()]
 inputs += [Stage(run, name).path("manifest.json") for name in ("train", "cache", "interpret")]
 current, scope = stage.is_current(params, inputs, code), Scope(tuple(clamped_kinds))
 started = time.monotonic()
@@ -148,7 +154,9 @@ if not current:
         text = shown_text(cache, pictures, kind, names[kind], predicted.topk(min(looked_at, len(predicted))).indices.tolist()) | text
     words = dict(islice(of_words(text, predicted).items(), tried))
     settings = trials(list(words.values()), maxima.tolist(), values, together)
-    best, tests = search(lmm, sae, layer, wrong[:tried_on], good[:kept_on], settings, harmed_at_most, scope, keep_error=keep_error)
+    elsewise = (row for row in load_from_disk(root / samples) if row["image"] is not None and row.get("family") != "according")
+    limits, kept = Limits(harmed_at_most, spoiled_at_most), own_answers(lmm, islice(elsewise, others_kept_on))
+    best, tests = search(lmm, sae, layer, wrong[:tried_on], good[:kept_on], settings, limits, scope, others=kept, keep_error=keep_error)
     write_json(
         stage.path("choice.json"),
         {
@@ -160,7 +168,7 @@ if not current:
                     "latents": [edit.latent for edit in test.edits],
                     "times_maximum": max((edit.value / float(maxima[edit.latent]) for edit in test.edits), default=0.0),
                     "foretold": sum(float(predicted[edit.latent]) for edit in test.edits),  # at the highest value
-                    "cured": test.cured, "harmed": test.harmed, "shift": test.shift,
+                    "cured": test.cured, "harmed": test.harmed, "spoiled": test.spoiled, "shift": test.shift,
                 }
                 for test in tests
             ],
@@ -170,7 +178,7 @@ choice = read_json(stage.path("choice.json"))
 chosen = tuple(Edit(latent, value) for latent, value in choice["cure"])
 for trial in choice["tried"]:
     of = " and ".join(dict.fromkeys(choice["text_latents"][str(n)] for n in trial["latents"])) or "nothing"
-    harm = "harm not asked" if trial["harmed"] is None else f"harmed {trial['harmed']:.3f}"
+    harm = "  ".join(f"{name} {'not asked' if trial[name] is None else format(trial[name], '.3f')}" for name in ("harmed", "spoiled"))
     print(f"{of:24s} {len(trial['latents']):2d} latents x maximum {trial['times_maximum']:.2g}  cured {trial['cured']:.2f}  shift {trial['shift']:+.2f}  {harm}")
 
 # %% mystnb={"figure": {"caption": "What attribution foretold and what clamping did: the mean change of the right answer's margin over the wrong cases, of every word and pair of words tried, at the highest value.", "name": "fig-foretold"}}

@@ -10,8 +10,11 @@ from torch.testing import assert_close
 from lmm_sae_nb.attribution import clamping, decision
 from lmm_sae_nb.cure import (
     Case,
+    Limits,
     cases_of,
+    kept,
     of_words,
+    own_answers,
     promising,
     search,
     shown_text,
@@ -21,6 +24,7 @@ from lmm_sae_nb.cure import (
     verdicts,
 )
 from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.pictureworld.scenes import VALIDATION, make_scene
 from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.steering import Edit, Scope, steered
 
@@ -152,6 +156,8 @@ def test_trials_are_alone_and_together_in_units_of_the_maximum():
     found = trials([[4], [2, 3]], [0, 0, 10.0, 1.0, 5.0], [2.0, 0.5], together=3)
     strong, weak = ((Edit(4, 10.0),), (Edit(2, 20.0), Edit(3, 2.0))), ((Edit(4, 2.5),), (Edit(2, 5.0), Edit(3, 0.5)))
     assert found == [(), *strong, sum(strong, ()), *weak, sum(weak, ())]
+    three = trials([[0], [1], [2]], [1.0] * 3, [1.0], together=2)
+    assert [[edit.latent for edit in edits] for edits in three] == [[], [0], [1], [2], [0, 1], [0, 2], [1, 2]]
 
 
 def told(lmm, sae, cases, edits, scope):
@@ -177,7 +183,7 @@ def test_the_search_takes_what_cures_most_within_the_harm_allowed(lmm, sae, harm
     words = [word for word in map(lmm.tokenizer.decode, sorted(set(answers))) if word.isascii() and word.isalnum()]
     wrong = [Case(noise(40, 40, n), "why ?", word, "y", True) for n, word in enumerate(words * 2) if word != "y"]
     assert len(wrong) > 2
-    best, tried = search(lmm, sae, LAYER, wrong, good, settings, harmed_at_most, scope, at_once=2)
+    best, tried = search(lmm, sae, LAYER, wrong, good, settings, Limits(harmed_at_most), scope, at_once=2)
     by_hand = {}
     for edits in settings:
         margins, right = told(lmm, sae, wrong, edits, scope)
@@ -192,8 +198,42 @@ def test_the_search_takes_what_cures_most_within_the_harm_allowed(lmm, sae, harm
     assert by_hand[best][0] == max(by_hand[edits][0] for edits in allowed)
 
 
+@pytest.fixture(scope="module")
+def embedded(root):
+    lmm = LMM.load(root / "data/models/tiny-llava-next")
+    return lmm, TopKSAE(lmm.width, 64, 8, generator=torch.Generator().manual_seed(3)).requires_grad_(False)
+
+
+def test_an_answer_is_kept_if_it_would_be_given_again(embedded):
+    """Against generating it; and the search leaves out what spoils more than allowed."""
+    lmm, sae = embedded
+    scenes = [make_scene(VALIDATION + n) for n in range(4)]
+    questions = (
+        "what do you see in this image ?",
+        "what is on the left ?",
+        "what is in the top left ?",
+        "is there a dog ?",
+    )
+    rows = [{"image": scene.image, "question": question} for scene, question in zip(scenes, questions, strict=True)]
+    asked, scope = own_answers(lmm, rows, batch=3), Scope(("base", "tiles"))
+    assert [one.answer for one in asked] == [lmm.generate(lmm.prompt(row["question"], row["image"]))[0] for row in rows]
+    settings = [None, (), *((Edit(n, value),) for n in (1, 2) for value in (10.0, 200.0, 1000.0))]
+    found = kept(lmm, sae, LAYER, asked, settings, scope)
+    for edits, row in zip(settings, found.tolist(), strict=True):
+        for one, same in zip(asked, row, strict=True):
+            prompt = lmm.prompt(one.question, one.image)
+            with steered(lmm, sae, LAYER, prompt, edits or (), scope, keep_error=True):
+                assert (lmm.generate(prompt) == [one.answer]) == same, (edits, one.question)
+    assert found[:2].all() and not found[2:].all()
+    spoiled = (~found[1:]).float().mean(1).tolist()
+    cases = [Case(scene.image, "is there a dog ?", word, "dog", True) for scene in scenes for word in ("yes", "no")]
+    best, tried = search(lmm, sae, LAYER, cases, cases, settings[1:], Limits(1.0, 0.3), scope, others=asked, at_once=1)
+    assert all(one.spoiled in (None, pytest.approx(share)) for one, share in zip(tried, spoiled, strict=True))
+    assert spoiled[[one.edits for one in tried].index(best)] <= 0.3
+
+
 def test_a_search_needs_something_to_cure_and_something_to_keep(lmm, sae):
     with pytest.raises(ValueError, match="0 wrong answers to cure, 2 right"):
-        search(lmm, sae, LAYER, [], CASES, [()], 0.1)
+        search(lmm, sae, LAYER, [], CASES, [()], Limits(0.1))
     with pytest.raises(ValueError, match="the first setting is"):
-        search(lmm, sae, LAYER, CASES, CASES, [(Edit(1, 1.0),)], 0.1)
+        search(lmm, sae, LAYER, CASES, CASES, [(Edit(1, 1.0),)], Limits(0.1))

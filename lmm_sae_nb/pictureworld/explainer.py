@@ -2,7 +2,8 @@
 
 An Aya Vision in the true Hugging Face classes: its projector folds 2 x 2 patches into a token (space to depth), so
 that five images cost 180 tokens and no letter of a sign is lost to pooling. Tower, language model (its first three
-layers and its last) and word vectors start as those of the embedded LLaVA-NeXT; the tower stays as it is.
+layers and its last) and word vectors start as those of the embedded LLaVA-NeXT; the tower then learns to see masked
+pictures (`peeking.py`).
 """
 
 from __future__ import annotations

@@ -229,7 +229,8 @@ ax.legend(frameon=False);
 # What the long measurement found, layer by layer, of the SAEs whose hashes it names (an SAE trained on another machine may
 # differ in its bits). The pieces of layer 1 were computed by a script that is not in the repository: the same ablations, with
 # the decoder's linear products through oneDNN, in float32, and the last layer for the last token alone; on 993 pairs of two
-# decisions the difference to `attribution.exact` was at most 9e-6 logits. The other layers' come from the command as it is.
+# decisions the difference to `attribution.exact` was at most 9e-6 logits. The other layers' come from the command as it is,
+# those of a part of layer 4's decisions from a second process with its `measure`.
 
 # %%
 measured = root / "book/ablations.json"

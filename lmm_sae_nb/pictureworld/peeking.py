@@ -23,6 +23,7 @@ from transformers import LlavaNextForConditionalGeneration
 from ..artifacts import open_tensors, save_tensors
 from .concepts import KINDS
 from .gallery import Gallery
+from .scenes import PATCH
 from .school import attend, autocast_if_quicker, optimisers
 from .strips import PATCHES, Strips, masked_pixels
 from .tower import LABEL_SHARE, normalise
@@ -37,7 +38,7 @@ def kind_labels(counts: np.ndarray) -> np.ndarray:
     rows, start = [], 0
     for names in KINDS.values():
         own = counts[:, start : start + len(names)]
-        rows.append(np.where(own.max(1) >= LABEL_SHARE * 256, 1 + own.argmax(1), 0))
+        rows.append(np.where(own.max(1) >= LABEL_SHARE * PATCH**2, 1 + own.argmax(1), 0))
         start += len(names)
     return np.stack(rows, 1)
 

@@ -8,16 +8,20 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 VERDICTS = ("yes", "no", "unsure")
 UNDONE = "undone"  # takes back what the same person said of the same latent and concept
 FIELDS = ("rater", "latent", "concept", "kind", "verdict", "time")
+PATIENCE = 10.0  # seconds to wait for others who answer at the same time
 
 
 def append_rating(path: str | Path, rater: str, latent: int, concept: str, kind: str | None, verdict: str) -> dict:
     """Add one answer to the file, on the disk when this returns; the row {rater, latent, concept, kind, verdict, time}.
 
-    A line that a crash cut short is removed first; the whole lines are only ever added to, so that several people
-    can answer into one file. ValueError for an empty name or a verdict that is none of `VERDICTS` or `UNDONE`.
+    A line that a crash cut short is removed first; the whole lines are only ever added to. Several people can answer
+    into one file at once: each waits for the others, for `PATIENCE` seconds at most. ValueError for an empty name or a
+    verdict that is none of `VERDICTS` or `UNDONE`; OSError if the answer could not be written.
     """
     if not rater.strip():
         raise ValueError("an answer needs the name of who gave it; type one")
@@ -26,17 +30,25 @@ def append_rating(path: str | Path, rater: str, latent: int, concept: str, kind:
     row = dict(zip(FIELDS, (rater.strip(), int(latent), concept, kind, verdict, _now()), strict=True))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        with FileLock(lock, timeout=PATIENCE):  # else one takes for a crash's what another is just writing
+            _append(path, (json.dumps(row, ensure_ascii=False) + "\n").encode())
+    except Timeout as error:
+        raise OSError(f"{lock} has been held for {PATIENCE:g} s by somebody who answers; answer again") from error
+    return row
+
+
+def _append(path: Path, line: bytes) -> None:
     with path.open("ab+", buffering=0) as file:
         file.seek(0)
         held = file.read()
         if held and not held.endswith(b"\n"):
             file.truncate(held.rfind(b"\n") + 1)
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-        written = file.write(line)  # one call, so that two people's lines cannot mix
+        written = file.write(line)
         if written != len(line):
             raise OSError(f"{path}: {written} of {len(line)} bytes could be written; make room and answer again")
         os.fsync(file.fileno())
-    return row
 
 
 def _now() -> str:

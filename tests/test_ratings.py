@@ -4,9 +4,11 @@ import json
 import multiprocessing
 
 import pytest
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmm_sae_nb import ratings
 from lmm_sae_nb.ratings import FIELDS, UNDONE, VERDICTS, append_rating, read_ratings
 
 PEOPLE = st.sampled_from(["Ann", "Bob ö"])
@@ -82,3 +84,18 @@ def test_people_who_answer_at_once_lose_nothing(tmp_path):
         person.join()
     assert [person.exitcode for person in people] == [0, 0, 0]
     assert len(read_ratings(path)) == 120
+
+
+def test_what_another_is_just_writing_is_not_taken_for_a_crash(tmp_path, monkeypatch):
+    """An answer that finds half a line whose writer is at it waits, says so when it waited long, and leaves the line."""
+    path = tmp_path / "answers.jsonl"
+    append_rating(path, "Ann", 1, "cat", None, "yes")
+    monkeypatch.setattr(ratings, "PATIENCE", 0.05)
+    with FileLock(tmp_path / ".answers.jsonl.lock"):
+        with path.open("a") as file:
+            file.write('{"rater": "Bob"')
+        with pytest.raises(OSError, match="answer again"):
+            append_rating(path, "Cy", 1, "cat", None, "no")
+        assert path.read_text().endswith('{"rater": "Bob"')
+    append_rating(path, "Cy", 1, "cat", None, "no")
+    assert [row["rater"] for row in read_ratings(path)] == ["Ann", "Cy"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -25,15 +26,20 @@ class Exemplar:
     """One of the images that excite a latent most.
 
     activation: (rows, cols) float32 over the base image's patch grid; visible: (rows, cols) bool, its most
-    activated patches; masked: the image with every other patch black, or dimmed. Of a model without a patch grid (a
-    Q-Former's) nothing tells where in the image: activation and visible are None, and masked is the whole image.
+    activated patches; dim: how bright the others are where it is masked. Of a model without a patch grid (a Q-Former's)
+    nothing tells where in the image: activation and visible are None.
     """
 
     image_index: int
     image: Image.Image
     activation: Float[np.ndarray, "rows cols"] | None
     visible: Bool[np.ndarray, "rows cols"] | None
-    masked: Image.Image
+    dim: float = 0.0
+
+    @cached_property
+    def masked(self) -> Image.Image:
+        """The image with all but the visible patches black, or dimmed; the whole one without a patch grid."""
+        return self.image if self.visible is None else masked(self.image, self.visible, self.dim)
 
 
 def require_patches(exemplars: Sequence[Exemplar]) -> None:
@@ -148,9 +154,8 @@ def exemplars_on(
 
 def _exemplar(index: int, image: Image.Image, activation: np.ndarray | None, share: float, dim: float) -> Exemplar:
     if activation is None:
-        return Exemplar(index, image, None, None, image)
-    visible = most_activated(activation, share)
-    return Exemplar(index, image, activation, visible, masked(image, visible, dim))
+        return Exemplar(index, image, None, None)
+    return Exemplar(index, image, activation, most_activated(activation, share), dim)
 
 
 def explain_latents(

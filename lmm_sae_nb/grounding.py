@@ -7,7 +7,6 @@ class and its processor need torchvision, which this project does not; OWLv2 wit
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cachetools import LRUCache
 from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
@@ -58,8 +58,8 @@ class PromptedSegmenter:
     """One mask for each picture and concept from a CLIPSeg: where the concept is likelier than `threshold`.
 
     The logits are brought to the picture's size by bilinear interpolation. The score is the mean probability under
-    the mask; a picture in which no pixel passes the threshold has no candidate. What the eye makes of the last `keep`
-    pictures is remembered: many concepts are looked for in the same ones, and it does not depend on the concept.
+    the mask; a picture in which no pixel passes the threshold has no candidate. What the eye makes of the last pictures
+    is remembered, up to `room` bytes: many concepts are looked for in the same ones, and it does not depend on them.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class PromptedSegmenter:
         *,
         threshold: float = 0.5,
         batch: int = 16,
-        keep: int = 64,
+        room: int = 2**29,
     ):
         self.threshold, self.batch = _share(threshold, "threshold"), _positive(batch)
         self.model, self.processor = model.eval(), processor
-        self._keep, self._seen = _positive(keep), OrderedDict[str, Tensor]()
+        self._seen: LRUCache[str, Tensor] = LRUCache(_positive(room), _bytes_of)
 
     @classmethod
     def load(cls, name: str | Path, *, device: str = "cpu", **options) -> PromptedSegmenter:
@@ -101,20 +101,23 @@ class PromptedSegmenter:
     def _see(self, pictures: list[Image.Image]) -> Float[Tensor, "layers pictures tokens width"]:
         """What the decoder reads of each picture: the eye's states behind the layers that it extracts."""
         keys = list(map(pixel_hash, pictures))
-        new = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in self._seen}
+        found = {key: self._seen[key] for key in keys if key in self._seen}
+        new = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in found}
         if new:
             pixels = self.processor(images=list(new.values()), return_tensors="pt")["pixel_values"]
             states = self.model.clip.vision_model(
                 pixels.to(self.model.device), output_hidden_states=True, interpolate_pos_encoding=True
             ).hidden_states
             layers = torch.stack([states[layer + 1] for layer in self.model.extract_layers], 1)
-            self._seen.update(zip(new, layers, strict=True))
-        for key in keys:
-            self._seen.move_to_end(key)
-        found = torch.stack([self._seen[key] for key in keys], 1)
-        while len(self._seen) > self._keep:
-            self._seen.popitem(last=False)
-        return found
+            found.update(zip(new, layers, strict=True))
+        for key in new:
+            if _bytes_of(found[key]) <= self._seen.maxsize:
+                self._seen[key] = found[key].clone()  # not a view, which would hold all that were seen with it
+        return torch.stack([found[key] for key in keys], 1)
+
+
+def _bytes_of(states: Tensor) -> int:
+    return states.numel() * states.element_size()
 
 
 class BoxSegmenter:

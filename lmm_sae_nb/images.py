@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from cachetools import LRUCache
 from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -30,11 +31,16 @@ class UnreadableImage(ValueError):
 class Images(Sequence):
     """Pictures by number, opened when asked for, as RGB; UnreadableImage for one that cannot be.
 
+    The last ones stay in memory while their pixels fit into `room` bytes: scores look at the same ones again and again.
     identity: a hash that changes with the files (names, sizes, times) or the data set.
     """
 
-    def __init__(self, source: Sequence[Path] | Dataset, root: Path | None = None):
+    def __init__(self, source: Sequence[Path] | Dataset, root: Path | None = None, room: int = 2**28):
         self._source, self._root = source, root
+        self._opened = LRUCache(room, _bytes_of)
+
+    def __reduce__(self):
+        return type(self), (self._source, self._root, self._opened.maxsize)  # another process opens its own
 
     def __len__(self) -> int:
         return len(self._source)
@@ -42,8 +48,14 @@ class Images(Sequence):
     def __getitem__(self, index: int) -> Image.Image:
         if not -len(self) <= index < len(self):
             raise IndexError(f"no image {index}: there are {len(self)}, numbered from 0")
-        item = self._source[int(index)]
-        return open_rgb(item["image"] if isinstance(self._source, Dataset) else item, f"row {index}")
+        index = int(index) % len(self)
+        if (picture := self._opened.get(index)) is None:
+            item = self._source[index]
+            picture = open_rgb(item["image"] if isinstance(self._source, Dataset) else item, f"row {index}")
+            if _bytes_of(picture) > self._opened.maxsize:
+                return picture
+            self._opened[index] = picture
+        return picture.copy()  # nobody draws into another's
 
     @property
     def identity(self) -> str:
@@ -52,6 +64,10 @@ class Images(Sequence):
         files = [(file.relative_to(self._root).as_posix(), file.stat()) for file in self._source]
         told = "\n".join(f"{name} {its.st_size} {its.st_mtime_ns}" for name, its in files)
         return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _bytes_of(picture: Image.Image) -> int:
+    return 3 * picture.width * picture.height
 
 
 class StreamedImages:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from cachetools import LRUCache
 from jaxtyping import Bool, Float
 from PIL import Image
 
@@ -132,21 +133,19 @@ def ious(
 
 
 class Numbered:
-    """A segmenter of pictures as one of a data set's rows; its last `keep` answers are not asked for again."""
+    """A segmenter of pictures as one of a data set's rows; the `keep` answers used last are not asked for again."""
 
     def __init__(self, segmenter: Segmenter, images: Sequence[Image.Image], keep: int = 512):
-        self._segmenter, self._images, self._keep = segmenter, images, keep
-        self._kept: dict[tuple[int, str], Candidates] = {}
+        self._segmenter, self._images = segmenter, images
+        self._kept: LRUCache[tuple[int, str], Candidates] = LRUCache(keep)
 
     def __call__(self, numbers: Sequence[int], concept: str) -> list[Candidates]:
-        new = [number for number in dict.fromkeys(numbers) if (number, concept) not in self._kept]
+        masks = {n: self._kept[n, concept] for n in numbers if (n, concept) in self._kept}
+        new = [number for number in dict.fromkeys(numbers) if number not in masks]
         answers = self._segmenter([self._images[number] for number in new], [concept] * len(new)) if new else []
         for number, found in zip(new, answers, strict=True):
-            self._kept[number, concept] = found.masks[np.argsort(-found.scores, kind="stable")]
-        wanted = [self._kept[number, concept] for number in numbers]
-        for oldest in list(self._kept)[: -self._keep]:
-            del self._kept[oldest]
-        return wanted
+            masks[number] = self._kept[number, concept] = found.masks[np.argsort(-found.scores, kind="stable")]
+        return [masks[number] for number in numbers]
 
 
 class TrueMasks:

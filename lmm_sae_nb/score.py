@@ -221,11 +221,18 @@ def latents_clip(
     """
     vocabulary = sorted({*concepts, *filter(None, others)})
     column = {concept: n for n, concept in enumerate(vocabulary)}
-    sizes = [len(exemplars) for exemplars in sets()]
+    sizes: list[int] = []
+
+    def regions() -> Iterator[Image.Image]:
+        for own in sets():
+            sizes.append(len(own))
+            yield from (region(e, mode) for e in own)
+
+    by_region = clip_scores(similar, regions(), vocabulary)
     if len(sizes) != len(concepts) or not all(sizes):
         raise ValueError(f"{len(concepts)} concepts, {sizes} images; give each concept at least one image")
     ends = np.cumsum(sizes)[:-1]
-    seen = np.split(clip_scores(similar, (region(e, mode) for own in sets() for e in own), vocabulary), ends)
+    seen = np.split(by_region, ends)
     if mode.region:
         rng = np.random.default_rng(seed)
         away = (region(e, mode, rng) for own in sets() for e in own)

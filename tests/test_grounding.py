@@ -13,6 +13,7 @@ from transformers import (
     AutoProcessor,
     CLIPModel,
     CLIPProcessor,
+    CLIPSegConfig,
     CLIPSegForImageSegmentation,
     CLIPSegProcessor,
     SamModel,
@@ -77,7 +78,10 @@ def test_the_batch_changes_nothing(saved):
 
 
 def test_pictures_that_were_seen_are_not_looked_at_again_and_the_masks_are_those_of_one_who_has_not_seen_them(saved):
-    segment, eye = PromptedSegmenter.load(saved["clipseg"], threshold=0.4, batch=2, keep=2), []
+    config = CLIPSegConfig.from_pretrained(saved["clipseg"])
+    tokens = 1 + (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    two = 2 * len(config.extract_layers) * tokens * config.vision_config.hidden_size * 4  # bytes
+    segment, eye = PromptedSegmenter.load(saved["clipseg"], threshold=0.4, batch=2, room=two), []
     segment.model.clip.vision_model.register_forward_hook(lambda *call: eye.append(call[2].last_hidden_state.shape[0]))
     rows = [IMAGES[0], IMAGES[1], IMAGES[1], IMAGES[0], IMAGES[2], IMAGES[0], IMAGES[1]]
     asked = [CONCEPTS[n % len(CONCEPTS)] for n in range(len(rows))]

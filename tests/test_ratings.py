@@ -87,7 +87,7 @@ def test_people_who_answer_at_once_lose_nothing(tmp_path):
 
 
 def test_what_another_is_just_writing_is_not_taken_for_a_crash(tmp_path, monkeypatch):
-    """An answer that finds half a line whose writer is at it waits, says so when it waited long, and leaves the line."""
+    """An answer waits for whoever is at half a line, says so when it waited long, and leaves that line."""
     path = tmp_path / "answers.jsonl"
     append_rating(path, "Ann", 1, "cat", None, "yes")
     monkeypatch.setattr(ratings, "PATIENCE", 0.05)

@@ -9,7 +9,7 @@ from PIL import Image
 from lmm_sae_nb import truth as known
 from lmm_sae_nb.asked import REFUSAL, Vocabulary
 from lmm_sae_nb.cache import base_latents, cache_activations
-from lmm_sae_nb.explain import Exemplar, masked
+from lmm_sae_nb.explain import Exemplar
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.masks import TrueMasks
 from lmm_sae_nb.sae import TopKSAE
@@ -32,7 +32,7 @@ def patch_truth(*rows: dict) -> PatchTruth:
 
 def exemplar(index: int, visible: np.ndarray) -> Exemplar:
     image = Image.new("RGB", (SIDE, SIDE), (9, 9, 9))
-    return Exemplar(index, image, visible.astype(np.float32), visible, masked(image, visible))
+    return Exemplar(index, image, visible.astype(np.float32), visible)
 
 
 def box(top: int, left: int, height: int = 2, width: int = 2) -> np.ndarray:

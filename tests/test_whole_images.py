@@ -101,7 +101,7 @@ def test_an_iou_is_refused_and_the_reason_told(lmm, sae, cache, pictures, live):
 
 def test_figures_and_the_rater_show_whole_images(cache, pictures, live, tmp_path):
     shown = partial(exemplars, cache, pictures, n_top=3)
-    masked = Exemplar(0, pictures[0], np.ones((2, 2), np.float32), np.ones((2, 2), bool), pictures[0])
+    masked = Exemplar(0, pictures[0], np.ones((2, 2), np.float32), np.ones((2, 2), bool))
     axes = plots.exemplar_strip([("whole", shown(live[0])), ("masked", [masked]), ("whole", shown(live[1]))])
     assert [len(ax.get_images()) for ax in axes[:, 0]] == [1, 2, 1, 1]
     assert [ax.get_title("left") for ax in axes[:, 0]] == ["whole", "masked", "", "whole"]

@@ -21,12 +21,14 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 MANIFEST, METRICS = "manifest.json", "metrics.json"
 TEMPORARY, ASIDE = ".tmp", ".old"  # how hidden names end: of what is being written, of what is being replaced
+SAFETENSORS_TEMPORARY = ".tmp" + "[A-Za-z0-9]" * 6  # the names under which that library writes before it renames
 VERSIONED = ("lmm-sae-nb", "torch", "transformers", "datasets", "safetensors", "numpy")
 
 
@@ -66,8 +68,9 @@ def write_through(path: Path, write: Callable[[Path], object]) -> None:
 
 def clear_temporaries(folder: str | Path) -> None:
     """Delete the half-written files and folders that killed writers left where nobody else is writing now."""
-    for leftover in Path(folder).glob(f".*{TEMPORARY}"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    for pattern in (f".*{TEMPORARY}", SAFETENSORS_TEMPORARY):
+        for leftover in Path(folder).glob(pattern):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -248,6 +251,15 @@ def fingerprint(path: str | Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         digest.update(f"{file.relative_to(path).as_posix()} {fingerprint(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def hash_of(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of the bytes of tensors in this order, whatever device they are on, without a copy of a large one."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        for piece in tensor.detach().flatten().split(2**22):
+            digest.update(piece.cpu().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmm_sae_nb.artifacts import TensorRows, code_fingerprints, save_rows, write_json
+from lmm_sae_nb.artifacts import TensorRows, code_fingerprints, hash_of, save_rows, write_json
 from lmm_sae_nb.images import StreamedImages, UnreadableImage, open_images
 from lmm_sae_nb.lmm import LMM, NoPatchGrid, Prompt, require_own
 from lmm_sae_nb.ranking import Ranking
@@ -357,14 +357,12 @@ def _check(
 
 def _key(lmm: LMM, sae: TopKSAE, images: Pictures, layer: int, *settings: object) -> dict[str, object]:
     """What a pass is of: one of another key cannot go on from its state."""
-    digest = hashlib.sha256(lmm.model.config.to_json_string().encode())
-    for weights in (*sae.parameters(), *lmm.layer(layer).parameters()):
-        for piece in weights.detach().flatten().split(2**22):
-            digest.update(piece.cpu().view(torch.uint8).numpy())
+    config = hashlib.sha256(lmm.model.config.to_json_string().encode()).hexdigest()
+    weights = hash_of([*sae.parameters(), *lmm.layer(layer).parameters()])
     source = getattr(images, "identity", None)
     if source is None:
         source = [hashlib.sha256(images[number].tobytes()).hexdigest() for number in (0, len(images) - 1)]
-    return {"weights": digest.hexdigest(), "source": source, "images": _length(images), "k": sae.k,
+    return {"config": config, "weights": weights, "source": source, "images": _length(images), "k": sae.k,
             "code": code_fingerprints([sys.modules[__name__]]), "layer": layer,
             "image_size": lmm.image_size and list(lmm.image_size),
             "settings": list(settings)}  # fmt: skip

@@ -3,7 +3,6 @@
 `LMM` wraps any `AutoModelForImageTextToText` whose images become tokens of its decoder's sequence.
 """
 
-import hashlib
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -30,6 +29,7 @@ from transformers import (
 )
 
 from lmm_sae_nb import hooks
+from lmm_sae_nb.artifacts import hash_of
 from lmm_sae_nb.hooks import Hidden
 from lmm_sae_nb.processors import load_processor
 from lmm_sae_nb.sae import TopKSAE
@@ -185,10 +185,8 @@ class LMM:
         Computed once for each layer: the weights are frozen.
         """
         if layer not in self._fingerprints:
-            digest = hashlib.sha256()
-            for tensor in self.layer(layer).state_dict().values():
-                digest.update(tensor.detach().float().cpu().contiguous().flatten().view(torch.uint8).numpy())
-            self._fingerprints[layer] = f"{type(self.model).__name__} {digest.hexdigest()}"
+            weights = hash_of(tensor.float() for tensor in self.layer(layer).state_dict().values())
+            self._fingerprints[layer] = f"{type(self.model).__name__} {weights}"
         return self._fingerprints[layer]
 
     def prompt(

@@ -7,12 +7,15 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
+import threading
 
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from forks import started
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -163,6 +166,39 @@ def test_what_killed_writers_left_is_cleared(tmp_path):
     (tmp_path / "a.tmp").touch()
     artifacts.clear_temporaries(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.tmp"]
+
+
+def _die_while_saving(folder):
+    """Save until a file appears in the folder, and be killed then."""
+
+    def watch():
+        while not any(folder.iterdir()):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch).start()
+    while True:
+        artifacts.save_tensors(folder / "a.safetensors", {"a": torch.zeros(2_000_000)})
+
+
+def test_whatever_a_killed_save_leaves_is_cleared(tmp_path):
+    """safetensors writes under a name of its own before it renames to the name that it is given."""
+    for turn in range(5):
+        folder = tmp_path / str(turn)
+        folder.mkdir()
+        process, _ = started(_die_while_saving, folder)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL and any(folder.iterdir())
+        artifacts.clear_temporaries(folder)
+        assert {path.name for path in folder.iterdir()} <= {"a.safetensors"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_hash_of_tensors_is_that_of_their_bytes_in_order(dtype):
+    tensors = [torch.randn(70, 3).to(dtype), torch.randn(4, 5).to(dtype).T, torch.tensor(1).to(dtype)]
+    as_bytes = b"".join(bytes(t.contiguous().flatten().view(torch.uint8).tolist()) for t in tensors)
+    assert artifacts.hash_of(iter(tensors)) == hashlib.sha256(as_bytes).hexdigest()
+    assert artifacts.hash_of(tensors[::-1]) != artifacts.hash_of(tensors)
 
 
 def test_fingerprint_of_a_file_is_its_sha256(tmp_path):

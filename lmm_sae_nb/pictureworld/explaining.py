@@ -22,11 +22,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )  # fmt: skip
 
-from ..artifacts import read_json, write_json
+from ..artifacts import hash_of, read_json, write_json
 from ..explain import REFUSAL
 from .explainer import FOLD, SET, explainer_tokenizer, new_explainer, prompt_of
 from .gallery import CONCEPTS, Gallery, gallery
-from .peeking import hash_of, open_eye, tower_features, train_eye
+from .peeking import open_eye, tower_features, train_eye
 from .scenes import TRAIN
 from .school import attend, autocast_if_quicker, optimisers
 from .strips import Source, Strips, drawn, of_latents
@@ -219,7 +219,7 @@ def train_explainer(
 
 def _require_same_eye(folder: Path, tower: nn.Module) -> None:
     """ValueError if the lessons in the folder were begun with another eye."""
-    path, eye = folder / "eye.json", hash_of(tower)
+    path, eye = folder / "eye.json", hash_of(tower.state_dict().values())
     if (folder / "checkpoint.pt").is_file() and (not path.is_file() or read_json(path)["eye"] != eye):
         raise ValueError(
             f"the lessons in {folder} were begun with another eye; delete its checkpoint.pt, folding/ and features-*/"

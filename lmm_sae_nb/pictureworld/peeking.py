@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import LlavaNextForConditionalGeneration
 
-from ..artifacts import open_tensors, save_tensors
+from ..artifacts import hash_of, open_tensors, save_tensors
 from .concepts import KINDS
 from .gallery import Gallery
 from .scenes import PATCH
@@ -47,7 +47,7 @@ def kind_labels(counts: np.ndarray) -> np.ndarray:
 def tower_features(tower: nn.Module, gallery: Gallery, strips: Strips, path: Path, batch: int = BATCH) -> Tensor:
     """What the tower makes of every masked image of the strips, (strips, images, patches, width) bfloat16, kept at
     `path` in parts, so that a stopped run goes on; ValueError for a part of another tower or of other strips."""
-    eye, images = hash_of(tower), strips.scenes.shape[1]
+    eye, images = hash_of(tower.state_dict().values()), strips.scenes.shape[1]
     made = torch.empty(*strips.visible.shape, tower.config.hidden_size, dtype=torch.bfloat16)
     step = max(1, 640 // images)
     for first in tqdm(range(0, len(made), step), desc=path.name, mininterval=10):
@@ -64,14 +64,6 @@ def tower_features(tower: nn.Module, gallery: Gallery, strips: Strips, path: Pat
                 raise ValueError(f"{part} was made by another tower or of other strips; delete {path}")
             made[rows] = file.get_tensor("features")
     return made
-
-
-def hash_of(module: nn.Module) -> str:
-    """SHA-256 of a module's weights."""
-    digest = hashlib.sha256()
-    for weights in module.state_dict().values():
-        digest.update(weights.detach().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class Peeking(nn.Module):

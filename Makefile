@@ -22,7 +22,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[book,tests]'
 	@touch $@
 
-# glibc gives what a layer freed back to the system, and the next one has to ask for it anew: up to a tenth of the time.
+# glibc returns to the system what one layer frees, and the next has to ask for it again, which takes up to a tenth of the
+# time. The price: a process may hold 1 GiB that it does not use.
 book test lab: export MALLOC_MMAP_THRESHOLD_ ?= 33554432
 book test lab: export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 

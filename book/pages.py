@@ -239,7 +239,7 @@ c.IPKernelApp.log_level = 40
 def quiet_kernels(folder: Path) -> str:
     """A private IPYTHONDIR whose kernels do not warn of their TCP transport at every start; its path.
 
-    They look for garbage less often than Python does, and not at their end: that costs a kernel with torch and
+    They look for garbage less often than Python does, and not at their end; looking takes a kernel with torch and
     transformers 2.5 s of its 6.
     """
     profile = folder / "profile_default"

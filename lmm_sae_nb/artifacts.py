@@ -66,11 +66,12 @@ def write_through(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def clear_temporaries(folder: str | Path) -> None:
-    """Delete the half-written files and folders that killed writers left where nobody else is writing now."""
-    for pattern in (f".*{TEMPORARY}", SAFETENSORS_TEMPORARY):
-        for leftover in Path(folder).glob(pattern):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+def clear_temporaries(folder: str | Path, *, deep: bool = False) -> None:
+    """Delete the half-written files and folders that killed writers left where nobody else is writing now, and, if
+    `deep`, in the folders below."""
+    find = Path(folder).rglob if deep else Path(folder).glob
+    for leftover in [*find(f".*{TEMPORARY}"), *filter(Path.is_file, find(SAFETENSORS_TEMPORARY))]:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -255,7 +256,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def hash_of(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the bytes of tensors in this order, whatever device they are on, without a copy of a large one."""
+    """SHA-256 of the bytes of tensors in this order, whatever device they are on, a piece of each at a time."""
     digest = hashlib.sha256()
     for tensor in tensors:
         for piece in tensor.detach().flatten().split(2**22):

@@ -26,8 +26,8 @@ class Exemplar:
     """One of the images that excite a latent most.
 
     activation: (rows, cols) float32 over the base image's patch grid; visible: (rows, cols) bool, its most
-    activated patches; dim: how bright the others are where it is masked. Of a model without a patch grid (a Q-Former's)
-    nothing tells where in the image: activation and visible are None.
+    activated patches; dim: the share of their brightness that the others keep in `masked`. Of a model without a patch
+    grid (a Q-Former's) nothing tells where in the image: activation and visible are None.
     """
 
     image_index: int
@@ -35,6 +35,9 @@ class Exemplar:
     activation: Float[np.ndarray, "rows cols"] | None
     visible: Bool[np.ndarray, "rows cols"] | None
     dim: float = 0.0
+
+    def __post_init__(self):
+        _require_dim(self.dim)
 
     @cached_property
     def masked(self) -> Image.Image:
@@ -89,11 +92,15 @@ def masked(image: Image.Image, visible: Bool[np.ndarray, "rows cols"], dim: floa
 
     The paper says black; the reference code leaves 12 % (dim = 0.12), with soft borders, which these are not.
     """
-    if not 0 <= dim < 1:
-        raise ValueError(f"dim is {dim}; give the brightness that hidden patches keep, from 0 (black) to below 1")
+    _require_dim(dim)
     pixels = np.asarray(image.convert("RGB"))
     shown = upsample(visible, image.size)[..., None]
     return Image.fromarray(np.where(shown, pixels, np.rint(pixels * dim).astype(np.uint8)))
+
+
+def _require_dim(dim: float) -> None:
+    if not 0 <= dim < 1:
+        raise ValueError(f"dim is {dim}; give the brightness that hidden patches keep, from 0 (black) to below 1")
 
 
 def exemplars(

@@ -59,7 +59,7 @@ class PromptedSegmenter:
 
     The logits are brought to the picture's size by bilinear interpolation. The score is the mean probability under
     the mask; a picture in which no pixel passes the threshold has no candidate. What the eye makes of the last pictures
-    is remembered, up to `room` bytes: many concepts are looked for in the same ones, and it does not depend on them.
+    is remembered, up to `room` bytes: many are looked for in the same ones, and it does not depend on the concept.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class PromptedSegmenter:
     ):
         self.threshold, self.batch = _share(threshold, "threshold"), _positive(batch)
         self.model, self.processor = model.eval(), processor
-        self._seen: LRUCache[str, Tensor] = LRUCache(_positive(room), _bytes_of)
+        self._seen: LRUCache[str, Tensor] = LRUCache(room, _bytes_of)
 
     @classmethod
     def load(cls, name: str | Path, *, device: str = "cpu", **options) -> PromptedSegmenter:

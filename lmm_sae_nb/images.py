@@ -31,16 +31,11 @@ class UnreadableImage(ValueError):
 class Images(Sequence):
     """Pictures by number, opened when asked for, as RGB; UnreadableImage for one that cannot be.
 
-    The last ones stay in memory while their pixels fit into `room` bytes: scores look at the same ones again and again.
     identity: a hash that changes with the files (names, sizes, times) or the data set.
     """
 
-    def __init__(self, source: Sequence[Path] | Dataset, root: Path | None = None, room: int = 2**28):
+    def __init__(self, source: Sequence[Path] | Dataset, root: Path | None = None):
         self._source, self._root = source, root
-        self._opened = LRUCache(room, _bytes_of)
-
-    def __reduce__(self):
-        return type(self), (self._source, self._root, self._opened.maxsize)  # another process opens its own
 
     def __len__(self) -> int:
         return len(self._source)
@@ -48,14 +43,8 @@ class Images(Sequence):
     def __getitem__(self, index: int) -> Image.Image:
         if not -len(self) <= index < len(self):
             raise IndexError(f"no image {index}: there are {len(self)}, numbered from 0")
-        index = int(index) % len(self)
-        if (picture := self._opened.get(index)) is None:
-            item = self._source[index]
-            picture = open_rgb(item["image"] if isinstance(self._source, Dataset) else item, f"row {index}")
-            if _bytes_of(picture) > self._opened.maxsize:
-                return picture
-            self._opened[index] = picture
-        return picture.copy()  # nobody draws into another's
+        item = self._source[int(index)]
+        return open_rgb(item["image"] if isinstance(self._source, Dataset) else item, f"row {index}")
 
     @property
     def identity(self) -> str:
@@ -64,10 +53,6 @@ class Images(Sequence):
         files = [(file.relative_to(self._root).as_posix(), file.stat()) for file in self._source]
         told = "\n".join(f"{name} {its.st_size} {its.st_mtime_ns}" for name, its in files)
         return hashlib.sha256(told.encode()).hexdigest()
-
-
-def _bytes_of(picture: Image.Image) -> int:
-    return 3 * picture.width * picture.height
 
 
 class StreamedImages:
@@ -125,6 +110,31 @@ def open_images(source: str | Path | Dataset | IterableDataset) -> Images | Stre
     if isinstance(source, IterableDataset):
         return StreamedImages(source)
     return Images(source.select_columns("image"))
+
+
+class Remembered(Sequence):
+    """Pictures by number of which those looked at last stay in memory, as they were read, up to `room` bytes.
+
+    For scores, which look at the same ones again and again; what looks at each once gains nothing. For one thread.
+    """
+
+    def __init__(self, images: Sequence[Image.Image], room: int = 2**28):
+        self._images, self._held = images, LRUCache(room, _bytes_of)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        if (picture := self._held.get(index)) is None:
+            picture = self._images[index]
+            if _bytes_of(picture) > self._held.maxsize:
+                return picture
+            self._held[index] = picture
+        return picture.copy()  # nobody draws into another's
+
+
+def _bytes_of(picture: Image.Image) -> int:
+    return 4 * picture.width * picture.height  # Pillow gives RGB a fourth byte
 
 
 # ---- one picture ----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ The second takes a JSON file with the arguments of `job`, and runs on every mach
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def launch(
         with subprocess.Popen([*command, str(path)], stdout=subprocess.PIPE, stderr=told, text=True) as running:
             try:
                 for line in running.stdout:
-                    message = json.loads(line) if line.startswith('{"') else {}
+                    message = _told(line)
                     error = error or message.get("error")
                     if "row" in message:
                         rows.append(message["row"])
@@ -80,12 +81,21 @@ def launch(
 
 
 def _tell(**message) -> None:
-    print(json.dumps(message), flush=True)
+    """In one piece, for all processes write into one pipe: under `python -u`, `print` writes a line's end by itself."""
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def _told(line: str) -> dict:
+    """What a process tells in this line; nothing if it is somebody else's."""
+    with contextlib.suppress(ValueError):
+        return json.loads(line) if line.startswith('{"') else {}
+    return {}
 
 
 if __name__ == "__main__":
     try:
         job(**read_json(sys.argv[1]), on_log=lambda rows: _tell(row=rows[-1]))
     except Exception as error:
-        _tell(error=f"{type(error).__name__}: {error}")
+        _tell(error=f"{type(error).__name__}: {error}"[:1000])  # a pipe keeps 4 KB together
         raise

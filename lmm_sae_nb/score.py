@@ -226,11 +226,13 @@ def latents_clip(
     def regions() -> Iterator[Image.Image]:
         for own in sets():
             sizes.append(len(own))
+            if not own:
+                raise ValueError(f"{concepts[len(sizes) - 1]!r} has no image; give each concept at least one image")
             yield from (region(e, mode) for e in own)
 
     by_region = clip_scores(similar, regions(), vocabulary)
-    if len(sizes) != len(concepts) or not all(sizes):
-        raise ValueError(f"{len(concepts)} concepts, {sizes} images; give each concept at least one image")
+    if len(sizes) != len(concepts):
+        raise ValueError(f"{len(concepts)} concepts, images of {len(sizes)}; give each concept at least one image")
     ends = np.cumsum(sizes)[:-1]
     seen = np.split(by_region, ends)
     if mode.region:

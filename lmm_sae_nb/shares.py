@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmm_sae_nb.artifacts import TensorRows, as_json, open_tensors, save_rows, write_json
+from lmm_sae_nb.artifacts import TensorRows, as_json, clear_temporaries, open_tensors, save_rows, write_json
 from lmm_sae_nb.ranking import Ranking, firings, merged
 from lmm_sae_nb.sae import Latents
 from lmm_sae_nb.store import STORE, StoreWriter
@@ -93,8 +93,7 @@ def resume_or_clear(partial_folder: Path, key: dict[str, object]) -> None:
     What a killed process had half written, here and in the cache's folder above, goes too.
     """
     path = partial_folder / KEY
-    for file in partial_folder.parent.rglob(".*.tmp"):
-        file.unlink()
+    clear_temporaries(partial_folder.parent, deep=True)
     if not path.is_file() or path.read_bytes() != as_json(key):
         shutil.rmtree(partial_folder, ignore_errors=True)
         write_json(path, key)

@@ -64,7 +64,7 @@ from lmm_sae_nb.asked import REFUSAL, Vocabulary
 from lmm_sae_nb.cache import LatentCache
 from lmm_sae_nb.chats import Recorded, open_chat
 from lmm_sae_nb.explain import LazyExemplars, as_rows, exemplars, explain_latents
-from lmm_sae_nb.images import open_images
+from lmm_sae_nb.images import Remembered, open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.masks import TrueMasks
 from lmm_sae_nb.sae import TopKSAE
@@ -78,7 +78,7 @@ pictures = open_images(root / images)
 truth = known.PatchTruth(TrueMasks(load_from_disk(root / images), root / concepts), cache.grid) if concepts else None
 live = np.flatnonzero(np.asarray(cache.live))
 chosen = np.sort(np.random.default_rng(seed).choice(live, min(n_explained, len(live)), replace=False)).tolist()
-look = partial(exemplars, cache, pictures, n_top=n_top, share=share, dim=dim)
+look = partial(exemplars, cache, Remembered(pictures), n_top=n_top, share=share, dim=dim)
 shown = LazyExemplars(look, chosen)
 print(f"{len(live)} live latents, {len(chosen)} of them are asked about")
 

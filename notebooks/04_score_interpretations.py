@@ -63,7 +63,7 @@ from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_
 from lmm_sae_nb.cache import LatentCache
 from lmm_sae_nb.chats import open_chat
 from lmm_sae_nb.explain import exemplars
-from lmm_sae_nb.images import open_images
+from lmm_sae_nb.images import Remembered, open_images
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.masks import PAPER, STRICT, Numbered, TrueMasks, activation_mask, concept_mask, iou, ious, spots
 from lmm_sae_nb.ratings import read_ratings
@@ -82,7 +82,7 @@ def named(path: str) -> str | Path:
 # %%
 cache = LatentCache.load(require(run, "cache", "manifest.json", "02_cache_activations.py").parent)
 explanations = read_json(require(run, "interpret", "explanations.json", "03_interpret_features.py"))
-pictures = open_images(root / images)
+pictures = Remembered(open_images(root / images))
 truth = TrueMasks(load_from_disk(root / images), root / concepts) if concepts else None
 explained = scoring.explained(explanations, truth, most=n_scored, seed=seed)
 concept_of = {latent: concept for latent, (concept, _) in explained.items()}

@@ -115,7 +115,7 @@ from lmm_sae_nb.chats import Recorded, open_chat
 from lmm_sae_nb.evaluate import evaluate_saes
 from lmm_sae_nb.explain import as_rows, exemplars, explain_enough, explain_latents
 from lmm_sae_nb.fidelity import agreement, own_decision, some_pairs
-from lmm_sae_nb.images import open_images
+from lmm_sae_nb.images import Remembered, open_images
 from lmm_sae_nb.intervals import Mean, bounds, mean_interval
 from lmm_sae_nb.lmm import LMM, NoPatchGrid
 from lmm_sae_nb.masks import PAPER, STRICT, Numbered, TrueMasks, spots
@@ -205,7 +205,7 @@ for name, recipes in plan.items() if not current else ():
 # over its query tokens, and its only score is CLIP's on whole images.
 
 # %%
-vocabulary = Vocabulary(root / concepts) if concepts else None
+vocabulary, remembered = Vocabulary(root / concepts) if concepts else None, Remembered(pictures)
 modes, rng = [PAPER, replace(STRICT, share=share)], np.random.default_rng(seed)
 drawn, drawn_clip = (rng.integers(len(pictures), size=runs * n_top).tolist() for runs in (random_runs, clip_runs))
 if not current:
@@ -216,13 +216,13 @@ if not current:
     ask = partial(explain_latents, explain=asked.explainer(talk[explainer], prompt, tag=tag, least_sure=least_sure), refine=refine, label=label)
     parts = [named(part) for part in (detector, segmenter) if part]
     kind_of_segmenter = grounding.BoxSegmenter if detector else grounding.PromptedSegmenter
-    where = {"truth": truth} if truth else {"segmenter": Numbered(kind_of_segmenter.load(*parts, device=device), pictures)}
+    where = {"truth": truth} if truth else {"segmenter": Numbered(kind_of_segmenter.load(*parts, device=device), remembered)}
     similar = grounding.ImageTextSimilarity.load(named(similarity), device=device).grid
 
 # %%
 for name in () if current else (*of_layers, *rest):
     its, sae, layer, found_in = studied[name]
-    look = partial(exemplars, found_in, pictures, n_top=n_top, share=share)
+    look = partial(exemplars, found_in, remembered, n_top=n_top, share=share)
     order = np.random.default_rng(seed).permutation(np.flatnonzero(found_in.live)).tolist()
     rows = as_rows(explain_enough(order, look, ask, n_explained, 16))
     explained = scoring.explained(rows, truth, seed=seed)
@@ -232,7 +232,7 @@ for name in () if current else (*of_layers, *rest):
         away = scoring.drawn_spots(its, sae, pictures, layer, list(explained), drawn)
         at = lambda n: (spots(look(n)), away[n])  # noqa: B023, E731
         found = scoring.all_ious(at, concept_of, others_of, where, modes, runs=random_runs, seed=seed)
-    drawn_pictures = [pictures[n] for n in drawn_clip]
+    drawn_pictures = [remembered[n] for n in drawn_clip]
     found |= scoring.all_clips(similar, look, concept_of, others_of, drawn_pictures, modes if its.grid else [PAPER], runs=clip_runs, seed=seed)
     write_json(stage.path(f"{name}.json"), dict(zip(("explanations", "scores", "random"), (rows, *scoring.records(explained, found)), strict=True)))
 
@@ -251,7 +251,7 @@ if not current:
     patch_truth, generator = known.PatchTruth(truth, lmm.grid) if truth and lmm.grid else None, torch.Generator().manual_seed(seed)
 for name in () if current else (*of_layers, *swept):
     found_in = studied[name][3]
-    look = partial(exemplars, found_in, pictures, n_top=n_top, share=share)
+    look = partial(exemplars, found_in, remembered, n_top=n_top, share=share)
     order = np.random.default_rng(seed).permutation(np.flatnonzero(found_in.live)).tolist()
     rows = read_json(stage.path(f"{name}.json"))["explanations"] if name in of_layers else as_rows(explain_enough(order, look, ask, n_swept, 16))
     told = {n: row for n, row in rows.items() if row["outcome"] == "explained"}

@@ -163,9 +163,16 @@ def test_what_killed_writers_left_is_cleared(tmp_path):
     (tmp_path / ".a.json.0.tmp").touch()
     (tmp_path / ".3.0.tmp").mkdir()
     (tmp_path / ".3.0.tmp" / "half").touch()
+    (tmp_path / ".tmpAb12Cd").touch()  # safetensors'
+    (tmp_path / ".tmpfolder").mkdir()
     (tmp_path / "a.tmp").touch()
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / ".b.json.0.tmp").touch()
     artifacts.clear_temporaries(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.tmp"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tmp", ".tmpfolder", "below"}
+    assert (tmp_path / "below" / ".b.json.0.tmp").exists()
+    artifacts.clear_temporaries(tmp_path, deep=True)
+    assert not any((tmp_path / "below").iterdir())
 
 
 def _die_while_saving(folder):
@@ -195,8 +202,9 @@ def test_whatever_a_killed_save_leaves_is_cleared(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 def test_hash_of_tensors_is_that_of_their_bytes_in_order(dtype):
-    tensors = [torch.randn(70, 3).to(dtype), torch.randn(4, 5).to(dtype).T, torch.tensor(1).to(dtype)]
-    as_bytes = b"".join(bytes(t.contiguous().flatten().view(torch.uint8).tolist()) for t in tensors)
+    tensors = [torch.arange(2**22 + 5), torch.randn(70, 3), torch.randn(4, 5).T, torch.tensor(1)]
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    as_bytes = b"".join(t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for t in tensors)
     assert artifacts.hash_of(iter(tensors)) == hashlib.sha256(as_bytes).hexdigest()
     assert artifacts.hash_of(tensors[::-1]) != artifacts.hash_of(tensors)
 

@@ -285,7 +285,7 @@ def resident(name: str) -> int:
 
 
 def give_back_what_is_freed() -> None:
-    """As the C library does unless it is told otherwise (the Makefile tells it), so that only what is held counts."""
+    """Return what is freed at once, whatever the environment says (the Makefile does): only what is held counts."""
     libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3
     for threshold in (trim_threshold, mmap_threshold):
         libc.mallopt(threshold, 2**17)
@@ -320,7 +320,7 @@ def taken(folder, **sizes) -> int:
 
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists() or platform.libc_ver()[0] != "glibc",
-    reason="the system does not tell the peak of memory",
+    reason="the system does not tell the peak of memory, or its C library cannot be told to return it",
 )
 def test_memory_is_bounded_by_the_places_whatever_the_images_and_the_batch(tmp_path):
     """The bound that `cache_activations` states; next to nothing more for more images, or for more in a batch."""

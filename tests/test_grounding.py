@@ -77,16 +77,27 @@ def test_the_batch_changes_nothing(saved):
         assert a.scores == pytest.approx(b.scores, abs=1e-4)
 
 
-def test_pictures_that_were_seen_are_not_looked_at_again_and_the_masks_are_those_of_one_who_has_not_seen_them(saved):
+@pytest.mark.parametrize(
+    "batch, places, looked",
+    [
+        (2, 2, [2, 1, 1]),  # the first two; the third, whose coming drops the second; the second again
+        (4, 1, [2, 2]),  # a batch of more than is kept; of the first two the second stays
+        (2, 0.9, [2, 2, 2, 1]),  # nothing is kept
+    ],
+)
+def test_pictures_that_were_seen_are_not_looked_at_again_and_the_masks_are_those_of_one_who_has_not_seen_them(
+    saved, batch, places, looked
+):
     config = CLIPSegConfig.from_pretrained(saved["clipseg"])
     tokens = 1 + (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    two = 2 * len(config.extract_layers) * tokens * config.vision_config.hidden_size * 4  # bytes
-    segment, eye = PromptedSegmenter.load(saved["clipseg"], threshold=0.4, batch=2, room=two), []
+    one = len(config.extract_layers) * tokens * config.vision_config.hidden_size * 4  # bytes of a picture
+    segment, eye = PromptedSegmenter.load(saved["clipseg"], threshold=0.4, batch=batch, room=int(places * one)), []
     segment.model.clip.vision_model.register_forward_hook(lambda *call: eye.append(call[2].last_hidden_state.shape[0]))
     rows = [IMAGES[0], IMAGES[1], IMAGES[1], IMAGES[0], IMAGES[2], IMAGES[0], IMAGES[1]]
     asked = [CONCEPTS[n % len(CONCEPTS)] for n in range(len(rows))]
     answers = segment(rows, asked)
-    assert eye == [2, 1, 1]  # the first two; the third, whose coming drops the second; the second again
+    assert eye == looked
+    assert sum(states.untyped_storage().nbytes() for states in segment._seen.values()) <= places * one
     for image, concept, found in zip(rows, asked, answers, strict=True):
         (fresh,) = PromptedSegmenter.load(saved["clipseg"], threshold=0.4)([image], [concept])
         assert len(found.scores) == len(fresh.scores) and np.count_nonzero(found.masks ^ fresh.masks) <= 2

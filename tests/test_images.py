@@ -1,7 +1,6 @@
 """Pictures come out as one sees them, whatever the file; what cannot be read is named; numbers stay the source's."""
 
 import io
-import pickle
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from lmm_sae_nb.images import Images, StreamedImages, UnreadableImage, open_images, open_rgb, rgb
+from lmm_sae_nb.images import Remembered, StreamedImages, UnreadableImage, open_images, open_rgb, rgb
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -176,22 +175,18 @@ def test_a_stream_opens_only_the_pictures_that_are_asked_for():
         openers[0]()
 
 
-def test_pictures_that_fit_stay_in_memory_as_they_were_read(tmp_path):
+def test_remembered_pictures_stay_as_they_were_read_while_they_fit(tmp_path):
     for n in range(3):
         Image.new("L", (4, 4 + 4 * (n == 2)), n).save(tmp_path / f"{n}.png")
-    held = Images(sorted(tmp_path.iterdir()), tmp_path, room=3 * 4 * 4)  # for one of the first two, not for the third
-    held[0].putpixel((0, 0), RED)  # into a copy
+    pictures = Remembered(open_images(tmp_path), room=4 * 4 * 4)  # for one of the first two, not for the third
+    assert len(pictures) == 3
+    pictures[0].putpixel((0, 0), RED)  # into a copy
     (tmp_path / "0.png").write_bytes(b"no longer a picture")
-    assert held[0].getpixel((0, 0)) == held[-3].getpixel((0, 0)) == (0, 0, 0)
-    assert held[2].getpixel((0, 0)) == (2, 2, 2) and held[0].getpixel((0, 0)) == (0, 0, 0)
-    assert held[1].getpixel((0, 0)) == (1, 1, 1)  # and takes the place of the first
+    assert pictures[0].getpixel((0, 0)) == (0, 0, 0)
+    assert pictures[2].getpixel((0, 0)) == (2, 2, 2) and pictures[0].getpixel((0, 0)) == (0, 0, 0)
+    assert pictures[1].getpixel((0, 0)) == (1, 1, 1)  # and takes the place of the first
     with pytest.raises(UnreadableImage, match="0.png"):
-        held[0]
-    other = pickle.loads(pickle.dumps(held))
-    (tmp_path / "1.png").unlink()
-    assert held[1].getpixel((0, 0)) == (1, 1, 1)
-    with pytest.raises(UnreadableImage):
-        other[1]  # another process reads for itself
+        pictures[0]
 
 
 def test_sources_without_images_are_told_apart(tmp_path):

@@ -1,11 +1,16 @@
 """One process and several give the same SAE: real processes, gloo, forked by a notebook or started by accelerate."""
 
+import io
+import os
+import sys
+
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
+from forks import started
 from trainings import SAMPLES, run, told, train, train_and_die, train_together
 
-from lmm_sae_nb.launch import job, launch
+from lmm_sae_nb.launch import _tell, _told, job, launch
 from lmm_sae_nb.sae import TopKSAE
 
 
@@ -71,3 +76,22 @@ def test_an_error_in_a_process_is_told(root, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(root))
     with pytest.raises(RuntimeError, match="2 processes failed: FileNotFoundError: .*nowhere"):
         launch(2, root / "data/models/tiny-llava-next", tmp_path / "nowhere", 4, folder=tmp_path)
+
+
+def _tell_many(pipe: int) -> None:
+    sys.stdout = io.TextIOWrapper(io.FileIO(pipe, "w"), write_through=True)  # as it is under `python -u`
+    for step in range(20_000):
+        _tell(row={"step": step, "loss": 0.5})
+
+
+def test_what_processes_tell_at_once_stays_in_lines():
+    """As torch's launcher starts them: unbuffered, into one pipe."""
+    reading, writing = os.pipe()
+    processes = [started(_tell_many, writing)[0] for _ in range(2)]
+    os.close(writing)
+    with open(reading) as told:
+        lines = told.readlines()
+    for process in processes:
+        process.join()
+    assert sorted(_told(line)["row"]["step"] for line in lines) == sorted([*range(20_000)] * 2)
+    assert _told("{'a': 1}\n") == _told('{"a": 1}{"a": 1}\n') == _told("loading\n") == {}

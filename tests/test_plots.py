@@ -12,7 +12,8 @@ ROWS = [{"step": step, "fvu": 1 / step, "l0": 4.0} for step in range(1, 6)]
 
 @pytest.fixture
 def shell():
-    """An IPython that shows things to whoever captures them, and no longer exists afterwards."""
+    """An IPython that shows things to whoever captures them, and no longer exists afterwards; no figure is open."""
+    plt.close("all")
     yield InteractiveShell.instance()
     InteractiveShell.clear_instance()
 

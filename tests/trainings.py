@@ -10,8 +10,11 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from types import MappingProxyType
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -111,12 +114,14 @@ def run(job, *args, kill_after: float | None = None) -> int:
     return child.exitcode
 
 
+@cache
 def children():
     """A multiprocessing context whose processes start in no time, single-threaded."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainings"])
+    paths = os.pathsep.join(path for path in sys.path if path)
+    with patch.dict(os.environ, PYTHONPATH=paths, OMP_NUM_THREADS="1", NUMBA_NUM_THREADS="1"):
+        forkserver.ensure_running()  # whose environment is that of all of them
     return context
 
 

@@ -92,7 +92,8 @@ def task_page():
     """Run each notebook with papermill and the preset's parameters, after those whose results it reads.
 
     In the notebooks' order the first to name a result is the one that makes it. Appendices let those go first for whom
-    other pages wait; a page that nobody reads lets the one go first that could start when it can and that several read.
+    other pages wait, and who wait longest themselves; a page that nobody reads lets the one go first that could start
+    when it can and that several read.
     """
     found = {source: pages.results(source, VALUES[source.stem]) for source in SOURCES}
     made: dict[Path, Path] = {}
@@ -100,9 +101,12 @@ def task_page():
     for source, paths in found.items():
         makers[source] = {made.setdefault(path, source) for path in paths if not path.is_relative_to(WORLD)} - {source}
     readers = Counter(maker for own in makers.values() for maker in own)
+    behind: dict[Path, int] = {}  # of each chapter, how many pages come one after the other before it
+    for source in (source for source in SOURCES if source.stem[0].isdigit()):
+        behind[source] = max((1 + behind[maker] for maker in makers[source]), default=0)
     for source, own in makers.items():
         if not source.stem[0].isdigit():
-            before = set(readers)
+            before = {*readers, *(chapter for chapter, many in behind.items() if many == max(behind.values()))}
         elif own and source not in readers:
             before = own | {other for other in SOURCES if makers[other] == own and readers[other] > 1}
         else:

@@ -88,18 +88,27 @@ def task_ipynb():
         }
 
 
+def made_by() -> dict[Path, Path]:
+    """The page that makes each result: in the notebooks' order the first to name it."""
+    made: dict[Path, Path] = {}
+    for source in SOURCES:
+        for path in pages.results(source, VALUES[source.stem]):
+            made.setdefault(path, source)
+    return made
+
+
 def task_page():
     """Run each notebook with papermill and the preset's parameters, after those whose results it reads.
 
-    In the notebooks' order the first to name a result is the one that makes it. Appendices let those go first for whom
-    other pages wait, and who wait longest themselves; a page that nobody reads lets the one go first that could start
-    when it can and that several read.
+    Appendices let those go first for whom other pages wait, and who wait longest themselves; a page that nobody reads
+    lets the one go first that could start when it can and that several read.
     """
     found = {source: pages.results(source, VALUES[source.stem]) for source in SOURCES}
-    made: dict[Path, Path] = {}
-    makers: dict[Path, set[Path]] = {}
-    for source, paths in found.items():
-        makers[source] = {made.setdefault(path, source) for path in paths if not path.is_relative_to(WORLD)} - {source}
+    made = made_by()
+    makers = {
+        source: {made[path] for path in paths if not path.is_relative_to(WORLD)} - {source}
+        for source, paths in found.items()
+    }
     readers = Counter(maker for own in makers.values() for maker in own)
     behind: dict[Path, int] = {}  # of each chapter, how many pages come one after the other before it
     for source in (source for source in SOURCES if source.stem[0].isdigit()):
@@ -146,6 +155,7 @@ def task_results():
 
 def task_features():
     """Make the features page from the explanations, the scores and the cache."""
+    read, made = [ARTIFACTS / stage for stage in ("cache", "interpret", "score")], made_by()
     steering = next((f"notebooks/{source.stem}.html" for source in SOURCES if source.stem.startswith("06_")), None)
     return {
         "actions": [(features.write, [RUN, BOOK, steering])],
@@ -153,9 +163,9 @@ def task_features():
         "targets": [BOOK / "features.md"],
         "uptodate": [
             config_changed({"run": RUN, "steering": steering}),
-            AsLeft([ARTIFACTS / stage for stage in ("cache", "interpret", "score")]),
+            AsLeft(read),
         ],
-        "task_dep": ["page"] if SOURCES else [],
+        "task_dep": sorted({f"page:{made[path].stem}" for path in read if path in made}),
     }
 
 

@@ -237,7 +237,8 @@ c.IPKernelApp.log_level = 40
 
 
 def quiet_kernels(folder: Path) -> str:
-    """A private IPYTHONDIR whose kernels do not warn of their TCP transport at every start; its path.
+    """A private IPYTHONDIR, for the book, the tests and `make lab`, whose kernels do not warn of their TCP transport at
+    every start; its path.
 
     They look for garbage less often than Python does, and not at their end; looking takes a kernel with torch and
     transformers 2.5 s of its 6.

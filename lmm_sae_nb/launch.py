@@ -97,5 +97,5 @@ if __name__ == "__main__":
     try:
         job(**read_json(sys.argv[1]), on_log=lambda rows: _tell(row=rows[-1]))
     except Exception as error:
-        _tell(error=f"{type(error).__name__}: {error}"[:1000])  # a pipe keeps 4 KB together
+        _tell(error=f"{type(error).__name__}: {error}"[:600])  # a pipe keeps 4 KB together, a letter may take 6 bytes
         raise

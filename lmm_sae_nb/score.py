@@ -358,8 +358,9 @@ def summary(
 ) -> dict[str, float]:
     """Every table as a stage's metrics, with how many latents each kind has and what the tables come to.
 
-    COLUMN_ratio: score by random baseline, of IoU. clip_..._kinds_above_random: kinds whose gain has its interval above
-    0, of the kinds that have one. iou_MODE_SEGMENTER_correlation: Pearson's, with the first segmenter's IoU.
+    COLUMN_ratio: score by random baseline, of IoU; iou_random: iou_strict's baseline by its short name.
+    clip_..._kinds_above_random: kinds whose gain has its interval above 0, of the kinds that have one.
+    iou_MODE_SEGMENTER_correlation: Pearson's, with the first segmenter's IoU.
     """
     tables = {column: table(rows, runs, column, seed) for column in columns_of(rows)}
     groups = by_kind({latent: row["kind"] for latent, row in rows.items()})
@@ -369,6 +370,8 @@ def summary(
     for column, found in tables.items():
         kinds = {kind: row for kind, row in found.items() if kind != "total" and "gain" in row}
         random = found["total"].get("random") if column.startswith("iou_") else None
+        if random and column == "iou_strict":
+            told |= bounds("iou_random", random)
         if random and random.mean > 0:
             told[f"{column}_ratio"] = found["total"]["top"].mean / random.mean
         if column.startswith("clip_") and kinds:

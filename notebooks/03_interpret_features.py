@@ -74,11 +74,11 @@ plots.style()
 
 # %%
 cache = LatentCache.load(require(run, "cache", "manifest.json", "02_cache_activations.py").parent)
-pictures = open_images(root / images)
+pictures = Remembered(open_images(root / images))
 truth = known.PatchTruth(TrueMasks(load_from_disk(root / images), root / concepts), cache.grid) if concepts else None
 live = np.flatnonzero(np.asarray(cache.live))
 chosen = np.sort(np.random.default_rng(seed).choice(live, min(n_explained, len(live)), replace=False)).tolist()
-look = partial(exemplars, cache, Remembered(pictures), n_top=n_top, share=share, dim=dim)
+look = partial(exemplars, cache, pictures, n_top=n_top, share=share, dim=dim)
 shown = LazyExemplars(look, chosen)
 print(f"{len(live)} live latents, {len(chosen)} of them are asked about")
 

@@ -544,6 +544,8 @@ def test_the_metrics_of_a_stage():
     found = score.summary(rows, runs)
     assert (found["latents_scored"], found["latents_object"]) == (8, 4)
     assert found["iou_strict_ratio"] == pytest.approx(0.35 / 0.05)
+    assert found["iou_random"] == pytest.approx(0.05)
+    assert found["iou_random_low"] < 0.05 < found["iou_random_high"]
     assert found["iou_strict_seg_correlation"] == pytest.approx(-1)
     assert found["judged"] == pytest.approx(3 / 8)
     assert found["judged_shuffled"] == 0

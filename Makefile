@@ -32,10 +32,12 @@ book: $(READY)
 		$(DOIT) -n $(JOBS) -P thread preset=$(PRESET)
 	@echo "The book: file://$(CURDIR)/book/_build/html/index.html"
 
+# Seconds that a test may take; one of them builds the book. What hangs fails, and tells where each thread stood.
+test: LIMIT ?= 2400
 test: $(READY)
 	@$(DOIT) world ipynb
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-		--nbmake --nbmake-timeout=1800 tests build/ipynb $(ARGS)
+		--timeout=$(LIMIT) --nbmake --nbmake-timeout=1800 tests build/ipynb $(ARGS)
 
 world: $(READY)
 	@$(DOIT) world

@@ -73,7 +73,7 @@ Judge = Callable[[Sequence[Sequence[Image.Image]], Sequence[str]], "list[str | N
 def understood(reply: Reply, tag: str = "", longest: int = 2000, least_sure: float = 0.0) -> Answer:
     """A reply as an explanation: what stands behind `tag`, or all of it if there is no tag.
 
-    Refused if it has the words of `REFUSES`, in any case, or the model gives its explanation a probability below
+    Refused if that has the words of `REFUSES`, in any case, or the model gives its explanation a probability below
     `least_sure`. Unparseable if the tag is missing, nothing is left, more than `longest` characters are, or the reply
     was cut short. ValueError for a `least_sure` above 0 where the reply does not tell how sure it is.
     """
@@ -85,9 +85,9 @@ def understood(reply: Reply, tag: str = "", longest: int = 2000, least_sure: flo
             f"against least_sure = {least_sure}; set least_sure to 0, or ask a server that returns `logprobs`"
         )
     said, rest = " ".join(reply.text.split()), (reply.text, reply.sureness)
-    if REFUSES.search(said):
-        return Answer(Outcome.REFUSED, None, *rest)
     _, found, behind = said.rpartition(tag) if tag else ("", "all", said)
+    if REFUSES.search(behind):  # all of the reply, if there is no tag: some refuse without it
+        return Answer(Outcome.REFUSED, None, *rest)
     text = behind.strip().strip("\"'*`").strip()
     if reply.cut or not found or not any(map(str.isalnum, text)) or len(text) > longest:
         return Answer(Outcome.UNPARSEABLE, None, *rest)

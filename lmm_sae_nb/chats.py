@@ -38,6 +38,7 @@ from lmm_sae_nb.artifacts import fingerprint, sync
 from lmm_sae_nb.processors import load_processor
 
 IMAGES = "{images}"  # where a question's images stand in its text
+OF_THE_QUESTION = (400, 413, 422)  # what a server answers to a question that it cannot take, whoever asks
 
 
 # ---- questions and replies ------------------------------------------------------------------------------------
@@ -200,8 +201,10 @@ class EndpointChat:
     holds the key, "" if none is wanted; the key itself reaches no text that comes from here. concurrency: questions
     under way at once. timeout: seconds that an answer may take, and each wait in it. retries: of a question that meets
     429, 5xx or no connection, after the client's exponential back-off or what Retry-After says. max_bytes: of a whole
-    answer; more is a fault. stop_after: questions failed in a row that count as the endpoint being down. request:
-    fields of the request that are added, or left out if None (`{"max_tokens": None, "max_completion_tokens": 99}`).
+    answer; more is a fault. stop_after: questions failed in a row that count as the endpoint being down; once any has
+    been answered, one that the endpoint refuses for itself (400, 413, 422: it is too large, say) does not count.
+    request: fields of the request that are added, or left out if None (`{"max_tokens": None,
+    "max_completion_tokens": 99}`).
 
     A question that fails is a `Reply` with its fault. EndpointError if the key is refused, the model unknown, or the
     endpoint down or silent about probabilities that were asked for, after every reply that was under way has been given
@@ -242,20 +245,23 @@ class EndpointChat:
         self.identity = json.dumps(["endpoint", url, model, self._request], sort_keys=True)
 
     def __call__(self, questions: Iterable[Question]) -> Iterator[tuple[int, Reply]]:
-        waiting, under_way, fatal, in_a_row = enumerate(questions), {}, None, 0
+        waiting, under_way, fatal, in_a_row, answered = enumerate(questions), {}, None, 0, False
         pool, client = ThreadPoolExecutor(self.concurrency), openai.OpenAI(**self._connection)
         try:
             while True:
                 room = 0 if fatal else self.concurrency - len(under_way)
-                under_way |= {
-                    pool.submit(self._ask, client, question): number for number, question in islice(waiting, room)
-                }
+                try:
+                    for number, question in islice(waiting, room):
+                        under_way[pool.submit(self._ask, client, question)] = number
+                except Exception as error:  # a picture that cannot be read, say: what is under way has been paid for
+                    fatal = error
                 if not under_way:
                     break
                 done, _ = wait(under_way, return_when=FIRST_COMPLETED)
                 for future in done:
-                    reply, stop = _outcome_of(future)
-                    in_a_row = in_a_row + 1 if reply.text is None else 0
+                    reply, own_fault, stop = _outcome_of(future)
+                    answered = answered or reply.text is not None
+                    in_a_row = 0 if reply.text is not None else in_a_row + (not (answered and own_fault))
                     if in_a_row >= self._stop_after and not stop:
                         stop = EndpointError(f"{in_a_row} questions in a row have failed, the last with: {reply.fault}")
                     fatal = fatal or stop
@@ -263,13 +269,15 @@ class EndpointChat:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             client.close()
-        if fatal:
+        if isinstance(fatal, EndpointError):
             raise EndpointError(
                 f"{self.name} at {self._url}: {fatal}. What was answered is kept; once this is put right, run again"
             ) from None
+        if fatal:
+            raise fatal
 
-    def _ask(self, client: openai.OpenAI, question: Question) -> Reply:
-        """One question; EndpointError if asking others is of no use."""
+    def _ask(self, client: openai.OpenAI, question: Question) -> tuple[Reply, bool]:
+        """One question, and whether it failed for what it is; EndpointError if asking others is of no use."""
         messages = [{"role": "user", "content": [_part(part) for part in question.parts()]}]
         try:
             reply = _reply(self._body(client, messages))
@@ -279,13 +287,13 @@ class EndpointChat:
         except openai.NotFoundError as error:
             raise EndpointError(f"it has no such model or address: {self._told(error)}") from None
         except Exception as error:  # whatever client, network, JSON and server come up with: this question has failed
-            return Reply(None, self._told(error))
+            return Reply(None, self._told(error)), getattr(error, "status_code", None) in OF_THE_QUESTION
         if self._request.get("logprobs") and reply.text and reply.sureness is None:
             raise EndpointError(
                 "it answers without the probabilities of its tokens (logprobs), which least_sure is held against; set "
                 "least_sure to 0, or ask a server that returns them"
             )
-        return reply
+        return reply, False
 
     def _body(self, client: openai.OpenAI, messages: list[dict]) -> bytes:
         """The answer's bytes, at most `max_bytes` of them within `timeout` seconds; ValueError for more."""
@@ -308,11 +316,11 @@ class EndpointChat:
         return (said.replace(self._key, "[key]") if self._key else said)[:300]
 
 
-def _outcome_of(future: Future) -> tuple[Reply, EndpointError | None]:
+def _outcome_of(future: Future) -> tuple[Reply, bool, EndpointError | None]:
     try:
-        return future.result(), None
+        return *future.result(), None
     except EndpointError as error:
-        return Reply(None, str(error)), error
+        return Reply(None, str(error)), False, error
 
 
 def _part(part: str | Image.Image) -> dict:
@@ -371,6 +379,7 @@ class Recorded:
     def __init__(self, chat: Chat, path: str | Path):
         self.name, self.identity, self._chat, self._path = chat.name, chat.identity, chat, Path(path)
         self.asked = 0  # questions that reached the chat
+        self.failed = 0  # those of them without a reply
 
     def __call__(self, questions: Iterable[Question]) -> Iterator[tuple[int, Reply]]:
         kept = self._read()
@@ -399,6 +408,7 @@ class Recorded:
                 file.write(json.dumps(line).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
+                self.failed += reply.text is None
                 kept[key] = reply  # for a question that comes again later in this call
                 for number in twins[key]:
                     yield number, reply

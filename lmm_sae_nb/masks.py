@@ -133,18 +133,20 @@ def ious(
 
 
 class Numbered:
-    """A segmenter of pictures as one of a data set's rows; the `keep` answers used last are not asked for again."""
+    """A segmenter of pictures as one of a data set's rows; the answers used last, `room` bytes of them, are kept."""
 
-    def __init__(self, segmenter: Segmenter, images: Sequence[Image.Image], keep: int = 512):
+    def __init__(self, segmenter: Segmenter, images: Sequence[Image.Image], room: int = 256 * 2**20):
         self._segmenter, self._images = segmenter, images
-        self._kept: LRUCache[tuple[int, str], Candidates] = LRUCache(keep)
+        self._kept: LRUCache[tuple[int, str], Candidates] = LRUCache(room, getsizeof=lambda masks: max(1, masks.nbytes))
 
     def __call__(self, numbers: Sequence[int], concept: str) -> list[Candidates]:
         masks = {n: self._kept[n, concept] for n in numbers if (n, concept) in self._kept}
         new = [number for number in dict.fromkeys(numbers) if number not in masks]
         answers = self._segmenter([self._images[number] for number in new], [concept] * len(new)) if new else []
         for number, found in zip(new, answers, strict=True):
-            masks[number] = self._kept[number, concept] = found.masks[np.argsort(-found.scores, kind="stable")]
+            masks[number] = found.masks[np.argsort(-found.scores, kind="stable")]
+            if masks[number].nbytes <= self._kept.maxsize:
+                self._kept[number, concept] = masks[number]
         return [masks[number] for number in numbers]
 
 

@@ -23,7 +23,7 @@
 #
 # | preset | LMM | latents steered | time |
 # |---|---|---|---|
-# | `tiny` | Picture World LLaVA-NeXT, shipped | 100 objects at 4 doses, 100 at random | 3 minutes, 2 cores |
+# | `tiny` | Picture World LLaVA-NeXT, shipped | 146 objects at 5 doses, 100 at random | 3 minutes, 2 cores |
 # | `paper` | LLaVA-NeXT-LLaMA3-8B | the same | one GPU |
 
 # %% tags=["parameters"]
@@ -32,9 +32,8 @@ model: str = "data/models/tiny-llava-next"  # a folder of this project, or a nam
 images: str = "data/artifacts/tiny/world/cache"  # the images that were cached
 layer: int = 1  # 0-based, the layer that the SAE was trained on
 steered_kinds: list = ["base", "tiles", "newline"]  # token kinds whose latents are clamped, where there is an image
-doses: list = [4, 8, 16, 24]  # clamp values, in units of the latent's own maximum over the cached images
-dose: float = 24.0  # the one that is reported in the metrics
-n_objects: int = 100  # latents named for an object; as many random ones are the control
+doses: list = [4, 8, 16, 24, 32]  # clamp values, in units of the latent's own maximum over the cached images
+n_objects: int = 100  # latents named for an object that are reported; up to as many others choose the dose
 question: str = "What do you see in this image?"  # about a pure white image
 blank_size: int = 192  # pixels a side of the white image
 feelings: list = ["happy", "sad", "angry", "hungry", "scared", "loving", "sick", "sleepy"]  # names of latents
@@ -137,7 +136,7 @@ plots.exemplar_strip([(f"latent {cases[name]}: {name}", exemplars(cache, picture
 # %%
 stage, code = Stage(run, "steer"), [intervals, steering, rating]
 params = dict(
-    model=model, layer=layer, images=images, steered_kinds=steered_kinds, doses=doses, dose=dose, n_objects=n_objects,
+    model=model, layer=layer, images=images, steered_kinds=steered_kinds, doses=doses, n_objects=n_objects,
     question=question, blank_size=blank_size, feelings=feelings, feeling_question=feeling_question, story_prompt=story_prompt,
     case_doses=case_doses, word_prompt=word_prompt, ranked_images=ranked_images, max_new_tokens=max_new_tokens,
     concepts=concepts, judge=judge, seed=seed,
@@ -197,42 +196,53 @@ plots.beside(others, own, "other words", "own word");
 # > "The prompt is "What do you see in this image?" and the given image feature a pure white background. We selected 100
 # > object neurons, and only 11 of them exhibit a difference before and after steering."
 #
-# Each latent that is named for an object is clamped at the image's tokens, at several doses. The control is as many live
-# latents at random at the highest dose, asked for the same names. Relevance, from 1 to 10, is given by a language model where
-# one is named, as by GPT-4 in the paper; else by the words of the world (10 names the concept, 5 another of its kind, 1 none).
+# Latents that are named for an object, at random, are clamped at the image's tokens, at several doses. Which dose the numbers
+# below report is not read off these latents: other latents named for an object are clamped too, and the lowest dose at which
+# most of them name their concept is taken (where there are no others, the highest dose). The control is as many live latents
+# at random at that dose, asked for the same names. Relevance, from 1 to 10, is given by a language model where one is named,
+# as by GPT-4 in the paper; else by the words of the world (10 names the concept, 5 another of its kind, 1 none).
 
 # %%
 if not current:
     rng = np.random.default_rng(seed)
     objects = sorted(n for n, row in named.items() if row["kind"] == "object")
-    objects = rng.permutation(objects)[:n_objects].tolist()
+    order = rng.permutation(objects).tolist()
+    objects, choosing = order[:n_objects], order[n_objects : 2 * n_objects]
     rest = np.setdiff1d(np.flatnonzero(np.asarray(cache.live)), objects)
     control = rng.choice(rest, len(objects), replace=len(rest) < len(objects)).tolist()
     untouched = lmm.generate(lmm.prompt(question, white), max_new_tokens=max_new_tokens)[0]
-    asked = [("object", value, n, n) for value in doses for n in objects]
-    asked += [("random", dose, n, own) for n, own in zip(control, objects, strict=True)]
-    settings = [[], *([Edit(n, value * top[n])] for _, value, n, _ in asked)]
-    spliced, *said = answers(lmm, sae, layer, question, white, settings, at_image, batch=batch, max_new_tokens=max_new_tokens)
-    rows = [
-        {"group": group, "dose": value, "latent": n, "concept": named[own]["concept"], "answer": answer,
-         "changed": answer != spliced, "names": names(answer, named[own]["concept"])}
-        for (group, value, n, own), answer in zip(asked, said, strict=True)
-    ]  # fmt: skip
+
+    def ask(cases):  # of group, dose, latent, and the latent whose name is looked for
+        settings = [[], *([Edit(n, value * top[n])] for _, value, n, _ in cases)]
+        spliced, *said = answers(lmm, sae, layer, question, white, settings, at_image, batch=batch, max_new_tokens=max_new_tokens)
+        return spliced, [
+            {"group": group, "dose": value, "latent": n, "concept": named[own]["concept"], "answer": answer,
+             "changed": answer != spliced, "names": names(answer, named[own]["concept"])}
+            for (group, value, n, own), answer in zip(cases, said, strict=True)
+        ]  # fmt: skip
+
+    spliced, rows = ask([(group, value, n, n) for group, some in (("object", objects), ("choosing", choosing)) for value in doses for n in some])
+    right = Counter(row["dose"] for row in rows if row["group"] == "choosing" and row["names"])
+    dose = max(sorted(doses), key=right.__getitem__) if right else max(doses)
+    rows += ask([("random", dose, n, own) for n, own in zip(control, objects, strict=True)])[1]
     rate = relevance(open_chat(judge, root=root, key_variable=judge_key)) if judge else Vocabulary(root / concepts).rate if concepts else None
-    rates = rate([row["answer"] for row in rows], [row["concept"] for row in rows]) if rate else [None] * len(rows)
-    rows = [row | {"relevance": rated} for row, rated in zip(rows, rates, strict=True)]
-    write_json(stage.path("answers.json"), {"untouched": untouched, "spliced": spliced, "steered": rows})
+    reported = [row for row in rows if row["dose"] == dose and row["group"] != "choosing"]
+    rates = rate([row["answer"] for row in reported], [row["concept"] for row in reported]) if rate else [None] * len(reported)
+    for row, rated in zip(reported, rates, strict=True):
+        row["relevance"] = rated
+    write_json(stage.path("answers.json"), {"untouched": untouched, "spliced": spliced, "dose": dose, "steered": rows})
 white_answers = read_json(stage.path("answers.json"))
-print("untouched:", white_answers["untouched"], "· spliced:", white_answers["spliced"])
+dose = white_answers["dose"]
+print("untouched:", white_answers["untouched"], "· spliced:", white_answers["spliced"], "· dose chosen:", dose)
 for row in [row for row in white_answers["steered"] if row["dose"] == dose and row["group"] == "object"][:12]:
     print(f"{row['latent']:6d}  {row['concept']:12s} {row['answer']}")
 # %% mystnb={"figure": {"caption": "Dose and response: share of latents whose clamping changes the answer about a white image, and makes it name the concept, with 99 % intervals; the dose in units of the latent's own maximum.", "name": "fig-dose"}}
-groups = {"object, changed": ("object", "changed"), "object, named": ("object", "names"), "random, changed": ("random", "changed"), "random, named": ("random", "names")}
-curves = {
-    name: {value: Mean(*share([row[key] for row in white_answers["steered"] if (row["group"], row["dose"]) == (group, value)])[:3])
-           for value in (doses if group == "object" else [dose])}
-    for name, (group, key) in groups.items()
-}  # fmt: skip
+groups = {"object, changed": ("object", "changed"), "object, named": ("object", "names"), "choosing the dose, named": ("choosing", "names"), "random, changed": ("random", "changed"), "random, named": ("random", "names")}
+curves = {}
+for name, (group, key) in groups.items():
+    at = sorted({row["dose"] for row in white_answers["steered"] if row["group"] == group})
+    found = {value: [row[key] for row in white_answers["steered"] if (row["group"], row["dose"]) == (group, value)] for value in at}
+    curves |= {name: {value: Mean(*share(cases)[:3]) for value, cases in found.items()}} if found else {}
 plots.doses(curves, "dose, in the latent's own maximum", "share of latents");
 
 # %% [markdown]
@@ -266,7 +276,8 @@ plots.stacked(read_json(stage.path("ranks.json")), "share of latents");
 # %%
 if not current:
     at_dose = {g: [row for row in white_answers["steered"] if (row["group"], row["dose"]) == (g, dose)] for g in ("object", "random")}
-    metrics = {"objects_steered": len(at_dose["object"])}
+    chosen_on = len({row["latent"] for row in white_answers["steered"] if row["group"] == "choosing"})
+    metrics = {"objects_steered": len(at_dose["object"]), "dose": dose, "dose_chosen_on": chosen_on}
     for group, name in (("object", ""), ("random", "control_")):
         for key, what in (("names", "named"), ("changed", "changed")):
             found = bounds(f"{name}{what}_of_100", share([row[key] for row in at_dose[group]]))

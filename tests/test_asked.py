@@ -19,6 +19,8 @@ TAG = "[EXPLANATION]:"
         ("Train tracks.", "", Outcome.EXPLAINED, "Train tracks."),
         (f"I looked.\n{TAG}  *Train   tracks*", TAG, Outcome.EXPLAINED, "Train tracks"),
         (f"{TAG} no, wait. {TAG} a cat", TAG, Outcome.EXPLAINED, "a cat"),
+        (f"Were there nothing: {REFUSAL}. {TAG} a cat", TAG, Outcome.EXPLAINED, "a cat"),
+        (f"I am {REFUSAL}", TAG, Outcome.REFUSED, None),
         ("Train tracks.", TAG, Outcome.UNPARSEABLE, None),
         (f"{TAG} ...", TAG, Outcome.UNPARSEABLE, None),
         ("", "", Outcome.UNPARSEABLE, None),

@@ -98,6 +98,36 @@ def test_every_fault_is_told_and_no_other_question_suffers(monkeypatch):
     assert {request.key for request in server.requests} == {KEY}
 
 
+def test_questions_that_are_too_large_stop_no_other_once_one_has_been_answered():
+    large = [Question("400", pictures(1, seed=n)) for n in range(7)]
+    with serving() as server:
+        chat = quick(server, concurrency=1, stop_after=3)
+        replies = ask(chat, [Question("hello"), *large, Question("bye")])
+        assert [reply.text for reply in replies] == ["heard: hello", *[None] * 7, "heard: bye"]
+        with pytest.raises(EndpointError, match="3 questions in a row have failed, the last with: .*too large"):
+            ask(chat, large)
+        with pytest.raises(EndpointError, match="3 questions in a row have failed, the last with: .*oops"):
+            ask(chat, [Question("hello"), *(Question("500", pictures(1, seed=n)) for n in range(7))])
+
+
+def test_a_question_that_cannot_be_made_loses_no_answer(tmp_path):
+    def questions():
+        yield from (Question(str(n)) for n in range(3))
+        raise OSError("this picture cannot be read")
+
+    with serving() as server:
+        chat = Recorded(quick(server, concurrency=8), tmp_path / "r.jsonl")
+        with pytest.raises(OSError, match="cannot be read"):
+            ask(chat, questions())
+        again = Recorded(quick(server), tmp_path / "r.jsonl")
+        assert [reply.text for reply in ask(again, [Question(str(n)) for n in range(3)])] == [
+            "heard: 0",
+            "heard: 1",
+            "heard: 2",
+        ]
+        assert again.asked == 0
+
+
 def test_a_wrong_key_stops_everything_and_is_not_repeated(monkeypatch):
     monkeypatch.setenv("LOOPBACK_KEY", "sk-mistyped")
     with serving(key=KEY) as server:
@@ -170,7 +200,7 @@ def test_the_same_question_is_asked_once_and_another_model_or_image_anew(tmp_pat
         slow = Recorded(EndpointChat("slow", server.url, concurrency=1), tmp_path / "r.jsonl")
         again = [Question(text) for text in ("a", "b", "c", "a", "400", "d", "400")]  # after it has been answered
         assert [reply.text for reply in ask(slow, again)] == [*map("heard: {}".format, "abca"), None, "heard: d", None]
-        assert slow.asked == 5
+        assert (slow.asked, slow.failed) == (5, 1)
 
 
 def test_a_torn_last_line_is_dropped_and_a_damaged_one_before_it_refused(tmp_path):

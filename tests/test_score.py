@@ -162,7 +162,7 @@ def test_a_segmenter_is_not_asked_where_the_latent_is_silent_and_once_for_each_c
         return [Candidates(np.ones((1, 8, 8), bool), np.ones(1, np.float32)) for _ in images]
 
     images = [Image.new("RGB", (8, 8), (n, 0, 0)) for n in range(3)]
-    where = Numbered(segmenter, images, keep=3)
+    where = Numbered(segmenter, images, room=3 * 64)
     places = [Spot(n, (8, 8), np.full((4, 4), float(n != 1), np.float32)) for n in (0, 1, 2, 0)]
     assert ious(places, "cat", where, mode).tolist() == [1, 0, 1, 1]
     ious(places[::-1], "cat", where, mode)

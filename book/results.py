@@ -20,7 +20,7 @@ PAPER = {  # stage and metric -> what the paper reports
     ("compare", "clip_paper_layer_6"): "26.55 (Table 3, the 32nd)",
     ("compare", "clip_paper_tiny-instructblip"): "28.01 (Table 4, InstructBLIP-7B)",
     ("compare", "clip_paper_tiny-instructblip_random"): "17.71 (Table 4)",
-    ("score", "judged"): "0.89 by GPT-4o, 0.75 by two people (Table 2)",
+    ("judge", "judged"): "0.89 by GPT-4o, 0.75 by two people (Table 2)",
 }
 HEAD = """# Results
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
 
+from lmm_sae_nb.artifacts import read_json
 from lmm_sae_nb.asked import REFUSAL, Answer, Labeller, Outcome, Refiner
 from lmm_sae_nb.cache import LatentCache
 from lmm_sae_nb.chats import pixel_hash
 from lmm_sae_nb.lmm import NoPatchGrid
 
 __all__ = [
-    "REFUSAL", "Exemplar", "Explanation", "LazyExemplars", "as_rows", "exemplars", "exemplars_on", "explain_enough",
-    "explain_latents", "masked", "most_activated", "require_patches", "upsample",
+    "REFUSAL", "TAUGHT", "Exemplar", "Explanation", "LazyExemplars", "as_rows", "exemplars", "exemplars_on",
+    "explain_enough", "explain_latents", "masked", "most_activated", "require_patches", "taught_latents", "upsample",
 ]  # fmt: skip
+
+TAUGHT = "taught.json"  # in an explainer's folder: {"trained": parameters of an SAE's training, "latents": [...]}
 
 
 @dataclass(frozen=True)
@@ -202,6 +206,19 @@ def explain_enough(
         if sum(its.outcome is Outcome.EXPLAINED for its in found.values()) >= enough:
             break
     return found
+
+
+def taught_latents(explainer: Path, trained: Path) -> list[int]:
+    """The latents of an SAE whose masks, on other images, an explainer was trained on; none if nothing is known of any.
+
+    explainer: its folder, in which `TAUGHT` says so; trained: the SAE's folder, whose manifest says with which
+    parameters notebook 01 trained it. Weights are not compared: other processors round differently.
+    """
+    told, manifest = explainer / TAUGHT, trained / "manifest.json"
+    if not told.is_file() or not manifest.is_file():
+        return []
+    lessons = read_json(told)
+    return lessons["latents"] if lessons["trained"] == read_json(manifest)["params"] else []
 
 
 def as_rows(explanations: Mapping[int, Explanation], longest: int = 2000) -> dict[str, dict]:

@@ -16,7 +16,7 @@ from lmm_sae_nb.asked import KINDS, Judge
 from lmm_sae_nb.cache import activation_maps
 from lmm_sae_nb.chats import pixel_hash
 from lmm_sae_nb.explain import Exemplar
-from lmm_sae_nb.intervals import Mean, bounds, mean_interval, run_interval
+from lmm_sae_nb.intervals import Mean, Share, bounds, mean_interval, run_interval, share
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.masks import (
     PAPER,
@@ -33,6 +33,7 @@ from lmm_sae_nb.masks import (
 from lmm_sae_nb.sae import TopKSAE
 
 BASELINES = ("_random", "_area", "_shuffled")
+JUDGED = ("judged", "judged_shuffled")  # verdicts on a latent's own name, and on another's
 Grid = Callable[[Sequence[Image.Image], Sequence[str]], Float[np.ndarray, "images texts"]]  # cosines of each with each
 Verdicts = Callable[[Sequence[Sequence[Exemplar]], Sequence[str]], "list[str | None]"]  # yes, no, unsure; None: none
 
@@ -327,15 +328,32 @@ def table(
     return result
 
 
+def by_quantity(tables: Mapping[str, Mapping]) -> dict[str, dict[str, Mapping]]:
+    """Tables by column (`table`) as tables by what is measured and by mode: "iou_paper_sam" is iou_sam's, of paper."""
+    found: dict[str, dict[str, Mapping]] = {}
+    for column, rows in tables.items():
+        quantity, mode, *segmenter = column.split("_", 2)
+        found.setdefault("_".join([quantity, *segmenter]), {})[mode] = rows
+    return found
+
+
 def beside(
-    found: Mapping[str, Mapping[str, Mean]], published: Mapping[str, tuple[float, float]] | None = None
+    found: Mapping[str, Mapping[str, Mapping[str, Mean]]], published: Mapping[str, tuple[float, float]] | None = None
 ) -> list[dict[str, str | float | None]]:
-    """A table's rows as `plots.table` shows them; published: by kind, the random baseline and the score."""
+    """One quantity's tables as rows of `plots.table`, a kind each, the modes side by side with what stands by them.
+
+    found: mode to table; published: by kind, the random baseline and the score.
+    """
     told = []
-    for kind, row in found.items():
-        cells = {name: str(row[name]) for name in ("top", "random", "area", "shuffled") if name in row}
-        random, score = (published or {}).get(kind, (None, None))
-        told.append({"kind": kind} | cells | ({"the paper": score, "the paper, random": random} if published else {}))
+    for kind in dict.fromkeys(kind for rows in found.values() for kind in rows):
+        cells: dict[str, str | float | None] = {"kind": kind}
+        for mode, rows in found.items():
+            own = rows.get(kind, {})
+            names = (name for name in ("top", "random", "area", "shuffled") if name in own)
+            cells |= {f"{mode}: {name}": str(own[name]) for name in names}
+        if published:
+            cells |= dict(zip(("published: random", "published: top"), published.get(kind, (None, None)), strict=True))
+        told.append(cells)
     return told
 
 
@@ -380,9 +398,6 @@ def summary(
         first = "_".join(column.split("_")[:2])
         if first != column and (pair := correlation(rows, first, column)) is not None:
             told[f"{column}_correlation"] = pair
-    for name in ("judged", "judged_shuffled"):
-        shares = consistency({n: row.get(name) for n, row in rows.items()}, {n: row["kind"] for n, row in rows.items()})
-        told |= {f"{name}_{kind}" if kind != "total" else name: share for kind, (share, _) in shares.items()}
     return told
 
 
@@ -440,28 +455,38 @@ def judge_latents(
     verdicts: Verdicts, shown: Callable[[int], Sequence[Exemplar]], named: Mapping[int, tuple[str, str]],
     others: Mapping[int, str | None], *, each: int = 100, seed: int = 0,
 ) -> dict[str, dict[str, str | None]]:  # fmt: skip
-    """Verdicts on `each` latents of every kind, at random: "judged" on their concepts, "judged_shuffled" on others'."""
+    """Verdicts on `each` latents of every kind, at random, by `JUDGED`: on their concepts, and on others'."""
     chosen = some_of_each({str(latent): kind for latent, (_, kind) in named.items()}, each, seed)
     found: dict[str, dict[str, str | None]] = {str(n): {} for n in chosen}
-    for column, names in (("judged", {n: named[n][0] for n in chosen}), ("judged_shuffled", others)):
+    for column, names in zip(JUDGED, ({n: named[n][0] for n in chosen}, others), strict=True):
         asked = [n for n in chosen if names[n]]
         for n, verdict in zip(asked, verdicts([shown(n) for n in asked], [names[n] for n in asked]), strict=True):
             found[str(n)][column] = verdict
     return found
 
 
-def consistency(verdicts: Mapping[str, str | None], kinds: Mapping[str, str]) -> dict[str, tuple[float, int]]:
-    """Table 2: for each kind and in total the share of verdicts that are yes, and how many there are.
+def consistency(verdicts: Mapping[str, str | None], kinds: Mapping[str, str]) -> dict[str, Share]:
+    """Table 2: for each kind and in total the share of verdicts that are yes.
 
     What got no verdict (None) is left out; unsure counts as not yes.
     """
     given = {latent: verdict for latent, verdict in verdicts.items() if verdict is not None}
     groups = by_kind({latent: kinds[latent] for latent in given})
-    return {
-        kind: (sum(given[n] == "yes" for n in latents) / len(latents), len(latents))
-        for kind, latents in groups.items()
-        if latents
-    }
+    return {kind: share([given[n] == "yes" for n in latents]) for kind, latents in groups.items() if latents}
+
+
+def agreed(rows: Mapping[str, Mapping[str, str | None]], kinds: Mapping[str, str]) -> dict[str, float]:
+    """Table 2 as a stage's metrics, each with its interval: judged, judged_KIND, and the same of judged_shuffled.
+
+    rows: of `judge_latents`.
+    """
+    told: dict[str, float] = {}
+    for name in JUDGED:
+        shares = consistency({n: row.get(name) for n, row in rows.items()}, kinds)
+        for kind, found in shares.items():
+            title = name if kind == "total" else f"{name}_{kind}"
+            told |= bounds(title, found) | {f"{title}_asked": found.asked}
+    return told
 
 
 class Agreement(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -123,7 +123,7 @@ def _account(visible: Bool[np.ndarray, "images patches"], shares: np.ndarray) ->
 
 # ---- which latents detect which concepts ----------------------------------------------------------------------
 
-LADDER = np.arange(0.1, 1.0, 0.1)  # thresholds that are tried, in units of a latent's highest activation
+LADDER = (0, 0.02, 0.05, *np.arange(0.1, 1.0, 0.1))  # thresholds that are tried, in units of a latent's maximum
 
 
 class Detector(NamedTuple):
@@ -258,6 +258,20 @@ def judged(rows: Mapping[str, dict]) -> dict[str, float]:
         | _share("refusal_precision", refused)
         | _share("answerable_fraction", [row["true_concept"] is not None for row in rows.values()])
         | {f"unexplained_{what.replace(' ', '_')}": rest[what] for what in RESPONSES}
+    )
+
+
+def untaught(rows: Mapping[str, dict], taught: Collection[int]) -> dict[str, float]:
+    """Of rows with their truth those of latents that the explainer did not learn from: asked_untaught,
+    explained_fraction_untaught, concept_accuracy_untaught; nothing if it learned from none of them."""
+    rest = {latent: row for latent, row in rows.items() if int(latent) not in taught}
+    if len(rest) == len(rows):
+        return {}
+    explained = [row for row in rest.values() if row["outcome"] == "explained"]
+    return (
+        {"asked_untaught": len(rest)}
+        | _share("explained_fraction_untaught", [row["outcome"] == "explained" for row in rest.values()])
+        | _share("concept_accuracy_untaught", [row["concept"] == row["true_concept"] for row in explained])
     )
 
 

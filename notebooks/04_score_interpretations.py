@@ -19,7 +19,7 @@
 # **You will learn** what intersection over union (IoU) and the CLIP score measure here, how they compare with three kinds
 # of chance, and how much of a score comes from the way in which it is taken.
 #
-# **Reads** `interpret/`, `cache/`, the SAE. **Writes** `score/`.
+# **Reads** `interpret/`, `cache/`, the SAE. **Writes** `score/`, `judge/`.
 #
 # | preset | segmenters | image-text similarity | judge | time |
 # |---|---|---|---|---|
@@ -34,7 +34,7 @@ images: str = "data/artifacts/tiny/world/cache"  # the images that were cached
 concepts: str = "data/artifacts/tiny/world/concepts.json"  # names of the ground truth's concepts; "": there is none
 layer: int = 1  # 0-based, the layer that the SAE was trained on
 segmenter: str = "data/models/tiny-clipseg"  # finds a concept by its name, beside the ground truth; "": none
-detector: str = ""  # finds boxes for the segmenter, which then is a SAM; "": the segmenter reads names itself
+detector: str = ""  # a Grounding DINO, or an OWLv2, finds boxes for a SAM; "": the segmenter reads names itself
 similarity: str = "data/models/tiny-clip"  # image-text similarity; "": no CLIP score
 n_scored: int = 5000  # explained latents, at random if there are more
 n_top: int = 5  # exemplars of each latent
@@ -43,6 +43,8 @@ random_runs: int = 10  # draws of n_top random images, IoU
 clip_runs: int = 30  # the same, CLIP score
 judge: str = ""  # who says whether explanations fit: a folder, a hub name or name@http://host/v1; "": the ground truth
 judge_key: str = ""  # the environment variable with the endpoint's key; "": it wants none
+concurrency: int = 8  # questions under way at once, to an endpoint
+timeout: float = 120.0  # seconds that an endpoint's answer may take
 n_judged: int = 100  # latents of each kind that are judged
 seed: int = 0  # of everything random, and of the bootstrap
 
@@ -61,7 +63,7 @@ from lmm_sae_nb import asked, grounding, masks, plots
 from lmm_sae_nb import score as scoring
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
 from lmm_sae_nb.cache import LatentCache
-from lmm_sae_nb.chats import open_chat
+from lmm_sae_nb.chats import Recorded, open_chat
 from lmm_sae_nb.explain import exemplars
 from lmm_sae_nb.images import Remembered, open_images
 from lmm_sae_nb.lmm import LMM
@@ -110,8 +112,8 @@ if not where:
 
 # %% [markdown]
 # How many latents each kind of concept has. Kinds are those of Table 1, and what Picture World has besides: faces and words.
-# Where fewer than 20 are scored, the last column tells why: so few of the latents asked about show such a concept at all
-# (most of their images do, in half of what is visible).
+# Where fewer than 20 are scored although the truth is known, the last column tells why: so few of the latents asked about show
+# such a concept at all (most of their images do, in half of what is visible).
 
 # %%
 shows = Counter(row["true_kind"] for row in explanations.values() if row.get("true_kind"))
@@ -157,11 +159,12 @@ for ax, (by, find, mode) in zip(rest, ways, strict=True):
 stage, code = Stage(run, "score"), [scoring, masks, grounding]
 params = dict(
     model=model, images=images, concepts=concepts, layer=layer, segmenter=segmenter, detector=detector, similarity=similarity,
-    judge=judge, n_scored=n_scored, n_judged=n_judged, n_top=n_top, share=share, random_runs=random_runs, clip_runs=clip_runs,
-    seed=seed,
+    n_scored=n_scored, n_top=n_top, share=share, random_runs=random_runs, clip_runs=clip_runs, seed=seed,
 )  # fmt: skip
 inputs = [root / name for name in (model, concepts, segmenter, detector, similarity) if name and (root / name).exists()]
-inputs += [Stage(run, s).path("manifest.json") for s in ("train", "cache", "interpret")]
+before = [Stage(run, name).path("manifest.json") for name in ("train", "cache", "interpret")]
+inputs += before
+others = scoring.shuffled(explained, seed)
 if not stage.is_current(params, inputs, code):
     started, rng = time.monotonic(), np.random.default_rng(seed)
     lmm = LMM.load(named(model))
@@ -169,7 +172,6 @@ if not stage.is_current(params, inputs, code):
     readable = np.setdiff1d(np.arange(len(pictures)), list(cache.skipped))
     drawn = rng.choice(readable, random_runs * n_top).tolist()
     drawn_spots = scoring.drawn_spots(lmm, sae, pictures, layer, list(concept_of), drawn)
-    others = scoring.shuffled(explained, seed)
     found = scoring.all_ious(
         lambda n: (spots(shown(n)), drawn_spots[n]), concept_of, others, where, list(modes.values()), runs=random_runs, seed=seed
     )
@@ -178,13 +180,10 @@ if not stage.is_current(params, inputs, code):
         drawn_pictures = [pictures[i] for i in rng.choice(readable, clip_runs * n_top).tolist()]
         found |= scoring.all_clips(similar, shown, concept_of, others, drawn_pictures, list(modes.values()), runs=clip_runs, seed=seed)
     scores, runs = scoring.records(explained, found)
-    if judge or truth:
-        verdicts = scoring.by_sight(asked.judge(open_chat(judge, root=root, key_variable=judge_key))) if judge else scoring.knowing(truth)
-        for n, told in scoring.judge_latents(verdicts, shown, explained, others, each=n_judged, seed=seed).items():
-            scores[n] |= told
     write_json(stage.path("scores.json"), scores)
     write_json(stage.path("random.json"), runs)
-    stage.finish(params, inputs, scoring.summary(scores, runs, seed), time.monotonic() - started, code)
+    metrics = scoring.summary(scores, runs, seed) | {f"latents_showing_{kind}": many for kind, many in sorted(shows.items())}
+    stage.finish(params, inputs, metrics, time.monotonic() - started, code)
 scores, runs = read_json(stage.path("scores.json")), read_json(stage.path("random.json"))
 metrics, columns = read_json(stage.path("metrics.json")), scoring.columns_of(scores)
 tables = {column: scoring.table(scores, runs, column, seed) for column in columns}
@@ -193,25 +192,25 @@ tables = {column: scoring.table(scores, runs, column, seed) for column in column
 # ## Table 1
 #
 # IoU and CLIP score of every kind, on the latents' own images (*top*) and beside chance, in both modes; and what the paper
-# has in its Table 1 {cite}`zhang2024large`, for photographs, an 8B model, Grounding DINO and SAM. Intervals are 99 %: over
-# latents, and over runs for *random*, as the paper's.
+# has in its Table 1 {cite}`zhang2024large` (*published*), for photographs, an 8B model, Grounding DINO and SAM. Intervals are
+# 99 %: over latents, and over runs for *random*, as the paper's.
 
 # %%
 published = {
-    "iou_paper": {  # random images, the latents' own
+    "iou": {  # random images, the latents' own
         "scene": (0.007, 0.20), "object": (0.005, 0.19), "part": (0.007, 0.21), "material": (0.010, 0.39),
         "texture": (0.007, 0.21), "colour": (0.005, 0.10), "total": (0.005, 0.20),
     },
-    "clip_paper": {
+    "clip": {
         "scene": (18.1, 24.4), "object": (18.2, 24.0), "part": (18.1, 23.5), "material": (18.1, 24.1),
         "texture": (18.4, 20.9), "colour": (19.6, 20.3), "total": (18.2, 23.6),
     },
 }  # fmt: skip
-for column in columns:
-    beside = published.get("_".join(column.split("_")[:2]))
-    display(plots.table(scoring.beside(tables[column], beside), f"{column}, {len(scores)} latents, 99 % intervals"))
+for quantity, by_mode in scoring.by_quantity(tables).items():
+    beside = published.get(quantity.split("_")[0])
+    display(plots.table(scoring.beside(by_mode, beside), f"{quantity}, {len(scores)} latents, 99 % intervals"))
 # %% [markdown]
-# `iou_MODE` is by the first of the segmenters above, `iou_MODE_NAME` by another.
+# `iou` is by the first of the segmenters above, `iou_NAME` by another.
 
 # %% mystnb={"figure": {"caption": "IoU of explained latents by the kind of their concept, with 99 % intervals, in both modes: on their own images, and three kinds of chance.", "name": "fig-iou-by-kind"}}
 series = ("top", "area", "shuffled", "random")
@@ -245,20 +244,37 @@ for by, right in (("right", True), ("wrong", False)) if truth else ():
     told = {c: np.mean([scores[n][c] for n in chosen]).round(3).item() for c in columns if c.startswith("iou_") and chosen}
     print(f"{len(chosen)} names that are {by}:", told)
 # %% [markdown]
-# The last two lines part the names that are the very concept that the latent shows from those that are not. Wrong names get
-# more from the segmenter than from the truth: it marks what looks like them.
+# Where the truth is known, the last two lines part the names that are the very concept that the latent shows from those that
+# are not. A segmenter that gives wrong names more than the truth does marks what looks like them; [the
+# appendix](A1_picture_world) has the shipped one's exam.
 
 # %% [markdown]
 # ## Table 2: would a judge agree?
 #
 # The share of explanations that a judge finds right, of each kind, and the share of *another latent's* name that the same
 # judge accepts: who says yes to everything is no judge. In the preset `tiny` the ground truth itself judges: yes if most of
-# the images (three of five) show the concept in half of the visible patches.
+# the images (three of five) show the concept in half of the visible patches. The scores above are on the disk by now: a judge
+# that cannot be reached loses none of them, and what it has answered is not asked again.
 
 # %%
-given = {name: {n: row.get(name) for n, row in scores.items()} for name in ("judged", "judged_shuffled")}
-who = {"judged": judge or "ground truth", "judged_shuffled": "the same, names shuffled"}
-rows = [{"judge": who[name]} | {k: f"{s:.2f} (n={n})" for k, (s, n) in scoring.consistency(told, kind_of).items()} for name, told in given.items()]
+judging, who = Stage(run, "judge"), judge or ("ground truth" if truth else "")
+how = dict(judge=judge, images=images, concepts=concepts, n_scored=n_scored, n_judged=n_judged, n_top=n_top, share=share, seed=seed)
+known = before + [root / name for name in (judge, concepts) if name and (root / name).exists()]
+if who and not (judging.is_current(how, known, [scoring, asked]) and not read_json(judging.path("metrics.json"))["replies_failed"]):
+    started, chat = time.monotonic(), None
+    if judge:  # every verdict is on the disk before the next one is waited for
+        chat = open_chat(judge, root=root, key_variable=judge_key, concurrency=concurrency, timeout=timeout)
+        chat = Recorded(chat, judging.path("replies.jsonl"))
+    verdicts = scoring.by_sight(asked.judge(chat)) if chat else scoring.knowing(truth)
+    found = scoring.judge_latents(verdicts, shown, explained, others, each=n_judged, seed=seed)
+    write_json(judging.path("verdicts.json"), found)
+    told = scoring.agreed(found, kind_of) | {"replies_failed": chat.failed if chat else 0}
+    judging.finish(how, known, told, time.monotonic() - started, [scoring, asked])
+given = read_json(judging.path("verdicts.json")) if who else {}
+rows = []
+for name, title in zip(scoring.JUDGED, (who, f"{who}, names shuffled"), strict=True) if who else ():
+    shares = scoring.consistency({n: row.get(name) for n, row in given.items()}, kind_of)
+    rows.append({"judge": title} | {kind: str(found) for kind, found in shares.items()})
 paper = {"GPT-4o, the paper": (0.93, 0.84, 0.90, 1.00, 0.85, 0.92, 0.89), "two people, the paper": (0.70, 0.85, 0.60, 0.95, 0.80, 0.60, 0.75)}
 plots.table(rows + [{"judge": name} | dict(zip((*scoring.KINDS, "total"), map(str, values), strict=True)) for name, values in paper.items()])
 
@@ -278,7 +294,7 @@ Rater(ratings, asked_of_people, shown).box
 answers = scoring.standing(read_ratings(ratings), concept_of)
 print(f"{len(answers)} people have answered")
 for rater, told in answers.items():
-    print(rater, {k: f"{s:.2f} (n={n})" for k, (s, n) in scoring.consistency(told, kind_of).items()})
+    print(rater, {kind: str(found) for kind, found in scoring.consistency(told, kind_of).items()})
 for pair in scoring.agreements(answers):
     print(f"{' and '.join(pair.raters)}: alike on {pair.agreement:.2f} of {pair.items}, kappa {pair.kappa}")
 
@@ -293,6 +309,6 @@ for pair in scoring.agreements(answers):
 # %% tags=["hide-input"]
 manifest = read_json(stage.path("manifest.json"))
 print(
-    f"run {run} · {model} · layer {layer} · masks: {', '.join(where)} · CLIP score: {similarity or 'none'} · judge: {judge or 'ground truth'}"
+    f"run {run} · {model} · layer {layer} · masks: {', '.join(where)} · CLIP score: {similarity or 'none'} · judge: {who or 'none'}"
     f" · seed {seed} · {manifest['seconds']:.0f} s · {manifest['versions']}"
 )

@@ -53,6 +53,7 @@ seed: int = 0  # of the choice of latents and images
 # %% tags=["remove-cell"]
 import time
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_
 from lmm_sae_nb.asked import Vocabulary, names, relevance
 from lmm_sae_nb.cache import LatentCache, activation_maps
 from lmm_sae_nb.catalogue import Catalogue
-from lmm_sae_nb.chats import open_chat
+from lmm_sae_nb.chats import Recorded, open_chat
 from lmm_sae_nb.explain import exemplars
 from lmm_sae_nb.images import open_images
 from lmm_sae_nb.intervals import Mean, bounds, mean_interval, share
@@ -144,6 +145,7 @@ params = dict(
 stages = [Stage(run, name).path("manifest.json") for name in ("train", "cache", "interpret")]
 inputs = [path for path in (root / model, *stages) if path.exists()]
 current, started = stage.is_current(params, inputs, code), time.monotonic()
+current = current and not read_json(stage.path("metrics.json"))["replies_failed"]
 if not current:
     rows = []
     for name, latent in cases.items():
@@ -211,21 +213,21 @@ if not current:
     rest = np.setdiff1d(np.flatnonzero(np.asarray(cache.live)), objects)
     control = rng.choice(rest, len(objects), replace=len(rest) < len(objects)).tolist()
     untouched = lmm.generate(lmm.prompt(question, white), max_new_tokens=max_new_tokens)[0]
-
-    def ask(cases):  # of group, dose, latent, and the latent whose name is looked for
-        settings = [[], *([Edit(n, value * top[n])] for _, value, n, _ in cases)]
-        spliced, *said = answers(lmm, sae, layer, question, white, settings, at_image, batch=batch, max_new_tokens=max_new_tokens)
-        return spliced, [
-            {"group": group, "dose": value, "latent": n, "concept": named[own]["concept"], "answer": answer,
-             "changed": answer != spliced, "names": names(answer, named[own]["concept"])}
-            for (group, value, n, own), answer in zip(cases, said, strict=True)
-        ]  # fmt: skip
-
-    spliced, rows = ask([(group, value, n, n) for group, some in (("object", objects), ("choosing", choosing)) for value in doses for n in some])
-    right = Counter(row["dose"] for row in rows if row["group"] == "choosing" and row["names"])
+    ask = partial(answers, lmm, sae, layer, question, white, scope=at_image, batch=batch, max_new_tokens=max_new_tokens)
+    tries = [(group, value, n, n) for group, some in (("object", objects), ("choosing", choosing)) for value in doses for n in some]
+    spliced, *said = ask([[], *([Edit(n, value * top[n])] for _, value, n, _ in tries)])
+    right = Counter(value for (group, value, n, _), answer in zip(tries, said, strict=True)
+                    if group == "choosing" and names(answer, named[n]["concept"]))  # fmt: skip
     dose = max(sorted(doses), key=right.__getitem__) if right else max(doses)
-    rows += ask([("random", dose, n, own) for n, own in zip(control, objects, strict=True)])[1]
-    rate = relevance(open_chat(judge, root=root, key_variable=judge_key)) if judge else Vocabulary(root / concepts).rate if concepts else None
+    said += ask([[Edit(n, dose * top[n])] for n in control])
+    tries += [("random", dose, n, own) for n, own in zip(control, objects, strict=True)]  # asked for the same names
+    rows = [
+        {"group": group, "dose": value, "latent": n, "concept": named[own]["concept"], "answer": answer,
+         "changed": answer != spliced, "names": names(answer, named[own]["concept"])}
+        for (group, value, n, own), answer in zip(tries, said, strict=True)
+    ]  # fmt: skip
+    talk = Recorded(open_chat(judge, root=root, key_variable=judge_key), stage.path("replies.jsonl")) if judge else None
+    rate = relevance(talk) if talk else Vocabulary(root / concepts).rate if concepts else None
     reported = [row for row in rows if row["dose"] == dose and row["group"] != "choosing"]
     rates = rate([row["answer"] for row in reported], [row["concept"] for row in reported]) if rate else [None] * len(reported)
     for row, rated in zip(reported, rates, strict=True):
@@ -277,7 +279,7 @@ plots.stacked(read_json(stage.path("ranks.json")), "share of latents");
 if not current:
     at_dose = {g: [row for row in white_answers["steered"] if (row["group"], row["dose"]) == (g, dose)] for g in ("object", "random")}
     chosen_on = len({row["latent"] for row in white_answers["steered"] if row["group"] == "choosing"})
-    metrics = {"objects_steered": len(at_dose["object"]), "dose": dose, "dose_chosen_on": chosen_on}
+    metrics = {"objects_steered": len(at_dose["object"]), "dose": dose, "dose_chosen_on": chosen_on, "replies_failed": talk.failed if talk else 0}
     for group, name in (("object", ""), ("random", "control_")):
         for key, what in (("names", "named"), ("changed", "changed")):
             found = bounds(f"{name}{what}_of_100", share([row[key] for row in at_dose[group]]))

@@ -25,6 +25,8 @@
 run: str = "tiny"  # results go to data/artifacts/<run>/
 model: str = "data/models/tiny-llava-next"  # the embedded model
 explainer: str = "data/models/tiny-explainer"  # the one that names latents
+segmenter: str = "data/models/tiny-clipseg"  # the one that finds a concept by its name
+similarity: str = "data/models/tiny-clip"  # the one that says how well a name fits an image
 instructblip: str = "data/models/tiny-instructblip"  # the one of another architecture
 exam_scenes: int = 24  # held-out scenes of the fresh exam
 
@@ -200,12 +202,35 @@ titles = [["", "", f"{a} ({t.concept if t else 'nothing'})", "", ""] for a, t in
 plots.images(sum(rows, []), sum(titles, []), columns=5);
 # %% [markdown]
 # Its exam (`exam.json` beside it), on held-out scenes: left, masks drawn from label maps, one set in four with a stranger;
-# right, masks of latents of notebook 01's SAE. A row of a kind is the share of sets named exactly right.
+# right, masks of those latents of notebook 01's SAE that it did not learn from (800 of the 1,024 were lessons, on training
+# scenes). A row of a kind is the share of sets named exactly right.
 
 # %% mystnb={"figure": {"caption": "The explainer's exam on held-out sets, with 99 % Wilson intervals.", "name": "fig-explainer-exam"}}
 _, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
 for ax, (origin, shares) in zip(axes, read_json(root / explainer / "exam.json").items(), strict=True):
     plots.shares(shares, ax=ax).set_title({"drawn": "drawn masks", "cached": "real latents"}[origin], fontsize=8)
+
+# %% [markdown]
+# ## The models that score
+#
+# Notebook 04 asks two more: a CLIPSeg, where in an image a concept is, and a CLIP, how well a name fits an image. Both began with
+# layers of the eye above and learned on training scenes; the commands are `python -m lmm_sae_nb.pictureworld segmenter |
+# similarity`. Their exams on held-out scenes (`exam.json` beside each) say what their scores are worth: the CLIPSeg marks
+# something in a quarter of the scenes that do not have what it is asked for, and is poor at parts; the CLIP knows scenes,
+# materials and colours by a region of them, and hardly any part, texture or word.
+
+# %% mystnb={"figure": {"caption": "Exams of the two models that score, on held-out scenes, by kind of concept, with 99 % intervals. Left and middle: the CLIPSeg. Right: the CLIP, shown a region with the rest black, among all names of the world but those of what else the region shows.", "name": "fig-sight-exam"}}
+sights = [read_json(root / folder / "exam.json") for folder in (segmenter, similarity)]
+panels = {"IoU with the true mask": (sights[0], "iou", "asked"), "share of scenes without it in which it is found": (sights[0], "false_alarm", "asked_absent"),
+          "share of regions whose name comes first": (sights[1], "named_first", "asked")}  # fmt: skip
+_, axes = plt.subplots(1, 3, figsize=(12, 2.9), layout="constrained")
+for ax, (title, (rows, name, count)) in zip(axes, panels.items(), strict=True):
+    found = {f"{kind} (n={row[count]})": dict(share=row[name], low=row[f"{name}_low"], high=row[f"{name}_high"]) for kind, row in rows.items() if name in row}
+    plots.shares(found, ax=ax).set_xlabel(title)
+# %%
+captions = sights[1]["caption"]
+for way, told in {"caption_of_image": "the caption of a scene", "image_of_caption": "the scene of a caption"}.items():
+    print(f"{told} comes first among {captions['asked']}: {captions[way]:.2f} [{captions[way + '_low']:.2f}, {captions[way + '_high']:.2f}]")
 
 # %% [markdown]
 # ## The same world through 32 queries

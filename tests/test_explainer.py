@@ -330,4 +330,5 @@ def test_what_ships_is_small_whole_and_examined(root):
         assert 0 <= steps - read_log(folder / f"{course}.jsonl")[-1]["step"] < 20
     for origin, rows in read_json(folder / "exam.json").items():
         assert origin in ("drawn", "cached")
-        assert rows["all"]["asked"] == rows["answerable"]["asked"] + rows["unanswerable"]["asked"] >= 500
+        asked = {"drawn": 500, "cached": 200}[origin]  # of an SAE's latents those that were not lessons
+        assert rows["all"]["asked"] == rows["answerable"]["asked"] + rows["unanswerable"]["asked"] >= asked

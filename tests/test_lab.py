@@ -189,6 +189,11 @@ def field(shown, label: str):
     return shown.locator(".widget-inline-hbox", has=labelled)
 
 
+def keys_have_the_focus(page) -> None:
+    """Once the rater has given it to them itself."""
+    page.wait_for_function("document.activeElement.placeholder?.startsWith('keys')")
+
+
 def test_the_steering_panel_answers_refuses_and_exports(parts, opened):
     (page, folder), images = opened, parts[4]
     panel = cell(page, 0)
@@ -236,7 +241,7 @@ def test_two_people_rate_by_keys_and_buttons(parts, opened):
     name.fill("Ann")
     name.press("Enter")
     shown.get_by_text("third <b> (object)").wait_for()
-    page.wait_for_function("document.activeElement.placeholder?.startsWith('keys')")  # it took the focus itself
+    keys_have_the_focus(page)
     keys.press_sequentially("yn")
     wait_for(given, [("Ann", 3, "yes"), ("Ann", 5, "no")], page)
     shown.get_by_text("All are answered").wait_for()
@@ -245,9 +250,11 @@ def test_two_people_rate_by_keys_and_buttons(parts, opened):
     shown.get_by_role("button", name="unsure (u)").click()
     wait_for(given, [("Ann", 3, "yes"), ("Ann", 5, "unsure")], page)
 
+    keys_have_the_focus(page)  # which they take: whoever types elsewhere before would end up there
     name.fill("Bob")
     name.press("Enter")
     shown.get_by_text("0 of 2").wait_for()
+    keys_have_the_focus(page)
     keys.press("n")
     wait_for(given, [("Ann", 3, "yes"), ("Ann", 5, "unsure"), ("Bob", 3, "no")], page)
     shown.get_by_text("1 of 2").wait_for()

@@ -1,6 +1,7 @@
 """Scores against counting by hand, and against other libraries."""
 
 import json
+import math
 
 import grounders
 import numpy as np
@@ -521,20 +522,33 @@ def test_table_1_has_the_kinds_in_order_and_the_total():
 
 def test_a_table_stands_beside_the_published_one():
     rows, runs = scored()
-    told = score.beside(score.table(rows, runs, "iou"), {"colour": (0.005, 0.1)})
+    doubled = {n: row | {"iou": 2 * row["iou"]} for n, row in rows.items() if row["kind"] != "colour"}
+    both = {"paper": score.table(rows, runs, "iou"), "strict": score.table(doubled, {}, "iou")}
+    told = score.beside(both, {"colour": (0.005, 0.1)})
     assert [row["kind"] for row in told] == ["object", "colour", "total"]
-    assert told[1]["the paper"] == 0.1
-    assert told[1]["the paper, random"] == 0.005
-    assert told[2]["the paper"] is None
-    assert told[2]["top"] == str(mean_interval([0.1 * n for n in range(6)]))
-    assert "the paper" not in score.beside(score.table(rows, {}, "iou"))[0]
+    assert (told[1]["published: random"], told[1]["published: top"]) == (0.005, 0.1)
+    assert told[2]["published: top"] is None
+    assert told[2]["paper: top"] == str(mean_interval([0.1 * n for n in range(6)]))
+    assert told[0]["strict: top"] == str(
+        mean_interval([row["iou"] for row in doubled.values() if row["kind"] == "object"])
+    )
+    assert "strict: top" not in told[1] and "strict: random" not in told[0]
+    assert not any(name.startswith("published") for name in score.beside(both)[0])
+
+
+def test_columns_of_one_quantity_come_together_by_mode():
+    columns = ("iou_paper", "iou_paper_a_sam", "iou_strict", "iou_strict_a_sam", "clip_paper")
+    assert score.by_quantity({name: {"total": name} for name in columns}) == {
+        "iou": {"paper": {"total": "iou_paper"}, "strict": {"total": "iou_strict"}},
+        "iou_a_sam": {"paper": {"total": "iou_paper_a_sam"}, "strict": {"total": "iou_strict_a_sam"}},
+        "clip": {"paper": {"total": "clip_paper"}},
+    }
 
 
 def test_the_metrics_of_a_stage():
     rows = {
         str(n): {"kind": ("object", "colour")[n % 2], "iou_strict": n / 10, "iou_strict_seg": 1 - n / 10,
-                 "iou_strict_random": 0.05, "clip_paper": 20.0 + n, "clip_paper_random": 20.0 + 2 * (n % 2),
-                 "judged": ("yes", "no", "unsure")[n % 3], "judged_shuffled": "no"}
+                 "iou_strict_random": 0.05, "clip_paper": 20.0 + n, "clip_paper_random": 20.0 + 2 * (n % 2)}
         for n in range(8)
     }  # fmt: skip
     runs = {
@@ -547,8 +561,6 @@ def test_the_metrics_of_a_stage():
     assert found["iou_random"] == pytest.approx(0.05)
     assert found["iou_random_low"] < 0.05 < found["iou_random_high"]
     assert found["iou_strict_seg_correlation"] == pytest.approx(-1)
-    assert found["judged"] == pytest.approx(3 / 8)
-    assert found["judged_shuffled"] == 0
     # objects gain 0, 2, 4 and 6: a resample has the mean 0 in 1 of 256, less than 0.5 %; colours gain -1, 1, 3 and 5
     assert (found["clip_paper_kinds"], found["clip_paper_kinds_above_random"]) == (2, 1)
     json.dumps(found, allow_nan=False)
@@ -627,8 +639,29 @@ def test_some_of_each_kind_are_judged_beside_others_names():
 def test_consistency_is_the_share_of_yes_by_kind():
     kinds = {"1": "object", "2": "object", "3": "colour", "4": "word"}
     found = score.consistency({"1": "yes", "2": "unsure", "3": "yes", "4": None}, kinds)
-    assert found == {"object": (0.5, 2), "colour": (1.0, 1), "total": (pytest.approx(2 / 3), 3)}
+    assert {kind: (its.share, its.asked) for kind, its in found.items()} == {
+        "object": (0.5, 2), "colour": (1.0, 1), "total": (pytest.approx(2 / 3), 3),
+    }  # fmt: skip
+    assert (found["object"].low, found["object"].high) == pytest.approx(wilson(1, 2), abs=1e-9)
     assert score.consistency({"4": None}, kinds) == {}
+
+
+def wilson(hits: int, asked: int, z: float = 2.5758293035489004) -> tuple[float, float]:
+    """Its formula, at 99 %."""
+    p, n = hits / asked, asked
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def test_table_2_s_metrics_have_their_intervals_and_how_many():
+    kinds = {str(n): ("object", "colour")[n % 2] for n in range(8)}
+    rows = {n: {"judged": ("yes", "no", "unsure")[int(n) % 3], "judged_shuffled": "no"} for n in kinds}
+    del rows["7"]["judged_shuffled"]
+    found = score.agreed(rows, kinds)
+    assert found["judged"] == pytest.approx(3 / 8)
+    assert (found["judged_low"], found["judged_high"]) == pytest.approx(wilson(3, 8), abs=1e-9)
+    assert (found["judged_object"], found["judged_object_asked"]) == (2 / 4, 4)
+    assert (found["judged_shuffled"], found["judged_shuffled_asked"], found["judged_shuffled_low"]) == (0, 7, 0)
 
 
 def test_a_judge_of_pictures_is_shown_what_the_explainer_was():

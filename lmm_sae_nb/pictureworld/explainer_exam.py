@@ -20,11 +20,11 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..artifacts import write_json
-from ..explain import REFUSAL
+from ..explain import REFUSAL, TAUGHT, taught_latents
 from ..intervals import share
 from ..shown import Shown
 from .explainer import QUESTION, SET, save
-from .explaining import graduate, study_explainer
+from .explaining import graduate, lessons_of, study_explainer
 from .gallery import Gallery, gallery
 from .scenes import HELD_OUT
 from .strips import Source, Strips, drawn, masked_images, of_latents
@@ -57,6 +57,7 @@ def learn(asked: argparse.Namespace) -> None:
     save(graduate(made, asked.lmm), asked.model)
     for name, log in (("eye", "eye/log.jsonl"), ("folding", "folding/log.jsonl"), ("explainer", "log.jsonl")):
         shutil.copy(made / log, asked.model / f"{name}.jsonl")
+    write_json(asked.model / TAUGHT, lessons_of(made, saes[0]))
     result = sit(asked.model, asked.courses / "explainer-exam", asked.lmm, saes[0])
     write_json(asked.model / "exam.json", result)
     for origin, rows in result.items():
@@ -111,11 +112,12 @@ def sit(folder: Path, kept: Path, taught: Path, source: Source) -> dict[str, dic
     """The whole exam of the explainer in `folder`, by origin of the masks: drawn from the truth, or of real latents.
 
     kept: where held-out scenes and the latents' cache are kept; taught: the embedded model; source: the SAE whose
-    latents are asked about.
+    latents are asked about, but for those whose masks, on other scenes, were lessons.
     """
     model, processor = load(folder)
     pictures = gallery(kept / "scenes.safetensors", FIRST_SEED, SCENES)
-    real = of_latents(source, kept / "latents", taught, pictures.first(CACHED_SCENES), SET, CACHED_SETS)
+    known = taught_latents(folder, source.folder)
+    real = of_latents(source, kept / "latents", taught, pictures.first(CACHED_SCENES), SET, CACHED_SETS, without=known)
     papers = {"drawn": (drawn(pictures, DRAWN_SETS, SET, 1), STRANGERS), "cached": (real, 0.0)}
     return {origin: report(examine(model, processor, pictures, *paper)) for origin, paper in papers.items()}
 

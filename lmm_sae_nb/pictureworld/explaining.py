@@ -29,7 +29,7 @@ from .gallery import CONCEPTS, Gallery, gallery
 from .peeking import open_eye, tower_features, train_eye
 from .scenes import TRAIN
 from .school import attend, autocast_if_quicker, optimisers
-from .strips import Source, Strips, drawn, of_latents
+from .strips import CHOSEN, Source, Strips, drawn, of_latents
 
 ASKED = (2, 3, 4, SET)  # after how many images a lesson asks
 FIRST_SEED, SCENES = TRAIN + 300_000, 6000  # the scenes that lessons are drawn from
@@ -244,6 +244,12 @@ def study_explainer(folder: Path, taught: Path, saes: Sequence[Source], steps: i
         return False
     strips = {"drawn": drawn(pictures, DRAWN_STRIPS, STRIP, 0)} | cached
     return train_explainer(folder, taught, pictures, strips, steps=steps, minutes=minutes)
+
+
+def lessons_of(folder: Path, source: Source) -> dict[str, object]:
+    """What `explain.taught_latents` reads: how the first SAE was trained, and which of its latents made lessons."""
+    return {"trained": read_json(source.folder / "manifest.json")["params"],
+            "latents": sorted(read_json(folder / "latents-0" / CHOSEN)["latents"])}  # fmt: skip
 
 
 def graduate(folder: Path, taught: Path) -> AyaVisionForConditionalGeneration:

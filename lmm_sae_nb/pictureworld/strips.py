@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..artifacts import write_json
 from ..cache import LatentCache, cache_activations
 from ..explain import most_activated
 from ..lmm import LMM
@@ -30,6 +31,7 @@ ODDS = {
 }  # fmt: skip
 NOTHING = ("place", "mixed", "pair", "edge", "detail")
 NOTHING_ODDS = 0.2
+CHOSEN = "chosen.json"  # which latents the strips beside it are of
 
 
 class Source(NamedTuple):
@@ -73,14 +75,17 @@ def cached(cache: LatentCache, latents: Sequence[int], images: int, share: float
     return Strips(np.array(scenes), np.array(visible))
 
 
-def of_latents(source: Source, kept: Path, model: Path, gallery: Gallery, images: int, strips: int) -> Strips:
-    """The strips of latents of an SAE, at random among those that enough of the scenes excite; their cache stays in
-    `kept`."""
+def of_latents(
+    source: Source, kept: Path, model: Path, gallery: Gallery, images: int, strips: int, without: Sequence[int] = ()
+) -> Strips:
+    """The strips of latents of an SAE, at random among those that enough of the scenes excite, but for `without`; their
+    cache stays in `kept`, and which they are in its `chosen.json`."""
     sae = TopKSAE.load(source.folder)
     cache = cache_activations(LMM.load(model), sae, gallery.images, source.layer, n_top=images, folder=kept)
-    live = np.flatnonzero((cache.top_images >= 0).all(1).numpy())
-    chosen = np.random.default_rng(64).permutation(live)[:strips]
-    return cached(cache, chosen.tolist(), images)
+    live = np.setdiff1d(np.flatnonzero((cache.top_images >= 0).all(1).numpy()), without)
+    chosen = np.random.default_rng(64).permutation(live)[:strips].tolist()
+    write_json(kept / CHOSEN, {"latents": chosen})
+    return cached(cache, chosen, images)
 
 
 def drawn(gallery: Gallery, strips: int, images: int, seed: int) -> Strips:

@@ -13,12 +13,14 @@ import sys
 from pathlib import Path
 
 import datasets
+import grounders
 import models
 import nbformat
 import numpy as np
 import pytest
 import torch
 import yaml
+from endpoints import KEY, serving
 from PIL import Image
 from transformers import (
     CLIPVisionConfig,
@@ -168,21 +170,33 @@ def test_its_code_runs(at_the_desk, model, capsys):
         assert "(24, 24)\n" in said and "None " in said and said.endswith("(16, 16)\n")
 
 
-def test_its_preset_runs_notebooks_01_to_04_by_its_command(at_the_desk):
-    """A model of a second family, of its true class and geometry, by parameters alone."""
+@pytest.fixture(scope="module")
+def mine(desk) -> subprocess.CompletedProcess:
+    """Notebooks 01 to 04 run with the page's preset, by its command: another family, by parameters alone."""
     (preset,), (command,) = ([code for kind, code in BLOCKS if kind == wanted] for wanted in ("yaml", "bash"))
     values = yaml.safe_load(preset)
     for section, changed in PRESET.items():
         (values[section] if section else values).update(changed)
-    Path("notebooks/params/mine.yaml").write_text(yaml.safe_dump(values))
-    exec(compile(BLOCKS[0][1], "your_own_lmm.md", "exec"), {})
-    env = os.environ | {"PYTHONPATH": str(at_the_desk), "HF_HUB_OFFLINE": "1"}
+    (desk / "notebooks/params/mine.yaml").write_text(yaml.safe_dump(values))
+    with pytest.MonkeyPatch.context() as at:
+        at.chdir(desk)
+        exec(compile(BLOCKS[0][1], "your_own_lmm.md", "exec"), {})
     doit = [sys.executable, "-m", "doit"]
+    return subprocess.run([*doit, *command.split()[1:]], cwd=desk, env=env_of(desk), capture_output=True, text=True)
 
-    done = subprocess.run([*doit, *command.split()[1:]], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    metrics = {stage: json.loads(Path(f"data/artifacts/mine/{stage}/metrics.json").read_text())
-               for stage in ("train", "cache", "interpret", "score")}  # fmt: skip
+
+def env_of(desk: Path, **more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(desk), "HF_HUB_OFFLINE": "1"} | more
+
+
+def metrics_of(*stages: str) -> dict[str, dict]:
+    return {stage: json.loads(Path(f"data/artifacts/mine/{stage}/metrics.json").read_text()) for stage in stages}
+
+
+def test_its_preset_runs_notebooks_01_to_04_by_its_command(at_the_desk, mine):
+    assert mine.returncode == 0, mine.stdout[-3000:] + mine.stderr[-3000:]
+    metrics = metrics_of("train", "cache", "interpret", "score")
+    assert not Path("data/artifacts/mine/judge").exists()  # nobody was named, and there is no ground truth
     assert metrics["train"]["tokens"] > 1000 and metrics["cache"]["images"] == 8 and metrics["cache"]["skipped"] == 1
     assert sum(metrics["cache"][f"latents_{side}"] for side in ("image_only", "text_only", "both", "untold")) == 64
     assert metrics["interpret"]["asked"] == 6
@@ -195,6 +209,69 @@ def test_its_preset_runs_notebooks_01_to_04_by_its_command(at_the_desk):
     for page in Path("build/executed").glob("*.ipynb"):
         said = json.dumps([cell.get("outputs") for cell in nbformat.read(page, 4).cells])
         assert "Warning" not in said, page.name
+
+
+def started(source: str, env: dict[str, str], **values: object) -> subprocess.Popen:
+    """A notebook as a script, with other parameters."""
+    text = Path("notebooks", source).read_text()
+    for name, value in values.items():
+        text, changed = re.subn(rf"^({name}: \w+) = .*$", rf"\1 = {value!r}", text, flags=re.MULTILINE)
+        assert changed == 1, name
+    script = Path("notebooks", f"here_{source}")
+    script.write_text(text)
+    return subprocess.Popen([sys.executable, script], env=env | {"MPLBACKEND": "agg"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def test_neither_a_kill_nor_a_judge_out_of_reach_costs_an_answer_or_a_score(at_the_desk, mine):
+    """Notebooks 03 and 04 on photographs; who is asked is behind an endpoint, boxes and masks are by true classes."""
+    for name in ("grounding_dino", "sam", "clip"):
+        grounders.save(getattr(grounders, name), f"my/{name}")
+    ours, wrong = env_of(at_the_desk, THE_KEY=KEY), env_of(at_the_desk, THE_KEY="sk-mistyped")
+    victims: list[subprocess.Popen] = []
+
+    def answer(request):
+        if victims and len(server.requests) == 7:
+            victims.pop().kill()
+        if request.text.startswith("Which kind"):
+            return "It is an object."
+        if request.text.startswith("Below"):
+            return request.text.split()[-1]
+        return "yes" if "Is that so?" in request.text else f"[E]: thing{sum(map(ord, request.images[0])) % 5}"
+
+    with serving(answer, key=KEY) as server:
+        big, record = f"big@{server.url}", Path("data/artifacts/mine/interpret/replies.jsonl")
+        common = dict(run="mine", model="my/lmm", layer=1, images="my/pictures", concepts="", concurrency=2)
+        how = common | dict(explainer=big, refiner=big, labeller=big, key_variable="THE_KEY", prompt="In common?",
+                            tag="[E]:", n_explained=12, least_sure=0.0)  # fmt: skip
+        record.unlink()
+        victims.append(started("03_interpret_features.py", ours, **how))
+        victims[0].communicate()
+        kept = len(record.read_text().splitlines())
+        assert not victims and 0 < kept < 7
+        done = started("03_interpret_features.py", ours, **how)
+        assert done.wait() == 0, done.stdout.read()[-3000:]
+        done.stdout.close()
+        lines = [json.loads(line) for line in record.read_text().splitlines()]
+        assert len({line["key"] for line in lines}) == len(lines)
+        assert len(server.requests) - len(lines) <= 2  # those under way at the kill
+        found = metrics_of("interpret")["interpret"]
+        assert (found["asked"], found["explained"], found["replies_failed"]) == (12, 12, 0)
+
+        how = common | dict(detector="my/grounding_dino", segmenter="my/sam", similarity="my/clip", random_runs=2,
+                            clip_runs=2, judge=big, judge_key="THE_KEY")  # fmt: skip
+        refused = started("04_score_interpretations.py", wrong, **how)
+        assert "it refuses the key in THE_KEY" in refused.communicate()[0] and refused.returncode == 1
+        scored = Path("data/artifacts/mine/score/manifest.json").stat().st_mtime_ns
+        assert not Path("data/artifacts/mine/judge/manifest.json").exists()
+        judged = started("04_score_interpretations.py", ours, **how)
+        said = judged.communicate()[0]
+        assert judged.returncode == 0, said[-3000:]
+    assert Path("data/artifacts/mine/score/manifest.json").stat().st_mtime_ns == scored
+    found = metrics_of("score", "judge")
+    assert {"iou_paper", "iou_strict", "clip_paper"} <= found["score"].keys() and found["judge"]["judged"] == 1
+    written = [file for file in Path("data/artifacts/mine").rglob("*") if file.is_file()]
+    assert KEY not in said and not any(KEY.encode() in file.read_bytes() for file in written)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3", "smolvlm", "llava_next"])

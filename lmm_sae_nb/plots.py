@@ -307,12 +307,18 @@ def bars(results: Mapping[str, Mapping[str, float]], xlabel: str, *, log: bool =
 
 
 def table(rows: Sequence[Mapping[str, object]], caption: str = "") -> HTML:
-    """Rows as an HTML table, their keys as its head; text is escaped, numbers have three digits, None is a dash."""
+    """Rows as an HTML table, their keys as its head; text is escaped, numbers have three digits, None is a dash.
+
+    A mean or a share has its interval below it.
+    """
     names = list(dict.fromkeys(name for row in rows for name in row))
 
     def cell(value: object) -> str:
         if value is None:
             return "<td style='text-align:right'>–</td>"
+        if hasattr(value, "low"):
+            mean, interval = str(value).split(" ", 1)
+            return f"<td style='text-align:right;white-space:nowrap'>{mean}<br><small>{interval}</small></td>"
         if isinstance(value, float):
             return f"<td style='text-align:right'>{value:.3f}</td>"
         return f"<td style='text-align:{'right' if isinstance(value, int) else 'left'}'>{html.escape(str(value))}</td>"

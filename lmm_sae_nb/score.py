@@ -339,21 +339,19 @@ def by_quantity(tables: Mapping[str, Mapping]) -> dict[str, dict[str, Mapping]]:
 
 def beside(
     found: Mapping[str, Mapping[str, Mapping[str, Mean]]], published: Mapping[str, tuple[float, float]] | None = None
-) -> list[dict[str, str | float | None]]:
-    """One quantity's tables as rows of `plots.table`, a kind each, the modes side by side with what stands by them.
+) -> list[dict[str, str | float | Mean | None]]:
+    """One quantity's tables as rows of `plots.table`, the modes of a kind one below the other, with what chance gives.
 
-    found: mode to table; published: by kind, the random baseline and the score.
+    found: mode to table; published: by kind, the random baseline and the score, in the mode `paper`.
     """
     told = []
     for kind in dict.fromkeys(kind for rows in found.values() for kind in rows):
-        cells: dict[str, str | float | None] = {"kind": kind}
-        for mode, rows in found.items():
-            own = rows.get(kind, {})
-            names = (name for name in ("top", "random", "area", "shuffled") if name in own)
-            cells |= {f"{mode}: {name}": str(own[name]) for name in names}
-        if published:
-            cells |= dict(zip(("published: random", "published: top"), published.get(kind, (None, None)), strict=True))
-        told.append(cells)
+        for mode, rows in ((mode, rows) for mode, rows in found.items() if kind in rows):
+            cells = {name: rows[kind].get(name) for name in ("top", "random", "area", "shuffled")}
+            if published:
+                random, score = published.get(kind, (None, None)) if mode == PAPER.name else (None, None)
+                cells |= {"published": score, "published, random": random}
+            told.append({"kind": kind, "mode": mode} | cells)
     return told
 
 

@@ -90,7 +90,8 @@ explained = scoring.explained(explanations, truth, most=n_scored, seed=seed)
 concept_of = {latent: concept for latent, (concept, _) in explained.items()}
 kind_of = {str(latent): kind for latent, (_, kind) in explained.items()}
 modes = {"paper": PAPER, "strict": replace(STRICT, share=share)}
-print(f"{len(explanations)} latents asked about, {len(explained)} of them explained and scored")
+unknown = [row["concept"] for row in explanations.values() if truth and row["concept"] and not truth.kinds_of(row["concept"])]
+print(f"{len(explanations)} latents asked about, {len(explained)} of them explained and scored; {len(unknown)} names that the truth does not know")
 
 
 def shown(latent: int) -> list:
@@ -182,7 +183,8 @@ if not stage.is_current(params, inputs, code):
     scores, runs = scoring.records(explained, found)
     write_json(stage.path("scores.json"), scores)
     write_json(stage.path("random.json"), runs)
-    metrics = scoring.summary(scores, runs, seed) | {f"latents_showing_{kind}": many for kind, many in sorted(shows.items())}
+    metrics = scoring.summary(scores, runs, seed) | {"names_unknown": len(unknown)}
+    metrics |= {f"latents_showing_{kind}": many for kind, many in sorted(shows.items())}
     stage.finish(params, inputs, metrics, time.monotonic() - started, code)
 scores, runs = read_json(stage.path("scores.json")), read_json(stage.path("random.json"))
 metrics, columns = read_json(stage.path("metrics.json")), scoring.columns_of(scores)
@@ -274,7 +276,7 @@ given = read_json(judging.path("verdicts.json")) if who else {}
 rows = []
 for name, title in zip(scoring.JUDGED, (who, f"{who}, names shuffled"), strict=True) if who else ():
     shares = scoring.consistency({n: row.get(name) for n, row in given.items()}, kind_of)
-    rows.append({"judge": title} | {kind: str(found) for kind, found in shares.items()})
+    rows.append({"judge": title} | shares)
 paper = {"GPT-4o, the paper": (0.93, 0.84, 0.90, 1.00, 0.85, 0.92, 0.89), "two people, the paper": (0.70, 0.85, 0.60, 0.95, 0.80, 0.60, 0.75)}
 plots.table(rows + [{"judge": name} | dict(zip((*scoring.KINDS, "total"), map(str, values), strict=True)) for name, values in paper.items()])
 

@@ -294,8 +294,8 @@ if not current:
 metrics = read_json(stage.path("metrics.json"))
 
 
-def cell(name: str) -> str | None:
-    return str(Mean(*(metrics[name + end] for end in ("", "_low", "_high")))) if f"{name}_low" in metrics else metrics.get(name)
+def cell(name: str) -> Mean | float | None:
+    return Mean(*(metrics[name + end] for end in ("", "_low", "_high"))) if f"{name}_low" in metrics else metrics.get(name)
 
 
 # %% [markdown]
@@ -312,7 +312,7 @@ quantities = {"IoU, paper": "iou_paper", "IoU, strict": "iou_strict", "CLIP, pap
 published = {"the paper, 8th of 32": (0.30, 22.82), "the paper, 25th": (0.31, 24.92), "the paper, 32nd": (0.40, 26.55)}
 ours = [
     {"SAE": f"{first}, layer {n}", "latents": metrics[f"latents_layer_{n}"]}
-    | {title + ("" if what == "top" else ", chance"): str(totals[f"layer_{n}"][column]["top"] if what == "top" else chance[f"layer_{n}"][column])
+    | {title + ("" if what == "top" else ", chance"): totals[f"layer_{n}"][column]["top"] if what == "top" else chance[f"layer_{n}"][column]
        for title, column in quantities.items() for what in ("top", "chance")}
     for n in layers
 ]  # fmt: skip

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from lmm_sae_nb.artifacts import write_json
 from lmm_sae_nb.asked import Answer, Outcome
 from lmm_sae_nb.cache import LatentCache, write_cache
 from lmm_sae_nb.explain import (
+    TAUGHT,
     Explanation,
     LazyExemplars,
     as_rows,
@@ -18,6 +20,7 @@ from lmm_sae_nb.explain import (
     explain_latents,
     masked,
     most_activated,
+    taught_latents,
     upsample,
 )
 from lmm_sae_nb.ranking import Ranking
@@ -106,6 +109,16 @@ def test_lazy_exemplars_are_made_at_each_look_and_only_of_their_latents():
     assert list(lazy.values()) == [[7, 7], [3, 3]] and lazy[3] == [3, 3] and looked == [7, 3, 3]
     with pytest.raises(KeyError, match="5"):
         lazy[5]
+
+
+def test_which_latents_were_lessons_is_known_of_an_sae_of_the_same_training_alone(tmp_path):
+    explainer, one, other = (tmp_path / name for name in ("explainer", "one", "other"))
+    for folder, params in ((one, {"k": 3, "seed": 0}), (other, {"k": 3, "seed": 1}), (explainer, {})):
+        write_json(folder / "manifest.json", {"params": params})
+    assert taught_latents(explainer, one) == []
+    write_json(explainer / TAUGHT, {"trained": {"k": 3, "seed": 0}, "latents": [1, 5]})
+    assert taught_latents(explainer, one) == [1, 5]
+    assert taught_latents(explainer, other) == taught_latents(explainer, tmp_path / "none") == []
 
 
 def test_what_becomes_of_a_latent_is_what_the_last_who_was_asked_says(cache):

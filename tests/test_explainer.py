@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lmm_sae_nb.artifacts import read_json
+from lmm_sae_nb.artifacts import read_json, write_json
 from lmm_sae_nb.explain import REFUSAL, masked
+from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.pictureworld import explainer, explainer_exam, explaining, peeking
 from lmm_sae_nb.pictureworld.__main__ import EXPLAINER, EXPLAINER_STEPS, MODEL
 from lmm_sae_nb.pictureworld.concepts import KINDS
@@ -19,8 +20,9 @@ from lmm_sae_nb.pictureworld.gallery import CONCEPTS, GRID, gallery, patch_count
 from lmm_sae_nb.pictureworld.peeking import Peeking, kind_labels, tower_features, train_eye
 from lmm_sae_nb.pictureworld.scenes import HELD_OUT, PATCH, TRAIN, VALIDATION, make_scene
 from lmm_sae_nb.pictureworld.school import read_log
-from lmm_sae_nb.pictureworld.strips import PATCHES, Strips, drawn, masked_images
+from lmm_sae_nb.pictureworld.strips import PATCHES, Source, Strips, drawn, masked_images, of_latents
 from lmm_sae_nb.pictureworld.tower import normalise, patch_labels
+from lmm_sae_nb.sae import TopKSAE
 from lmm_sae_nb.shown import LEAST_IOU, MOST, PURE, SHOWS, WEIGHT, Shown
 
 SCENES = 90
@@ -288,6 +290,22 @@ def test_the_report_counts_by_kind_and_tells_refusals_apart():
         "all": (0.4, 5), "object": (0.5, 2), "colour": (0.0, 1), "answerable": (2 / 3, 3), "unanswerable": (0.5, 2),
     }  # fmt: skip
     assert all(row["low"] <= row["share"] <= row["high"] for row in result.values())
+
+
+def test_an_exam_asks_about_latents_that_were_no_lessons(pictures, root, tmp_path):
+    lmm = LMM.load(root / MODEL)
+    TopKSAE(lmm.width, 16, 4, generator=torch.Generator().manual_seed(0)).save(tmp_path / "sae")
+    write_json(tmp_path / "sae" / "manifest.json", {"params": {"k": 4}})
+    source, seen = Source(tmp_path / "sae", 1), pictures.first(12)
+    lessons = of_latents(source, tmp_path / "made" / "latents-0", root / MODEL, seen, 2, 6)
+    told = explaining.lessons_of(tmp_path / "made", source)
+    assert told["trained"] == {"k": 4} and len(set(told["latents"])) == len(lessons.scenes) == 6
+    asked = of_latents(source, tmp_path / "exam", root / MODEL, seen, 2, 99, without=told["latents"])
+    whole = of_latents(source, tmp_path / "whole", root / MODEL, seen, 2, 99)
+    chosen = [read_json(tmp_path / name / "chosen.json")["latents"] for name in ("exam", "whole")]
+    assert not set(chosen[0]) & set(told["latents"]) and set(chosen[0]) | set(told["latents"]) == set(chosen[1])
+    places = [chosen[1].index(latent) for latent in chosen[0]]
+    assert (asked.scenes == whole.scenes[places]).all() and (asked.visible == whole.visible[places]).all()
 
 
 def test_an_exams_sets_are_strips_with_few_strangers(strips):

@@ -6,6 +6,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
 from lmm_sae_nb import plots
+from lmm_sae_nb.intervals import Mean, Share
 
 ROWS = [{"step": step, "fvu": 1 / step, "l0": 4.0} for step in range(1, 6)]
 
@@ -53,6 +54,12 @@ def test_a_table_escapes_what_it_shows():
     assert shown.count("<tr>") == 3
     assert ">0.500<" in shown and ">3<" in shown
     assert shown.count("–") == 2  # n of the second row is not there, its IoU is None
+
+
+def test_a_table_puts_an_interval_below_its_mean():
+    shown = plots.table([{"IoU": Mean(0.5, 0.25, 0.75), "yes": Share(0.5, 0.1, 0.9, 2)}]).data
+    assert ">0.500<br><small>[0.250, 0.750]</small><" in shown
+    assert ">0.500<br><small>[0.100, 0.900] of 2</small><" in shown
 
 
 def test_texts_are_escaped_and_shaded():

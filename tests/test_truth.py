@@ -202,6 +202,18 @@ def test_explanations_and_refusals_are_counted_by_hand():
     }  # fmt: skip
 
 
+def test_latents_that_the_explainer_did_not_learn_from_are_counted_apart():
+    rows = {
+        "1": told("explained", "cat", "cat"), "2": told("explained", "red", "dog"), "3": told("explained", "cat"),
+        "4": told("refused"), "5": told("refused", true="hat"), "8": told("explained", "dog", "dog"),
+    }  # fmt: skip
+    found = known.untaught(rows, {1, 4, 77})
+    assert (found["asked_untaught"], found["explained_fraction_untaught"]) == (4, 0.75)
+    assert found["concept_accuracy_untaught"] == pytest.approx(1 / 3)
+    assert found["concept_accuracy_untaught_low"] < 1 / 3 < found["concept_accuracy_untaught_high"]
+    assert known.untaught(rows, {77}) == known.untaught(rows, []) == {}
+
+
 def test_what_each_limit_of_sureness_gives_by_hand():
     rows = {
         "1": told("explained", "cat", "cat", sureness=0.9, answer="a cat"),

@@ -32,7 +32,7 @@ book: $(READY)
 		$(DOIT) -n $(JOBS) -P thread preset=$(PRESET)
 	@echo "The book: file://$(CURDIR)/book/_build/html/index.html"
 
-# Seconds that a test may take; one of them builds the book. What hangs fails, and tells where each thread stood.
+# Seconds that a test may take; one of them builds the book. What hangs, but for native code, fails and tells where it stood.
 test: LIMIT ?= 2400
 test: $(READY)
 	@$(DOIT) world ipynb

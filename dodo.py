@@ -43,7 +43,7 @@ def state(path: Path) -> str:
 
 
 class AsLeft:
-    """Up to date while these results are there and as they were when the task last ended."""
+    """Up to date while these results are as they were when the task last ended, or still not there if they were not."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
@@ -55,7 +55,7 @@ class AsLeft:
         task.value_savers.append(self.now)
 
     def __call__(self, task, values: dict) -> bool:
-        return all(map(Path.exists, self.paths)) and values.get("results") == self.now()["results"]
+        return values.get("results") == self.now()["results"]
 
 
 def task_world():
@@ -155,7 +155,7 @@ def task_results():
 
 def task_features():
     """Make the features page from the explanations, the scores and the cache."""
-    read, made = [ARTIFACTS / stage for stage in ("cache", "interpret", "score")], made_by()
+    read, made = [ARTIFACTS / stage for stage in ("cache", "interpret", "score", "judge")], made_by()
     steering = next((f"notebooks/{source.stem}.html" for source in SOURCES if source.stem.startswith("06_")), None)
     return {
         "actions": [(features.write, [RUN, BOOK, steering])],

@@ -52,17 +52,17 @@ def parameters(source: Path) -> dict[str, Parameter]:
 
 
 def stages(source: Path) -> list[str]:
-    """The stages a notebook writes or reads: each name given to `Stage(run, ...)` or `require(run, ...)`."""
+    """The stages a notebook writes or reads, in order: each name given to `Stage(run, ...)` or `require(run, ...)`."""
     calls = (node for node in ast.walk(_tree(source)) if isinstance(node, ast.Call))
-    names = (
-        call.args[1].value
-        for call in calls
+    names = {
+        call.args[1].value: (call.lineno, call.col_offset)
+        for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset), reverse=True)
         if ast.unparse(call.func).split(".")[-1] in ("Stage", "require")
         and len(call.args) > 1
         and ast.unparse(call.args[0]) == "run"
         and isinstance(call.args[1], ast.Constant)
-    )
-    return sorted(set(names))
+    }
+    return sorted(names, key=names.__getitem__)
 
 
 def named(source: Path, values: Mapping[str, object]) -> set[str]:

@@ -332,6 +332,7 @@ class Stage:
     def is_current(self, params: Mapping, inputs: Iterable[str | Path], code: Iterable[ModuleType] = ()) -> bool:
         """Whether the stage was finished with these parameters, inputs and code and its files are still there.
 
+        Not if its metrics tell of `replies_failed`: whoever was asked and could not answer is to be asked again.
         code: modules as in `code_fingerprints`. A missing input is a FileNotFoundError: the step before has not run.
         """
         asked = {"params": _plain(params), "inputs": _fingerprints(inputs), "code": code_fingerprints(code)}
@@ -342,7 +343,9 @@ class Stage:
         except ValueError:
             return False
         asked["outputs"] = self._outputs()
-        return all(manifest.get(key) == value for key, value in asked.items())
+        if any(manifest.get(key) != value for key, value in asked.items()):
+            return False
+        return not read_json(self.path(METRICS)).get("replies_failed")
 
     def finish(
         self,

@@ -49,7 +49,7 @@ class Outcome(str, Enum):
     EXPLAINED = "explained"
     REFUSED = "refused"  # the model says that it cannot, or is too unsure of what it says
     UNPARSEABLE = "unparseable"  # it answers, but with nothing that can be used
-    FAILED = "failed"  # there is no answer; it is asked again in the next run
+    FAILED = "failed"  # there is no answer; it is asked again in the next run, unless the endpoint refuses the question
 
 
 class Answer(NamedTuple):
@@ -86,7 +86,7 @@ def understood(reply: Reply, tag: str = "", longest: int = 2000, least_sure: flo
         )
     said, rest = " ".join(reply.text.split()), (reply.text, reply.sureness)
     _, found, behind = said.rpartition(tag) if tag else ("", "all", said)
-    if REFUSES.search(behind):  # all of the reply, if there is no tag: some refuse without it
+    if REFUSES.search(behind or said):  # all of the reply, if there is no tag: some refuse without it
         return Answer(Outcome.REFUSED, None, *rest)
     text = behind.strip().strip("\"'*`").strip()
     if reply.cut or not found or not any(map(str.isalnum, text)) or len(text) > longest:

@@ -54,13 +54,14 @@ class Catalogue:
 
     @classmethod
     def load(cls, run: str) -> Catalogue:
-        """A run's explained latents out of `interpret/`, and what `score/`, if it is there, and `cache/` tell of them.
+        """A run's explained latents out of `interpret/`, and what `cache/` and, if there, `score/` and `judge/` tell.
 
         FileNotFoundError, naming the notebook to run, if one of the others is missing.
         """
         explanations = read_json(require(run, "interpret", "explanations.json", "03_interpret_features.py"))
         manifest = read_json(require(run, "cache", "manifest.json", "02_cache_activations.py"))
-        others = Stage(run, "cache").path("words.json"), Stage(run, "score").path("scores.json")
+        files = {"cache": "words.json", "score": "scores.json", "judge": "verdicts.json"}
+        others = (Stage(run, stage).path(file) for stage, file in files.items())
         pictures = open_images(project_root() / manifest["params"]["images"])
         tables = [explanations]
         for path in filter(Path.is_file, others):

@@ -67,6 +67,7 @@ class Question:
 class Reply(NamedTuple):
     """What came back: `text` is None if nothing did, and `fault` says why; `cut` if it ran into its limit.
 
+    refused: the endpoint answers others, but cannot take this very question; asking again is of no use.
     sureness: the probability that the model gives this very text, the product of its tokens', in [0, 1]; None of a
     server that does not tell.
     """
@@ -75,6 +76,7 @@ class Reply(NamedTuple):
     fault: str = ""
     cut: bool = False
     sureness: float | None = None
+    refused: bool = False
 
 
 class Chat(Protocol):
@@ -202,8 +204,8 @@ class EndpointChat:
     under way at once. timeout: seconds that an answer may take, and each wait in it. retries: of a question that meets
     429, 5xx or no connection, after the client's exponential back-off or what Retry-After says. max_bytes: of a whole
     answer; more is a fault. stop_after: questions failed in a row that count as the endpoint being down; once any has
-    been answered, one that the endpoint refuses for itself (400, 413, 422: it is too large, say) does not count.
-    request: fields of the request that are added, or left out if None (`{"max_tokens": None,
+    been answered (`answered`), one that the endpoint refuses for itself (400, 413, 422: it is too large, say) does not
+    count. request: fields of the request that are added, or left out if None (`{"max_tokens": None,
     "max_completion_tokens": 99}`).
 
     A question that fails is a `Reply` with its fault. EndpointError if the key is refused, the model unknown, or the
@@ -232,7 +234,7 @@ class EndpointChat:
                 f"concurrency {concurrency}, timeout {timeout}, retries {retries}, max_new_tokens {max_new_tokens}, "
                 f"max_bytes {max_bytes}, stop_after {stop_after}: give at least 1 of each (retries: 0)"
             )
-        self.name, self.concurrency = model, concurrency
+        self.name, self.concurrency, self.answered = model, concurrency, False
         self._url, self._key_variable, self._timeout = url, key_variable, timeout
         self._max_bytes, self._stop_after = max_bytes, stop_after
         self._key = os.environ[key_variable] if key_variable else ""
@@ -245,7 +247,7 @@ class EndpointChat:
         self.identity = json.dumps(["endpoint", url, model, self._request], sort_keys=True)
 
     def __call__(self, questions: Iterable[Question]) -> Iterator[tuple[int, Reply]]:
-        waiting, under_way, fatal, in_a_row, answered = enumerate(questions), {}, None, 0, False
+        waiting, under_way, fatal, in_a_row = enumerate(questions), {}, None, 0
         pool, client = ThreadPoolExecutor(self.concurrency), openai.OpenAI(**self._connection)
         try:
             while True:
@@ -259,9 +261,10 @@ class EndpointChat:
                     break
                 done, _ = wait(under_way, return_when=FIRST_COMPLETED)
                 for future in done:
-                    reply, own_fault, stop = _outcome_of(future)
-                    answered = answered or reply.text is not None
-                    in_a_row = 0 if reply.text is not None else in_a_row + (not (answered and own_fault))
+                    reply, stop = _outcome_of(future)
+                    self.answered = self.answered or reply.text is not None
+                    reply = reply._replace(refused=reply.refused and self.answered)
+                    in_a_row = 0 if reply.text is not None else in_a_row + (not reply.refused)
                     if in_a_row >= self._stop_after and not stop:
                         stop = EndpointError(f"{in_a_row} questions in a row have failed, the last with: {reply.fault}")
                     fatal = fatal or stop
@@ -276,10 +279,10 @@ class EndpointChat:
         if fatal:
             raise fatal
 
-    def _ask(self, client: openai.OpenAI, question: Question) -> tuple[Reply, bool]:
-        """One question, and whether it failed for what it is; EndpointError if asking others is of no use."""
-        messages = [{"role": "user", "content": [_part(part) for part in question.parts()]}]
+    def _ask(self, client: openai.OpenAI, question: Question) -> Reply:
+        """One question; EndpointError if asking others is of no use."""
         try:
+            messages = [{"role": "user", "content": [_part(part) for part in question.parts()]}]
             reply = _reply(self._body(client, messages))
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             where = f"in {self._key_variable}" if self._key_variable else "(none was given: set key_variable)"
@@ -287,13 +290,14 @@ class EndpointChat:
         except openai.NotFoundError as error:
             raise EndpointError(f"it has no such model or address: {self._told(error)}") from None
         except Exception as error:  # whatever client, network, JSON and server come up with: this question has failed
-            return Reply(None, self._told(error)), getattr(error, "status_code", None) in OF_THE_QUESTION
+            refused = getattr(error, "status_code", None) in OF_THE_QUESTION
+            return Reply(None, self._told(error), refused=refused)
         if self._request.get("logprobs") and reply.text and reply.sureness is None:
             raise EndpointError(
                 "it answers without the probabilities of its tokens (logprobs), which least_sure is held against; set "
                 "least_sure to 0, or ask a server that returns them"
             )
-        return reply, False
+        return reply
 
     def _body(self, client: openai.OpenAI, messages: list[dict]) -> bytes:
         """The answer's bytes, at most `max_bytes` of them within `timeout` seconds; ValueError for more."""
@@ -316,11 +320,11 @@ class EndpointChat:
         return (said.replace(self._key, "[key]") if self._key else said)[:300]
 
 
-def _outcome_of(future: Future) -> tuple[Reply, bool, EndpointError | None]:
+def _outcome_of(future: Future) -> tuple[Reply, EndpointError | None]:
     try:
-        return *future.result(), None
+        return future.result(), None
     except EndpointError as error:
-        return Reply(None, str(error)), False, error
+        return Reply(None, str(error)), error
 
 
 def _part(part: str | Image.Image) -> dict:
@@ -378,11 +382,14 @@ class Recorded:
 
     def __init__(self, chat: Chat, path: str | Path):
         self.name, self.identity, self._chat, self._path = chat.name, chat.identity, chat, Path(path)
+        self._answers = False  # whether the file has a reply of this model
         self.asked = 0  # questions that reached the chat
-        self.failed = 0  # those of them without a reply
+        self.failed = 0  # those of them without a reply, but for what was refused
 
     def __call__(self, questions: Iterable[Question]) -> Iterator[tuple[int, Reply]]:
         kept = self._read()
+        if self._answers:
+            self._chat.answered = True  # what an `EndpointChat` would else have to find out again
         with self._path.open("ab") as file:
             sync(self._path.parent)
             left: list[tuple[int, str]] = []
@@ -408,7 +415,7 @@ class Recorded:
                 file.write(json.dumps(line).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
-                self.failed += reply.text is None
+                self.failed += reply.text is None and not reply.refused
                 kept[key] = reply  # for a question that comes again later in this call
                 for number in twins[key]:
                     yield number, reply
@@ -431,6 +438,7 @@ class Recorded:
                 raise ValueError(f"{self._path}, line {number} is damaged ({error}); delete that line") from error
             if reply.text is not None:
                 found[key] = reply
+                self._answers = self._answers or told.get("model") == self.name
         return found
 
 

@@ -19,10 +19,11 @@ from lmm_sae_nb.lmm import NoPatchGrid
 
 __all__ = [
     "REFUSAL", "TAUGHT", "Exemplar", "Explanation", "LazyExemplars", "as_rows", "exemplars", "exemplars_on",
-    "explain_enough", "explain_latents", "masked", "most_activated", "require_patches", "taught_latents", "upsample",
+    "explain_enough", "explain_latents", "masked", "most_activated", "require_patches", "taught_latents", "training_of",
+    "upsample",
 ]  # fmt: skip
 
-TAUGHT = "taught.json"  # in an explainer's folder: {"trained": parameters of an SAE's training, "latents": [...]}
+TAUGHT = "taught.json"  # in an explainer's folder: {"lessons": [{"trained": `training_of` an SAE, "latents": [...]}]}
 
 
 @dataclass(frozen=True)
@@ -208,17 +209,23 @@ def explain_enough(
     return found
 
 
-def taught_latents(explainer: Path, trained: Path) -> list[int]:
+def training_of(folder: Path) -> dict | None:
+    """With which parameters, from which inputs, notebook 01 trained the SAE of a folder; None if that does not say."""
+    manifest = folder / "manifest.json"
+    told = read_json(manifest) if manifest.is_file() else None
+    return told and {"params": told["params"], "inputs": sorted(told["inputs"])}
+
+
+def taught_latents(explainer: Path, trained: Path) -> frozenset[int]:
     """The latents of an SAE whose masks, on other images, an explainer was trained on; none if nothing is known of any.
 
-    explainer: its folder, in which `TAUGHT` says so; trained: the SAE's folder, whose manifest says with which
-    parameters notebook 01 trained it. Weights are not compared: other processors round differently.
+    explainer: its folder, in which `TAUGHT` says so; trained: the SAE's folder. An SAE is known by `training_of`, its
+    weights are not compared: other processors round differently.
     """
-    told, manifest = explainer / TAUGHT, trained / "manifest.json"
-    if not told.is_file() or not manifest.is_file():
-        return []
-    lessons = read_json(told)
-    return lessons["latents"] if lessons["trained"] == read_json(manifest)["params"] else []
+    if not (explainer / TAUGHT).is_file() or (training := training_of(trained)) is None:
+        return frozenset()
+    lessons = read_json(explainer / TAUGHT)["lessons"]
+    return frozenset(n for lesson in lessons if lesson["trained"] == training for n in lesson["latents"])
 
 
 def as_rows(explanations: Mapping[int, Explanation], longest: int = 2000) -> dict[str, dict]:

@@ -137,7 +137,7 @@ class Numbered:
 
     def __init__(self, segmenter: Segmenter, images: Sequence[Image.Image], room: int = 256 * 2**20):
         self._segmenter, self._images = segmenter, images
-        self._kept: LRUCache[tuple[int, str], Candidates] = LRUCache(room, getsizeof=lambda masks: max(1, masks.nbytes))
+        self._kept: LRUCache[tuple[int, str], Candidates] = LRUCache(room, getsizeof=lambda masks: masks.nbytes)
 
     def __call__(self, numbers: Sequence[int], concept: str) -> list[Candidates]:
         masks = {n: self._kept[n, concept] for n in numbers if (n, concept) in self._kept}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -250,6 +251,12 @@ def answers(
         with steered(lmm, sae, layer, prompt, some, scope, keep_error=keep_error):
             said += lmm.generate(prompt, **generation)
     return said
+
+
+def strongest(doses: Sequence[float], hits: Iterable[float]) -> float:
+    """The dose that has most hits, of equals the lowest; without any hit the highest. hits: the dose of each."""
+    counted = Counter(hits)
+    return max(sorted(doses), key=counted.__getitem__) if counted else max(doses)
 
 
 class Comparison(NamedTuple):

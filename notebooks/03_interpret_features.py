@@ -18,7 +18,7 @@
 # **You will learn** what an explainer is shown, how it answers or refuses, and, what photographs cannot tell, whether it is
 # right: of the latents that it explains, of those that it refuses, and of every concept of the world.
 #
-# **Reads** `cache/` and its images. **Writes** `interpret/`: what became of each asked latent (explained, refused,
+# **Reads** `cache/` and its images, `train/` where there is a ground truth. **Writes** `interpret/`: what became of each asked latent (explained, refused,
 # unparseable or failed), the replies as they came, and `metrics.json`.
 #
 # | preset | explainer | latents | time |
@@ -107,9 +107,9 @@ params = dict(
     max_new_tokens=max_new_tokens, least_sure=least_sure, seed=seed,
 )  # fmt: skip
 read = [explainer, refiner, labeller, *([model, concepts, heldout] if concepts else [])]
-inputs = [root / name for name in read if name and (root / name).exists()]
-inputs += [Stage(run, name).path("manifest.json") for name in ("train", "cache")]
-current = stage.is_current(params, inputs, code) and not read_json(stage.path("metrics.json"))["replies_failed"]
+inputs = [root / name for name in dict.fromkeys(read) if name and (root / name).exists()]
+inputs += [Stage(run, "cache").path("manifest.json")]
+current = stage.is_current(params, inputs, code)
 vocabulary = Vocabulary(root / concepts) if concepts else None
 by = {"explainer": explainer, "refiner": refiner or (vocabulary and vocabulary.name) or "nobody",
       "labeller": labeller or (vocabulary and vocabulary.name) or "nobody"}  # fmt: skip
@@ -129,8 +129,7 @@ if not current:
     metrics = known.counted(rows)
     if truth:
         rows = known.with_truth(rows, shown, truth)
-        taught = taught_latents(root / explainer, Stage(run, "train").folder)
-        metrics |= known.judged(rows) | known.untaught(rows, set(taught))
+        metrics |= known.judged(rows) | known.untaught(rows, taught_latents(root / explainer, Stage(run, "train").folder))
     write_json(stage.path("explanations.json"), rows)
 
 # %% [markdown]
@@ -165,8 +164,8 @@ metrics
 # show; `refusal_precision` the share of refusals where the truth says that they have nothing in common;
 # `answerable_fraction` the share of all that have, which bounds what can be explained rightly; `concept_recall` the share of
 # the world's concepts that a latent detects which was given its very name. Without ground truth they are left out. The
-# embedded explainer learned to name masked pictures, other pictures than these, in part from the masks of latents of this very
-# SAE (`taught.json` beside it says which); what ends in `_untaught` is of those alone that it did not learn from.
+# embedded explainer learned to name masked pictures, other pictures than these, in part from the masks of latents of the SAE of
+# the preset `tiny` (`taught.json` beside it says which); what ends in `_untaught` is of those alone that it did not learn from.
 
 # %% mystnb={"figure": {"caption": "Explained latents, at random (Figure 2): above, the five images with the activation laid over them; below, masked as the explainer sees them.", "name": "fig-explained"}}
 named = [latent for latent in chosen if explanations[str(latent)]["outcome"] == "explained"]

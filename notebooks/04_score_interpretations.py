@@ -90,8 +90,10 @@ explained = scoring.explained(explanations, truth, most=n_scored, seed=seed)
 concept_of = {latent: concept for latent, (concept, _) in explained.items()}
 kind_of = {str(latent): kind for latent, (_, kind) in explained.items()}
 modes = {"paper": PAPER, "strict": replace(STRICT, share=share)}
-unknown = [row["concept"] for row in explanations.values() if truth and row["concept"] and not truth.kinds_of(row["concept"])]
-print(f"{len(explanations)} latents asked about, {len(explained)} of them explained and scored; {len(unknown)} names that the truth does not know")
+print(f"{len(explanations)} latents asked about, {len(explained)} of them explained and scored")
+if truth:
+    unknown = sum(not truth.kinds_of(row["concept"]) for row in explanations.values() if row["concept"])
+    print(f"{unknown} more have a name that the ground truth does not know: there is nothing to score it with")
 
 
 def shown(latent: int) -> list:
@@ -183,7 +185,7 @@ if not stage.is_current(params, inputs, code):
     scores, runs = scoring.records(explained, found)
     write_json(stage.path("scores.json"), scores)
     write_json(stage.path("random.json"), runs)
-    metrics = scoring.summary(scores, runs, seed) | {"names_unknown": len(unknown)}
+    metrics = scoring.summary(scores, runs, seed) | ({"names_unknown": unknown} if truth else {})
     metrics |= {f"latents_showing_{kind}": many for kind, many in sorted(shows.items())}
     stage.finish(params, inputs, metrics, time.monotonic() - started, code)
 scores, runs = read_json(stage.path("scores.json")), read_json(stage.path("random.json"))
@@ -212,7 +214,7 @@ for quantity, by_mode in scoring.by_quantity(tables).items():
     beside = published.get(quantity.split("_")[0])
     display(plots.table(scoring.beside(by_mode, beside), f"{quantity}, {len(scores)} latents, 99 % intervals"))
 # %% [markdown]
-# `iou` is by the first of the segmenters above, `iou_NAME` by another.
+# `iou` is by the first of the segmenters above, `iou_NAME` by another; in the metrics the mode stands between the two.
 
 # %% mystnb={"figure": {"caption": "IoU of explained latents by the kind of their concept, with 99 % intervals, in both modes: on their own images, and three kinds of chance.", "name": "fig-iou-by-kind"}}
 series = ("top", "area", "shuffled", "random")
@@ -253,7 +255,7 @@ for by, right in (("right", True), ("wrong", False)) if truth else ():
 # %% [markdown]
 # ## Table 2: would a judge agree?
 #
-# The share of explanations that a judge finds right, of each kind, and the share of *another latent's* name that the same
+# The share of explanations that a judge finds right, of each kind, with Wilson's 99 % interval, and the share of *another latent's* name that the same
 # judge accepts: who says yes to everything is no judge. In the preset `tiny` the ground truth itself judges: yes if most of
 # the images (three of five) show the concept in half of the visible patches. The scores above are on the disk by now: a judge
 # that cannot be reached loses none of them, and what it has answered is not asked again.
@@ -262,7 +264,7 @@ for by, right in (("right", True), ("wrong", False)) if truth else ():
 judging, who = Stage(run, "judge"), judge or ("ground truth" if truth else "")
 how = dict(judge=judge, images=images, concepts=concepts, n_scored=n_scored, n_judged=n_judged, n_top=n_top, share=share, seed=seed)
 known = before + [root / name for name in (judge, concepts) if name and (root / name).exists()]
-if who and not (judging.is_current(how, known, [scoring, asked]) and not read_json(judging.path("metrics.json"))["replies_failed"]):
+if who and not judging.is_current(how, known, [scoring, asked]):
     started, chat = time.monotonic(), None
     if judge:  # every verdict is on the disk before the next one is waited for
         chat = open_chat(judge, root=root, key_variable=judge_key, concurrency=concurrency, timeout=timeout)

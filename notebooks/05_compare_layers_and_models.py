@@ -180,8 +180,8 @@ params = dict(
     n_steered=n_steered, dose=dose, steered_kinds=steered_kinds, question=question, blank_size=blank_size, decisions=decisions,
     pairs=pairs, seed=seed,
 )  # fmt: skip
-read = (model, *others, dataset, heldout, images, concepts, explainer, segmenter, detector, similarity)
-inputs = [root / name for name in read if name and (root / name).exists()]
+read = (model, *others, dataset, heldout, images, concepts, explainer, refiner, labeller, segmenter, detector, similarity)
+inputs = [root / name for name in dict.fromkeys(read) if name and (root / name).exists()]
 current, started, metrics = stage.is_current(params, inputs, code), time.monotonic(), {}
 of_layers = {f"layer_{n}": Recipe(n, n_latents, k, lr) for n in layers}
 swept = {f"n_{n}": Recipe(middle, n, k, lr) for n in sizes if n != n_latents} | {f"k_{n}": Recipe(middle, n_latents, n, lr) for n in ks if n != k}
@@ -290,6 +290,7 @@ if not current:
     low, high = (scored[name]["scores"].values() for name in (f"layer_{layers[0]}", f"layer_{layers[-1]}"))
     for column in columns[f"layer_{layers[0]}"]:
         metrics |= bounds(f"{column}_rise", intervals.difference_interval([row[column] for row in low], [row[column] for row in high], seed=seed))
+    metrics["replies_failed"] = sum(chat.failed for chat in talk.values())  # the next run asks for them again
     stage.finish(params, inputs, {"layers": len(layers), "architectures": len(lmms)} | metrics, time.monotonic() - started, code)
 metrics = read_json(stage.path("metrics.json"))
 

@@ -19,7 +19,7 @@
 # **You will learn** what a clamp does, how much of the effect is the latent's and how much the splice's, how it grows with
 # the dose, and whether one latent serves both the picture and the word.
 #
-# **Reads** `train/`, `cache/`, `interpret/`, `score/` if it is there. **Writes** `steer/`.
+# **Reads** `train/`, `cache/`, `interpret/`, `score/` and `judge/` if they are there. **Writes** `steer/`.
 #
 # | preset | LMM | latents steered | time |
 # |---|---|---|---|
@@ -48,12 +48,15 @@ batch: int = 20  # settings that run side by side
 concepts: str = "data/artifacts/tiny/world/concepts.json"  # names by kind, for the relevance; "": a judge is asked
 judge: str = ""  # a language model that rates relevance: a folder, a name on the hub, or name@http://host:port/v1
 judge_key: str = ""  # the environment variable with the endpoint's key; "": it wants none
+concurrency: int = 8  # questions under way at once, to an endpoint
+timeout: float = 120.0  # seconds that an endpoint's answer may take
 seed: int = 0  # of the choice of latents and images
 
 # %% tags=["remove-cell"]
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -143,9 +146,9 @@ params = dict(
     concepts=concepts, judge=judge, seed=seed,
 )  # fmt: skip
 stages = [Stage(run, name).path("manifest.json") for name in ("train", "cache", "interpret")]
-inputs = [path for path in (root / model, *stages) if path.exists()]
+inputs = [root / name for name in dict.fromkeys((model, concepts, judge)) if name and (root / name).exists()]
+inputs += [path for path in stages if path.exists()]
 current, started = stage.is_current(params, inputs, code), time.monotonic()
-current = current and not read_json(stage.path("metrics.json"))["replies_failed"]
 if not current:
     rows = []
     for name, latent in cases.items():
@@ -199,9 +202,9 @@ plots.beside(others, own, "other words", "own word");
 # > object neurons, and only 11 of them exhibit a difference before and after steering."
 #
 # Latents that are named for an object, at random, are clamped at the image's tokens, at several doses. Which dose the numbers
-# below report is not read off these latents: other latents named for an object are clamped too, and the lowest dose at which
-# most of them name their concept is taken (where there are no others, the highest dose). The control is as many live latents
-# at random at that dose, asked for the same names. Relevance, from 1 to 10, is given by a language model where one is named,
+# below report is not read off these latents: other latents named for an object are clamped too, and the dose at which the
+# greatest number of them name their concept is taken, of equals the lowest; if none does, the highest. The control is as many
+# live latents at random at that dose, asked for the same names. Relevance, from 1 to 10, is given by a language model where one is named,
 # as by GPT-4 in the paper; else by the words of the world (10 names the concept, 5 another of its kind, 1 none).
 
 # %%
@@ -216,9 +219,8 @@ if not current:
     ask = partial(answers, lmm, sae, layer, question, white, scope=at_image, batch=batch, max_new_tokens=max_new_tokens)
     tries = [(group, value, n, n) for group, some in (("object", objects), ("choosing", choosing)) for value in doses for n in some]
     spliced, *said = ask([[], *([Edit(n, value * top[n])] for _, value, n, _ in tries)])
-    right = Counter(value for (group, value, n, _), answer in zip(tries, said, strict=True)
-                    if group == "choosing" and names(answer, named[n]["concept"]))  # fmt: skip
-    dose = max(sorted(doses), key=right.__getitem__) if right else max(doses)
+    dose = steering.strongest(doses, (value for (group, value, n, _), answer in zip(tries, said, strict=True)
+                                      if group == "choosing" and names(answer, named[n]["concept"])))  # fmt: skip
     said += ask([[Edit(n, dose * top[n])] for n in control])
     tries += [("random", dose, n, own) for n, own in zip(control, objects, strict=True)]  # asked for the same names
     rows = [
@@ -226,7 +228,8 @@ if not current:
          "changed": answer != spliced, "names": names(answer, named[own]["concept"])}
         for (group, value, n, own), answer in zip(tries, said, strict=True)
     ]  # fmt: skip
-    talk = Recorded(open_chat(judge, root=root, key_variable=judge_key), stage.path("replies.jsonl")) if judge else None
+    how = dict(root=root, key_variable=judge_key, concurrency=concurrency, timeout=timeout)
+    talk = Recorded(open_chat(judge, **how), stage.path("replies.jsonl")) if judge else None
     rate = relevance(talk) if talk else Vocabulary(root / concepts).rate if concepts else None
     reported = [row for row in rows if row["dose"] == dose and row["group"] != "choosing"]
     rates = rate([row["answer"] for row in reported], [row["concept"] for row in reported]) if rate else [None] * len(reported)
@@ -315,8 +318,8 @@ read_json(stage.path("metrics.json"))
 
 # %%
 panel = SteeringPanel(lmm, sae, layer, cache, {n: row["concept"] for n, row in named.items()}, image=white, text=question)
-scores = Stage(run, "score").path("scores.json")
-catalogue = Catalogue(cache, pictures, explanations, *([read_json(scores)] if scores.is_file() else []))
+scored = [Stage(run, "score").path("scores.json"), Stage(run, "judge").path("verdicts.json")]
+catalogue = Catalogue(cache, pictures, explanations, *map(read_json, filter(Path.is_file, scored)))
 browser = FeatureBrowser(catalogue, panel.choose, sort="iou_strict" if "iou_strict" in catalogue.columns else None)
 VBox([browser.box, panel.box])
 

@@ -21,6 +21,7 @@ TAG = "[EXPLANATION]:"
         (f"{TAG} no, wait. {TAG} a cat", TAG, Outcome.EXPLAINED, "a cat"),
         (f"Were there nothing: {REFUSAL}. {TAG} a cat", TAG, Outcome.EXPLAINED, "a cat"),
         (f"I am {REFUSAL}", TAG, Outcome.REFUSED, None),
+        (f"{REFUSAL}. {TAG}", TAG, Outcome.REFUSED, None),
         ("Train tracks.", TAG, Outcome.UNPARSEABLE, None),
         (f"{TAG} ...", TAG, Outcome.UNPARSEABLE, None),
         ("", "", Outcome.UNPARSEABLE, None),

@@ -28,7 +28,8 @@ AIMS = {  # of the preset `tiny`, from least to most
     ("attribute", "spearman_linear"): (0.8, 1),
     ("hallucination", "cured_fraction"): (0.5, 1), ("hallucination", "harmed_fraction"): (0, 0.05),
 }  # fmt: skip
-SHORT = {  # what was aimed at as well and is not reached; departures and pages say so
+EDGE = {("steer", "named_of_100")}  # exactly 50
+SHORT = {  # what was aimed at as well and is not reached; departures say so
     ("interpret", "concept_recall"): 0.9, ("score", "iou_paper_ratio"): 40, ("attribute", "spearman_ig"): 0.95,
 }  # fmt: skip
 LOADS = {
@@ -130,7 +131,7 @@ def test_every_page_loads_alone_and_without_error(site, browser):
         page.on("pageerror", lambda error, w=wrong: w.append(str(error)))
         page.goto(file.as_uri(), wait_until="load")
         if sent := re.search(r"http-equiv=.refresh. content=.0; url=([^'\"]+)", file.read_text("utf-8"), re.IGNORECASE):
-            page.wait_for_url((site / sent[1]).as_uri())  # a page that is closed on its way may never be closed
+            page.wait_for_url((file.parent / sent[1]).as_uri())  # a page that is closed on its way may never be closed
         page.wait_for_timeout(300)
         assert not wrong, f"{file.relative_to(site)}: {wrong}"
         page.close()
@@ -209,11 +210,12 @@ def test_the_results_page_shows_every_number(site):
             assert re.sub("_(low|high)$", "", name) in page, f"{name} of {file.parent.name}"
 
 
-def test_the_aims_are_met_within_their_intervals(site):
-    """Another processor rounds differently; what comes of that stays within the intervals that are told."""
+def test_the_aims_are_met(site):
+    """What is at the very edge may fall beyond it by its interval: another processor rounds differently."""
     found = {stage: metrics_of(stage) for stage, _ in AIMS}
     for (stage, name), (least, most) in AIMS.items():
-        low, high = (found[stage].get(f"{name}_{end}", found[stage][name]) for end in ("low", "high"))
+        ends = [f"{name}_low", f"{name}_high"] if (stage, name) in EDGE else [name, name]
+        low, high = (found[stage][end] for end in ends)
         assert high >= least and low <= most, f"{stage}: {name} is {found[stage][name]}, aimed at {least} to {most}"
     clip = found["score"]
     assert clip["clip_paper_kinds_above_random"] == clip["clip_paper_kinds"] == 8

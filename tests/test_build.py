@@ -35,6 +35,8 @@ from lmm_sae_nb.change import write
 
 Stage = lambda run, name: Path("data/artifacts", run, name)
 write(Stage(run, "train") / "manifest.json", f"{steps}")
+if steps > 99:  # a stage that most runs do without
+    write(Stage(run, "judge") / "manifest.json", "")
 """
 TWO = """\
 top: int = 3  # images

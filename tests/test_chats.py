@@ -104,10 +104,32 @@ def test_questions_that_are_too_large_stop_no_other_once_one_has_been_answered()
         chat = quick(server, concurrency=1, stop_after=3)
         replies = ask(chat, [Question("hello"), *large, Question("bye")])
         assert [reply.text for reply in replies] == ["heard: hello", *[None] * 7, "heard: bye"]
+        assert [reply.refused for reply in replies] == [False, *[True] * 7, False]
+        fresh = quick(server, concurrency=1, stop_after=3)  # which has had no answer yet
         with pytest.raises(EndpointError, match="3 questions in a row have failed, the last with: .*too large"):
-            ask(chat, large)
+            ask(fresh, large)
         with pytest.raises(EndpointError, match="3 questions in a row have failed, the last with: .*oops"):
             ask(chat, [Question("hello"), *(Question("500", pictures(1, seed=n)) for n in range(7))])
+
+
+def test_a_run_that_has_all_but_what_is_too_large_goes_on(tmp_path):
+    questions = [Question("hello"), *(Question("400", pictures(1, seed=n)) for n in range(7))]
+    with serving() as server:
+        for asked_now in (8, 7):
+            chat = Recorded(quick(server, concurrency=1, stop_after=3), tmp_path / "r.jsonl")
+            assert [reply.text for reply in ask(chat, questions)] == ["heard: hello", *[None] * 7]
+            assert (chat.asked, chat.failed) == (asked_now, 0)
+        another = Recorded(EndpointChat("another", server.url, retries=0, concurrency=1), tmp_path / "r.jsonl")
+        with pytest.raises(EndpointError, match="5 questions in a row have failed"):
+            ask(another, questions[1:])
+
+
+def test_a_picture_that_cannot_be_sent_is_a_fault_of_its_question():
+    broken = Image.new("RGB", (4, 4))
+    broken.close()
+    with serving() as server:
+        one, other = ask(quick(server), [Question("look", (broken,)), Question("hello")])
+    assert one.text is None and "ValueError" in one.fault and other.text == "heard: hello"
 
 
 def test_a_question_that_cannot_be_made_loses_no_answer(tmp_path):
@@ -200,7 +222,7 @@ def test_the_same_question_is_asked_once_and_another_model_or_image_anew(tmp_pat
         slow = Recorded(EndpointChat("slow", server.url, concurrency=1), tmp_path / "r.jsonl")
         again = [Question(text) for text in ("a", "b", "c", "a", "400", "d", "400")]  # after it has been answered
         assert [reply.text for reply in ask(slow, again)] == [*map("heard: {}".format, "abca"), None, "heard: d", None]
-        assert (slow.asked, slow.failed) == (5, 1)
+        assert (slow.asked, slow.failed) == (5, 0)  # it is refused, and not to be asked again
 
 
 def test_a_torn_last_line_is_dropped_and_a_damaged_one_before_it_refused(tmp_path):

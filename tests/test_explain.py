@@ -113,12 +113,15 @@ def test_lazy_exemplars_are_made_at_each_look_and_only_of_their_latents():
 
 def test_which_latents_were_lessons_is_known_of_an_sae_of_the_same_training_alone(tmp_path):
     explainer, one, other = (tmp_path / name for name in ("explainer", "one", "other"))
-    for folder, params in ((one, {"k": 3, "seed": 0}), (other, {"k": 3, "seed": 1}), (explainer, {})):
-        write_json(folder / "manifest.json", {"params": params})
-    assert taught_latents(explainer, one) == []
-    write_json(explainer / TAUGHT, {"trained": {"k": 3, "seed": 0}, "latents": [1, 5]})
-    assert taught_latents(explainer, one) == [1, 5]
-    assert taught_latents(explainer, other) == taught_latents(explainer, tmp_path / "none") == []
+    elsewhere = tmp_path / "elsewhere"
+    for folder, k, samples in ((one, 3, "train"), (other, 4, "train"), (elsewhere, 3, "photographs")):
+        write_json(folder / "manifest.json", {"params": {"k": k}, "inputs": {"model": "a hash", samples: "another"}})
+    assert not taught_latents(explainer, one)
+    lessons = [{"trained": None, "latents": [7]},
+               {"trained": {"params": {"k": 3}, "inputs": ["model", "train"]}, "latents": [1, 5]}]  # fmt: skip
+    write_json(explainer / TAUGHT, {"lessons": lessons})
+    assert taught_latents(explainer, one) == {1, 5}
+    assert not any(taught_latents(explainer, folder) for folder in (other, elsewhere, tmp_path / "none"))
 
 
 def test_what_becomes_of_a_latent_is_what_the_last_who_was_asked_says(cache):

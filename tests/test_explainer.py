@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from book import pages
 from lmm_sae_nb.artifacts import read_json, write_json
-from lmm_sae_nb.explain import REFUSAL, masked
+from lmm_sae_nb.explain import REFUSAL, TAUGHT, masked, taught_latents
 from lmm_sae_nb.lmm import LMM
 from lmm_sae_nb.pictureworld import explainer, explainer_exam, explaining, peeking
 from lmm_sae_nb.pictureworld.__main__ import EXPLAINER, EXPLAINER_STEPS, MODEL
@@ -295,17 +296,18 @@ def test_the_report_counts_by_kind_and_tells_refusals_apart():
 def test_an_exam_asks_about_latents_that_were_no_lessons(pictures, root, tmp_path):
     lmm = LMM.load(root / MODEL)
     TopKSAE(lmm.width, 16, 4, generator=torch.Generator().manual_seed(0)).save(tmp_path / "sae")
-    write_json(tmp_path / "sae" / "manifest.json", {"params": {"k": 4}})
+    write_json(tmp_path / "sae" / "manifest.json", {"params": {"k": 4}, "inputs": {"samples": "a hash"}})
     source, seen = Source(tmp_path / "sae", 1), pictures.first(12)
     lessons = of_latents(source, tmp_path / "made" / "latents-0", root / MODEL, seen, 2, 6)
-    told = explaining.lessons_of(tmp_path / "made", source)
-    assert told["trained"] == {"k": 4} and len(set(told["latents"])) == len(lessons.scenes) == 6
-    asked = of_latents(source, tmp_path / "exam", root / MODEL, seen, 2, 99, without=told["latents"])
+    write_json(tmp_path / "explainer" / TAUGHT, explaining.lessons_of(tmp_path / "made", 1))
+    taught = taught_latents(tmp_path / "explainer", source.folder)
+    assert len(taught) == len(lessons.scenes) == 6
+    asked = of_latents(source, tmp_path / "exam", root / MODEL, seen, 2, 99, without=sorted(taught))
     whole = of_latents(source, tmp_path / "whole", root / MODEL, seen, 2, 99)
     chosen = [read_json(tmp_path / name / "chosen.json")["latents"] for name in ("exam", "whole")]
-    assert not set(chosen[0]) & set(told["latents"]) and set(chosen[0]) | set(told["latents"]) == set(chosen[1])
-    places = [chosen[1].index(latent) for latent in chosen[0]]
-    assert (asked.scenes == whole.scenes[places]).all() and (asked.visible == whole.visible[places]).all()
+    assert not set(chosen[0]) & taught and {*chosen[0], *taught} == set(chosen[1])
+    own, every = ({(*map(bytes, one),) for one in zip(*strips, strict=True)} for strips in (asked, whole))
+    assert len(asked.scenes) == len(chosen[0]) and own <= every
 
 
 def test_an_exams_sets_are_strips_with_few_strangers(strips):
@@ -344,6 +346,10 @@ def test_the_shipped_explainer_names_clean_held_out_sets_and_refuses_what_has_no
 def test_what_ships_is_small_whole_and_examined(root):
     folder = root / EXPLAINER
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 12e6
+    first = read_json(folder / TAUGHT)["lessons"][0]  # of the SAE that notebook 01 trains by default
+    defaults = {name: known.default for name, known in pages.parameters(pages.sources()[0]).items()}
+    assert {name: defaults[name] for name in first["trained"]["params"]} == first["trained"]["params"]
+    assert len(set(first["latents"])) == 800 and set(first["latents"]) < set(range(defaults["n_latents"]))
     for course, steps in (("explainer", EXPLAINER_STEPS), ("eye", peeking.STEPS)):
         assert 0 <= steps - read_log(folder / f"{course}.jsonl")[-1]["step"] < 20
     for origin, rows in read_json(folder / "exam.json").items():

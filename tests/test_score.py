@@ -175,6 +175,20 @@ def test_a_segmenter_is_not_asked_where_the_latent_is_silent_and_once_for_each_c
     assert len(asked) == 3
 
 
+def test_what_is_larger_than_the_room_is_asked_again_and_nothing_found_is_kept():
+    asked = []
+
+    def segmenter(images, concepts):
+        asked.append(concepts[0])
+        masks = np.ones((int(concepts[0] == "cat"), 8, 8), bool)
+        return [Candidates(masks, np.ones(len(masks), np.float32)) for _ in images]
+
+    where = Numbered(segmenter, [Image.new("RGB", (8, 8))], room=63)
+    for concept in ("cat", "cat", "dog", "dog"):
+        assert len(where([0], concept)[0]) == (concept == "cat")
+    assert asked == ["cat", "cat", "dog"]
+
+
 def test_candidates_come_likeliest_first():
     masks = np.eye(3, dtype=bool)[:, None]
     found = Candidates(masks, np.array([0.2, 0.9, 0.2], np.float32))

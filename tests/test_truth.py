@@ -1,10 +1,13 @@
 """What exemplars have in common and what latents detect, against counting by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from models import make
 from PIL import Image
+from scipy import sparse
 
 from lmm_sae_nb import truth as known
 from lmm_sae_nb.asked import REFUSAL, Vocabulary
@@ -133,10 +136,20 @@ def test_detectors_are_the_best_of_all_latents_and_thresholds(studied):
     found = choose_detectors(cache, truth, best=2, block=7)
     for row, (kind, name) in enumerate(truth.names):
         there = np.concatenate([truth[n][row] for n in range(8)]) >= 0.25
-        scores = [max(f1(acts[:, m] > share * acts[:, m].max(), there) for share in known.LADDER) for m in range(24)]
+        rungs = [0, 0.02, 0.05, *(n / 10 for n in range(1, 10))]
+        scores = [max(f1(acts[:, m] > share * acts[:, m].max(), there) for share in rungs) for m in range(24)]
         own = [one for one in found if (one.kind, one.concept) == (kind, name)]
         assert [one.f1 for one in own] == pytest.approx(sorted(scores, reverse=True)[:2], abs=0.01)
         assert [scores[one.latent] for one in own] == pytest.approx([one.f1 for one in own], abs=0.01)
+
+
+def test_a_latent_that_fires_faintly_on_its_concept_detects_it_at_the_lowest_threshold():
+    """Ten patches of a concept: one at the maximum, nine at a hundredth of it; nothing elsewhere."""
+    shows = sparse.csc_array(np.repeat([1.0, 0.0], [10, 30])[:, None])
+    entries = SimpleNamespace(latents=np.full(10, 3), images=np.zeros(10, int), patches=np.arange(10),
+                              acts=np.array([5.0] + [0.05] * 9))  # fmt: skip
+    scores, rung = known._best_rung(entries, 3, np.array([5.0]), shows, np.array([10.0]), 40)
+    assert (scores.item(), rung.item()) == (1, 0)
 
 
 def test_detectors_are_measured_at_their_own_thresholds(studied):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -231,8 +232,9 @@ def test_neither_a_kill_nor_a_judge_out_of_reach_costs_an_answer_or_a_score(at_t
     victims: list[subprocess.Popen] = []
 
     def answer(request):
-        if victims and len(server.requests) == 7:
-            victims.pop().kill()
+        if len(server.requests) >= 7:
+            for victim in victims:
+                victim.kill()
         if request.text.startswith("Which kind"):
             return "It is an object."
         if request.text.startswith("Below"):
@@ -247,11 +249,10 @@ def test_neither_a_kill_nor_a_judge_out_of_reach_costs_an_answer_or_a_score(at_t
         record.unlink()
         victims.append(started("03_interpret_features.py", ours, **how))
         victims[0].communicate()
-        kept = len(record.read_text().splitlines())
-        assert not victims and 0 < kept < 7
+        assert victims.pop().returncode == -signal.SIGKILL and 0 < len(record.read_text().splitlines()) <= 7
         done = started("03_interpret_features.py", ours, **how)
-        assert done.wait() == 0, done.stdout.read()[-3000:]
-        done.stdout.close()
+        said = done.communicate()[0]
+        assert done.returncode == 0, said[-3000:]
         lines = [json.loads(line) for line in record.read_text().splitlines()]
         assert len({line["key"] for line in lines}) == len(lines)
         assert len(server.requests) - len(lines) <= 2  # those under way at the kill

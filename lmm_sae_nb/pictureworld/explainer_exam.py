@@ -57,7 +57,7 @@ def learn(asked: argparse.Namespace) -> None:
     save(graduate(made, asked.lmm), asked.model)
     for name, log in (("eye", "eye/log.jsonl"), ("folding", "folding/log.jsonl"), ("explainer", "log.jsonl")):
         shutil.copy(made / log, asked.model / f"{name}.jsonl")
-    write_json(asked.model / TAUGHT, lessons_of(made, saes[0]))
+    write_json(asked.model / TAUGHT, lessons_of(made, len(saes)))
     result = sit(asked.model, asked.courses / "explainer-exam", asked.lmm, saes[0])
     write_json(asked.model / "exam.json", result)
     for origin, rows in result.items():

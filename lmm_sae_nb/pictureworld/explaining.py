@@ -246,10 +246,9 @@ def study_explainer(folder: Path, taught: Path, saes: Sequence[Source], steps: i
     return train_explainer(folder, taught, pictures, strips, steps=steps, minutes=minutes)
 
 
-def lessons_of(folder: Path, source: Source) -> dict[str, object]:
-    """What `explain.taught_latents` reads: how the first SAE was trained, and which of its latents made lessons."""
-    return {"trained": read_json(source.folder / "manifest.json")["params"],
-            "latents": sorted(read_json(folder / "latents-0" / CHOSEN)["latents"])}  # fmt: skip
+def lessons_of(folder: Path, saes: int) -> dict[str, list]:
+    """What `explain.taught_latents` reads: which latents of each SAE made lessons, as the course in `folder` noted."""
+    return {"lessons": [read_json(folder / f"latents-{number}" / CHOSEN) for number in range(saes)]}
 
 
 def graduate(folder: Path, taught: Path) -> AyaVisionForConditionalGeneration:

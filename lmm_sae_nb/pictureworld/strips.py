@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..artifacts import write_json
 from ..cache import LatentCache, cache_activations
-from ..explain import most_activated
+from ..explain import most_activated, training_of
 from ..lmm import LMM
 from ..sae import TopKSAE
 from ..shown import SHOWS, Shown, best_shown
@@ -31,7 +31,7 @@ ODDS = {
 }  # fmt: skip
 NOTHING = ("place", "mixed", "pair", "edge", "detail")
 NOTHING_ODDS = 0.2
-CHOSEN = "chosen.json"  # which latents the strips beside it are of
+CHOSEN = "chosen.json"  # which latents the strips beside it are of, and of which SAE
 
 
 class Source(NamedTuple):
@@ -84,7 +84,7 @@ def of_latents(
     cache = cache_activations(LMM.load(model), sae, gallery.images, source.layer, n_top=images, folder=kept)
     live = np.setdiff1d(np.flatnonzero((cache.top_images >= 0).all(1).numpy()), without)
     chosen = np.random.default_rng(64).permutation(live)[:strips].tolist()
-    write_json(kept / CHOSEN, {"latents": chosen})
+    write_json(kept / CHOSEN, {"trained": training_of(source.folder), "latents": sorted(chosen)})
     return cached(cache, chosen, images)
 
 

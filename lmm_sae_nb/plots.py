@@ -309,24 +309,25 @@ def bars(results: Mapping[str, Mapping[str, float]], xlabel: str, *, log: bool =
 def table(rows: Sequence[Mapping[str, object]], caption: str = "") -> HTML:
     """Rows as an HTML table, their keys as its head; text is escaped, numbers have three digits, None is a dash.
 
-    A mean or a share has its interval below it.
+    A mean or a share has its interval below it. A column with a text in it is set left, others right.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
+    left = {name for name in names if any(isinstance(row.get(name), str) for row in rows)}
 
-    def cell(value: object) -> str:
-        if value is None:
-            return "<td style='text-align:right'>–</td>"
+    def cell(name: str, told: str, tag: str = "td") -> str:
+        side = "left" if name in left else "right"
+        return f"<{tag} style='text-align:{side};padding:0 .4em'>{told}</{tag}>"
+
+    def said(value: object) -> str:
         if hasattr(value, "low"):
             mean, interval = str(value).split(" ", 1)
-            return f"<td style='text-align:right;white-space:nowrap'>{mean}<br><small>{interval}</small></td>"
-        if isinstance(value, float):
-            return f"<td style='text-align:right'>{value:.3f}</td>"
-        return f"<td style='text-align:{'right' if isinstance(value, int) else 'left'}'>{html.escape(str(value))}</td>"
+            return f"{mean}<br><small style='white-space:nowrap;font-size:78%'>{interval}</small>"
+        return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
 
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    body = "".join("<tr>" + "".join(cell(row.get(name)) for name in names) + "</tr>" for row in rows)
+    head = "".join(cell(name, html.escape(name), "th") for name in names)
+    body = "".join("<tr>" + "".join(cell(name, said(row.get(name))) for name in names) + "</tr>" for row in rows)
     told = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return HTML(f"<table>{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    return HTML(f"<table style='font-size:90%'>{told}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
 
 def calibration(

@@ -350,7 +350,7 @@ def beside(
             cells = {name: rows[kind].get(name) for name in ("top", "random", "area", "shuffled")}
             if published:
                 random, score = published.get(kind, (None, None)) if mode == PAPER.name else (None, None)
-                cells |= {"published": score, "published, random": random}
+                cells |= {"published": score, "at random": random}
             told.append({"kind": kind, "mode": mode} | cells)
     return told
 

@@ -196,7 +196,7 @@ tables = {column: scoring.table(scores, runs, column, seed) for column in column
 # ## Table 1
 #
 # IoU and CLIP score of every kind, on the latents' own images (*top*) and beside chance, in both modes; and what the paper
-# has in its Table 1 {cite}`zhang2024large` (*published*), for photographs, an 8B model, Grounding DINO and SAM. Intervals are
+# has in its Table 1 {cite}`zhang2024large` (*published*, and its chance *at random*), for photographs, an 8B model, Grounding DINO and SAM. Intervals are
 # 99 %: over latents, and over runs for *random*, as the paper's.
 
 # %%
@@ -275,12 +275,11 @@ if who and not judging.is_current(how, known, [scoring, asked]):
     told = scoring.agreed(found, kind_of) | {"replies_failed": chat.failed if chat else 0}
     judging.finish(how, known, told, time.monotonic() - started, [scoring, asked])
 given = read_json(judging.path("verdicts.json")) if who else {}
-rows = []
-for name, title in zip(scoring.JUDGED, (who, f"{who}, names shuffled"), strict=True) if who else ():
-    shares = scoring.consistency({n: row.get(name) for n, row in given.items()}, kind_of)
-    rows.append({"judge": title} | shares)
-paper = {"GPT-4o, the paper": (0.93, 0.84, 0.90, 1.00, 0.85, 0.92, 0.89), "two people, the paper": (0.70, 0.85, 0.60, 0.95, 0.80, 0.60, 0.75)}
-plots.table(rows + [{"judge": name} | dict(zip((*scoring.KINDS, "total"), map(str, values), strict=True)) for name, values in paper.items()])
+judges = {title: scoring.consistency({n: row.get(name) for n, row in given.items()}, kind_of)
+          for name, title in zip(scoring.JUDGED, (who, "the same, names shuffled"), strict=True)} if who else {}  # fmt: skip
+kinds, paper = (*scoring.KINDS, "total"), {"GPT-4o, the paper": (0.93, 0.84, 0.90, 1.00, 0.85, 0.92, 0.89), "two people, the paper": (0.70, 0.85, 0.60, 0.95, 0.80, 0.60, 0.75)}
+judges |= {title: dict(zip(kinds, shares, strict=True)) for title, shares in paper.items()}
+plots.table([{"kind": kind} | {title: shares.get(kind) for title, shares in judges.items()} for kind in dict.fromkeys((*scoring.KINDS, *scoring.by_kind(kind_of)))])
 
 # %% [markdown]
 # And two people's? Open this chapter in Jupyter (`make lab`), type your name, and answer with y, n, u. Ten latents of each

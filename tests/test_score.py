@@ -542,7 +542,7 @@ def test_a_table_stands_beside_the_published_one():
     assert [(row["kind"], row["mode"]) for row in told] == [
         ("object", "paper"), ("object", "strict"), ("colour", "paper"), ("total", "paper"), ("total", "strict"),
     ]  # fmt: skip
-    assert (told[2]["published, random"], told[2]["published"]) == (0.005, 0.1)
+    assert (told[2]["at random"], told[2]["published"]) == (0.005, 0.1)
     assert told[1]["published"] is told[3]["published"] is None
     assert told[3]["top"] == mean_interval([0.1 * n for n in range(6)])
     assert told[1]["top"] == mean_interval([row["iou"] for row in doubled.values() if row["kind"] == "object"])

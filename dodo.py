@@ -1,11 +1,13 @@
 """What `make book` does, step by step, each only when something it reads has changed (doit)."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from doit import get_var
@@ -43,10 +45,13 @@ def state(path: Path) -> str:
 
 
 class AsLeft:
-    """Up to date while these results are as they were when the task last ended, or still not there if they were not."""
+    """Up to date while these results are as they were when the task last ended, or still not there if they were not.
 
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
+    own: those of them that the task makes; one without all its replies is to be made again (`Stage.is_current`).
+    """
+
+    def __init__(self, paths: list[Path], own: Sequence[Path] = ()):
+        self.paths, self.own = paths, own
 
     def now(self) -> dict:
         return {"results": [state(path) for path in self.paths]}
@@ -55,6 +60,9 @@ class AsLeft:
         task.value_savers.append(self.now)
 
     def __call__(self, task, values: dict) -> bool:
+        metrics = (path / "metrics.json" for path in self.own)
+        if any(json.loads(file.read_bytes()).get("replies_failed") for file in metrics if file.is_file()):
+            return False
         return values.get("results") == self.now()["results"]
 
 
@@ -131,7 +139,7 @@ def task_page():
             "file_dep": [notebook, *pages.modules(source), *pages.shipped(source, values)],
             "uptodate": [
                 config_changed({name: repr(value) for name, value in values.items()}),
-                AsLeft(found[source]),
+                AsLeft(found[source], [path for path in found[source] if made[path] == source]),
             ],
             "task_dep": sorted(f"page:{other.stem}" for other in before) + ["world"] * drawn,
             "targets": [page],
@@ -154,7 +162,7 @@ def task_results():
 
 
 def task_features():
-    """Make the features page from the explanations, the scores and the cache."""
+    """Make the features page from the explanations, the scores, the verdicts and the cache."""
     read, made = [ARTIFACTS / stage for stage in ("cache", "interpret", "score", "judge")], made_by()
     steering = next((f"notebooks/{source.stem}.html" for source in SOURCES if source.stem.startswith("06_")), None)
     return {

@@ -316,7 +316,7 @@ def versions() -> dict[str, str]:
 
 
 class Stage:
-    """One notebook's results: `data/artifacts/<run>/<name>/` with manifest.json and a flat metrics.json."""
+    """What a notebook makes in one go: `data/artifacts/<run>/<name>/` with manifest.json and a flat metrics.json."""
 
     def __init__(self, run: str, name: str):
         for word in (run, name):

@@ -49,7 +49,7 @@ class Outcome(str, Enum):
     EXPLAINED = "explained"
     REFUSED = "refused"  # the model says that it cannot, or is too unsure of what it says
     UNPARSEABLE = "unparseable"  # it answers, but with nothing that can be used
-    FAILED = "failed"  # there is no answer; it is asked again in the next run, unless the endpoint refuses the question
+    FAILED = "failed"  # there is no answer; it is asked again the next time
 
 
 class Answer(NamedTuple):

@@ -28,6 +28,11 @@ class Histogram(NamedTuple):
     of: str
 
 
+def _fits(row: Mapping, explanation: Mapping) -> bool:
+    """Whether what a row tells is of this explanation, and not of an earlier one."""
+    return "concept" not in row or row["concept"] == explanation["concept"]
+
+
 class Catalogue:
     """Explained latents, each with whatever columns the tables about it have, and how it fires.
 
@@ -65,7 +70,8 @@ class Catalogue:
         pictures = open_images(project_root() / manifest["params"]["images"])
         tables = [explanations]
         for path in filter(Path.is_file, others):
-            tables.append({latent: row for latent, row in read_json(path).items() if latent in explanations})
+            rows = read_json(path).items()
+            tables.append({n: row for n, row in rows if n in explanations and _fits(row, explanations[n])})
         return cls(LatentCache.load(Stage(run, "cache").folder), pictures, *tables)
 
     def _counts(self, name: str) -> bool:

@@ -67,7 +67,7 @@ class Question:
 class Reply(NamedTuple):
     """What came back: `text` is None if nothing did, and `fault` says why; `cut` if it ran into its limit.
 
-    refused: the endpoint answers others, but cannot take this very question; asking again is of no use.
+    refused: the endpoint cannot take this very question (400, 413, 422), which if it takes others is not its state.
     sureness: the probability that the model gives this very text, the product of its tokens', in [0, 1]; None of a
     server that does not tell.
     """
@@ -204,8 +204,8 @@ class EndpointChat:
     under way at once. timeout: seconds that an answer may take, and each wait in it. retries: of a question that meets
     429, 5xx or no connection, after the client's exponential back-off or what Retry-After says. max_bytes: of a whole
     answer; more is a fault. stop_after: questions failed in a row that count as the endpoint being down; once any has
-    been answered (`answered`), one that the endpoint refuses for itself (400, 413, 422: it is too large, say) does not
-    count. request: fields of the request that are added, or left out if None (`{"max_tokens": None,
+    been answered (`answered`), of those that it refuses for themselves (too large, say) ten count as one. request:
+    fields of the request that are added, or left out if None (`{"max_tokens": None,
     "max_completion_tokens": 99}`).
 
     A question that fails is a `Reply` with its fault. EndpointError if the key is refused, the model unknown, or the
@@ -247,7 +247,7 @@ class EndpointChat:
         self.identity = json.dumps(["endpoint", url, model, self._request], sort_keys=True)
 
     def __call__(self, questions: Iterable[Question]) -> Iterator[tuple[int, Reply]]:
-        waiting, under_way, fatal, in_a_row = enumerate(questions), {}, None, 0
+        waiting, under_way, fatal, in_a_row = enumerate(questions), {}, None, []
         pool, client = ThreadPoolExecutor(self.concurrency), openai.OpenAI(**self._connection)
         try:
             while True:
@@ -263,10 +263,11 @@ class EndpointChat:
                 for future in done:
                     reply, stop = _outcome_of(future)
                     self.answered = self.answered or reply.text is not None
-                    reply = reply._replace(refused=reply.refused and self.answered)
-                    in_a_row = 0 if reply.text is not None else in_a_row + (not reply.refused)
-                    if in_a_row >= self._stop_after and not stop:
-                        stop = EndpointError(f"{in_a_row} questions in a row have failed, the last with: {reply.fault}")
+                    weight = 1 if reply.refused and self.answered else 10
+                    in_a_row = [] if reply.text is not None else [*in_a_row, weight]
+                    if sum(in_a_row) >= 10 * self._stop_after and not stop:
+                        many = f"{len(in_a_row)} questions in a row have failed"
+                        stop = EndpointError(f"{many}, the last with: {reply.fault}")
                     fatal = fatal or stop
                     yield under_way.pop(future), reply
         finally:
@@ -382,9 +383,10 @@ class Recorded:
 
     def __init__(self, chat: Chat, path: str | Path):
         self.name, self.identity, self._chat, self._path = chat.name, chat.identity, chat, Path(path)
-        self._answers = False  # whether the file has a reply of this model
+        self._who = hashlib.sha256(chat.identity.encode()).hexdigest()[:16]
+        self._answers = False  # whether the file has a reply of this very chat
         self.asked = 0  # questions that reached the chat
-        self.failed = 0  # those of them without a reply, but for what was refused
+        self.failed = 0  # those of them without a reply, but for what was refused by an endpoint that answers others
 
     def __call__(self, questions: Iterable[Question]) -> Iterator[tuple[int, Reply]]:
         kept = self._read()
@@ -395,6 +397,7 @@ class Recorded:
             left: list[tuple[int, str]] = []
             known: list[tuple[int, Reply]] = []
             twins: dict[str, list[int]] = {}  # of a question that is asked already in this call
+            refused = 0
 
             def unanswered() -> Iterator[Question]:
                 for number, question in enumerate(questions):
@@ -411,14 +414,17 @@ class Recorded:
 
             for place, reply in self._chat(unanswered()):
                 _, key = left[place]
-                line = {"key": key, "model": self.name, **reply._asdict()}
+                line = {"key": key, "model": self.name, "who": self._who, **reply._asdict()}
                 file.write(json.dumps(line).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
+                refused += reply.refused
                 self.failed += reply.text is None and not reply.refused
                 kept[key] = reply  # for a question that comes again later in this call
                 for number in twins[key]:
                     yield number, reply
+            if not getattr(self._chat, "answered", True):
+                self.failed += refused
             yield from known
 
     def _read(self) -> dict[str, Reply]:
@@ -438,7 +444,7 @@ class Recorded:
                 raise ValueError(f"{self._path}, line {number} is damaged ({error}); delete that line") from error
             if reply.text is not None:
                 found[key] = reply
-                self._answers = self._answers or told.get("model") == self.name
+                self._answers = self._answers or told.get("who") == self._who
         return found
 
 

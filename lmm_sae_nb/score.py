@@ -453,9 +453,12 @@ def judge_latents(
     verdicts: Verdicts, shown: Callable[[int], Sequence[Exemplar]], named: Mapping[int, tuple[str, str]],
     others: Mapping[int, str | None], *, each: int = 100, seed: int = 0,
 ) -> dict[str, dict[str, str | None]]:  # fmt: skip
-    """Verdicts on `each` latents of every kind, at random, by `JUDGED`: on their concepts, and on others'."""
+    """Verdicts on `each` latents of every kind, at random, by `JUDGED`: on their concepts, and on others'.
+
+    Beside them the concept that was judged, so that a later explanation is not taken for it.
+    """
     chosen = some_of_each({str(latent): kind for latent, (_, kind) in named.items()}, each, seed)
-    found: dict[str, dict[str, str | None]] = {str(n): {} for n in chosen}
+    found: dict[str, dict[str, str | None]] = {str(n): {"concept": named[n][0]} for n in chosen}
     for column, names in zip(JUDGED, ({n: named[n][0] for n in chosen}, others), strict=True):
         asked = [n for n in chosen if names[n]]
         for n, verdict in zip(asked, verdicts([shown(n) for n in asked], [names[n] for n in asked]), strict=True):

@@ -196,8 +196,8 @@ tables = {column: scoring.table(scores, runs, column, seed) for column in column
 # ## Table 1
 #
 # IoU and CLIP score of every kind, on the latents' own images (*top*) and beside chance, in both modes; and what the paper
-# has in its Table 1 {cite}`zhang2024large` (*published*, and its chance *at random*), for photographs, an 8B model, Grounding DINO and SAM. Intervals are
-# 99 %: over latents, and over runs for *random*, as the paper's.
+# has in its Table 1 {cite}`zhang2024large` (*published*, and its chance *at random*), for photographs, an 8B model, Grounding
+# DINO and SAM. Intervals are 99 %: over latents, and over runs for *random*, as the paper's.
 
 # %%
 published = {
@@ -274,6 +274,9 @@ if who and not judging.is_current(how, known, [scoring, asked]):
     write_json(judging.path("verdicts.json"), found)
     told = scoring.agreed(found, kind_of) | {"replies_failed": chat.failed if chat else 0}
     judging.finish(how, known, told, time.monotonic() - started, [scoring, asked])
+if not who:  # what an earlier run with a judge has left
+    for name in ("manifest.json", "metrics.json", "verdicts.json"):
+        judging.path(name).unlink(missing_ok=True)
 given = read_json(judging.path("verdicts.json")) if who else {}
 judges = {title: scoring.consistency({n: row.get(name) for n, row in given.items()}, kind_of)
           for name, title in zip(scoring.JUDGED, (who, "the same, names shuffled"), strict=True)} if who else {}  # fmt: skip

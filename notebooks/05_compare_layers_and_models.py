@@ -55,6 +55,8 @@ tag: str = ""  # what the explanation stands behind in the reply; "": all of it
 refiner: str = ""  # a language model that shortens explanations; "": the vocabulary of `concepts`
 labeller: str = ""  # a language model that gives a concept its kind; "": the vocabulary of `concepts`
 key_variable: str = ""  # the environment variable with the endpoints' key; "": they want none
+concurrency: int = 8  # questions under way at once, to an endpoint
+timeout: float = 120.0  # seconds that an endpoint's answer may take
 max_new_tokens: int = 16  # of an explanation
 least_sure: float = 0.0  # a lower probability of the explainer counts as a refusal; 0: every explanation stands
 n_explained: int = 100  # latents of each layer and model that are explained; so many are asked about as that takes
@@ -209,7 +211,7 @@ vocabulary, remembered = Vocabulary(root / concepts) if concepts else None, Reme
 modes, rng = [PAPER, replace(STRICT, share=share)], np.random.default_rng(seed)
 drawn, drawn_clip = (rng.integers(len(pictures), size=runs * n_top).tolist() for runs in (random_runs, clip_runs))
 if not current:
-    open_as = partial(open_chat, root=root, key_variable=key_variable, max_new_tokens=max_new_tokens)
+    open_as = partial(open_chat, root=root, key_variable=key_variable, concurrency=concurrency, timeout=timeout, max_new_tokens=max_new_tokens)
     talk = {who: Recorded(open_as(who, sureness=who == explainer and least_sure > 0), stage.path("replies.jsonl")) for who in {explainer, refiner, labeller} - {""}}
     refine = asked.refiner(talk[refiner]) if refiner else vocabulary.refine if vocabulary else asked.unrefined
     label = asked.labeller(talk[labeller]) if labeller else vocabulary.label if vocabulary else asked.unlabelled

@@ -238,7 +238,7 @@ if not current:
     write_json(stage.path("answers.json"), {"untouched": untouched, "spliced": spliced, "dose": dose, "steered": rows})
 white_answers = read_json(stage.path("answers.json"))
 dose = white_answers["dose"]
-print("untouched:", white_answers["untouched"], "· spliced:", white_answers["spliced"], "· dose chosen:", dose)
+print("untouched:", white_answers["untouched"], "· spliced:", white_answers["spliced"], "· dose", dose, "chosen on", len({row["latent"] for row in white_answers["steered"] if row["group"] == "choosing"}), "other latents")
 for row in [row for row in white_answers["steered"] if row["dose"] == dose and row["group"] == "object"][:12]:
     print(f"{row['latent']:6d}  {row['concept']:12s} {row['answer']}")
 # %% mystnb={"figure": {"caption": "Dose and response: share of latents whose clamping changes the answer about a white image, and makes it name the concept, with 99 % intervals; the dose in units of the latent's own maximum.", "name": "fig-dose"}}

@@ -4,9 +4,6 @@ import json
 import math
 import re
 import resource
-import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,8 +12,6 @@ import pytest
 from conftest import build
 
 from book import pages
-
-SLIDER = "import ipywidgets\n\nipywidgets.IntSlider(value=3, max=9, description='strength')"
 
 pytestmark = pytest.mark.book
 SITE = pages.ROOT / "book" / "_build" / "html"
@@ -123,7 +118,7 @@ def test_no_page_or_style_loads_from_another_host(site):
         assert not others, f"{file.relative_to(site)} loads {others}"
 
 
-def test_every_page_loads_alone_and_without_error(site, browser):
+def test_every_page_loads_alone_without_error_and_draws_its_widgets(site, browser):
     for file in written(site):
         page, wrong = browser.new_page(), []
         page.on("request", lambda r, w=wrong: r.url.startswith(("file:", "data:", "blob:")) or w.append(r.url))
@@ -132,8 +127,11 @@ def test_every_page_loads_alone_and_without_error(site, browser):
         page.goto(file.as_uri(), wait_until="load")
         if sent := re.search(r"http-equiv=.refresh. content=.0; url=([^'\"]+)", file.read_text("utf-8"), re.IGNORECASE):
             page.wait_for_url((file.parent / sent[1]).as_uri())  # a page that is closed on its way may never be closed
+        if saved := page.locator(f"script[type='{pages.WIDGET}']").count():
+            page.wait_for_function(f"document.querySelectorAll('.widget-subarea > *').length >= {saved}")
         page.wait_for_timeout(300)
         assert not wrong, f"{file.relative_to(site)}: {wrong}"
+        assert page.get_by_text("Error displaying widget").count() == 0
         page.close()
 
 
@@ -143,48 +141,6 @@ def test_formulas_are_set(site, browser):
     page.wait_for_selector("mjx-container svg", state="attached")
     assert page.locator("mjx-container").count() == page.locator(".math").count() > 10
     assert page.locator("[data-mjx-error], merror").count() == 0
-    page.close()
-
-
-def test_every_saved_widget_is_drawn(site, published, browser):
-    for notebook in published:
-        page = browser.new_page()
-        page.goto((site / "notebooks" / f"{notebook.stem}.html").as_uri(), wait_until="load")
-        wanted = page.locator("script[type='application/vnd.jupyter.widget-view+json']").count()
-        if wanted:
-            page.wait_for_function(f"document.querySelectorAll('.widget-subarea > *').length >= {wanted}")
-        assert page.get_by_text("Error displaying widget").count() == 0
-        page.close()
-
-
-@pytest.mark.parametrize("text", ["# Slider", "# Slider\n\nSet $z_i$ to"], ids=["alone", "with a formula"])
-def test_a_slider_is_drawn_and_moves_without_a_network(tmp_path, browser, text):
-    """A page of its own under the book's own settings, so that this holds before a page has a slider."""
-    from nbclient import NotebookClient
-
-    for name in ("_config.yml", "references.bib"):
-        shutil.copy(pages.ROOT / "book" / name, tmp_path)
-    for name in ("_static", "vendor"):
-        shutil.copytree(pages.ROOT / "book" / name, tmp_path / name)
-    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: intro\nchapters:\n  - file: notebooks/slider\n")
-    (tmp_path / "intro.md").write_text("# Intro\n")
-    cells = [nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell(SLIDER)]
-    notebook = nbformat.v4.new_notebook(cells=cells)
-    NotebookClient(notebook, kernel_name="python3").execute()
-    nbformat.write(notebook, tmp_path / "executed.ipynb")
-    pages.publish(tmp_path / "executed.ipynb", tmp_path / "notebooks" / "slider.ipynb")
-    tool = str(Path(sys.executable).parent / "jupyter-book")
-    subprocess.run([tool, "build", str(tmp_path), "-q", "-n", "-W", "--keep-going"], check=True)
-
-    page, others = browser.new_page(), []
-    page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or others.append(r.url))
-    page.on("pageerror", lambda error: others.append(str(error)))
-    page.goto((tmp_path / "_build/html/notebooks/slider.html").as_uri())
-    page.locator(".widget-readout", has_text="3").wait_for()
-    page.locator(".noUi-handle").press("ArrowRight")
-    page.locator(".widget-readout", has_text="4").wait_for()
-    assert page.locator("mjx-container svg").count() == text.count("$") / 2
-    assert others == []
     page.close()
 
 

@@ -133,6 +133,15 @@ def test_a_module_runs_the_pages_that_import_it(built):
     assert ran(built) == ["page:02_two"]
 
 
+def test_a_page_whose_stage_lacks_replies_is_run_again_until_it_has_them(built):
+    metrics = built / "data/artifacts/tiny/train/metrics.json"
+    metrics.write_text('{"replies_failed": 2}')
+    assert ran(built) == ran(built) == ["page:01_one"]
+    metrics.write_text('{"replies_failed": 0}')
+    assert ran(built) == []
+    metrics.unlink()
+
+
 def test_a_deleted_result_is_made_again(built):
     shutil.rmtree(built / "data/artifacts/tiny/train")
     assert ran(built) == ["page:01_one"]

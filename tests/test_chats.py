@@ -105,6 +105,9 @@ def test_questions_that_are_too_large_stop_no_other_once_one_has_been_answered()
         replies = ask(chat, [Question("hello"), *large, Question("bye")])
         assert [reply.text for reply in replies] == ["heard: hello", *[None] * 7, "heard: bye"]
         assert [reply.refused for reply in replies] == [False, *[True] * 7, False]
+        many = [Question("400", pictures(1, seed=n)) for n in range(40)]
+        with pytest.raises(EndpointError, match="30 questions in a row have failed"):
+            ask(chat, many)
         fresh = quick(server, concurrency=1, stop_after=3)  # which has had no answer yet
         with pytest.raises(EndpointError, match="3 questions in a row have failed, the last with: .*too large"):
             ask(fresh, large)
@@ -119,9 +122,18 @@ def test_a_run_that_has_all_but_what_is_too_large_goes_on(tmp_path):
             chat = Recorded(quick(server, concurrency=1, stop_after=3), tmp_path / "r.jsonl")
             assert [reply.text for reply in ask(chat, questions)] == ["heard: hello", *[None] * 7]
             assert (chat.asked, chat.failed) == (asked_now, 0)
-        another = Recorded(EndpointChat("another", server.url, retries=0, concurrency=1), tmp_path / "r.jsonl")
-        with pytest.raises(EndpointError, match="5 questions in a row have failed"):
+        request = {"logprobs": True}  # asked in another way it is another, of which nothing is known
+        another = Recorded(quick(server, concurrency=1, stop_after=3, request=request), tmp_path / "r.jsonl")
+        with pytest.raises(EndpointError, match="3 questions in a row have failed"):
             ask(another, questions[1:])
+
+
+def test_what_is_refused_first_counts_as_failed_only_if_nothing_is_answered(tmp_path):
+    with serving() as server:
+        for text, failed in (("hello", 0), ("500", 3)):
+            chat = Recorded(quick(server, concurrency=1, stop_after=9), tmp_path / f"{text}.jsonl")
+            ask(chat, [Question("400", pictures(1, seed=1)), Question("400", pictures(1, seed=2)), Question(text)])
+            assert chat.failed == failed
 
 
 def test_a_picture_that_cannot_be_sent_is_a_fault_of_its_question():

@@ -646,8 +646,8 @@ def test_some_of_each_kind_are_judged_beside_others_names():
     assert list(map(int, found)) == score.some_of_each({str(n): kind for n, (_, kind) in named.items()}, 3)
     assert sum(named[int(n)][1] == "object" for n in found) == 3
     assert {"8", "9"} <= found.keys()
-    assert found["8"] == {"judged": "yes", "judged_shuffled": None}
-    assert found["9"] == {"judged": "yes"}
+    assert found["8"] == {"concept": "dog", "judged": "yes", "judged_shuffled": None}
+    assert found["9"] == {"concept": "cat", "judged": "yes"}
 
 
 def test_consistency_is_the_share_of_yes_by_kind():

@@ -271,6 +271,13 @@ def test_neither_a_kill_nor_a_judge_out_of_reach_costs_an_answer_or_a_score(at_t
     assert Path("data/artifacts/mine/score/manifest.json").stat().st_mtime_ns == scored
     found = metrics_of("score", "judge")
     assert {"iou_paper", "iou_strict", "clip_paper"} <= found["score"].keys() and found["judge"]["judged"] == 1
+    rows, explanations = Catalogue.load("mine").rows, Path("data/artifacts/mine/interpret/explanations.json")
+    assert all(row["judged"] == "yes" and "iou_strict" in row for row in rows.values())
+    told = json.loads(explanations.read_text())
+    other = next(iter(told))
+    told[other]["concept"] = "something else"  # explained anew, scored and judged not yet
+    explanations.write_text(json.dumps(told))
+    assert not {"judged", "iou_strict"} & Catalogue.load("mine").rows[int(other)].keys()
     written = [file for file in Path("data/artifacts/mine").rglob("*") if file.is_file()]
     assert KEY not in said and not any(KEY.encode() in file.read_bytes() for file in written)
 

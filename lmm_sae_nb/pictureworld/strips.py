@@ -7,7 +7,7 @@ to be refused, a place, an edge, a detail, two concepts or many.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,13 +76,13 @@ def cached(cache: LatentCache, latents: Sequence[int], images: int, share: float
 
 
 def of_latents(
-    source: Source, kept: Path, model: Path, gallery: Gallery, images: int, strips: int, without: Sequence[int] = ()
+    source: Source, kept: Path, model: Path, gallery: Gallery, images: int, strips: int, without: Collection[int] = ()
 ) -> Strips:
     """The strips of latents of an SAE, at random among those that enough of the scenes excite, but for `without`; their
     cache stays in `kept`, and which they are in its `chosen.json`."""
     sae = TopKSAE.load(source.folder)
     cache = cache_activations(LMM.load(model), sae, gallery.images, source.layer, n_top=images, folder=kept)
-    live = np.setdiff1d(np.flatnonzero((cache.top_images >= 0).all(1).numpy()), without)
+    live = np.setdiff1d(np.flatnonzero((cache.top_images >= 0).all(1).numpy()), list(without))
     chosen = np.random.default_rng(64).permutation(live)[:strips].tolist()
     write_json(kept / CHOSEN, {"trained": training_of(source.folder), "latents": sorted(chosen)})
     return cached(cache, chosen, images)

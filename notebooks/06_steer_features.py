@@ -23,7 +23,7 @@
 #
 # | preset | LMM | latents steered | time |
 # |---|---|---|---|
-# | `tiny` | Picture World LLaVA-NeXT, shipped | 146 objects at 4 doses, 100 at random | 3 minutes, 2 cores |
+# | `tiny` | Picture World LLaVA-NeXT, shipped | 146 objects at 3 doses, 100 at random | 3 minutes, 2 cores |
 # | `paper` | LLaVA-NeXT-LLaMA3-8B | the same | one GPU |
 
 # %% tags=["parameters"]
@@ -32,7 +32,7 @@ model: str = "data/models/tiny-llava-next"  # a folder of this project, or a nam
 images: str = "data/artifacts/tiny/world/cache"  # the images that were cached
 layer: int = 1  # 0-based, the layer that the SAE was trained on
 steered_kinds: list = ["base", "tiles", "newline"]  # token kinds whose latents are clamped, where there is an image
-doses: list = [8, 16, 24, 32]  # clamp values, in units of the latent's own maximum over the cached images
+doses: list = [8, 16, 24]  # clamp values, in units of the latent's own maximum over the cached images
 n_objects: int = 100  # latents named for an object that are reported; up to as many others choose the dose
 question: str = "What do you see in this image?"  # about a pure white image
 blank_size: int = 192  # pixels a side of the white image

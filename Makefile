@@ -35,7 +35,7 @@ book: $(READY)
 # Seconds that a test may take; one of them builds the book. What hangs, but for native code, fails and tells where it stood.
 test: LIMIT ?= 2400
 test: $(READY)
-	@$(DOIT) world ipynb
+	@$(DOIT) ipynb
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
 		--timeout=$(LIMIT) --nbmake --nbmake-timeout=1800 tests build/ipynb $(ARGS)
 

@@ -18,8 +18,8 @@
 # **You will learn** what an explainer is shown, how it answers or refuses, and, what photographs cannot tell, whether it is
 # right: of the latents that it explains, of those that it refuses, and of every concept of the world.
 #
-# **Reads** `cache/` and its images, `train/` where there is a ground truth. **Writes** `interpret/`: what became of each asked latent (explained, refused,
-# unparseable or failed), the replies as they came, and `metrics.json`.
+# **Reads** `cache/` and its images, `train/` where there is a ground truth. **Writes** `interpret/`: what became of each asked
+# latent (explained, refused, unparseable or failed), the replies as they came, and `metrics.json`.
 #
 # | preset | explainer | latents | time |
 # |---|---|---|---|

@@ -255,8 +255,8 @@ for by, right in (("right", True), ("wrong", False)) if truth else ():
 # %% [markdown]
 # ## Table 2: would a judge agree?
 #
-# The share of explanations that a judge finds right, of each kind, with Wilson's 99 % interval, and the share of *another latent's* name that the same
-# judge accepts: who says yes to everything is no judge. In the preset `tiny` the ground truth itself judges: yes if most of
+# The share of explanations that a judge finds right, of each kind, with Wilson's 99 % interval, and the share of *another
+# latent's* name that the same judge accepts: who says yes to everything is no judge. In the preset `tiny` the ground truth itself judges: yes if most of
 # the images (three of five) show the concept in half of the visible patches. The scores above are on the disk by now: a judge
 # that cannot be reached loses none of them, and what it has answered is not asked again.
 

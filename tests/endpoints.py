@@ -23,7 +23,8 @@ class Request(NamedTuple):
 
 
 class Server(ThreadingHTTPServer):
-    """`answers` gives the text of an answer for a Request; `requests` has all that came; key: asked for, if any."""
+    """`answers` gives the text of an answer for a Request, or the status of an error; `requests` has all that came; key:
+    asked for, if any."""
 
     daemon_threads, request_queue_size = True, 64
 
@@ -80,7 +81,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(404, {"error": {"message": "no such model"}})
         fault = getattr(self, "fault_" + text.replace(" ", "_"), None)
         if fault is None or (text.endswith("once") and not first):
-            told = completion(self.server.answers(request))
+            answer = self.server.answers(request)
+            if isinstance(answer, int):
+                return self.send(answer, {"error": {"message": "not this question"}})
+            told = completion(answer)
             if body.get("logprobs") and body["model"] != "unsure of itself":
                 chances = [{"token": word, "logprob": math.log(p)} for word, p in (("one", 0.5), ("two", 0.25))]
                 told["choices"][0]["logprobs"] = {"content": chances}

@@ -378,6 +378,12 @@ class Stage:
         }
         write_json(self.path(MANIFEST), manifest)
 
+    def forget(self) -> None:
+        """Remove what an earlier run left and this one does not make; replies on record (*.jsonl) stay."""
+        for file in (self.path(MANIFEST), *map(self.path, self._outputs())):  # the manifest goes first
+            if file.suffix != ".jsonl":
+                file.unlink(missing_ok=True)
+
     def _outputs(self) -> dict[str, int]:
         """Every file of the stage but the manifest and half-written (dot) files, with its size in bytes."""
         files = (file for file in sorted(self.folder.rglob("[!.]*")) if file.is_file() and file.name != MANIFEST)

@@ -264,7 +264,9 @@ for by, right in (("right", True), ("wrong", False)) if truth else ():
 judging, who = Stage(run, "judge"), judge or ("ground truth" if truth else "")
 how = dict(judge=judge, images=images, concepts=concepts, n_scored=n_scored, n_judged=n_judged, n_top=n_top, share=share, seed=seed)
 known = before + [root / name for name in (judge, concepts) if name and (root / name).exists()]
-if who and not judging.is_current(how, known, [scoring, asked]):
+if not who:
+    judging.forget()
+elif not judging.is_current(how, known, [scoring, asked]):
     started, chat = time.monotonic(), None
     if judge:  # every verdict is on the disk before the next one is waited for
         chat = open_chat(judge, root=root, key_variable=judge_key, concurrency=concurrency, timeout=timeout)
@@ -274,14 +276,15 @@ if who and not judging.is_current(how, known, [scoring, asked]):
     write_json(judging.path("verdicts.json"), found)
     told = scoring.agreed(found, kind_of) | {"replies_failed": chat.failed if chat else 0}
     judging.finish(how, known, told, time.monotonic() - started, [scoring, asked])
-if not who:  # what an earlier run with a judge has left
-    for name in ("manifest.json", "metrics.json", "verdicts.json"):
-        judging.path(name).unlink(missing_ok=True)
-given = read_json(judging.path("verdicts.json")) if who else {}
-judges = {title: scoring.consistency({n: row.get(name) for n, row in given.items()}, kind_of)
-          for name, title in zip(scoring.JUDGED, (who, "the same, names shuffled"), strict=True)} if who else {}  # fmt: skip
-kinds, paper = (*scoring.KINDS, "total"), {"GPT-4o, the paper": (0.93, 0.84, 0.90, 1.00, 0.85, 0.92, 0.89), "two people, the paper": (0.70, 0.85, 0.60, 0.95, 0.80, 0.60, 0.75)}
-judges |= {title: dict(zip(kinds, shares, strict=True)) for title, shares in paper.items()}
+
+# %%
+kinds, judges = (*scoring.KINDS, "total"), {}
+if who:
+    given = read_json(judging.path("verdicts.json"))
+    for name, title in zip(scoring.JUDGED, (who, "the same, names shuffled"), strict=True):
+        judges[title] = scoring.consistency({n: row.get(name) for n, row in given.items()}, kind_of)
+judges["GPT-4o, the paper"] = dict(zip(kinds, (0.93, 0.84, 0.90, 1.00, 0.85, 0.92, 0.89), strict=True))
+judges["two people, the paper"] = dict(zip(kinds, (0.70, 0.85, 0.60, 0.95, 0.80, 0.60, 0.75), strict=True))
 plots.table([{"kind": kind} | {title: shares.get(kind) for title, shares in judges.items()} for kind in dict.fromkeys((*scoring.KINDS, *scoring.by_kind(kind_of)))])
 
 # %% [markdown]

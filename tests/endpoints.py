@@ -23,8 +23,10 @@ class Request(NamedTuple):
 
 
 class Server(ThreadingHTTPServer):
-    """`answers` gives the text of an answer for a Request, or the status of an error; `requests` has all that came; key:
-    asked for, if any."""
+    """`answers` gives the text of an answer for a Request, or the status of an error; `requests` has all that came.
+
+    key: asked for, if any.
+    """
 
     daemon_threads, request_queue_size = True, 64
 

@@ -323,6 +323,17 @@ def test_other_code_makes_a_stage_stale(finished, package):
     assert not stage.is_current(params, inputs, [one])
 
 
+def test_a_stage_that_is_forgotten_keeps_the_replies_alone(finished):
+    stage, params, inputs = finished
+    artifacts.write_atomic(stage.path("replies.jsonl"), b"{}\n")
+    artifacts.write_atomic(stage.path("more/one.json"), b"{}")
+    for _ in range(2):  # also where there is nothing left
+        stage.forget()
+        assert [file.name for file in stage.folder.rglob("*") if file.is_file()] == ["replies.jsonl"]
+    assert not stage.is_current(params, inputs)
+    artifacts.Stage("tiny", "never").forget()
+
+
 def test_a_half_written_file_does_not_make_a_stage_stale(finished):
     stage, params, inputs = finished
     stage.path(".cache.json.0.tmp").write_bytes(b"{")

@@ -23,7 +23,6 @@ AIMS = {  # of the preset `tiny`, from least to most
     ("attribute", "spearman_linear"): (0.8, 1),
     ("hallucination", "cured_fraction"): (0.5, 1), ("hallucination", "harmed_fraction"): (0, 0.05),
 }  # fmt: skip
-EDGE = {("steer", "named_of_100")}  # exactly 50
 SHORT = {  # what was aimed at as well and is not reached; departures say so
     ("interpret", "concept_recall"): 0.9, ("score", "iou_paper_ratio"): 40, ("attribute", "spearman_ig"): 0.95,
 }  # fmt: skip
@@ -167,12 +166,9 @@ def test_the_results_page_shows_every_number(site):
 
 
 def test_the_aims_are_met(site):
-    """What is at the very edge may fall beyond it by its interval: another processor rounds differently."""
     found = {stage: metrics_of(stage) for stage, _ in AIMS}
     for (stage, name), (least, most) in AIMS.items():
-        ends = [f"{name}_low", f"{name}_high"] if (stage, name) in EDGE else [name, name]
-        low, high = (found[stage][end] for end in ends)
-        assert high >= least and low <= most, f"{stage}: {name} is {found[stage][name]}, aimed at {least} to {most}"
+        assert least <= found[stage][name] <= most, f"{stage}: {name} is {found[stage][name]}, not {least} to {most}"
     clip = found["score"]
     assert clip["clip_paper_kinds_above_random"] == clip["clip_paper_kinds"] == 8
 

@@ -150,6 +150,23 @@ def test_drawn_strips_are_of_every_kind_and_of_none(pictures):
     assert strips.visible.any(2).all(), "an image of which nothing is visible"
 
 
+def test_no_concept_is_rare_and_the_hardest_kinds_come_more_often(pictures):
+    """One in five strips shows nothing in common; of two that show something, the chances are worked out by hand."""
+    strips, often = drawn(pictures, 160, 6, seed=9), {"object": 3.0}
+    shown = [strips.label(pictures, n, np.arange(5)) for n in range(160)]
+    held = {some: sum(s is not None and s.concept == some for s in shown) for some in (s.concept for s in shown if s)}
+    empty = np.array([some is None for some in shown])
+    chances = strips.chances(pictures, often)
+    assert chances.sum() == pytest.approx(1) and chances[empty].sum() == pytest.approx(0.2)
+    assert len(set(chances[empty])) == 1 and {some.kind for some in shown if some} > {"object"}
+    first = next(n for n, some in enumerate(shown) if some)
+    for n in np.flatnonzero(~empty):
+        ratio = often.get(shown[n].kind, 1) / often.get(shown[first].kind, 1)
+        assert chances[n] / chances[first] == pytest.approx(
+            ratio * math.sqrt(held[shown[first].concept] / held[shown[n].concept])
+        )
+
+
 def test_a_masked_picture_is_the_notebooks(pictures, strips):
     ours = masked_images(pictures, strips.scenes[0], strips.visible[0])
     for scene, grid, image in zip(strips.scenes[0], strips.visible[0], ours, strict=True):

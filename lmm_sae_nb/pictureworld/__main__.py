@@ -30,7 +30,7 @@ SIGHT = {  # name: optimiser steps, scenes of the exam, what is made, the folder
     "segmenter": (486, 100, "a CLIPSeg, which finds a concept by its name: train, ship and examine", "tiny-clipseg"),
     "similarity": (620, 150, "a CLIP, which says how well a text fits a picture: train, ship and examine", "tiny-clip"),
 }
-EXPLAINER_STEPS = 5200
+EXPLAINER_STEPS = 10_400
 QUERIES_STEPS = 620
 FOLDER = Path("data/artifacts/training")
 MODEL = Path("data/models/tiny-llava-next")

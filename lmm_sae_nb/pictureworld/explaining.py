@@ -7,7 +7,6 @@ is, so that what it makes of each masked image is computed once and kept; a set 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -32,11 +31,11 @@ from .school import attend, autocast_if_quicker, optimisers
 from .strips import CHOSEN, Source, Strips, drawn, of_latents
 
 ASKED = (2, 3, 4, SET)  # after how many images a lesson asks
-FIRST_SEED, SCENES = TRAIN + 300_000, 6000  # the scenes that lessons are drawn from
+FIRST_SEED, SCENES = TRAIN + 300_000, 24_000  # the scenes that lessons are drawn from
 CACHED_SCENES = 1600  # the first of them, among which real latents find their images
-STRIP, DRAWN_STRIPS, CACHED_STRIPS = 8, 10_240, 800  # images of a strip, strips of each origin
-EYE_STRIPS = 6000  # drawn ones that the eye learns from, which are others
-OFTEN = {"colour": 2.0, "part": 1.5, "word": 1.3}  # how much more often the hardest kinds are drawn
+STRIP, DRAWN_STRIPS, CACHED_STRIPS = 8, 16_384, 800  # images of a strip, strips of each origin
+EYE_STRIPS = 14_000  # drawn ones that the eye learns from, which are others
+OFTEN = {"colour": 2.5, "part": 2.5, "word": 1.3}  # how much more often the hardest kinds are drawn
 IGNORED = -100  # no target: what pads a short answer
 
 
@@ -49,15 +48,8 @@ class Lot(NamedTuple):
 
 
 def lot(gallery: Gallery, strips: Strips, features: Tensor) -> Lot:
-    """Strips drawn so that no concept is rare, by one over the root of how many strips show the same, and the hardest
-    kinds more often."""
-    whole = np.arange(min(SET, strips.scenes.shape[1]))
-    labels = [strips.label(gallery, n, whole) for n in range(len(strips.scenes))]
-    held = Counter(label.concept if label else None for label in labels)
-    weight = np.array([OFTEN.get(x.kind, 1.0) / math.sqrt(held[x.concept]) if x else held[x] ** -0.5 for x in labels])
-    empty = np.array([label is None for label in labels])
-    weight[empty] *= 0.25 * weight[~empty].sum() / max(weight[empty].sum(), 1e-9)  # one in five, besides the mixed sets
-    return Lot(strips, features, weight / weight.sum())
+    """The lot of strips, the hardest kinds drawn more often."""
+    return Lot(strips, features, strips.chances(gallery, OFTEN))
 
 
 class Sets(NamedTuple):

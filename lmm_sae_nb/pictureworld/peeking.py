@@ -28,7 +28,8 @@ from .school import attend, autocast_if_quicker, optimisers
 from .strips import PATCHES, Strips, masked_pixels
 from .tower import LABEL_SHARE, normalise
 
-STEPS, BATCH = 1750, 32
+STEPS, BATCH = 5250, 32
+OFTEN = {"part": 3.0, "word": 2.0}  # how much more often the kinds are drawn that are hardest to see
 _NONE = 0.1  # weight of a visible patch that shows nothing of a kind
 
 
@@ -120,9 +121,12 @@ def train_eye(
     forward = torch.compile(pupil)
     scenes = np.concatenate([some.scenes.ravel() for some in strips])
     visible = np.concatenate([some.visible.reshape(-1, PATCHES) for some in strips])
+    share = 1 / sum(some.scenes.size for some in strips)
+    chances = np.concatenate([np.repeat(some.chances(gallery, OFTEN) * len(some.scenes) * share, some.scenes.shape[1])
+                              for some in strips])  # fmt: skip
 
     def loss_at(step: int) -> dict[str, Tensor]:
-        rows = np.random.default_rng([65, step]).integers(len(scenes), size=batch)
+        rows = np.random.default_rng([65, step]).choice(len(scenes), size=batch, p=chances)
         own, seen = scenes[rows], visible[rows]
         pixels = normalise(torch.from_numpy(masked_pixels(gallery, own, seen)))
         labels = torch.from_numpy(kind_labels(gallery.counts[own]))

@@ -7,7 +7,8 @@ to be refused, a place, an edge, a detail, two concepts or many.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ ODDS = {
 }  # fmt: skip
 NOTHING = ("place", "mixed", "pair", "edge", "detail")
 NOTHING_ODDS = 0.2
+LABELLED = 5  # images of a strip that tell what it shows
 CHOSEN = "chosen.json"  # which latents the strips beside it are of, and of which SAE
 
 
@@ -50,6 +52,17 @@ class Strips(NamedTuple):
     def label(self, gallery: Gallery, strip: int | np.ndarray, images: np.ndarray) -> Shown | None:
         """The right explanation of some images of a strip (or of one image of each of several strips)."""
         return best_shown(self.visible[strip, images], gallery.covered(self.scenes[strip, images]), CONCEPTS)
+
+    def chances(self, gallery: Gallery, often: Mapping[str, float]) -> np.ndarray:
+        """(strips,) float64, summing to 1: how often to draw each so that no concept is rare, by one over the root of
+        how many strips show the same, some kinds `often`er, and one in five of no concept."""
+        first = np.arange(min(LABELLED, self.scenes.shape[1]))
+        labels = [self.label(gallery, n, first) for n in range(len(self.scenes))]
+        held = Counter(label.concept if label else None for label in labels)
+        weight = np.array([(often.get(x.kind, 1.0) if x else 1.0) / held[x and x.concept] ** 0.5 for x in labels])
+        empty = np.array([label is None for label in labels])
+        weight[empty] *= 0.25 * weight[~empty].sum() / max(weight[empty].sum(), 1e-9)
+        return weight / weight.sum()
 
 
 def masked_pixels(gallery: Gallery, scenes: np.ndarray, visible: np.ndarray) -> np.ndarray:

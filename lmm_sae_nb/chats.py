@@ -17,10 +17,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
-import openai
 import torch
 from PIL import Image
 from transformers import (
@@ -37,8 +36,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from lmm_sae_nb.artifacts import fingerprint, sync
 from lmm_sae_nb.processors import load_processor
 
+if TYPE_CHECKING:
+    import openai
+
 IMAGES = "{images}"  # where a question's images stand in its text
-OF_THE_QUESTION = (400, 413, 422)  # what a server answers to a question that it cannot take, whoever asks
+# What a server answers to a question that it cannot take, whoever asks; to a key; to the name of a model.
+OF_THE_QUESTION, OF_THE_KEY, OF_THE_MODEL = (400, 413, 422), (401, 403), 404
 
 
 # ---- questions and replies ------------------------------------------------------------------------------------
@@ -247,6 +250,8 @@ class EndpointChat:
         self.identity = json.dumps(["endpoint", url, model, self._request], sort_keys=True)
 
     def __call__(self, questions: Iterable[Question]) -> Iterator[tuple[int, Reply]]:
+        import openai  # takes half a second, which only those who ask an endpoint should pay
+
         waiting, under_way, fatal, in_a_row = enumerate(questions), {}, None, []
         pool, client = ThreadPoolExecutor(self.concurrency), openai.OpenAI(**self._connection)
         try:
@@ -285,14 +290,14 @@ class EndpointChat:
         try:
             messages = [{"role": "user", "content": [_part(part) for part in question.parts()]}]
             reply = _reply(self._body(client, messages))
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            where = f"in {self._key_variable}" if self._key_variable else "(none was given: set key_variable)"
-            raise EndpointError(f"it refuses the key {where}: {self._told(error)}") from None
-        except openai.NotFoundError as error:
-            raise EndpointError(f"it has no such model or address: {self._told(error)}") from None
-        except Exception as error:  # whatever client, network, JSON and server come up with: this question has failed
-            refused = getattr(error, "status_code", None) in OF_THE_QUESTION
-            return Reply(None, self._told(error), refused=refused)
+        except Exception as error:  # whatever client, network, JSON and server come up with
+            status = getattr(error, "status_code", None)
+            if status in OF_THE_KEY:
+                where = f"in {self._key_variable}" if self._key_variable else "(none was given: set key_variable)"
+                raise EndpointError(f"it refuses the key {where}: {self._told(error)}") from None
+            if status == OF_THE_MODEL:
+                raise EndpointError(f"it has no such model or address: {self._told(error)}") from None
+            return Reply(None, self._told(error), refused=status in OF_THE_QUESTION)
         if self._request.get("logprobs") and reply.text and reply.sureness is None:
             raise EndpointError(
                 "it answers without the probabilities of its tokens (logprobs), which least_sure is held against; set "

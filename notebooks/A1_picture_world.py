@@ -171,15 +171,17 @@ plots.images([m.image for m in masked], [m.shown[1] for m in masked]);
 #
 # Notebook 03's explainer is a second model, an Aya Vision: up to five masked images in one prompt, each folded into 36
 # tokens, and one answer: what they have in common, or *unable to produce explanations*. It starts from the tower, four layers
-# and the words of the model above. First the tower learns to see masked pictures: at every visible patch it is told what the
-# patch shows, and what it made of the same patch in the whole picture. Then the projector learns to say in one token what four
-# patches said; then projector and language model learn from *strips*, the masked images of one latent: a third drawn from
-# label maps, with patches missing, bleeding over the border and astray, the others of real latents, on training scenes, of the
-# SAE of notebook 01 and of notebook 07's at layer 4. What a set shows, and whether anything, is said by one rule
-# (`lmm_sae_nb/shown.py`), the same that judges explanations. The command is `python -m lmm_sae_nb.pictureworld explainer --sae
-# data/artifacts/tiny/attribute/others/layer_4 4`.
+# and the words of the model above. First the tower learns to see masked pictures, of 24,000 scenes (6,000 it had learned
+# by heart): at every visible patch it is told what the patch shows, and what it made of the same patch in the whole picture.
+# Then the projector learns to say in one token what four patches said; then projector and language model learn from *strips*,
+# the masked images of one latent: a third drawn from label maps, with patches missing, bleeding over the border and astray,
+# the others of real latents, on training scenes, of the SAE of notebook 01 and of notebook 07's at layer 4. What a set shows,
+# and whether anything, is said by one rule (`lmm_sae_nb/shown.py`), the same that judges explanations. The command is `python
+# -m lmm_sae_nb.pictureworld explainer --sae data/artifacts/tiny/attribute/others/layer_4 4`; [departures](../departures) tell
+# what was tried before.
 #
-# How the eye and the whole learned, on training scenes:
+# How the eye and then the rest learned, on training scenes. From step 1,750 of the eye and 5,200 of the rest on there are four
+# times as many scenes, and the hardest kinds come more often; the rest goes on with the better eye:
 
 # %% mystnb={"figure": {"caption": "The explainer learns. Left: visible patches of masked pictures that its eye has right. Right: sets named and sets refused rightly.", "name": "fig-explainer-learning"}}
 _, axes = plt.subplots(1, 2, figsize=(8, 2.8))

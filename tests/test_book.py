@@ -40,8 +40,8 @@ LOADS = {
 @pytest.fixture(scope="module")
 def site() -> Path:
     """The built book, made or brought up to date first; its pages can be tested while it is put together."""
-    for task in ("page", "book"):
-        done = build(task)
+    for tasks in (("page", "features"), ("book",)):
+        done = build(*tasks)
         assert done.returncode == 0, done.stdout[-6000:]
     return SITE
 

@@ -18,7 +18,7 @@ from lmm_sae_nb.pictureworld.explainer import QUESTION, SET
 from lmm_sae_nb.pictureworld.explainer_exam import Answered, explain_sets, report
 from lmm_sae_nb.pictureworld.explaining import ASKED, Explainee, Sets, draw_sets, lot, train_explainer
 from lmm_sae_nb.pictureworld.gallery import CONCEPTS, GRID, gallery, patch_counts
-from lmm_sae_nb.pictureworld.peeking import Peeking, kind_labels, tower_features, train_eye
+from lmm_sae_nb.pictureworld.peeking import Peeking, image_chances, kind_labels, tower_features, train_eye
 from lmm_sae_nb.pictureworld.scenes import HELD_OUT, PATCH, TRAIN, VALIDATION, make_scene
 from lmm_sae_nb.pictureworld.school import read_log
 from lmm_sae_nb.pictureworld.strips import PATCHES, Source, Strips, drawn, masked_images, of_latents
@@ -151,7 +151,7 @@ def test_drawn_strips_are_of_every_kind_and_of_none(pictures):
 
 
 def test_no_concept_is_rare_and_the_hardest_kinds_come_more_often(pictures):
-    """One in five strips shows nothing in common; of two that show something, the chances are worked out by hand."""
+    """One strip in five shows nothing in common; the ratio of the chances of any two others is worked out by hand."""
     strips, often = drawn(pictures, 160, 6, seed=9), {"object": 3.0}
     shown = [strips.label(pictures, n, np.arange(5)) for n in range(160)]
     held = {some: sum(s is not None and s.concept == some for s in shown) for some in (s.concept for s in shown if s)}
@@ -165,6 +165,27 @@ def test_no_concept_is_rare_and_the_hardest_kinds_come_more_often(pictures):
         assert chances[n] / chances[first] == pytest.approx(
             ratio * math.sqrt(held[shown[first].concept] / held[shown[n].concept])
         )
+
+
+def test_the_eye_sees_each_origin_by_its_images_and_the_hardest_kinds_more_often(pictures):
+    """The images of a strip have its chance in equal parts, an origin as much as it has images."""
+    origins = [drawn(pictures, 60, 6, seed=4), drawn(pictures, 20, 3, seed=5)]
+    chances = image_chances(pictures, origins)
+    assert len(chances) == 60 * 6 + 20 * 3
+    first, second = chances[:360].reshape(60, 6), chances[360:].reshape(20, 3)
+    assert first.sum() == pytest.approx(360 / 420) and second.sum() == pytest.approx(60 / 420)
+    for strips, found in zip(origins, (first, second), strict=True):
+        assert np.array_equal(found, np.repeat(found[:, :1], found.shape[1], 1))
+        wanted = strips.chances(pictures, {"part": 3.0, "word": 2.0})
+        assert found.sum(1) / found.sum() == pytest.approx(wanted)
+
+
+def test_strips_that_all_show_nothing_have_equal_chances(pictures):
+    patch = np.zeros((4, 5, PATCHES), bool)
+    patch[..., 0] = True
+    nothing = Strips(np.random.default_rng(0).integers(SCENES, size=(4, 5)), patch)
+    assert all(nothing.label(pictures, n, np.arange(5)) is None for n in range(4))
+    assert nothing.chances(pictures, {}).tolist() == [0.25] * 4
 
 
 def test_a_masked_picture_is_the_notebooks(pictures, strips):

@@ -30,7 +30,7 @@ from .scenes import HELD_OUT
 from .strips import Source, Strips, drawn, masked_images, of_latents
 
 FIRST_SEED, SCENES = HELD_OUT + 2000, 1200
-CACHED_SCENES, CACHED_SETS, DRAWN_SETS = 800, 500, 600
+CACHED_SCENES, CACHED_SETS, DRAWN_SETS = 800, 500, 2400
 STRANGERS = 0.25  # share of drawn sets of which one image is of something else
 NAMED, REFUSED = "answerable", "unanswerable"  # of which a share must not, or must, be refused
 LEAST = {"all": 0.90, NAMED: 0.90, REFUSED: 0.90, "word": 0.60}  # what the explainer is built to reach

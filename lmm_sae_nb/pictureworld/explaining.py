@@ -48,7 +48,7 @@ class Lot(NamedTuple):
 
 
 def lot(gallery: Gallery, strips: Strips, features: Tensor) -> Lot:
-    """The lot of strips, the hardest kinds drawn more often."""
+    """Strips with their features and chances; the hardest kinds are drawn more often."""
     return Lot(strips, features, strips.chances(gallery, OFTEN))
 
 
@@ -224,7 +224,7 @@ def study_explainer(folder: Path, taught: Path, saes: Sequence[Source], steps: i
     whether all its steps are done.
 
     taught: the embedded model. saes: those whose latents make lessons, beside what is drawn from the label maps.
-    minutes: for the eye and for the rest, each.
+    minutes: for the eye and for the rest, each. Scenes and what the tower makes of them: 14 GB of memory and of disk.
     """
     pictures = gallery(folder / "scenes.safetensors", FIRST_SEED, SCENES)
     seen, cached = pictures.first(CACHED_SCENES), {}

@@ -29,7 +29,7 @@ from .strips import PATCHES, Strips, masked_pixels
 from .tower import LABEL_SHARE, normalise
 
 STEPS, BATCH = 5250, 32
-OFTEN = {"part": 3.0, "word": 2.0}  # how much more often the kinds are drawn that are hardest to see
+OFTEN = {"part": 3.0, "word": 2.0}  # how much more often the kinds that are hardest to see are drawn
 _NONE = 0.1  # weight of a visible patch that shows nothing of a kind
 
 
@@ -96,6 +96,17 @@ class Peeking(nn.Module):
         return {"loss": torch.stack(told).sum() + unlike, "unlike": unlike, **right}
 
 
+def image_chances(gallery: Gallery, strips: Sequence[Strips]) -> np.ndarray:
+    """(images,) summing to 1: every origin has its share of the images, and in it every strip the chance that its
+    concept gives it (`Strips.chances`), which its images share."""
+    total = sum(some.scenes.size for some in strips)
+    rows = []
+    for some in strips:
+        count, images = some.scenes.shape
+        rows.append(np.repeat(some.chances(gallery, OFTEN) * count / total, images))
+    return np.concatenate(rows)
+
+
 def train_eye(
     folder: Path,
     taught: Path,
@@ -121,9 +132,7 @@ def train_eye(
     forward = torch.compile(pupil)
     scenes = np.concatenate([some.scenes.ravel() for some in strips])
     visible = np.concatenate([some.visible.reshape(-1, PATCHES) for some in strips])
-    share = 1 / sum(some.scenes.size for some in strips)
-    chances = np.concatenate([np.repeat(some.chances(gallery, OFTEN) * len(some.scenes) * share, some.scenes.shape[1])
-                              for some in strips])  # fmt: skip
+    chances = image_chances(gallery, strips)
 
     def loss_at(step: int) -> dict[str, Tensor]:
         rows = np.random.default_rng([65, step]).choice(len(scenes), size=batch, p=chances)

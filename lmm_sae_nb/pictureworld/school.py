@@ -127,7 +127,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def smooth(rows: list[dict[str, float]], points: int = 60) -> list[dict[str, float]]:
-    """At most `points` rows, each the mean of its neighbours; counts `asked_x` and `exact_x` become `share_x`."""
+    """About `points` rows, each the mean of its neighbours; counts `asked_x` and `exact_x` become `share_x`."""
     size = max(1, len(rows) // points)
     means = []
     for start in range(0, len(rows), size):

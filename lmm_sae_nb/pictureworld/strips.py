@@ -21,6 +21,7 @@ from ..explain import most_activated, training_of
 from ..lmm import LMM
 from ..sae import TopKSAE
 from ..shown import SHOWS, Shown, best_shown
+from .explainer import SET
 from .gallery import CONCEPTS, GRID, Gallery
 from .scenes import PATCH, SIDE
 
@@ -32,7 +33,6 @@ ODDS = {
 }  # fmt: skip
 NOTHING = ("place", "mixed", "pair", "edge", "detail")
 NOTHING_ODDS = 0.2
-LABELLED = 5  # images of a strip that tell what it shows
 CHOSEN = "chosen.json"  # which latents the strips beside it are of, and of which SAE
 
 
@@ -56,12 +56,13 @@ class Strips(NamedTuple):
     def chances(self, gallery: Gallery, often: Mapping[str, float]) -> np.ndarray:
         """(strips,) float64, summing to 1: how often to draw each so that no concept is rare, by one over the root of
         how many strips show the same, some kinds `often`er, and one in five of no concept."""
-        first = np.arange(min(LABELLED, self.scenes.shape[1]))
+        first = np.arange(min(SET, self.scenes.shape[1]))
         labels = [self.label(gallery, n, first) for n in range(len(self.scenes))]
         held = Counter(label.concept if label else None for label in labels)
         weight = np.array([(often.get(x.kind, 1.0) if x else 1.0) / held[x and x.concept] ** 0.5 for x in labels])
         empty = np.array([label is None for label in labels])
-        weight[empty] *= 0.25 * weight[~empty].sum() / max(weight[empty].sum(), 1e-9)
+        if empty.any() and not empty.all():
+            weight[empty] *= 0.25 * weight[~empty].sum() / weight[empty].sum()
         return weight / weight.sum()
 
 

@@ -30,6 +30,7 @@ os.environ["IPYTHONDIR"] = pages.quiet_kernels(BUILD / "ipython")
 
 SOURCES = pages.sources()
 VALUES = pages.preset(PARAMS)
+RESULTS = {source: pages.results(source, VALUES[source.stem]) for source in SOURCES}
 RUN = next((values["run"] for values in VALUES.values() if "run" in values), PARAMS.stem)
 ARTIFACTS = ROOT / "data" / "artifacts" / RUN
 WORLD = ROOT / "data" / "artifacts" / "tiny" / "world"
@@ -99,37 +100,44 @@ def task_ipynb():
 def made_by() -> dict[Path, Path]:
     """The page that makes each result: in the notebooks' order the first to name it."""
     made: dict[Path, Path] = {}
-    for source in SOURCES:
-        for path in pages.results(source, VALUES[source.stem]):
+    for source, paths in RESULTS.items():
+        for path in paths:
             made.setdefault(path, source)
     return made
+
+
+def makers() -> dict[Path, set[Path]]:
+    """Of each page, the other pages whose results it reads."""
+    made = made_by()
+    return {
+        source: {made[path] for path in results if not path.is_relative_to(WORLD)} - {source}
+        for source, results in RESULTS.items()
+    }
+
+
+def task_chapters_stand_in_line():
+    """Wait until no chapter waits for another's results: doit takes what can start in the order in which it could."""
+    read = set().union(*makers().values())
+    return {"actions": None, "task_dep": sorted(f"page:{source.stem}" for source in read)}
 
 
 def task_page():
     """Run each notebook with papermill and the preset's parameters, after those whose results it reads.
 
-    Appendices let those go first for whom other pages wait, and who wait longest themselves; a page that nobody reads
-    lets the one go first that could start when it can and that several read.
+    Appendices stand in line behind all chapters; a page that nobody reads lets the one go first that could start when
+    it can and that several read.
     """
-    found = {source: pages.results(source, VALUES[source.stem]) for source in SOURCES}
-    made = made_by()
-    makers = {
-        source: {made[path] for path in paths if not path.is_relative_to(WORLD)} - {source}
-        for source, paths in found.items()
-    }
-    readers = Counter(maker for own in makers.values() for maker in own)
-    behind: dict[Path, int] = {}  # of each chapter, how many pages come one after the other before it
-    for source in (source for source in SOURCES if source.stem[0].isdigit()):
-        behind[source] = max((1 + behind[maker] for maker in makers[source]), default=0)
-    for source, own in makers.items():
+    made, own = made_by(), makers()
+    readers = Counter(maker for read in own.values() for maker in read)
+    for source in SOURCES:
+        before = set(own[source])
+        if own[source] and source not in readers:
+            before |= {other for other in SOURCES if own[other] == own[source] and readers[other] > 1}
+        waits = sorted(f"page:{other.stem}" for other in before)
         if not source.stem[0].isdigit():
-            before = {*readers, *(chapter for chapter, many in behind.items() if many == max(behind.values()))}
-        elif own and source not in readers:
-            before = own | {other for other in SOURCES if makers[other] == own and readers[other] > 1}
-        else:
-            before = own
+            waits.append("chapters_stand_in_line")
         values = VALUES[source.stem]
-        drawn = any(path.is_relative_to(WORLD) for path in found[source])
+        drawn = any(path.is_relative_to(WORLD) for path in RESULTS[source])
         notebook, executed, page = (
             folder / f"{source.stem}.ipynb" for folder in (BUILD / "ipynb", BUILD / "executed", BOOK / "notebooks")
         )
@@ -139,9 +147,9 @@ def task_page():
             "file_dep": [notebook, *pages.modules(source), *pages.shipped(source, values)],
             "uptodate": [
                 config_changed({name: repr(value) for name, value in values.items()}),
-                AsLeft(found[source], [path for path in found[source] if made[path] == source]),
+                AsLeft(RESULTS[source], [path for path in RESULTS[source] if made[path] == source]),
             ],
-            "task_dep": sorted(f"page:{other.stem}" for other in before) + ["world"] * drawn,
+            "task_dep": waits + ["world"] * drawn,
             "targets": [page],
         }
 

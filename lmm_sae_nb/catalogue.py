@@ -15,9 +15,11 @@ from PIL import Image
 from lmm_sae_nb.artifacts import Stage, project_root, read_json, require
 from lmm_sae_nb.cache import LatentCache
 from lmm_sae_nb.images import open_images
+from lmm_sae_nb.ranking import Firings
 from lmm_sae_nb.thumbnails import encoded, heated, sheet
 
 FIRING = ("frequency", "mean", "max")  # columns that the cache gives, for every latent
+TOGETHER = 64  # latents that are read from the store at once: all images are gone through, for one as for many
 
 
 class Histogram(NamedTuple):
@@ -56,6 +58,7 @@ class Catalogue:
         ]
         self._words = {latent: self._searchable(latent) for latent in self.rows}
         self.strip = lru_cache(maxsize=1024)(self._strip)
+        self._stored = lru_cache(maxsize=1)(self._read)
 
     @classmethod
     def load(cls, run: str) -> Catalogue:
@@ -145,11 +148,17 @@ class Catalogue:
     def _activations(self, latent: int) -> tuple[Float[np.ndarray, " entries"], str]:
         """What the cache has of a latent's activations, and where they were found."""
         try:
-            return self.cache.store.latents(latent, latent + 1).acts, f"in {self.cache.images:,} images"
+            stored = self._stored(latent - latent % TOGETHER)
+            first, last = np.searchsorted(stored.latents, (latent, latent + 1))
+            return stored.acts[first:last], f"in {self.cache.images:,} images"
         except FileNotFoundError:  # the cache was made without a store
             top = range(len(self.cache.top(latent))) if self.cache.grid else ()
             maps = [np.asarray(self.cache.patch_map(latent, rank)).ravel() for rank in top]
             return np.concatenate([np.empty(0, np.float32), *maps]), f"in its {len(top)} top images"
+
+    def _read(self, first: int) -> Firings:
+        """What the store has of latent `first` and those after it."""
+        return self.cache.store.latents(first, min(first + TOGETHER, self.cache.n_latents))
 
 
 def _flat(row: Mapping, above: str = "") -> Iterator[tuple[str, float | str]]:

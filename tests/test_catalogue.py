@@ -99,6 +99,18 @@ def test_the_histogram_counts_every_activation_that_the_cache_kept(made):
     assert few.edges[0] == 0 and few.edges[-1] == pytest.approx(maps.max())
 
 
+def test_a_latent_is_counted_as_itself_however_many_are_read_together(made, monkeypatch):
+    pictures, (_, stored) = made
+    monkeypatch.setattr("lmm_sae_nb.catalogue.TOGETHER", 3)  # of 8
+    catalogue = Catalogue(stored, pictures, {latent: {} for latent in range(8)})
+    for latent in (7, 0, 1, 2, 3, 6, 5, 4):
+        images = [stored.store.image(n) for n in range(3)]
+        acts = np.concatenate([image.acts[image.latents == latent] for image in images])
+        found = catalogue.histogram(latent)
+        expected = np.histogram(acts, bins=24, range=(0, acts.max(initial=0) or 1))
+        assert (found.counts == expected[0]).all() and found.edges == pytest.approx(expected[1])
+
+
 # Pictures.
 
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -115,27 +114,27 @@ def makers() -> dict[Path, set[Path]]:
     }
 
 
-def task_chapters_stand_in_line():
-    """Wait until no chapter waits for another's results: doit takes what can start in the order in which it could."""
-    read = set().union(*makers().values())
-    return {"actions": None, "task_dep": sorted(f"page:{source.stem}" for source in read)}
+def task_line():
+    """A place in the line for each page that nobody reads: doit takes pages in the order in which they could start, so
+    that it comes behind those that wait for the same ones as it does, and an appendix behind all chapters."""
+    own, chapters = makers(), [source for source in SOURCES if source.stem[0].isdigit()]
+    read = set().union(*own.values())
+    ahead = [f"{'page' if source in read else 'line'}:{source.stem}" for source in chapters]
+    for source in SOURCES:
+        if source not in chapters:
+            yield {"name": source.stem, "actions": None, "task_dep": ahead}
+        elif source not in read:
+            before = sorted(f"page:{other.stem}" for other in own[source])
+            yield {"name": source.stem, "actions": None, "task_dep": before}
 
 
 def task_page():
-    """Run each notebook with papermill and the preset's parameters, after those whose results it reads.
-
-    Appendices stand in line behind all chapters; a page that nobody reads lets the one go first that could start when
-    it can and that several read.
-    """
+    """Run each notebook with papermill and the preset's parameters, after those whose results it reads."""
     made, own = made_by(), makers()
-    readers = Counter(maker for read in own.values() for maker in read)
+    lines = {line["name"] for line in task_line()}
     for source in SOURCES:
-        before = set(own[source])
-        if own[source] and source not in readers:
-            before |= {other for other in SOURCES if own[other] == own[source] and readers[other] > 1}
-        waits = sorted(f"page:{other.stem}" for other in before)
-        if not source.stem[0].isdigit():
-            waits.append("chapters_stand_in_line")
+        waits = sorted(f"page:{other.stem}" for other in own[source])
+        waits += [f"line:{source.stem}"] if source.stem in lines else []
         values = VALUES[source.stem]
         drawn = any(path.is_relative_to(WORLD) for path in RESULTS[source])
         notebook, executed, page = (

@@ -76,10 +76,9 @@ FILES = {
 }
 
 
-@pytest.fixture(scope="module")
-def repository(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("repository")
-    for name, text in FILES.items():
+def written(folder: Path, files: dict[str, str]) -> Path:
+    """A repository of these files, with the real build."""
+    for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     (folder / "book").mkdir()
@@ -88,13 +87,23 @@ def repository(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    return written(tmp_path_factory.mktemp("repository"), FILES)
+
+
 def ran(repository: Path, *options: str) -> list[str]:
-    """Build the pages; the names of the steps that ran."""
+    """Build the pages; the names of the steps that ran, sorted."""
+    return sorted(in_order(repository, *options))
+
+
+def in_order(repository: Path, *options: str) -> list[str]:
+    """Build the pages; the names of the steps that ran, as they began."""
     done = subprocess.run(
         [sys.executable, "-m", "doit", *options, "page"], cwd=repository, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return sorted(line.split()[-1] for line in done.stdout.splitlines() if line.startswith(".  "))
+    return [line.split()[-1] for line in done.stdout.splitlines() if line.startswith(".  ")]
 
 
 def edit(repository: Path, name: str, old: str, new: str) -> None:
@@ -162,3 +171,24 @@ def test_a_mistaken_params_file_stops_the_build_with_its_reason(built):
     done = subprocess.run([sys.executable, "-m", "doit"], cwd=built, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0
     assert "tiny.yaml: no notebook has a parameter 'stpes'" in done.stdout + done.stderr
+
+
+PASSES_ON = """\
+seed: int = 0  # of nothing
+
+# %%
+from pathlib import Path
+
+Stage = require = lambda run, name: Path("data/artifacts", run, name)
+"""
+
+
+def test_pages_that_others_read_go_first_and_appendices_last(tmp_path):
+    reads = {"01_one": None, "02_two": "one", "03_three": "one", "04_four": "three", "A1_five": None}
+    files = {name: text for name, text in FILES.items() if not name.startswith("notebooks/0")}
+    for name, stage in reads.items():
+        lines = [f"require(run, '{stage}')"] * bool(stage) + [f"Stage(run, '{name[3:]}').mkdir(parents=True)"]
+        files[f"notebooks/{name}.py"] = HEAD + PASSES_ON + "\n".join(lines) + "\n"
+    steps = in_order(written(tmp_path, files))
+    order = [step.split(":")[1] for step in steps if step.startswith("page:")]
+    assert order == ["01_one", "03_three", "02_two", "04_four", "A1_five"]

@@ -69,6 +69,9 @@ def main() -> None:
     exam.add_argument("--scenes", type=int, default=500)
     exam.add_argument("--model", type=Path, default=root / MODEL)
     exam.add_argument("--threads", type=int, default=2)
+    cover = commands.add_parser("cover", help="draw the README's picture: questions, and what the model answers")
+    cover.add_argument("--model", type=Path, default=root / MODEL)
+    cover.add_argument("--out", type=Path, default=root / "book/_static/readme.png")
     for name, (steps, scenes, what, folder) in SIGHT.items():
         course = _course(commands, name, what, steps, "whose eye it starts from", root / "data/models" / folder)
         course.add_argument("--scenes", type=int, default=scenes, help="held-out scenes of its exam")
@@ -98,6 +101,11 @@ def main() -> None:
         from .sight import learn
 
         learn(asked)
+    elif asked.command == "cover":
+        from ..lmm import LMM
+        from .cover import draw
+
+        draw(LMM.load(asked.model), asked.out)
     elif asked.command == "render":
         from .shelf import render as render_to
 

@@ -66,12 +66,13 @@ def stages(source: Path) -> list[str]:
 
 
 def named(source: Path, values: Mapping[str, object]) -> set[str]:
-    """The paths below `data/` or `book/` in a notebook's code or in its parameters, as they are with these values."""
+    """The paths below `data/`, `book/` or `notebooks/` in a notebook's code or parameters, as they are with these
+    values."""
     known = parameters(source)
     cells = (node for node in _tree(source).body if getattr(getattr(node, "target", None), "id", None) not in known)
     texts = [node.value for cell in cells for node in ast.walk(cell) if isinstance(node, ast.Constant)]
     texts += ({name: parameter.default for name, parameter in known.items()} | dict(values)).values()
-    return {text for text in texts if isinstance(text, str) and re.fullmatch(r"(data|book)/[\w./-]+", text)}
+    return {text for text in texts if isinstance(text, str) and re.fullmatch(r"(data|book|notebooks)/[\w./-]+", text)}
 
 
 def shipped(source: Path, values: Mapping[str, object], root: Path = ROOT) -> list[Path]:
@@ -95,14 +96,27 @@ def imports(source: Path, root: Path = ROOT) -> set[Path]:
 
 
 def modules(source: Path, root: Path = ROOT) -> list[Path]:
-    """The package's files that a notebook or module imports, directly or through others."""
+    """The package's files that a notebook or module imports, directly or through others, and the data files beside
+    them that they name."""
     found: set[Path] = set()
     waiting = imports(source, root)
     while waiting:
         file = waiting.pop()
         found.add(file)
         waiting |= imports(file, root) - found
-    return sorted(found)
+    return sorted(found.union(*map(_beside, found)))
+
+
+def _beside(module: Path) -> set[Path]:
+    """The files in a module's folder, other than modules, that its code names."""
+    return {file for name in _files(module.read_text(encoding="utf-8")) if (file := module.with_name(name)).is_file()}
+
+
+@cache
+def _files(text: str) -> frozenset[str]:
+    """The strings in a module that may name a data file."""
+    strings = (node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant))
+    return frozenset(s for s in strings if isinstance(s, str) and re.fullmatch(r"\w+\.(json|yaml|csv|txt)", s))
 
 
 def _tree(source: Path) -> ast.Module:

@@ -24,7 +24,7 @@
 
 # %% tags=["parameters"]
 run: str = "tiny"  # results go to data/artifacts/<run>/
-preset: str = "paper"  # notebooks/params/<preset>.yaml is forecast
+preset: str = "notebooks/params/paper.yaml"  # what is forecast
 gpu: str = "A100 80GB"  # one of forecast.DEVICES
 cached_images: int = 46684  # images that notebook 02 caches; the paper's number
 utilisation: float = 0.4  # share of the GPU's published peaks that is reached
@@ -55,7 +55,7 @@ plots.style()
 # numbers of parameters are counted, not looked up. The layout of an image's tokens is the model's own, too.
 
 # %%
-path = root / "notebooks" / "params" / f"{preset}.yaml"
+path = root / preset
 values, device = forecast.read_preset(path), forecast.DEVICES[gpu]
 assumed = forecast.Assumed(utilisation=utilisation)
 names = sorted({values["01_train_sae"]["model"], forecast.explainer_of(values), twin})

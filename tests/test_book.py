@@ -12,10 +12,12 @@ import pytest
 from conftest import build
 
 from book import pages
+from lmm_sae_nb.pictureworld.__main__ import MODEL
 
 pytestmark = pytest.mark.book
 SITE = pages.ROOT / "book" / "_build" / "html"
 AIMS = {  # of the preset `tiny`, from least to most
+    ("cache", "images"): (2000, math.inf), ("interpret", "asked"): (200, math.inf),
     ("train", "fvu"): (0, 0.10), ("train", "dead_fraction"): (0, 0.05), ("train", "loss_recovered"): (0.98, 1),
     ("interpret", "explained_fraction"): (0.4, 1), ("interpret", "concept_accuracy"): (0.85, 1),
     ("score", "iou_strict"): (0.35, 1), ("score", "iou_strict_ratio"): (20, math.inf),
@@ -177,6 +179,12 @@ def test_what_falls_short_still_does(site):
     for (stage, name), aim in SHORT.items():
         found = metrics_of(stage)
         assert found.get(f"{name}_high", found[name]) < aim, f"{name} reaches {aim} now: mend what departures say"
+
+
+def test_the_exam_that_ships_lies_within_the_intervals_of_the_one_that_was_just_sat(site):
+    ships, fresh = json.loads((pages.ROOT / MODEL / "exam.json").read_text()), metrics_of("pictureworld")
+    for family in ships.keys() & fresh.keys():
+        assert fresh[f"{family}_low"] - 1e-9 <= ships[family]["share"] <= fresh[f"{family}_high"] + 1e-9, family
 
 
 def metrics_of(stage: str) -> dict[str, float]:

@@ -9,7 +9,9 @@ import pytest
 import worlds
 from scipy.stats import binomtest, norm
 
-from lmm_sae_nb.pictureworld import exam
+from lmm_sae_nb.artifacts import read_json
+from lmm_sae_nb.pictureworld import cover, exam
+from lmm_sae_nb.pictureworld.__main__ import MODEL
 from lmm_sae_nb.pictureworld.concepts import FACTS, STORIES
 from lmm_sae_nb.pictureworld.exam import Asked, is_right, report, written
 from lmm_sae_nb.pictureworld.questions import Question
@@ -125,3 +127,25 @@ def test_answers_come_back_in_the_order_of_the_questions():
     answers = exam.ask(Echo(), asked, batch=8)
     assert answers == [f"{n}{None if n % 3 == 0 else n}" for n in range(50)]
     assert sum(said) == 50 and max(said) == 8
+
+
+def test_the_exam_that_ships_with_the_model_meets_its_aims_but_for_those_that_departures_name(root):
+    ships = read_json(root / MODEL / "exam.json")
+    assert {family: row["least"] for family, row in ships.items() if "least" in row} == exam.LEAST
+    assert {family for family, least in exam.LEAST.items() if ships[family]["share"] < least} == {"part", "read"}
+    assert 0.2 <= ships["trap_follows_fact"]["share"] <= 0.7
+    assert ships["scene"]["asked"] == ships["label"]["asked"] == 500
+
+
+def test_the_readme_s_picture_shows_each_scene_once_and_does_not_choose_by_what_is_right():
+    def asked(family: str, seed: int, right: bool = True, things: int = 4) -> Asked:
+        scene = SimpleNamespace(seed=seed, chart=None, items=[None] * things)
+        return Asked(family, Question(family, "?", "."), scene, ".", right)
+
+    first = {family: asked(family, n, right=family != "where") for n, family in enumerate(cover.FAMILIES)}
+    again = [asked(family, 0) for family in cover.FAMILIES[1:]]  # on the scene that `describe` is on
+    empty = [asked(family, 90, things=2) for family in cover.FAMILIES]
+    trap = asked("trap", 70, right=False)
+    shown = cover.chosen([*empty, *first.values(), *again, trap])
+    assert shown == [*(first | {"trap": trap}).values()]
+    assert not shown[1].right

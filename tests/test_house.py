@@ -362,7 +362,8 @@ def little(tmp_path) -> Path:
         "lmm_sae_nb/artifacts.py": "",
         "lmm_sae_nb/b.py": "def f():\n    from .inner import c\n",
         "lmm_sae_nb/inner/__init__.py": "",
-        "lmm_sae_nb/inner/c.py": "from ..artifacts import Stage\nfrom lmm_sae_nb import b\n",
+        "lmm_sae_nb/inner/c.py": "from ..artifacts import Stage\nfrom lmm_sae_nb import b\nNAMED = 'c.json'\n",
+        "lmm_sae_nb/inner/c.json": "{}",
         "data/models/m/weights": "1",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -372,7 +373,7 @@ def little(tmp_path) -> Path:
 
 def test_what_a_notebook_imports_reads_and_takes_is_found_without_running_it(little):
     one, two = pages.sources(little)
-    inner = {"__init__.py", "artifacts.py", "b.py", "inner/__init__.py", "inner/c.py"}
+    inner = {"__init__.py", "artifacts.py", "b.py", "inner/__init__.py", "inner/c.py", "inner/c.json"}
 
     def found(source):
         return {str(file.relative_to(little / "lmm_sae_nb")) for file in pages.modules(source, little)}

@@ -69,21 +69,40 @@ def test_a_seed_gives_the_same_scene_in_every_process_and_order(root):
 
 
 @pytest.mark.parametrize(
-    ("make", "seed", "says"),
+    ("make", "seed", "says", "quarters"),
     [
-        (worlds.scene, 4, "a blank scene with an angry face at the top and an orange triangle at the bottom ."),
+        (
+            worlds.scene,
+            4,
+            "a blank scene with an angry face at the top and an orange triangle at the bottom .",
+            [[252, 239, 226], [252, 235, 217], [253, 238, 222], [254, 244, 234]],
+        ),
         (
             worlds.scene,
             VALIDATION,
             "a sea scene with a pig in the top-left , a sign in the top-right , a chair in the bottom-left "
             "and a guitar in the bottom-right .",
+            [[163, 184, 203], [146, 155, 186], [70, 118, 168], [82, 135, 187]],
         ),
-        (worlds.chart, HELD_OUT, "a map of the nile basin with egypt , kenya , ghana and mali ."),
-        (worlds.masked, HELD_OUT, "a room scene with a snail in the center ."),
+        (
+            worlds.chart,
+            HELD_OUT,
+            "a map of the nile basin with egypt , kenya , ghana and mali .",
+            [[165, 187, 211], [225, 218, 191], [235, 224, 168], [161, 194, 189]],
+        ),
+        (
+            worlds.masked,
+            HELD_OUT,
+            "a room scene with a snail in the center .",
+            [[119, 109, 93], [106, 96, 82], [97, 76, 55], [123, 93, 65]],
+        ),
     ],
 )
-def test_the_world_is_still_the_one_that_the_shipped_model_learned(make, seed, says):
-    assert caption(make(seed)) == says
+def test_the_world_is_still_the_one_that_the_shipped_model_learned(make, seed, says, quarters):
+    scene = make(seed)
+    assert caption(scene) == says
+    means = scene.pixels.reshape(2, SIDE // 2, 2, SIDE // 2, 3).mean((1, 3)).reshape(4, 3)  # colours, by quarter
+    assert means == pytest.approx(np.array(quarters), abs=1)
 
 
 # --- Splits -------------------------------------------------------------------------------------------------

@@ -114,29 +114,32 @@ def makers() -> dict[Path, set[Path]]:
     }
 
 
+def waits(source: Path) -> list[str]:
+    """The steps that make what a page reads."""
+    drawn = any(path.is_relative_to(WORLD) for path in RESULTS[source])
+    return sorted(f"page:{maker.stem}" for maker in makers()[source]) + ["world"] * drawn
+
+
 def task_line():
-    """A place in the line for each page that nobody reads: doit takes pages in the order in which they could start, so
-    that it comes behind those that wait for the same ones as it does, and an appendix behind all chapters."""
-    own, chapters = makers(), [source for source in SOURCES if source.stem[0].isdigit()]
-    read = set().union(*own.values())
+    """A place in the line for each chapter that no other page reads, and for each appendix.
+
+    doit takes pages in the order in which they could start. One that has a place could start a step later: behind all
+    that waited for the same steps and are read, an appendix behind all chapters.
+    """
+    chapters, read = [source for source in SOURCES if source.stem[0].isdigit()], set().union(*makers().values())
     ahead = [f"{'page' if source in read else 'line'}:{source.stem}" for source in chapters]
     for source in SOURCES:
         if source not in chapters:
             yield {"name": source.stem, "actions": None, "task_dep": ahead}
         elif source not in read:
-            before = sorted(f"page:{other.stem}" for other in own[source])
-            yield {"name": source.stem, "actions": None, "task_dep": before}
+            yield {"name": source.stem, "actions": None, "task_dep": waits(source)}
 
 
 def task_page():
     """Run each notebook with papermill and the preset's parameters, after those whose results it reads."""
-    made, own = made_by(), makers()
-    lines = {line["name"] for line in task_line()}
+    made, lines = made_by(), {line["name"] for line in task_line()}
     for source in SOURCES:
-        waits = sorted(f"page:{other.stem}" for other in own[source])
-        waits += [f"line:{source.stem}"] if source.stem in lines else []
         values = VALUES[source.stem]
-        drawn = any(path.is_relative_to(WORLD) for path in RESULTS[source])
         notebook, executed, page = (
             folder / f"{source.stem}.ipynb" for folder in (BUILD / "ipynb", BUILD / "executed", BOOK / "notebooks")
         )
@@ -148,7 +151,7 @@ def task_page():
                 config_changed({name: repr(value) for name, value in values.items()}),
                 AsLeft(RESULTS[source], [path for path in RESULTS[source] if made[path] == source]),
             ],
-            "task_dep": waits + ["world"] * drawn,
+            "task_dep": waits(source) + [f"line:{name}" for name in lines & {source.stem}],
             "targets": [page],
         }
 

@@ -76,7 +76,7 @@ def named(source: Path, values: Mapping[str, object]) -> set[str]:
 
 
 def shipped(source: Path, values: Mapping[str, object], root: Path = ROOT) -> list[Path]:
-    """The files of the repository, models and drawings, that a notebook names."""
+    """The files of the repository (models, drawings, presets) that a notebook names."""
     paths = [root / text for text in named(source, values) if not f"{text}/".startswith("data/artifacts/")]
     files = {file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])}
     return sorted(file for file in files if file.is_file())

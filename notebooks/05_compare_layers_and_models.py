@@ -424,8 +424,8 @@ for (xlabel, _), at in sweeps.items():
 # Latents are explained, and score above chance, at every depth, in both models and both modes. Whether scores rise with depth
 # is said above by the interval of the difference: a rise that lies within it is none. What a clamp at the patches can
 # do does not follow the scores: near the end, where hardly a layer is left to read the patches, it does least. A latent may be
-# well named and no handle at all, which IoU and CLIP score do not tell. A model without patches is named from whole images, hence after scenes and colours, mostly; CLIP
-# score on whole images favours that.
+# well named and no handle at all, which IoU and CLIP score do not tell. A model without patches is named from whole images,
+# hence after scenes and colours, mostly; CLIP score on whole images favours that.
 #
 # Limits: SAEs of one short training and one seed, larger ones with fewer tokens a latent; explained latents only, which are
 # other latents at every layer; in `tiny` the similarity model knows the same world. The numbers are on the

@@ -149,3 +149,5 @@ def test_the_readme_s_picture_shows_each_scene_once_and_does_not_choose_by_what_
     shown = cover.chosen([*empty, *first.values(), *again, trap])
     assert shown == [*(first | {"trap": trap}).values()]
     assert not shown[1].right
+    with pytest.raises(ValueError, match="family trap is left to show; sit an exam of more"):
+        cover.chosen(list(first.values()))

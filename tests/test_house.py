@@ -385,6 +385,8 @@ def test_what_a_notebook_imports_reads_and_takes_is_found_without_running_it(lit
     assert pages.parameters(one)["steps"] == pages.Parameter("int", 5, "steps")
     assert pages.shipped(two, {}, little) == [little / "data/models/m/weights"]
     assert pages.shipped(two, {"model": "elsewhere"}, little) == []
+    preset = "notebooks/params/p.yaml"
+    assert pages.shipped(two, {"model": preset}, little) == [little / preset]
     given = {"run": "big", "images": "data/artifacts/tiny/world/cache"}
     assert pages.results(one, given, little) == [
         little / "data/artifacts/big/train",

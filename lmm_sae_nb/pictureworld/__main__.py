@@ -1,4 +1,5 @@
-"""Commands: `render` writes the data sets; `exam` measures the embedded model; the others made it, in this order.
+"""Commands: `render` writes the data sets; `exam` measures the embedded model, and `cover` draws the README's picture
+of it; the others made it, in this order.
 
 `tower` and `rehearse` can run side by side; then `lessons`, `reading`, `finish`, `polish`, `parts`, `ship`. Each course
 can be stopped at any time and goes on from its last checkpoint when it is started again. `segmenter` and `similarity`

@@ -15,14 +15,19 @@ FAMILIES = ("describe", "where", "exists", "trap", "colour", "position", "feelin
 
 
 def chosen(asked: list[Asked]) -> list[Asked]:
-    """Of each family the first question on a full scene or map that none before it is on, right or wrong; the trap's is
-    the first that was answered from memory."""
+    """One question of each family: the first, right or wrong, that is on a full scene or a map not shown yet.
+
+    Of the trap the first wrong answer, for that is what it is about. ValueError if there is none of a family.
+    """
     found: list[Asked] = []
     full = [one for one in asked if one.scene.chart or len(one.scene.items) > 2]
     for family in FAMILIES:
         seen = {one.scene.seed for one in found}
         of_family = (one for one in full if one.family == family and one.scene.seed not in seen)
-        found.append(next(one for one in of_family if family != "trap" or not one.right))
+        first = next((one for one in of_family if family != "trap" or not one.right), None)
+        if first is None:
+            raise ValueError(f"no question of the family {family} is left to show; sit an exam of more scenes")
+        found.append(first)
     return found
 
 

@@ -1,9 +1,9 @@
 """What is where: a scene as a pure function of its seed, with pixels, masks and facts.
 
-Splits are ranges of seeds. Held-out seeds start at 1,000,000; no model learns from them. (The explainer's exam on them
-was looked at between the pieces of its course, as the departures tell.) One exception: a masked scene draws the scene
-behind it from all seeds below 2**31; the tests go through the whole recipe to show that none of those drawn in training
-is one that is reported on.
+Splits are ranges of seeds. Held-out seeds start at 1,000,000, and no model learns from them. One exception: a masked
+scene draws the scene behind it from all seeds below 2**31; the tests go through the whole recipe to show that none of
+those drawn in training is one that is reported on. What was looked at on held-out scenes before something was decided,
+the departures tell.
 """
 
 from __future__ import annotations

@@ -173,13 +173,11 @@ def test_a_mistaken_params_file_stops_the_build_with_its_reason(built):
     assert "tiny.yaml: no notebook has a parameter 'stpes'" in done.stdout + done.stderr
 
 
-PASSES_ON = """\
-seed: int = 0  # of nothing
+COPIES = """
 
-# %%
-from pathlib import Path
-
-Stage = require = lambda run, name: Path("data/artifacts", run, name)
+def execute(notebook, executed, values):
+    executed.parent.mkdir(exist_ok=True)
+    executed.write_bytes(notebook.read_bytes())
 """
 
 
@@ -188,9 +186,12 @@ def test_pages_that_others_read_go_first_and_appendices_last(tmp_path):
     reads = {"01_one": None, **unread, "05_read": "01_one", "06_last": "05_read", "A1_more": None}
     files = {name: text for name, text in FILES.items() if not name.startswith("notebooks/0")}
     for name, stage in reads.items():
-        lines = [f"require(run, '{stage}')"] * bool(stage) + [f"Stage(run, '{name}').mkdir(parents=True)"]
-        files[f"notebooks/{name}.py"] = HEAD + PASSES_ON + "\n".join(lines) + "\n"
-    steps = in_order(written(tmp_path, files))
+        calls = [f"require(run, '{stage}')"] * bool(stage) + [f"Stage(run, '{name}')"]
+        files[f"notebooks/{name}.py"] = HEAD + "\n# %%\n" + "\n".join(calls) + "\n"
+    repository = written(tmp_path, files)
+    with open(repository / "book" / "pages.py", "a") as module:  # for their order they need not be run
+        module.write(COPIES)
+    steps = in_order(repository)
     order = [step.split(":")[1] for step in steps if step.startswith("page:")]
     assert order[:2] == ["01_one", "05_read"] and order[-1] == "A1_more"
     assert set(order[2:-2]) == set(unread) and order[-2] == "06_last"

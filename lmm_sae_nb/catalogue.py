@@ -58,6 +58,7 @@ class Catalogue:
         ]
         self._words = {latent: self._searchable(latent) for latent in self.rows}
         self.strip = lru_cache(maxsize=1024)(self._strip)
+        self._small = lru_cache(maxsize=4096)(self._thumbnail)  # latents have top images in common
         self._stored = lru_cache(maxsize=1)(self._read)
 
     @classmethod
@@ -125,13 +126,16 @@ class Catalogue:
 
         Each fits into a square of `side` pixels.
         """
-        images = [self.pictures[image].convert("RGB") for image, _ in self.cache.top(latent)]
-        for image in images:
-            image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        images = [self._small(image, side).copy() for image, _ in self.cache.top(latent)]
         if self.cache.grid is None:
             return [images]
         maps = [np.asarray(self.cache.patch_map(latent, rank)) for rank in range(len(images))]
         return [images, [heated(image, activation) for image, activation in zip(images, maps, strict=True)]]
+
+    def _thumbnail(self, number: int, side: int) -> Image.Image:
+        image = self.pictures[number].convert("RGB")
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        return image
 
     def _strip(self, latent: int, side: int = 56, quality: int = 60) -> bytes:
         """`views` as one WebP, kept for the next time; nothing for a latent that never fired."""

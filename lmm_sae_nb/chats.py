@@ -34,6 +34,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from lmm_sae_nb.artifacts import fingerprint, sync
+from lmm_sae_nb.frozen import frozen
 from lmm_sae_nb.processors import load_processor
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class LocalChat:
     ):  # fmt: skip
         self.name, self.batch_size, self.max_new_tokens = name, batch_size, max_new_tokens
         self.identity = json.dumps(["local", identity, max_new_tokens])
-        self._model, self._processor = model.eval().requires_grad_(False), processor
+        self._model, self._processor = frozen(model), processor
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._sees = self._tokenizer is not processor
         self._image_token = str(getattr(processor, "image_token", None) or "<image>")  # which the template writes

@@ -207,9 +207,16 @@ def learn_parts(tokens: float, steps: int, width: int, n_latents: int, k: int) -
 
 
 def read_preset(path: str | Path) -> dict[str, dict]:
-    """A params file's values for each notebook: what is common to all, under what is a notebook's own."""
+    """A params file's values for each notebook: what is common to all, under what is a notebook's own.
+
+    FileNotFoundError for a path at which there is no file.
+    """
     import yaml
 
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"there is no preset {path}; give its file's path from the root, such as notebooks/params/paper.yaml"
+        )
     given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     common = {name: value for name, value in given.items() if not isinstance(value, dict)}
     return {name: common | values for name, values in given.items() if isinstance(values, dict)}

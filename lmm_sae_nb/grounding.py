@@ -30,6 +30,7 @@ from transformers import (
 )  # fmt: skip
 
 from lmm_sae_nb.chats import pixel_hash
+from lmm_sae_nb.frozen import frozen
 
 
 class Candidates(NamedTuple):
@@ -72,7 +73,7 @@ class PromptedSegmenter:
         room: int = 2**29,
     ):
         self.threshold, self.batch = _share(threshold, "threshold"), _positive(batch)
-        self.model, self.processor = model.eval(), processor
+        self.model, self.processor = frozen(model), processor
         self._seen: LRUCache[str, Tensor] = LRUCache(room, _bytes_of)
 
     @classmethod
@@ -132,7 +133,7 @@ class BoxSegmenter:
         self, detector, reader, sam: SamModel, prompter: SamProcessor, *, threshold: float = 0.3, batch: int = 8
     ):
         self.threshold, self.batch = _share(threshold, "threshold"), _positive(batch)
-        self.detector, self.reader, self.sam, self.prompter = detector.eval(), reader, sam.eval(), prompter
+        self.detector, self.reader, self.sam, self.prompter = frozen(detector), reader, frozen(sam), prompter
 
     @classmethod
     def load(cls, detector: str | Path, sam: str | Path, *, device: str = "cpu", **options) -> BoxSegmenter:
@@ -202,7 +203,7 @@ class ImageTextSimilarity:
     around them, as in the reference code; longer ones than CLIP can read are cut."""
 
     def __init__(self, model: CLIPModel, processor: CLIPProcessor, *, batch: int = 32):
-        self.model, self.processor, self.batch = model.eval(), processor, _positive(batch)
+        self.model, self.processor, self.batch = frozen(model), processor, _positive(batch)
         self._read: tuple[tuple[str, ...] | None, Tensor | None] = (None, None)
 
     @classmethod

@@ -30,6 +30,7 @@ from transformers import (
 
 from lmm_sae_nb import hooks
 from lmm_sae_nb.artifacts import hash_of
+from lmm_sae_nb.frozen import frozen
 from lmm_sae_nb.hooks import Hidden
 from lmm_sae_nb.processors import load_processor
 from lmm_sae_nb.sae import TopKSAE
@@ -71,8 +72,8 @@ class Prompt:
 class LMM:
     """A frozen multimodal model with its processor.
 
-    `LMM(model, processor)` sets the model to eval and its parameters to need no gradient (gradients of what
-    is spliced in still flow), the tokenizer to pad on the left, with the end token if it has no pad token.
+    `LMM(model, processor)` makes the model `frozen`: in eval, its parameters without gradients (gradients of what is
+    spliced in still flow); and the tokenizer pad on the left, with the end token if it has no pad token.
     image_size: (width, height) in pixels that every image is brought to first, for families whose patch grid follows
     the image's size, as Qwen2.5-VL's does.
     ValueError if the model has no image tokens or an unknown family, or the processor does not fit it.
@@ -95,7 +96,7 @@ class LMM:
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # the attention mask tells the two apart
-        model.eval().requires_grad_(False)
+        frozen(model)
         model.generation_config.pad_token_id = self.tokenizer.pad_token_id
 
     @classmethod

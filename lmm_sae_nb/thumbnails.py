@@ -46,7 +46,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]], side: int) -> Image.Image:
 def encoded(image: Image.Image, quality: int = 80) -> bytes:
     """The image as WebP."""
     data = io.BytesIO()
-    image.save(data, "webp", quality=quality, method=4)
+    image.save(data, "webp", quality=quality, method=2)  # from 3 on: twice the time for 4 % fewer bytes
     return data.getvalue()
 
 

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lmm_sae_nb.frozen import plain_products
 from lmm_sae_nb.lmm import LMM, Prompt
 from lmm_sae_nb.sae import require_finite
 
@@ -98,7 +99,8 @@ class Stream:
         order = np.random.default_rng((self.seed, EPOCH, epoch)).permutation(len(self.samples))
         wanted = order[place * self.batch : (place + 1) * self.batch].tolist()
         (prompt,) = prompts(self.lmm, self.samples, wanted, self.batch)
-        hidden, mask = self.lmm.hidden_states(prompt, self.layers), token_mask(prompt, self.kinds)
+        with plain_products():  # in their last bits, which decide what an SAE becomes, the states are as they were
+            hidden, mask = self.lmm.hidden_states(prompt, self.layers), token_mask(prompt, self.kinds)
         tokens = {layer: hidden.pop(layer)[mask] for layer in self.layers}
         for layer, states in tokens.items():
             require_finite(states, f"hidden states of layer {layer}, samples {', '.join(map(str, wanted))}")

@@ -77,6 +77,11 @@ def test_parameters_of_the_presets_models_are_those_on_their_hub_pages(name, pub
     assert next(model.parameters()).is_meta
 
 
+def test_a_preset_s_bare_name_is_told_to_be_a_path():
+    with pytest.raises(FileNotFoundError, match="no preset paper; give its file's path from the root, such as noteb"):
+        forecast.read_preset("paper")
+
+
 def test_every_preset_s_models_are_known_offline(root):
     for name in ("paper", "small"):
         given = forecast.read_preset(root / f"notebooks/params/{name}.yaml")

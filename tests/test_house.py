@@ -34,8 +34,8 @@ PRESETS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
 LEVELS = [  # an import goes to the same level or a lower one, and never in a circle
     set(level.split())
     for level in (
-        "artifacts hooks frozen intervals spans compiled kernels sae optimiser formats hub checkpoint images ranking store "
-        "forecast processors chats asked shown grounding",
+        "artifacts hooks frozen intervals spans compiled kernels sae optimiser formats hub checkpoint images ranking "
+        "store forecast processors chats asked shown grounding",
         "lmm shares ratings",
         "tokens train evaluate launch cache cache_formats texts steering",
         "explain attribution fidelity cure twin",

@@ -107,7 +107,8 @@ class LocalChat:
     """A transformers model, of image and text or of text alone, asked in batches, greedily.
 
     The processor's (or tokenizer's) chat template writes the turns. ValueError for images to a model of text alone,
-    or a model without a chat template. A reply of a batch can differ from that of another batch by rounding.
+    or a model without a chat template. A reply of a batch can differ from that of another batch by rounding. The model
+    given is made `frozen`.
     """
 
     def __init__(

@@ -1,21 +1,23 @@
-"""Models that are used and not trained: their linear layers in float32 on the processor are computed by oneDNN.
+"""Models that are used and not trained: where torch's BLAS is slow, oneDNN computes their linear layers.
 
-torch leaves such products to MKL, which on processors of other makers than its own uses half of their vectors; oneDNN,
-which torch brings along for other types, uses all (`lmm_sae_nb.benchmarks.products` measures both). The products are
-the same but for rounding.
+torch leaves products in float32 to MKL, which on AMD's processors uses half of the width of AVX-512's vectors; oneDNN,
+which torch brings along for other types, uses all of it (`lmm_sae_nb.benchmarks.products` measures both). The products
+are the same but for rounding. On other processors, of which nothing was measured, nothing changes.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import cache
+from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -25,20 +27,16 @@ _PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
 
 
 def frozen(model: Model) -> Model:
-    """The model itself, set to eval, its parameters without gradients, its plain linear layers computed by oneDNN.
-
-    A layer is computed by torch as ever where it learns again, is moved or cast, or torch has no oneDNN for its
-    processor; so is all within `plain_products`, and what is traced or counted operation by operation.
-    """
+    """The model itself, set to eval, its parameters without gradients, its plain linear layers `FrozenLinear`."""
     for layer in model.eval().requires_grad_(False).modules():
-        if type(layer) is nn.Linear:  # a quantised or adapted one knows better
-            layer.__dict__.setdefault("forward", partial(_linear, layer))
+        if type(layer) is nn.Linear:  # an adapted one has a forward of its own
+            layer.__class__ = FrozenLinear
     return model
 
 
 @contextmanager
 def plain_products() -> Iterator[None]:
-    """Compute the linear layers as torch does, to the bit."""
+    """Compute all linear layers as torch does, to the bit."""
     token = _PLAIN.set(True)
     try:
         yield
@@ -46,30 +44,38 @@ def plain_products() -> Iterator[None]:
         _PLAIN.reset(token)
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    if not _fits(layer, x):
-        return F.linear(x, layer.weight, layer.bias)
-    return _Product.apply(x, layer.weight, layer.bias)
+class FrozenLinear(nn.Linear):
+    """A linear layer that oneDNN computes where it is faster: frozen, in float32, on the processor, for many rows.
 
+    Elsewhere it is nn.Linear: on a GPU, in another type, with weights that learn again, within `plain_products`, under
+    autocast, compiled, traced, counted by operations, or differentiated forwards.
+    """
 
-def _fits(layer: nn.Linear, x: Tensor) -> bool:
-    weights = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-    return (
-        x.numel() >= LEAST_ROWS * layer.in_features > 0
-        and x.shape[-1] == layer.in_features  # or else torch's own message
-        and all(part.dtype == torch.float32 and part.device.type == "cpu" for part in (x, *weights))
-        and not any(part.requires_grad for part in weights)
-        and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and not _PLAIN.get()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
-    )
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (nn.Linear's name)
+        if not self._fits(input):
+            return super().forward(input)
+        rows = _Product.apply(input.reshape(-1, self.in_features), self.weight, self.bias)
+        return rows.reshape(*input.shape[:-1], self.out_features)
+
+    def _fits(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling() or not onednn_is_faster():
+            return False
+        weights = [part for part in (self.weight, self.bias) if part is not None]
+        return (
+            x.layout is torch.strided
+            and x.numel() >= LEAST_ROWS * self.in_features > 0
+            and x.shape[-1] == self.in_features  # or else torch's own message
+            and all(part.dtype == torch.float32 and part.device.type == "cpu" for part in (x, *weights))
+            and type(x) in (Tensor, nn.Parameter)
+            and all(type(part) is nn.Parameter and part.is_contiguous() for part in weights)
+            and not any(part.requires_grad for part in weights)
+            and torch.backends.mkldnn.enabled
+            and not (_PLAIN.get() or torch.is_autocast_enabled("cpu") or _is_watched())
+        )
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b with its gradient in x."""
+    """x W^T + b of (rows, width) with its gradient in x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -80,3 +86,26 @@ class _Product(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return _Product.apply(grad, weight.T, None), None, None
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether torch has oneDNN, its BLAS is MKL, and the processor is of the kind measured: AMD's, with AVX-512."""
+    told = Path("/proc/cpuinfo")
+    processor = told.read_text() if told.is_file() else platform.processor()
+    return (
+        "AuthenticAMD" in processor
+        and torch.backends.mkl.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _is_watched() -> bool:
+    """Whether someone traces or counts operations, or transforms functions."""
+    return (
+        is_in_torch_dispatch_mode()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )

@@ -60,7 +60,8 @@ class PromptedSegmenter:
 
     The logits are brought to the picture's size by bilinear interpolation. The score is the mean probability under
     the mask; a picture in which no pixel passes the threshold has no candidate. What the eye makes of the last pictures
-    is remembered, up to `room` bytes: many are looked for in the same ones, and it does not depend on the concept.
+    is remembered, up to `room` bytes: many are looked for in the same ones, and it does not depend on the concept. The
+    model given is made `frozen`.
     """
 
     def __init__(
@@ -126,7 +127,8 @@ class BoxSegmenter:
 
     The detector is asked for the concept alone and its boxes above `threshold` (the reference code: 0.3) are SAM's
     prompts. A mask's score is the box's times SAM's own estimate of the mask's IoU. No box, no candidate. The reference
-    code resizes pictures to 336 x 336 pixels first and unites all masks; both are the caller's choice here.
+    code resizes pictures to 336 x 336 pixels first and unites all masks; both are the caller's choice here. The models given are
+    made `frozen`.
     """
 
     def __init__(
@@ -200,7 +202,7 @@ class BoxSegmenter:
 
 class ImageTextSimilarity:
     """Cosines (n,) float32 in [-1, 1] of n pictures and n texts, by a CLIP. Texts go in as they are, without a prompt
-    around them, as in the reference code; longer ones than CLIP can read are cut."""
+    around them, as in the reference code; longer ones than CLIP can read are cut. The model given is made `frozen`."""
 
     def __init__(self, model: CLIPModel, processor: CLIPProcessor, *, batch: int = 32):
         self.model, self.processor, self.batch = frozen(model), processor, _positive(batch)

@@ -229,8 +229,9 @@ ax.legend(frameon=False);
 # What the long measurement found, layer by layer, of the SAEs whose hashes it names (an SAE trained on another machine may
 # differ in its bits). The pieces of layer 1 were computed by a script that is not in the repository: the same ablations, with
 # the decoder's linear products through oneDNN, in float32, and the last layer for the last token alone; on 993 pairs of two
-# decisions the difference to `attribution.exact` was at most 9e-6 logits. The other layers' come from the command as it is,
-# those of a part of layer 4's decisions from a second process with its `measure`.
+# decisions the difference to `attribution.exact`, which then had torch's own products, was at most 9e-6 logits. The other
+# layers' come from the command as it then was, those of a part of layer 4's decisions from a second process with its
+# `measure`.
 
 # %%
 measured = root / "book/ablations.json"
@@ -249,8 +250,8 @@ plots.table([
 # of the spliced model; the reference code needs two forwards and a backward for *each* latent). Integrated gradients rank
 # worse against ablation, not better, and for a reason: their path takes away all latents at once, and so a latent's
 # share in a joint effect is what they tell; their merit is that shares sum to the whole. On a pair's own path they agree
-# with ablation almost perfectly, but for signs at the deepest of these layers: what the linear form misses is the curve of that
-# one path. Limits: pairs of very small influence, near the rounding of float32 logits, rank by chance; one SAE a layer; the
+# with ablation almost perfectly, but at the deepest of these layers, where most pairs' influence is hardly above the rounding
+# of logits: what the linear form misses is the curve of that one path. Limits: pairs of very small influence, near the rounding of float32 logits, rank by chance; one SAE a layer; the
 # first token of answers only.
 
 # %% tags=["hide-input"]

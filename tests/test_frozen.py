@@ -1,24 +1,40 @@
 """Linear layers by oneDNN: held against float64, against torch's own, and against what must not change."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from models import llava_next, noise
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lmm_sae_nb import frozen as module
+from lmm_sae_nb.chats import LocalChat
 from lmm_sae_nb.frozen import LEAST_ROWS, frozen, plain_products
+from lmm_sae_nb.grounding import ImageTextSimilarity, PromptedSegmenter
+from lmm_sae_nb.lmm import LMM
+from lmm_sae_nb.tokens import KINDS, Stream
 
-OP = "mkldnn::_linear_pointwise"
+HAS = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def operations(run) -> set[str]:
+@pytest.fixture(autouse=True, scope="module")
+def on_any_processor():
+    """Every processor whose torch has oneDNN does here what those do on which it is the faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "onednn_is_faster", lambda: HAS)
+        yield
+
+
+def by_onednn(run) -> bool:
+    """Whether oneDNN computed a linear layer."""
     with torch.profiler.profile() as profile:
         run()
-    return {event.key for event in profile.key_averages()}
+    return "mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}
 
 
 @pytest.fixture
@@ -33,7 +49,7 @@ def x() -> torch.Tensor:
 
 
 @given(
-    shape=st.lists(st.integers(0, 40), min_size=0, max_size=3), wide=st.integers(1, 70), out=st.integers(1, 70),
+    shape=st.lists(st.integers(0, 12), max_size=3), wide=st.integers(1, 70), out=st.integers(1, 70),
     bias=st.booleans(), turned=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_the_product_and_its_gradient_are_those_of_float64(shape, wide, out, bias, turned, seed):
@@ -42,7 +58,7 @@ def test_the_product_and_its_gradient_are_those_of_float64(shape, wide, out, bia
     exact, layer = copy.deepcopy(layer).double(), frozen(layer)
     x = torch.randn(*shape, wide)
     if turned and x.dim() > 1:
-        x = x.transpose(0, -2).contiguous().transpose(0, -2)  # not in the order of its memory
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)  # not in the order of its memory
     x.requires_grad_()
     y, wanted = layer(x), exact(x.double())
     assert y.shape == wanted.shape and y.dtype == torch.float32
@@ -52,13 +68,26 @@ def test_the_product_and_its_gradient_are_those_of_float64(shape, wide, out, bia
     torch.testing.assert_close(slope.double(), (weights.double() @ exact.weight), rtol=1e-4, atol=1e-5)
 
 
-def test_oneDNN_computes_what_is_frozen_and_torch_what_few_rows_are(layer, x):
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        pytest.skip("this torch has no oneDNN; its wheels for x86 processors have")
-    assert OP in operations(lambda: layer(x))
-    assert OP not in operations(lambda: layer(x[:1, :-1]))
-    x.requires_grad_()
-    assert OP in operations(lambda: layer(x))
+@pytest.mark.skipif(not HAS, reason="this torch has no oneDNN; its wheels for x86 processors have")
+def test_onednn_computes_what_is_frozen_and_torch_what_few_rows_are(layer, x):
+    assert by_onednn(lambda: layer(x)) and by_onednn(lambda: layer(input=x.requires_grad_()))
+    assert not by_onednn(lambda: layer(x[:1, :-1])) and not by_onednn(lambda: nn.Linear(24, 40)(x))
+    torch.backends.mkldnn.enabled = False
+    try:
+        assert not by_onednn(lambda: layer(x))
+    finally:
+        torch.backends.mkldnn.enabled = True
+
+
+def test_the_processor_decides(layer, x, monkeypatch):
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: False)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias)) and not by_onednn(lambda: layer(x))
+
+
+def test_what_follows_may_work_in_place(layer, x):
+    y = nn.Sequential(layer, nn.ReLU(inplace=True))(x.requires_grad_())
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(slope, (y > 0).float() @ layer.weight, rtol=1e-4, atol=1e-5)
 
 
 def test_there_are_second_derivatives(layer, x):
@@ -71,16 +100,17 @@ def test_there_are_second_derivatives(layer, x):
 
 
 def test_plain_products_are_torchs_to_the_bit(layer, x):
-    with plain_products():
-        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
-        assert OP not in operations(lambda: layer(x))
+    assert by_onednn(lambda: layer(x)) == HAS
     with pytest.raises(ZeroDivisionError), plain_products():
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+        assert not by_onednn(lambda: layer(x))
         1 / 0  # noqa: B018
-    assert operations(lambda: layer(x)) & {OP} == operations(lambda: frozen(nn.Linear(24, 40))(x)) & {OP}
+    assert by_onednn(lambda: layer(x)) == HAS
 
 
 def test_a_layer_that_learns_again_gets_its_gradients(layer, x):
     layer.requires_grad_(True)
+    assert not by_onednn(lambda: layer(x))
     layer(x).sum().backward()
     torch.testing.assert_close(layer.weight.grad, x.sum((0, 1)).expand(40, 24))
     with torch.no_grad():
@@ -101,6 +131,27 @@ def test_other_types_and_autocast_are_as_ever(layer, x):
     assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_weights_that_are_a_part_of_others_or_of_a_type_of_their_own_are_torchs(layer, x):
+    class Own(torch.Tensor):
+        pass
+
+    assert not by_onednn(lambda: layer(x.as_subclass(Own)))
+    layer.weight = nn.Parameter(torch.randn(40, 30)[:, :24], requires_grad=False)
+    assert not by_onednn(lambda: layer(x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, at its first forward derivative
+def test_functions_can_be_transformed(layer, x):
+    rows = x.flatten(0, 1)
+    (slope,) = torch.func.vjp(layer, rows)[1](torch.ones(len(rows), 40))
+    torch.testing.assert_close(slope, layer.weight.sum(0).expand(len(rows), 24), rtol=1e-4, atol=1e-5)
+    assert torch.func.vmap(layer)(x).shape == (2, LEAST_ROWS, 40)
+    moved = torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1]
+    with torch.autograd.forward_ad.dual_level():
+        dual = layer(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, moved)
+
+
 def test_what_counts_operations_counts_them(layer, x):
     with FlopCounterMode(display=False) as counted:
         layer(x)
@@ -112,17 +163,23 @@ def test_what_does_not_fit_gets_torchs_own_message(layer, x):
         layer(x[..., :20])
 
 
-def test_only_plain_linear_layers_are_touched_and_only_once():
+def test_only_plain_linear_layers_are_touched():
     class Adapted(nn.Linear):
         def forward(self, x):
             return super().forward(x) + 1
 
-    model = frozen(nn.Sequential(nn.Linear(24, 24), Adapted(24, 24), nn.Dropout(0.5)))
-    own = model[0].forward
-    assert frozen(model) is model and model[0].forward is own
-    assert "forward" not in vars(model[1]) and not model.training
+    model = frozen(frozen(nn.Sequential(nn.Linear(24, 24), Adapted(24, 24), nn.Dropout(0.5))))
+    assert [type(part) for part in model] == [module.FrozenLinear, Adapted, nn.Dropout] and not model.training
     assert not any(part.requires_grad for part in model.parameters())
     assert set(model.state_dict()) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def test_a_model_goes_with_its_last_name(x):
+    layer = frozen(nn.Linear(24, 40))
+    gone = weakref.ref(layer)
+    layer(x)
+    del layer
+    assert gone() is None  # at once: no circle waits for the garbage collector with gigabytes of weights
 
 
 def test_hooks_are_called(layer, x):
@@ -130,3 +187,24 @@ def test_hooks_are_called(layer, x):
     with layer.register_forward_hook(lambda module, args, output: seen.append(output.shape)):
         layer(x)
     assert seen == [(2, LEAST_ROWS, 40)]
+
+
+@pytest.mark.skipif(not HAS, reason="this torch has no oneDNN; its wheels for x86 processors have")
+def test_models_are_used_frozen_and_saes_learn_from_plain_products():
+    lmm = LMM(*llava_next())
+    prompt = lmm.prompt("what", noise(64, 48), answers="that")
+    assert by_onednn(lambda: lmm.hidden_states(prompt, 0))
+    stream = Stream(lmm, [{"image": noise(64, 48), "question": "what", "answer": "that"}], 0, KINDS, 0, 1)
+    assert not by_onednn(lambda: stream(0))
+    with plain_products():
+        assert torch.equal(stream(0), lmm.hidden_states(prompt, 0)[prompt.mask(*KINDS)])
+
+
+@pytest.mark.parametrize(
+    "loaded, part",
+    [(PromptedSegmenter, "clipseg"), (ImageTextSimilarity, "clip"), (LocalChat, "explainer"), (LMM, "llava-next")],
+)
+def test_no_model_that_is_only_used_keeps_torchs_layers(root, loaded, part):
+    used = loaded.load(root / f"data/models/tiny-{part}")
+    kinds = {type(layer) for layer in vars(used).get("model", vars(used).get("_model")).modules()}
+    assert module.FrozenLinear in kinds and nn.Linear not in kinds

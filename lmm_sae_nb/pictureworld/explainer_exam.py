@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..artifacts import write_json
 from ..explain import REFUSAL, TAUGHT, taught_latents
+from ..frozen import frozen
 from ..intervals import share
 from ..shown import Shown
 from .explainer import QUESTION, SET, save
@@ -67,7 +68,7 @@ def learn(asked: argparse.Namespace) -> None:
 
 def load(folder: Path):
     """The explainer of a folder, in float32, and its processor."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    model = frozen(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32))
     return model, AutoProcessor.from_pretrained(folder)
 
 

@@ -127,8 +127,8 @@ class BoxSegmenter:
 
     The detector is asked for the concept alone and its boxes above `threshold` (the reference code: 0.3) are SAM's
     prompts. A mask's score is the box's times SAM's own estimate of the mask's IoU. No box, no candidate. The reference
-    code resizes pictures to 336 x 336 pixels first and unites all masks; both are the caller's choice here. The models given are
-    made `frozen`.
+    code resizes pictures to 336 x 336 pixels first and unites all masks; both are the caller's choice here. The
+    models given are made `frozen`.
     """
 
     def __init__(

@@ -329,7 +329,8 @@ VBox([browser.box, panel.box])
 # `named_of_100` counts latents whose clamping makes the model name their concept on an image that shows nothing,
 # `control_named_of_100` how often a random latent in its stead does. The paper counts 11 of 100 answers that differ at all.
 # Two things differ from the paper's setting and make steering easier here: the layer is an early one, so that the layers
-# behind it can act on the change, and the dose is several times what the latent ever reaches.
+# behind it can act on the change, and the dose is several times what the latent ever reaches. With four other SAEs, trained
+# alike but for the seed, `named_of_100` was 48, 46, 58 and 51, with this one 57; the control 0, 0, 0 and 1.
 
 # %% tags=["hide-input"]
 manifest = read_json(stage.path("manifest.json"))

@@ -58,7 +58,7 @@ class FrozenLinear(nn.Linear):
         return rows.reshape(*input.shape[:-1], self.out_features)
 
     def _fits(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling() or not onednn_is_faster():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not onednn_is_faster():
             return False
         weights = [part for part in (self.weight, self.bias) if part is not None]
         return (
@@ -102,10 +102,6 @@ def onednn_is_faster() -> bool:
 
 
 def _is_watched() -> bool:
-    """Whether someone traces or counts operations, or transforms functions."""
-    return (
-        is_in_torch_dispatch_mode()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
+    """Whether someone counts operations one by one, or transforms functions."""
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transformed or is_in_torch_dispatch_mode()

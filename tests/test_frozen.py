@@ -1,6 +1,7 @@
 """Linear layers by oneDNN: held against float64, against torch's own, and against what must not change."""
 
 import copy
+import pickle
 import weakref
 
 import pytest
@@ -150,6 +151,12 @@ def test_functions_can_be_transformed(layer, x):
     with torch.autograd.forward_ad.dual_level():
         dual = layer(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, moved)
+
+
+def test_it_can_be_compiled_whole_and_saved(layer, x):
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
 
 
 def test_what_counts_operations_counts_them(layer, x):

@@ -99,7 +99,7 @@ class Stream:
         order = np.random.default_rng((self.seed, EPOCH, epoch)).permutation(len(self.samples))
         wanted = order[place * self.batch : (place + 1) * self.batch].tolist()
         (prompt,) = prompts(self.lmm, self.samples, wanted, self.batch)
-        with plain_products():  # in their last bits, which decide what an SAE becomes, the states are as they were
+        with plain_products():  # the last bits decide what an SAE becomes: one trained before comes out again
             hidden, mask = self.lmm.hidden_states(prompt, self.layers), token_mask(prompt, self.kinds)
         tokens = {layer: hidden.pop(layer)[mask] for layer in self.layers}
         for layer, states in tokens.items():

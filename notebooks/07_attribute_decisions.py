@@ -251,8 +251,8 @@ plots.table([
 # worse against ablation, not better, and for a reason: their path takes away all latents at once, and so a latent's
 # share in a joint effect is what they tell; their merit is that shares sum to the whole. On a pair's own path they agree
 # with ablation almost perfectly, but at the deepest of these layers, where most pairs' influence is hardly above the rounding
-# of logits: what the linear form misses is the curve of that one path. Limits: pairs of very small influence, near the rounding of float32 logits, rank by chance; one SAE a layer; the
-# first token of answers only.
+# of logits: what the linear form misses is the curve of that one path. Limits: pairs of very small influence, near the
+# rounding of float32 logits, rank by chance; one SAE a layer; the first token of answers only.
 
 # %% tags=["hide-input"]
 manifest = read_json(stage.path("manifest.json"))

@@ -129,8 +129,9 @@ print(f"cold: median {opened['cold_median']:.1f} ms, highest of {opened['read']}
 # ## The linear layers of the models
 #
 # On a processor most of a notebook's time goes into the linear layers of models that are not trained. torch leaves them to
-# its BLAS, MKL on x86; here they are computed by oneDNN (`lmm_sae_nb.frozen`), but for the hidden states that SAEs learn from,
-# which stay what they are to the bit. In turns, on one thread; `python -m lmm_sae_nb.benchmarks.products` measures it anew.
+# its BLAS, MKL on x86. On AMD's with AVX-512 they are computed by oneDNN instead (`lmm_sae_nb.frozen`), but for the hidden
+# states that SAEs learn from, which stay what they are to the bit; on others, of which nothing was measured, torch is left
+# alone. In turns, on one thread; on such a processor `python -m lmm_sae_nb.benchmarks.products` measures it anew.
 
 # %%
 products = read_json(project_root() / "book/products.json")

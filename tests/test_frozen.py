@@ -146,11 +146,12 @@ def test_functions_can_be_transformed(layer, x):
     rows = x.flatten(0, 1)
     (slope,) = torch.func.vjp(layer, rows)[1](torch.ones(len(rows), 40))
     torch.testing.assert_close(slope, layer.weight.sum(0).expand(len(rows), 24), rtol=1e-4, atol=1e-5)
-    assert torch.func.vmap(layer)(x).shape == (2, LEAST_ROWS, 40)
-    moved = torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x), rtol=1e-4, atol=1e-5)
+    moved = layer.weight.sum(1).expand(2, LEAST_ROWS, 40)
+    torch.testing.assert_close(torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1], moved, rtol=1e-4, atol=1e-5)
     with torch.autograd.forward_ad.dual_level():
         dual = layer(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
-        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, moved)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, moved, rtol=1e-4, atol=1e-5)
 
 
 def test_it_can_be_compiled_whole_and_saved(layer, x):

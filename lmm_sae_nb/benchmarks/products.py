@@ -26,15 +26,14 @@ SHAPES = {  # rows, width in, width out
 
 
 def measure(turns: int = 21) -> list[dict[str, object]]:
-    """Of each shape the median milliseconds on one thread of a product by oneDNN and of torch's own, taken in turns,
-    and the median of their ratios, which a busy machine changes less. RuntimeError where torch's own is all there is.
+    """Of each shape the median milliseconds of a product by oneDNN and of torch's own, taken in turns, and the median
+    of their ratios, which a busy machine changes less. RuntimeError where torch's own is all there is.
 
     What oneDNN prepares for a number of rows it keeps for the next time; the last row tells what numbers cost that it
     has not met before.
     """
     if not onednn_is_faster():
         raise RuntimeError("on this processor the linear layers are left to torch, and there is nothing to compare")
-    torch.set_num_threads(1)
     rows = [_row(name, [tokens] * turns, wide, out) for name, (tokens, wide, out) in SHAPES.items()]
     name, (tokens, wide, out) = "Picture World, MLP, a new number of rows every time", SHAPES["Picture World, MLP"]
     return [*rows, _row(name, range(tokens - 2 * turns, tokens - turns), wide, out, warm=False)]
@@ -66,6 +65,7 @@ def _plain_seconds(layer: nn.Module, x: torch.Tensor, repeats: int) -> float:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     found = circumstances() | {"results": measure()}
     write_json(project_root() / "book" / "products.json", found)
     print(json.dumps(found, indent=2))

@@ -68,12 +68,14 @@ class AsLeft:
 
 def task_world():
     """Render the Picture World datasets."""
-    shelf = ROOT / "lmm_sae_nb" / "pictureworld" / "shelf.py"  # not its __main__, which also trains models
+    datasets = (
+        ROOT / "lmm_sae_nb" / "pictureworld" / "world" / "datasets.py"
+    )  # not its __main__, which also trains models
     return {
         "actions": [[sys.executable, "-m", "lmm_sae_nb.pictureworld", "render", "--out", str(WORLD)]],
         "file_dep": [
-            shelf,
-            *pages.modules(shelf),
+            datasets,
+            *pages.modules(datasets),
             *(f for f in ROOT.glob("data/pictureworld/**/*") if f.is_file()),
         ],
         "targets": [WORLD / "concepts.json"],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lmm_sae_nb.catalogue import Catalogue
+    from lmm_sae_nb.show.latent_table import Catalogue
 
 HEAD = """# Features
 
@@ -96,7 +96,7 @@ def _number(value: object) -> float | None:
 
 def article(catalogue: Catalogue, latent: int, folder: Path, address: str, steering: str | None) -> str:
     """One latent as an element of the page, its picture named after its content."""
-    from lmm_sae_nb.thumbnails import histogram_svg
+    from lmm_sae_nb.show.thumbnails import histogram_svg
 
     row, name, strip = catalogue.rows[latent], catalogue.name(latent), catalogue.strip(latent)
     picture = ""
@@ -121,7 +121,7 @@ def article(catalogue: Catalogue, latent: int, folder: Path, address: str, steer
 
 def write(run: str, book: Path, steering: str | None) -> None:
     """Make `features.md` and its pictures in the book's source."""
-    from lmm_sae_nb.catalogue import Catalogue
+    from lmm_sae_nb.show.latent_table import Catalogue
 
     try:
         catalogue = Catalogue.load(run)

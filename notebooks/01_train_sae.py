@@ -55,13 +55,14 @@ import torch
 from datasets import load_from_disk
 from torch.testing import assert_close
 
-from lmm_sae_nb import evaluate, plots, train
-from lmm_sae_nb.artifacts import Stage, project_root, read_json
-from lmm_sae_nb.evaluate import evaluate_sae
-from lmm_sae_nb.launch import launch
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.train import train_sae
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.show import plots
+from lmm_sae_nb.support.artifacts import Stage, project_root, read_json
+from lmm_sae_nb.train import evaluate, training
+from lmm_sae_nb.train.evaluate import evaluate_sae
+from lmm_sae_nb.train.launch import launch
+from lmm_sae_nb.train.training import train_sae
 
 root = project_root()
 plots.style()
@@ -125,7 +126,7 @@ assert_close(torch.zeros_like(z).scatter(-1, latents.indices, latents.acts), z_s
 # page again: it goes on from its last checkpoint, to the same SAE.
 
 # %%
-stage, code = Stage(run, "train"), [train, evaluate]
+stage, code = Stage(run, "train"), [training, evaluate]
 settings = dict(
     n_latents=n_latents, k=k, steps=steps, batch_tokens=batch_tokens, accumulate=accumulate, lr=lr,
     dead_after_tokens=dead_after_tokens, kinds=kinds, seed=seed, mixed_precision=mixed_precision,

@@ -47,17 +47,17 @@ import torch
 from datasets import load_from_disk
 from torch.testing import assert_close
 
-from lmm_sae_nb import cache as caching
-from lmm_sae_nb import plots
-from lmm_sae_nb import texts as texting
-from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
-from lmm_sae_nb.cache import LatentCache, cache_activations, forecast
-from lmm_sae_nb.explain import exemplars
-from lmm_sae_nb.images import open_images
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.texts import TextCache, as_rows, cache_texts, counted, read, serves
-from lmm_sae_nb.tokens import KINDS
+from lmm_sae_nb.cache import activations as caching
+from lmm_sae_nb.cache import texts as texting
+from lmm_sae_nb.cache.activations import LatentCache, cache_activations, forecast
+from lmm_sae_nb.cache.texts import TextCache, as_rows, cache_texts, counted, read, serves
+from lmm_sae_nb.interpret.explain import exemplars
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.show import plots
+from lmm_sae_nb.support.artifacts import Stage, project_root, read_json, require, write_json
+from lmm_sae_nb.support.images import open_images
+from lmm_sae_nb.train.token_buffer import KINDS
 
 root = project_root()
 plots.style()

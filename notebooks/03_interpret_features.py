@@ -57,17 +57,18 @@ from functools import partial
 import numpy as np
 from datasets import load_from_disk
 
-from lmm_sae_nb import asked, explain, plots
-from lmm_sae_nb import truth as known
-from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
-from lmm_sae_nb.asked import REFUSAL, Vocabulary
-from lmm_sae_nb.cache import LatentCache
-from lmm_sae_nb.chats import Recorded, open_chat
-from lmm_sae_nb.explain import LazyExemplars, as_rows, exemplars, explain_latents, taught_latents
-from lmm_sae_nb.images import Remembered, open_images
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.masks import TrueMasks
-from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.cache.activations import LatentCache
+from lmm_sae_nb.chat.chats import Recorded, open_chat
+from lmm_sae_nb.interpret import explain, explainers
+from lmm_sae_nb.interpret.explain import LazyExemplars, as_rows, exemplars, explain_latents, taught_latents
+from lmm_sae_nb.interpret.explainers import REFUSAL, Vocabulary
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.score.masks import TrueMasks
+from lmm_sae_nb.show import plots
+from lmm_sae_nb.support.artifacts import Stage, project_root, read_json, require, write_json
+from lmm_sae_nb.support.images import Remembered, open_images
+from lmm_sae_nb.truth import truth as known
 
 root = project_root()
 plots.style()
@@ -100,7 +101,7 @@ print(prompt)
 # the concept a kind of Table 1, by a second model or, where every name of the world is known, by looking it up.
 
 # %%
-stage, code = Stage(run, "interpret"), [asked, explain, known]
+stage, code = Stage(run, "interpret"), [explainers, explain, known]
 params = dict(
     model=model, layer=layer, images=images, heldout=heldout, concepts=concepts, explainer=explainer, prompt=prompt, tag=tag,
     refiner=refiner, labeller=labeller, n_explained=n_explained, n_top=n_top, share=share, dim=dim,
@@ -122,9 +123,9 @@ if not current:
     how |= dict(max_new_tokens=max_new_tokens)
     talk = {who: Recorded(open_chat(who, sureness=who == explainer and least_sure > 0, **how), stage.path("replies.jsonl"))
             for who in {explainer, refiner, labeller} - {""}}  # fmt: skip
-    refine = asked.refiner(talk[refiner]) if refiner else vocabulary.refine if vocabulary else asked.unrefined
-    label = asked.labeller(talk[labeller]) if labeller else vocabulary.label if vocabulary else asked.unlabelled
-    ask = partial(explain_latents, explain=asked.explainer(talk[explainer], prompt, tag=tag, least_sure=least_sure), refine=refine, label=label)
+    refine = explainers.refiner(talk[refiner]) if refiner else vocabulary.refine if vocabulary else explainers.unrefined
+    label = explainers.labeller(talk[labeller]) if labeller else vocabulary.label if vocabulary else explainers.unlabelled
+    ask = partial(explain_latents, explain=explainers.explainer(talk[explainer], prompt, tag=tag, least_sure=least_sure), refine=refine, label=label)
     rows = as_rows(ask(shown))
     metrics = known.counted(rows)
     if truth:

@@ -59,18 +59,20 @@ import torch
 from datasets import load_from_disk
 from IPython.display import display
 
-from lmm_sae_nb import asked, grounding, masks, plots
-from lmm_sae_nb import score as scoring
-from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
-from lmm_sae_nb.cache import LatentCache
-from lmm_sae_nb.chats import Recorded, open_chat
-from lmm_sae_nb.explain import exemplars
-from lmm_sae_nb.images import Remembered, open_images
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.masks import PAPER, STRICT, Numbered, TrueMasks, activation_mask, concept_mask, iou, ious, spots
-from lmm_sae_nb.ratings import read_ratings
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.widgets.rating import Rater
+from lmm_sae_nb.cache.activations import LatentCache
+from lmm_sae_nb.chat.chats import Recorded, open_chat
+from lmm_sae_nb.interpret import explainers
+from lmm_sae_nb.interpret.explain import exemplars
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.score import grounding, masks
+from lmm_sae_nb.score import score as scoring
+from lmm_sae_nb.score.masks import PAPER, STRICT, Numbered, TrueMasks, activation_mask, concept_mask, iou, ious, spots
+from lmm_sae_nb.score.ratings import read_ratings
+from lmm_sae_nb.show import plots
+from lmm_sae_nb.show.rater import Rater
+from lmm_sae_nb.support.artifacts import Stage, project_root, read_json, require, write_json
+from lmm_sae_nb.support.images import Remembered, open_images
 
 root = project_root()
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -266,16 +268,16 @@ how = dict(judge=judge, images=images, concepts=concepts, n_scored=n_scored, n_j
 known = before + [root / name for name in (judge, concepts) if name and (root / name).exists()]
 if not who:
     judging.forget()
-elif not judging.is_current(how, known, [scoring, asked]):
+elif not judging.is_current(how, known, [scoring, explainers]):
     started, chat = time.monotonic(), None
     if judge:  # every verdict is on the disk before the next one is waited for
         chat = open_chat(judge, root=root, key_variable=judge_key, concurrency=concurrency, timeout=timeout)
         chat = Recorded(chat, judging.path("replies.jsonl"))
-    verdicts = scoring.by_sight(asked.judge(chat)) if chat else scoring.knowing(truth)
+    verdicts = scoring.by_sight(explainers.judge(chat)) if chat else scoring.knowing(truth)
     found = scoring.judge_latents(verdicts, shown, explained, others, each=n_judged, seed=seed)
     write_json(judging.path("verdicts.json"), found)
     told = scoring.agreed(found, kind_of) | {"replies_failed": chat.failed if chat else 0}
-    judging.finish(how, known, told, time.monotonic() - started, [scoring, asked])
+    judging.finish(how, known, told, time.monotonic() - started, [scoring, explainers])
 
 # %%
 kinds, judges = (*scoring.KINDS, "total"), {}

@@ -93,37 +93,32 @@ from IPython.display import display
 from PIL import Image
 from torch.utils.data import Subset
 
-from lmm_sae_nb import (
-    asked,
-    attribution,
-    cache,
-    evaluate,
-    explain,
-    fidelity,
-    grounding,
-    intervals,
-    masks,
-    plots,
-    steering,
-    train,
-)
-from lmm_sae_nb import score as scoring
-from lmm_sae_nb import truth as known
-from lmm_sae_nb.artifacts import Stage, project_root, read_json, write_json
-from lmm_sae_nb.asked import Vocabulary, names
-from lmm_sae_nb.attribution import exact, linear
-from lmm_sae_nb.cache import cache_several
-from lmm_sae_nb.chats import Recorded, open_chat
-from lmm_sae_nb.evaluate import evaluate_saes
-from lmm_sae_nb.explain import as_rows, exemplars, explain_enough, explain_latents
-from lmm_sae_nb.fidelity import agreement, own_decision, some_pairs
-from lmm_sae_nb.images import Remembered, open_images
-from lmm_sae_nb.intervals import Mean, bounds, mean_interval
-from lmm_sae_nb.lmm import LMM, NoPatchGrid
-from lmm_sae_nb.masks import PAPER, STRICT, Numbered, TrueMasks, spots
-from lmm_sae_nb.steering import Edit, Scope, answers
-from lmm_sae_nb.tokens import pictured
-from lmm_sae_nb.train import Recipe, train_saes
+from lmm_sae_nb.attribute import agreement as attribute_agreement
+from lmm_sae_nb.attribute import attribution
+from lmm_sae_nb.attribute.agreement import agreement, own_decision, some_pairs
+from lmm_sae_nb.attribute.attribution import exact, linear
+from lmm_sae_nb.cache import activations
+from lmm_sae_nb.cache.activations import cache_several
+from lmm_sae_nb.chat.chats import Recorded, open_chat
+from lmm_sae_nb.interpret import explain, explainers
+from lmm_sae_nb.interpret.explain import as_rows, exemplars, explain_enough, explain_latents
+from lmm_sae_nb.interpret.explainers import Vocabulary, names
+from lmm_sae_nb.model.lmm import LMM, NoPatchGrid
+from lmm_sae_nb.score import grounding, masks
+from lmm_sae_nb.score import score as scoring
+from lmm_sae_nb.score.masks import PAPER, STRICT, Numbered, TrueMasks, spots
+from lmm_sae_nb.show import plots
+from lmm_sae_nb.steer import steering
+from lmm_sae_nb.steer.steering import Edit, Scope, answers
+from lmm_sae_nb.support import intervals
+from lmm_sae_nb.support.artifacts import Stage, project_root, read_json, write_json
+from lmm_sae_nb.support.images import Remembered, open_images
+from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval
+from lmm_sae_nb.train import evaluate, training
+from lmm_sae_nb.train.evaluate import evaluate_saes
+from lmm_sae_nb.train.token_buffer import pictured
+from lmm_sae_nb.train.training import Recipe, train_saes
+from lmm_sae_nb.truth import truth as known
 
 root = project_root()
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -172,7 +167,7 @@ with torch.no_grad():
 # Q-Former cannot do without.
 
 # %%
-stage, code = Stage(run, "compare"), [attribution, asked, cache, evaluate, explain, fidelity, known, masks, scoring, steering, train]
+stage, code = Stage(run, "compare"), [attribution, explainers, activations, evaluate, explain, attribute_agreement, known, masks, scoring, steering, training]
 params = dict(
     model=model, layers=layers, others=others, other_layer=other_layer, dataset=dataset, heldout=heldout, images=images,
     concepts=concepts, n_latents=n_latents, k=k, sizes=sizes, ks=ks, steps=steps, batch_tokens=batch_tokens,
@@ -213,9 +208,9 @@ drawn, drawn_clip = (rng.integers(len(pictures), size=runs * n_top).tolist() for
 if not current:
     open_as = partial(open_chat, root=root, key_variable=key_variable, concurrency=concurrency, timeout=timeout, max_new_tokens=max_new_tokens)
     talk = {who: Recorded(open_as(who, sureness=who == explainer and least_sure > 0), stage.path("replies.jsonl")) for who in {explainer, refiner, labeller} - {""}}
-    refine = asked.refiner(talk[refiner]) if refiner else vocabulary.refine if vocabulary else asked.unrefined
-    label = asked.labeller(talk[labeller]) if labeller else vocabulary.label if vocabulary else asked.unlabelled
-    ask = partial(explain_latents, explain=asked.explainer(talk[explainer], prompt, tag=tag, least_sure=least_sure), refine=refine, label=label)
+    refine = explainers.refiner(talk[refiner]) if refiner else vocabulary.refine if vocabulary else explainers.unrefined
+    label = explainers.labeller(talk[labeller]) if labeller else vocabulary.label if vocabulary else explainers.unlabelled
+    ask = partial(explain_latents, explain=explainers.explainer(talk[explainer], prompt, tag=tag, least_sure=least_sure), refine=refine, label=label)
     parts = [named(part) for part in (detector, segmenter) if part]
     kind_of_segmenter = grounding.BoxSegmenter if detector else grounding.PromptedSegmenter
     where = {"truth": truth} if truth else {"segmenter": Numbered(kind_of_segmenter.load(*parts, device=device), remembered)}
@@ -350,7 +345,7 @@ by_layer = {name: {row["concept"]: n for n, row in scored[name]["scores"].items(
 everywhere = sorted(set.intersection(*map(set, by_layer.values())))
 print(f"{len(everywhere)} concepts are named at every layer: {', '.join(everywhere)}")
 # %% mystnb={"figure": {"caption": "Two concepts that are named at every layer, from low to high: the latents' images with their activation, and masked.", "name": "fig-depth"}}
-caches = {name: cache.LatentCache.load(stage.path(first) / name) for name in of_layers}
+caches = {name: activations.LatentCache.load(stage.path(first) / name) for name in of_layers}
 strips = [(f"{name.replace('_', ' ')}, latent {by_layer[name][concept]}: {concept}", exemplars(caches[name], pictures, int(by_layer[name][concept]), n_top=n_top, share=share))
           for concept in everywhere[:: max(1, len(everywhere) // 2)][:2] for name in of_layers]  # fmt: skip
 plots.exemplar_strip(strips, side=1.1);
@@ -366,7 +361,7 @@ plots.exemplar_strip(strips, side=1.1);
 # %%
 for name in rest:
     its = lmms[name]
-    found_in = cache.LatentCache.load(stage.path(name) / name)
+    found_in = activations.LatentCache.load(stage.path(name) / name)
     try:
         spots(exemplars(found_in, pictures, int(next(iter(scored[name]["scores"]))), n_top=n_top))
     except NoPatchGrid as reason:
@@ -377,7 +372,7 @@ rows += [{"model": f"{name}, layer {other_layer}", "CLIP, paper": cell(f"clip_pa
 plots.table([*rows, {"model": "InstructBLIP-7B, 25th, the paper", "CLIP, paper": 28.01, "random": 17.71, "latents": 100}], "Table 4")
 # %% mystnb={"figure": {"caption": "Latents of the other model at random: the whole images that excite them most, and the name they were given.", "name": "fig-other-model"}}
 strips = [
-    (f"{name}, latent {n}: {row['concept']}", exemplars(cache.LatentCache.load(stage.path(name) / name), pictures, int(n), n_top=n_top))
+    (f"{name}, latent {n}: {row['concept']}", exemplars(activations.LatentCache.load(stage.path(name) / name), pictures, int(n), n_top=n_top))
     for name in rest for n, row in list(scored[name]["scores"].items())[:: max(1, len(scored[name]["scores"]) // 3)][:3]
 ]  # fmt: skip
 plots.exemplar_strip(strips, side=1.1);

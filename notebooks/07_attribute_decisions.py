@@ -54,14 +54,17 @@ from datasets import load_from_disk
 from IPython.display import HTML
 from torch.testing import assert_close
 
-from lmm_sae_nb import attribution, fidelity, intervals, plots
-from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
-from lmm_sae_nb.attribution import difference, exact, integrated, linear, own_path
-from lmm_sae_nb.fidelity import agreement, cost, own_decision, some_pairs
-from lmm_sae_nb.intervals import bounds, mean_interval
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.train import Recipe, train_saes
+from lmm_sae_nb.attribute import agreement as attribute_agreement
+from lmm_sae_nb.attribute import attribution
+from lmm_sae_nb.attribute.agreement import agreement, cost, own_decision, some_pairs
+from lmm_sae_nb.attribute.attribution import difference, exact, integrated, linear, own_path
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.show import plots
+from lmm_sae_nb.support import intervals
+from lmm_sae_nb.support.artifacts import Stage, project_root, read_json, require, write_json
+from lmm_sae_nb.support.intervals import bounds, mean_interval
+from lmm_sae_nb.train.training import Recipe, train_saes
 
 root = project_root()
 plots.style()
@@ -156,7 +159,7 @@ HTML(plots.token_html(pieces, parts.of_tokens()[words].tolist()))
 # latents grow from nothing at once; and, for a few pairs, integrated gradients on each pair's own path.
 
 # %%
-stage, code = Stage(run, "attribute"), [attribution, fidelity, intervals]
+stage, code = Stage(run, "attribute"), [attribution, attribute_agreement, intervals]
 params = dict(
     model=model, layer=layer, heldout=heldout, dataset=dataset, decisions=decisions, pairs=pairs, own_pairs=own_pairs,
     ig_steps=ig_steps, other_layers=other_layers, other_decisions=other_decisions, other_latents=other_latents,

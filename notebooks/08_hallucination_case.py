@@ -67,11 +67,11 @@ import torch
 from datasets import load_from_disk
 from IPython.display import HTML
 
-from lmm_sae_nb import attribution, cure, intervals, plots
-from lmm_sae_nb.artifacts import Stage, project_root, read_json, require, write_json
-from lmm_sae_nb.attribution import decision, linear
-from lmm_sae_nb.cache import LatentCache
-from lmm_sae_nb.cure import (
+from lmm_sae_nb.attribute import attribution
+from lmm_sae_nb.attribute.attribution import decision, linear
+from lmm_sae_nb.cache.activations import LatentCache
+from lmm_sae_nb.hallucination import cure
+from lmm_sae_nb.hallucination.cure import (
     Limits,
     cases_of,
     of_words,
@@ -84,12 +84,15 @@ from lmm_sae_nb.cure import (
     trials,
     verdicts,
 )
-from lmm_sae_nb.explain import exemplars
-from lmm_sae_nb.images import open_images
-from lmm_sae_nb.intervals import bounds, share
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.steering import Edit, Scope, steered
+from lmm_sae_nb.interpret.explain import exemplars
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.show import plots
+from lmm_sae_nb.steer.steering import Edit, Scope, steered
+from lmm_sae_nb.support import intervals
+from lmm_sae_nb.support.artifacts import Stage, project_root, read_json, require, write_json
+from lmm_sae_nb.support.images import open_images
+from lmm_sae_nb.support.intervals import bounds, share
 
 root = project_root()
 plots.style()

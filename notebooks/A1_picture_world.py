@@ -38,13 +38,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from lmm_sae_nb import plots
-from lmm_sae_nb.artifacts import Stage, project_root, read_json
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.pictureworld import concepts, exam, explainer_exam, questions, school
-from lmm_sae_nb.pictureworld.gallery import scenes_of
-from lmm_sae_nb.pictureworld.scenes import HELD_OUT, make_map, make_masked, make_scene
-from lmm_sae_nb.pictureworld.strips import drawn, masked_images
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.pictureworld import training_loop
+from lmm_sae_nb.pictureworld.explainer import exam as explainer_exam
+from lmm_sae_nb.pictureworld.explainer.masked_sets import drawn, masked_images
+from lmm_sae_nb.pictureworld.llava import exam
+from lmm_sae_nb.pictureworld.world import concepts, questions
+from lmm_sae_nb.pictureworld.world.rendered import scenes_of
+from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT, make_map, make_masked, make_scene
+from lmm_sae_nb.show import plots
+from lmm_sae_nb.support.artifacts import Stage, project_root, read_json
 
 root = project_root()
 plots.style()
@@ -107,13 +110,13 @@ concepts.ANSWERED_FROM_MEMORY
 # ship | exam`.
 
 # %% mystnb={"figure": {"caption": "Learning curves. Left: patches named right by the eye. Right: answers right in every word, given the right words before, on fresh training scenes; a grey line where a course begins (lessons, finish, polish, parts).", "name": "fig-learning"}}
-tower = school.smooth(school.read_log(root / model / "tower.jsonl"))
+tower = training_loop.smooth(training_loop.read_log(root / model / "tower.jsonl"))
 courses = [root / model / f"{course}.jsonl" for course in ("lessons", "finish", "polish", "parts")]
 rows, begins = [], []
 for course in filter(Path.is_file, courses):
     begins.append(rows[-1]["step"] if rows else 0)
-    rows += [{**row, "step": row["step"] + begins[-1]} for row in school.read_log(course)]
-lessons = school.smooth(rows)
+    rows += [{**row, "step": row["step"] + begins[-1]} for row in training_loop.read_log(course)]
+lessons = training_loop.smooth(rows)
 _, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8))
 for step in begins[1:]:
     right.axvline(step, color="0.8", lw=1)
@@ -176,7 +179,7 @@ plots.images([m.image for m in masked], [m.shown[1] for m in masked]);
 # Then the projector learns to say in one token what four patches said; then projector and language model learn from *strips*,
 # the masked images of one latent: a third drawn from label maps, with patches missing, bleeding over the border and astray,
 # the others of real latents, on training scenes, of the SAE of notebook 01 and of notebook 07's at layer 4. What a set shows,
-# and whether anything, is said by one rule (`lmm_sae_nb/shown.py`), the same that judges explanations. The command is `python
+# and whether anything, is said by one rule (`lmm_sae_nb/truth/common_concept.py`), the same that judges explanations. The command is `python
 # -m lmm_sae_nb.pictureworld explainer --sae data/artifacts/tiny/attribute/others/layer_4 4`; [departures](../departures) tell
 # what was tried before.
 #
@@ -187,7 +190,7 @@ plots.images([m.image for m in masked], [m.shown[1] for m in masked]);
 _, axes = plt.subplots(1, 2, figsize=(8, 2.8))
 for ax, course, names in zip(axes, ("eye", "explainer"), (("object", "part", "texture", "face", "word"), ("named", "refused")), strict=True):
     for name in names:
-        plots.curve(school.smooth(school.read_log(root / explainer / f"{course}.jsonl")), f"share_{name}", label=name, ax=ax)
+        plots.curve(training_loop.smooth(training_loop.read_log(root / explainer / f"{course}.jsonl")), f"share_{name}", label=name, ax=ax)
     ax.set_ylabel("patches right" if course == "eye" else "sets right")
     ax.legend(frameon=False, fontsize=6)
 
@@ -249,7 +252,7 @@ for way, told in {"caption_of_image": "the caption of a scene", "image_of_captio
 # %% mystnb={"figure": {"caption": "The embedded InstructBLIP. Left: answers right in every word, given the right words before. Right: its exam on held-out scenes, with 99 % Wilson intervals.", "name": "fig-instructblip"}}
 _, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
 for family in ("describe", "position", "exists", "where", "part", "read"):
-    plots.curve(school.smooth(school.read_log(root / instructblip / "queries.jsonl")), f"share_{family}", label=family, ax=left)
+    plots.curve(training_loop.smooth(training_loop.read_log(root / instructblip / "queries.jsonl")), f"share_{family}", label=family, ax=left)
 left.set_ylabel("answers right")
 left.legend(frameon=False, fontsize=6, ncols=2)
 plots.shares(read_json(root / instructblip / "exam.json"), ax=right);

@@ -31,11 +31,11 @@ rerun: bool = False  # measure now, instead of showing the last committed measur
 import matplotlib.pyplot as plt
 import torch
 
-from lmm_sae_nb import plots
-from lmm_sae_nb.artifacts import project_root, read_json
 from lmm_sae_nb.benchmarks.comparison import bars, renew
-from lmm_sae_nb.optimiser import SAEAdam
-from lmm_sae_nb.sae import TopKSAE, fvu
+from lmm_sae_nb.sae.adam import SAEAdam
+from lmm_sae_nb.sae.topk import TopKSAE, fvu
+from lmm_sae_nb.show import plots
+from lmm_sae_nb.support.artifacts import project_root, read_json
 
 path = project_root() / "book/benchmarks.json"
 plots.style()
@@ -129,7 +129,7 @@ print(f"cold: median {opened['cold_median']:.1f} ms, highest of {opened['read']}
 # ## The linear layers of the models
 #
 # On a processor most of a notebook's time goes into the linear layers of models that are not trained. torch leaves them to
-# its BLAS, MKL on x86. On AMD's with AVX-512 they are computed by oneDNN instead (`lmm_sae_nb.frozen`), but for the hidden
+# its BLAS, MKL on x86. On AMD's with AVX-512 they are computed by oneDNN instead (`lmm_sae_nb.model.frozen`), but for the hidden
 # states that SAEs learn from, which stay what they are to the bit; on others, of which nothing was measured, torch is left
 # alone. In turns, on one thread; on such a processor `python -m lmm_sae_nb.benchmarks.products` measures it anew.
 

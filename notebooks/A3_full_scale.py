@@ -40,10 +40,11 @@ import time
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from lmm_sae_nb import forecast, plots
-from lmm_sae_nb import twin as twin_module
-from lmm_sae_nb.artifacts import Stage, project_root, read_json
-from lmm_sae_nb.twin import geometry_twin, noise, run_twin
+from lmm_sae_nb.full_scale import costs
+from lmm_sae_nb.full_scale import geometry_twin as twin_module
+from lmm_sae_nb.full_scale.geometry_twin import geometry_twin, noise, run_twin
+from lmm_sae_nb.show import plots
+from lmm_sae_nb.support.artifacts import Stage, project_root, read_json
 
 root = project_root()
 plots.style()
@@ -56,12 +57,12 @@ plots.style()
 
 # %%
 path = root / preset
-values, device = forecast.read_preset(path), forecast.DEVICES[gpu]
-assumed = forecast.Assumed(utilisation=utilisation)
-names = sorted({values["01_train_sae"]["model"], forecast.explainer_of(values), twin})
-models = {name: forecast.meta_model(name) for name in names}
+values, device = costs.read_preset(path), costs.DEVICES[gpu]
+assumed = costs.Assumed(utilisation=utilisation)
+names = sorted({values["01_train_sae"]["model"], costs.explainer_of(values), twin})
+models = {name: costs.meta_model(name) for name in names}
 pd.DataFrame(
-    [(n, forecast.parameters(m) / 1e9, *forecast.picture(m, assumed.image)) for n, m in models.items()],
+    [(n, costs.parameters(m) / 1e9, *costs.picture(m, assumed.image)) for n, m in models.items()],
     columns=["model", "parameters, 1e9", "tokens an image", "of the base image", "crops", "patches a crop"],
 ).style.format(precision=2, thousands=",").hide(axis="index")
 
@@ -78,7 +79,7 @@ print(device)
 print(assumed)
 
 # %%
-rows = [(gpus, cost) for gpus in (1, 8) for cost in forecast.costs(values, cached_images, gpus=gpus, assumed=assumed)]
+rows = [(gpus, cost) for gpus in (1, 8) for cost in costs.costs(values, cached_images, gpus=gpus, assumed=assumed)]
 
 
 def gb(needs):
@@ -105,7 +106,7 @@ plots.stacked(dict(zip(labels, hours, strict=True)), f"hours, {gpu}");
 train = {name: values["01_train_sae"][name] for name in ("layer", "n_latents", "k", "steps", "batch_tokens")}
 lmm = models[values["01_train_sae"]["model"]]
 for gpus in (1, 8):
-    halved = forecast.train_cost(lmm, **train, gpus=gpus, mixed_precision="bf16", assumed=assumed)
+    halved = costs.train_cost(lmm, **train, gpus=gpus, mixed_precision="bf16", assumed=assumed)
     print(f"{gpus} x {gpu}: {sum(halved.hours(device, gpus, utilisation).values()):.1f} hours")
 
 # %% mystnb={"figure": {"caption": "Memory of one GPU, by what needs it. The dashed line is what it has.", "name": "fig-memory"}}
@@ -122,7 +123,7 @@ plots.stacked(dict(zip(labels, needs, strict=True)), "GB a GPU", limit=device.me
 
 # %%
 for gpus in (1, 8):
-    for what, command in forecast.commands(path, values, gpus).items():
+    for what, command in costs.commands(path, values, gpus).items():
         print(f"# {gpus} GPU{'s' * (gpus > 1)}: {what}\n{command}\n")
 
 # %% [markdown]
@@ -134,7 +135,7 @@ for gpus in (1, 8):
 # on each picture, to every active latent at every token) on this machine's processor.
 
 # %%
-stage, code = Stage(run, "full_scale"), [forecast, twin_module]
+stage, code = Stage(run, "full_scale"), [costs, twin_module]
 params = dict(
     preset=preset, gpu=gpu, cached_images=cached_images, utilisation=utilisation, twin=twin, twin_width=twin_width,
     twin_images=twin_images, twin_steps=twin_steps, seed=seed,
@@ -182,8 +183,8 @@ small = geometry_twin(twin, twin_width, seed)
 prompt = small.prompt("what is shown ?", noise([assumed.image], seed)[0])
 with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused one is not counted
     small.hidden_states(prompt, 24)
-tokens, image = prompt.inputs["input_ids"].shape[1], forecast.picture(small.model, assumed.image)
-counted, reckoned = counter.get_total_flops(), forecast.reading_flops(small.model, tokens, image, 24)
+tokens, image = prompt.inputs["input_ids"].shape[1], costs.picture(small.model, assumed.image)
+counted, reckoned = counter.get_total_flops(), costs.reading_flops(small.model, tokens, image, 24)
 assert abs(reckoned / counted - 1) < 0.02, (reckoned, counted)
 print(f"counted {counted / 1e9:.2f}, forecast {reckoned / 1e9:.2f} GFLOPs for {tokens:,} tokens")
 

@@ -95,7 +95,7 @@ def lmm():
     """A random LLaVA-NeXT of Picture World's geometry."""
     from models import make
 
-    from lmm_sae_nb.lmm import LMM
+    from lmm_sae_nb.model.lmm import LMM
 
     return LMM(*make("picture_world"))
 
@@ -105,7 +105,7 @@ def sae(lmm):
     """A random SAE for it: 24 latents, 3 of them active."""
     import torch
 
-    from lmm_sae_nb.sae import TopKSAE
+    from lmm_sae_nb.sae.topk import TopKSAE
 
     return TopKSAE(lmm.width, 24, 3, generator=torch.Generator().manual_seed(1))
 

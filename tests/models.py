@@ -44,7 +44,7 @@ from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.video_processing_utils import VideoProcessorMixin
 
-from lmm_sae_nb.processors import NoVideo
+from lmm_sae_nb.model.processor import NoVideo
 
 LAYERS, WIDTH = 3, 16
 LLAVA_NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lmm_sae_nb import artifacts
+from lmm_sae_nb.support import artifacts
 
 
 @pytest.fixture

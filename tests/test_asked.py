@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lmm_sae_nb import asked
-from lmm_sae_nb.asked import LONGEST, REFUSAL, Outcome, Vocabulary, understood
-from lmm_sae_nb.chats import Question, Reply
+from lmm_sae_nb.chat.chats import Question, Reply
+from lmm_sae_nb.interpret import explainers
+from lmm_sae_nb.interpret.explainers import LONGEST, REFUSAL, Outcome, Vocabulary, understood
 
 TAG = "[EXPLANATION]:"
 
@@ -61,7 +61,7 @@ def test_who_is_too_unsure_has_not_explained(sureness, least, outcome):
 
 def test_a_limit_needs_a_reply_that_tells_how_sure_it_is():
     with pytest.raises(ValueError, match=r"'a hat' comes without .* least_sure = 0.5; set least_sure to 0, or ask"):
-        asked.explainer(Answering(lambda question: Reply("a hat")), "?", least_sure=0.5)([pictures(1)])
+        explainers.explainer(Answering(lambda question: Reply("a hat")), "?", least_sure=0.5)([pictures(1)])
     assert understood(Reply(None, "it is down"), least_sure=0.5).outcome is Outcome.FAILED
 
 
@@ -96,7 +96,7 @@ def shade(question: Question) -> Reply:
 
 def test_an_explainer_sees_a_set_at_once_and_is_not_asked_about_an_empty_one():
     chat = Answering(shade)
-    same, mixed, none, last = asked.explainer(chat, "look: {images} why ?", tag=TAG)(
+    same, mixed, none, last = explainers.explainer(chat, "look: {images} why ?", tag=TAG)(
         iter([pictures(7, 7, 7), pictures(1, 2), [], pictures(4)])
     )
     assert (same.text, last.text) == ("shade 7.", "shade 4.")
@@ -108,16 +108,16 @@ def test_an_explainer_sees_a_set_at_once_and_is_not_asked_about_an_empty_one():
 def test_a_refiner_gives_a_short_name_or_says_that_there_is_none():
     chat = Answering(lambda question: Reply(question.text.removeprefix("shorten: ").partition(",")[0]))
     texts = ["Train Tracks., where trains run", f"{REFUSAL}, sorry", "x" * (LONGEST + 1)]
-    name, none, long = asked.refiner(chat, "shorten: {text}")(texts)
+    name, none, long = explainers.refiner(chat, "shorten: {text}")(texts)
     assert name[:3] == (Outcome.EXPLAINED, "train tracks", "Train Tracks.")
     assert (none.outcome, long.outcome) == (Outcome.REFUSED, Outcome.UNPARSEABLE)
-    short, long = asked.unrefined(["A cat.", "a long, long story " * 9])
+    short, long = explainers.unrefined(["A cat.", "a long, long story " * 9])
     assert (short.text, long.outcome) == ("a cat", Outcome.UNPARSEABLE)
 
 
 def test_text_in_braces_is_text():
     chat = Answering(lambda question: Reply("ok"))
-    asked.refiner(chat, 'as {"json": "{text}"}')(["{text} {0} {images}"])
+    explainers.refiner(chat, 'as {"json": "{text}"}')(["{text} {0} {images}"])
     assert chat.heard[0].text == 'as {"json": "{text} {0} {images}"}'
 
 
@@ -126,13 +126,13 @@ def test_text_in_braces_is_text():
     [("Object.", "object"), ("color", "colour"), ("a texture, or an object", None), ("no idea", None), (None, None)],
 )
 def test_a_labeller_gives_one_of_the_six_kinds_or_none(said, kind):
-    assert asked.labeller(Answering(lambda question: Reply(said)))(["a hat"]) == [kind]
+    assert explainers.labeller(Answering(lambda question: Reply(said)))(["a hat"]) == [kind]
 
 
 def test_a_judge_is_shown_the_images_and_the_concept_and_says_yes_no_or_unsure():
     said = {7: "Yes, it is.", 1: "no", 3: "I am unsure", 4: None, 5: "yes and no"}
     chat = Answering(lambda question: Reply(said[question.images[0].getpixel((0, 0))[0]]))
-    verdicts = asked.judge(chat)([pictures(n, n) for n in said], ["a hat"] * 5)
+    verdicts = explainers.judge(chat)([pictures(n, n) for n in said], ["a hat"] * 5)
     assert verdicts == ["yes", "no", "unsure", None, None]
     first = chat.heard[0].parts()
     assert [type(part) for part in first] == [Image.Image, Image.Image, str] and '"a hat"' in first[2]
@@ -141,7 +141,7 @@ def test_a_judge_is_shown_the_images_and_the_concept_and_says_yes_no_or_unsure()
 @pytest.mark.parametrize(("sets", "concepts"), [([[]], ["a"]), ([pictures(1)], ["a", "b"])])
 def test_a_judge_without_images_or_concept_is_told(sets, concepts):
     with pytest.raises(ValueError, match="give each concept its images"):
-        asked.judge(Answering(shade))(sets, concepts)
+        explainers.judge(Answering(shade))(sets, concepts)
 
 
 def test_the_vocabulary_is_exact(tmp_path):
@@ -153,11 +153,11 @@ def test_the_vocabulary_is_exact(tmp_path):
     assert words.label(["cat", "happy", "stop", "dog"]) == ["object", "face", "word", None]
     (tmp_path / "concepts.json").write_text('{"object": ["cat"]}')
     assert Vocabulary(tmp_path / "concepts.json").label(["cat"]) == ["object"]
-    assert asked.unlabelled(["cat", "dog"]) == [None, None]
+    assert explainers.unlabelled(["cat", "dog"]) == [None, None]
 
 
 def test_every_concept_of_picture_world_is_its_own_name():
-    from lmm_sae_nb.pictureworld.concepts import KINDS
+    from lmm_sae_nb.pictureworld.world.concepts import KINDS
 
     words = Vocabulary(KINDS)
     names = [name for kind in KINDS.values() for name in kind]
@@ -175,13 +175,13 @@ def test_every_concept_of_picture_world_is_its_own_name():
     ],
 )
 def test_an_answer_names_a_concept_by_whole_words(answer, concept, named):
-    assert asked.names(answer, concept) is named
+    assert explainers.names(answer, concept) is named
 
 
 def test_relevance_is_a_whole_number_from_one_to_ten_or_nothing():
     said = {"a": "7", "b": "Relevance: 10.", "c": "11", "d": "3 or 4", "e": None}
     chat = Answering(lambda question: Reply(said[question.text[0]]))
-    rate = asked.relevance(chat, "{answer} of {text}")
+    rate = explainers.relevance(chat, "{answer} of {text}")
     assert rate(list(said), ["hat"] * 5) == [7, 10, None, None, None]
     assert [question.text for question in chat.heard][:2] == ["a of hat", "b of hat"]
 

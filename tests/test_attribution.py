@@ -7,9 +7,9 @@ import torch
 from models import llava_next
 from torch.testing import assert_close
 
-from lmm_sae_nb.attribution import Decision, decision, difference, exact, integrated, linear, own_path
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.attribute.attribution import Decision, decision, difference, exact, integrated, linear, own_path
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
 
 LAYER = 1
 

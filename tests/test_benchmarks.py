@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 
-from lmm_sae_nb.artifacts import read_json, write_json
 from lmm_sae_nb.benchmarks import comparison, products, systems
 from lmm_sae_nb.benchmarks.comparison import bars, compare, measured
 from lmm_sae_nb.benchmarks.systems import SYSTEMS, Shape
-from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.support.artifacts import read_json, write_json
 
 TINY = Shape(64, 32, 256, 8)
 
@@ -52,12 +52,12 @@ def test_a_child_that_fails_says_why():
 
 @pytest.mark.parametrize("system", [name for name, (_, peer) in SYSTEMS.items() if not peer])
 def test_a_timed_step_trains(system, monkeypatch):
-    from lmm_sae_nb import kernels
+    from lmm_sae_nb.sae import kernels
 
     monkeypatch.setattr(kernels, "COMPILED", True)  # and put back what the system switches
     before = TopKSAE(32, 256, 8)
     made = []
-    monkeypatch.setattr("lmm_sae_nb.sae.TopKSAE", lambda *sizes: made.append(copy.deepcopy(before)) or made[-1])
+    monkeypatch.setattr("lmm_sae_nb.sae.topk.TopKSAE", lambda *sizes: made.append(copy.deepcopy(before)) or made[-1])
     SYSTEMS[system][0](TINY)(torch.randn(64, 32))
     (trained,) = made
     for name, weights in before.named_parameters():

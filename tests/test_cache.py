@@ -16,13 +16,13 @@ from models import FAMILIES, make, noise
 from PIL import Image
 from trainings import run
 
-from lmm_sae_nb import cache as caching
-from lmm_sae_nb.cache import LatentCache, activation_maps, cache_activations, forecast
-from lmm_sae_nb.evaluate import evaluate_sae
-from lmm_sae_nb.lmm import LMM, NoPatchGrid
-from lmm_sae_nb.ranking import Ranking, firings, merged
-from lmm_sae_nb.sae import Latents, TopKSAE, TrainedOn
-from lmm_sae_nb.shares import Share
+from lmm_sae_nb.cache import activations as caching
+from lmm_sae_nb.cache.activations import LatentCache, activation_maps, cache_activations, forecast
+from lmm_sae_nb.cache.resume import Share
+from lmm_sae_nb.cache.top_images import Ranking, firings, merged
+from lmm_sae_nb.model.lmm import LMM, NoPatchGrid
+from lmm_sae_nb.sae.topk import Latents, TopKSAE, TrainedOn
+from lmm_sae_nb.train.evaluate import evaluate_sae
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_shards_and_batches_of_any_kind_give_what_sorting_everything_gives(data,
 def test_what_one_update_takes_in_is_bounded_and_changes_nothing(monkeypatch):
     latents, rankings = some_latents(9, 0, True), []
     for entries in (1, 2 * PATCHES * K, 10**6):
-        monkeypatch.setattr("lmm_sae_nb.ranking.ENTRIES", entries)
+        monkeypatch.setattr("lmm_sae_nb.cache.top_images.ENTRIES", entries)
         parts = list(firings(latents, range(9)))
         assert max(len(new.acts) for _, new in parts) <= max(entries, PATCHES * K)
         rankings.append(Ranking.empty(N_LATENTS, 3, PATCHES))
@@ -238,7 +238,7 @@ def test_a_model_without_a_grid_has_means_but_no_maps(tmp_path):
 def test_the_store_holds_every_activation_by_image_and_by_latent(
     lmm, sae, pictures, dense, tmp_path, monkeypatch, value
 ):
-    monkeypatch.setattr("lmm_sae_nb.store.PART", 4000)  # several files
+    monkeypatch.setattr("lmm_sae_nb.cache.sparse_store.PART", 4000)  # several files
     cache = cache_activations(lmm, sae, pictures, 0, batch_size=2, folder=tmp_path, store=value)
     assert len(list((tmp_path / "store").iterdir())) > 1
     tolerance = {"atol": 1e-3, "rtol": 1e-2} if value == "float16" else {"atol": 1e-4, "rtol": 1e-4}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from lmm_sae_nb.cache_formats import read_delphi_cache, read_paper_cache
+from lmm_sae_nb.cache.formats import read_delphi_cache, read_paper_cache
 
 IMAGES, POSITIONS, LATENTS, SPLITS, BASE = 9, 10, 12, 3, 6
 

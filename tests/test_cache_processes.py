@@ -10,11 +10,11 @@ from models import make
 from PIL import Image
 from torch.multiprocessing import ProcessRaisedException
 
-from lmm_sae_nb import cache as caching
-from lmm_sae_nb.cache import LatentCache, cache_activations
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.shares import shares_in, told_by
+from lmm_sae_nb.cache import activations as caching
+from lmm_sae_nb.cache.activations import LatentCache, cache_activations
+from lmm_sae_nb.cache.resume import shares_in, told_by
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
 
 SETTINGS = {"layer": 0, "n_top": 3, "batch_size": 2, "store": "float32"}
 

@@ -12,12 +12,12 @@ from forks import killed, started
 from models import make
 from PIL import Image
 
-from lmm_sae_nb import cache as caching
-from lmm_sae_nb.cache import LatentCache, cache_activations
-from lmm_sae_nb.images import open_images
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.shares import shares_in, told_by
+from lmm_sae_nb.cache import activations as caching
+from lmm_sae_nb.cache.activations import LatentCache, cache_activations
+from lmm_sae_nb.cache.resume import shares_in, told_by
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.support.images import open_images
 
 SETTINGS = {"layer": 0, "n_top": 3, "batch_size": 2, "store": "float16", "unreadable": "skip"}
 
@@ -62,7 +62,7 @@ def cut_short(lmm, sae, images, folder: Path) -> None:
 
 def test_a_pass_killed_again_and_again_ends_with_the_same_bytes(lmm, sae, pictures, tmp_path, monkeypatch):
     """SIGKILL at random moments of passes that save their state after every batch, in the middle of a write too."""
-    monkeypatch.setattr("lmm_sae_nb.store.PART", 6000)  # a file of the store every few images
+    monkeypatch.setattr("lmm_sae_nb.cache.sparse_store.PART", 6000)  # a file of the store every few images
     images, folder = open_images(pictures), tmp_path / "cache"
     began = time.monotonic()
     cache_activations(lmm, sae, images, **SETTINGS, folder=tmp_path / "whole", save_every=0)
@@ -86,7 +86,7 @@ def test_a_pass_killed_again_and_again_ends_with_the_same_bytes(lmm, sae, pictur
 
 def test_a_kill_at_each_write_changes_nothing(lmm, sae, pictures, tmp_path, monkeypatch):
     """Every rename of the pass in turn is the last thing that happens: a stop before it, and one after it."""
-    monkeypatch.setattr("lmm_sae_nb.store.PART", 6000)
+    monkeypatch.setattr("lmm_sae_nb.cache.sparse_store.PART", 6000)
     images = open_images(pictures)
     cache_activations(lmm, sae, images, **SETTINGS, folder=tmp_path / "whole")
     expected, replace = contents(tmp_path / "whole"), Path.replace

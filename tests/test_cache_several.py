@@ -6,11 +6,11 @@ import torch
 from models import dense, make, noise
 from PIL import Image
 
-from lmm_sae_nb import cache as caching
-from lmm_sae_nb.cache import cache_activations, cache_several
-from lmm_sae_nb.evaluate import evaluate_sae
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE, TrainedOn
+from lmm_sae_nb.cache import activations as caching
+from lmm_sae_nb.cache.activations import cache_activations, cache_several
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE, TrainedOn
+from lmm_sae_nb.train.evaluate import evaluate_sae
 
 SETTINGS = {"n_top": 3, "batch_size": 2, "store": "float16"}
 

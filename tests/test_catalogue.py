@@ -12,11 +12,11 @@ from models import llava_next, noise
 from PIL import Image
 
 from book import features
-from lmm_sae_nb.cache import cache_activations
-from lmm_sae_nb.catalogue import Catalogue
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.thumbnails import GAP, encoded, heated, histogram_svg, sheet
+from lmm_sae_nb.cache.activations import cache_activations
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.show.latent_table import Catalogue
+from lmm_sae_nb.show.thumbnails import GAP, encoded, heated, histogram_svg, sheet
 
 HOSTILE = "<script>window.broken = 1</script>```"
 EXPLANATIONS = {
@@ -101,7 +101,7 @@ def test_the_histogram_counts_every_activation_that_the_cache_kept(made):
 
 def test_a_latent_is_counted_as_itself_however_many_are_read_together(made, monkeypatch):
     pictures, (_, stored) = made
-    monkeypatch.setattr("lmm_sae_nb.catalogue.TOGETHER", 3)  # of 8
+    monkeypatch.setattr("lmm_sae_nb.show.latent_table.TOGETHER", 3)  # of 8
     catalogue = Catalogue(stored, pictures, {latent: {} for latent in range(8)})
     for latent in (7, 0, 1, 2, 3, 6, 5, 4):
         images = [stored.store.image(n) for n in range(3)]

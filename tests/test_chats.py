@@ -23,9 +23,18 @@ from models import text as text_settings
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Config, Qwen2ForCausalLM
 
-from lmm_sae_nb import asked
-from lmm_sae_nb.asked import Outcome
-from lmm_sae_nb.chats import EndpointChat, EndpointError, LocalChat, Question, Recorded, ask, open_chat, pixel_hash
+from lmm_sae_nb.chat.chats import (
+    EndpointChat,
+    EndpointError,
+    LocalChat,
+    Question,
+    Recorded,
+    ask,
+    open_chat,
+    pixel_hash,
+)
+from lmm_sae_nb.interpret import explainers
+from lmm_sae_nb.interpret.explainers import Outcome
 
 EXPLAINER = "data/models/tiny-explainer"
 PROMPT = "what do these images have in common ?"
@@ -262,7 +271,7 @@ def test_a_torn_last_line_is_dropped_and_a_damaged_one_before_it_refused(tmp_pat
 def _explain(url: str, record: Path) -> None:
     """A run of 60 latents against the endpoint, in a process that is going to be killed."""
     chat = Recorded(EndpointChat("a model", url, concurrency=3), record)
-    asked.explainer(chat, PROMPT)(pictures(2, seed) for seed in range(60))
+    explainers.explainer(chat, PROMPT)(pictures(2, seed) for seed in range(60))
 
 
 def test_killed_at_ten_random_points_no_answer_is_lost_and_none_asked_for_twice(tmp_path):
@@ -402,12 +411,12 @@ def test_a_real_server_answers_what_the_model_in_this_process_does(root, transfo
     far = open_chat(f"{root / EXPLAINER}@{transformers_serve}", concurrency=2, max_new_tokens=16)
     assert isinstance(near, LocalChat) and isinstance(far, EndpointChat)
     sets = [question.images for question in shown_sets(3)]
-    here = asked.explainer(near, PROMPT)(sets)
-    there = asked.explainer(Recorded(far, tmp_path / "replies.jsonl"), PROMPT)(sets)
+    here = explainers.explainer(near, PROMPT)(sets)
+    there = explainers.explainer(Recorded(far, tmp_path / "replies.jsonl"), PROMPT)(sets)
     assert [answer[:3] for answer in here] == [answer[:3] for answer in there]
     assert all(0 < answer.sureness <= 1 for answer in here) and {answer.sureness for answer in there} == {None}
     assert {answer.outcome for answer in there} <= {Outcome.EXPLAINED, Outcome.REFUSED, Outcome.UNPARSEABLE}
     assert len((tmp_path / "replies.jsonl").read_bytes().splitlines()) == 3
     curious = open_chat(f"{root / EXPLAINER}@{transformers_serve}", max_new_tokens=16, sureness=True)
     with pytest.raises(EndpointError, match="without the probabilities"):  # this server takes the wish and ignores it
-        asked.explainer(curious, PROMPT)(sets)
+        explainers.explainer(curious, PROMPT)(sets)

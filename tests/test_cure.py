@@ -7,8 +7,8 @@ from models import llava_next, noise
 from PIL import Image
 from torch.testing import assert_close
 
-from lmm_sae_nb.attribution import clamping, decision
-from lmm_sae_nb.cure import (
+from lmm_sae_nb.attribute.attribution import clamping, decision
+from lmm_sae_nb.hallucination.cure import (
     Case,
     Limits,
     cases_of,
@@ -23,10 +23,10 @@ from lmm_sae_nb.cure import (
     trials,
     verdicts,
 )
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.pictureworld.scenes import VALIDATION, make_scene
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.steering import Edit, Scope, steered
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.pictureworld.world.scenes import VALIDATION, make_scene
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.steer.steering import Edit, Scope, steered
 
 LAYER = 1
 

@@ -3,7 +3,7 @@
 import hashlib
 import re
 
-from lmm_sae_nb.pictureworld.concepts import EMOJI_FACES, EMOJI_OBJECTS
+from lmm_sae_nb.pictureworld.world.concepts import EMOJI_FACES, EMOJI_OBJECTS
 
 
 def test_the_table_is_the_folder(root):

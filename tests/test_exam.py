@@ -9,13 +9,13 @@ import pytest
 import worlds
 from scipy.stats import binomtest, norm
 
-from lmm_sae_nb.artifacts import read_json
-from lmm_sae_nb.pictureworld import cover, exam
 from lmm_sae_nb.pictureworld.__main__ import MODEL
-from lmm_sae_nb.pictureworld.concepts import FACTS, STORIES
-from lmm_sae_nb.pictureworld.exam import Asked, is_right, report, written
-from lmm_sae_nb.pictureworld.questions import Question
-from lmm_sae_nb.pictureworld.scenes import HELD_OUT
+from lmm_sae_nb.pictureworld.llava import exam, readme_picture
+from lmm_sae_nb.pictureworld.llava.exam import Asked, is_right, report, written
+from lmm_sae_nb.pictureworld.world.concepts import FACTS, STORIES
+from lmm_sae_nb.pictureworld.world.questions import Question
+from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT
+from lmm_sae_nb.support.artifacts import read_json
 
 SCENES = 60
 
@@ -142,12 +142,12 @@ def test_the_readme_s_picture_shows_each_scene_once_and_does_not_choose_by_what_
         scene = SimpleNamespace(seed=seed, chart=None, items=[None] * things)
         return Asked(family, Question(family, "?", "."), scene, ".", right)
 
-    first = {family: asked(family, n, right=family != "where") for n, family in enumerate(cover.FAMILIES)}
-    again = [asked(family, 0) for family in cover.FAMILIES[1:]]  # on the scene that `describe` is on
-    empty = [asked(family, 90, things=2) for family in cover.FAMILIES]
+    first = {family: asked(family, n, right=family != "where") for n, family in enumerate(readme_picture.FAMILIES)}
+    again = [asked(family, 0) for family in readme_picture.FAMILIES[1:]]  # on the scene that `describe` is on
+    empty = [asked(family, 90, things=2) for family in readme_picture.FAMILIES]
     trap = asked("trap", 70, right=False)
-    shown = cover.chosen([*empty, *first.values(), *again, trap])
+    shown = readme_picture.chosen([*empty, *first.values(), *again, trap])
     assert shown == [*(first | {"trap": trap}).values()]
     assert not shown[1].right
     with pytest.raises(ValueError, match="family trap is left to show; sit an exam of more"):
-        cover.chosen(list(first.values()))
+        readme_picture.chosen(list(first.values()))

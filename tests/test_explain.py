@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lmm_sae_nb.artifacts import write_json
-from lmm_sae_nb.asked import Answer, Outcome
-from lmm_sae_nb.cache import LatentCache, write_cache
-from lmm_sae_nb.explain import (
+from lmm_sae_nb.cache.activations import LatentCache, write_cache
+from lmm_sae_nb.cache.top_images import Ranking
+from lmm_sae_nb.interpret.explain import (
     TAUGHT,
     Explanation,
     LazyExemplars,
@@ -23,7 +22,8 @@ from lmm_sae_nb.explain import (
     taught_latents,
     upsample,
 )
-from lmm_sae_nb.ranking import Ranking
+from lmm_sae_nb.interpret.explainers import Answer, Outcome
+from lmm_sae_nb.support.artifacts import write_json
 
 EXPLAINED, REFUSED, UNPARSEABLE, FAILED = Outcome
 

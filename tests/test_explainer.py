@@ -8,23 +8,34 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from book import pages
-from lmm_sae_nb.artifacts import read_json, write_json
-from lmm_sae_nb.explain import REFUSAL, TAUGHT, masked, taught_latents
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.pictureworld import explainer, explainer_exam, explaining, peeking
+from lmm_sae_nb.interpret.explain import REFUSAL, TAUGHT, masked, taught_latents
+from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.pictureworld.__main__ import EXPLAINER, EXPLAINER_STEPS, MODEL
-from lmm_sae_nb.pictureworld.concepts import KINDS
-from lmm_sae_nb.pictureworld.explainer import QUESTION, SET
-from lmm_sae_nb.pictureworld.explainer_exam import Answered, explain_sets, report
-from lmm_sae_nb.pictureworld.explaining import ASKED, Explainee, Sets, draw_sets, lot, train_explainer
-from lmm_sae_nb.pictureworld.gallery import CONCEPTS, GRID, gallery, patch_counts
-from lmm_sae_nb.pictureworld.peeking import Peeking, image_chances, kind_labels, tower_features, train_eye
-from lmm_sae_nb.pictureworld.scenes import HELD_OUT, PATCH, TRAIN, VALIDATION, make_scene
-from lmm_sae_nb.pictureworld.school import read_log
-from lmm_sae_nb.pictureworld.strips import PATCHES, Source, Strips, drawn, masked_images, of_latents
-from lmm_sae_nb.pictureworld.tower import normalise, patch_labels
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.shown import LEAST_IOU, MOST, PURE, SHOWS, WEIGHT, Shown
+from lmm_sae_nb.pictureworld.explainer import (
+    exam,
+)
+from lmm_sae_nb.pictureworld.explainer import (
+    model as explainer_model,
+)
+from lmm_sae_nb.pictureworld.explainer import (
+    train as explainer_train,
+)
+from lmm_sae_nb.pictureworld.explainer import (
+    train_eye as explainer_train_eye,
+)
+from lmm_sae_nb.pictureworld.explainer.exam import Answered, explain_sets, report
+from lmm_sae_nb.pictureworld.explainer.masked_sets import PATCHES, Source, Strips, drawn, masked_images, of_latents
+from lmm_sae_nb.pictureworld.explainer.model import QUESTION, SET
+from lmm_sae_nb.pictureworld.explainer.train import ASKED, Explainee, Sets, draw_sets, lot, train_explainer
+from lmm_sae_nb.pictureworld.explainer.train_eye import Peeking, image_chances, kind_labels, tower_features, train_eye
+from lmm_sae_nb.pictureworld.llava.train_eye import normalise, patch_labels
+from lmm_sae_nb.pictureworld.training_loop import read_log
+from lmm_sae_nb.pictureworld.world.concepts import KINDS
+from lmm_sae_nb.pictureworld.world.rendered import CONCEPTS, GRID, gallery, patch_counts
+from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT, PATCH, TRAIN, VALIDATION, make_scene
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.support.artifacts import read_json, write_json
+from lmm_sae_nb.truth.common_concept import LEAST_IOU, MOST, PURE, SHOWS, WEIGHT, Shown
 
 SCENES = 90
 
@@ -41,13 +52,13 @@ def strips(pictures):
 
 @pytest.fixture(scope="module")
 def untaught(root):
-    return explainer.new_explainer(root / MODEL).eval()
+    return explainer_model.new_explainer(root / MODEL).eval()
 
 
 @pytest.fixture
 def exact(monkeypatch):
     """Float32 all through, so that two ways of computing agree to rounding."""
-    for module in (explaining, peeking):
+    for module in (explainer_train, explainer_train_eye):
         monkeypatch.setattr(module, "autocast_if_quicker", lambda: False)
 
 
@@ -202,7 +213,9 @@ def test_sets_are_asked_after_each_number_of_images(pictures, strips):
     assert source.chances.sum() == pytest.approx(1)
     assert source.chances[[its is None for its in shown]].sum() == pytest.approx(0.2)
     held = [sum(bool(its) and its.concept == one.concept for its in shown) if one else 0 for one in shown]
-    alike = [1 if n == 0 else explaining.OFTEN.get(its.kind, 1) / n**0.5 for its, n in zip(shown, held, strict=True)]
+    alike = [
+        1 if n == 0 else explainer_train.OFTEN.get(its.kind, 1) / n**0.5 for its, n in zip(shown, held, strict=True)
+    ]
     chances = source.chances / alike
     assert np.ptp(chances[np.array(held) > 0]) < 1e-9 < chances.max()
     sets = draw_sets(pictures, [source], 30, np.random.default_rng(1))
@@ -219,8 +232,8 @@ def test_sets_are_asked_after_each_number_of_images(pictures, strips):
 
 
 def test_training_and_examination_share_no_scene():
-    assert TRAIN <= explaining.FIRST_SEED and explaining.FIRST_SEED + explaining.SCENES <= VALIDATION
-    assert explainer_exam.FIRST_SEED >= HELD_OUT
+    assert TRAIN <= explainer_train.FIRST_SEED and explainer_train.FIRST_SEED + explainer_train.SCENES <= VALIDATION
+    assert exam.FIRST_SEED >= HELD_OUT
 
 
 # The model.
@@ -239,13 +252,13 @@ def prompted(processor, chats):
 
 def test_a_lessons_loss_is_that_of_the_processors_prompts(pictures, strips, untaught, exact):
     """Every question of a lesson alone: through the chat template, the processor and the model's own forward."""
-    processor, answers = explainer.explainer_processor(), ["dog", REFUSAL, "stop", "red"]
+    processor, answers = explainer_model.explainer_processor(), ["dog", REFUSAL, "stop", "red"]
     pixels = [pictures.pixels[scene] for scene in strips.scenes[0]]
     images = masked_images(pictures, strips.scenes[0], strips.visible[0])[:SET]
     with torch.no_grad():
         batch = normalise(torch.from_numpy(np.stack([np.asarray(image) for image in images])))
         features = untaught.model.vision_tower(batch).last_hidden_state[:, 1:]
-        lesson = Explainee(untaught, explainer.explainer_tokenizer())(Sets(features[None], [answers]))
+        lesson = Explainee(untaught, explainer_model.explainer_tokenizer())(Sets(features[None], [answers]))
         losses = []
         for count, answer in zip(ASKED, answers, strict=True):
             inputs = prompted(processor, [chat(images[:count])])
@@ -257,7 +270,7 @@ def test_a_lessons_loss_is_that_of_the_processors_prompts(pictures, strips, unta
 
 
 def test_it_reloads_from_disk_with_several_images_a_prompt(pictures, strips, root, tmp_path):
-    explainer.save(explainer.new_explainer(root / MODEL), tmp_path)
+    explainer_model.save(explainer_model.new_explainer(root / MODEL), tmp_path)
     model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
     assert type(model).__name__ == "AyaVisionForConditionalGeneration"
     assert model.dtype == torch.bfloat16
@@ -290,12 +303,12 @@ def test_a_stopped_and_resumed_course_is_bit_for_bit_the_uninterrupted_one(pictu
         kept = [torch.load(tmp_path / n / folder / "checkpoint.pt", weights_only=True) for n in ("whole", "parted")]
         assert kept[0]["step"] == kept[1]["step"] == 3
         assert all(torch.equal(value, kept[1]["pupil"][name]) for name, value in kept[0]["pupil"].items())
-    made = explaining.graduate(tmp_path / "parted", root / MODEL)
+    made = explainer_train.graduate(tmp_path / "parted", root / MODEL)
     assert made.dtype == torch.float32
     eye = torch.load(tmp_path / "whole/eye/checkpoint.pt", weights_only=True)["pupil"]
     assert all(torch.equal(w, eye[f"tower.{name}"]) for name, w in made.model.vision_tower.state_dict().items())
     with pytest.raises(FileNotFoundError, match="checkpoint.pt is missing; run"):
-        explaining.graduate(tmp_path / "nowhere", root / MODEL)
+        explainer_train.graduate(tmp_path / "nowhere", root / MODEL)
     assert train_eye(tmp_path / "parted/eye", **world, **lessons[0][2] | {"steps": 4})
     with pytest.raises(ValueError, match="were begun with another eye; delete its checkpoint.pt"):
         train_explainer(tmp_path / "parted", **world, **lessons[1][2])
@@ -309,7 +322,7 @@ def test_features_are_kept_in_parts(pictures, strips, untaught, root, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(tower, "forward", None)  # read, not made again
         assert torch.equal(features, tower_features(tower, pictures, few, tmp_path))
-    other = explainer.new_explainer(root / MODEL).model.vision_tower
+    other = explainer_model.new_explainer(root / MODEL).model.vision_tower
     torch.nn.init.zeros_(next(other.parameters()))
     for its, strip in ((other, few), (tower, Strips(strips.scenes[1:4], strips.visible[1:4]))):
         with pytest.raises(ValueError, match="000000.safetensors was made by another tower or of other strips; delete"):
@@ -337,7 +350,7 @@ def test_an_exam_asks_about_latents_that_were_no_lessons(pictures, root, tmp_pat
     write_json(tmp_path / "sae" / "manifest.json", {"params": {"k": 4}, "inputs": {"samples": "a hash"}})
     source, seen = Source(tmp_path / "sae", 1), pictures.first(12)
     lessons = of_latents(source, tmp_path / "made" / "latents-0", root / MODEL, seen, 2, 6)
-    write_json(tmp_path / "explainer" / TAUGHT, explaining.lessons_of(tmp_path / "made", 1))
+    write_json(tmp_path / "explainer" / TAUGHT, explainer_train.lessons_of(tmp_path / "made", 1))
     taught = taught_latents(tmp_path / "explainer", source.folder)
     assert len(taught) == len(lessons.scenes) == 6
     asked = of_latents(source, tmp_path / "exam", root / MODEL, seen, 2, 99, without=taught)
@@ -349,7 +362,7 @@ def test_an_exam_asks_about_latents_that_were_no_lessons(pictures, root, tmp_pat
 
 
 def test_an_exams_sets_are_strips_with_few_strangers(strips):
-    strip, image = explainer_exam.exam_sets(strips, 0.25, seed=0)
+    strip, image = exam.exam_sets(strips, 0.25, seed=0)
     own = strip == np.arange(len(strip))[:, None]
     assert (own.sum(1) >= SET - 1).all() and 0 < (~own).sum() < len(strip) / 2
     assert (image == np.arange(SET)).all()
@@ -357,7 +370,7 @@ def test_an_exams_sets_are_strips_with_few_strangers(strips):
 
 @pytest.fixture(scope="module")
 def shipped(root):
-    return explainer_exam.load(root / EXPLAINER)
+    return exam.load(root / EXPLAINER)
 
 
 def test_the_shipped_explainer_names_clean_held_out_sets_and_refuses_what_has_nothing_in_common(pictures, shipped):
@@ -388,7 +401,7 @@ def test_what_ships_is_small_whole_and_examined(root):
     defaults = {name: known.default for name, known in pages.parameters(pages.sources()[0]).items()}
     assert {name: defaults[name] for name in first["trained"]["params"]} == first["trained"]["params"]
     assert len(set(first["latents"])) == 800 and set(first["latents"]) < set(range(defaults["n_latents"]))
-    for course, steps in (("explainer", EXPLAINER_STEPS), ("eye", peeking.STEPS)):
+    for course, steps in (("explainer", EXPLAINER_STEPS), ("eye", explainer_train_eye.STEPS)):
         assert 0 <= steps - read_log(folder / f"{course}.jsonl")[-1]["step"] < 20
     for origin, rows in read_json(folder / "exam.json").items():
         assert origin in ("drawn", "cached")

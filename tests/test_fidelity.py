@@ -5,12 +5,12 @@ import torch
 from models import FAMILIES, make, noise
 from torch.testing import assert_close
 
-from lmm_sae_nb.artifacts import read_json
-from lmm_sae_nb.attribution import Attribution, Decision, clamping, exact, linear, own_path
+from lmm_sae_nb.attribute.agreement import agreement, cost, own_decision, some_pairs
+from lmm_sae_nb.attribute.attribution import Attribution, Decision, clamping, exact, linear, own_path
 from lmm_sae_nb.benchmarks.ablations import keep, measure, summary
-from lmm_sae_nb.fidelity import agreement, cost, own_decision, some_pairs
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import Latents, TopKSAE
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import Latents, TopKSAE
+from lmm_sae_nb.support.artifacts import read_json
 
 LAYER = 1
 KINDS = ("base", "tiles", "newline", "text")

@@ -12,9 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmm_sae_nb import forecast
-from lmm_sae_nb.attribution import decision, linear
-from lmm_sae_nb.forecast import (
+from lmm_sae_nb.attribute.attribution import decision, linear
+from lmm_sae_nb.full_scale import costs as full_scale_costs
+from lmm_sae_nb.full_scale.costs import (
     ASSUMED,
     DEVICES,
     Assumed,
@@ -26,10 +26,10 @@ from lmm_sae_nb.forecast import (
     parameters,
     picture,
 )
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.train import Recipe, train_saes
-from lmm_sae_nb.twin import geometry_twin, narrow, noise, run_twin
+from lmm_sae_nb.full_scale.geometry_twin import geometry_twin, narrow, noise, run_twin
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.train.training import Recipe, train_saes
 
 PAPER = "llava-hf/llama3-llava-next-8b-hf"
 A100 = DEVICES["A100 80GB"]
@@ -42,7 +42,7 @@ def twin() -> LMM:
 
 @pytest.fixture(scope="module")
 def preset(root) -> dict:
-    return forecast.read_preset(root / "notebooks/params/paper.yaml")
+    return full_scale_costs.read_preset(root / "notebooks/params/paper.yaml")
 
 
 # The models.
@@ -79,16 +79,16 @@ def test_parameters_of_the_presets_models_are_those_on_their_hub_pages(name, pub
 
 def test_a_preset_s_bare_name_is_told_to_be_a_path():
     with pytest.raises(FileNotFoundError, match="no preset paper; give its file's path from the root, such as noteb"):
-        forecast.read_preset("paper")
+        full_scale_costs.read_preset("paper")
 
 
 def test_every_preset_s_models_are_known_offline(root):
     for name in ("paper", "small"):
-        given = forecast.read_preset(root / f"notebooks/params/{name}.yaml")
+        given = full_scale_costs.read_preset(root / f"notebooks/params/{name}.yaml")
         assert {values["model"] for values in given.values() if "model" in values and "/models/" not in values["model"]}
         for values in given.values():
             if not values.get("model", "data/").startswith("data/"):
-                assert values["model"] in json.loads(forecast.GEOMETRIES.read_text())
+                assert values["model"] in json.loads(full_scale_costs.GEOMETRIES.read_text())
 
 
 def test_a_model_of_a_folder_is_read_from_it(root):
@@ -142,7 +142,7 @@ def test_flops_of_a_forward_are_those_that_torch_counts(layer):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         lmm.hidden_states(prompt, layer)
     tokens = prompt.inputs["input_ids"].shape[1]
-    reckoned = forecast.reading_flops(lmm.model, tokens, picture(lmm.model, (640, 480)), layer)
+    reckoned = full_scale_costs.reading_flops(lmm.model, tokens, picture(lmm.model, (640, 480)), layer)
     assert abs(reckoned / counter.get_total_flops() - 1) < 0.02
 
 
@@ -154,7 +154,9 @@ def test_flops_of_an_attribution_are_those_that_torch_counts(layer):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         linear(lmm, sae, layer, choice)
     text = int(choice.prompt.mask("text", "special").sum())
-    cost = forecast.attribute_cost(lmm.model, layer, 64, 4, 1, assumed=Assumed(image=(640, 480), text_tokens=text))
+    cost = full_scale_costs.attribute_cost(
+        lmm.model, layer, 64, 4, 1, assumed=Assumed(image=(640, 480), text_tokens=text)
+    )
     assert abs(sum(part.flops for part in cost.parts) / counter.get_total_flops() - 1) < 0.03
 
 
@@ -162,7 +164,7 @@ def test_flops_of_a_sae_s_encoder_are_those_that_torch_counts():
     x, W_enc = torch.randn(7, 16), torch.randn(48, 16)
     with FlopCounterMode(display=False) as counter:
         x @ W_enc.T
-    assert forecast.encode_parts(7, 16, 48)[0].flops == counter.get_total_flops()
+    assert full_scale_costs.encode_parts(7, 16, 48)[0].flops == counter.get_total_flops()
 
 
 # Time, memory, disk.
@@ -199,13 +201,13 @@ def test_a_sae_in_bfloat16_is_as_much_faster_as_the_gpu_says(preset):
     names = ("layer", "n_latents", "k", "steps", "batch_tokens")
     given, model = {name: preset["01_train_sae"][name] for name in names}, meta_model(PAPER)
     hours = [
-        forecast.train_cost(model, **given, mixed_precision=precision).hours(A100, 1, 0.4)
+        full_scale_costs.train_cost(model, **given, mixed_precision=precision).hours(A100, 1, 0.4)
         for precision in ("no", "bf16")
     ]
     assert_close(hours[0]["SAE encoder"] / hours[1]["SAE encoder"], 312 / 19.5)
     assert hours[0]["LMM forward"] == hours[1]["LMM forward"]
     with pytest.raises(ValueError, match="mixed_precision is 'fp16'; choose 'no' or 'bf16'"):
-        forecast.train_cost(model, **given, mixed_precision="fp16")
+        full_scale_costs.train_cost(model, **given, mixed_precision="fp16")
 
 
 def test_the_paper_s_cache_by_hand(preset):
@@ -221,14 +223,14 @@ def test_the_paper_s_explainer_fits_eight_gpus_and_not_one(preset):
     assert sum(eight.gpu.values()) < A100.memory < one.gpu["LMM"]
     reading, writing = one.parts
     assert one.tokens == 5_000 * (5 * 729 + ASSUMED.text_tokens + ASSUMED.answer_tokens)
-    weights = 2 * forecast.products(meta_model("llava-hf/llava-onevision-qwen2-72b-ov-hf").get_decoder().layers)
+    weights = 2 * full_scale_costs.products(meta_model("llava-hf/llava-onevision-qwen2-72b-ov-hf").get_decoder().layers)
     assert reading.flops > 5_000 * 5 * 729 * weights
     assert writing.flops / A100.bfloat16 < writing.bytes / A100.bandwidth  # a token at a time waits for the weights
 
 
 @pytest.mark.parametrize("name", ["paper", "small"])
 def test_every_stage_of_a_preset_has_a_cost(root, name):
-    given = forecast.read_preset(root / f"notebooks/params/{name}.yaml")
+    given = full_scale_costs.read_preset(root / f"notebooks/params/{name}.yaml")
     for cost in costs(given, 100, gpus=8):
         assert all(need >= 0 for needs in (cost.gpu, cost.host, cost.disk) for need in needs.values())
         assert sum(cost.hours(A100, 8, 0.4).values()) > 0
@@ -236,20 +238,20 @@ def test_every_stage_of_a_preset_has_a_cost(root, name):
 
 def test_a_preset_that_says_too_little_is_told(root):
     with pytest.raises(ValueError, match="does not give 01_train_sae model, layer, n_latents"):
-        costs(forecast.read_preset(root / "notebooks/params/tiny.yaml"), 100)
+        costs(full_scale_costs.read_preset(root / "notebooks/params/tiny.yaml"), 100)
 
 
 def test_commands_hold_the_preset_s_own_values(root, preset):
     path = root / "notebooks/params/paper.yaml"
-    assert list(forecast.commands(path, preset, 1).values()) == ["make book PRESET=paper JOBS=1"]
-    write, train, rest = forecast.commands(path, preset, 8).values()
+    assert list(full_scale_costs.commands(path, preset, 1).values()) == ["make book PRESET=paper JOBS=1"]
+    write, train, rest = full_scale_costs.commands(path, preset, 8).values()
     job = json.loads(write.removeprefix("echo '").removesuffix("' > job.json"))
     assert (job["n_latents"], job["k"], job["layer"]) == (131_072, 256, 24)
     assert job["folder"] == "data/artifacts/paper/train" and job["dataset"] == preset["01_train_sae"]["dataset"]
     settings = {name: value for name, value in job.items() if name not in ("model", "dataset")}
     shared = {name: settings.pop(name) for name in list(settings) if name in signature(train_saes).parameters}
     signature(train_saes).bind("the model", "the samples", {"": Recipe(settings.pop("layer"), **settings)}, **shared)
-    assert "--num_processes 8" in train and train.endswith("-m lmm_sae_nb.launch job.json")
+    assert "--num_processes 8" in train and train.endswith("-m lmm_sae_nb.train.launch job.json")
     assert rest == "make book PRESET=paper JOBS=1"
 
 
@@ -298,5 +300,5 @@ def test_what_no_twin_can_be_is_told():
 
 
 def test_this_machine_has_a_speed():
-    here = forecast.this_machine(seconds=0.05)
+    here = full_scale_costs.this_machine(seconds=0.05)
     assert here.float32 > 1e8 and here.bandwidth > 1e7

@@ -13,12 +13,12 @@ from models import llava_next, noise
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmm_sae_nb import frozen as module
-from lmm_sae_nb.chats import LocalChat
-from lmm_sae_nb.frozen import LEAST_ROWS, frozen, plain_products
-from lmm_sae_nb.grounding import ImageTextSimilarity, PromptedSegmenter
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.tokens import KINDS, Stream
+from lmm_sae_nb.chat.chats import LocalChat
+from lmm_sae_nb.model import frozen as module
+from lmm_sae_nb.model.frozen import LEAST_ROWS, frozen, plain_products
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.score.grounding import ImageTextSimilarity, PromptedSegmenter
+from lmm_sae_nb.train.token_buffer import KINDS, Stream
 
 HAS = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from lmm_sae_nb import hooks
+from lmm_sae_nb.model import hooks
 
 
 class Layer(nn.Module):

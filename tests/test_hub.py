@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 
-from lmm_sae_nb import hub
-from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.sae import hub
+from lmm_sae_nb.sae.topk import TopKSAE
 
 REPO, HOOKPOINT = "someone/an-sae", "model.layers.24"
 
@@ -107,7 +107,7 @@ def run(server, tmp_path, root):
         environment = {name: text for name, text in os.environ.items() if "proxy" not in name.lower()}
         environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
         environment |= {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_of_the_test", "PYTHONPATH": str(root)} | more
-        command = [sys.executable, "-c", f"from lmm_sae_nb.sae import TopKSAE\n{code}"]
+        command = [sys.executable, "-c", f"from lmm_sae_nb.sae.topk import TopKSAE\n{code}"]
         done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
         return done.stdout + done.stderr.strip().rsplit("\n", 1)[-1] * bool(done.returncode)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from lmm_sae_nb.images import Remembered, StreamedImages, UnreadableImage, open_images, open_rgb, rgb
+from lmm_sae_nb.support.images import Remembered, StreamedImages, UnreadableImage, open_images, open_rgb, rgb
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

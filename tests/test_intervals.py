@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from lmm_sae_nb.intervals import Mean, Share, bounds, difference_interval, mean_interval, run_interval, share
+from lmm_sae_nb.support.intervals import Mean, Share, bounds, difference_interval, mean_interval, run_interval, share
 
 
 def test_the_interval_of_a_normal_sample_is_the_textbook_one():

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from lmm_sae_nb import kernels
-from lmm_sae_nb.optimiser import SAEAdam
-from lmm_sae_nb.sae import Latents, TopKSAE, auxk_loss, decode_sparse, fvu
+from lmm_sae_nb.sae import kernels
+from lmm_sae_nb.sae.adam import SAEAdam
+from lmm_sae_nb.sae.topk import Latents, TopKSAE, auxk_loss, decode_sparse, fvu
 
 
 @pytest.fixture(params=[True, False], ids=["compiled", "plain"])
@@ -381,9 +381,9 @@ def test_threads_may_train_beside_each_other():
 PROGRAM = """
 import os, torch
 {before}
-from lmm_sae_nb import kernels
-from lmm_sae_nb.sae import TopKSAE, fvu
-from lmm_sae_nb.optimiser import SAEAdam
+from lmm_sae_nb.sae import kernels
+from lmm_sae_nb.sae.topk import TopKSAE, fvu
+from lmm_sae_nb.sae.adam import SAEAdam
 torch.set_num_threads(2)
 def trained():
     sae = TopKSAE(300, 64, 4, generator=torch.Generator().manual_seed(0))

@@ -18,12 +18,12 @@ import pytest
 import torch
 
 from book import pages
-from lmm_sae_nb.cache import cache_activations
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.pictureworld.scenes import make_scene
-from lmm_sae_nb.ratings import read_ratings
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.steering import Edit, compare
+from lmm_sae_nb.cache.activations import cache_activations
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.pictureworld.world.scenes import make_scene
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.score.ratings import read_ratings
+from lmm_sae_nb.steer.steering import Edit, compare
 
 FLAGS = "--no-browser --ip=127.0.0.1 --port={port} --IdentityProvider.token= --allow-root"
 MODEL, LAYER, LATENTS = pages.ROOT / "data/models/tiny-llava-next", 4, 32
@@ -31,13 +31,15 @@ NAMES = {3: "third <b>", 5: "fifth"}
 QUESTION, TOKENS = "what is shown ?", 6
 START = """\
 import ipywidgets as widgets
-from lmm_sae_nb.cache import LatentCache
-from lmm_sae_nb.catalogue import Catalogue
-from lmm_sae_nb.explain import exemplars
-from lmm_sae_nb.images import open_images
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.widgets import FeatureBrowser, Rater, SteeringPanel
+from lmm_sae_nb.cache.activations import LatentCache
+from lmm_sae_nb.show.latent_table import Catalogue
+from lmm_sae_nb.interpret.explain import exemplars
+from lmm_sae_nb.support.images import open_images
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.show.feature_browser import FeatureBrowser
+from lmm_sae_nb.show.rater import Rater
+from lmm_sae_nb.show.steering_panel import SteeringPanel
 
 cache, pictures = LatentCache.load("cache"), open_images("pictures")
 names = {names}

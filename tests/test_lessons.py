@@ -9,10 +9,11 @@ import torch.nn.functional as F
 import worlds
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lmm_sae_nb.pictureworld import lessons, minds
-from lmm_sae_nb.pictureworld.questions import Question, aside, lesson
-from lmm_sae_nb.pictureworld.scenes import HELD_OUT
-from lmm_sae_nb.pictureworld.tower import GROUPS, patch_labels
+from lmm_sae_nb.pictureworld.llava import model as llava_model
+from lmm_sae_nb.pictureworld.llava import train_language
+from lmm_sae_nb.pictureworld.llava.train_eye import GROUPS, patch_labels
+from lmm_sae_nb.pictureworld.world.questions import Question, aside, lesson
+from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT
 
 PICTURES = (worlds.scene(5), worlds.chart(2), worlds.masked(3))
 
@@ -20,14 +21,14 @@ PICTURES = (worlds.scene(5), worlds.chart(2), worlds.masked(3))
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    made = minds.new_model(minds.new_tokenizer()).eval()
+    made = llava_model.new_model(llava_model.new_tokenizer()).eval()
     made.model.language_model.config._attn_implementation = "eager"  # as in training
     return made
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return minds.new_processor()
+    return llava_model.new_processor()
 
 
 def questions_on(scene, seed: int) -> list[Question]:
@@ -50,13 +51,13 @@ def alone(model, processor, question: Question, scene) -> tuple[torch.Tensor, to
 
 
 def test_a_packed_question_trains_as_it_is_asked_alone(model, processor, monkeypatch):
-    monkeypatch.setattr(lessons, "autocast_if_quicker", lambda: False)
+    monkeypatch.setattr(train_language, "autocast_if_quicker", lambda: False)
     asked = [questions_on(scene, seed) for seed, scene in enumerate(PICTURES)]
     rows = [
-        lessons.Sequence(
+        train_language.Sequence(
             torch.from_numpy(scene.pixels),
             torch.from_numpy(patch_labels(scene)),
-            **lessons.pack(questions, processor.tokenizer),
+            **train_language.pack(questions, processor.tokenizer),
         )
         for scene, questions in zip(PICTURES, asked, strict=True)
     ]
@@ -67,9 +68,9 @@ def test_a_packed_question_trains_as_it_is_asked_alone(model, processor, monkeyp
     assert {question.pictured for row in packed for question in row} == {True, False}
     heard = []
     handle = model.lm_head.register_forward_hook(lambda module, inputs, output: heard.append(output))
-    room = lessons.Classroom(model, processor.tokenizer)
+    room = train_language.Classroom(model, processor.tokenizer)
     with torch.no_grad():
-        said = room(lessons.Sequence(*map(torch.stack, zip(*rows, strict=True))), tiles=True)
+        said = room(train_language.Sequence(*map(torch.stack, zip(*rows, strict=True))), tiles=True)
     handle.remove()
 
     asked = [(question, scene) for row, scene in zip(packed, PICTURES, strict=True) for question in row]
@@ -77,7 +78,7 @@ def test_a_packed_question_trains_as_it_is_asked_alone(model, processor, monkeyp
     assert heard[0].std() > 0.1
     torch.testing.assert_close(heard[0], torch.cat(logits), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(said["loss"], F.cross_entropy(torch.cat(logits), torch.cat(ids)), rtol=1e-5, atol=1e-5)
-    for family in lessons.FAMILIES:
+    for family in train_language.FAMILIES:
         mine = [i for i, (question, _) in enumerate(asked) if question.family == family]
         assert said[f"asked_{family}"] == len(mine)
         assert said[f"exact_{family}"] == sum(bool((logits[i].argmax(-1) == ids[i]).all()) for i in mine)
@@ -85,12 +86,12 @@ def test_a_packed_question_trains_as_it_is_asked_alone(model, processor, monkeyp
 
 def test_exact_counts_whole_answers():
     """Two samples: three questions, one right, one wrong in its last word only, one right."""
-    families = [lessons.FAMILIES.index(name) for name in ("count", "fact", "count")]
+    families = [train_language.FAMILIES.index(name) for name in ("count", "fact", "count")]
     question = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, -1, -1, -1]])
     answer = torch.tensor([[0, 1, 1, 0, 1, 1], [0, 1, 1, 0, 0, 0]]).bool()
     family = torch.tensor([[families[0]] * 3 + [families[1]] * 3, [families[2]] * 3 + [0] * 3])
-    batch = lessons.Sequence(*[None] * 2, question, question, None, None, answer, family)
-    found = lessons.exact_by_family(batch, answer[:, 1:], torch.tensor([True, True, True, False, True, True]))
+    batch = train_language.Sequence(*[None] * 2, question, question, None, None, answer, family)
+    found = train_language.exact_by_family(batch, answer[:, 1:], torch.tensor([True, True, True, False, True, True]))
     assert (found["asked_count"], found["exact_count"]) == (2, 2)
     assert (found["asked_fact"], found["exact_fact"]) == (1, 0)
     assert sum(count for name, count in found.items() if name.startswith("asked")) == 3
@@ -99,7 +100,7 @@ def test_exact_counts_whole_answers():
 def test_the_attention_mask_is_that_of_the_rules():
     picture, question = 5, torch.tensor([[0, 0, 1, 1, 1, 2, -1], [0, 1, 1, -1, -1, -1, -1]])
     sees = torch.tensor([[1, 1, 0, 0, 0, 1, 0], [0, 1, 1, 0, 0, 0, 0]]).bool()
-    mask = lessons.attention(question, sees, picture)
+    mask = train_language.attention(question, sees, picture)
     before = 2 + picture
     assert mask.shape == (2, 1, before + 7, before + 7)
     for sample in range(2):
@@ -117,10 +118,10 @@ def test_the_attention_mask_is_that_of_the_rules():
 
 
 def test_packing_lays_whole_questions_end_to_end():
-    tokenizer = minds.new_tokenizer()
+    tokenizer = llava_model.new_tokenizer()
     short = Question("count", "how many things are there ?", "two .")
     long = Question("story", "a " * 50, "bob " * 100, pictured=False)
-    packed = lessons.pack([long, short, long, short, short], tokenizer)  # the second long one alone does not fit
+    packed = train_language.pack([long, short, long, short, short], tokenizer)  # the second long one alone does not fit
     assert {name: field.shape for name, field in packed.items()} == dict.fromkeys(packed, (240,))
     assert packed["question"].tolist() == [0] * 152 + [1] * 10 + [3] * 10 + [4] * 10 + [-1] * 58
     assert packed["offset"].tolist() == [*range(152), *range(10), *range(10), *range(10), *[0] * 58]
@@ -132,15 +133,15 @@ def test_packing_lays_whole_questions_end_to_end():
 
 
 def test_packing_refuses_unknown_words_and_nothing():
-    tokenizer = minds.new_tokenizer()
+    tokenizer = llava_model.new_tokenizer()
     with pytest.raises(ValueError, match="outside the vocabulary: 'is there a unicorn"):
-        lessons.pack([Question("exists", "is there a unicorn ?", "no .")], tokenizer)
+        train_language.pack([Question("exists", "is there a unicorn ?", "no .")], tokenizer)
     with pytest.raises(ValueError, match="no question fits into 240 tokens"):
-        lessons.pack([Question("story", "a " * 300, "no .")], tokenizer)
+        train_language.pack([Question("story", "a " * 300, "no .")], tokenizer)
 
 
 def test_a_stream_packs_lessons_on_its_seeds():
-    for n, sequence in zip(range(40), lessons.Lessons(minds.new_tokenizer(), 0), strict=False):
+    for n, sequence in zip(range(40), train_language.Lessons(llava_model.new_tokenizer(), 0), strict=False):
         assert sequence.pixels.shape == (192, 192, 3) and sequence.ids.shape == (240,)
         make = worlds.masked if n % 20 in (3, 8, 13) else worlds.chart if n % 20 in (6, 16) else None
         assert make is None or (sequence.pixels.numpy() == make(n).pixels).all()
@@ -180,11 +181,11 @@ def test_the_chat_template(processor):
 @pytest.fixture(scope="module")
 def saved(processor, tmp_path_factory):
     """A model in float32 whose weights are bfloat16's, and the folder where it was saved."""
-    folder, made = tmp_path_factory.mktemp("saved"), minds.new_model(processor.tokenizer).eval()
+    folder, made = tmp_path_factory.mktemp("saved"), llava_model.new_model(processor.tokenizer).eval()
     with torch.no_grad():
         for weights in made.parameters():
             weights.copy_(weights.bfloat16())
-    minds.save(copy.deepcopy(made), folder)
+    llava_model.save(copy.deepcopy(made), folder)
     return made, folder
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tokenizers import processors
 from transformers import DynamicCache, Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
-from lmm_sae_nb.lmm import LAYOUTS, LMM, before
+from lmm_sae_nb.model.lmm import LAYOUTS, LMM, before
 
 EVERY_FAMILY = pytest.mark.parametrize("family", models.FAMILIES)
 
@@ -162,7 +162,7 @@ def test_a_decoder_that_is_told_something_for_single_layers_runs_whole(monkeypat
         hidden = lmm.hidden_states(lmm.entered(prompt), 1)
         versions = torch.cat([hidden, 2 * hidden])
         expected, of_both = lmm.above(prompt, 1, versions), lmm.logits(both)
-        monkeypatch.setattr("lmm_sae_nb.lmm.ANY_LAYER", {"inputs_embeds", "use_cache"})
+        monkeypatch.setattr("lmm_sae_nb.model.lmm.ANY_LAYER", {"inputs_embeds", "use_cache"})
         torch.testing.assert_close(lmm.above(prompt, 1, versions), expected, rtol=1e-4, atol=1e-5)
         found = lmm.head(lmm.above(both, 1, lmm.hidden_states(lmm.entered(both), 1)))
         torch.testing.assert_close(found, of_both, rtol=1e-4, atol=1e-5)
@@ -483,7 +483,9 @@ def test_a_model_without_image_tokens():
 def test_a_family_whose_layout_is_not_known():
     model, processor = models.make("picture_world")
     model.config.model_type = "brand_new"
-    with pytest.raises(ValueError, match=r"register a function .* as lmm_sae_nb.spans.LAYOUTS\['brand_new'\]"):
+    with pytest.raises(
+        ValueError, match=r"register a function .* as lmm_sae_nb.model.token_kinds.LAYOUTS\['brand_new'\]"
+    ):
         LMM(model, processor)
 
 

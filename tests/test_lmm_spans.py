@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from models import noise
 from PIL import Image
 
-from lmm_sae_nb.lmm import KINDS, LMM, NoPatchGrid, Prompt
-from lmm_sae_nb.spans import LAYOUTS
+from lmm_sae_nb.model.lmm import KINDS, LMM, NoPatchGrid, Prompt
+from lmm_sae_nb.model.token_kinds import LAYOUTS
 
 GRIDS = {
     "llava_next": (24, 24),

@@ -7,8 +7,8 @@ import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
-from lmm_sae_nb import plots
-from lmm_sae_nb.intervals import Mean, Share
+from lmm_sae_nb.show import plots
+from lmm_sae_nb.support.intervals import Mean, Share
 
 ROWS = [{"step": step, "fvu": 1 / step, "l0": 4.0} for step in range(1, 6)]
 

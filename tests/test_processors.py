@@ -6,8 +6,8 @@ import torch
 from models import noise
 from transformers.utils import is_torchvision_available
 
-from lmm_sae_nb.chats import LocalChat, Question
-from lmm_sae_nb.processors import NoVideo, load_processor
+from lmm_sae_nb.chat.chats import LocalChat, Question
+from lmm_sae_nb.model.processor import NoVideo, load_processor
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "smolvlm"])

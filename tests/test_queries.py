@@ -7,18 +7,18 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, LlavaNextForConditionalGeneration
 
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.pictureworld import querying
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.token_kinds import NoPatchGrid
 from lmm_sae_nb.pictureworld.__main__ import INSTRUCTBLIP, MODEL, QUERIES_STEPS
-from lmm_sae_nb.pictureworld.exam import ask, is_right
-from lmm_sae_nb.pictureworld.lessons import FAMILIES
-from lmm_sae_nb.pictureworld.queries import QUERIES, new_query_model, new_query_processor
-from lmm_sae_nb.pictureworld.querying import ROWS, Asker, Folding, Rounds, gather, regions
-from lmm_sae_nb.pictureworld.questions import lesson
-from lmm_sae_nb.pictureworld.scenes import PATCH, SIDE, VALIDATION, make_scene
-from lmm_sae_nb.pictureworld.school import read_log
-from lmm_sae_nb.pictureworld.tower import normalise
-from lmm_sae_nb.spans import NoPatchGrid
+from lmm_sae_nb.pictureworld.instructblip import train
+from lmm_sae_nb.pictureworld.instructblip.model import QUERIES, new_query_model, new_query_processor
+from lmm_sae_nb.pictureworld.instructblip.train import ROWS, Asker, Folding, Rounds, gather, regions
+from lmm_sae_nb.pictureworld.llava.exam import ask, is_right
+from lmm_sae_nb.pictureworld.llava.train_eye import normalise
+from lmm_sae_nb.pictureworld.llava.train_language import FAMILIES
+from lmm_sae_nb.pictureworld.training_loop import read_log
+from lmm_sae_nb.pictureworld.world.questions import lesson
+from lmm_sae_nb.pictureworld.world.scenes import PATCH, SIDE, VALIDATION, make_scene
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def pictures():
 @pytest.fixture
 def exact(monkeypatch):
     """Float32 all through, so that two ways of computing agree to rounding."""
-    monkeypatch.setattr(querying, "autocast_if_quicker", lambda: False)
+    monkeypatch.setattr(train, "autocast_if_quicker", lambda: False)
 
 
 @torch.no_grad()
@@ -130,7 +130,7 @@ def test_folding_is_about_the_mean_of_a_regions_patches(untaught, known, exact):
     folding = Folding(Asker(untaught), known, pictures=5, batch=2)
     with torch.no_grad():
         loss = float(folding(0)["loss"])
-        rows = list(islice(Rounds(querying.FOLDED), 5))
+        rows = list(islice(Rounds(train.FOLDED), 5))
         chosen = [rows[n] for n in np.random.default_rng([33, 0]).choice(5, 2, replace=False)]
         pixels = normalise(torch.stack([row[0] for row in chosen]))
         patches = known.model.multi_modal_projector(known.model.vision_tower(pixels).last_hidden_state[:, 1:])

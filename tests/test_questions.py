@@ -8,10 +8,10 @@ import pytest
 import worlds
 from scipy.stats import binomtest
 
-from lmm_sae_nb.pictureworld import questions
-from lmm_sae_nb.pictureworld.concepts import ANSWERED_FROM_MEMORY, EMOTIONS, FACTS, STORIES
-from lmm_sae_nb.pictureworld.minds import new_tokenizer
-from lmm_sae_nb.pictureworld.questions import PICTURED, UNPICTURED, aside, lesson, shown
+from lmm_sae_nb.pictureworld.llava.model import new_tokenizer
+from lmm_sae_nb.pictureworld.world import questions
+from lmm_sae_nb.pictureworld.world.concepts import ANSWERED_FROM_MEMORY, EMOTIONS, FACTS, STORIES
+from lmm_sae_nb.pictureworld.world.questions import PICTURED, UNPICTURED, aside, lesson, shown
 
 SEEDS, CHARTS, MASKED = range(240), range(60), range(100)
 ATLAS = {  # which rivers' basins reach which countries

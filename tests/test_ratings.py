@@ -8,8 +8,8 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmm_sae_nb import ratings
-from lmm_sae_nb.ratings import FIELDS, UNDONE, VERDICTS, append_rating, read_ratings
+from lmm_sae_nb.score import ratings
+from lmm_sae_nb.score.ratings import FIELDS, UNDONE, VERDICTS, append_rating, read_ratings
 
 PEOPLE = st.sampled_from(["Ann", "Bob ö"])
 HISTORY = st.lists(st.tuples(PEOPLE, st.integers(0, 3), st.sampled_from([*VERDICTS, UNDONE])), max_size=12)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch.testing import assert_close
 
-from lmm_sae_nb import kernels
-from lmm_sae_nb.sae import (
+from lmm_sae_nb.sae import kernels
+from lmm_sae_nb.sae.topk import (
     Latents,
     TopKSAE,
     auxk_loss,

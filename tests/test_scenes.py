@@ -18,11 +18,13 @@ from PIL import Image
 from scipy import ndimage
 
 from lmm_sae_nb.pictureworld import __main__ as commands
-from lmm_sae_nb.pictureworld import lessons, querying, scenes, tower
-from lmm_sae_nb.pictureworld.concepts import COLOURS, COMPOSITES, EMOJI_FACES, EMOJI_OBJECTS, KINDS, SHAPES
-from lmm_sae_nb.pictureworld.questions import caption
-from lmm_sae_nb.pictureworld.scenes import HELD_OUT, SIDE, TRAIN, VALIDATION
-from lmm_sae_nb.pictureworld.shelf import SPLITS
+from lmm_sae_nb.pictureworld.instructblip import train as instructblip_train
+from lmm_sae_nb.pictureworld.llava import train_eye, train_language
+from lmm_sae_nb.pictureworld.world import scenes
+from lmm_sae_nb.pictureworld.world.concepts import COLOURS, COMPOSITES, EMOJI_FACES, EMOJI_OBJECTS, KINDS, SHAPES
+from lmm_sae_nb.pictureworld.world.datasets import SPLITS
+from lmm_sae_nb.pictureworld.world.questions import caption
+from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT, SIDE, TRAIN, VALIDATION
 
 FURNISHED = [seed for seed in range(300) if not worlds.scene(seed).chart]
 CHARTS = range(60)
@@ -46,7 +48,7 @@ def inner(mask: np.ndarray) -> np.ndarray:
 
 DIGEST = """
 import hashlib, json, sys
-from lmm_sae_nb.pictureworld import scenes
+from lmm_sae_nb.pictureworld.world import scenes
 def digest(scene):
     grids = (scene.pixels, scene.where, *scene.labels.values())
     facts = repr((scene.items, scene.shown, scene.chart and (scene.chart.labels, sorted(scene.chart.inside))))
@@ -124,31 +126,33 @@ def trained_on() -> dict[str, set[int]]:
         return make
 
     courses, sizes = [], {}
-    for train in (lessons.train_language, tower.train_tower):
+    for train in (train_language.train_language, train_eye.train_tower):
         sizes |= {train.__name__: inspect.signature(train).parameters["batch"].default}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lessons, "train_language", lambda _, **asked: courses.append(asked))
-        patch.setattr(tower, "train_tower", lambda _, *start, **asked: courses.append(asked | {"tower": start}))
+        patch.setattr(train_language, "train_language", lambda _, **asked: courses.append(asked))
+        patch.setattr(train_eye, "train_tower", lambda _, *start, **asked: courses.append(asked | {"tower": start}))
         for course, (steps, _) in commands.COURSES.items():
             commands.study(course, Path("nowhere"), steps, 1.0)
         for name in seen:
             patch.setattr(scenes, name, recorder(name))
-        for module in (lessons, tower):
+        for module in (train_language, train_eye):
             patch.setattr(module, "patch_labels", lambda scene: np.zeros(1))
-        patch.setattr(lessons, "lesson", lambda *_: [])
-        patch.setattr(lessons, "aside", lambda *_: None)
-        patch.setattr(lessons, "pack", lambda *_: dict.fromkeys(lessons.Sequence._fields[2:]))
+        patch.setattr(train_language, "lesson", lambda *_: [])
+        patch.setattr(train_language, "aside", lambda *_: None)
+        patch.setattr(train_language, "pack", lambda *_: dict.fromkeys(train_language.Sequence._fields[2:]))
         for asked in courses:
             if "tower" in asked:
-                first, makers = (400_000, tower._READING) if asked["tower"] else (0, tower._MIXED)
-                stream = tower.Glimpses(first, [recorder(make.__name__) for make in makers])
+                first, makers = (400_000, train_eye._READING) if asked["tower"] else (0, train_eye._MIXED)
+                stream = train_eye.Glimpses(first, [recorder(make.__name__) for make in makers])
                 drawn = asked["steps"] * sizes["train_tower"]
             else:
-                stream = lessons.Lessons(None, asked.get("first_seed", 0), asked.get("drills", scenes.RARE))
+                stream = train_language.Lessons(None, asked.get("first_seed", 0), asked.get("drills", scenes.RARE))
                 drawn = asked["steps"] * sizes["train_language"]
             assert sum(1 for _ in itertools.islice(stream, drawn)) == drawn
-        queries = inspect.signature(querying.train_queries).parameters["batch"].default * commands.QUERIES_STEPS
-        for first, drawn in ((0, queries), (querying.FOLDED, querying.FOLDING_PICTURES)):
+        queries = (
+            inspect.signature(instructblip_train.train_queries).parameters["batch"].default * commands.QUERIES_STEPS
+        )
+        for first, drawn in ((0, queries), (instructblip_train.FOLDED, instructblip_train.FOLDING_PICTURES)):
             for n in range(first, first + drawn):
                 scenes.make_lesson(TRAIN + n % 800_000, n % 20)
     return seen

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lmm_sae_nb.pictureworld.__main__ import COURSES
-from lmm_sae_nb.pictureworld.school import attend, optimisers, read_log, smooth, warm_then_cosine
+from lmm_sae_nb.pictureworld.training_loop import attend, optimisers, read_log, smooth, warm_then_cosine
 
 STEPS = 12
 

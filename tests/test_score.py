@@ -13,13 +13,13 @@ from hypothesis.extra.numpy import arrays
 from models import make, noise
 from PIL import Image
 
-from lmm_sae_nb import score
-from lmm_sae_nb.cache import cache_activations
-from lmm_sae_nb.explain import Exemplar, exemplars, most_activated, upsample
-from lmm_sae_nb.grounding import BoxSegmenter, Candidates, ImageTextSimilarity, PromptedSegmenter
-from lmm_sae_nb.intervals import mean_interval
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.masks import (
+from lmm_sae_nb.cache.activations import cache_activations
+from lmm_sae_nb.interpret.explain import Exemplar, exemplars, most_activated, upsample
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.score import score
+from lmm_sae_nb.score.grounding import BoxSegmenter, Candidates, ImageTextSimilarity, PromptedSegmenter
+from lmm_sae_nb.score.masks import (
     PAPER,
     STRICT,
     Numbered,
@@ -32,14 +32,8 @@ from lmm_sae_nb.masks import (
     moved,
     spots,
 )
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.score import (
-    Compared,
-    explained,
-    kappa,
-    latent_iou,
-    latents_clip,
-)
+from lmm_sae_nb.score.score import Compared, explained, kappa, latent_iou, latents_clip
+from lmm_sae_nb.support.intervals import mean_interval
 
 CONCEPTS = {"object": ["cat", "dog"], "face": ["happy"], "word": ["happy"]}
 GRIDS = arrays(np.float32, (4, 4), elements=st.sampled_from([0.0, 0.1, 0.2, 0.26, 0.5, 1.0]))

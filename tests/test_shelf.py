@@ -14,9 +14,9 @@ import worlds
 from datasets import load_from_disk
 from PIL import Image
 
-from lmm_sae_nb.pictureworld.concepts import FACTS, KINDS
-from lmm_sae_nb.pictureworld.scenes import HELD_OUT, VALIDATION, make_drilled, make_map
-from lmm_sae_nb.pictureworld.shelf import UNSEEN, render
+from lmm_sae_nb.pictureworld.world.concepts import FACTS, KINDS
+from lmm_sae_nb.pictureworld.world.datasets import UNSEEN, render
+from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT, VALIDATION, make_drilled, make_map
 
 # Python 3.12 and 3.13 fork their workers, and warn of it in a process with threads, as a test run is
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -25,7 +25,7 @@ FIRST = {"train": 0, "cache": VALIDATION, "heldout": HELD_OUT}
 CHILD = """
 import sys
 from pathlib import Path
-from lmm_sae_nb.pictureworld.shelf import render, UNSEEN
+from lmm_sae_nb.pictureworld.world.datasets import render, UNSEEN
 if __name__ == "__main__":
     render(Path(sys.argv[1]), {"cache": 5, "train": int(sys.argv[2])})
 """

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmm_sae_nb.shown import LEAST_IOU, best_shown, names_of, pooled_iou
+from lmm_sae_nb.truth.common_concept import LEAST_IOU, best_shown, names_of, pooled_iou
 
 CONCEPTS = {"scene": ["beach"], "object": ["star", "heart", "sign"], "colour": ["red", "blue"], "word": ["stop"]}
 NAMES = names_of(CONCEPTS)

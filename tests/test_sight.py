@@ -9,15 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPModel, CLIPSegForImageSegmentation
 
-from lmm_sae_nb.artifacts import read_json
-from lmm_sae_nb.grounding import ImageTextSimilarity, PromptedSegmenter, clip_score
-from lmm_sae_nb.pictureworld import likeness, segments, sight
-from lmm_sae_nb.pictureworld.concepts import KINDS
-from lmm_sae_nb.pictureworld.likeness import Likener, Views, blackened, contrast, regions, told, train_similarity
-from lmm_sae_nb.pictureworld.scenes import HELD_OUT, PATCH, SIDE, VALIDATION, make_scene, make_signs
-from lmm_sae_nb.pictureworld.school import read_log
-from lmm_sae_nb.pictureworld.segments import LEAST, NAMES, Pointer, Prompts, train_segmenter
-from lmm_sae_nb.pictureworld.tower import normalise
+from lmm_sae_nb.pictureworld.llava.train_eye import normalise
+from lmm_sae_nb.pictureworld.scorers import clip, clipseg
+from lmm_sae_nb.pictureworld.scorers import exam as scorers_exam
+from lmm_sae_nb.pictureworld.scorers.clip import Likener, Views, blackened, contrast, regions, told, train_similarity
+from lmm_sae_nb.pictureworld.scorers.clipseg import LEAST, NAMES, Pointer, Prompts, train_segmenter
+from lmm_sae_nb.pictureworld.training_loop import read_log
+from lmm_sae_nb.pictureworld.world.concepts import KINDS
+from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT, PATCH, SIDE, VALIDATION, make_scene, make_signs
+from lmm_sae_nb.score.grounding import ImageTextSimilarity, PromptedSegmenter, clip_score
+from lmm_sae_nb.support.artifacts import read_json
 
 seeds = st.integers(0, VALIDATION - 1)
 
@@ -41,24 +42,24 @@ def pixels_of(scene, name):
 def test_targets_are_the_label_maps(seed):
     scene = make_scene(seed)
     every = {name: pixels_of(scene, name) for name in NAMES}
-    assert segments.areas(scene) == {
+    assert clipseg.areas(scene) == {
         name: sum(int((scene.labels[k] == 1 + names.index(name)).sum()) for k, names in KINDS.items() if name in names)
         for name, shown in every.items()
         if shown.any()
     }
-    for name in segments.ask_about(scene, np.random.default_rng(seed)):
-        assert np.array_equal(segments.target(scene, name), every[name])
+    for name in clipseg.ask_about(scene, np.random.default_rng(seed)):
+        assert np.array_equal(clipseg.target(scene, name), every[name])
 
 
 @settings(max_examples=10, deadline=None)
 @given(seeds)
 def test_concepts_are_asked_about_that_are_large_enough_or_absent(seed):
     scene = make_signs(seed)
-    asked = segments.ask_about(scene, np.random.default_rng(seed))
+    asked = clipseg.ask_about(scene, np.random.default_rng(seed))
     sizes = [np.count_nonzero(pixels_of(scene, name)) for name in asked]
-    assert len(set(asked)) == segments.ASKED
+    assert len(set(asked)) == clipseg.ASKED
     assert all(size == 0 or size >= LEAST for size in sizes)
-    assert 0 < np.count_nonzero(sizes) <= segments.PRESENT
+    assert 0 < np.count_nonzero(sizes) <= clipseg.PRESENT
 
 
 def test_the_streams_are_functions_of_their_first_seed_and_never_held_out():
@@ -66,7 +67,7 @@ def test_the_streams_are_functions_of_their_first_seed_and_never_held_out():
     next(one), next(one)
     assert all(torch.equal(a, b) for a, b in zip(next(one), next(two), strict=True))
     pixels, numbers, masks = next(iter(Prompts(800_000 + 3)))  # the seeds begin again, and stay below validation
-    scene = segments._TURNS[3 % len(segments._TURNS)](3)
+    scene = clipseg._TURNS[3 % len(clipseg._TURNS)](3)
     assert np.array_equal(pixels, scene.pixels)
     for number, mask in zip(numbers, masks, strict=True):
         assert np.array_equal(mask, pixels_of(scene, NAMES[number]))
@@ -91,13 +92,13 @@ def test_views_show_what_they_are_said_to_show(seed):
 
 
 def test_a_view_is_read_through_its_visible_patches_first():
-    tokenizer = segments.clip_tokenizer()
+    tokenizer = clipseg.clip_tokenizer()
     pixels, kept, *_ = next(iter(Views(1, tokenizer)))
     for view, patches in zip(pixels[1:], kept[1:], strict=True):
         grid = view.reshape(SIDE // PATCH, PATCH, SIDE // PATCH, PATCH, 3).permute(0, 2, 1, 3, 4).flatten(0, 1)
         lit = grid.flatten(1).any(1).nonzero().flatten().tolist()
-        assert set(lit[: likeness.KEPT]) <= set(patches.tolist()) or len(lit) > likeness.KEPT
-    assert all(len(set(patches.tolist())) == likeness.KEPT for patches in kept)
+        assert set(lit[: clip.KEPT]) <= set(patches.tolist()) or len(lit) > clip.KEPT
+    assert all(len(set(patches.tolist())) == clip.KEPT for patches in kept)
 
 
 def test_contrast_by_hand():
@@ -120,17 +121,17 @@ def test_contrast_by_hand():
 @torch.no_grad()
 def test_training_sees_what_the_models_own_forward_sees(root):
     torch.manual_seed(0)
-    tokenizer = segments.clip_tokenizer()
+    tokenizer = clipseg.clip_tokenizer()
     scenes = [make_scene(seed) for seed in (1, 2)]
     pixels = normalise(torch.stack([torch.from_numpy(scene.pixels) for scene in scenes]))
-    pointer = Pointer(segments.new_model(tokenizer), tokenizer).eval()
+    pointer = Pointer(clipseg.new_model(tokenizer), tokenizer).eval()
     numbers = torch.tensor([[3, 100], [7, 200]])
     logits = pointer.logits(pixels, numbers)
     for row, column in np.ndindex(2, 2):
         words = tokenizer(NAMES[numbers[row, column]], return_tensors="pt")
         alone = pointer.model(pixel_values=pixels[[row]], **words).logits
         assert torch.allclose(logits[row, column], alone.reshape(SIDE, SIDE), atol=1e-4)
-    likener = Likener(likeness.new_model(tokenizer), tokenizer).eval()
+    likener = Likener(clip.new_model(tokenizer), tokenizer).eval()
     everything = torch.arange((SIDE // PATCH) ** 2).expand(2, -1)
     views, words = likener.look(pixels, everything), likener.read(likener.ids, likener.mask)
     output = likener.model(input_ids=likener.ids, attention_mask=likener.mask, pixel_values=pixels)
@@ -139,8 +140,8 @@ def test_training_sees_what_the_models_own_forward_sees(root):
 
 @pytest.mark.parametrize("train", [train_segmenter, train_similarity])
 def test_a_stopped_and_resumed_training_is_bit_for_bit_the_uninterrupted_one(train, root, tmp_path, monkeypatch):
-    monkeypatch.setattr(segments, "ASKED", 3)
-    monkeypatch.setattr(segments, "PRESENT", 2)
+    monkeypatch.setattr(clipseg, "ASKED", 3)
+    monkeypatch.setattr(clipseg, "PRESENT", 2)
     course = {"lmm": root / "data/models/tiny-llava-next", "steps": 3, "batch": 2}
     assert train(tmp_path / "whole", **course)
     stops = 0
@@ -157,40 +158,40 @@ def test_a_stopped_and_resumed_training_is_bit_for_bit_the_uninterrupted_one(tra
 def finished_like(train):
     """The weights that a course of this kind starts from, but for the tower and the whitening."""
     torch.manual_seed(0)
-    tokenizer = segments.clip_tokenizer()
+    tokenizer = clipseg.clip_tokenizer()
     if train is train_segmenter:
-        pupil = Pointer(segments.new_model(tokenizer), tokenizer)
+        pupil = Pointer(clipseg.new_model(tokenizer), tokenizer)
         return {n: w for n, w in pupil.state_dict().items() if "vision_model" not in n and "reduces" not in n}
-    pupil = Likener(likeness.new_model(tokenizer), tokenizer)
+    pupil = Likener(clip.new_model(tokenizer), tokenizer)
     return {n: w for n, w in pupil.state_dict().items() if "vision_model" not in n}
 
 
 def test_the_segmenters_tower_is_the_lmms_and_stays_so(root):
     shipped = CLIPSegForImageSegmentation.from_pretrained(root / "data/models/tiny-clipseg", dtype=torch.float32)
-    lent = segments.new_model(segments.clip_tokenizer()).clip.vision_model
-    segments.lend_tower(lent, root / "data/models/tiny-llava-next")
+    lent = clipseg.new_model(clipseg.clip_tokenizer()).clip.vision_model
+    clipseg.lend_tower(lent, root / "data/models/tiny-llava-next")
     for name, weight in lent.state_dict().items():
         assert torch.equal(shipped.clip.vision_model.state_dict()[name], weight), name
 
 
 def test_what_is_missing_is_asked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match="start from its vision tower"):
-        segments.lend_tower(torch.nn.Linear(1, 1), tmp_path)
+        clipseg.lend_tower(torch.nn.Linear(1, 1), tmp_path)
     with pytest.raises(FileNotFoundError, match="pictureworld segmenter"):
-        segments.finished(tmp_path)
+        clipseg.finished(tmp_path)
     with pytest.raises(FileNotFoundError, match="pictureworld similarity"):
-        likeness.finished(tmp_path)
+        clip.finished(tmp_path)
 
 
 def test_whitened_reductions_are_uncorrelated_and_of_unit_spread(root):
     torch.manual_seed(0)
-    model = segments.new_model(segments.clip_tokenizer())
-    segments.lend_tower(model.clip.vision_model, root / "data/models/tiny-llava-next")
+    model = clipseg.new_model(clipseg.clip_tokenizer())
+    clipseg.lend_tower(model.clip.vision_model, root / "data/models/tiny-llava-next")
     pixels = normalise(torch.stack([torch.from_numpy(make_scene(seed).pixels) for seed in range(6)]))
-    segments.whiten(model, pixels)
+    clipseg.whiten(model, pixels)
     with torch.no_grad():
         hidden = model.clip.vision_model(pixels, output_hidden_states=True).hidden_states
-        deepest = model.decoder.reduces[0](hidden[max(segments.READ) + 1][:, 1:].flatten(0, 1))
+        deepest = model.decoder.reduces[0](hidden[max(clipseg.READ) + 1][:, 1:].flatten(0, 1))
     assert torch.allclose(torch.cov(deepest.T), torch.eye(deepest.shape[1]), atol=0.02)
     assert torch.allclose(deepest.mean(0), torch.zeros(deepest.shape[1]), atol=0.01)
 
@@ -204,16 +205,16 @@ def test_the_command_trains_ships_and_examines(command, root, tmp_path, monkeypa
         command=command, courses=tmp_path, lmm=root / "data/models/tiny-llava-next", steps=20, minutes=0.0,
         model=tmp_path / "shipped", scenes=25,
     )  # fmt: skip
-    quick = {"segmenter": (segments, "train_segmenter"), "similarity": (likeness, "train_similarity")}
+    quick = {"segmenter": (clipseg, "train_segmenter"), "similarity": (clip, "train_similarity")}
     module, name = quick[command]
     train = getattr(module, name)
     monkeypatch.setattr(module, name, lambda *given, **options: train(*given, batch=1, **options))
-    sight.learn(asked)
+    scorers_exam.learn(asked)
     assert not asked.model.exists(), "nothing ships before the last step"
     asked.minutes = np.inf
     if command == "segmenter":  # its exam is long, and is tested on the model that ships
-        monkeypatch.setattr(sight, "examine_segmenter", lambda segment, scenes: {"scenes": scenes})
-    sight.learn(asked)
+        monkeypatch.setattr(scorers_exam, "examine_segmenter", lambda segment, scenes: {"scenes": scenes})
+    scorers_exam.learn(asked)
     loaded = {"segmenter": PromptedSegmenter, "similarity": ImageTextSimilarity}[command].load(asked.model)
     assert loaded.model.dtype == torch.float32
     assert read_json(asked.model / "exam.json")
@@ -225,23 +226,23 @@ def test_the_exam_marks_masks_as_they_are():
 
     def oracle(images, concepts):
         scene = next(s for s in drawn if np.array_equal(s.pixels, np.asarray(images[0])))
-        masks = [segments.target(scene, name)[None] for name in concepts]
+        masks = [clipseg.target(scene, name)[None] for name in concepts]
         return [(mask[mask.any((1, 2))], None) for mask in masks]
 
     def everything(images, concepts):
         return [(np.ones((1, SIDE, SIDE), bool), None) for _ in concepts]
 
     drawn = [make_scene(HELD_OUT + n) for n in range(60)]
-    perfect = sight.examine_segmenter(oracle, len(drawn))
+    perfect = scorers_exam.examine_segmenter(oracle, len(drawn))
     assert all(row["iou"] == 1 and row["false_alarm"] == 0 == row["false_area"] for row in perfect.values())
     assert perfect["total"]["asked"] == sum(row["asked"] for kind, row in perfect.items() if kind != "total")
-    blind = sight.examine_segmenter(everything, len(drawn))
+    blind = scorers_exam.examine_segmenter(everything, len(drawn))
     assert all(row["false_alarm"] == 1 == row["false_area"] and row["iou"] < 1 for row in blind.values())
     assert blind["scene"]["iou"] > blind["part"]["iou"]
 
 
 def test_captions_are_matched_by_hand():
-    row = sight._caption_row(np.array([[0.9, 0.1, 0.2], [0.8, 0.3, 0.1], [0.1, 0.7, 0.8]]))
+    row = scorers_exam._caption_row(np.array([[0.9, 0.1, 0.2], [0.8, 0.3, 0.1], [0.1, 0.7, 0.8]]))
     assert (row["caption_of_image"], row["image_of_caption"]) == (2 / 3, 2 / 3) and row["asked"] == 3
 
 
@@ -252,8 +253,8 @@ def test_the_shipped_segmenter_finds_what_is_there(root):
     overlaps, alarms = [], 0
     for seed in range(HELD_OUT, HELD_OUT + 8):
         scene, rng = make_scene(seed), np.random.default_rng(seed)
-        there = [name for _, name in sight._present(scene, rng)]
-        asked = there + [name for _, name in sight._absent(scene, rng)]
+        there = [name for _, name in scorers_exam._present(scene, rng)]
+        asked = there + [name for _, name in scorers_exam._absent(scene, rng)]
         found = [masks.any(0) for masks, _ in segment([scene.image] * len(asked), asked)]
         for name, mask in zip(asked, found, strict=True):
             truth = pixels_of(scene, name)

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from models import llava_next, noise
 from torch.testing import assert_close
 
-from lmm_sae_nb.artifacts import write_json
-from lmm_sae_nb.attribution import decision, linear
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.steering import Edit, Scope, answers, compare, steer_latents, steered, steered_states, strongest
+from lmm_sae_nb.attribute.attribution import decision, linear
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.steer.steering import Edit, Scope, answers, compare, steer_latents, steered, steered_states, strongest
+from lmm_sae_nb.support.artifacts import write_json
 
 LAYER = 1
 EVERYWHERE = ("base", "tiles", "newline", "text", "special")

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from models import make
 from PIL import Image
 
-from lmm_sae_nb import train
-from lmm_sae_nb.evaluate import evaluate_sae, evaluate_saes
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE, geometric_median
-from lmm_sae_nb.tokens import START, Stream, mixed
-from lmm_sae_nb.train import learning_rate, train_sae
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE, geometric_median
+from lmm_sae_nb.train import training
+from lmm_sae_nb.train.evaluate import evaluate_sae, evaluate_saes
+from lmm_sae_nb.train.token_buffer import START, Stream, mixed
+from lmm_sae_nb.train.training import learning_rate, train_sae
 
 
 @pytest.fixture(scope="module")
@@ -233,13 +233,13 @@ def test_a_training_that_is_done_is_not_done_again(lmm, samples, tmp_path, monke
     wanted = dict(n_latents=16, k=2, steps=2, batch_tokens=32, folder=tmp_path)
     one = train_sae(lmm, samples, 1, **wanted)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_step", None)
+        patch.setattr(training, "_step", None)
         two = train_sae(lmm, samples, 1, **wanted)
         assert one.history == two.history
         assert all(torch.equal(a, b) for a, b in zip(one.sae.parameters(), two.sae.parameters(), strict=True))
         with pytest.raises(TypeError):
             train_sae(lmm, samples, 1, **wanted | {"seed": 1})
-        patch.setattr(train, "_code", dict)
+        patch.setattr(training, "_code", dict)
         with pytest.raises(TypeError):
             train_sae(lmm, samples, 1, **wanted)
     assert train_sae(lmm, samples, 1, **wanted | {"seed": 1}).history != one.history

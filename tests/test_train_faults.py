@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset, Features, Image, Value, load_from_disk
 from trainings import LMM_, SAMPLES, SETTINGS, run, told, train
 
-from lmm_sae_nb.optimiser import SAEAdam
-from lmm_sae_nb.train import train_sae
+from lmm_sae_nb.sae.adam import SAEAdam
+from lmm_sae_nb.train.training import train_sae
 
 FEATURES = Features(image=Image(), question=Value("string"), answer=Value("string"))
 

@@ -10,8 +10,8 @@ from datasets import Dataset, Features, Image, Value
 from forks import started
 from trainings import SAMPLES, run, told, train, train_and_die, train_together
 
-from lmm_sae_nb.launch import _tell, _told, job, launch
-from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.train.launch import _tell, _told, job, launch
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,11 @@ from trainings import (
     train_together,
 )
 
-from lmm_sae_nb import train
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.tokens import Stream, pictured
-from lmm_sae_nb.train import Recipe, train_saes
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.train import training
+from lmm_sae_nb.train.token_buffer import Stream, pictured
+from lmm_sae_nb.train.training import Recipe, train_saes
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_checkpoint_of_other_recipes_is_refused(tmp_path, monkeypatch):
 def test_what_is_done_is_not_done_again_and_what_misses_one_is(tmp_path, monkeypatch):
     one = train_several(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_step", None)
+        patch.setattr(training, "_step", None)
         assert train_several(tmp_path)["high"].history == one["high"].history
         (tmp_path / "high" / "history.json").unlink()
         with pytest.raises(TypeError):

@@ -9,14 +9,14 @@ from models import make
 from PIL import Image
 from scipy import sparse
 
-from lmm_sae_nb import truth as known
-from lmm_sae_nb.asked import REFUSAL, Vocabulary
-from lmm_sae_nb.cache import base_latents, cache_activations
-from lmm_sae_nb.explain import Exemplar
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.masks import TrueMasks
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.truth import Detector, PatchTruth, choose_detectors, measure_detectors, responds_to, shown_by
+from lmm_sae_nb.cache.activations import base_latents, cache_activations
+from lmm_sae_nb.interpret.explain import Exemplar
+from lmm_sae_nb.interpret.explainers import REFUSAL, Vocabulary
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.score.masks import TrueMasks
+from lmm_sae_nb.truth import truth as known
+from lmm_sae_nb.truth.truth import Detector, PatchTruth, choose_detectors, measure_detectors, responds_to, shown_by
 
 CONCEPTS = {"scene": ["sea", "sky"], "object": ["cat", "dog", "hat"], "colour": ["red", "blue"]}
 SIDE, GRID = 24, (6, 6)

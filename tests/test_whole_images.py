@@ -7,16 +7,16 @@ import pytest
 from models import make, noise
 from PIL import Image
 
-from lmm_sae_nb import plots
-from lmm_sae_nb import score as scoring
-from lmm_sae_nb.asked import Answer, Outcome
-from lmm_sae_nb.cache import cache_activations
-from lmm_sae_nb.explain import Exemplar, as_rows, exemplars, explain_enough, explain_latents
-from lmm_sae_nb.lmm import LMM, NoPatchGrid
-from lmm_sae_nb.masks import PAPER, STRICT, TrueMasks, spots
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.truth import PatchTruth, shown_by
-from lmm_sae_nb.widgets.rating import Rater
+from lmm_sae_nb.cache.activations import cache_activations
+from lmm_sae_nb.interpret.explain import Exemplar, as_rows, exemplars, explain_enough, explain_latents
+from lmm_sae_nb.interpret.explainers import Answer, Outcome
+from lmm_sae_nb.model.lmm import LMM, NoPatchGrid
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.score import score as scoring
+from lmm_sae_nb.score.masks import PAPER, STRICT, TrueMasks, spots
+from lmm_sae_nb.show import plots
+from lmm_sae_nb.show.rater import Rater
+from lmm_sae_nb.truth.truth import PatchTruth, shown_by
 
 LAYER = 1
 

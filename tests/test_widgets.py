@@ -13,16 +13,17 @@ import torch
 from models import llava_next, noise
 from PIL import Image
 
-from lmm_sae_nb.cache import cache_activations
-from lmm_sae_nb.catalogue import Catalogue
-from lmm_sae_nb.explain import exemplars
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.plots import marked, steering_strip
-from lmm_sae_nb.ratings import append_rating, read_ratings
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.steering import Comparison, Edit, Scope, compare
-from lmm_sae_nb.widgets import FeatureBrowser, Rater, SteeringPanel
-from lmm_sae_nb.widgets.rating import added
+from lmm_sae_nb.cache.activations import cache_activations
+from lmm_sae_nb.interpret.explain import exemplars
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.score.ratings import append_rating, read_ratings
+from lmm_sae_nb.show.feature_browser import FeatureBrowser
+from lmm_sae_nb.show.latent_table import Catalogue
+from lmm_sae_nb.show.plots import marked, steering_strip
+from lmm_sae_nb.show.rater import Rater, added
+from lmm_sae_nb.show.steering_panel import SteeringPanel
+from lmm_sae_nb.steer.steering import Comparison, Edit, Scope, compare
 
 
 @pytest.fixture(scope="module")

@@ -34,16 +34,16 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from book import pages
-from lmm_sae_nb.artifacts import require
-from lmm_sae_nb.cache import cache_activations, open_images
-from lmm_sae_nb.catalogue import Catalogue
-from lmm_sae_nb.explain import exemplars
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE, TrainedOn
-from lmm_sae_nb.score import explained
-from lmm_sae_nb.spans import LAYOUTS
-from lmm_sae_nb.texts import cache_texts
-from lmm_sae_nb.train import train_sae
+from lmm_sae_nb.cache.activations import cache_activations, open_images
+from lmm_sae_nb.cache.texts import cache_texts
+from lmm_sae_nb.interpret.explain import exemplars
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.token_kinds import LAYOUTS
+from lmm_sae_nb.sae.topk import TopKSAE, TrainedOn
+from lmm_sae_nb.score.score import explained
+from lmm_sae_nb.show.latent_table import Catalogue
+from lmm_sae_nb.support.artifacts import require
+from lmm_sae_nb.train.training import train_sae
 
 PAGE = (pages.ROOT / "book" / "your_own_lmm.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

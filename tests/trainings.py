@@ -22,10 +22,10 @@ from accelerate import notebook_launcher
 from models import make
 from PIL import Image
 
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.optimiser import SAEAdam
-from lmm_sae_nb.sae import TopKSAE
-from lmm_sae_nb.train import Recipe, TrainResult, train_sae, train_saes
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.adam import SAEAdam
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.train.training import Recipe, TrainResult, train_sae, train_saes
 
 SETTINGS = dict(
     n_latents=40, k=4, steps=6, batch_tokens=512, buffer_tokens=1536, batch_samples=2, lr=3e-3, seed=3,

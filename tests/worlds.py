@@ -8,9 +8,9 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lmm_sae_nb.pictureworld import art
-from lmm_sae_nb.pictureworld.concepts import COLOURS, COUNTRIES, EMOTIONS, KINDS, SHAPES, SIGN_WORDS
-from lmm_sae_nb.pictureworld.scenes import PATCH, SIDE, Scene, make_map, make_masked, make_scene
+from lmm_sae_nb.pictureworld.world import art
+from lmm_sae_nb.pictureworld.world.concepts import COLOURS, COUNTRIES, EMOTIONS, KINDS, SHAPES, SIGN_WORDS
+from lmm_sae_nb.pictureworld.world.scenes import PATCH, SIDE, Scene, make_map, make_masked, make_scene
 
 scene, chart, masked = cache(make_scene), cache(make_map), cache(make_masked)
 INSIDE = {"panel": "texture", "block": "material", "sign": "word"}

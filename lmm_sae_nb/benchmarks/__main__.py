@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lmm_sae_nb.artifacts import project_root
 from lmm_sae_nb.benchmarks.comparison import bars, renew
+from lmm_sae_nb.support.artifacts import project_root
 
 
 def main() -> None:

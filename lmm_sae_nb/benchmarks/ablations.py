@@ -13,13 +13,21 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 
-from lmm_sae_nb.artifacts import fingerprint, open_tensors, project_root, read_json, require, save_tensors, write_json
-from lmm_sae_nb.attribution import exact, integrated, linear
+from lmm_sae_nb.attribute.agreement import agreement, own_decision
+from lmm_sae_nb.attribute.attribution import exact, integrated, linear
 from lmm_sae_nb.benchmarks.comparison import circumstances
-from lmm_sae_nb.fidelity import agreement, own_decision
-from lmm_sae_nb.intervals import mean_interval
-from lmm_sae_nb.lmm import LMM
-from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.support.artifacts import (
+    fingerprint,
+    open_tensors,
+    project_root,
+    read_json,
+    require,
+    save_tensors,
+    write_json,
+)
+from lmm_sae_nb.support.intervals import mean_interval
 
 WAYS = ("linear", "ig")
 

@@ -1,4 +1,4 @@
-"""How long oneDNN takes for the linear layers of a frozen model, and torch's own way (`lmm_sae_nb.frozen`).
+"""How long oneDNN takes for the linear layers of a frozen model, and torch's own way (`lmm_sae_nb.model.frozen`).
 
 `python -m lmm_sae_nb.benchmarks.products` writes book/products.json.
 """
@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lmm_sae_nb.artifacts import project_root, write_json
 from lmm_sae_nb.benchmarks.comparison import circumstances
-from lmm_sae_nb.frozen import frozen, onednn_is_faster, plain_products
+from lmm_sae_nb.model.frozen import frozen, onednn_is_faster, plain_products
+from lmm_sae_nb.support.artifacts import project_root, write_json
 
 SHAPES = {  # rows, width in, width out
     "Picture World, attention": (320, 256, 256),

@@ -30,8 +30,8 @@ class Shape(NamedTuple):
 
 
 def ours(shape: Shape) -> Step:
-    from lmm_sae_nb.optimiser import SAEAdam
-    from lmm_sae_nb.sae import TopKSAE, fvu
+    from lmm_sae_nb.sae.adam import SAEAdam
+    from lmm_sae_nb.sae.topk import TopKSAE, fvu
 
     sae = TopKSAE(shape.width, shape.latents, shape.k)
     optimiser = SAEAdam(sae, LR)
@@ -45,7 +45,7 @@ def ours(shape: Shape) -> Step:
 
 
 def ours_plain(shape: Shape) -> Step:
-    from lmm_sae_nb import kernels
+    from lmm_sae_nb.sae import kernels
 
     kernels.COMPILED = False
     return ours(shape)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..artifacts import project_root
+from lmm_sae_nb.support.artifacts import project_root
 
 COURSES = {  # name: optimiser steps, what it teaches
     "tower": (1750, "the eye, and the projector: every patch is told what it shows"),
@@ -91,48 +91,48 @@ def main() -> None:
     torch.set_num_threads(getattr(asked, "threads", 2))
 
     if asked.command == "explainer":
-        from .explainer_exam import learn
+        from lmm_sae_nb.pictureworld.explainer.exam import learn
 
         learn(asked)
     elif asked.command == "queries":
-        from .querying import learn
+        from lmm_sae_nb.pictureworld.instructblip.train import learn
 
         learn(asked)
     elif asked.command in SIGHT:
-        from .sight import learn
+        from lmm_sae_nb.pictureworld.scorers.exam import learn
 
         learn(asked)
     elif asked.command == "cover":
-        from ..lmm import LMM
-        from .cover import draw
+        from lmm_sae_nb.model.lmm import LMM
+        from lmm_sae_nb.pictureworld.llava.readme_picture import draw
 
         draw(LMM.load(asked.model), asked.out)
     elif asked.command == "render":
-        from .shelf import render as render_to
+        from lmm_sae_nb.pictureworld.world.datasets import render as render_to
 
         render_to(asked.out, {split: getattr(asked, split) for split in ("train", "cache", "heldout", "traps")})
     elif asked.command in COURSES:
         study(asked.command, asked.courses, asked.steps, asked.minutes)
     elif asked.command == "ship":
-        from .lessons import graduate
-        from .minds import save
+        from lmm_sae_nb.pictureworld.llava.model import save
+        from lmm_sae_nb.pictureworld.llava.train_language import graduate
 
         save(graduate(asked.courses / list(COURSES)[-1]), root / MODEL)
         for log in (asked.courses / course / "log.jsonl" for course in COURSES):
             if log.is_file():
                 shutil.copy(log, root / MODEL / f"{log.parent.name}.jsonl")
     else:
-        from ..lmm import LMM
-        from .exam import examine, keep, report
+        from lmm_sae_nb.model.lmm import LMM
+        from lmm_sae_nb.pictureworld.llava.exam import examine, keep, report
 
         keep(report(examine(LMM.load(asked.model), asked.scenes)), asked.model)
 
 
 def study(course: str, courses: Path, steps: int, minutes: float) -> bool:
     """One course of the recipe that made the shipped model; returns whether all its steps are done."""
-    from .lessons import train_language
-    from .scenes import MORE, PARTS
-    from .tower import train_tower
+    from lmm_sae_nb.pictureworld.llava.train_eye import train_tower
+    from lmm_sae_nb.pictureworld.llava.train_language import train_language
+    from lmm_sae_nb.pictureworld.world.scenes import MORE, PARTS
 
     folder, common = courses / course, {"steps": steps, "minutes": minutes}
     if course == "tower":

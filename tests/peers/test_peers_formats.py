@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lmm_sae_nb.formats import read_sae
-from lmm_sae_nb.sae import TopKSAE
+from lmm_sae_nb.sae.formats import read_sae
+from lmm_sae_nb.sae.topk import TopKSAE
 
 WIDTH, LATENTS, K = 16, 48, 5
 INSTALL = (

@@ -1,0 +1,337 @@
+"""Sections 4.3, 4.4: wrong answers turned right by clamping latents that stand for text, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, combinations, islice, product
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import DynamicCache
+
+from lmm_sae_nb.attribute.attribution import clamping, decision
+from lmm_sae_nb.cache.activations import LatentCache
+from lmm_sae_nb.model.lmm import LMM, Prompt, before, require_own
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.steer.steering import Edit, Scope, steered_versions
+from lmm_sae_nb.train.token_buffer import KINDS
+
+Edits = tuple[Edit, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question on an image, the first words of its right answer and of the answer that is tempting."""
+
+    image: Image.Image
+    question: str
+    right: str
+    tempting: str  # what was taught; another answer where the taught one is right
+    contradicts: bool  # whether the image contradicts what was taught
+    group: str = ""
+
+
+def cases_of(rows: Iterable[Mapping], part: str) -> list[Case]:
+    """The cases of one part of a data set with image, question, answer, taught, group and part.
+
+    Answers are told apart by their first word. Where image and taught answer agree, the tempting answer is the other
+    one of yes and no. ValueError for a row without an image, or a part that no row is of.
+    """
+    cases = []
+    for row in rows:
+        if row["part"] != part:
+            continue
+        if row["image"] is None:
+            raise ValueError(f"{row['question']!r} has no image, and an image is what is contradicted; leave it out")
+        right, taught = (row[name].split()[0] for name in ("answer", "taught"))
+        other = {"yes": "no", "no": "yes"}.get(right.lower(), taught)
+        other = other.capitalize() if right[0].isupper() else other
+        tempting = taught if taught != right else other
+        cases.append(Case(row["image"], row["question"], right, tempting, taught != right, row["group"]))
+    if not cases:
+        raise ValueError(f"no case is of part {part!r}; give one that the data set's column `part` has")
+    return cases
+
+
+class Asked(NamedTuple):
+    """A question on an image that has nothing to do with the cases, and the model's own answer."""
+
+    image: Image.Image
+    question: str
+    answer: str
+
+
+def own_answers(lmm: LMM, rows: Iterable[Mapping], batch: int = 20) -> list[Asked]:
+    """What the untouched model answers to the questions of rows with an image."""
+    rows, asked = iter(rows), []
+    while some := list(islice(rows, batch)):
+        images, questions = ([row[name] for row in some] for name in ("image", "question"))
+        asked += map(Asked, images, questions, lmm.generate(lmm.prompt(questions, images)))
+    return asked
+
+
+def told_case(image: str, question: str, answer: str, baseline: str, otherwise: Case) -> Case:
+    """A case of one's own: a picture's path, a question, the answer to explain, another one; all "": `otherwise`.
+
+    The answer to explain is the tempting one. ValueError if something is given and something missing.
+    """
+    given = {"image": image, "question": question, "answer": answer, "baseline": baseline}
+    if not any(given.values()):
+        return otherwise
+    if missing := [name for name, value in given.items() if not value]:
+        raise ValueError(f"a case of your own needs {', '.join(given)}; {', '.join(missing)} is missing")
+    return Case(Image.open(image).convert("RGB"), question, baseline, answer, True)
+
+
+# ---- which latents --------------------------------------------------------------------------------------------
+
+
+def text_latents(
+    explanations: Mapping[str, Mapping], vocabulary: Iterable[str], words: Iterable[str] = ()
+) -> dict[int, str]:
+    """The latents that the pipeline named after text: a concept of this vocabulary, or one with any of these words."""
+    known, hints = {name.lower() for name in vocabulary}, {word.lower() for word in words}
+    named = {int(latent): row["concept"] for latent, row in explanations.items() if row.get("concept")}
+    return {n: name for n, name in named.items() if name.lower() in known or hints & set(name.lower().split())}
+
+
+def shown_text(
+    cache: LatentCache,
+    rows: Sequence[Mapping],
+    kind: str,
+    names: Sequence[str],
+    latents: Iterable[int],
+    *,
+    least: float = 0.25,
+) -> dict[int, str]:
+    """The latents whose activation on their top images lies on one concept of this kind, by the label maps of `rows`.
+
+    A concept's share is that of the activation, over all top images, on its pixels; `least` is what one must have.
+    """
+    rows = rows.select_columns([kind]) if hasattr(rows, "select_columns") else rows  # a row's every picture is decoded
+    label_map, found = lru_cache(256)(lambda image: np.asarray(rows[image][kind])), {}
+    for latent in latents:
+        shares, images = np.zeros(1 + len(names)), cache.top(latent)
+        for rank, (image, _) in enumerate(images):
+            labels, activation = label_map(image), np.asarray(cache.patch_map(latent, rank))
+            sides = np.array(labels.shape) // activation.shape
+            on_pixels = np.kron(activation / activation.sum(), np.ones(sides)) / sides.prod()
+            shares += np.bincount(labels.ravel(), on_pixels.ravel(), minlength=len(shares)) / len(images)
+        if shares[1:].max(initial=0.0) >= least:
+            found[latent] = names[int(shares[1:].argmax())]
+    return found
+
+
+def promising(
+    lmm: LMM,
+    sae: TopKSAE,
+    layer: int,
+    cases: Sequence[Case],
+    values: Float[Tensor, " n_latents"],
+    scope: Scope = Scope(),  # noqa: B008  (frozen)
+) -> Float[Tensor, " n_latents"]:
+    """By how many logits, on average, clamping each latent to its value would speak for the right answers, linearly."""
+    total = torch.zeros(sae.n_latents)
+    for case in cases:
+        choice = decision(lmm, case.question, case.image, case.right, case.tempting)
+        total += clamping(lmm, sae, layer, choice, values, scope.of_prompt(choice.prompt)[0]) / len(cases)
+    return total
+
+
+def of_words(text: Mapping[int, str], predicted: Float[Tensor, " n_latents"]) -> dict[str, list[int]]:
+    """The latents that stand for one word, for each word, the words by what their latents together promise."""
+    found: dict[str, list[int]] = {}
+    for latent, word in sorted(text.items()):
+        found.setdefault(word, []).append(latent)
+    return dict(sorted(found.items(), key=lambda item: -float(predicted[item[1]].sum())))
+
+
+def trials(
+    groups: Sequence[Sequence[int]], maxima: Sequence[float], values: Sequence[float], together: int
+) -> list[Edits]:
+    """What to try: nothing; each of these groups of latents, and up to `together` of them at once, at each multiple of
+    every latent's own maximum."""
+    found: dict[Edits, None] = {(): None}
+    sets = [chain(*some) for many in range(1, together + 1) for some in combinations(groups, many)]
+    for value, latents in product(values, map(dict.fromkeys, sets)):
+        found[tuple(Edit(n, value * float(maxima[n])) for n in latents)] = None
+    return list(found)
+
+
+# ---- what they do ---------------------------------------------------------------------------------------------
+
+
+class Verdicts(NamedTuple):
+    """What was answered under each of several settings."""
+
+    margin: Float[Tensor, "settings cases"]  # logit of the right answer less that of the tempting one
+    answered: Int64[Tensor, "settings cases"]  # the token of the highest logit
+    right: Bool[Tensor, "settings cases"]
+
+
+@torch.no_grad()
+def verdicts(
+    lmm: LMM,
+    sae: TopKSAE,
+    layer: int,
+    cases: Sequence[Case],
+    settings: Sequence[Edits | None],
+    scope: Scope = Scope(),  # noqa: B008
+    *,
+    keep_error: bool = True,
+    at_once: int = 16,
+) -> Verdicts:
+    """The first token of each case's answer under each setting: None is the untouched model, () the SAE spliced in.
+
+    One forward's last logits tell it, for the answers differ in their first token. Layers up to `layer` run once, and
+    what is above them once for the first setting; of the others, `at_once` of them side by side, only what follows the
+    first token whose state they change: a clamp at the words of a question costs these words. ValueError for answers
+    that are not one token each.
+    """
+    require_own(lmm, sae, layer)
+    margin, answered = (torch.zeros(len(settings), len(cases)) for _ in range(2))
+    right = torch.zeros(len(settings), len(cases), dtype=torch.bool)
+    for n, case in enumerate(tqdm(cases, desc="answering", mininterval=2, disable=len(cases) < 50)):
+        choice = decision(lmm, case.question, case.image, case.right, case.tempting)
+        versions = _versions(lmm, sae, layer, choice.prompt, settings, scope, keep_error)
+        logits = _last_logits(lmm, choice.prompt, layer, versions, at_once).cpu()
+        margin[:, n] = logits[:, choice.answer] - logits[:, choice.baseline]
+        answered[:, n] = logits.argmax(-1).float()
+        right[:, n] = logits.argmax(-1) == choice.answer
+    return Verdicts(margin, answered.long(), right)
+
+
+@torch.no_grad()
+def kept(
+    lmm: LMM,
+    sae: TopKSAE,
+    layer: int,
+    asked: Sequence[Asked],
+    settings: Sequence[Edits | None],
+    scope: Scope = Scope(),  # noqa: B008
+    *,
+    keep_error: bool = True,
+) -> Bool[Tensor, "settings asked"]:
+    """Whether each answer would be given again, in full, under each setting: every token of it, and its end, is the
+    most likely one after those before it, as in greedy decoding. One forward instead of one for each token."""
+    same = torch.zeros(len(settings), len(asked), dtype=torch.bool)
+    for n, one in enumerate(asked):
+        prompt = lmm.prompt(one.question, one.image, answers=one.answer)
+        decoded = lmm.above(prompt, layer, _versions(lmm, sae, layer, prompt, settings, scope, keep_error))
+        told = prompt.answer_mask[0, 1:]
+        said = lmm.head(decoded[:, :-1][:, told]).argmax(-1)
+        same[:, n] = (said == prompt.inputs["input_ids"][0, 1:][told]).all(-1).cpu()
+    return same
+
+
+def _versions(
+    lmm: LMM, sae: TopKSAE, layer: int, prompt: Prompt, settings: Sequence[Edits | None], scope: Scope, keep_error: bool
+) -> Float[Tensor, "settings tokens width"]:
+    """The layer's states of one prompt under each setting."""
+    hidden = lmm.hidden_states(lmm.entered(prompt), layer)[0]
+    spliced, steered = (mask[0].to(lmm.device) for mask in (prompt.mask(*KINDS), scope.of_prompt(prompt)))
+    versions = hidden.repeat(len(settings), 1, 1)
+    if changed := [s for s, edits in enumerate(settings) if edits is not None]:
+        edits = [settings[s] for s in changed]
+        own = steered_versions(sae, hidden[spliced], edits, steered[spliced], keep_error).to(hidden.dtype)
+        versions[torch.tensor(changed)[:, None], spliced.nonzero()[:, 0]] = own
+    return versions
+
+
+def _last_logits(
+    lmm: LMM, prompt: Prompt, layer: int, versions: Float[Tensor, "versions tokens width"], at_once: int
+) -> Float[Tensor, "versions vocab"]:
+    """The logits after the last token where the layer puts out these versions of its states."""
+    cache = DynamicCache()
+    first = lmm.head(lmm.above(prompt, layer, versions[:1], cache)[:, -1])
+    logits = first.repeat(len(versions), 1)
+    differs = (versions != versions[0]).any(-1)
+    start = torch.where(differs.any(1), differs.int().argmax(1), len(versions[0]))
+    others = [n for n in start.argsort(stable=True).tolist() if start[n] < len(versions[0])]
+    for some in (others[n : n + at_once] for n in range(0, len(others), at_once)):
+        begin = int(start[some[0]])
+        kept = before(cache, begin, len(some)) if begin else None
+        logits[some] = lmm.head(lmm.above(prompt, layer, versions[some, begin:], kept)[:, -1])
+    return logits
+
+
+class Tried(NamedTuple):
+    """What a setting did to the cases that it was tried on; harmed and spoiled are None where that was not asked."""
+
+    edits: Edits
+    cured: float  # share of the wrong answers
+    shift: float  # mean change of their margin, in logits
+    harmed: float | None  # share of the right answers
+    spoiled: float | None  # share of the answers to other questions
+
+
+class Limits(NamedTuple):
+    """What a cure may cost at most: shares of the right answers, and of the answers to other questions."""
+
+    harmed: float
+    spoiled: float = 1.0
+
+
+def search(
+    lmm: LMM,
+    sae: TopKSAE,
+    layer: int,
+    wrong: Sequence[Case],
+    good: Sequence[Case],
+    settings: Sequence[Edits],
+    limits: Limits,
+    scope: Scope = Scope(),  # noqa: B008
+    *,
+    others: Sequence[Asked] = (),
+    keep_error: bool = True,
+    at_once: int = 4,
+) -> tuple[Edits, list[Tried]]:
+    """The setting that turns most wrong answers right of those within the limits on right ones that it turns wrong and
+    on answers to other questions that it changes.
+
+    All are tried on the wrong cases; on the others, `at_once` of them in order of what they cured, only until one is
+    within the limits, for those behind it cure less. Among equals the one with the fewest latents is ahead, then the
+    one with the largest shift. (), which does nothing, is settings[0] and is chosen if no other will do; wrong and
+    right are the answers under it. ValueError for no wrong or no right answer, or another first setting.
+    """
+    if not len(wrong) or not len(good) or settings[0] != ():
+        raise ValueError(
+            f"{len(wrong)} wrong answers to cure, {len(good)} right ones to keep, the first setting is {settings[0]}; "
+            "give some of both, and () first"
+        )
+    own = (lmm, sae, layer)
+    found = verdicts(*own, wrong, settings, scope, keep_error=keep_error)
+    fooled = ~found.right[0]
+    cured = (fooled & found.right).sum(1) / max(1, int(fooled.sum()))
+    shift = (found.margin - found.margin[0]).mean(1)
+    order = sorted(range(len(settings)), key=lambda n: (-float(cured[n]), len(settings[n]), -float(shift[n])))
+    order = order[: order.index(0)]  # what is behind () cures nothing
+    harmed, spoiled, best = {0: 0.0}, {0: 0.0}, 0
+    while order and not best:
+        some, order = order[:at_once], order[at_once:]
+        under = [(), *(settings[n] for n in some)]
+        harmed |= zip(some, _lost(verdicts(*own, good, under, scope, keep_error=keep_error).right), strict=True)
+        fine = [n for n in some if harmed[n] <= limits.harmed]
+        under = [(), *(settings[n] for n in fine)]
+        spoiled |= zip(
+            fine, _lost(kept(*own, others if fine else (), under, scope, keep_error=keep_error)), strict=True
+        )
+        best = next((n for n in fine if spoiled[n] <= limits.spoiled), 0)
+    told = [
+        Tried(edits, float(cured[n]), float(shift[n]), harmed.get(n), spoiled.get(n) if len(others) else None)
+        for n, edits in enumerate(settings)
+    ]
+    return settings[best], told
+
+
+def _lost(right: Bool[Tensor, "settings cases"]) -> list[float]:
+    """The share of what is right under the first setting that is not under each of the others."""
+    lost = (right[0] & ~right[1:]).sum(1)
+    return [n / max(1, int(right[0].sum())) for n in lost.tolist()]  # in float32, 4 of 40 would be more than 0.1

@@ -1,0 +1,166 @@
+"""What each token of a prompt is: a patch of the base image or of a tile, a newline, text, special or pad.
+
+Families differ in where an image's patches lie in the decoder's sequence; LAYOUTS holds one small function
+for each. All else is the same for all: every token has exactly one kind.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+KINDS = ("base", "tiles", "newline", "text", "special", "pad")
+BASE, TILES, NEWLINE, TEXT, SPECIAL, PAD = range(len(KINDS))
+
+Grid = tuple[int, int]
+
+
+class NoPatchGrid(ValueError):
+    """Raised by whatever needs the base image's patch grid, for a sample that has none."""
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The kind of each token of one sample's sequence, as the decoder sees it (image tokens expanded).
+
+    base: the whole image's patches, row by row in `grid`; for a Q-Former its query tokens, without a grid.
+    tiles: patches of the image's enlarged parts. newline: what ends a row of tiles. text: words, the chat
+    template's too. special: control tokens around turns and images. pad: padding, on the left.
+    """
+
+    kinds: Int64[Tensor, " tokens"]  # index into KINDS
+    grid: Grid | None  # rows, columns of the base patches; None for a Q-Former, and without an image
+
+    def mask(self, *kinds: str) -> Bool[Tensor, " tokens"]:
+        """Mark the tokens of any of these kinds; ValueError for a kind that is not in KINDS."""
+        if unknown := set(kinds) - set(KINDS):
+            raise ValueError(f"no such kind of token: {sorted(unknown)}; the kinds are {', '.join(KINDS)}")
+        return torch.isin(self.kinds, self.kinds.new_tensor([KINDS.index(kind) for kind in kinds]))
+
+    def where(self, kind: str) -> Int64[Tensor, " n"]:
+        """Give the positions of the tokens of this kind, in order."""
+        return self.mask(kind).nonzero()[:, 0]
+
+    def as_grid(self, values: Float[Tensor, "*any base"]) -> Float[Tensor, "*any rows cols"]:
+        """Fold values of the base tokens into the patch grid; NoPatchGrid if there is none."""
+        if self.grid is None:
+            raise NoPatchGrid(
+                "this sample has no patch grid: its image became query tokens (a Q-Former's, as InstructBLIP "
+                "has) or it has no image; score whole images here, for maps and IoU use a model with patches"
+            )
+        return values.unflatten(-1, self.grid)
+
+
+# A layout is called as (model, inputs, sample, image): the sample's row in the batch, its image's place in
+# the batch's images. It gives the kinds of the sample's image tokens in order, and the grid of the base ones.
+Layout = Callable[[PreTrainedModel, BatchFeature, int, int], tuple[Int64[Tensor, " slots"], Grid | None]]
+
+
+def _anyres(model, inputs, sample, image, *, settings: tuple[str, ...]):
+    """Base, then tiles unpadded, row by row, each ended by a newline: the model's own packing, of kinds."""
+    vision, size = model.config.vision_config, inputs["image_sizes"][image].tolist()
+    side = vision.image_size // vision.patch_size
+    crops = image_size_to_num_patches(size, model.config.image_grid_pinpoints, vision.image_size)
+    kinds = torch.full((crops, side * side, 1), float(TILES))
+    kinds[0] = BASE
+    packed, _ = model.model.pack_image_features(
+        image_features=[kinds],
+        image_sizes=[size],
+        image_newline=torch.tensor([float(NEWLINE)]),
+        **{setting: getattr(model.config, setting) for setting in settings},
+    )
+    return packed[0].flatten().round().long(), (side, side)
+
+
+def _qwen2_5_vl(model, inputs, sample, image):
+    """The image alone, at its own size; patches merged two by two are one token, no tiles."""
+    merge = model.config.vision_config.spatial_merge_size
+    _, rows, cols = (inputs["image_grid_thw"][image] // merge).tolist()
+    return torch.full((rows * cols,), BASE), (rows, cols)
+
+
+def _idefics3(model, inputs, sample, image):
+    """Tiles, one whole after the other, then the base image; an image that fits one crop has no tiles."""
+    vision = model.config.vision_config
+    side = vision.image_size // vision.patch_size // model.config.scale_factor
+    crops = int(inputs["pixel_attention_mask"][sample].flatten(1).any(1).sum())
+    kinds = torch.full((crops, side * side), TILES)
+    kinds[-1] = BASE
+    return kinds.flatten(), (side, side)
+
+
+def _instructblip(model, inputs, sample, image):
+    """The Q-Former's query tokens, which mix all patches: no grid."""
+    return torch.full((model.config.num_query_tokens,), BASE), None
+
+
+LAYOUTS: dict[str, Layout] = {  # by the config's model_type
+    "llava_next": partial(_anyres, settings=("vision_feature_select_strategy",)),
+    "llava_onevision": partial(_anyres, settings=("vision_aspect_ratio",)),
+    "qwen2_5_vl": _qwen2_5_vl,
+    "idefics3": _idefics3,
+    "smolvlm": _idefics3,
+    "instructblip": _instructblip,
+}
+
+
+def layout_of(model: PreTrainedModel) -> Layout:
+    """Give the layout of the model's family; ValueError, naming what to register, if it is not known."""
+    family = model.config.model_type
+    if family not in LAYOUTS:
+        raise ValueError(
+            f"how a {family} lays out its image tokens is not known; register a function "
+            f"(model, inputs, sample, image) -> (kinds, grid) as lmm_sae_nb.model.token_kinds.LAYOUTS[{family!r}] "
+            f"(known: {', '.join(LAYOUTS)})"
+        )
+    return LAYOUTS[family]
+
+
+def spans_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: BatchFeature,
+    images: list[Image.Image | None],
+) -> list[Spans]:
+    """Tell what each token of a batch is; ValueError if there are not as many image tokens as expected."""
+    layout, special = layout_of(model), _special_ids(tokenizer)
+    spans, number = [], 0
+    for sample, image in enumerate(images):
+        ids, attended = inputs["input_ids"][sample], inputs["attention_mask"][sample].bool()
+        slots = ((ids == model.config.image_token_id) & attended).nonzero()[:, 0]
+        laid_out, grid = torch.empty(0, dtype=torch.long), None
+        if image is not None:
+            laid_out, grid = layout(model, inputs, sample, number)
+            number += 1
+        if len(laid_out) != len(slots):
+            alone = "a Q-Former takes no text without an image, give one to each; or " if image is None else ""
+            shown = "no image" if image is None else f"an image of {image.width} x {image.height} px"
+            raise ValueError(
+                f"the processor does not fit the model: for {shown} (sample {sample}) it wrote {len(slots)} "
+                f"image tokens, the model expects {len(laid_out)}; {alone}load both from one checkpoint, or "
+                "compare the processor's patch_size, sizes, pinpoints, vision_feature_select_strategy and "
+                "num_additional_image_tokens with the model's config"
+            )
+        kinds = torch.where(torch.isin(ids, special), SPECIAL, TEXT)
+        if len(slots):  # what stands between an image's own tokens: white space that ends rows, and markers
+            inside = slice(slots[0], slots[-1] + 1)
+            blank = [token for token in ids[inside].unique().tolist() if tokenizer.decode(token).isspace()]
+            kinds[inside] = torch.where(torch.isin(ids[inside], torch.tensor(blank)), NEWLINE, SPECIAL)
+        kinds[slots] = laid_out
+        kinds[~attended] = PAD
+        spans.append(Spans(kinds.to(model.device), grid))
+    return spans
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, " n"]:
+    """Control tokens; what stands for an unknown word is text, unless it serves as a control token too."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    unknown = {tokenizer.unk_token_id}
+    unknown -= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    return torch.tensor(sorted((added | set(tokenizer.all_special_ids)) - unknown))

@@ -1,0 +1,401 @@
+"""SAE checkpoints on disk, as the paper and sparsify, SAELens 6 and dictionary_learning write them.
+
+Each is a folder of two files, a config and the weights; FORMATS says how each lays out the same four tensors.
+`read_sae` finds the format by the files and gives eq. 1 and 2's weights; what is no TopK SAE is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lmm_sae_nb.support.artifacts import as_json, open_tensors, read_json, save_tensors, write_json, write_through
+
+
+class SAEWeights(NamedTuple):
+    """A TopK SAE: z = TopK(ReLU(W_enc (x - b_dec) + b_enc)), x_hat = W_dec^T z + b_dec; a row is a latent."""
+
+    W_enc: Float[Tensor, "latents width"]
+    b_enc: Float[Tensor, " latents"]
+    W_dec: Float[Tensor, "latents width"]
+    b_dec: Float[Tensor, " width"]
+    k: int
+
+
+class Settings(NamedTuple):
+    """What a checkpoint's config says of the SAE."""
+
+    n_latents: int
+    width: int
+    k: int
+    centred: bool = True  # the encoder reads x - b_dec, else x
+    by_length: bool = False  # TopK compares activations times the length of their dictionary row
+
+
+class Format(NamedTuple):
+    """How a library lays out a TopK SAE: file names, tensor names, config."""
+
+    config: str
+    weights: str
+    names: tuple[str, str, str, str]  # of W_enc, b_enc, W_dec, b_dec
+    turned: str  # the matrix in which a column is a latent, if there is one
+    spare: tuple[str, ...]  # further tensors that do not change what the SAE computes
+    settings: Callable[[Path, dict], Settings]
+    describe: Callable[[SAEWeights], dict]
+    open: Callable[[Path], Mapping]  # name to what has a shape and gives only those rows that it is asked for
+    save: Callable[[Path, dict[str, Tensor], SAEWeights], None]
+
+
+def read_sae(folder: str | Path, latents: Sequence[int] | None = None) -> SAEWeights:
+    """Read an SAE of any of FORMATS onto the CPU, in its own dtype; settings that eq. 1, 2 lack are folded in.
+
+    latents: read W_enc, b_enc and W_dec of these alone, in this order, and leave the rest on the disk. (Where a
+    column is a latent, as in SAELens' W_enc, a latent lies across the whole matrix, which the system may then read.)
+    FileNotFoundError if a file is missing. ValueError if one was cut short, tensors are missing, foreign or of
+    other shapes than the config says, a latent does not exist, or the folder holds another kind of dictionary,
+    several formats, or only folders of SAEs (seeds, hookpoints).
+    """
+    folder, settings = Path(folder), settings_of(folder)
+    form = FORMATS[format_of(folder)]
+    tensors = form.open(folder / form.weights)
+    _check(str(folder / form.weights), form, settings, tensors)
+    if latents is not None and not all(0 <= latent < settings.n_latents for latent in latents):
+        raise ValueError(f"latents {list(latents)}: {folder} has latents 0 to {settings.n_latents - 1}")
+    *rows, b_dec = (
+        _take(tensors[name], latents if n < 3 else None, turned=name == form.turned)
+        for n, name in enumerate(form.names)
+    )
+    return _fold(SAEWeights(*rows, b_dec, settings.k), settings)
+
+
+def write_sae(folder: str | Path, weights: SAEWeights, format: str = "sparsify") -> None:
+    """Write an SAE in one of FORMATS, each file whole or not at all; tensors are kept bit by bit.
+
+    Weights go first, and a config of other sizes goes before them, so that no crash leaves a mixture that could
+    be read. ValueError for an unknown format, wrong shapes or mixed dtypes, or a folder with an SAE of another one.
+    """
+    folder = Path(folder)
+    if format not in FORMATS:
+        raise ValueError(f"no format {format!r}; choose one of {', '.join(FORMATS)}")
+    if other := [name for name in _formats_in(folder) if name != format]:
+        raise ValueError(f"{folder} holds an SAE in the format {other[0]}; write {format} to a folder of its own")
+    form, origin, settings = FORMATS[format], "the weights to write", Settings(*weights.W_enc.shape, weights.k)
+    _check_sizes(origin, settings)
+    tensors = dict(zip(form.names, weights[:4], strict=True))
+    tensors = {name: tensor.T if name == form.turned else tensor for name, tensor in tensors.items()}
+    _check(origin, form, settings, tensors)
+    config = form.describe(weights)
+    if (path := folder / form.config).is_file() and path.read_bytes() != as_json(config):
+        path.unlink()
+    form.save(folder / form.weights, tensors, weights)
+    write_json(path, config)
+
+
+def settings_of(folder: str | Path) -> Settings:
+    """What the config of a folder's SAE says, without a look at the weights; errors as `read_sae`."""
+    form = FORMATS[format_of(folder)]
+    path = Path(folder) / form.config
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing; an SAE's folder holds {form.config} and {form.weights}: train one with "
+            "notebooks/01_train_sae.py or download the layer's folder of a published one"
+        )
+    return form.settings(path, read_json(path))
+
+
+def format_of(folder: str | Path) -> str:
+    """Which of FORMATS a folder holds, by its weights' file; errors as `read_sae`."""
+    folder = Path(folder)
+    found = _formats_in(folder)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"{folder} holds SAEs in the formats {', '.join(found)}; keep each in a folder of its own")
+    if inner := sorted(path.name for path in folder.glob("*/") if _formats_in(path)):
+        raise ValueError(
+            f"{folder} holds no SAE itself, but one for each seed or hookpoint: {', '.join(inner)}; give one of them"
+        )
+    files = ", ".join(f"{form.weights} ({name})" for name, form in FORMATS.items())
+    raise FileNotFoundError(
+        f"{folder} holds no SAE, that is none of {files}; train one with notebooks/01_train_sae.py or download the "
+        "layer's folder of a published one"
+    )
+
+
+def _formats_in(folder: Path) -> list[str]:
+    return [name for name, form in FORMATS.items() if (folder / form.weights).is_file()]
+
+
+def _take(rows, latents: Sequence[int] | None, *, turned: bool) -> Tensor:
+    """All of a lazily readable tensor, or the rows of some latents (its columns, if turned)."""
+    if latents is None:
+        return (rows[:].T if turned else rows[:]).clone(memory_format=torch.contiguous_format)
+    if not latents:
+        return _take(rows, [0], turned=turned)[:0]
+    if turned:
+        return torch.cat([rows[:, latent : latent + 1] for latent in latents], 1).T.contiguous()
+    return torch.cat([rows[latent : latent + 1] for latent in latents])
+
+
+def _fold(weights: SAEWeights, settings: Settings) -> SAEWeights:
+    """The same latents and reconstruction without the settings that eq. 1, 2 do not have."""
+    W_enc, b_enc, W_dec, b_dec, k = weights
+    if not settings.centred:  # W x + b = W (x - b_dec) + (b + W b_dec)
+        b_enc = (b_enc.double() + W_enc.double() @ b_dec.double()).to(b_enc.dtype)
+    if settings.by_length:  # a latent's activation grows by the length of its row, the row becomes of length 1
+        length = torch.linalg.vector_norm(W_dec.double(), dim=1).clamp_min(torch.finfo(W_dec.dtype).tiny)
+        W_enc, W_dec = (W_enc * length[:, None]).to(W_enc.dtype), (W_dec / length[:, None]).to(W_dec.dtype)
+        b_enc = (b_enc * length).to(b_enc.dtype)
+    return SAEWeights(W_enc, b_enc, W_dec, b_dec, k)
+
+
+# What a folder must be.
+
+
+def _check(origin: str, form: Format, settings: Settings, tensors: Mapping) -> None:
+    """ValueError unless the tensors are those of the format, in the shapes that the settings say."""
+    n_latents, width, k, *_ = settings
+    shapes = dict(zip(form.names, ((n_latents, width), (n_latents,), (n_latents, width), (width,)), strict=True))
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ValueError(
+                f"{origin} has no {name} (it holds {', '.join(tensors)}); expected a whole SAE with {', '.join(shapes)}"
+            )
+        shape = shape[::-1] if name == form.turned else shape
+        if (found := _shape(tensors[name])) != shape:
+            raise ValueError(
+                f"{origin}: {name} is {found}, but {n_latents} latents of width {width} make it {shape}; take config "
+                "and weights from the same checkpoint"
+            )
+    if more := tensors.keys() - set(shapes) - set(form.spare):
+        raise ValueError(f"{origin} also holds {', '.join(sorted(more))}, which a TopK SAE does not have; use another")
+    if "k" in tensors and int(tensors["k"]) != k:
+        raise ValueError(f"{origin} has k {int(tensors['k'])}, {form.config} has k {k}; take both from one checkpoint")
+    if len(kinds := {str(tensors[name][:0].dtype).removeprefix("torch.") for name in shapes}) > 1:
+        raise ValueError(f"{origin} mixes {', '.join(sorted(kinds))}; bring all four tensors to one dtype")
+
+
+def _shape(tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
+
+
+def _settings(path: Path, config: dict, expected: str, sizes: Callable[[dict], tuple], **more: bool) -> Settings:
+    """Latents, width and k as `sizes` finds them in a config, which is `expected` to hold them."""
+    try:
+        settings = Settings(*map(int, sizes(config)), **more)
+    except (KeyError, TypeError, ValueError) as error:
+        found = ", ".join(config) or "nothing"
+        raise ValueError(
+            f"{path} is no config of a TopK SAE ({error!r}); expected {expected}, found {found}"
+        ) from error
+    _check_sizes(str(path), settings)
+    return settings
+
+
+def _check_sizes(origin: str, settings: Settings) -> None:
+    n_latents, width, k, *_ = settings
+    if width < 1 or not 1 <= k <= n_latents:
+        raise ValueError(
+            f"{origin}: width {width}, k {k} and {n_latents} latents make no SAE; expected a width of at least 1 and "
+            "k from 1 to the number of latents"
+        )
+
+
+OTHERS = {  # by a part of its name: what another kind does, in the place of keeping the k largest of every token
+    "matryoshka": "keeps k latents a token only on average over a batch, in nested groups",
+    "batchtopk": "keeps k latents a token only on average over a batch, by a threshold when it is used",
+    "jumprelu": "keeps every latent above that latent's own threshold, however many",
+    "gated": "has a second encoder that decides which latents are active",
+    "abstopk": "keeps the largest absolute values, negative ones too",
+    "groupmax": "keeps the largest latent of each of k groups",
+    "transcoder": "predicts another activation than the one that it reads",
+    "pursuit": "finds its latents one after the other",
+    "temporal": "reads more than one token",
+    "standard": "keeps every latent above 0, however many",
+    "autoencoder": "keeps every latent above 0, however many",
+}
+
+
+def _require(path: Path, config: Mapping, key: str, wanted: str | bool, otherwise: str = "") -> None:
+    """ValueError, saying what it does instead, if a setting that may be left out is not `wanted`."""
+    value = config.get(key, wanted)
+    if value != wanted:
+        kind = str(value).lower().replace("_", "")
+        why = otherwise or next((why for part, why in OTHERS.items() if part in kind), "is of a kind not known here")
+        raise ValueError(
+            f"{path}: {key} is {value!r}: it {why}. That is not eq. 1 and 2; use an SAE with {key} {wanted!r}"
+        )
+
+
+# sparsify, and the paper's own.
+
+
+def _sparsify_settings(path: Path, config: dict) -> Settings:
+    _require(path, config, "activation", "topk")
+    _require(path, config, "signed", False, "keeps the largest absolute values, negative ones too")
+    _require(path, config, "transcode", False, "predicts a module's output from its input")
+    _require(path, config, "skip_connection", False, "adds a linear map of its input")
+    return _settings(
+        path,
+        config,
+        "d_in, k and num_latents or expansion_factor",
+        lambda its: (its.get("num_latents") or its["d_in"] * its["expansion_factor"], its["d_in"], its["k"]),
+    )
+
+
+def _sparsify_config(weights: SAEWeights) -> dict:
+    """Only the keys that the paper's loader knows: it fails on any other."""
+    n_latents, width = weights.W_dec.shape
+    lengths = weights.W_dec.detach().float().norm(dim=1)
+    return {
+        "expansion_factor": max(1, n_latents // width),
+        "normalize_decoder": bool((lengths - 1).abs().max() < 1e-3),
+        "num_latents": n_latents,
+        "k": weights.k,
+        "multi_topk": False,
+        "d_in": width,
+    }
+
+
+# SAELens 6.
+
+
+def _saelens_settings(path: Path, config: dict) -> Settings:
+    version = str(config.get("sae_lens_version") or (config.get("metadata") or {}).get("sae_lens_version") or "unknown")
+    if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
+        raise ValueError(f"{path} is of SAELens {version}, before 6; load it with sae-lens 6 and save it again")
+    if "architecture" not in config:
+        raise ValueError(f"{path} names no architecture; expected 'topk', found {', '.join(config)}")
+    _require(path, config, "architecture", "topk")
+    scales = "scales every token by its own length or spread"
+    if config.get("normalize_activations") in ("expected_average_only_in", "covariance_whitening"):
+        scales = "scales its input by what is measured and not stored; fold it in with sae-lens and save it again"
+    _require(path, config, "normalize_activations", "none", scales)
+    _require(path, config, "reshape_activations", "none", "reads the heads of an attention, not a layer's output")
+    return _settings(
+        path,
+        config,
+        "d_in, d_sae and k",
+        lambda its: (its["d_sae"], its["d_in"], its["k"]),
+        centred=bool(config.get("apply_b_dec_to_input", True)),
+        by_length=bool(config.get("rescale_acts_by_decoder_norm", False)),
+    )
+
+
+def _saelens_config(weights: SAEWeights) -> dict:
+    n_latents, width = weights.W_dec.shape
+    return {
+        "architecture": "topk",
+        "d_in": width,
+        "d_sae": n_latents,
+        "k": weights.k,
+        "dtype": str(weights.W_dec.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "rescale_acts_by_decoder_norm": False,
+        "metadata": {"sae_lens_version": "6.0.0"},
+    }
+
+
+def _open_safetensors(path: Path) -> Mapping:
+    file = open_tensors(path)
+    return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _save_safetensors(path: Path, tensors: dict[str, Tensor], _: SAEWeights) -> None:
+    save_tensors(path, tensors, {"format": "pt"})
+
+
+# dictionary_learning.
+
+
+def _dictionary_learning_settings(path: Path, config: dict) -> Settings:
+    trainer = config.get("trainer")
+    if not isinstance(trainer, dict) or "dict_class" not in trainer:
+        raise ValueError(
+            f"{path} has no trainer with a dict_class, and ae.pt alone does not tell TopK from BatchTopK; take the "
+            "config.json that was saved beside it"
+        )
+    _require(path, trainer, "dict_class", "AutoEncoderTopK")
+    return _settings(
+        path,
+        trainer,
+        "activation_dim, dict_size and k",
+        lambda its: (its["dict_size"], its["activation_dim"], its["k"]),
+    )
+
+
+def _dictionary_learning_config(weights: SAEWeights) -> dict:
+    n_latents, width = weights.W_dec.shape
+    sizes = {"activation_dim": width, "dict_size": n_latents, "k": weights.k}
+    return {"trainer": {"trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK", **sizes}}
+
+
+def _open_pickled(path: Path) -> Mapping:
+    """Tensors of a torch.save file, mapped into memory; nothing in it is run (weights_only)."""
+    try:
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a whole file of tensors ({str(error).splitlines()[0]}): it was cut short, is something "
+            "else, or holds objects that would have to be run; download it again or save its state_dict"
+        ) from error
+    if isinstance(found, dict) and "ae" in found:
+        raise ValueError(
+            f"{path} is a backup from the middle of a training (it holds {', '.join(map(str, found))}), whose weights "
+            "may not be scaled back yet; use the ae.pt from the end of the training"
+        )
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise ValueError(f"{path} holds no state_dict, that is names and tensors; save the dictionary's state_dict")
+    return found
+
+
+def _save_pickled(path: Path, tensors: dict[str, Tensor], weights: SAEWeights) -> None:
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    whole |= {"k": torch.tensor(weights.k, dtype=torch.int), "threshold": torch.tensor(-1.0)}  # -1: never measured
+    write_through(path, lambda temporary: torch.save(whole, temporary))
+
+
+FORMATS = {
+    "sparsify": Format(
+        config="cfg.json",
+        weights="sae.safetensors",
+        names=("encoder.weight", "encoder.bias", "W_dec", "b_dec"),
+        turned="",
+        spare=(),
+        settings=_sparsify_settings,
+        describe=_sparsify_config,
+        open=_open_safetensors,
+        save=_save_safetensors,
+    ),
+    "saelens": Format(
+        config="cfg.json",
+        weights="sae_weights.safetensors",
+        names=("W_enc", "b_enc", "W_dec", "b_dec"),
+        turned="W_enc",
+        spare=(),
+        settings=_saelens_settings,
+        describe=_saelens_config,
+        open=_open_safetensors,
+        save=_save_safetensors,
+    ),
+    "dictionary_learning": Format(
+        config="config.json",
+        weights="ae.pt",
+        names=("encoder.weight", "encoder.bias", "decoder.weight", "b_dec"),
+        turned="decoder.weight",
+        spare=("k", "threshold"),
+        settings=_dictionary_learning_settings,
+        describe=_dictionary_learning_config,
+        open=_open_pickled,
+        save=_save_pickled,
+    ),
+}

@@ -1,0 +1,288 @@
+"""The sparse kernels of the SAE: compiled for float32 on the CPU where numba is there, plain torch elsewhere.
+
+Both ways give the same numbers to rounding. Neither makes a gradient of shape (tokens, n_latents) nor gathers
+(tokens * k, width) rows. The compiled one uses as many threads as torch (`torch.set_num_threads`) and its results
+do not depend on how many. `NUMBA_DISABLE_JIT=1` switches it off.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+COMPILED = True  # False: plain torch everywhere
+BLOCK = 2**25  # pre-activations at a time: 128 MB in float32
+TOKENS = 2048  # tokens at a time in a sweep over latents: a tile of them is 1 MB
+LATENTS = 512  # latents at a time: their rows and what is summed for them stay near the core
+
+
+# ---- which way, on how many threads, in which memory ------------------------------------------------------------
+
+
+@cache
+def _loops() -> ModuleType | None:
+    """The compiled loops, or None where numba is missing or switched off."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    from numba import config
+
+    if config.DISABLE_JIT:
+        return None
+    from lmm_sae_nb.sae import numba_loops
+
+    return numba_loops
+
+
+def is_compiled(*tensors: Tensor) -> bool:
+    """Whether these tensors are for the compiled loops."""
+    fit = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+    return COMPILED and fit and _loops() is not None
+
+
+@cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads of this process; a fork does not inherit them, so its own number asks for new ones."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
+
+
+def _in_parts(n: int, size: int, task: Callable[[int, int], object]) -> None:
+    """task(first, last) for ranges of `size` that make up range(n), on torch's number of threads."""
+    ranges = [(first, min(n, first + size)) for first in range(0, n, size)]
+    threads = min(torch.get_num_threads(), len(ranges))
+    if threads <= 1:
+        for first, last in ranges:
+            task(first, last)
+    else:
+        list(_pool(threads, os.getpid()).map(lambda part: task(*part), ranges))
+
+
+def _share(n: int) -> int:
+    """The size of a range when n like items are given out to the threads, a few ranges for each."""
+    return max(1, -(-n // (4 * torch.get_num_threads())))
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """Like `torch.empty_like`, on the CPU in huge pages where there are any: numpy asks for them, torch does not.
+
+    A sweep that meets every page of a dictionary strip after strip runs up to twice as fast in them.
+    """
+    if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+        return torch.empty_like(tensor)
+    return torch.from_numpy(np.empty(tensor.shape, np.float32))
+
+
+_memory = WeakTensorKeyDictionary()  # weights: arrays, and for each the use that is made of it, if any
+_taking = threading.Lock()
+
+
+def _reused(weights: Tensor, *shape: int) -> Tensor:
+    """A float32 tensor of any content in memory that is kept as long as `weights` are.
+
+    Fresh pages for a gradient's gigabyte can take longer than to fill them. An array is taken again when the
+    last tensor in it is gone, and not before; `zero_grad` lets go of gradients.
+    """
+    size = int(np.prod(shape))
+    with _taking:
+        kept = [(array, use) for array, use in _memory.get(weights, []) if use() is not None or array.size >= size]
+        free = [array for array, use in kept if use() is None]
+        array = min(free, key=lambda array: array.size) if free else np.empty(size, np.float32)
+        taken = array[:size].reshape(shape)  # the tensor's memory holds on to this object
+        others = [(other, use) for other, use in kept if other is not array]
+        _memory[weights] = [*others, (array, weakref.ref(taken))]
+    return torch.from_numpy(taken)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().numpy()
+
+
+# ---- TopK -------------------------------------------------------------------------------------------------------
+
+
+def top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """TopK(ReLU(W_enc x + b_enc)) of (tokens, width): activations and int64 indices, (tokens, k), in no order.
+
+    A block of tokens at a time, without gradient. TopK goes before ReLU, which changes no activation. Under
+    `torch.autocast` the dense product alone is made in autocast's dtype.
+    """
+    tokens = max(1, BLOCK // len(W_enc))
+    dtype = _autocast_dtype(x)
+    W = W_enc.to(dtype or W_enc.dtype).T
+    if not is_compiled(x, W_enc, b_enc):
+        tops = [(_product(part, W, dtype) + b_enc).topk(k, sorted=False) for part in x.split(tokens)]
+        return torch.cat([top.values for top in tops]).relu_(), torch.cat([top.indices for top in tops])
+    acts, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
+    block = _reused(W_enc, min(tokens, len(x)), len(W_enc))
+    for part, part_acts, part_indices in zip(x.split(tokens), acts.split(tokens), indices.split(tokens), strict=True):
+        pre = _product(part, W, dtype, out=block[: len(part)])
+        arrays = _array(pre), _array(b_enc), k, part_acts.numpy(), part_indices.numpy()
+        _in_parts(len(part), _share(len(part)), lambda *span, arrays=arrays: _loops().select(*arrays, *span))
+    return acts, indices
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    on = torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32
+    return torch.get_autocast_dtype(x.device.type) if on else None
+
+
+def _product(x: Tensor, W: Tensor, dtype: torch.dtype | None, out: Tensor | None = None) -> Tensor:
+    """x @ W in x's dtype, with both rounded to `dtype` before if there is one."""
+    with torch.autocast(x.device.type, enabled=False):
+        if dtype is None:
+            return torch.mm(x, W, out=out)
+        product = torch.mm(x.to(dtype), W)
+        return product.to(x.dtype) if out is None else out.copy_(product)
+
+
+# ---- sums along the pattern of active latents -------------------------------------------------------------------
+
+
+class Pattern(NamedTuple):
+    """Places of a (tokens, k) table of latents sorted by latent: latent j's are starts[j] to before starts[j + 1]."""
+
+    starts: np.ndarray  # int32 (n_latents + 1,)
+    tokens: np.ndarray  # int32 (places,)
+    order: np.ndarray  # int32 (places,): where a place was in the flat table
+
+
+def _pattern(indices: Tensor, n_latents: int) -> Pattern:
+    flat = _array(indices).reshape(-1)
+    starts, order = np.empty(n_latents + 1, np.int32), np.empty(len(flat), np.int32)
+    if not _loops().transpose(flat, starts, order):
+        raise IndexError(
+            f"latents {flat.min()} to {flat.max()} of an SAE that has {n_latents}; use the SAE they are of"
+        )
+    return Pattern(starts, order // indices.shape[1], order)
+
+
+def _blocks(n_latents: int, indices: Tensor, *tensors: Tensor) -> Iterator[tuple[Pattern, tuple[np.ndarray, ...]]]:
+    """Blocks of tokens: the pattern of their latents, and their part of each tensor."""
+    for part, *others in zip(indices.split(TOKENS), *(tensor.split(TOKENS) for tensor in tensors), strict=True):
+        yield _pattern(part, n_latents), tuple(map(_array, others))
+
+
+def _tiles(x: np.ndarray) -> np.ndarray:
+    loops = _loops()
+    tiles = np.empty((-(-x.shape[1] // loops.WIDTH), len(x), loops.WIDTH), np.float32)
+    _in_parts(len(tiles), 1, lambda *span: loops.into_tiles(x, tiles, *span))
+    return tiles
+
+
+def decode(acts: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    """Sum of the rows at (tokens, k) indices, weighted by the activations: (tokens, width), without gradient."""
+    if not is_compiled(acts, rows):
+        return F.embedding_bag(indices, rows.detach(), per_sample_weights=acts.detach(), mode="sum")
+    out, n_tiles = acts.new_empty(len(acts), rows.shape[1]), -(-rows.shape[1] // _loops().WIDTH)
+    for part, (pattern, (weights,)) in zip(out.split(TOKENS), _blocks(len(rows), indices, acts), strict=True):
+        arrays = pattern.starts, pattern.tokens, weights.reshape(-1)[pattern.order], _array(rows), part.numpy()
+        _in_parts(n_tiles, 1, lambda *span, arrays=arrays: _loops().decode(*arrays, *span))
+    return out
+
+
+def sum_by_latent(weights: Tensor, indices: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    """Of the shape of `rows`: row j sums weight * x[t] over the tokens t that have latent j at (tokens, k) indices."""
+    if not is_compiled(weights, x, rows):
+        latents, order = indices.flatten().sort(stable=True)
+        starts = torch.searchsorted(latents, torch.arange(len(rows), device=x.device))
+        tokens = order // indices.shape[-1]
+        return F.embedding_bag(tokens, x, starts, per_sample_weights=weights.flatten()[order], mode="sum")
+    out = _reused(rows, *rows.shape)
+    if not len(x):
+        return out.zero_()
+    for n, (pattern, (part, x_part)) in enumerate(_blocks(len(rows), indices, weights, x)):
+        arrays = pattern.starts, pattern.tokens, part.reshape(-1)[pattern.order], _tiles(x_part), out.numpy(), n > 0
+        _in_parts(len(rows), LATENTS, lambda *span, arrays=arrays: _loops().sum_by_latent(*arrays, *span))
+    return out
+
+
+def decode_gradients(grad: Tensor, acts: Tensor, indices: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What `decode` hands back for a gradient of its (tokens, width) output: for `acts` and for `rows`, compiled."""
+    loops, grad_acts, grad_rows = _loops(), torch.empty_like(acts), _reused(rows, *rows.shape)
+    if not len(grad):
+        return grad_acts, grad_rows.zero_()
+    parts = zip(grad_acts.split(TOKENS), _blocks(len(rows), indices, acts, grad), strict=True)
+    for n, (out, (pattern, (weights, grad_part))) in enumerate(parts):
+        products = np.empty(len(pattern.order), np.float32)
+        weights = weights.reshape(-1)[pattern.order]
+        arrays = _array(rows), _tiles(grad_part), grad_rows.numpy(), products, n > 0
+        arrays = pattern.starts, pattern.tokens, weights, *arrays
+        _in_parts(len(rows), LATENTS, lambda *span, arrays=arrays: loops.sum_and_multiply(*arrays, *span))
+        out.numpy().reshape(-1)[pattern.order] = products
+    return grad_acts, grad_rows
+
+
+# ---- one step of Adam -------------------------------------------------------------------------------------------
+
+
+def along_rows(grad: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """For each (unit) row: how much of its gradient lies along it, and the squared length of what is left."""
+    if not is_compiled(grad, rows):
+        along = (grad * rows).sum(1)
+        return along, torch.addcmul(grad, along[:, None], rows, value=-1).square().sum(1)
+    along, squares = grad.new_empty(len(rows)), grad.new_empty(len(rows))
+    arrays = _array(grad), _array(rows), along.numpy(), squares.numpy()
+    _in_parts(len(rows), _share(len(rows)), lambda *span: _loops().project(*arrays, *span))
+    return along, squares
+
+
+class Adam(NamedTuple):
+    """The numbers of one step of Adam: mean and square decay by beta1, beta2 and are divided by their bias."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    step: int
+
+    @property
+    def rate(self) -> float:
+        return self.lr / (1 - self.beta1**self.step)
+
+    @property
+    def lift(self) -> float:
+        return (1 - self.beta2**self.step) ** -0.5
+
+
+def adam_(
+    weights: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    adam: Adam,
+    scale: Tensor,
+    along: Tensor | None = None,
+) -> None:
+    """One step of Adam, in place, on scale * grad.
+
+    With `along`, weights are unit rows: along[j] * weights[j] is taken from grad[j] first, and afterwards the rows
+    are brought back to length 1.
+    """
+    tensors = weights, grad, mean, square
+    if weights.dim() == 2 and is_compiled(*tensors) and all(tensor.is_contiguous() for tensor in tensors):
+        product = torch.zeros(len(weights)) if along is None else along
+        numbers = (float(scale), adam.beta1, adam.beta2, adam.eps, adam.rate, adam.lift)
+        arrays = _array(weights), _array(grad), _array(product), _array(mean), _array(square)
+        arrays = *arrays, *map(np.float32, numbers), along is not None
+        _in_parts(len(weights), _share(len(weights)), lambda *span: _loops().adam(*arrays, *span))
+        return
+    if along is not None:
+        grad = torch.addcmul(grad, along[:, None], weights, value=-1)
+    grad = grad * scale
+    mean.lerp_(grad, 1 - adam.beta1)
+    square.mul_(adam.beta2).addcmul_(grad, grad, value=1 - adam.beta2)
+    weights.addcdiv_(mean, square.sqrt().mul_(adam.lift).add_(adam.eps), value=-adam.rate)
+    if along is not None:
+        weights.div_(weights.norm(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny))

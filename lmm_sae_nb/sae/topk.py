@@ -1,0 +1,289 @@
+"""The TopK sparse autoencoder of section 2.1 (eq. 1, 2): its latents, its losses, its start.
+
+A dense (tokens, latents) tensor exists only in `kernels.top_k`, a block of tokens at a time, and no gradient
+of that shape exists anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lmm_sae_nb.sae import hub, kernels
+from lmm_sae_nb.sae.formats import SAEWeights, read_sae, write_sae
+from lmm_sae_nb.support.artifacts import read_json
+
+
+class Latents(NamedTuple):
+    """The k latents of each token, in no order; one with activation 0 is a place that ReLU left empty."""
+
+    acts: Float[Tensor, "*tokens k"]  # >= 0
+    indices: Int64[Tensor, "*tokens k"]
+
+
+HISTORY = "history.json"  # what a training leaves beside its SAE
+
+
+class TrainedOn(NamedTuple):
+    """What an SAE's hidden states were: the output of this layer (0-based) of the model with this fingerprint."""
+
+    layer: int
+    model: str  # `LMM.fingerprint(layer)`
+
+
+# Eq. 1 and 2, with their gradients.
+
+
+class _EncodeTopK(torch.autograd.Function):
+    """Eq. 1 with the exact gradient, which only active latents carry: (tokens, k) numbers, never dense."""
+
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, b_dec, k, among):
+        centred = x - b_dec
+        if among is None:
+            acts, indices = kernels.top_k(centred, W_enc, b_enc, k)
+        else:
+            acts, indices = kernels.top_k(centred, W_enc[among], b_enc[among], k)
+            indices = among[indices]
+        ctx.save_for_backward(centred, W_enc, acts, indices)
+        ctx.mark_non_differentiable(indices)
+        return acts, indices
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_acts, _):
+        centred, W_enc, acts, indices = ctx.saved_tensors
+        grad = grad_acts * (acts > 0)
+        needs_x, needs_W, *_ = ctx.needs_input_grad
+        grad_x = F.embedding_bag(indices, W_enc, per_sample_weights=grad, mode="sum") if needs_x else None
+        grad_W_enc = kernels.sum_by_latent(grad, indices, centred, W_enc) if needs_W else None
+        grad_b_enc = grad.new_zeros(len(W_enc)).index_add_(0, indices.flatten(), grad.flatten())
+        return grad_x, grad_W_enc, grad_b_enc, -(grad_b_enc @ W_enc), None, None
+
+
+class _DecodeSparse(torch.autograd.Function):
+    """Eq. 2 without b_dec, where both the activations and the dictionary learn."""
+
+    @staticmethod
+    def forward(ctx, acts, indices, W_dec):
+        ctx.save_for_backward(acts, indices, W_dec)
+        return kernels.decode(acts, indices, W_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        acts, indices, W_dec = ctx.saved_tensors
+        grad_acts, grad_W_dec = kernels.decode_gradients(grad, acts, indices, W_dec)
+        return grad_acts, None, grad_W_dec
+
+
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, among: Int64[Tensor, " some"] | None = None
+) -> Latents:
+    """z = TopK(ReLU(W_enc (x - b_dec) + b_enc)) of (tokens, width), differentiable once in all but k.
+
+    `among`: the indices of the latents to choose from, if not all.
+    """
+    return Latents(*_EncodeTopK.apply(x, W_enc, b_enc, b_dec, k, among))
+
+
+def decode_sparse(latents: Latents, W_dec: Tensor) -> Float[Tensor, "tokens width"]:
+    """Sum of the W_dec rows at (tokens, k) indices, weighted by the activations; differentiable in both."""
+    learns = torch.is_grad_enabled() and W_dec.requires_grad
+    if learns and kernels.is_compiled(latents.acts, W_dec):
+        return _DecodeSparse.apply(*latents, W_dec)
+    return F.embedding_bag(latents.indices, W_dec, per_sample_weights=latents.acts, mode="sum")
+
+
+# The autoencoder.
+
+
+class TopKSAE(nn.Module):
+    """A k-sparse autoencoder (eq. 1, 2) with a dictionary of unit rows, one row a latent in both matrices.
+
+    Eq. 1's b_1 and eq. 2's b_3 are one parameter, b_dec, as in the published checkpoint. The encoder starts
+    as the decoder's transpose. `generator` draws the dictionary. ValueError unless 1 <= k <= n_latents.
+    trained_on: which layer of which model, if the folder that it was loaded from says so.
+    """
+
+    trained_on: TrainedOn | None = None
+
+    def __init__(
+        self,
+        width: int,
+        n_latents: int,
+        k: int = 256,
+        *,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        if not 1 <= k <= n_latents:
+            raise ValueError(f"k is {k}, with {n_latents} latents; choose k from 1 to {n_latents}")
+        self.k = k
+        rows = F.normalize(torch.randn(n_latents, width, generator=generator), dim=1).to(dtype)
+        self.W_enc = nn.Parameter(kernels.empty_like(rows).copy_(rows))
+        self.b_enc = nn.Parameter(torch.zeros(n_latents, dtype=dtype))
+        self.W_dec = nn.Parameter(kernels.empty_like(rows).copy_(rows))
+        self.b_dec = nn.Parameter(torch.zeros(width, dtype=dtype))
+
+    @property
+    def width(self) -> int:
+        return self.W_dec.shape[1]
+
+    @property
+    def n_latents(self) -> int:
+        return self.W_dec.shape[0]
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, n_latents={self.n_latents}, k={self.k}"
+
+    def require_width(self, width: int) -> None:
+        """ValueError with both widths unless hidden states of this width are what the SAE reads."""
+        if width != self.width:
+            raise ValueError(
+                f"the SAE reads width {self.width}, the layer's hidden states have width {width}; load the "
+                "SAE that was trained on this model, or train one with notebooks/01_train_sae.py"
+            )
+
+    def encode(self, x: Float[Tensor, "*tokens width"], k: int | None = None) -> Latents:
+        """z = TopK(ReLU(W_enc (x - b_dec) + b_enc)), eq. 1; x is cast to the SAE's dtype. k: another than the SAE's.
+
+        ValueError if x has another width than the SAE.
+        """
+        k = self.k if k is None else k
+        self.require_width(x.shape[-1])
+        flat = x.reshape(-1, self.width).to(self.W_enc.dtype)
+        latents = encode_topk(flat, self.W_enc, self.b_enc, self.b_dec, k)
+        return Latents(*(part.reshape(*x.shape[:-1], k) for part in latents))
+
+    def decode(self, latents: Latents) -> Float[Tensor, "*tokens width"]:
+        """x_hat = W_dec^T z + b_dec, eq. 2; any number of latents a token."""
+        shape = latents.acts.shape
+        flat = Latents(*(part.reshape(-1, shape[-1]) for part in latents))
+        return (decode_sparse(flat, self.W_dec) + self.b_dec).reshape(*shape[:-1], self.width)
+
+    def forward(self, x: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
+        """The reconstruction of x, eq. 1 then 2, in x's dtype."""
+        return self.decode(self.encode(x)).to(x.dtype)
+
+    @torch.no_grad()
+    def normalise_rows(self) -> None:
+        """Bring every dictionary row to length 1."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny))
+
+    @torch.no_grad()
+    def drop_parallel_gradient(self) -> None:
+        """Take from W_dec's gradient what only stretches a (unit) row, so that Adam does not gather it."""
+        grad = self.W_dec.grad
+        grad.sub_((grad * self.W_dec).sum(1, keepdim=True) * self.W_dec)
+
+    def save(self, folder: str | Path, format: str = "sparsify") -> None:
+        """Write the SAE atomically, by default as the published checkpoint; formats and errors as `write_sae`."""
+        write_sae(folder, SAEWeights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k), format)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TopKSAE:
+        """Read an SAE in any known format, onto the CPU, in its own dtype; errors as `read_sae`."""
+        *weights, k = read_sae(folder)
+        n_latents, width = weights[0].shape
+        with torch.device("meta"):
+            sae = cls(width, n_latents, k)
+        sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec = map(nn.Parameter, weights)
+        sae.trained_on = _trained_on(Path(folder))
+        return sae
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, hookpoint: str | None = None, **where) -> TopKSAE:
+        """Load an SAE from a repository of the hub, or a folder; `where` and errors as `hub.fetch`."""
+        return cls.load(hub.fetch(name_or_path, hookpoint, **where))
+
+    def push_to_hub(self, repo_id: str, hookpoint: str, format: str = "sparsify", **about) -> str:
+        """Publish the SAE as the folder `hookpoint` of a repository; `about` and what it gives as `hub.publish`."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder, format)
+            return hub.publish(folder, repo_id, hookpoint, **about)
+
+
+def _trained_on(folder: Path) -> TrainedOn | None:
+    """What this project's training wrote down beside the SAE; None for SAEs of others."""
+    if not (folder / HISTORY).is_file():
+        return None
+    run = read_json(folder / HISTORY).get("run", {})
+    return TrainedOn(run["layer"], run["model"]) if {"layer", "model"} <= run.keys() else None
+
+
+# Losses and start.
+
+
+def fvu(x: Float[Tensor, "tokens width"], x_hat: Float[Tensor, "tokens width"]) -> Float[Tensor, ""]:
+    """Fraction of variance unexplained: sum ||x - x_hat||^2 / sum ||x - mean||^2, with these tokens' mean.
+
+    The baseline is the batch's own mean, so the value depends a little on what else is in the batch;
+    `train.evaluate_sae` uses the mean of all the tokens it sees. Without variance the value is inf or nan.
+    """
+    return (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+
+
+def auxk_loss(
+    sae: TopKSAE,
+    x: Float[Tensor, "tokens width"],
+    x_hat: Float[Tensor, "tokens width"],
+    dead: Bool[Tensor, " latents"],
+    k_aux: int,
+) -> Float[Tensor, ""]:
+    """AuxK of Gao et al.: sum ||e - e_hat||^2 / sum ||e||^2, what dead latents leave of the residual.
+
+    e = x - x_hat, detached; e_hat is decoded from the k_aux strongest dead latents of each token, without
+    b_dec. Fewer dead latents than k_aux weigh as much less; none, or no residual, give 0. Departures from
+    the reference code: it has the residual's sign reversed, lets gradient into it, and adds b_dec.
+    """
+    n_dead = int(dead.sum())
+    residual = (x - x_hat).detach()
+    energy, rounding = residual.square().sum(), torch.finfo(x.dtype).eps ** 2 * x.square().sum()
+    if n_dead == 0 or energy <= rounding:
+        return x.new_zeros(())
+    latents = encode_topk(x, sae.W_enc, sae.b_enc, sae.b_dec, min(k_aux, n_dead), dead.nonzero()[:, 0])
+    left = residual - decode_sparse(latents, sae.W_dec)
+    return min(1.0, n_dead / k_aux) * left.square().sum() / energy
+
+
+@torch.no_grad()
+def geometric_median(
+    x: Float[Tensor, "tokens width"], *, steps: int = 100, tolerance: float = 1e-5
+) -> Float[Tensor, " width"]:
+    """The point with the least sum of distances to the tokens, by Weiszfeld's iteration; b_dec starts there.
+
+    Stops when a step is shorter than `tolerance` times the tokens' mean distance. Unlike the mean it is not
+    drawn to the few tokens of enormous norm that attention sinks are.
+    """
+    centre = x.mean(0)
+    for _ in range(steps):
+        distances = torch.linalg.vector_norm(x - centre, dim=1)
+        scale = distances.mean()
+        if scale == 0:
+            break
+        weights = scale / distances.clamp_min(1e-6 * scale)
+        previous, centre = centre, weights @ x / weights.sum()
+        if torch.linalg.vector_norm(centre - previous) <= tolerance * scale:
+            break
+    return centre
+
+
+def require_finite(x: Tensor, source: str) -> None:
+    """ValueError naming `source` if hidden states hold NaN or infinity, which would spoil what follows."""
+    if math.isfinite(float(x.sum())) or bool(x.isfinite().all()):
+        return
+    bad = int((~x.isfinite()).any(-1).sum())
+    raise ValueError(
+        f"{source}: {bad} of {x[..., 0].numel()} tokens hold NaN or infinity; load the model in float32 or "
+        "bfloat16 (float16 overflows), and check its weights"
+    )

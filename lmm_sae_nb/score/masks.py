@@ -1,0 +1,214 @@
+"""Where a latent is active and where a concept is, as masks over one image, and how well the two fit.
+
+Two modes run through the same functions: `PAPER` does what the reference code does, `STRICT` what one would call a fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from cachetools import LRUCache
+from jaxtyping import Bool, Float
+from PIL import Image
+
+from lmm_sae_nb.interpret.explain import Exemplar, most_activated, require_patches, upsample
+from lmm_sae_nb.support.artifacts import read_json
+from lmm_sae_nb.truth.common_concept import common, names_of
+
+Mask = Bool[np.ndarray, "height width"]
+Candidates = Bool[np.ndarray, "candidates height width"]
+Where = Callable[
+    [Sequence[int], str], Sequence[Candidates]
+]  # images' numbers, concept -> what it may be, likeliest first
+
+
+class Found(Protocol):
+    """What a segmenter found in an image (`grounding.Candidates`): masks (n, height, width) and a score for each."""
+
+    masks: Candidates
+    scores: Float[np.ndarray, " n"]
+
+
+Segmenter = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Found]]  # images, and a concept for each
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How an activation and a concept are compared.
+
+    share: a patch is active above this share of its image's highest activation. nearest: patches are enlarged as they
+    are, or with bilinear interpolation, of which every pixel that is not wholly inactive counts. union: all of a
+    segmenter's candidates together, or its likeliest. region: CLIP sees the active patches alone, or the whole image.
+    """
+
+    name: str
+    share: float
+    nearest: bool
+    union: bool
+    region: bool
+
+
+PAPER = Mode("paper", share=0.0, nearest=False, union=True, region=False)
+STRICT = Mode("strict", share=0.25, nearest=True, union=False, region=True)
+
+
+class Spot(NamedTuple):
+    """A latent on an image: the image's number in the data set, its size (width, height), the activation map."""
+
+    number: int
+    size: tuple[int, int]
+    activation: Float[np.ndarray, "rows cols"]
+
+
+def spots(exemplars: Sequence[Exemplar]) -> list[Spot]:
+    """Where each exemplar is active; NoPatchGrid if they are whole images."""
+    require_patches(exemplars)
+    return [Spot(e.image_index, e.image.size, e.activation) for e in exemplars]
+
+
+def activation_mask(spot: Spot, mode: Mode) -> Mask:
+    """Where the latent counts as active, in pixels of the image.
+
+    Bilinear is the reference code's: patches of 0 and 224 in 8 bits, enlarged by Pillow, active below 224; one patch of
+    14 x 14 pixels becomes 780 pixels. There the images are first made square, here they keep their shape.
+    """
+    active = most_activated(spot.activation, mode.share)
+    if mode.nearest:
+        return upsample(active, spot.size)
+    grid = Image.fromarray(np.where(active, 0, 224).astype(np.uint8))
+    return np.asarray(grid.resize(spot.size, Image.Resampling.BILINEAR)) < 224
+
+
+def concept_mask(candidates: Candidates, size: tuple[int, int], mode: Mode) -> Mask:
+    """Where the concept counts as shown; nowhere if there are no candidates.
+
+    ValueError for candidates that are no masks of an image of `size` = (width, height) pixels.
+    """
+    if candidates.ndim != 3 or candidates.dtype != bool or candidates.shape[1:] != size[::-1]:
+        raise ValueError(
+            f"the segmenter gave {candidates.dtype} of shape {candidates.shape} for an image of {size[0]} x {size[1]} "
+            f"pixels; it has to give bool of shape (candidates, {size[1]}, {size[0]})"
+        )
+    if mode.union or not len(candidates):
+        return candidates.any(0)
+    return candidates[0]
+
+
+def iou(a: Mask, b: Mask) -> float:
+    """|a and b| / |a or b|, in [0, 1]; 0 if both are empty, as the reference code counts it.
+
+    ValueError for masks of different sizes.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"masks of {a.shape} and {b.shape} pixels cannot be compared; bring both to the image's size")
+    union = np.count_nonzero(a | b)
+    return np.count_nonzero(a & b) / union if union else 0.0
+
+
+def moved(mask: Mask, rng: np.random.Generator) -> Mask:
+    """The mask somewhere else in the image, at random: of exactly the same area, wrapped around at the borders."""
+    return np.roll(mask, [int(rng.integers(side)) for side in mask.shape], (0, 1))
+
+
+def ious(
+    places: Sequence[Spot], concept: str, where: Where, mode: Mode, elsewhere: np.random.Generator | None = None
+) -> Float[np.ndarray, " images"]:
+    """For each image the IoU of the latent's activation with the concept; `elsewhere` moves the activation at random.
+
+    The segmenter is not asked about images on which the latent is silent: they score 0. ValueError as `concept_mask`.
+    """
+    awake = [n for n, spot in enumerate(places) if spot.activation.max() > 0]
+    found = np.zeros(len(places))
+    answers = where([places[n].number for n in awake], concept) if awake else []
+    for n, candidates in zip(awake, answers, strict=True):
+        active = activation_mask(places[n], mode)
+        active = active if elsewhere is None else moved(active, elsewhere)
+        found[n] = iou(active, concept_mask(candidates, places[n].size, mode))
+    return found
+
+
+class Numbered:
+    """A segmenter of pictures as one of a data set's rows; the answers used last, `room` bytes of them, are kept."""
+
+    def __init__(self, segmenter: Segmenter, images: Sequence[Image.Image], room: int = 256 * 2**20):
+        self._segmenter, self._images = segmenter, images
+        self._kept: LRUCache[tuple[int, str], Candidates] = LRUCache(room, getsizeof=lambda masks: masks.nbytes)
+
+    def __call__(self, numbers: Sequence[int], concept: str) -> list[Candidates]:
+        masks = {n: self._kept[n, concept] for n in numbers if (n, concept) in self._kept}
+        new = [number for number in dict.fromkeys(numbers) if number not in masks]
+        answers = self._segmenter([self._images[number] for number in new], [concept] * len(new)) if new else []
+        for number, found in zip(new, answers, strict=True):
+            masks[number] = found.masks[np.argsort(-found.scores, kind="stable")]
+            if masks[number].nbytes <= self._kept.maxsize:
+                self._kept[number, concept] = masks[number]
+        return [masks[number] for number in numbers]
+
+
+class TrueMasks:
+    """Ground truth as a segmenter: the label maps of a data set, one column for each kind of concept.
+
+    `rows` has an image a row and, for each kind in the concepts file, a label map (mode L, 0 = none, i = the
+    i-th concept of that kind). FileNotFoundError without the file; ValueError for rows without label maps.
+    """
+
+    def __init__(self, rows: Sequence[Mapping], concepts: str | Path | Mapping[str, Sequence[str]]):
+        if not isinstance(concepts, Mapping):
+            if not Path(concepts).is_file():
+                raise FileNotFoundError(f"{concepts} is missing; render the data sets first: `make world`")
+            concepts = read_json(concepts)
+        self.concepts = {kind: list(names) for kind, names in concepts.items()}
+        self._rows = rows
+        missing = set(self.concepts) - set(rows[0])
+        if missing:
+            raise ValueError(
+                f"the data set has no label maps {sorted(missing)}; give one with ground truth, or no `concepts`"
+            )
+        self.labels = lru_cache(maxsize=512)(self._labels)
+        self.covered = lru_cache(maxsize=512)(self._covered)
+
+    def _labels(self, index: int) -> dict[str, np.ndarray]:
+        row = self._rows[index]
+        return {kind: np.asarray(row[kind]) for kind in self.concepts}
+
+    def _covered(self, index: int, grid: tuple[int, int]) -> Float[np.ndarray, "concepts patches"]:
+        """The share of each patch of an image that each concept covers, concepts in the order of `names_of`."""
+        found = []
+        for kind, labels in self.labels(index).items():
+            (height, width), size = labels.shape, 1 + len(self.concepts[kind])
+            rows, columns = np.arange(height) * grid[0] // height, np.arange(width) * grid[1] // width
+            patch = rows[:, None] * grid[1] + columns
+            counts = np.bincount((patch * size + labels).ravel(), minlength=size * grid[0] * grid[1]).reshape(-1, size)
+            found.append((counts[:, 1:] / counts.sum(1, keepdims=True)).T)
+        return np.concatenate(found).astype(np.float32)
+
+    def kinds_of(self, concept: str) -> list[str]:
+        """The kinds that know a concept of this name; several if a word is also a face."""
+        return [kind for kind, names in self.concepts.items() if concept in names]
+
+    def __call__(self, numbers: Sequence[int], concept: str) -> list[Candidates]:
+        """Where each image shows the concept, one candidate; ValueError for one outside the world's vocabulary."""
+        kinds = self.kinds_of(concept)
+        if not kinds:
+            raise ValueError(f"there is no ground truth for {concept!r}; it is no concept of this data set")
+        code = {kind: 1 + self.concepts[kind].index(concept) for kind in kinds}
+        maps = [self.labels(number) for number in numbers]
+        return [np.logical_or.reduce([labels[k] == code[k] for k in kinds])[None] for labels in maps]
+
+    def common(self, exemplars: Sequence[Exemplar]) -> set[str]:
+        """The concepts that the exemplars have in common (`shown.common`); several where one lies in another.
+
+        ValueError if there are no exemplars.
+        """
+        if not exemplars:
+            raise ValueError("no exemplars to judge by; leave out latents that never fire")
+        require_patches(exemplars)
+        visible = np.stack([e.visible.ravel() for e in exemplars])
+        covered = np.stack([self.covered(e.image_index, e.visible.shape) for e in exemplars])
+        named = zip(names_of(self.concepts), common(visible, covered), strict=True)
+        return {name for (_, name), shared in named if shared}

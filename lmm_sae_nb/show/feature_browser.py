@@ -1,0 +1,111 @@
+"""A browser of latents: search, sort, look at what excites one, and hand it on to be steered."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+
+import ipywidgets as widgets
+
+from lmm_sae_nb.show.latent_table import Catalogue
+from lmm_sae_nb.show.thumbnails import histogram_svg
+
+UNSORTED = "latent"
+
+
+class FeatureBrowser:
+    """Search by word or number, sort by any column of the catalogue, and look at one latent closely.
+
+    steer: called with the latent when "steer it" is pressed, such as `panel.choose` of a SteeringPanel; without it
+    there is no such button. sort: the column to begin with. `box` is the widget to display.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        steer: Callable[[int], None] | None = None,
+        *,
+        sort: str | None = None,
+        per_page: int = 6,
+        side: int = 96,
+    ):
+        if not catalogue.rows:
+            raise ValueError("the catalogue is empty; explain some latents first (notebooks/03_interpret_features.py)")
+        catalogue.find(sort=sort)  # refuses an unknown column
+        self.catalogue, self.steer, self.side, self.page, self.latent = catalogue, steer, side, 0, None
+        self.text = widgets.Text(placeholder="word or number", description="search", continuous_update=False)
+        self.sort = widgets.Dropdown(
+            options=[UNSORTED, *catalogue.columns], value=sort or UNSORTED, description="sort by"
+        )
+        self.descending = widgets.Checkbox(True, description="highest first", indent=False)
+        self.kind = widgets.Dropdown(
+            options=[("all kinds", ""), *((k, k) for k in catalogue.kinds())], description="kind"
+        )
+        self.buttons = [widgets.Button(layout=widgets.Layout(width="24em")) for _ in range(per_page)]
+        self.strips = [widgets.Image(format="webp", layout={"align_self": "flex-start"}) for _ in range(per_page)]
+        self.count = widgets.HTML(layout=widgets.Layout(width="11em"))
+        arrows = (widgets.Button(icon=f"arrow-{way}", layout={"width": "4em"}) for way in ("left", "right"))
+        self.earlier, self.later = arrows
+        self.title, self.facts, self.bars = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.views = widgets.Image(format="webp", layout=widgets.Layout(align_self="flex-start", max_width="100%"))
+        self.hand_on = widgets.Button(description="steer it", icon="sliders")
+        self.hand_on.layout.display = None if steer else "none"
+        self._observe()
+        rows = [widgets.VBox(pair) for pair in zip(self.buttons, self.strips, strict=True)]
+        found = widgets.VBox([widgets.HBox([self.earlier, self.count, self.later]), *rows])
+        close = widgets.VBox([self.title, self.views, self.bars, self.facts, self.hand_on])
+        head = widgets.HBox([self.text, self.kind, self.sort, self.descending])
+        self.box = widgets.VBox([head, widgets.HBox([found, close])])
+        self.search()
+
+    def _observe(self) -> None:
+        for control in (self.text, self.sort, self.descending, self.kind):
+            control.observe(lambda _: self.search(), "value")
+        for place, button in enumerate(self.buttons):
+            button.on_click(lambda _, place=place: self.look(self._here()[place]))
+        self.earlier.on_click(lambda _: self._turn(-1))
+        self.later.on_click(lambda _: self._turn(1))
+        self.hand_on.on_click(lambda _: self.steer(self.latent))
+
+    def search(self) -> None:
+        """Show the first page of what the controls ask for, and its first latent."""
+        sort = None if self.sort.value == UNSORTED else self.sort.value
+        self.found = self.catalogue.find(
+            self.text.value, sort=sort, descending=self.descending.value, kind=self.kind.value
+        )
+        self.page = 0
+        self._list()
+        if self.found:
+            self.look(self.found[0])
+
+    def look(self, latent: int) -> None:
+        """Show one latent closely."""
+        self.latent = latent
+        self.title.value = f"<h4>latent {latent}: {html.escape(self.catalogue.name(latent))}</h4>"
+        self.facts.value = self.catalogue.table(latent)
+        histogram = self.catalogue.histogram(latent)
+        self.bars.value = histogram_svg(histogram.counts, histogram.edges, histogram.of)
+        self.views.value = self.catalogue.strip(latent, self.side, 85)
+
+    def _here(self) -> list[int]:
+        """The latents of the page that is shown."""
+        size = len(self.buttons)
+        return self.found[self.page * size : (self.page + 1) * size]
+
+    def _turn(self, pages: int) -> None:
+        last = max(0, (len(self.found) - 1) // len(self.buttons))
+        self.page = min(max(0, self.page + pages), last)
+        self._list()
+
+    def _list(self) -> None:
+        here, first = self._here(), self.page * len(self.buttons)
+        self.count.value = f"{first + 1} to {first + len(here)} of {len(self.found)}" if here else "none found"
+        for place, (button, strip) in enumerate(zip(self.buttons, self.strips, strict=True)):
+            button.layout.display = strip.layout.display = None if place < len(here) else "none"
+            if place < len(here):
+                latent = here[place]
+                value = self.catalogue.rows[latent].get(self.sort.value)
+                button.description = f"{latent}: {self.catalogue.name(latent)}" + (
+                    f" ({value:.3g})" if isinstance(value, (int, float)) else ""
+                )
+                strip.value = self.catalogue.strip(latent)

@@ -58,7 +58,8 @@ from torch.testing import assert_close
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
-from lmm_sae_nb.support.artifacts import Stage, project_root, read_json
+from lmm_sae_nb.support.files import project_root, read_json
+from lmm_sae_nb.support.stages import Stage
 from lmm_sae_nb.train import evaluate, training
 from lmm_sae_nb.train.evaluate import evaluate_sae
 from lmm_sae_nb.train.launch import launch

@@ -49,15 +49,17 @@ from torch.testing import assert_close
 
 from lmm_sae_nb.cache import activations as caching
 from lmm_sae_nb.cache import texts as texting
-from lmm_sae_nb.cache.activations import LatentCache, cache_activations, forecast
+from lmm_sae_nb.cache.activations import cache_activations, forecast
+from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.cache.texts import TextCache, as_rows, cache_texts, counted, read, serves
-from lmm_sae_nb.interpret.explain import exemplars
+from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.samples import KINDS
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
-from lmm_sae_nb.support.artifacts import Stage, project_root, read_json, require, write_json
+from lmm_sae_nb.support.files import project_root, read_json, write_json
 from lmm_sae_nb.support.images import open_images
-from lmm_sae_nb.train.token_buffer import KINDS
+from lmm_sae_nb.support.stages import Stage, require
 
 root = project_root()
 plots.style()

@@ -57,18 +57,20 @@ from functools import partial
 import numpy as np
 from datasets import load_from_disk
 
-from lmm_sae_nb.cache.activations import LatentCache
-from lmm_sae_nb.chat.chats import Recorded, open_chat
+from lmm_sae_nb.cache.latent_cache import LatentCache
+from lmm_sae_nb.chat.recorded import Recorded, open_chat
 from lmm_sae_nb.interpret import explain, explainers
-from lmm_sae_nb.interpret.explain import LazyExemplars, as_rows, exemplars, explain_latents, taught_latents
+from lmm_sae_nb.interpret.exemplars import LazyExemplars, exemplars
+from lmm_sae_nb.interpret.explain import as_rows, explain_latents, taught_latents
 from lmm_sae_nb.interpret.explainers import REFUSAL, Vocabulary
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.score.masks import TrueMasks
 from lmm_sae_nb.show import plots
-from lmm_sae_nb.support.artifacts import Stage, project_root, read_json, require, write_json
+from lmm_sae_nb.support.files import project_root, read_json, write_json
 from lmm_sae_nb.support.images import Remembered, open_images
-from lmm_sae_nb.truth import truth as known
+from lmm_sae_nb.support.stages import Stage, require
+from lmm_sae_nb.truth import accuracy, detectors, label_maps
+from lmm_sae_nb.truth.label_maps import TrueMasks
 
 root = project_root()
 plots.style()
@@ -76,7 +78,7 @@ plots.style()
 # %%
 cache = LatentCache.load(require(run, "cache", "manifest.json", "02_cache_activations.py").parent)
 pictures = Remembered(open_images(root / images))
-truth = known.PatchTruth(TrueMasks(load_from_disk(root / images), root / concepts), cache.grid) if concepts else None
+truth = label_maps.PatchTruth(TrueMasks(load_from_disk(root / images), root / concepts), cache.grid) if concepts else None
 live = np.flatnonzero(np.asarray(cache.live))
 chosen = np.sort(np.random.default_rng(seed).choice(live, min(n_explained, len(live)), replace=False)).tolist()
 look = partial(exemplars, cache, pictures, n_top=n_top, share=share, dim=dim)
@@ -101,7 +103,7 @@ print(prompt)
 # the concept a kind of Table 1, by a second model or, where every name of the world is known, by looking it up.
 
 # %%
-stage, code = Stage(run, "interpret"), [explainers, explain, known]
+stage, code = Stage(run, "interpret"), [explainers, explain, accuracy]
 params = dict(
     model=model, layer=layer, images=images, heldout=heldout, concepts=concepts, explainer=explainer, prompt=prompt, tag=tag,
     refiner=refiner, labeller=labeller, n_explained=n_explained, n_top=n_top, share=share, dim=dim,
@@ -127,10 +129,10 @@ if not current:
     label = explainers.labeller(talk[labeller]) if labeller else vocabulary.label if vocabulary else explainers.unlabelled
     ask = partial(explain_latents, explain=explainers.explainer(talk[explainer], prompt, tag=tag, least_sure=least_sure), refine=refine, label=label)
     rows = as_rows(ask(shown))
-    metrics = known.counted(rows)
+    metrics = accuracy.counted(rows)
     if truth:
-        rows = known.with_truth(rows, shown, truth)
-        metrics |= known.judged(rows) | known.untaught(rows, taught_latents(root / explainer, Stage(run, "train").folder))
+        rows = accuracy.with_truth(rows, shown, truth)
+        metrics |= accuracy.judged(rows) | accuracy.untaught(rows, taught_latents(root / explainer, Stage(run, "train").folder))
     write_json(stage.path("explanations.json"), rows)
 
 # %% [markdown]
@@ -145,13 +147,13 @@ if not current:
 if truth and not current:
     lmm = LMM.load(root / model if (root / model).is_dir() else model)
     sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent)
-    unseen = known.PatchTruth(TrueMasks(load_from_disk(root / heldout), root / concepts), cache.grid)
-    candidates = known.choose_detectors(cache, truth)
-    found, present = known.measure_detectors(lmm, sae, open_images(root / heldout), unseen, layer, candidates)
+    unseen = label_maps.PatchTruth(TrueMasks(load_from_disk(root / heldout), root / concepts), cache.grid)
+    candidates = detectors.choose_detectors(cache, truth)
+    found, present = detectors.measure_detectors(lmm, sae, open_images(root / heldout), unseen, layer, candidates)
     detecting = sorted({one.latent for one in found if one.f1 > 0.5})
     told = ask(LazyExemplars(look, detecting))
     named = {latent: its.concept for latent, its in told.items()}
-    metrics |= known.recalled(found, present, named)
+    metrics |= detectors.recalled(found, present, named)
     kept = [one._asdict() | {"explained": named.get(one.latent)} for one in found]
     write_json(stage.path("detectors.json"), {"detectors": kept, "explanations": as_rows(told)})
 if not current:
@@ -192,7 +194,7 @@ for latent in named[:8] + refused[:4]:
 
 # %% mystnb={"figure": {"caption": "Which kinds the explainer confuses: the kind of the true concept (rows, nothing where the exemplars have none in common) and what the latent was given.", "name": "fig-confusion"}}
 if truth:
-    plots.counts(known.confusion(explanations), "explained as", "really shows")
+    plots.counts(accuracy.confusion(explanations), "explained as", "really shows")
 
 # %% [markdown]
 # How sure the explainer is of what it says tells right names from wrong ones. Its reply has a probability, the product of its
@@ -200,7 +202,7 @@ if truth:
 # latent on the left to all of them on the right:
 
 # %% mystnb={"figure": {"caption": "The share of names that are right, over the share of latents that have one, for every limit of sureness; the dashed line is at the limit that was set.", "name": "fig-sureness"}}
-by_limit = known.coverage(explanations, vocabulary.refine) if truth else []
+by_limit = accuracy.coverage(explanations, vocabulary.refine) if truth else []
 if by_limit:
     ax = plots.curve(by_limit, "concept_accuracy", "explained_fraction")
     ax.axvline(metrics["explained_fraction"], color="0.5", lw=1, ls="--")

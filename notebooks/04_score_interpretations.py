@@ -59,20 +59,36 @@ import torch
 from datasets import load_from_disk
 from IPython.display import display
 
-from lmm_sae_nb.cache.activations import LatentCache
-from lmm_sae_nb.chat.chats import Recorded, open_chat
+from lmm_sae_nb.cache.latent_cache import LatentCache
+from lmm_sae_nb.chat.recorded import Recorded, open_chat
 from lmm_sae_nb.interpret import explainers
-from lmm_sae_nb.interpret.explain import exemplars
+from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.score import grounding, masks
-from lmm_sae_nb.score import score as scoring
-from lmm_sae_nb.score.masks import PAPER, STRICT, Numbered, TrueMasks, activation_mask, concept_mask, iou, ious, spots
+from lmm_sae_nb.score import (
+    clip,
+    masks,
+    segmenters,
+)
+from lmm_sae_nb.score import (
+    iou as score_iou,
+)
+from lmm_sae_nb.score import judges as score_judges
+from lmm_sae_nb.score import (
+    ratings as score_ratings,
+)
+from lmm_sae_nb.score import similarity as score_similarity
+from lmm_sae_nb.score import (
+    tables as score_tables,
+)
+from lmm_sae_nb.score.masks import PAPER, STRICT, Numbered, activation_mask, concept_mask, iou, ious, spots
 from lmm_sae_nb.score.ratings import read_ratings
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.rater import Rater
-from lmm_sae_nb.support.artifacts import Stage, project_root, read_json, require, write_json
+from lmm_sae_nb.support.files import project_root, read_json, write_json
 from lmm_sae_nb.support.images import Remembered, open_images
+from lmm_sae_nb.support.stages import Stage, require
+from lmm_sae_nb.truth.label_maps import TrueMasks
 
 root = project_root()
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,7 +104,7 @@ cache = LatentCache.load(require(run, "cache", "manifest.json", "02_cache_activa
 explanations = read_json(require(run, "interpret", "explanations.json", "03_interpret_features.py"))
 pictures = Remembered(open_images(root / images))
 truth = TrueMasks(load_from_disk(root / images), root / concepts) if concepts else None
-explained = scoring.explained(explanations, truth, most=n_scored, seed=seed)
+explained = score_tables.explained(explanations, truth, most=n_scored, seed=seed)
 concept_of = {latent: concept for latent, (concept, _) in explained.items()}
 kind_of = {str(latent): kind for latent, (_, kind) in explained.items()}
 modes = {"paper": PAPER, "strict": replace(STRICT, share=share)}
@@ -109,7 +125,7 @@ def shown(latent: int) -> list:
 where = {"truth": truth} if truth else {}
 if segmenter:
     parts = [named(part) for part in (detector, segmenter) if part]
-    kind_of_segmenter = grounding.BoxSegmenter if detector else grounding.PromptedSegmenter
+    kind_of_segmenter = segmenters.BoxSegmenter if detector else segmenters.PromptedSegmenter
     found = kind_of_segmenter.load(*parts, device=device)
     where[Path(segmenter).name.removeprefix("tiny-")] = Numbered(found, pictures)
 if not where:
@@ -124,7 +140,7 @@ if not where:
 shows = Counter(row["true_kind"] for row in explanations.values() if row.get("true_kind"))
 plots.table([
     {"kind": kind, "scored": len(latents)} | ({"asked that show one": shows[kind] if kind != "total" else shows.total()} if truth else {})
-    for kind, latents in scoring.by_kind(kind_of).items()
+    for kind, latents in score_tables.by_kind(kind_of).items()
 ])
 
 # %% [markdown]
@@ -161,7 +177,7 @@ for ax, (by, find, mode) in zip(rest, ways, strict=True):
 # the name of another latent, of the same kind if there is one (*shuffled*).
 
 # %%
-stage, code = Stage(run, "score"), [scoring, masks, grounding]
+stage, code = Stage(run, "score"), [score_tables, masks, segmenters]
 params = dict(
     model=model, images=images, concepts=concepts, layer=layer, segmenter=segmenter, detector=detector, similarity=similarity,
     n_scored=n_scored, n_top=n_top, share=share, random_runs=random_runs, clip_runs=clip_runs, seed=seed,
@@ -169,30 +185,30 @@ params = dict(
 inputs = [root / name for name in (model, concepts, segmenter, detector, similarity) if name and (root / name).exists()]
 before = [Stage(run, name).path("manifest.json") for name in ("train", "cache", "interpret")]
 inputs += before
-others = scoring.shuffled(explained, seed)
+others = score_tables.shuffled(explained, seed)
 if not stage.is_current(params, inputs, code):
     started, rng = time.monotonic(), np.random.default_rng(seed)
     lmm = LMM.load(named(model))
     sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent)
     readable = np.setdiff1d(np.arange(len(pictures)), list(cache.skipped))
     drawn = rng.choice(readable, random_runs * n_top).tolist()
-    drawn_spots = scoring.drawn_spots(lmm, sae, pictures, layer, list(concept_of), drawn)
-    found = scoring.all_ious(
+    drawn_spots = score_iou.drawn_spots(lmm, sae, pictures, layer, list(concept_of), drawn)
+    found = score_iou.all_ious(
         lambda n: (spots(shown(n)), drawn_spots[n]), concept_of, others, where, list(modes.values()), runs=random_runs, seed=seed
     )
     if similarity:
-        similar = grounding.ImageTextSimilarity.load(named(similarity), device=device).grid
+        similar = score_similarity.ImageTextSimilarity.load(named(similarity), device=device).grid
         drawn_pictures = [pictures[i] for i in rng.choice(readable, clip_runs * n_top).tolist()]
-        found |= scoring.all_clips(similar, shown, concept_of, others, drawn_pictures, list(modes.values()), runs=clip_runs, seed=seed)
-    scores, runs = scoring.records(explained, found)
+        found |= clip.all_clips(similar, shown, concept_of, others, drawn_pictures, list(modes.values()), runs=clip_runs, seed=seed)
+    scores, runs = score_tables.records(explained, found)
     write_json(stage.path("scores.json"), scores)
     write_json(stage.path("random.json"), runs)
-    metrics = scoring.summary(scores, runs, seed) | ({"names_unknown": unknown} if truth else {})
+    metrics = score_tables.summary(scores, runs, seed) | ({"names_unknown": unknown} if truth else {})
     metrics |= {f"latents_showing_{kind}": many for kind, many in sorted(shows.items())}
     stage.finish(params, inputs, metrics, time.monotonic() - started, code)
 scores, runs = read_json(stage.path("scores.json")), read_json(stage.path("random.json"))
-metrics, columns = read_json(stage.path("metrics.json")), scoring.columns_of(scores)
-tables = {column: scoring.table(scores, runs, column, seed) for column in columns}
+metrics, columns = read_json(stage.path("metrics.json")), score_tables.columns_of(scores)
+tables = {column: score_tables.table(scores, runs, column, seed) for column in columns}
 
 # %% [markdown]
 # ## Table 1
@@ -212,9 +228,9 @@ published = {
         "texture": (18.4, 20.9), "colour": (19.6, 20.3), "total": (18.2, 23.6),
     },
 }  # fmt: skip
-for quantity, by_mode in scoring.by_quantity(tables).items():
+for quantity, by_mode in score_tables.by_quantity(tables).items():
     beside = published.get(quantity.split("_")[0])
-    display(plots.table(scoring.beside(by_mode, beside), f"{quantity}, {len(scores)} latents, 99 % intervals"))
+    display(plots.table(score_tables.beside(by_mode, beside), f"{quantity}, {len(scores)} latents, 99 % intervals"))
 # %% [markdown]
 # `iou` is by the first of the segmenters above, `iou_NAME` by another; in the metrics the mode stands between the two.
 
@@ -225,7 +241,7 @@ plots.mean_panels({
     for mode in modes
 });
 # %% mystnb={"figure": {"caption": "A gallery (Figure 4): of each kind the latent of median strict IoU, on its top image: activated (orange), the concept (blue), both (green). The number is the mean over its images.", "name": "fig-gallery"}}
-middle, find = scoring.middling(scores, "iou_strict"), next(iter(where.values()))
+middle, find = score_tables.middling(scores, "iou_strict"), next(iter(where.values()))
 for ax, (kind, n) in zip(plots.places(len(middle), columns=4, side=2), middle.items(), strict=True):
     [top] = spots(shown(n)[:1])
     active, wanted = activation_mask(top, modes["strict"]), concept_mask(find([top.number], concept_of[n])[0], top.size, modes["strict"])
@@ -237,7 +253,7 @@ for ax, (kind, n) in zip(plots.places(len(middle), columns=4, side=2), middle.it
 # Where the truth is known, a score by a segmenter can be held against the same score by the truth, latent by latent.
 
 # %% mystnb={"figure": {"caption": "Strict IoU of each latent by the segmenter, over the same by the ground truth; on the line they agree.", "name": "fig-calibration"}}
-by_kind = {kind: latents for kind, latents in scoring.by_kind(kind_of).items() if kind != "total"}
+by_kind = {kind: latents for kind, latents in score_tables.by_kind(kind_of).items() if kind != "total"}
 for second in (column for column in columns if column.startswith("iou_strict_")):
     known, measured = ({kind: [scores[n][c] for n in latents] for kind, latents in by_kind.items()} for c in ("iou_strict", second))
     plots.calibration(known, measured, "IoU by ground truth", f"IoU by {second.removeprefix('iou_strict_')}")
@@ -268,26 +284,26 @@ how = dict(judge=judge, images=images, concepts=concepts, n_scored=n_scored, n_j
 known = before + [root / name for name in (judge, concepts) if name and (root / name).exists()]
 if not who:
     judging.forget()
-elif not judging.is_current(how, known, [scoring, explainers]):
+elif not judging.is_current(how, known, [score_tables, explainers]):
     started, chat = time.monotonic(), None
     if judge:  # every verdict is on the disk before the next one is waited for
         chat = open_chat(judge, root=root, key_variable=judge_key, concurrency=concurrency, timeout=timeout)
         chat = Recorded(chat, judging.path("replies.jsonl"))
-    verdicts = scoring.by_sight(explainers.judge(chat)) if chat else scoring.knowing(truth)
-    found = scoring.judge_latents(verdicts, shown, explained, others, each=n_judged, seed=seed)
+    verdicts = score_judges.by_sight(score_judges.judge(chat)) if chat else score_judges.knowing(truth)
+    found = score_judges.judge_latents(verdicts, shown, explained, others, each=n_judged, seed=seed)
     write_json(judging.path("verdicts.json"), found)
-    told = scoring.agreed(found, kind_of) | {"replies_failed": chat.failed if chat else 0}
-    judging.finish(how, known, told, time.monotonic() - started, [scoring, explainers])
+    told = score_judges.agreed(found, kind_of) | {"replies_failed": chat.failed if chat else 0}
+    judging.finish(how, known, told, time.monotonic() - started, [score_tables, explainers])
 
 # %%
-kinds, judges = (*scoring.KINDS, "total"), {}
+kinds, judges = (*score_tables.KINDS, "total"), {}
 if who:
     given = read_json(judging.path("verdicts.json"))
-    for name, title in zip(scoring.JUDGED, (who, "the same, names shuffled"), strict=True):
-        judges[title] = scoring.consistency({n: row.get(name) for n, row in given.items()}, kind_of)
+    for name, title in zip(score_judges.JUDGED, (who, "the same, names shuffled"), strict=True):
+        judges[title] = score_judges.consistency({n: row.get(name) for n, row in given.items()}, kind_of)
 judges["GPT-4o, the paper"] = dict(zip(kinds, (0.93, 0.84, 0.90, 1.00, 0.85, 0.92, 0.89), strict=True))
 judges["two people, the paper"] = dict(zip(kinds, (0.70, 0.85, 0.60, 0.95, 0.80, 0.60, 0.75), strict=True))
-plots.table([{"kind": kind} | {title: shares.get(kind) for title, shares in judges.items()} for kind in dict.fromkeys((*scoring.KINDS, *scoring.by_kind(kind_of)))])
+plots.table([{"kind": kind} | {title: shares.get(kind) for title, shares in judges.items()} for kind in dict.fromkeys((*score_tables.KINDS, *score_tables.by_kind(kind_of)))])
 
 # %% [markdown]
 # And two people's? Open this chapter in Jupyter (`make lab`), type your name, and answer with y, n, u. Ten latents of each
@@ -295,18 +311,18 @@ plots.table([{"kind": kind} | {title: shares.get(kind) for title, shares in judg
 
 # %%
 ratings = stage.folder.parent / "ratings.jsonl"
-asked_of_people = {n: {"concept": concept_of[n], "kind": kind_of[str(n)]} for n in scoring.some_of_each(kind_of, 10, seed)}
+asked_of_people = {n: {"concept": concept_of[n], "kind": kind_of[str(n)]} for n in score_judges.some_of_each(kind_of, 10, seed)}
 Rater(ratings, asked_of_people, shown).box
 
 # %% [markdown]
 # Each rater's share of yes, and how far each two agree on what both have rated, with Cohen's kappa:
 
 # %%
-answers = scoring.standing(read_ratings(ratings), concept_of)
+answers = score_ratings.standing(read_ratings(ratings), concept_of)
 print(f"{len(answers)} people have answered")
 for rater, told in answers.items():
-    print(rater, {kind: str(found) for kind, found in scoring.consistency(told, kind_of).items()})
-for pair in scoring.agreements(answers):
+    print(rater, {kind: str(found) for kind, found in score_judges.consistency(told, kind_of).items()})
+for pair in score_ratings.agreements(answers):
     print(f"{' and '.join(pair.raters)}: alike on {pair.agreement:.2f} of {pair.items}, kappa {pair.kappa}")
 
 # %% [markdown]

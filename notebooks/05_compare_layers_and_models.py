@@ -97,28 +97,33 @@ from lmm_sae_nb.attribute import agreement as attribute_agreement
 from lmm_sae_nb.attribute import attribution
 from lmm_sae_nb.attribute.agreement import agreement, own_decision, some_pairs
 from lmm_sae_nb.attribute.attribution import exact, linear
-from lmm_sae_nb.cache import activations
+from lmm_sae_nb.cache import activations, latent_cache
 from lmm_sae_nb.cache.activations import cache_several
-from lmm_sae_nb.chat.chats import Recorded, open_chat
+from lmm_sae_nb.chat.recorded import Recorded, open_chat
 from lmm_sae_nb.interpret import explain, explainers
-from lmm_sae_nb.interpret.explain import as_rows, exemplars, explain_enough, explain_latents
+from lmm_sae_nb.interpret.exemplars import exemplars
+from lmm_sae_nb.interpret.explain import as_rows, explain_enough, explain_latents
 from lmm_sae_nb.interpret.explainers import Vocabulary, names
-from lmm_sae_nb.model.lmm import LMM, NoPatchGrid
-from lmm_sae_nb.score import grounding, masks
-from lmm_sae_nb.score import score as scoring
-from lmm_sae_nb.score.masks import PAPER, STRICT, Numbered, TrueMasks, spots
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.samples import pictured
+from lmm_sae_nb.model.token_kinds import NoPatchGrid
+from lmm_sae_nb.score import clip, masks, segmenters, tables
+from lmm_sae_nb.score import iou as score_iou
+from lmm_sae_nb.score import similarity as score_similarity
+from lmm_sae_nb.score.masks import PAPER, STRICT, Numbered, spots
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.steer import steering
 from lmm_sae_nb.steer.steering import Edit, Scope, answers
 from lmm_sae_nb.support import intervals
-from lmm_sae_nb.support.artifacts import Stage, project_root, read_json, write_json
+from lmm_sae_nb.support.files import project_root, read_json, write_json
 from lmm_sae_nb.support.images import Remembered, open_images
 from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval
+from lmm_sae_nb.support.stages import Stage
 from lmm_sae_nb.train import evaluate, training
 from lmm_sae_nb.train.evaluate import evaluate_saes
-from lmm_sae_nb.train.token_buffer import pictured
 from lmm_sae_nb.train.training import Recipe, train_saes
-from lmm_sae_nb.truth import truth as known
+from lmm_sae_nb.truth import accuracy, label_maps
+from lmm_sae_nb.truth.label_maps import TrueMasks
 
 root = project_root()
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,7 +172,7 @@ with torch.no_grad():
 # Q-Former cannot do without.
 
 # %%
-stage, code = Stage(run, "compare"), [attribution, explainers, activations, evaluate, explain, attribute_agreement, known, masks, scoring, steering, training]
+stage, code = Stage(run, "compare"), [attribution, explainers, activations, evaluate, explain, attribute_agreement, accuracy, masks, tables, steering, training]
 params = dict(
     model=model, layers=layers, others=others, other_layer=other_layer, dataset=dataset, heldout=heldout, images=images,
     concepts=concepts, n_latents=n_latents, k=k, sizes=sizes, ks=ks, steps=steps, batch_tokens=batch_tokens,
@@ -212,9 +217,9 @@ if not current:
     label = explainers.labeller(talk[labeller]) if labeller else vocabulary.label if vocabulary else explainers.unlabelled
     ask = partial(explain_latents, explain=explainers.explainer(talk[explainer], prompt, tag=tag, least_sure=least_sure), refine=refine, label=label)
     parts = [named(part) for part in (detector, segmenter) if part]
-    kind_of_segmenter = grounding.BoxSegmenter if detector else grounding.PromptedSegmenter
+    kind_of_segmenter = segmenters.BoxSegmenter if detector else segmenters.PromptedSegmenter
     where = {"truth": truth} if truth else {"segmenter": Numbered(kind_of_segmenter.load(*parts, device=device), remembered)}
-    similar = grounding.ImageTextSimilarity.load(named(similarity), device=device).grid
+    similar = score_similarity.ImageTextSimilarity.load(named(similarity), device=device).grid
 
 # %%
 for name in () if current else (*of_layers, *rest):
@@ -222,16 +227,16 @@ for name in () if current else (*of_layers, *rest):
     look = partial(exemplars, found_in, remembered, n_top=n_top, share=share)
     order = np.random.default_rng(seed).permutation(np.flatnonzero(found_in.live)).tolist()
     rows = as_rows(explain_enough(order, look, ask, n_explained, 16))
-    explained = scoring.explained(rows, truth, seed=seed)
-    concept_of, others_of = {n: concept for n, (concept, _) in explained.items()}, scoring.shuffled(explained, seed)
+    explained = tables.explained(rows, truth, seed=seed)
+    concept_of, others_of = {n: concept for n, (concept, _) in explained.items()}, tables.shuffled(explained, seed)
     found = {}
     if its.grid:
-        away = scoring.drawn_spots(its, sae, pictures, layer, list(explained), drawn)
+        away = score_iou.drawn_spots(its, sae, pictures, layer, list(explained), drawn)
         at = lambda n: (spots(look(n)), away[n])  # noqa: B023, E731
-        found = scoring.all_ious(at, concept_of, others_of, where, modes, runs=random_runs, seed=seed)
+        found = score_iou.all_ious(at, concept_of, others_of, where, modes, runs=random_runs, seed=seed)
     drawn_pictures = [remembered[n] for n in drawn_clip]
-    found |= scoring.all_clips(similar, look, concept_of, others_of, drawn_pictures, modes if its.grid else [PAPER], runs=clip_runs, seed=seed)
-    write_json(stage.path(f"{name}.json"), dict(zip(("explanations", "scores", "random"), (rows, *scoring.records(explained, found)), strict=True)))
+    found |= clip.all_clips(similar, look, concept_of, others_of, drawn_pictures, modes if its.grid else [PAPER], runs=clip_runs, seed=seed)
+    write_json(stage.path(f"{name}.json"), dict(zip(("explanations", "scores", "random"), (rows, *tables.records(explained, found)), strict=True)))
 
 # %% [markdown]
 # And what else changes with depth: what the SAE keeps (on held-out samples), what it costs the model, whether a latent named for
@@ -245,15 +250,15 @@ if not current:
     cases = [own_decision(lmm, row["question"], row["image"]) for row in islice((row for row in unseen if row["image"] is not None), decisions)]
     kept = evaluate_saes(lmm, {name: studied[name][1:3] for name in of_layers}, few)
     kept |= evaluate_saes(lmm, {name: studied[name][1:3] for name in swept}, few, losses=False)
-    patch_truth, generator = known.PatchTruth(truth, lmm.grid) if truth and lmm.grid else None, torch.Generator().manual_seed(seed)
+    patch_truth, generator = label_maps.PatchTruth(truth, lmm.grid) if truth and lmm.grid else None, torch.Generator().manual_seed(seed)
 for name in () if current else (*of_layers, *swept):
     found_in = studied[name][3]
     look = partial(exemplars, found_in, remembered, n_top=n_top, share=share)
     order = np.random.default_rng(seed).permutation(np.flatnonzero(found_in.live)).tolist()
     rows = read_json(stage.path(f"{name}.json"))["explanations"] if name in of_layers else as_rows(explain_enough(order, look, ask, n_swept, 16))
     told = {n: row for n, row in rows.items() if row["outcome"] == "explained"}
-    right = known.judged(known.with_truth(told, {int(n): look(int(n)) for n in told}, patch_truth)) if patch_truth else {}
-    quality = kept[name] | known.counted(rows) | right
+    right = accuracy.judged(accuracy.with_truth(told, {int(n): look(int(n)) for n in told}, patch_truth)) if patch_truth else {}
+    quality = kept[name] | accuracy.counted(rows) | right
     wanted = ("fvu", "dead_fraction", "loss_recovered", "explained_fraction", "concept_accuracy")
     metrics |= {f"{quantity}_{name}{end}": quality[quantity + end] for quantity in wanted for end in ("", "_low", "_high") if quantity + end in quality}
 
@@ -274,14 +279,14 @@ for name in () if current else of_layers:
 
 # %%
 scored = {name: read_json(stage.path(f"{name}.json")) for name in (*of_layers, *rest)}
-columns = {name: scoring.columns_of(its["scores"]) for name, its in scored.items()}
+columns = {name: tables.columns_of(its["scores"]) for name, its in scored.items()}
 totals = {
-    name: {column: scoring.table(scored[name]["scores"], scored[name]["random"], column, seed)["total"] for column in columns[name]}
+    name: {column: tables.table(scored[name]["scores"], scored[name]["random"], column, seed)["total"] for column in columns[name]}
     for name in scored
 }  # fmt: skip
 chance = {name: {column: row.get("random", row["area"]) if "area" in row else row["random"] for column, row in rows.items()} for name, rows in totals.items()}
 if not current:
-    metrics |= scoring.flat({f"{column}_{name}": {"total": row} for name, rows in totals.items() for column, row in rows.items()})
+    metrics |= tables.flat({f"{column}_{name}": {"total": row} for name, rows in totals.items() for column, row in rows.items()})
     metrics |= {f"{column}_{name}_above_random": int(row["top"].low > chance[name][column].high) for name, rows in totals.items() for column, row in rows.items()}
     metrics |= {f"latents_{name}": len(its["scores"]) for name, its in scored.items()}
     low, high = (scored[name]["scores"].values() for name in (f"layer_{layers[0]}", f"layer_{layers[-1]}"))
@@ -345,7 +350,7 @@ by_layer = {name: {row["concept"]: n for n, row in scored[name]["scores"].items(
 everywhere = sorted(set.intersection(*map(set, by_layer.values())))
 print(f"{len(everywhere)} concepts are named at every layer: {', '.join(everywhere)}")
 # %% mystnb={"figure": {"caption": "Two concepts that are named at every layer, from low to high: the latents' images with their activation, and masked.", "name": "fig-depth"}}
-caches = {name: activations.LatentCache.load(stage.path(first) / name) for name in of_layers}
+caches = {name: latent_cache.LatentCache.load(stage.path(first) / name) for name in of_layers}
 strips = [(f"{name.replace('_', ' ')}, latent {by_layer[name][concept]}: {concept}", exemplars(caches[name], pictures, int(by_layer[name][concept]), n_top=n_top, share=share))
           for concept in everywhere[:: max(1, len(everywhere) // 2)][:2] for name in of_layers]  # fmt: skip
 plots.exemplar_strip(strips, side=1.1);
@@ -361,7 +366,7 @@ plots.exemplar_strip(strips, side=1.1);
 # %%
 for name in rest:
     its = lmms[name]
-    found_in = activations.LatentCache.load(stage.path(name) / name)
+    found_in = latent_cache.LatentCache.load(stage.path(name) / name)
     try:
         spots(exemplars(found_in, pictures, int(next(iter(scored[name]["scores"]))), n_top=n_top))
     except NoPatchGrid as reason:
@@ -372,7 +377,7 @@ rows += [{"model": f"{name}, layer {other_layer}", "CLIP, paper": cell(f"clip_pa
 plots.table([*rows, {"model": "InstructBLIP-7B, 25th, the paper", "CLIP, paper": 28.01, "random": 17.71, "latents": 100}], "Table 4")
 # %% mystnb={"figure": {"caption": "Latents of the other model at random: the whole images that excite them most, and the name they were given.", "name": "fig-other-model"}}
 strips = [
-    (f"{name}, latent {n}: {row['concept']}", exemplars(activations.LatentCache.load(stage.path(name) / name), pictures, int(n), n_top=n_top))
+    (f"{name}, latent {n}: {row['concept']}", exemplars(latent_cache.LatentCache.load(stage.path(name) / name), pictures, int(n), n_top=n_top))
     for name in rest for n, row in list(scored[name]["scores"].items())[:: max(1, len(scored[name]["scores"]) // 3)][:3]
 ]  # fmt: skip
 plots.exemplar_strip(strips, side=1.1);

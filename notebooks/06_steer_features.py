@@ -65,11 +65,12 @@ from ipywidgets import VBox
 from PIL import Image
 from torch.testing import assert_close
 
-from lmm_sae_nb.cache.activations import LatentCache, activation_maps
-from lmm_sae_nb.chat.chats import Recorded, open_chat
+from lmm_sae_nb.cache.encode_images import activation_maps
+from lmm_sae_nb.cache.latent_cache import LatentCache
+from lmm_sae_nb.chat.recorded import Recorded, open_chat
 from lmm_sae_nb.interpret import explainers as rating
-from lmm_sae_nb.interpret.explain import exemplars
-from lmm_sae_nb.interpret.explainers import Vocabulary, names, relevance
+from lmm_sae_nb.interpret.exemplars import exemplars
+from lmm_sae_nb.interpret.explainers import Vocabulary, names
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
@@ -78,11 +79,13 @@ from lmm_sae_nb.show.latent_table import Catalogue
 from lmm_sae_nb.show.plots import steering_strip
 from lmm_sae_nb.show.steering_panel import SteeringPanel
 from lmm_sae_nb.steer import steering
+from lmm_sae_nb.steer.relevance import relevance
 from lmm_sae_nb.steer.steering import Edit, Scope, answers, steer_latents
 from lmm_sae_nb.support import intervals
-from lmm_sae_nb.support.artifacts import Stage, project_root, read_json, require, write_json
+from lmm_sae_nb.support.files import project_root, read_json, write_json
 from lmm_sae_nb.support.images import open_images
 from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval, share
+from lmm_sae_nb.support.stages import Stage, require
 
 root = project_root()
 plots.style()

@@ -62,8 +62,9 @@ from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.support import intervals
-from lmm_sae_nb.support.artifacts import Stage, project_root, read_json, require, write_json
+from lmm_sae_nb.support.files import project_root, read_json, write_json
 from lmm_sae_nb.support.intervals import bounds, mean_interval
+from lmm_sae_nb.support.stages import Stage, require
 from lmm_sae_nb.train.training import Recipe, train_saes
 
 root = project_root()

@@ -69,30 +69,21 @@ from IPython.display import HTML
 
 from lmm_sae_nb.attribute import attribution
 from lmm_sae_nb.attribute.attribution import decision, linear
-from lmm_sae_nb.cache.activations import LatentCache
-from lmm_sae_nb.hallucination import cure
-from lmm_sae_nb.hallucination.cure import (
-    Limits,
-    cases_of,
-    of_words,
-    own_answers,
-    promising,
-    search,
-    shown_text,
-    text_latents,
-    told_case,
-    trials,
-    verdicts,
-)
-from lmm_sae_nb.interpret.explain import exemplars
+from lmm_sae_nb.cache.latent_cache import LatentCache
+from lmm_sae_nb.hallucination import search as hallucination_search
+from lmm_sae_nb.hallucination.cases import cases_of, own_answers, told_case
+from lmm_sae_nb.hallucination.search import Limits, search, trials, verdicts
+from lmm_sae_nb.hallucination.text_latents import of_words, promising, shown_text, text_latents
+from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.steer.steering import Edit, Scope, steered
 from lmm_sae_nb.support import intervals
-from lmm_sae_nb.support.artifacts import Stage, project_root, read_json, require, write_json
+from lmm_sae_nb.support.files import project_root, read_json, write_json
 from lmm_sae_nb.support.images import open_images
 from lmm_sae_nb.support.intervals import bounds, share
+from lmm_sae_nb.support.stages import Stage, require
 
 root = project_root()
 plots.style()
@@ -132,7 +123,7 @@ print(f"{len(choosing)} cases to choose on, {len(reporting)} to report on, of th
 #    chosen. An answer to another question is spoiled if the model would not give it again, word for word.
 
 # %%
-stage, code = Stage(run, "hallucination"), [attribution, cure, intervals]
+stage, code = Stage(run, "hallucination"), [attribution, hallucination_search, intervals]
 params = dict(
     model=model, layer=layer, traps=traps, heldout=heldout, text_kinds=text_kinds, text_words=text_words, agreeing=agreeing,
     samples=samples, choose_cases=choose_cases, attributed=attributed, looked_at=looked_at, tried=tried, tried_on=tried_on, kept_on=kept_on, others_kept_on=others_kept_on, values=values, together=together, clamped_kinds=clamped_kinds,

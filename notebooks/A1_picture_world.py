@@ -47,7 +47,8 @@ from lmm_sae_nb.pictureworld.world import concepts, questions
 from lmm_sae_nb.pictureworld.world.rendered import scenes_of
 from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT, make_map, make_masked, make_scene
 from lmm_sae_nb.show import plots
-from lmm_sae_nb.support.artifacts import Stage, project_root, read_json
+from lmm_sae_nb.support.files import project_root, read_json
+from lmm_sae_nb.support.stages import Stage
 
 root = project_root()
 plots.style()

@@ -33,9 +33,10 @@ import torch
 
 from lmm_sae_nb.benchmarks.comparison import bars, renew
 from lmm_sae_nb.sae.adam import SAEAdam
-from lmm_sae_nb.sae.topk import TopKSAE, fvu
+from lmm_sae_nb.sae.losses import fvu
+from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
-from lmm_sae_nb.support.artifacts import project_root, read_json
+from lmm_sae_nb.support.files import project_root, read_json
 
 path = project_root() / "book/benchmarks.json"
 plots.style()

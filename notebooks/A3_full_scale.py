@@ -44,7 +44,8 @@ from lmm_sae_nb.full_scale import costs
 from lmm_sae_nb.full_scale import geometry_twin as twin_module
 from lmm_sae_nb.full_scale.geometry_twin import geometry_twin, noise, run_twin
 from lmm_sae_nb.show import plots
-from lmm_sae_nb.support.artifacts import Stage, project_root, read_json
+from lmm_sae_nb.support.files import project_root, read_json
+from lmm_sae_nb.support.stages import Stage
 
 root = project_root()
 plots.style()

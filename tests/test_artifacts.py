@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lmm_sae_nb.support import artifacts
+from lmm_sae_nb.support import files, stages, tensor_files
 
 
 @pytest.fixture
@@ -33,20 +33,20 @@ def project(tmp_path, monkeypatch):
 
 
 def test_project_root_is_the_nearest_parent_with_pyproject(project):
-    assert artifacts.project_root().samefile(project)
+    assert files.project_root().samefile(project)
 
 
 def test_project_root_says_where_it_looked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(artifacts.Path, "is_file", lambda self: False)
+    monkeypatch.setattr(stages.Path, "is_file", lambda self: False)
     with pytest.raises(FileNotFoundError, match="pyproject.toml"):
-        artifacts.project_root()
+        files.project_root()
 
 
 def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "deep" / "a.bin"
-    artifacts.write_atomic(path, b"old")
-    artifacts.write_atomic(path, b"new")
+    files.write_atomic(path, b"old")
+    files.write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
     assert [file.name for file in path.parent.iterdir()] == ["a.bin"]
 
@@ -54,14 +54,14 @@ def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path):
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
 def test_a_crash_while_writing_keeps_the_old_file(tmp_path, monkeypatch, broken):
     path = tmp_path / "a.json"
-    artifacts.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
 
     def crash(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(os if broken == "fsync" else artifacts.Path, broken, crash)
+    monkeypatch.setattr(os if broken == "fsync" else stages.Path, broken, crash)
     with pytest.raises(OSError, match="no space"):
-        artifacts.write_json(path, {"a": 2})
+        files.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
@@ -69,7 +69,7 @@ def test_a_crash_while_writing_keeps_the_old_file(tmp_path, monkeypatch, broken)
 def test_written_files_obey_the_umask(tmp_path):
     plain, atomic = tmp_path / "plain", tmp_path / "atomic"
     plain.write_bytes(b"")
-    artifacts.write_atomic(atomic, b"")
+    files.write_atomic(atomic, b"")
     assert atomic.stat().st_mode == plain.stat().st_mode
 
 
@@ -80,14 +80,14 @@ json_values = st.dictionaries(st.text(), st.integers() | st.floats(allow_nan=Fal
 @given(json_values)
 def test_json_round_trip(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "value.json"
-    artifacts.write_json(path, value)
-    assert artifacts.read_json(path) == value
+    files.write_json(path, value)
+    assert files.read_json(path) == value
 
 
 def test_json_refuses_nan_and_objects(tmp_path):
     for value in ({"fvu": float("nan")}, {"model": object()}):
         with pytest.raises(ValueError, match="a.json"):
-            artifacts.write_json(tmp_path / "a.json", value)
+            files.write_json(tmp_path / "a.json", value)
     assert not list(tmp_path.iterdir())
 
 
@@ -95,12 +95,12 @@ def test_json_refuses_nan_and_objects(tmp_path):
 def test_read_json_names_a_broken_file(tmp_path, text):
     (tmp_path / "a.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match="a.json"):
-        artifacts.read_json(tmp_path / "a.json")
+        files.read_json(tmp_path / "a.json")
 
 
 def test_save_tensors_round_trip_with_views_and_metadata(tmp_path):
     tensors = {"view": torch.arange(6.0).reshape(2, 3).T, "ids": torch.tensor([3, 1])}
-    artifacts.save_tensors(tmp_path / "a.safetensors", tensors, {"made": "here"})
+    tensor_files.save_tensors(tmp_path / "a.safetensors", tensors, {"made": "here"})
     loaded = load_file(tmp_path / "a.safetensors")
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
@@ -110,12 +110,12 @@ def test_save_tensors_round_trip_with_views_and_metadata(tmp_path):
 @pytest.mark.parametrize("cut", [0, 4, 40, -1])
 def test_a_broken_tensor_file_is_named(tmp_path, cut):
     path = tmp_path / "a.safetensors"
-    artifacts.save_tensors(path, {"a": torch.ones(100)})
+    tensor_files.save_tensors(path, {"a": torch.ones(100)})
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(ValueError, match=r"a\.safetensors is not a whole"):
-        artifacts.open_tensors(path)
+        tensor_files.open_tensors(path)
     with pytest.raises(FileNotFoundError, match="b.safetensors"):
-        artifacts.open_tensors(tmp_path / "b.safetensors")
+        tensor_files.open_tensors(tmp_path / "b.safetensors")
 
 
 def test_replace_folder(tmp_path):
@@ -123,7 +123,7 @@ def test_replace_folder(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").write_text(text)
     (tmp_path / "final" / "only-old").touch()
-    artifacts.replace_folder(tmp_path / "new", tmp_path / "final")
+    files.replace_folder(tmp_path / "new", tmp_path / "final")
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     assert [path.name for path in (tmp_path / "final").iterdir()] == ["a"]
     assert (tmp_path / "final" / "a").read_text() == "new"
@@ -146,16 +146,16 @@ def test_a_replacement_killed_at_any_moment_leaves_one_of_the_two_folders(tmp_pa
         return wrapped
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts.Path, "replace", until_killed(artifacts.Path.replace))
+        patch.setattr(stages.Path, "replace", until_killed(stages.Path.replace))
         patch.setattr(os, "fsync", until_killed(os.fsync))
-        patch.setattr(artifacts.shutil, "rmtree", until_killed(artifacts.shutil.rmtree))
+        patch.setattr(stages.shutil, "rmtree", until_killed(stages.shutil.rmtree))
         with contextlib.suppress(KeyboardInterrupt):
-            artifacts.replace_folder(tmp_path / "newer", tmp_path / "final")
-    artifacts.recover_folder(tmp_path / "final")
+            files.replace_folder(tmp_path / "newer", tmp_path / "final")
+    files.recover_folder(tmp_path / "final")
     assert (tmp_path / "final" / "a").read_text() in ("new", "newer")
     assert {path.name for path in tmp_path.iterdir()} <= {"final", "newer"}
     if (tmp_path / "newer").exists():
-        artifacts.replace_folder(tmp_path / "newer", tmp_path / "final")
+        files.replace_folder(tmp_path / "newer", tmp_path / "final")
     assert (tmp_path / "final" / "a").read_text() == "newer"
 
 
@@ -168,10 +168,10 @@ def test_what_killed_writers_left_is_cleared(tmp_path):
     (tmp_path / "a.tmp").touch()
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / ".b.json.0.tmp").touch()
-    artifacts.clear_temporaries(tmp_path)
+    files.clear_temporaries(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"a.tmp", ".tmpfolder", "below"}
     assert (tmp_path / "below" / ".b.json.0.tmp").exists()
-    artifacts.clear_temporaries(tmp_path, deep=True)
+    files.clear_temporaries(tmp_path, deep=True)
     assert not any((tmp_path / "below").iterdir())
 
 
@@ -185,7 +185,7 @@ def _die_while_saving(folder):
 
     threading.Thread(target=watch).start()
     while True:
-        artifacts.save_tensors(folder / "a.safetensors", {"a": torch.zeros(2_000_000)})
+        tensor_files.save_tensors(folder / "a.safetensors", {"a": torch.zeros(2_000_000)})
 
 
 def test_whatever_a_killed_save_leaves_is_cleared(tmp_path):
@@ -196,7 +196,7 @@ def test_whatever_a_killed_save_leaves_is_cleared(tmp_path):
         process, _ = started(_die_while_saving, folder)
         process.join()
         assert process.exitcode == -signal.SIGKILL and any(folder.iterdir())
-        artifacts.clear_temporaries(folder)
+        files.clear_temporaries(folder)
         assert {path.name for path in folder.iterdir()} <= {"a.safetensors"}
 
 
@@ -205,27 +205,27 @@ def test_hash_of_tensors_is_that_of_their_bytes_in_order(dtype):
     tensors = [torch.arange(2**22 + 5), torch.randn(70, 3), torch.randn(4, 5).T, torch.tensor(1)]
     tensors = [tensor.to(dtype) for tensor in tensors]
     as_bytes = b"".join(t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for t in tensors)
-    assert artifacts.hash_of(iter(tensors)) == hashlib.sha256(as_bytes).hexdigest()
-    assert artifacts.hash_of(tensors[::-1]) != artifacts.hash_of(tensors)
+    assert tensor_files.hash_of(iter(tensors)) == hashlib.sha256(as_bytes).hexdigest()
+    assert tensor_files.hash_of(tensors[::-1]) != tensor_files.hash_of(tensors)
 
 
 def test_fingerprint_of_a_file_is_its_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 3_000_000)
     expected = hashlib.sha256(b"x" * 3_000_000).hexdigest()
-    assert artifacts.fingerprint(tmp_path / "a") == expected
+    assert files.fingerprint(tmp_path / "a") == expected
     with (tmp_path / "a").open("rb") as file:
-        assert artifacts._digest(file) == expected
+        assert files._digest(file) == expected
 
 
 def test_fingerprint_of_a_folder_sees_names_and_contents(tmp_path):
     folder = tmp_path / "f"
     folder.mkdir()
     (folder / "a").write_text("1")
-    seen = {artifacts.fingerprint(folder)}
+    seen = {files.fingerprint(folder)}
     (folder / "a").write_text("2")
-    seen.add(artifacts.fingerprint(folder))
+    seen.add(files.fingerprint(folder))
     (folder / "a").rename(folder / "b")
-    seen.add(artifacts.fingerprint(folder))
+    seen.add(files.fingerprint(folder))
     assert len(seen) == 3
 
 
@@ -233,8 +233,8 @@ def test_fingerprint_of_a_folder_sees_names_and_contents(tmp_path):
 def finished(project):
     inputs = [project / "sae.safetensors"]
     inputs[0].write_bytes(b"weights")
-    stage = artifacts.Stage("tiny", "cache")
-    artifacts.write_atomic(stage.path("cache.json"), b"{}")
+    stage = stages.Stage("tiny", "cache")
+    files.write_atomic(stage.path("cache.json"), b"{}")
     params = {"layer": 2, "kinds": ("base", "text"), "seed": 7}
     stage.finish(params, inputs, {"live": 0.9, "images": 3}, seconds=1.25)
     return stage, params, inputs
@@ -243,7 +243,7 @@ def finished(project):
 def test_a_finished_stage_is_current(finished):
     stage, params, inputs = finished
     assert stage.is_current(params, inputs)
-    assert artifacts.Stage("tiny", "cache").is_current(params, inputs)
+    assert stages.Stage("tiny", "cache").is_current(params, inputs)
 
 
 def test_the_manifest_says_how_it_was_made(finished, project):
@@ -307,10 +307,10 @@ def package(tmp_path, monkeypatch):
 )
 def test_code_is_the_statements_of_a_module_and_of_what_it_imports(package, file, old, new, same):
     folder, one = package
-    before = artifacts.code_fingerprints([one])
+    before = stages.code_fingerprints([one])
     assert [name.rpartition(".")[2] for name in before] == ["one", "three", "two"]
     (folder / f"{file}.py").write_text((folder / f"{file}.py").read_text().replace(old, new))
-    assert (artifacts.code_fingerprints([one]) == before) == same
+    assert (stages.code_fingerprints([one]) == before) == same
 
 
 def test_other_code_makes_a_stage_stale(finished, package):
@@ -325,13 +325,13 @@ def test_other_code_makes_a_stage_stale(finished, package):
 
 def test_a_stage_that_is_forgotten_keeps_the_replies_alone(finished):
     stage, params, inputs = finished
-    artifacts.write_atomic(stage.path("replies.jsonl"), b"{}\n")
-    artifacts.write_atomic(stage.path("more/one.json"), b"{}")
+    files.write_atomic(stage.path("replies.jsonl"), b"{}\n")
+    files.write_atomic(stage.path("more/one.json"), b"{}")
     for _ in range(2):  # also where there is nothing left
         stage.forget()
         assert [file.name for file in stage.folder.rglob("*") if file.is_file()] == ["replies.jsonl"]
     assert not stage.is_current(params, inputs)
-    artifacts.Stage("tiny", "never").forget()
+    stages.Stage("tiny", "never").forget()
 
 
 def test_a_half_written_file_does_not_make_a_stage_stale(finished):
@@ -348,15 +348,15 @@ def test_a_missing_input_is_an_error(finished):
 
 
 def test_require_names_the_notebook(finished):
-    assert artifacts.require("tiny", "cache", "cache.json", "02_cache_activations.py").is_file()
+    assert stages.require("tiny", "cache", "cache.json", "02_cache_activations.py").is_file()
     with pytest.raises(FileNotFoundError, match=r"data/artifacts/tiny/train/sae .*notebooks/01_train_sae.py"):
-        artifacts.require("tiny", "train", "sae", "01_train_sae.py")
+        stages.require("tiny", "train", "sae", "01_train_sae.py")
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "/"])
 def test_a_stage_is_one_folder_name(project, name):
     with pytest.raises(ValueError, match="folder name"):
-        artifacts.Stage("tiny", name)
+        stages.Stage("tiny", name)
 
 
 def test_metrics_are_numbers(finished):
@@ -384,9 +384,9 @@ def test_a_file_written_in_pieces_is_what_safetensors_reads(tmp_path_factory, la
         cut = data.draw(st.integers(0, len(array)))
         pieces += [(name, 0, array[:cut]), (name, cut, array[cut:])]
     shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
-    artifacts.save_rows(path, shapes, data.draw(st.permutations(pieces)), {"said": "x"})
+    tensor_files.save_rows(path, shapes, data.draw(st.permutations(pieces)), {"said": "x"})
     read = safetensors.numpy.load_file(path)
-    rows = artifacts.TensorRows(path)
+    rows = tensor_files.TensorRows(path)
     assert rows.metadata == {"said": "x"}
     assert rows.shapes == {name: array.shape for name, array in arrays.items()}
     assert read.keys() == arrays.keys()
@@ -401,13 +401,13 @@ def test_a_file_written_in_pieces_is_what_safetensors_reads(tmp_path_factory, la
 
 def test_rows_of_a_missing_cut_or_foreign_file_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
-        artifacts.TensorRows(tmp_path / "a.safetensors")
+        tensor_files.TensorRows(tmp_path / "a.safetensors")
     safetensors.numpy.save_file({"a": np.arange(9)}, tmp_path / "a.safetensors")
     whole = (tmp_path / "a.safetensors").read_bytes()
     for cut in range(len(whole)):
         (tmp_path / "a.safetensors").write_bytes(whole[:cut])
         with pytest.raises(ValueError, match="a.safetensors"):
-            artifacts.TensorRows(tmp_path / "a.safetensors")
+            tensor_files.TensorRows(tmp_path / "a.safetensors")
     (tmp_path / "a.safetensors").write_bytes(b"no tensors at all, but long enough")
     with pytest.raises(ValueError, match="a.safetensors is not a safetensors file"):
-        artifacts.TensorRows(tmp_path / "a.safetensors")
+        tensor_files.TensorRows(tmp_path / "a.safetensors")

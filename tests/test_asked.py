@@ -6,9 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lmm_sae_nb.chat.chats import Question, Reply
+from lmm_sae_nb.chat.questions import Question, Reply
 from lmm_sae_nb.interpret import explainers
 from lmm_sae_nb.interpret.explainers import LONGEST, REFUSAL, Outcome, Vocabulary, understood
+from lmm_sae_nb.score import judges
+from lmm_sae_nb.steer import relevance
 
 TAG = "[EXPLANATION]:"
 
@@ -132,7 +134,7 @@ def test_a_labeller_gives_one_of_the_six_kinds_or_none(said, kind):
 def test_a_judge_is_shown_the_images_and_the_concept_and_says_yes_no_or_unsure():
     said = {7: "Yes, it is.", 1: "no", 3: "I am unsure", 4: None, 5: "yes and no"}
     chat = Answering(lambda question: Reply(said[question.images[0].getpixel((0, 0))[0]]))
-    verdicts = explainers.judge(chat)([pictures(n, n) for n in said], ["a hat"] * 5)
+    verdicts = judges.judge(chat)([pictures(n, n) for n in said], ["a hat"] * 5)
     assert verdicts == ["yes", "no", "unsure", None, None]
     first = chat.heard[0].parts()
     assert [type(part) for part in first] == [Image.Image, Image.Image, str] and '"a hat"' in first[2]
@@ -141,7 +143,7 @@ def test_a_judge_is_shown_the_images_and_the_concept_and_says_yes_no_or_unsure()
 @pytest.mark.parametrize(("sets", "concepts"), [([[]], ["a"]), ([pictures(1)], ["a", "b"])])
 def test_a_judge_without_images_or_concept_is_told(sets, concepts):
     with pytest.raises(ValueError, match="give each concept its images"):
-        explainers.judge(Answering(shade))(sets, concepts)
+        judges.judge(Answering(shade))(sets, concepts)
 
 
 def test_the_vocabulary_is_exact(tmp_path):
@@ -181,7 +183,7 @@ def test_an_answer_names_a_concept_by_whole_words(answer, concept, named):
 def test_relevance_is_a_whole_number_from_one_to_ten_or_nothing():
     said = {"a": "7", "b": "Relevance: 10.", "c": "11", "d": "3 or 4", "e": None}
     chat = Answering(lambda question: Reply(said[question.text[0]]))
-    rate = explainers.relevance(chat, "{answer} of {text}")
+    rate = relevance.relevance(chat, "{answer} of {text}")
     assert rate(list(said), ["hat"] * 5) == [7, 10, None, None, None]
     assert [question.text for question in chat.heard][:2] == ["a of hat", "b of hat"]
 

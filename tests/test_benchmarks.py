@@ -10,7 +10,7 @@ from lmm_sae_nb.benchmarks import comparison, products, systems
 from lmm_sae_nb.benchmarks.comparison import bars, compare, measured
 from lmm_sae_nb.benchmarks.systems import SYSTEMS, Shape
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.support.artifacts import read_json, write_json
+from lmm_sae_nb.support.files import read_json, write_json
 
 TINY = Shape(64, 32, 256, 8)
 

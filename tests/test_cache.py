@@ -17,10 +17,13 @@ from PIL import Image
 from trainings import run
 
 from lmm_sae_nb.cache import activations as caching
-from lmm_sae_nb.cache.activations import LatentCache, activation_maps, cache_activations, forecast
+from lmm_sae_nb.cache.activations import cache_activations, forecast
+from lmm_sae_nb.cache.encode_images import activation_maps
+from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.cache.resume import Share
 from lmm_sae_nb.cache.top_images import Ranking, firings, merged
-from lmm_sae_nb.model.lmm import LMM, NoPatchGrid
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.token_kinds import NoPatchGrid
 from lmm_sae_nb.sae.topk import Latents, TopKSAE, TrainedOn
 from lmm_sae_nb.train.evaluate import evaluate_sae
 

@@ -10,8 +10,9 @@ from models import make
 from PIL import Image
 from torch.multiprocessing import ProcessRaisedException
 
-from lmm_sae_nb.cache import activations as caching
-from lmm_sae_nb.cache.activations import LatentCache, cache_activations
+from lmm_sae_nb.cache import encode_images as caching
+from lmm_sae_nb.cache.activations import cache_activations
+from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.cache.resume import shares_in, told_by
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE

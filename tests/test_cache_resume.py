@@ -12,8 +12,9 @@ from forks import killed, started
 from models import make
 from PIL import Image
 
-from lmm_sae_nb.cache import activations as caching
-from lmm_sae_nb.cache.activations import LatentCache, cache_activations
+from lmm_sae_nb.cache import activations, encode_images
+from lmm_sae_nb.cache.activations import cache_activations
+from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.cache.resume import shares_in, told_by
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
@@ -123,7 +124,7 @@ def test_a_kill_at_each_write_changes_nothing(lmm, sae, pictures, tmp_path, monk
 
 def test_it_goes_on_where_it_was(lmm, sae, pictures, tmp_path, monkeypatch):
     """What is done is not done again."""
-    images, seen, encode = open_images(pictures), [], caching._encode
+    images, seen, encode = open_images(pictures), [], encode_images._encode
 
     def stop_in_the_middle(lmm, studied, batch):
         if batch.number == 5 and 5 not in seen:
@@ -132,7 +133,7 @@ def test_it_goes_on_where_it_was(lmm, sae, pictures, tmp_path, monkeypatch):
         seen.append(batch.number)
         return encode(lmm, studied, batch)
 
-    monkeypatch.setattr(caching, "_encode", stop_in_the_middle)
+    monkeypatch.setattr(activations, "_encode", stop_in_the_middle)
     with pytest.raises(KeyboardInterrupt):
         cache_activations(lmm, sae, images, **SETTINGS, folder=tmp_path / "c", save_every=0)
     cache_activations(lmm, sae, images, **SETTINGS, folder=tmp_path / "c")

@@ -6,7 +6,7 @@ import torch
 from models import dense, make, noise
 from PIL import Image
 
-from lmm_sae_nb.cache import activations as caching
+from lmm_sae_nb.cache import activations, encode_images
 from lmm_sae_nb.cache.activations import cache_activations, cache_several
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE, TrainedOn
@@ -46,7 +46,7 @@ def test_each_cache_is_that_of_its_sae_alone(family, pictures, tmp_path):
 
 
 def test_the_model_runs_once_for_all_and_a_pass_goes_on_for_those_that_are_behind(pictures, tmp_path, monkeypatch):
-    lmm, asked, encode = LMM(*make("picture_world")), [], caching._encode
+    lmm, asked, encode = LMM(*make("picture_world")), [], encode_images._encode
 
     def stopping(lmm, studied, batch):
         if len(asked) == 2:
@@ -55,7 +55,7 @@ def test_the_model_runs_once_for_all_and_a_pass_goes_on_for_those_that_are_behin
         asked.append((batch.number, sorted(studied)))
         return encode(lmm, studied, batch)
 
-    monkeypatch.setattr(caching, "_encode", stopping)
+    monkeypatch.setattr(activations, "_encode", stopping)
     studied = saes(lmm)
     with pytest.raises(KeyboardInterrupt):
         cache_several(lmm, {"low": studied["low"]}, pictures, folder=tmp_path / "several", save_every=0, **SETTINGS)
@@ -93,13 +93,13 @@ def test_the_images_of_a_model_without_a_grid_are_ranked_by_the_mean_over_its_qu
 
 
 def test_what_is_whole_is_not_made_again_and_what_differs_is(pictures, tmp_path, monkeypatch):
-    lmm, asked, encode = LMM(*make("picture_world")), [], caching._encode
+    lmm, asked, encode = LMM(*make("picture_world")), [], encode_images._encode
 
     def counted(lmm, studied, batch):
         asked.append(sorted(studied))
         return encode(lmm, studied, batch)
 
-    monkeypatch.setattr(caching, "_encode", counted)
+    monkeypatch.setattr(activations, "_encode", counted)
     studied = saes(lmm)
     cache_several(lmm, {"low": studied["low"]}, pictures, folder=tmp_path, **SETTINGS)
     before = contents(tmp_path / "low")
@@ -111,7 +111,7 @@ def test_what_is_whole_is_not_made_again_and_what_differs_is(pictures, tmp_path,
     cache_several(lmm, studied, pictures, folder=tmp_path, **SETTINGS | {"n_top": 2})
     assert len(asked) == 12
     with monkeypatch.context() as patch:
-        patch.setattr(caching, "code_fingerprints", lambda modules: {"cache.py": "another"})
+        patch.setattr(activations, "code_fingerprints", lambda modules: {"cache.py": "another"})
         cache_several(lmm, studied, pictures, folder=tmp_path, **SETTINGS | {"n_top": 2})
     assert len(asked) == 16
 

@@ -23,18 +23,13 @@ from models import text as text_settings
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Config, Qwen2ForCausalLM
 
-from lmm_sae_nb.chat.chats import (
-    EndpointChat,
-    EndpointError,
-    LocalChat,
-    Question,
-    Recorded,
-    ask,
-    open_chat,
-    pixel_hash,
-)
+from lmm_sae_nb.chat.endpoint import EndpointChat, EndpointError
+from lmm_sae_nb.chat.local import LocalChat
+from lmm_sae_nb.chat.questions import Question
+from lmm_sae_nb.chat.recorded import Recorded, ask, open_chat
 from lmm_sae_nb.interpret import explainers
 from lmm_sae_nb.interpret.explainers import Outcome
+from lmm_sae_nb.support.images import pixel_hash
 
 EXPLAINER = "data/models/tiny-explainer"
 PROMPT = "what do these images have in common ?"

@@ -8,21 +8,9 @@ from PIL import Image
 from torch.testing import assert_close
 
 from lmm_sae_nb.attribute.attribution import clamping, decision
-from lmm_sae_nb.hallucination.cure import (
-    Case,
-    Limits,
-    cases_of,
-    kept,
-    of_words,
-    own_answers,
-    promising,
-    search,
-    shown_text,
-    text_latents,
-    told_case,
-    trials,
-    verdicts,
-)
+from lmm_sae_nb.hallucination.cases import Case, cases_of, own_answers, told_case
+from lmm_sae_nb.hallucination.search import Limits, kept, search, trials, verdicts
+from lmm_sae_nb.hallucination.text_latents import of_words, promising, shown_text, text_latents
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.pictureworld.world.scenes import VALIDATION, make_scene
 from lmm_sae_nb.sae.topk import TopKSAE

@@ -15,7 +15,7 @@ from lmm_sae_nb.pictureworld.llava.exam import Asked, is_right, report, written
 from lmm_sae_nb.pictureworld.world.concepts import FACTS, STORIES
 from lmm_sae_nb.pictureworld.world.questions import Question
 from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT
-from lmm_sae_nb.support.artifacts import read_json
+from lmm_sae_nb.support.files import read_json
 
 SCENES = 60
 

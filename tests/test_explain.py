@@ -8,22 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lmm_sae_nb.cache.activations import LatentCache, write_cache
+from lmm_sae_nb.cache.latent_cache import LatentCache, write_cache
 from lmm_sae_nb.cache.top_images import Ranking
-from lmm_sae_nb.interpret.explain import (
-    TAUGHT,
-    Explanation,
-    LazyExemplars,
-    as_rows,
-    exemplars,
-    explain_latents,
-    masked,
-    most_activated,
-    taught_latents,
-    upsample,
-)
+from lmm_sae_nb.interpret.exemplars import LazyExemplars, exemplars, masked, most_activated, upsample
+from lmm_sae_nb.interpret.explain import TAUGHT, Explanation, as_rows, explain_latents, taught_latents
 from lmm_sae_nb.interpret.explainers import Answer, Outcome
-from lmm_sae_nb.support.artifacts import write_json
+from lmm_sae_nb.support.files import write_json
 
 EXPLAINED, REFUSED, UNPARSEABLE, FAILED = Outcome
 

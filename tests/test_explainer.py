@@ -8,7 +8,9 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from book import pages
-from lmm_sae_nb.interpret.explain import REFUSAL, TAUGHT, masked, taught_latents
+from lmm_sae_nb.interpret.exemplars import masked
+from lmm_sae_nb.interpret.explain import TAUGHT, taught_latents
+from lmm_sae_nb.interpret.explainers import REFUSAL
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.pictureworld.__main__ import EXPLAINER, EXPLAINER_STEPS, MODEL
 from lmm_sae_nb.pictureworld.explainer import (
@@ -34,7 +36,7 @@ from lmm_sae_nb.pictureworld.world.concepts import KINDS
 from lmm_sae_nb.pictureworld.world.rendered import CONCEPTS, GRID, gallery, patch_counts
 from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT, PATCH, TRAIN, VALIDATION, make_scene
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.support.artifacts import read_json, write_json
+from lmm_sae_nb.support.files import read_json, write_json
 from lmm_sae_nb.truth.common_concept import LEAST_IOU, MOST, PURE, SHOWS, WEIGHT, Shown
 
 SCENES = 90

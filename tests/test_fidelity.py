@@ -10,7 +10,7 @@ from lmm_sae_nb.attribute.attribution import Attribution, Decision, clamping, ex
 from lmm_sae_nb.benchmarks.ablations import keep, measure, summary
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import Latents, TopKSAE
-from lmm_sae_nb.support.artifacts import read_json
+from lmm_sae_nb.support.files import read_json
 
 LAYER = 1
 KINDS = ("base", "tiles", "newline", "text")

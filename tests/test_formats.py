@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from lmm_sae_nb.sae import formats
 from lmm_sae_nb.sae.formats import FORMATS, SAEWeights, format_of, read_sae, write_sae
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.support.artifacts import peak_memory
+from lmm_sae_nb.support.stages import peak_memory
 
 WIDTH, LATENTS, K = 4, 12, 3
 SAES = Path(__file__).parent / "fixtures" / "saes"

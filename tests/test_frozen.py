@@ -13,12 +13,14 @@ from models import llava_next, noise
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmm_sae_nb.chat.chats import LocalChat
+from lmm_sae_nb.chat.local import LocalChat
 from lmm_sae_nb.model import frozen as module
 from lmm_sae_nb.model.frozen import LEAST_ROWS, frozen, plain_products
 from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.score.grounding import ImageTextSimilarity, PromptedSegmenter
-from lmm_sae_nb.train.token_buffer import KINDS, Stream
+from lmm_sae_nb.model.samples import KINDS
+from lmm_sae_nb.score.segmenters import PromptedSegmenter
+from lmm_sae_nb.score.similarity import ImageTextSimilarity
+from lmm_sae_nb.train.token_buffer import Stream
 
 HAS = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

@@ -20,7 +20,8 @@ from transformers import (
     SamProcessor,
 )
 
-from lmm_sae_nb.score.grounding import BoxSegmenter, ImageTextSimilarity, PromptedSegmenter, clip_score
+from lmm_sae_nb.score.segmenters import BoxSegmenter, PromptedSegmenter
+from lmm_sae_nb.score.similarity import ImageTextSimilarity, clip_score
 
 IMAGES = [noise(80, 50, 0), noise(64, 64, 1), noise(40, 90, 2)]
 CONCEPTS = ["cat", "a red dog", "dog"]

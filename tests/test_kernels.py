@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 from lmm_sae_nb.sae import kernels
 from lmm_sae_nb.sae.adam import SAEAdam
-from lmm_sae_nb.sae.topk import Latents, TopKSAE, auxk_loss, decode_sparse, fvu
+from lmm_sae_nb.sae.losses import auxk_loss, fvu
+from lmm_sae_nb.sae.topk import Latents, TopKSAE, decode_sparse
 
 
 @pytest.fixture(params=[True, False], ids=["compiled", "plain"])
@@ -382,7 +383,8 @@ PROGRAM = """
 import os, torch
 {before}
 from lmm_sae_nb.sae import kernels
-from lmm_sae_nb.sae.topk import TopKSAE, fvu
+from lmm_sae_nb.sae.losses import fvu
+from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.sae.adam import SAEAdam
 torch.set_num_threads(2)
 def trained():

@@ -31,9 +31,9 @@ NAMES = {3: "third <b>", 5: "fifth"}
 QUESTION, TOKENS = "what is shown ?", 6
 START = """\
 import ipywidgets as widgets
-from lmm_sae_nb.cache.activations import LatentCache
+from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.show.latent_table import Catalogue
-from lmm_sae_nb.interpret.explain import exemplars
+from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.support.images import open_images
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE

@@ -13,7 +13,9 @@ from PIL import Image
 from tokenizers import processors
 from transformers import DynamicCache, Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
-from lmm_sae_nb.model.lmm import LAYOUTS, LMM, before
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.token_kinds import LAYOUTS
+from lmm_sae_nb.model.upper_layers import before
 
 EVERY_FAMILY = pytest.mark.parametrize("family", models.FAMILIES)
 

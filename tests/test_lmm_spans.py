@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from models import noise
 from PIL import Image
 
-from lmm_sae_nb.model.lmm import KINDS, LMM, NoPatchGrid, Prompt
-from lmm_sae_nb.model.token_kinds import LAYOUTS
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.prompts import Prompt
+from lmm_sae_nb.model.token_kinds import KINDS, LAYOUTS, NoPatchGrid
 
 GRIDS = {
     "llava_next": (24, 24),

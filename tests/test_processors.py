@@ -6,7 +6,8 @@ import torch
 from models import noise
 from transformers.utils import is_torchvision_available
 
-from lmm_sae_nb.chat.chats import LocalChat, Question
+from lmm_sae_nb.chat.local import LocalChat
+from lmm_sae_nb.chat.questions import Question
 from lmm_sae_nb.model.processor import NoVideo, load_processor
 
 

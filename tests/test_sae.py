@@ -8,16 +8,9 @@ from scipy.optimize import minimize
 from torch.testing import assert_close
 
 from lmm_sae_nb.sae import kernels
-from lmm_sae_nb.sae.topk import (
-    Latents,
-    TopKSAE,
-    auxk_loss,
-    decode_sparse,
-    encode_topk,
-    fvu,
-    geometric_median,
-    require_finite,
-)
+from lmm_sae_nb.sae.losses import auxk_loss, fvu, geometric_median
+from lmm_sae_nb.sae.topk import Latents, TopKSAE, decode_sparse, encode_topk
+from lmm_sae_nb.support.tensor_files import require_finite
 
 
 def rng(seed):

@@ -14,17 +14,19 @@ from models import make, noise
 from PIL import Image
 
 from lmm_sae_nb.cache.activations import cache_activations
-from lmm_sae_nb.interpret.explain import Exemplar, exemplars, most_activated, upsample
+from lmm_sae_nb.interpret.exemplars import Exemplar, exemplars, most_activated, upsample
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.score import score
-from lmm_sae_nb.score.grounding import BoxSegmenter, Candidates, ImageTextSimilarity, PromptedSegmenter
+from lmm_sae_nb.score import clip, judges, tables
+from lmm_sae_nb.score import iou as score_iou
+from lmm_sae_nb.score import ratings as score_ratings
+from lmm_sae_nb.score.clip import latents_clip
+from lmm_sae_nb.score.iou import Compared, latent_iou
 from lmm_sae_nb.score.masks import (
     PAPER,
     STRICT,
     Numbered,
     Spot,
-    TrueMasks,
     activation_mask,
     concept_mask,
     iou,
@@ -32,8 +34,12 @@ from lmm_sae_nb.score.masks import (
     moved,
     spots,
 )
-from lmm_sae_nb.score.score import Compared, explained, kappa, latent_iou, latents_clip
+from lmm_sae_nb.score.ratings import kappa
+from lmm_sae_nb.score.segmenters import BoxSegmenter, Candidates, PromptedSegmenter
+from lmm_sae_nb.score.similarity import ImageTextSimilarity
+from lmm_sae_nb.score.tables import explained
 from lmm_sae_nb.support.intervals import mean_interval
+from lmm_sae_nb.truth.label_maps import TrueMasks
 
 CONCEPTS = {"object": ["cat", "dog"], "face": ["happy"], "word": ["happy"]}
 GRIDS = arrays(np.float32, (4, 4), elements=st.sampled_from([0.0, 0.1, 0.2, 0.26, 0.5, 1.0]))
@@ -230,7 +236,7 @@ def test_the_concepts_that_exemplars_share():
     assert truth.common([exemplar(0, here)] * 4 + [exemplar(1, here)]) == {"cat"}
     assert truth.common([exemplar(0, here), exemplar(1, here)]) == set()
     assert truth.common([exemplar(1, here)]) == {"dog"}
-    judge = score.knowing(truth)
+    judge = judges.knowing(truth)
     assert judge([[exemplar(0, here)]] * 3, ["cat", "dog", "unicorn"]) == ["yes", "no", None]
     with pytest.raises(ValueError, match="no exemplars"):
         truth.common([])
@@ -268,11 +274,11 @@ def test_only_what_is_explained_is_scored():
 def test_another_concept_is_never_ones_own_and_of_the_same_kind_where_there_is_one():
     rows = [("cat", "object"), ("dog", "object"), ("dog", "object"), ("bee", "object"), ("red", "colour")]
     named = {n: rows[n % 5] for n in range(250)}
-    others = score.shuffled(named, seed=1)
+    others = tables.shuffled(named, seed=1)
     for own in ("cat", "dog", "bee", "red"):
         found = {others[n] for n, (concept, _) in named.items() if concept == own}
         assert found == {"cat", "dog", "bee"} - {own}
-    assert score.shuffled({1: ("cat", "object"), 2: ("cat", "object")}) == {1: None, 2: None}
+    assert tables.shuffled({1: ("cat", "object"), 2: ("cat", "object")}) == {1: None, 2: None}
 
 
 # IoU of latents.
@@ -322,7 +328,7 @@ def test_drawn_spots_are_each_latent_s_activations_on_the_images_of_these_number
     """By eq. 1, an image at a time."""
     lmm = LMM(*make("picture_world"))
     sae, pictures = TopKSAE(lmm.width, 24, 3), [noise(192, 192, seed) for seed in range(3)]
-    found = score.drawn_spots(lmm, sae, pictures, 1, [5, 11], [2, 0, 2])
+    found = score_iou.drawn_spots(lmm, sae, pictures, 1, [5, 11], [2, 0, 2])
     for latent, places in found.items():
         assert [spot.number for spot in places] == [2, 0, 2]
         for spot in places:
@@ -342,14 +348,16 @@ def test_an_image_set_of_one_is_its_own_chance(tmp_path):
     named = {int(n): (("cat", "dog")[i], "object") for i, n in enumerate(cache.live.nonzero()[:2, 0])}
     own = {n: exemplars(cache, pictures, n) for n in named}
     assert [len(found) for found in own.values()] == [1, 1]
-    drawn = score.drawn_spots(lmm, sae, pictures, 1, list(named), [0] * 6)
+    drawn = score_iou.drawn_spots(lmm, sae, pictures, 1, list(named), [0] * 6)
     everywhere = {"truth": lambda n, c: [np.ones((1, 192, 192), bool)] * len(n)}
     concepts = {n: concept for n, (concept, _) in named.items()}
-    found = score.all_ious(lambda n: (spots(own[n]), drawn[n]), concepts, score.shuffled(named), everywhere, runs=3)
+    found = score_iou.all_ious(
+        lambda n: (spots(own[n]), drawn[n]), concepts, tables.shuffled(named), everywhere, runs=3
+    )
     for n in named:
         assert found["iou_strict"][n].score == own[n][0].visible.mean()
         assert found["iou_strict"][n].random == (own[n][0].visible.mean(),) * 3
-    told = score.summary(*score.records(named, found))
+    told = tables.summary(*tables.records(named, found))
     assert [told["iou_strict_ratio"], told["iou_paper_ratio"]] == pytest.approx([1, 1])
 
 
@@ -359,11 +367,11 @@ def test_every_latent_in_every_mode_by_every_segmenter():
     own, silent = Spot(0, (8, 8), np.ones((4, 4), np.float32)), Spot(1, (8, 8), np.zeros((4, 4), np.float32))
     segmenters = {"truth": lambda n, c: [full] * len(n), "other": lambda n, c: [half] * len(n)}
     concepts = {7: "cat", 3: "dog"}
-    found = score.all_ious(lambda n: ([own], [own, silent]), concepts, {7: "dog", 3: None}, segmenters, runs=2)
+    found = score_iou.all_ious(lambda n: ([own], [own, silent]), concepts, {7: "dog", 3: None}, segmenters, runs=2)
     assert list(found) == ["iou_paper", "iou_paper_other", "iou_strict", "iou_strict_other"]
     assert found["iou_strict"][7] == Compared(1, (1, 0), 1, 1)
     assert found["iou_paper_other"][3] == Compared(0.5, (0.5, 0), 0.5, None)
-    rows, runs = score.records({7: ("cat", "object"), 3: ("dog", "object")}, found)
+    rows, runs = tables.records({7: ("cat", "object"), 3: ("dog", "object")}, found)
     assert rows["3"] == {
         "concept": "dog", "kind": "object",
         "iou_paper": 1, "iou_paper_area": 1, "iou_paper_random": 0.5,
@@ -373,7 +381,7 @@ def test_every_latent_in_every_mode_by_every_segmenter():
     }  # fmt: skip
     assert rows["7"]["iou_strict_shuffled"] == 1
     assert runs["iou_strict_other"] == {"7": [0.5, 0], "3": [0.5, 0]}
-    assert score.columns_of(rows) == list(found)
+    assert tables.columns_of(rows) == list(found)
 
 
 def test_photographs_without_ground_truth_are_scored_by_real_segmenters(models):
@@ -390,7 +398,7 @@ def test_photographs_without_ground_truth_are_scored_by_real_segmenters(models):
     }
     places = {n: [Spot(i, (56, 40), rng.random((4, 5)).astype(np.float32)) for i in range(3)] for n in concepts}
     where = {name: Numbered(segmenter, images) for name, segmenter in real.items()}
-    found = score.all_ious(lambda n: (places[n], places[n][::-1]), concepts, score.shuffled(named), where, runs=3)
+    found = score_iou.all_ious(lambda n: (places[n], places[n][::-1]), concepts, tables.shuffled(named), where, runs=3)
     for column, suffix in (("sam", ""), ("clipseg", "_clipseg")):
         for n, concept in concepts.items():
             answers = real[column](images, [concept] * 3)
@@ -402,9 +410,9 @@ def test_photographs_without_ground_truth_are_scored_by_real_segmenters(models):
                 by_hand = [iou(activation_mask(at, mode), mask) for at, mask in zip(places[n], masks, strict=True)]
                 assert found[f"iou_{mode.name}{suffix}"][n].score == pytest.approx(np.mean(by_hand), abs=1e-6)
                 assert found[f"iou_{mode.name}{suffix}"][n].random == pytest.approx(by_hand[::-1], abs=1e-6)
-    records, runs = score.records(named, found)
-    assert list(score.table(records, runs, "iou_strict")) == ["total"]
-    assert score.summary(records, runs)["latents_other"] == 1
+    records, runs = tables.records(named, found)
+    assert list(tables.table(records, runs, "iou_strict")) == ["total"]
+    assert tables.summary(records, runs)["latents_other"] == 1
 
 
 # CLIP scores.
@@ -424,16 +432,16 @@ def test_clip_scores_are_not_below_zero_and_streams_are_cut_into_batches():
         sizes.append(len(images))
         return brightness(images, texts)
 
-    found = score.clip_scores(similar, iter(greys), ["cat", "bee"], batch=2)
+    found = clip.clip_scores(similar, iter(greys), ["cat", "bee"], batch=2)
     assert sizes == [2, 1]
     assert found == pytest.approx(np.array([[0, 0], [20, 0], [100, 10]]), abs=1e-4)
-    again = score.clip_scores(similar, [greys[n].copy() for n in (1, 0, 1, 1, 2, 0)], ["cat", "bee"], batch=2)
+    again = clip.clip_scores(similar, [greys[n].copy() for n in (1, 0, 1, 1, 2, 0)], ["cat", "bee"], batch=2)
     assert sizes[2:] == [2, 1]  # of pictures with the same pixels one is looked at
     assert again == pytest.approx(found[[1, 0, 1, 1, 2, 0]])
     with pytest.raises(ValueError, match="no pictures"):
-        score.clip_scores(similar, [], ["cat"])
+        clip.clip_scores(similar, [], ["cat"])
     with pytest.raises(ValueError, match=r"shape \(2,\) for 2 images and 1 texts"):
-        score.clip_scores(lambda images, texts: np.zeros(len(images)), greys[:2], ["cat"])
+        clip.clip_scores(lambda images, texts: np.zeros(len(images)), greys[:2], ["cat"])
 
 
 def test_clip_scores_of_latents_by_hand():
@@ -458,12 +466,12 @@ def test_clip_scores_of_latents_by_hand():
 def test_clip_columns_of_both_modes():
     shown = {4: [exemplar(0, corner(4, 2), colour=(51, 51, 51))], 2: [exemplar(0, corner(4, 4), colour=(51, 51, 51))]}
     drawn = [Image.new("RGB", (8, 8), (n, n, n)) for n in (0, 102)]
-    found = score.all_clips(brightness, shown.get, {4: "cat", 2: "dog"}, {2: "cat", 4: "dog"}, drawn, runs=2)
+    found = clip.all_clips(brightness, shown.get, {4: "cat", 2: "dog"}, {2: "cat", 4: "dog"}, drawn, runs=2)
     assert list(found) == ["clip_paper", "clip_strict"]
     assert found["clip_paper"][4].score == pytest.approx(20)
     assert found["clip_paper"][2].random == pytest.approx((10, 50))
     assert found["clip_strict"][4].score == pytest.approx(10)
-    rows, runs = score.records({4: ("cat", "object"), 2: ("dog", "object")}, found)
+    rows, runs = tables.records({4: ("cat", "object"), 2: ("dog", "object")}, found)
     assert list(runs) == ["clip_paper"]
     assert "clip_strict_random" not in rows["4"]
 
@@ -474,9 +482,9 @@ def test_what_clip_sees_in_strict_mode_is_what_the_explainer_saw():
     activation = rng.random((4, 4)).astype(np.float32)
     visible = most_activated(activation, STRICT.share)
     one = Exemplar(0, image, activation, visible)
-    assert (np.asarray(score.region(one, STRICT)) == np.asarray(one.masked)).all()
-    assert score.region(one, PAPER) is image
-    away = np.asarray(score.region(one, STRICT, rng)).any(-1)
+    assert (np.asarray(clip.region(one, STRICT)) == np.asarray(one.masked)).all()
+    assert clip.region(one, PAPER) is image
+    away = np.asarray(clip.region(one, STRICT, rng)).any(-1)
     assert away.sum() == upsample(visible, (8, 8)).sum()
 
 
@@ -511,16 +519,16 @@ def scored() -> tuple[dict, dict]:
 
 def test_table_1_has_the_kinds_in_order_and_the_total():
     rows, runs = scored()
-    found = score.table(rows, runs, "iou")
+    found = tables.table(rows, runs, "iou")
     assert list(found) == ["object", "colour", "total"]  # one scene and one face have no interval
     assert found["colour"]["top"].mean == pytest.approx(0.3)
     assert found["total"]["gain"].mean == pytest.approx(0.225)
     assert found["object"]["random"].mean == pytest.approx(0.005)
     assert list(found["total"]) == ["top", "shuffled", "gain", "random"]
-    assert list(score.by_kind({n: row["kind"] for n, row in rows.items()})) == [
+    assert list(tables.by_kind({n: row["kind"] for n, row in rows.items()})) == [
         "scene", "object", "colour", "face", "total",
     ]  # fmt: skip
-    told = score.flat({"iou": found, "clip_paper": found})
+    told = tables.flat({"iou": found, "clip_paper": found})
     assert next(iter(told)) == "iou"
     assert told["iou"] == pytest.approx(0.25)
     assert {"iou_low", "iou_high", "iou_random_high", "iou_shuffled", "iou_gain", "iou_colour_low"} <= told.keys()
@@ -531,8 +539,8 @@ def test_table_1_has_the_kinds_in_order_and_the_total():
 def test_a_table_stands_beside_the_published_one():
     rows, runs = scored()
     doubled = {n: row | {"iou": 2 * row["iou"]} for n, row in rows.items() if row["kind"] != "colour"}
-    both = {"paper": score.table(rows, runs, "iou"), "strict": score.table(doubled, {}, "iou")}
-    told = score.beside(both, {"colour": (0.005, 0.1)})
+    both = {"paper": tables.table(rows, runs, "iou"), "strict": tables.table(doubled, {}, "iou")}
+    told = tables.beside(both, {"colour": (0.005, 0.1)})
     assert [(row["kind"], row["mode"]) for row in told] == [
         ("object", "paper"), ("object", "strict"), ("colour", "paper"), ("total", "paper"), ("total", "strict"),
     ]  # fmt: skip
@@ -541,12 +549,12 @@ def test_a_table_stands_beside_the_published_one():
     assert told[3]["top"] == mean_interval([0.1 * n for n in range(6)])
     assert told[1]["top"] == mean_interval([row["iou"] for row in doubled.values() if row["kind"] == "object"])
     assert told[1]["random"] is None and told[0]["random"].mean == pytest.approx(0.005)
-    assert "published" not in score.beside(both)[0]
+    assert "published" not in tables.beside(both)[0]
 
 
 def test_columns_of_one_quantity_come_together_by_mode():
     columns = ("iou_paper", "iou_paper_a_sam", "iou_strict", "iou_strict_a_sam", "clip_paper")
-    assert score.by_quantity({name: {"total": name} for name in columns}) == {
+    assert tables.by_quantity({name: {"total": name} for name in columns}) == {
         "iou": {"paper": {"total": "iou_paper"}, "strict": {"total": "iou_strict"}},
         "iou_a_sam": {"paper": {"total": "iou_paper_a_sam"}, "strict": {"total": "iou_strict_a_sam"}},
         "clip": {"paper": {"total": "clip_paper"}},
@@ -563,7 +571,7 @@ def test_the_metrics_of_a_stage():
         "iou_strict": {n: [0.04, 0.06] for n in rows},
         "clip_paper": {n: [row["clip_paper_random"]] * 2 for n, row in rows.items()},
     }
-    found = score.summary(rows, runs)
+    found = tables.summary(rows, runs)
     assert (found["latents_scored"], found["latents_object"]) == (8, 4)
     assert found["iou_strict_ratio"] == pytest.approx(0.35 / 0.05)
     assert found["iou_random"] == pytest.approx(0.05)
@@ -574,17 +582,17 @@ def test_the_metrics_of_a_stage():
     json.dumps(found, allow_nan=False)
     for row in rows.values():
         row["clip_paper"] += 10
-    assert score.summary(rows, runs)["clip_paper_kinds_above_random"] == 2
+    assert tables.summary(rows, runs)["clip_paper_kinds_above_random"] == 2
     bare = {n: {"kind": "other", "clip_strict": 20.0} for n in "ab"}
-    assert set(score.summary(bare, {})) == {"latents_scored", "latents_other"} | {
+    assert set(tables.summary(bare, {})) == {"latents_scored", "latents_other"} | {
         f"clip_strict{kind}{end}" for kind in ("", "_other") for end in ("", "_low", "_high")
     }
 
 
 def test_the_median_of_each_kind():
     rows, _ = scored()
-    assert score.middling(rows, "iou") == {"scene": 5, "object": 1, "colour": 4, "face": 3}
-    assert score.middling(rows, "iou_other") == {}
+    assert tables.middling(rows, "iou") == {"scene": 5, "object": 1, "colour": 4, "face": 3}
+    assert tables.middling(rows, "iou_other") == {}
 
 
 def test_few_of_many_latents_are_drawn_at_random_and_stay_in_order():
@@ -614,7 +622,7 @@ def test_kappa_of_a_hand_worked_case():
 
 def test_agreement_is_counted_on_what_both_have_rated():
     ratings = {"b": {"1": "yes", "2": "no", "9": "no"}, "a": {"1": "yes", "2": "yes"}, "c": {"7": "no"}}
-    (found,) = score.agreements(ratings)
+    (found,) = score_ratings.agreements(ratings)
     assert found == (("a", "b"), 2, 0.5, 0.0)
 
 
@@ -625,7 +633,7 @@ def test_only_answers_on_todays_explanations_stand():
         {"rater": "b", "latent": 1, "concept": "cat", "verdict": "unsure"},
         {"rater": "b", "latent": 9, "concept": "cat", "verdict": "no"},
     ]
-    assert score.standing(answers, {1: "cat", 2: "bee"}) == {"a": {"1": "yes"}, "b": {"1": "unsure"}}
+    assert score_ratings.standing(answers, {1: "cat", 2: "bee"}) == {"a": {"1": "yes"}, "b": {"1": "unsure"}}
 
 
 def test_some_of_each_kind_are_judged_beside_others_names():
@@ -636,8 +644,8 @@ def test_some_of_each_kind_are_judged_beside_others_names():
     def verdicts(asked, concepts):
         return ["yes" if concept != "bee" else None for concept, _ in zip(concepts, asked, strict=True)]
 
-    found = score.judge_latents(verdicts, sets.get, named, others, each=3)
-    assert list(map(int, found)) == score.some_of_each({str(n): kind for n, (_, kind) in named.items()}, 3)
+    found = judges.judge_latents(verdicts, sets.get, named, others, each=3)
+    assert list(map(int, found)) == judges.some_of_each({str(n): kind for n, (_, kind) in named.items()}, 3)
     assert sum(named[int(n)][1] == "object" for n in found) == 3
     assert {"8", "9"} <= found.keys()
     assert found["8"] == {"concept": "dog", "judged": "yes", "judged_shuffled": None}
@@ -646,12 +654,12 @@ def test_some_of_each_kind_are_judged_beside_others_names():
 
 def test_consistency_is_the_share_of_yes_by_kind():
     kinds = {"1": "object", "2": "object", "3": "colour", "4": "word"}
-    found = score.consistency({"1": "yes", "2": "unsure", "3": "yes", "4": None}, kinds)
+    found = judges.consistency({"1": "yes", "2": "unsure", "3": "yes", "4": None}, kinds)
     assert {kind: (its.share, its.asked) for kind, its in found.items()} == {
         "object": (0.5, 2), "colour": (1.0, 1), "total": (pytest.approx(2 / 3), 3),
     }  # fmt: skip
     assert (found["object"].low, found["object"].high) == pytest.approx(wilson(1, 2), abs=1e-9)
-    assert score.consistency({"4": None}, kinds) == {}
+    assert judges.consistency({"4": None}, kinds) == {}
 
 
 def wilson(hits: int, asked: int, z: float = 2.5758293035489004) -> tuple[float, float]:
@@ -665,7 +673,7 @@ def test_table_2_s_metrics_have_their_intervals_and_how_many():
     kinds = {str(n): ("object", "colour")[n % 2] for n in range(8)}
     rows = {n: {"judged": ("yes", "no", "unsure")[int(n) % 3], "judged_shuffled": "no"} for n in kinds}
     del rows["7"]["judged_shuffled"]
-    found = score.agreed(rows, kinds)
+    found = judges.agreed(rows, kinds)
     assert found["judged"] == pytest.approx(3 / 8)
     assert (found["judged_low"], found["judged_high"]) == pytest.approx(wilson(3, 8), abs=1e-9)
     assert (found["judged_object"], found["judged_object_asked"]) == (2 / 4, 4)
@@ -674,5 +682,5 @@ def test_table_2_s_metrics_have_their_intervals_and_how_many():
 
 def test_a_judge_of_pictures_is_shown_what_the_explainer_was():
     one = exemplar(0, corner(1, 2))
-    judge = score.by_sight(lambda sets, concepts: ["yes" if sets[0][0] is one.masked else "no"])
+    judge = judges.by_sight(lambda sets, concepts: ["yes" if sets[0][0] is one.masked else "no"])
     assert judge([[one]], ["cat"]) == ["yes"]

@@ -17,8 +17,9 @@ from lmm_sae_nb.pictureworld.scorers.clipseg import LEAST, NAMES, Pointer, Promp
 from lmm_sae_nb.pictureworld.training_loop import read_log
 from lmm_sae_nb.pictureworld.world.concepts import KINDS
 from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT, PATCH, SIDE, VALIDATION, make_scene, make_signs
-from lmm_sae_nb.score.grounding import ImageTextSimilarity, PromptedSegmenter, clip_score
-from lmm_sae_nb.support.artifacts import read_json
+from lmm_sae_nb.score.segmenters import PromptedSegmenter
+from lmm_sae_nb.score.similarity import ImageTextSimilarity, clip_score
+from lmm_sae_nb.support.files import read_json
 
 seeds = st.integers(0, VALIDATION - 1)
 

@@ -11,7 +11,7 @@ from lmm_sae_nb.attribute.attribution import decision, linear
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.steer.steering import Edit, Scope, answers, compare, steer_latents, steered, steered_states, strongest
-from lmm_sae_nb.support.artifacts import write_json
+from lmm_sae_nb.support.files import write_json
 
 LAYER = 1
 EVERYWHERE = ("base", "tiles", "newline", "text", "special")

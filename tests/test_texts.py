@@ -9,8 +9,8 @@ from models import noise
 
 from lmm_sae_nb.cache import texts as texting
 from lmm_sae_nb.cache.texts import TextCache, Word, as_rows, cache_texts, counted, read, serves
+from lmm_sae_nb.model.samples import KINDS
 from lmm_sae_nb.sae.topk import TopKSAE, TrainedOn
-from lmm_sae_nb.train.token_buffer import KINDS
 
 LAYER, N_TOP = 1, 4
 

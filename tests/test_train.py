@@ -12,7 +12,8 @@ from models import make
 from PIL import Image
 
 from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.sae.topk import TopKSAE, geometric_median
+from lmm_sae_nb.sae.losses import geometric_median
+from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.train import training
 from lmm_sae_nb.train.evaluate import evaluate_sae, evaluate_saes
 from lmm_sae_nb.train.token_buffer import START, Stream, mixed

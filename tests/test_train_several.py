@@ -24,9 +24,10 @@ from trainings import (
 )
 
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.samples import pictured
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.train import training
-from lmm_sae_nb.train.token_buffer import Stream, pictured
+from lmm_sae_nb.train.token_buffer import Stream
 from lmm_sae_nb.train.training import Recipe, train_saes
 
 

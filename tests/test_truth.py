@@ -9,14 +9,16 @@ from models import make
 from PIL import Image
 from scipy import sparse
 
-from lmm_sae_nb.cache.activations import base_latents, cache_activations
-from lmm_sae_nb.interpret.explain import Exemplar
+from lmm_sae_nb.cache.activations import cache_activations
+from lmm_sae_nb.cache.encode_images import base_latents
+from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.interpret.explainers import REFUSAL, Vocabulary
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.score.masks import TrueMasks
-from lmm_sae_nb.truth import truth as known
-from lmm_sae_nb.truth.truth import Detector, PatchTruth, choose_detectors, measure_detectors, responds_to, shown_by
+from lmm_sae_nb.truth import accuracy, detectors
+from lmm_sae_nb.truth.detectors import Detector, choose_detectors, measure_detectors
+from lmm_sae_nb.truth.label_maps import PatchTruth, TrueMasks
+from lmm_sae_nb.truth.responses import responds_to, shown_by
 
 CONCEPTS = {"scene": ["sea", "sky"], "object": ["cat", "dog", "hat"], "colour": ["red", "blue"]}
 SIDE, GRID = 24, (6, 6)
@@ -148,7 +150,7 @@ def test_a_latent_that_fires_faintly_on_its_concept_detects_it_at_the_lowest_thr
     shows = sparse.csc_array(np.repeat([1.0, 0.0], [10, 30])[:, None])
     entries = SimpleNamespace(latents=np.full(10, 3), images=np.zeros(10, int), patches=np.arange(10),
                               acts=np.array([5.0] + [0.05] * 9))  # fmt: skip
-    scores, rung = known._best_rung(entries, 3, np.array([5.0]), shows, np.array([10.0]), 40)
+    scores, rung = detectors._best_rung(entries, 3, np.array([5.0]), shows, np.array([10.0]), 40)
     assert (scores.item(), rung.item()) == (1, 0)
 
 
@@ -180,10 +182,10 @@ def test_a_concept_is_recalled_if_one_of_its_detectors_has_its_name():
         Detector("scene", "sky", 5, 0.1, 0.9),
     ]
     present = {("object", name) for name in ("cat", "dog", "hat")} | {("scene", "sea")}
-    told = known.recalled(found, present, {1: "dog", 2: "cat", 3: None, 4: "hat", 5: "sky"})
+    told = detectors.recalled(found, present, {1: "dog", 2: "cat", 3: None, 4: "hat", 5: "sky"})
     assert (told["concepts_present"], told["concepts_detected"], told["concept_recall"]) == (4, 0.5, 0.25)
     with pytest.raises(ValueError, match="show no concept"):
-        known.recalled(found, set(), {})
+        detectors.recalled(found, set(), {})
 
 
 # Counts.
@@ -203,14 +205,14 @@ def test_explanations_and_refusals_are_counted_by_hand():
         "4": told("refused"), "5": told("refused", true="hat"), "6": told("failed"),
         "7": told("unparseable", true="cat"), "8": told("explained", "dog", "dog"),
     }  # fmt: skip
-    counts, right = known.counted(rows), known.judged(rows)
+    counts, right = accuracy.counted(rows), accuracy.judged(rows)
     assert [counts[name] for name in ("asked", "explained", "refused", "unparseable", "failed")] == [8, 4, 2, 1, 1]
     assert counts["explained_fraction"] == 0.5
     assert counts["explained_fraction_low"] < 0.5 < counts["explained_fraction_high"]
     assert right["concept_common"] == 0.75
     assert (right["concept_accuracy"], right["refusal_precision"], right["answerable_fraction"]) == (0.5, 0.5, 0.625)
     assert (right["unexplained_one_concept"], right["unexplained_edges"], right["unexplained_nothing"]) == (2, 2, 0)
-    assert known.confusion(rows) == {
+    assert accuracy.confusion(rows) == {
         "object": {"object": 3, "refused": 1, "unparseable": 1}, "nothing": {"object": 1, "refused": 1, "failed": 1},
     }  # fmt: skip
 
@@ -220,11 +222,11 @@ def test_latents_that_the_explainer_did_not_learn_from_are_counted_apart():
         "1": told("explained", "cat", "cat"), "2": told("explained", "red", "dog"), "3": told("explained", "cat"),
         "4": told("refused"), "5": told("refused", true="hat"), "8": told("explained", "dog", "dog"),
     }  # fmt: skip
-    found = known.untaught(rows, {1, 4, 77})
+    found = accuracy.untaught(rows, {1, 4, 77})
     assert (found["asked_untaught"], found["explained_fraction_untaught"]) == (4, 0.75)
     assert found["concept_accuracy_untaught"] == pytest.approx(1 / 3)
     assert found["concept_accuracy_untaught_low"] < 1 / 3 < found["concept_accuracy_untaught_high"]
-    assert known.untaught(rows, {77}) == known.untaught(rows, []) == {}
+    assert accuracy.untaught(rows, {77}) == accuracy.untaught(rows, []) == {}
 
 
 def test_what_each_limit_of_sureness_gives_by_hand():
@@ -235,21 +237,21 @@ def test_what_each_limit_of_sureness_gives_by_hand():
         "4": told("refused", sureness=0.99, answer=REFUSAL),
         "5": told("failed", sureness=None, answer="it is down"),
     }
-    found = known.coverage(rows, Vocabulary({"object": ["cat", "dog", "hat"]}).refine)
+    found = accuracy.coverage(rows, Vocabulary({"object": ["cat", "dog", "hat"]}).refine)
     wanted = ("least_sure", "explained_fraction", "concept_accuracy")
     expected = [(0.9, 0.2, 1.0), (0.5, 0.4, 1.0), (0.4, 0.6, 2 / 3)]
     assert found == [dict(zip(wanted, row, strict=True)) for row in expected]
 
 
 def test_a_share_of_nothing_is_left_out():
-    assert "concept_accuracy" not in known.judged({"1": told("refused")})
-    assert known.counted({})["asked"] == 0
+    assert "concept_accuracy" not in accuracy.judged({"1": told("refused")})
+    assert accuracy.counted({})["asked"] == 0
 
 
 def test_rows_are_given_their_truth():
     truth = patch_truth(*(row(object=box(*place).astype(int)) for place in PLACES), row())
     shown = {7: [exemplar(n, box(*place)) for n, place in enumerate(PLACES)], 8: [exemplar(5, box(0, 0))]}
-    rows = known.with_truth({"7": {"outcome": "refused"}, "8": {"outcome": "refused"}}, shown, truth)
+    rows = accuracy.with_truth({"7": {"outcome": "refused"}, "8": {"outcome": "refused"}}, shown, truth)
     assert rows["7"] == {"outcome": "refused", "true_kind": "object", "true_concept": "cat", "true_iou": 1.0,
                          "all_common": ["cat"], "responds_to": "one concept"}  # fmt: skip
     assert rows["8"] == {"outcome": "refused", "true_kind": None, "true_concept": None, "true_iou": 0.0,

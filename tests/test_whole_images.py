@@ -8,15 +8,18 @@ from models import make, noise
 from PIL import Image
 
 from lmm_sae_nb.cache.activations import cache_activations
-from lmm_sae_nb.interpret.explain import Exemplar, as_rows, exemplars, explain_enough, explain_latents
+from lmm_sae_nb.interpret.exemplars import Exemplar, exemplars
+from lmm_sae_nb.interpret.explain import as_rows, explain_enough, explain_latents
 from lmm_sae_nb.interpret.explainers import Answer, Outcome
-from lmm_sae_nb.model.lmm import LMM, NoPatchGrid
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.token_kinds import NoPatchGrid
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.score import score as scoring
-from lmm_sae_nb.score.masks import PAPER, STRICT, TrueMasks, spots
+from lmm_sae_nb.score import clip, iou, tables
+from lmm_sae_nb.score.masks import PAPER, STRICT, spots
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.rater import Rater
-from lmm_sae_nb.truth.truth import PatchTruth, shown_by
+from lmm_sae_nb.truth.label_maps import PatchTruth, TrueMasks
+from lmm_sae_nb.truth.responses import shown_by
 
 LAYER = 1
 
@@ -72,17 +75,17 @@ def test_the_explainer_gets_whole_images_and_the_clip_score_compares_them(cache,
     def similar(images, texts):
         return np.array([[np.asarray(image).mean() / 255 * (-1) ** len(text) for text in texts] for image in images])
 
-    named = scoring.explained(rows)
+    named = tables.explained(rows)
     concepts = {n: concept for n, (concept, _) in named.items()}
-    others = scoring.shuffled(named)
-    found = scoring.all_clips(similar, shown, concepts, others, pictures[:4], [PAPER], runs=2)["clip_paper"]
+    others = tables.shuffled(named)
+    found = clip.all_clips(similar, shown, concepts, others, pictures[:4], [PAPER], runs=2)["clip_paper"]
     for latent, score in found.items():
         sign = (-1) ** len(concepts[latent])
         values = [np.asarray(one.image).mean() / 255 * sign for one in shown(latent)]
         assert score.score == pytest.approx(100 * np.maximum(values, 0).mean())
         assert len(score.random) == 2
     with pytest.raises(NoPatchGrid, match="no IoU; take the CLIP score in the mode 'paper'"):
-        scoring.all_clips(similar, shown, concepts, others, pictures[:4], [STRICT], runs=2)
+        clip.all_clips(similar, shown, concepts, others, pictures[:4], [STRICT], runs=2)
 
 
 def test_an_iou_is_refused_and_the_reason_told(lmm, sae, cache, pictures, live):
@@ -90,7 +93,7 @@ def test_an_iou_is_refused_and_the_reason_told(lmm, sae, cache, pictures, live):
     with pytest.raises(NoPatchGrid, match="whole images, of a model without a patch grid .*there is .*no IoU"):
         spots(found)
     with pytest.raises(NoPatchGrid, match="no patch grid, so there are no maps"):
-        scoring.drawn_spots(lmm, sae, pictures, LAYER, live, [0, 1])
+        iou.drawn_spots(lmm, sae, pictures, LAYER, live, [0, 1])
     labels = {"object": Image.new("L", (100, 60))}
     masks = TrueMasks([labels] * len(pictures), {"object": ["ball"]})
     with pytest.raises(NoPatchGrid, match="no region to mask"):

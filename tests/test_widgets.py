@@ -14,7 +14,7 @@ from models import llava_next, noise
 from PIL import Image
 
 from lmm_sae_nb.cache.activations import cache_activations
-from lmm_sae_nb.interpret.explain import exemplars
+from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score.ratings import append_rating, read_ratings

@@ -36,13 +36,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from book import pages
 from lmm_sae_nb.cache.activations import cache_activations, open_images
 from lmm_sae_nb.cache.texts import cache_texts
-from lmm_sae_nb.interpret.explain import exemplars
+from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.token_kinds import LAYOUTS
 from lmm_sae_nb.sae.topk import TopKSAE, TrainedOn
-from lmm_sae_nb.score.score import explained
+from lmm_sae_nb.score.tables import explained
 from lmm_sae_nb.show.latent_table import Catalogue
-from lmm_sae_nb.support.artifacts import require
+from lmm_sae_nb.support.stages import require
 from lmm_sae_nb.train.training import train_sae
 
 PAGE = (pages.ROOT / "book" / "your_own_lmm.md").read_text(encoding="utf-8")

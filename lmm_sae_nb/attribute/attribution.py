@@ -18,9 +18,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from lmm_sae_nb.model.lmm import LMM, Prompt, before, require_own
-from lmm_sae_nb.sae.topk import Latents, TopKSAE
-from lmm_sae_nb.support.artifacts import open_tensors, save_tensors
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.prompts import Prompt
+from lmm_sae_nb.model.upper_layers import before
+from lmm_sae_nb.sae.topk import Latents, TopKSAE, require_own
+from lmm_sae_nb.support.tensor_files import open_tensors, save_tensors
 from lmm_sae_nb.train.training import KINDS
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from lmm_sae_nb.benchmarks.comparison import bars, renew
-from lmm_sae_nb.support.artifacts import project_root
+from lmm_sae_nb.support.files import project_root
 
 
 def main() -> None:

@@ -18,16 +18,10 @@ from lmm_sae_nb.attribute.attribution import exact, integrated, linear
 from lmm_sae_nb.benchmarks.comparison import circumstances
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.support.artifacts import (
-    fingerprint,
-    open_tensors,
-    project_root,
-    read_json,
-    require,
-    save_tensors,
-    write_json,
-)
+from lmm_sae_nb.support.files import fingerprint, project_root, read_json, write_json
 from lmm_sae_nb.support.intervals import mean_interval
+from lmm_sae_nb.support.stages import require
+from lmm_sae_nb.support.tensor_files import open_tensors, save_tensors
 
 WAYS = ("linear", "ig")
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from lmm_sae_nb.benchmarks.comparison import circumstances
-from lmm_sae_nb.cache.activations import LatentCache, write_cache
+from lmm_sae_nb.cache.latent_cache import LatentCache, write_cache
 from lmm_sae_nb.cache.top_images import Ranking
-from lmm_sae_nb.support.artifacts import project_root, write_json
+from lmm_sae_nb.support.files import project_root, write_json
 
 
 def measure(

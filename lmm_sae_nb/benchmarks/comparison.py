@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from lmm_sae_nb.benchmarks import systems
 from lmm_sae_nb.benchmarks.systems import SYSTEMS, Shape
-from lmm_sae_nb.support.artifacts import project_root, versions, write_json
+from lmm_sae_nb.support.files import project_root, write_json
+from lmm_sae_nb.support.stages import versions
 
 SHAPES = (Shape(1024, 256, 8192, 32), Shape(2048, 1024, 16384, 64), Shape(1024, 4096, 32768, 256))
 PEERS = ("eai-sparsify==1.3.3", "sae-lens==6.54.0", "dictionary-learning==0.1.0")

@@ -15,7 +15,7 @@ from torch import nn
 
 from lmm_sae_nb.benchmarks.comparison import circumstances
 from lmm_sae_nb.model.frozen import frozen, onednn_is_faster, plain_products
-from lmm_sae_nb.support.artifacts import project_root, write_json
+from lmm_sae_nb.support.files import project_root, write_json
 
 SHAPES = {  # rows, width in, width out
     "Picture World, attention": (320, 256, 256),

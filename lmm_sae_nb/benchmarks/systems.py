@@ -31,7 +31,8 @@ class Shape(NamedTuple):
 
 def ours(shape: Shape) -> Step:
     from lmm_sae_nb.sae.adam import SAEAdam
-    from lmm_sae_nb.sae.topk import TopKSAE, fvu
+    from lmm_sae_nb.sae.losses import fvu
+    from lmm_sae_nb.sae.topk import TopKSAE
 
     sae = TopKSAE(shape.width, shape.latents, shape.k)
     optimiser = SAEAdam(sae, LR)

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import safe_open
 
-from lmm_sae_nb.cache.activations import LatentCache, write_cache
+from lmm_sae_nb.cache.latent_cache import LatentCache, write_cache
 from lmm_sae_nb.cache.top_images import Firings, Ranking
-from lmm_sae_nb.support.artifacts import open_tensors
+from lmm_sae_nb.support.tensor_files import open_tensors
 
 
 class Split(NamedTuple):

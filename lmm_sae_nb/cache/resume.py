@@ -11,7 +11,8 @@ from typing import Any
 from lmm_sae_nb.cache.sparse_store import STORE, StoreWriter
 from lmm_sae_nb.cache.top_images import Ranking, firings, merged
 from lmm_sae_nb.sae.topk import Latents
-from lmm_sae_nb.support.artifacts import TensorRows, as_json, clear_temporaries, open_tensors, save_rows, write_json
+from lmm_sae_nb.support.files import as_json, clear_temporaries, write_json
+from lmm_sae_nb.support.tensor_files import TensorRows, open_tensors, save_rows
 
 KEY = "key.json"
 RANKING = tuple(Ranking.__dataclass_fields__)

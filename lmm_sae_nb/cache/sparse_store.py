@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lmm_sae_nb.cache.top_images import Firings
-from lmm_sae_nb.support.artifacts import open_tensors, save_rows
+from lmm_sae_nb.support.tensor_files import open_tensors, save_rows
 
 STORE = "store"  # the folder of these files, in a cache's
 PART = 2**26  # bytes of entries a file, about: what is held in memory before it is written

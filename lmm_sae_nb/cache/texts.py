@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lmm_sae_nb.cache.top_images import Firings, Ranking
-from lmm_sae_nb.model.lmm import LMM, Prompt, require_own
-from lmm_sae_nb.sae.topk import Latents, TopKSAE, require_finite
-from lmm_sae_nb.support.artifacts import TensorRows, save_tensors
-from lmm_sae_nb.train.token_buffer import KINDS, prompts, token_mask
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.prompts import Prompt
+from lmm_sae_nb.model.samples import KINDS, prompts, token_mask
+from lmm_sae_nb.sae.topk import Latents, TopKSAE, require_own
+from lmm_sae_nb.support.tensor_files import TensorRows, require_finite, save_tensors
 
 TENSORS = "texts.safetensors"
 IMAGE = ("base", "tiles")  # the kinds of token that show pixels

@@ -23,7 +23,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from lmm_sae_nb.model.token_kinds import BASE, layout_of
-from lmm_sae_nb.support.artifacts import read_json
+from lmm_sae_nb.support.files import read_json
 
 GEOMETRIES = Path(__file__).with_name("geometries.json")  # of the presets' models, as their config.json on the hub
 

@@ -29,7 +29,7 @@ from lmm_sae_nb.attribute.attribution import decision, linear
 from lmm_sae_nb.cache.activations import cache_activations
 from lmm_sae_nb.full_scale.costs import Assumed, attribute_cost, cache_cost, config_of, this_machine, train_cost
 from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.support.artifacts import peak_memory
+from lmm_sae_nb.support.stages import peak_memory
 from lmm_sae_nb.train.training import train_sae
 
 IMAGE, END = "<image>", "<|end|>"

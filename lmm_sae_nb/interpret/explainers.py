@@ -1,6 +1,6 @@
 """Sections 2.2, 3.2: models that are asked but not studied: explainer, refiner, concept labeller and judge.
 
-Each is a plain callable over a `Chat` (`lmm_sae_nb.chat.chats`), a model in this process or an endpoint.
+Each is a plain callable over a `Chat` (`lmm_sae_nb.chat.recorded`), a model in this process or an endpoint.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from lmm_sae_nb.chat.chats import IMAGES, Chat, Question, Reply, ask
-from lmm_sae_nb.support.artifacts import read_json
+from lmm_sae_nb.chat.questions import Chat, Question, Reply
+from lmm_sae_nb.chat.recorded import ask
+from lmm_sae_nb.support.files import read_json
 
 REFUSAL = "unable to produce explanations"
+
+
 REFUSES = re.compile(r"unable to produce (an )?(explanation|description)", re.IGNORECASE)  # text and code of the paper
+
+
 KINDS = ("scene", "object", "part", "material", "texture", "colour")  # of Table 1
-VERDICTS = ("yes", "no", "unsure")
+
+
 LONGEST = 100  # characters of a concept; what is longer is no name
+
 
 REFINE_PROMPT = (
     "Below is a description of what a feature of a vision model responds to. Give the one concept that it is about as "
     "a short noun phrase of at most four words, without any other text. If it says that there is none, answer: "
     f"{REFUSAL}\n\nDescription: {{text}}"
 )
+
+
 LABEL_PROMPT = (
     'Which kind of visual concept is "{text}"? A scene is a whole place; an object a thing; a part a piece of a thing; '
     "a material what a thing is made of; a texture a pattern; a colour a colour. Answer with one word: "
     "scene, object, part, material, texture or colour."
-)
-JUDGE_PROMPT = (
-    f"{IMAGES}In each of these images all but some regions are black. Somebody says that what the visible regions "
-    'have in common is: "{text}". Is that so? Answer with one word: yes, no or unsure.'
-)
-
-RELEVANCE_PROMPT = (
-    'Asked what is in an image, a model answered: "{answer}". How relevant is this answer to the concept "{text}"? '
-    "Answer with one whole number, from 1 (not at all) to 10 (it names the concept)."
 )
 
 
@@ -65,9 +65,9 @@ class Answer(NamedTuple):
 
 
 Refiner = Callable[[Sequence[str]], list[Answer]]
+
+
 Labeller = Callable[[Sequence[str]], "list[str | None]"]
-Relevance = Callable[[Sequence[str], Sequence[str]], "list[int | None]"]  # answers, concepts -> 1 to 10
-Judge = Callable[[Sequence[Sequence[Image.Image]], Sequence[str]], "list[str | None]"]
 
 
 def understood(reply: Reply, tag: str = "", longest: int = 2000, least_sure: float = 0.0) -> Answer:
@@ -151,43 +151,9 @@ def unlabelled(concepts: Sequence[str]) -> list[str | None]:
     return [None] * len(concepts)
 
 
-def judge(chat: Chat, prompt: str = JUDGE_PROMPT) -> Judge:
-    """Table 2: whether a concept is what a set of images has in common: yes, no or unsure; None without a verdict.
-
-    ValueError for sets and concepts of different number, or a set without images.
-    """
-
-    def verdicts(sets: Sequence[Sequence[Image.Image]], concepts: Sequence[str]) -> list[str | None]:
-        if len(sets) != len(concepts) or not all(map(len, sets)):
-            raise ValueError(
-                f"{len(sets)} sets of images, {sum(not len(images) for images in sets)} of them empty, and "
-                f"{len(concepts)} concepts; give each concept its images"
-            )
-        questions = (
-            Question(prompt.replace("{text}", concept), tuple(images))
-            for images, concept in zip(sets, concepts, strict=True)
-        )
-        return [_chosen(reply, {verdict: verdict for verdict in VERDICTS}) for reply in ask(chat, questions)]
-
-    return verdicts
-
-
 def names(answer: str, concept: str) -> bool:
     """Whether the answer has the concept's name, in any case, singular or plural, as words of their own."""
     return re.search(rf"\b{re.escape(concept)}(e?s)?\b", answer, re.IGNORECASE) is not None
-
-
-def relevance(chat: Chat, prompt: str = RELEVANCE_PROMPT) -> Relevance:
-    """Appendix D: how relevant each answer is to a concept, from 1 to 10, by a language model; None where it gives no
-    such number."""
-
-    def rate(answers: Sequence[str], concepts: Sequence[str]) -> list[int | None]:
-        pairs = zip(answers, concepts, strict=True)
-        asked = [Question(prompt.replace("{text}", concept).replace("{answer}", answer)) for answer, concept in pairs]
-        found = [re.findall(r"\d+", reply.text or "") for reply in ask(chat, asked)]
-        return [int(n[0]) if len(n) == 1 and 1 <= int(n[0]) <= 10 else None for n in found]
-
-    return rate
 
 
 def _chosen_by(chat: Chat, prompt: str, options: Mapping[str, str]) -> Labeller:

@@ -4,8 +4,8 @@ The only code that knows that a decoder layer may return its hidden states bare 
 tuple (transformers has done both). Hooks live inside a `with` only, and go when it ends, by an error too.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,46 +126,6 @@ def truncate(decoder: nn.Module, tokens: int) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def entry(decoder: nn.Module, run: Callable[[], object]) -> dict[str, Any]:
-    """What a decoder is called with, by keyword, when `run` gets there; the forward ends with that."""
-    called = {}
-
-    def halt(module, args, kwargs):
-        called.update(kwargs)
-        raise _Stop(stopped)
-
-    stopped = Captured()
-    handle = decoder.register_forward_pre_hook(halt, with_kwargs=True)
-    try:
-        with suppress(_Stop):
-            run()
-    finally:
-        handle.remove()
-    return called
-
-
-@contextmanager
-def given(layers: Sequence[nn.Module], hidden: Hidden, bare: bool) -> Iterator[None]:
-    """Let the last of these layers put out `hidden` and none of them be run; bare: as `Captured` has it.
-
-    They stay in their places: a decoder looks up by a layer's place whether it sees the whole sequence or a window.
-    """
-    own = [layer.__dict__.get("forward") for layer in layers]  # accelerate puts its own there
-
-    def puts_out(what: Hidden | None) -> Callable:
-        return lambda x, *args, **kwargs: (x if what is None else what) if bare else (x if what is None else what,)
-
-    try:
-        for layer in layers:
-            layer.forward = puts_out(hidden if layer is layers[-1] else None)
-        yield
-    finally:
-        for layer, before in zip(layers, own, strict=True):
-            layer.__dict__.pop("forward", None)
-            if before is not None:
-                layer.forward = before
 
 
 @contextmanager

@@ -6,11 +6,9 @@
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
 from functools import cached_property
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,50 +21,23 @@ from transformers import (
     AutoModelForImageTextToText,
     BatchFeature,
     Cache,
-    DynamicCache,
     PreTrainedModel,
     ProcessorMixin,
 )
 
-from lmm_sae_nb.model import hooks
+from lmm_sae_nb.model import hooks, upper_layers
 from lmm_sae_nb.model.frozen import frozen
 from lmm_sae_nb.model.hooks import Hidden
 from lmm_sae_nb.model.processor import load_processor
-from lmm_sae_nb.model.token_kinds import KINDS, LAYOUTS, Grid, NoPatchGrid, Spans, layout_of, spans_of
-from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.support.artifacts import hash_of
-
-__all__ = ["KINDS", "LAYOUTS", "LMM", "NoPatchGrid", "Prompt", "Spans", "before", "require_own"]
+from lmm_sae_nb.model.prompts import TEMPLATES, Prompt
+from lmm_sae_nb.model.token_kinds import Grid, layout_of, spans_of
+from lmm_sae_nb.support.tensor_files import hash_of
 
 # What decoders are called with for all of their layers alike.
 ANY_LAYER = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position",
     "output_attentions", "output_hidden_states", "return_dict", "is_causal", "logits_to_keep",
 }  # fmt: skip
-
-# For families that were trained without a chat template.
-TEMPLATES = {
-    "instructblip": "{% for message in messages %}"
-    "{% for part in message.content %}{% if part.type == 'text' %}"
-    "{{ ' ' if message.role == 'assistant' }}{{ part.text }}"
-    "{% endif %}{% endfor %}"
-    "{{ eos_token if message.role == 'assistant' }}"
-    "{% endfor %}"
-}
-
-
-@dataclass
-class Prompt:
-    """A batch ready for the model: its inputs, what each token is, and which tokens answer."""
-
-    inputs: BatchFeature
-    spans: list[Spans]
-    answer_mask: Bool[Tensor, "batch tokens"] | None = None  # an answer and its end token; None: no answers
-    entry: dict[str, Any] | None = None  # what the decoder is called with, once `LMM.entered` has found out
-
-    def mask(self, *kinds: str) -> Bool[Tensor, "batch tokens"]:
-        """Mark the tokens of any of these kinds, in every sample."""
-        return torch.stack([spans.mask(*kinds) for spans in self.spans])
 
 
 class LMM:
@@ -328,7 +299,7 @@ class LMM:
         """
         if prompt.entry is None:
             decoder = self.model.get_decoder()
-            prompt.entry = hooks.entry(decoder, lambda: self._whole(prompt))
+            prompt.entry = upper_layers.entry(decoder, lambda: self._whole(prompt))
         return prompt
 
     def above(
@@ -353,7 +324,7 @@ class LMM:
         if own := sorted(name for name, value in entry.items() if value is not None and name not in ANY_LAYER):
             return self._above_whole(prompt, layer, states, own, start)
         below = [self.layer(number) for number in range(layer + 1)]
-        with hooks.given(below, inputs["inputs_embeds"], self._is_bare(layer, prompt)):
+        with upper_layers.given(below, inputs["inputs_embeds"], self._is_bare(layer, prompt)):
             return self.model.get_decoder()(**inputs).last_hidden_state
 
     def _is_bare(self, layer: int, prompt: Prompt) -> bool:
@@ -418,36 +389,6 @@ class LMM:
             tokens = self.model.generate(**prompt.inputs, max_new_tokens=max_new_tokens, **settings)
         new = tokens[:, prompt.inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-
-def before(cache: DynamicCache, start: int, versions: int) -> DynamicCache:
-    """Keys and values of the first `start` tokens alone, as often as there are versions of what follows."""
-    kept = DynamicCache()
-    for number, layer in enumerate(cache.layers if start else ()):
-        if layer.is_initialized:
-            parts = (part[:, :, :start].expand(versions, -1, -1, -1) for part in (layer.keys, layer.values))
-        else:  # below what was run; the decoder asks its first layer how many tokens there were
-            parts = (torch.zeros(1, 1, start, 1) for _ in range(2))
-        kept.update(*parts, number)
-    return kept
-
-
-def require_own(lmm: LMM, sae: TopKSAE, layer: int) -> None:
-    """ValueError unless the SAE can stand in for this layer: of its width and, if its folder tells, trained on it."""
-    lmm.layer(layer)
-    sae.require_width(lmm.width)
-    if sae.trained_on is None:
-        return
-    if sae.trained_on.layer != layer:
-        raise ValueError(
-            f"the SAE was trained on layer {sae.trained_on.layer}, not {layer}; give that layer, or train an SAE on "
-            f"layer {layer} with notebooks/01_train_sae.py"
-        )
-    if sae.trained_on.model != lmm.fingerprint(layer):
-        raise ValueError(
-            f"the SAE was trained on another model than {lmm.name}: layer {layer} had other weights "
-            f"({sae.trained_on.model[:40]}…, here {lmm.fingerprint(layer)[:40]}…); load the one that it was trained on"
-        )
 
 
 def _rgb(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lmm_sae_nb.support.artifacts import project_root
+from lmm_sae_nb.support.files import project_root
 
 COURSES = {  # name: optimiser steps, what it teaches
     "tower": (1750, "the eye, and the projector: every patch is told what it shows"),

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lmm_sae_nb.support.artifacts import as_json, open_tensors, read_json, save_tensors, write_json, write_through
+from lmm_sae_nb.support.files import as_json, read_json, write_json, write_through
+from lmm_sae_nb.support.tensor_files import open_tensors, save_tensors
 
 
 class SAEWeights(NamedTuple):

@@ -6,20 +6,38 @@ of that shape exists anywhere.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae import hub, kernels
 from lmm_sae_nb.sae.formats import SAEWeights, read_sae, write_sae
-from lmm_sae_nb.support.artifacts import read_json
+from lmm_sae_nb.support.files import read_json
+
+
+def require_own(lmm: LMM, sae: TopKSAE, layer: int) -> None:
+    """ValueError unless the SAE can stand in for this layer: of its width and, if its folder tells, trained on it."""
+    lmm.layer(layer)
+    sae.require_width(lmm.width)
+    if sae.trained_on is None:
+        return
+    if sae.trained_on.layer != layer:
+        raise ValueError(
+            f"the SAE was trained on layer {sae.trained_on.layer}, not {layer}; give that layer, or train an SAE on "
+            f"layer {layer} with notebooks/01_train_sae.py"
+        )
+    if sae.trained_on.model != lmm.fingerprint(layer):
+        raise ValueError(
+            f"the SAE was trained on another model than {lmm.name}: layer {layer} had other weights "
+            f"({sae.trained_on.model[:40]}…, here {lmm.fingerprint(layer)[:40]}…); load the one that it was trained on"
+        )
 
 
 class Latents(NamedTuple):
@@ -219,71 +237,3 @@ def _trained_on(folder: Path) -> TrainedOn | None:
         return None
     run = read_json(folder / HISTORY).get("run", {})
     return TrainedOn(run["layer"], run["model"]) if {"layer", "model"} <= run.keys() else None
-
-
-# Losses and start.
-
-
-def fvu(x: Float[Tensor, "tokens width"], x_hat: Float[Tensor, "tokens width"]) -> Float[Tensor, ""]:
-    """Fraction of variance unexplained: sum ||x - x_hat||^2 / sum ||x - mean||^2, with these tokens' mean.
-
-    The baseline is the batch's own mean, so the value depends a little on what else is in the batch;
-    `train.evaluate_sae` uses the mean of all the tokens it sees. Without variance the value is inf or nan.
-    """
-    return (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
-
-
-def auxk_loss(
-    sae: TopKSAE,
-    x: Float[Tensor, "tokens width"],
-    x_hat: Float[Tensor, "tokens width"],
-    dead: Bool[Tensor, " latents"],
-    k_aux: int,
-) -> Float[Tensor, ""]:
-    """AuxK of Gao et al.: sum ||e - e_hat||^2 / sum ||e||^2, what dead latents leave of the residual.
-
-    e = x - x_hat, detached; e_hat is decoded from the k_aux strongest dead latents of each token, without
-    b_dec. Fewer dead latents than k_aux weigh as much less; none, or no residual, give 0. Departures from
-    the reference code: it has the residual's sign reversed, lets gradient into it, and adds b_dec.
-    """
-    n_dead = int(dead.sum())
-    residual = (x - x_hat).detach()
-    energy, rounding = residual.square().sum(), torch.finfo(x.dtype).eps ** 2 * x.square().sum()
-    if n_dead == 0 or energy <= rounding:
-        return x.new_zeros(())
-    latents = encode_topk(x, sae.W_enc, sae.b_enc, sae.b_dec, min(k_aux, n_dead), dead.nonzero()[:, 0])
-    left = residual - decode_sparse(latents, sae.W_dec)
-    return min(1.0, n_dead / k_aux) * left.square().sum() / energy
-
-
-@torch.no_grad()
-def geometric_median(
-    x: Float[Tensor, "tokens width"], *, steps: int = 100, tolerance: float = 1e-5
-) -> Float[Tensor, " width"]:
-    """The point with the least sum of distances to the tokens, by Weiszfeld's iteration; b_dec starts there.
-
-    Stops when a step is shorter than `tolerance` times the tokens' mean distance. Unlike the mean it is not
-    drawn to the few tokens of enormous norm that attention sinks are.
-    """
-    centre = x.mean(0)
-    for _ in range(steps):
-        distances = torch.linalg.vector_norm(x - centre, dim=1)
-        scale = distances.mean()
-        if scale == 0:
-            break
-        weights = scale / distances.clamp_min(1e-6 * scale)
-        previous, centre = centre, weights @ x / weights.sum()
-        if torch.linalg.vector_norm(centre - previous) <= tolerance * scale:
-            break
-    return centre
-
-
-def require_finite(x: Tensor, source: str) -> None:
-    """ValueError naming `source` if hidden states hold NaN or infinity, which would spoil what follows."""
-    if math.isfinite(float(x.sum())) or bool(x.isfinite().all()):
-        return
-    bad = int((~x.isfinite()).any(-1).sum())
-    raise ValueError(
-        f"{source}: {bad} of {x[..., 0].numel()} tokens hold NaN or infinity; load the model in float32 or "
-        "bfloat16 (float16 overflows), and check its weights"
-    )

@@ -5,23 +5,18 @@ Two modes run through the same functions: `PAPER` does what the reference code d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from cachetools import LRUCache
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from PIL import Image
 
-from lmm_sae_nb.interpret.explain import Exemplar, most_activated, require_patches, upsample
-from lmm_sae_nb.support.artifacts import read_json
-from lmm_sae_nb.truth.common_concept import common, names_of
+from lmm_sae_nb.interpret.exemplars import Exemplar, most_activated, require_patches, upsample
+from lmm_sae_nb.truth.label_maps import Candidates, Mask
 
-Mask = Bool[np.ndarray, "height width"]
-Candidates = Bool[np.ndarray, "candidates height width"]
 Where = Callable[
     [Sequence[int], str], Sequence[Candidates]
 ]  # images' numbers, concept -> what it may be, likeliest first
@@ -54,6 +49,8 @@ class Mode:
 
 
 PAPER = Mode("paper", share=0.0, nearest=False, union=True, region=False)
+
+
 STRICT = Mode("strict", share=0.25, nearest=True, union=False, region=True)
 
 
@@ -148,67 +145,3 @@ class Numbered:
             if masks[number].nbytes <= self._kept.maxsize:
                 self._kept[number, concept] = masks[number]
         return [masks[number] for number in numbers]
-
-
-class TrueMasks:
-    """Ground truth as a segmenter: the label maps of a data set, one column for each kind of concept.
-
-    `rows` has an image a row and, for each kind in the concepts file, a label map (mode L, 0 = none, i = the
-    i-th concept of that kind). FileNotFoundError without the file; ValueError for rows without label maps.
-    """
-
-    def __init__(self, rows: Sequence[Mapping], concepts: str | Path | Mapping[str, Sequence[str]]):
-        if not isinstance(concepts, Mapping):
-            if not Path(concepts).is_file():
-                raise FileNotFoundError(f"{concepts} is missing; render the data sets first: `make world`")
-            concepts = read_json(concepts)
-        self.concepts = {kind: list(names) for kind, names in concepts.items()}
-        self._rows = rows
-        missing = set(self.concepts) - set(rows[0])
-        if missing:
-            raise ValueError(
-                f"the data set has no label maps {sorted(missing)}; give one with ground truth, or no `concepts`"
-            )
-        self.labels = lru_cache(maxsize=512)(self._labels)
-        self.covered = lru_cache(maxsize=512)(self._covered)
-
-    def _labels(self, index: int) -> dict[str, np.ndarray]:
-        row = self._rows[index]
-        return {kind: np.asarray(row[kind]) for kind in self.concepts}
-
-    def _covered(self, index: int, grid: tuple[int, int]) -> Float[np.ndarray, "concepts patches"]:
-        """The share of each patch of an image that each concept covers, concepts in the order of `names_of`."""
-        found = []
-        for kind, labels in self.labels(index).items():
-            (height, width), size = labels.shape, 1 + len(self.concepts[kind])
-            rows, columns = np.arange(height) * grid[0] // height, np.arange(width) * grid[1] // width
-            patch = rows[:, None] * grid[1] + columns
-            counts = np.bincount((patch * size + labels).ravel(), minlength=size * grid[0] * grid[1]).reshape(-1, size)
-            found.append((counts[:, 1:] / counts.sum(1, keepdims=True)).T)
-        return np.concatenate(found).astype(np.float32)
-
-    def kinds_of(self, concept: str) -> list[str]:
-        """The kinds that know a concept of this name; several if a word is also a face."""
-        return [kind for kind, names in self.concepts.items() if concept in names]
-
-    def __call__(self, numbers: Sequence[int], concept: str) -> list[Candidates]:
-        """Where each image shows the concept, one candidate; ValueError for one outside the world's vocabulary."""
-        kinds = self.kinds_of(concept)
-        if not kinds:
-            raise ValueError(f"there is no ground truth for {concept!r}; it is no concept of this data set")
-        code = {kind: 1 + self.concepts[kind].index(concept) for kind in kinds}
-        maps = [self.labels(number) for number in numbers]
-        return [np.logical_or.reduce([labels[k] == code[k] for k in kinds])[None] for labels in maps]
-
-    def common(self, exemplars: Sequence[Exemplar]) -> set[str]:
-        """The concepts that the exemplars have in common (`shown.common`); several where one lies in another.
-
-        ValueError if there are no exemplars.
-        """
-        if not exemplars:
-            raise ValueError("no exemplars to judge by; leave out latents that never fire")
-        require_patches(exemplars)
-        visible = np.stack([e.visible.ravel() for e in exemplars])
-        covered = np.stack([self.covered(e.image_index, e.visible.shape) for e in exemplars])
-        named = zip(names_of(self.concepts), common(visible, covered), strict=True)
-        return {name for (_, name), shared in named if shared}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -80,3 +83,46 @@ def _row(line: str, place: str) -> dict:
     if not isinstance(row, Mapping) or set(FIELDS) - set(row) or row["verdict"] not in (*VERDICTS, UNDONE):
         raise ValueError(f"{place} is no answer ({line[:80]!r}); an answer has {', '.join(FIELDS)}")
     return dict(row)
+
+
+class Agreement(NamedTuple):
+    """Two raters on what both have rated; kappa is None where chance alone would make them agree."""
+
+    raters: tuple[str, str]
+    items: int
+    agreement: float
+    kappa: float | None
+
+
+def kappa(one: Sequence[str], two: Sequence[str]) -> float | None:
+    """Cohen's kappa (p - c) / (1 - c): p the share of equal verdicts, c the share that chance would make equal.
+
+    None if c is 1: both gave one and the same verdict throughout. ValueError for none, or unequally many.
+    """
+    if len(one) != len(two) or not len(one):
+        raise ValueError(f"{len(one)} and {len(two)} verdicts; give both raters' on the same items, at least one")
+    words = {*one, *two}
+    chance = sum(one.count(word) * two.count(word) for word in words) / len(one) ** 2
+    same = sum(a == b for a, b in zip(one, two, strict=True)) / len(one)
+    return None if chance == 1 else (same - chance) / (1 - chance)
+
+
+def standing(answers: Iterable[Mapping], concepts: Mapping[int, str]) -> dict[str, dict[str, str]]:
+    """Each rater's verdicts by latent, out of rows {rater, latent, concept, verdict}: those on today's explanations."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in answers:
+        if concepts.get(int(row["latent"])) == row["concept"]:
+            found[row["rater"]][str(row["latent"])] = row["verdict"]
+    return dict(found)
+
+
+def agreements(ratings: Mapping[str, Mapping[str, str]]) -> list[Agreement]:
+    """For each two raters that have items in common: how often they agree. ratings: rater to item to verdict."""
+    found = []
+    for pair in combinations(sorted(ratings), 2):
+        both = sorted(ratings[pair[0]].keys() & ratings[pair[1]].keys())
+        if both:
+            one, two = ([ratings[rater][item] for item in both] for rater in pair)
+            same = sum(a == b for a, b in zip(one, two, strict=True)) / len(both)
+            found.append(Agreement(pair, len(both), same, kappa(one, two)))
+    return found

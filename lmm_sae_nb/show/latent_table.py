@@ -12,11 +12,12 @@ import numpy as np
 from jaxtyping import Float, Integer
 from PIL import Image
 
-from lmm_sae_nb.cache.activations import LatentCache
+from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.cache.top_images import Firings
 from lmm_sae_nb.show.thumbnails import encoded, heated, sheet
-from lmm_sae_nb.support.artifacts import Stage, project_root, read_json, require
+from lmm_sae_nb.support.files import project_root, read_json
 from lmm_sae_nb.support.images import open_images
+from lmm_sae_nb.support.stages import Stage, require
 
 FIRING = ("frequency", "mean", "max")  # columns that the cache gives, for every latent
 TOGETHER = 64  # latents that are read from the store at once: all images are gone through, for one as for many

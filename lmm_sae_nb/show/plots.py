@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 if TYPE_CHECKING:
-    from lmm_sae_nb.interpret.explain import Exemplar
+    from lmm_sae_nb.interpret.exemplars import Exemplar
     from lmm_sae_nb.support.intervals import Mean
 
 BLUE, ORANGE, GREY, GREEN = "#3465a4", "#e07b28", "#8a8d91", "#3f8f4f"

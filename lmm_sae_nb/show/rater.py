@@ -15,7 +15,7 @@ from lmm_sae_nb.score.ratings import UNDONE, VERDICTS, append_rating, read_ratin
 from lmm_sae_nb.show.thumbnails import encoded, heated, sheet
 
 if TYPE_CHECKING:
-    from lmm_sae_nb.interpret.explain import Exemplar
+    from lmm_sae_nb.interpret.exemplars import Exemplar
 
 KEYS = {"y": "yes", "n": "no", "u": "unsure"}
 BACK = "z"

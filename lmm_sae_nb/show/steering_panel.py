@@ -19,7 +19,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import StoppingCriteria
 
-from lmm_sae_nb.cache.activations import LatentCache
+from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show.plots import marked

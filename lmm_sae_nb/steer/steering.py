@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmm_sae_nb.model.lmm import LMM, Prompt, require_own
-from lmm_sae_nb.sae.topk import Latents, TopKSAE
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.prompts import Prompt
+from lmm_sae_nb.sae.topk import Latents, TopKSAE, require_own
 from lmm_sae_nb.train.training import KINDS
 
 MODES = ("clamp", "add", "scale")

@@ -182,3 +182,8 @@ def rgb(picture: Image.Image) -> Image.Image:
         picture = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return picture.convert("RGB")
+
+
+def pixel_hash(image: Image.Image) -> str:
+    """SHA-256 of an image's mode, size and pixels: of equal images equal, whatever file they come from."""
+    return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()

@@ -14,15 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lmm_sae_nb.support.artifacts import (
-    TEMPORARY,
-    clear_temporaries,
-    read_json,
-    save_tensors,
-    sync,
-    sync_folder,
-    write_json,
-)
+from lmm_sae_nb.support.files import TEMPORARY, clear_temporaries, read_json, sync, sync_folder, write_json
+from lmm_sae_nb.support.tensor_files import save_tensors
 
 STATE, TENSORS, OPTIMISER = "state.json", "tensors.safetensors", "optimiser.pt"
 

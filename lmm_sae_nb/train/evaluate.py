@@ -10,9 +10,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lmm_sae_nb.model.hooks import Hidden
-from lmm_sae_nb.model.lmm import LMM, Prompt, require_own
-from lmm_sae_nb.sae.topk import TopKSAE, require_finite
-from lmm_sae_nb.train.token_buffer import KINDS, prompts, token_mask
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.prompts import Prompt
+from lmm_sae_nb.model.samples import KINDS, prompts, token_mask
+from lmm_sae_nb.sae.topk import TopKSAE, require_own
+from lmm_sae_nb.support.tensor_files import require_finite
 
 
 class _Variance:

@@ -22,7 +22,7 @@ from datasets import load_from_disk
 
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.support.artifacts import read_json, write_json
+from lmm_sae_nb.support.files import read_json, write_json
 from lmm_sae_nb.train.training import HISTORY, TrainResult, train_sae
 
 

@@ -25,12 +25,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.samples import KINDS, data_fingerprint
 from lmm_sae_nb.sae.adam import SAEAdam
-from lmm_sae_nb.sae.topk import HISTORY, TopKSAE, auxk_loss, geometric_median
-from lmm_sae_nb.support.artifacts import clear_temporaries, code_fingerprints, read_json, write_json
+from lmm_sae_nb.sae.losses import auxk_loss, geometric_median
+from lmm_sae_nb.sae.topk import HISTORY, TopKSAE
+from lmm_sae_nb.support.files import clear_temporaries, read_json, write_json
+from lmm_sae_nb.support.stages import code_fingerprints
 from lmm_sae_nb.train import checkpoint
 from lmm_sae_nb.train.checkpoint import Checkpoint
-from lmm_sae_nb.train.token_buffer import KINDS, Position, Stream, data_fingerprint, mixed
+from lmm_sae_nb.train.token_buffer import Position, Stream, mixed
 
 CHECKPOINTS = "checkpoint"
 ROW = ("step", "tokens", "loss", "fvu", "auxk", "dead_fraction", "l0", "lr", "seconds", "tokens_per_second")

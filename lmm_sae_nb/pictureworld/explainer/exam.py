@@ -19,14 +19,15 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lmm_sae_nb.interpret.explain import REFUSAL, TAUGHT, taught_latents
+from lmm_sae_nb.interpret.explain import TAUGHT, taught_latents
+from lmm_sae_nb.interpret.explainers import REFUSAL
 from lmm_sae_nb.model.frozen import frozen
 from lmm_sae_nb.pictureworld.explainer.masked_sets import Source, Strips, drawn, masked_images, of_latents
 from lmm_sae_nb.pictureworld.explainer.model import QUESTION, SET, save
 from lmm_sae_nb.pictureworld.explainer.train import graduate, lessons_of, study_explainer
 from lmm_sae_nb.pictureworld.world.rendered import Gallery, gallery
 from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT
-from lmm_sae_nb.support.artifacts import write_json
+from lmm_sae_nb.support.files import write_json
 from lmm_sae_nb.support.intervals import share
 from lmm_sae_nb.truth.common_concept import Shown
 

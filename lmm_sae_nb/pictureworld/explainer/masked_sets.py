@@ -15,14 +15,16 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lmm_sae_nb.cache.activations import LatentCache, cache_activations
-from lmm_sae_nb.interpret.explain import most_activated, training_of
+from lmm_sae_nb.cache.activations import cache_activations
+from lmm_sae_nb.cache.latent_cache import LatentCache
+from lmm_sae_nb.interpret.exemplars import most_activated
+from lmm_sae_nb.interpret.explain import training_of
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.pictureworld.explainer.model import SET
 from lmm_sae_nb.pictureworld.world.rendered import CONCEPTS, GRID, Gallery
 from lmm_sae_nb.pictureworld.world.scenes import PATCH, SIDE
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.support.artifacts import write_json
+from lmm_sae_nb.support.files import write_json
 from lmm_sae_nb.truth.common_concept import SHOWS, Shown, best_shown
 
 PATCHES = GRID**2

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )  # fmt: skip
 
-from lmm_sae_nb.interpret.explain import REFUSAL
+from lmm_sae_nb.interpret.explainers import REFUSAL
 from lmm_sae_nb.pictureworld.llava.model import CHAT, new_tokenizer, word_vector
 from lmm_sae_nb.pictureworld.world.scenes import PATCH, SIDE
 

@@ -21,14 +21,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )  # fmt: skip
 
-from lmm_sae_nb.interpret.explain import REFUSAL
+from lmm_sae_nb.interpret.explainers import REFUSAL
 from lmm_sae_nb.pictureworld.explainer.masked_sets import CHOSEN, Source, Strips, drawn, of_latents
 from lmm_sae_nb.pictureworld.explainer.model import FOLD, SET, explainer_tokenizer, new_explainer, prompt_of
 from lmm_sae_nb.pictureworld.explainer.train_eye import open_eye, tower_features, train_eye
 from lmm_sae_nb.pictureworld.training_loop import attend, autocast_if_quicker, optimisers
 from lmm_sae_nb.pictureworld.world.rendered import CONCEPTS, Gallery, gallery
 from lmm_sae_nb.pictureworld.world.scenes import TRAIN
-from lmm_sae_nb.support.artifacts import hash_of, read_json, write_json
+from lmm_sae_nb.support.files import read_json, write_json
+from lmm_sae_nb.support.tensor_files import hash_of
 
 ASKED = (2, 3, 4, SET)  # after how many images a lesson asks
 FIRST_SEED, SCENES = TRAIN + 300_000, 24_000  # the scenes that lessons are drawn from

@@ -26,7 +26,7 @@ from lmm_sae_nb.pictureworld.training_loop import attend, autocast_if_quicker, o
 from lmm_sae_nb.pictureworld.world.concepts import KINDS
 from lmm_sae_nb.pictureworld.world.rendered import Gallery
 from lmm_sae_nb.pictureworld.world.scenes import PATCH
-from lmm_sae_nb.support.artifacts import hash_of, open_tensors, save_tensors
+from lmm_sae_nb.support.tensor_files import hash_of, open_tensors, save_tensors
 
 STEPS, BATCH = 5250, 32
 OFTEN = {"part": 3.0, "word": 2.0}  # how much more often the kinds that are hardest to see are drawn

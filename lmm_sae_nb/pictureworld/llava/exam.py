@@ -17,7 +17,7 @@ from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.pictureworld.world.concepts import FACTS, NO_FEELINGS, STORIES, with_article
 from lmm_sae_nb.pictureworld.world.questions import PICTURED, Question, according, label, shown
 from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT, Scene, make_map, make_masked, make_scene
-from lmm_sae_nb.support.artifacts import write_json
+from lmm_sae_nb.support.files import write_json
 from lmm_sae_nb.support.intervals import share
 
 LEAST = {  # what the embedded model is built to reach (share of right answers)

@@ -22,9 +22,10 @@ from lmm_sae_nb.pictureworld.scorers.clipseg import LEAST, NAMES, areas, target
 from lmm_sae_nb.pictureworld.world.concepts import KINDS
 from lmm_sae_nb.pictureworld.world.questions import caption
 from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT, Scene, make_scene
-from lmm_sae_nb.score.grounding import ImageTextSimilarity, PromptedSegmenter, clip_score
 from lmm_sae_nb.score.masks import iou
-from lmm_sae_nb.support.artifacts import write_json
+from lmm_sae_nb.score.segmenters import PromptedSegmenter
+from lmm_sae_nb.score.similarity import ImageTextSimilarity, clip_score
+from lmm_sae_nb.support.files import write_json
 from lmm_sae_nb.support.intervals import bounds, mean_interval, share
 
 LEVEL = 0.99  # of every interval

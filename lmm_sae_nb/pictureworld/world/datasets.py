@@ -27,7 +27,7 @@ from lmm_sae_nb.pictureworld.world.scenes import (
     make_map,
     make_scene,
 )
-from lmm_sae_nb.support.artifacts import replace_folder, write_json
+from lmm_sae_nb.support.files import replace_folder, write_json
 
 SPLITS = {"train": TRAIN, "cache": VALIDATION, "heldout": HELD_OUT}
 ROOM = {  # seeds of each

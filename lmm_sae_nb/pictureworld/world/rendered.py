@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from lmm_sae_nb.pictureworld.world.concepts import KINDS
 from lmm_sae_nb.pictureworld.world.scenes import PATCH, SIDE, Scene, make_scene
-from lmm_sae_nb.support.artifacts import open_tensors, save_tensors
+from lmm_sae_nb.support.tensor_files import open_tensors, save_tensors
 from lmm_sae_nb.truth.common_concept import names_of
 
 CONCEPTS = names_of(KINDS)

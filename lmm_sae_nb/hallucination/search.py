@@ -2,155 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import chain, combinations, islice, product
+from collections.abc import Sequence
+from itertools import chain, combinations, product
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
-from lmm_sae_nb.attribute.attribution import clamping, decision
-from lmm_sae_nb.cache.activations import LatentCache
-from lmm_sae_nb.model.lmm import LMM, Prompt, before, require_own
-from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.attribute.attribution import decision
+from lmm_sae_nb.hallucination.cases import Asked, Case
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.prompts import Prompt
+from lmm_sae_nb.model.samples import KINDS
+from lmm_sae_nb.model.upper_layers import before
+from lmm_sae_nb.sae.topk import TopKSAE, require_own
 from lmm_sae_nb.steer.steering import Edit, Scope, steered_versions
-from lmm_sae_nb.train.token_buffer import KINDS
 
 Edits = tuple[Edit, ...]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A question on an image, the first words of its right answer and of the answer that is tempting."""
-
-    image: Image.Image
-    question: str
-    right: str
-    tempting: str  # what was taught; another answer where the taught one is right
-    contradicts: bool  # whether the image contradicts what was taught
-    group: str = ""
-
-
-def cases_of(rows: Iterable[Mapping], part: str) -> list[Case]:
-    """The cases of one part of a data set with image, question, answer, taught, group and part.
-
-    Answers are told apart by their first word. Where image and taught answer agree, the tempting answer is the other
-    one of yes and no. ValueError for a row without an image, or a part that no row is of.
-    """
-    cases = []
-    for row in rows:
-        if row["part"] != part:
-            continue
-        if row["image"] is None:
-            raise ValueError(f"{row['question']!r} has no image, and an image is what is contradicted; leave it out")
-        right, taught = (row[name].split()[0] for name in ("answer", "taught"))
-        other = {"yes": "no", "no": "yes"}.get(right.lower(), taught)
-        other = other.capitalize() if right[0].isupper() else other
-        tempting = taught if taught != right else other
-        cases.append(Case(row["image"], row["question"], right, tempting, taught != right, row["group"]))
-    if not cases:
-        raise ValueError(f"no case is of part {part!r}; give one that the data set's column `part` has")
-    return cases
-
-
-class Asked(NamedTuple):
-    """A question on an image that has nothing to do with the cases, and the model's own answer."""
-
-    image: Image.Image
-    question: str
-    answer: str
-
-
-def own_answers(lmm: LMM, rows: Iterable[Mapping], batch: int = 20) -> list[Asked]:
-    """What the untouched model answers to the questions of rows with an image."""
-    rows, asked = iter(rows), []
-    while some := list(islice(rows, batch)):
-        images, questions = ([row[name] for row in some] for name in ("image", "question"))
-        asked += map(Asked, images, questions, lmm.generate(lmm.prompt(questions, images)))
-    return asked
-
-
-def told_case(image: str, question: str, answer: str, baseline: str, otherwise: Case) -> Case:
-    """A case of one's own: a picture's path, a question, the answer to explain, another one; all "": `otherwise`.
-
-    The answer to explain is the tempting one. ValueError if something is given and something missing.
-    """
-    given = {"image": image, "question": question, "answer": answer, "baseline": baseline}
-    if not any(given.values()):
-        return otherwise
-    if missing := [name for name, value in given.items() if not value]:
-        raise ValueError(f"a case of your own needs {', '.join(given)}; {', '.join(missing)} is missing")
-    return Case(Image.open(image).convert("RGB"), question, baseline, answer, True)
-
-
-# ---- which latents --------------------------------------------------------------------------------------------
-
-
-def text_latents(
-    explanations: Mapping[str, Mapping], vocabulary: Iterable[str], words: Iterable[str] = ()
-) -> dict[int, str]:
-    """The latents that the pipeline named after text: a concept of this vocabulary, or one with any of these words."""
-    known, hints = {name.lower() for name in vocabulary}, {word.lower() for word in words}
-    named = {int(latent): row["concept"] for latent, row in explanations.items() if row.get("concept")}
-    return {n: name for n, name in named.items() if name.lower() in known or hints & set(name.lower().split())}
-
-
-def shown_text(
-    cache: LatentCache,
-    rows: Sequence[Mapping],
-    kind: str,
-    names: Sequence[str],
-    latents: Iterable[int],
-    *,
-    least: float = 0.25,
-) -> dict[int, str]:
-    """The latents whose activation on their top images lies on one concept of this kind, by the label maps of `rows`.
-
-    A concept's share is that of the activation, over all top images, on its pixels; `least` is what one must have.
-    """
-    rows = rows.select_columns([kind]) if hasattr(rows, "select_columns") else rows  # a row's every picture is decoded
-    label_map, found = lru_cache(256)(lambda image: np.asarray(rows[image][kind])), {}
-    for latent in latents:
-        shares, images = np.zeros(1 + len(names)), cache.top(latent)
-        for rank, (image, _) in enumerate(images):
-            labels, activation = label_map(image), np.asarray(cache.patch_map(latent, rank))
-            sides = np.array(labels.shape) // activation.shape
-            on_pixels = np.kron(activation / activation.sum(), np.ones(sides)) / sides.prod()
-            shares += np.bincount(labels.ravel(), on_pixels.ravel(), minlength=len(shares)) / len(images)
-        if shares[1:].max(initial=0.0) >= least:
-            found[latent] = names[int(shares[1:].argmax())]
-    return found
-
-
-def promising(
-    lmm: LMM,
-    sae: TopKSAE,
-    layer: int,
-    cases: Sequence[Case],
-    values: Float[Tensor, " n_latents"],
-    scope: Scope = Scope(),  # noqa: B008  (frozen)
-) -> Float[Tensor, " n_latents"]:
-    """By how many logits, on average, clamping each latent to its value would speak for the right answers, linearly."""
-    total = torch.zeros(sae.n_latents)
-    for case in cases:
-        choice = decision(lmm, case.question, case.image, case.right, case.tempting)
-        total += clamping(lmm, sae, layer, choice, values, scope.of_prompt(choice.prompt)[0]) / len(cases)
-    return total
-
-
-def of_words(text: Mapping[int, str], predicted: Float[Tensor, " n_latents"]) -> dict[str, list[int]]:
-    """The latents that stand for one word, for each word, the words by what their latents together promise."""
-    found: dict[str, list[int]] = {}
-    for latent, word in sorted(text.items()):
-        found.setdefault(word, []).append(latent)
-    return dict(sorted(found.items(), key=lambda item: -float(predicted[item[1]].sum())))
 
 
 def trials(
@@ -163,9 +34,6 @@ def trials(
     for value, latents in product(values, map(dict.fromkeys, sets)):
         found[tuple(Edit(n, value * float(maxima[n])) for n in latents)] = None
     return list(found)
-
-
-# ---- what they do ---------------------------------------------------------------------------------------------
 
 
 class Verdicts(NamedTuple):

@@ -1,0 +1,136 @@
+"""The cache on disk: every latent's highest images, their patches, and the store of all activations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from lmm_sae_nb.cache.sparse_store import STORE, LatentStore
+from lmm_sae_nb.cache.top_images import Ranking
+from lmm_sae_nb.model.token_kinds import NoPatchGrid
+from lmm_sae_nb.support.files import write_json
+from lmm_sae_nb.support.tensor_files import TensorRows, save_rows
+
+TENSORS, SHAPE, PARTIAL = "cache.safetensors", "cache.json", ".partial"
+
+
+def write_cache(
+    folder: Path, n_latents: int, n_top: int, described: dict[str, Any], blocks: Iterable[tuple[int, Ranking]]
+) -> None:
+    """Write rankings of consecutive blocks of latents, each with its first latent, as a cache.
+
+    described: images, patches, grid (or None), layer, model, skipped, store (or None); kept in the same file, so that
+    the two cannot part. cache.json repeats it for people.
+    """
+    patches = described["patches"]
+    tokens = described["images"] * patches
+    single, top = np.dtype(np.float32), (n_latents, n_top)
+    layout = {
+        "top_images": (np.dtype(np.int64), top), "top_means": (single, top),
+        "patches": (np.dtype(np.float16), (*top, patches)),
+        **dict.fromkeys(("frequency", "mean", "max"), (single, (n_latents,))),
+    }  # fmt: skip
+
+    def rows() -> Iterator[tuple[str, int, np.ndarray]]:
+        for start, ranking in blocks:
+            arrays = ranking.ordered()
+            arrays["frequency"] = (arrays.pop("fired") / tokens).astype(np.float32)
+            yield from ((name, start, array) for name, array in arrays.items())
+
+    save_rows(folder / TENSORS, layout, rows(), {"cache": json.dumps(described)})
+    write_json(folder / SHAPE, described)
+
+
+class LatentCache:
+    """What `cache_activations` found, read when asked for: opening reads a header, `top` and `patch_map` a row.
+
+    images: how many were seen. n_latents, n_top: of how many latents the cache tells how many images. grid: rows and
+    columns of the base patches, or None. skipped: number and fault of images that could not be read.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder, self._rows = folder, TensorRows(folder / TENSORS)
+        names = {"top_images", "top_means", "patches", "frequency", "mean", "max"}
+        if names - self._rows.shapes.keys() or "cache" not in self._rows.metadata:
+            raise ValueError(f"{folder} is no cache of activations; make it with notebooks/02_cache_activations.py")
+        told = json.loads(self._rows.metadata["cache"])
+        self.images, self.grid, self.layer = told["images"], told["grid"] and tuple(told["grid"]), told["layer"]
+        self.skipped = {row["image"]: row["fault"] for row in told["skipped"]}
+        self._stored = told["store"]
+        self.n_latents, self.n_top, self._patches = self._rows.shapes["patches"]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> LatentCache:
+        """Open a cache folder; FileNotFoundError if it is missing, ValueError if it is cut short or foreign."""
+        folder = Path(folder)
+        if not (folder / SHAPE).is_file():
+            raise FileNotFoundError(f"{folder / SHAPE} is missing; run notebooks/02_cache_activations.py first")
+        return cls(folder)
+
+    def top(self, latent: int) -> list[tuple[int, float]]:
+        """The images that excite a latent most, with their means, the first first; fewer if fewer do."""
+        self._check(latent, 0)
+        images, means = (self._rows.row(name, latent).tolist() for name in ("top_images", "top_means"))
+        return [(image, mean) for image, mean in zip(images, means, strict=True) if image >= 0]
+
+    def patch_map(self, latent: int, rank: int) -> Float[Tensor, "rows cols"]:
+        """The latent's activation over the base patches of its image of this rank (0 is the first), float32.
+
+        NoPatchGrid for a model without one; ValueError for a latent or rank that the cache does not have.
+        """
+        if self.grid is None:
+            raise NoPatchGrid("this cache is of a model without a patch grid; only its mean activations have a meaning")
+        self._check(latent, rank)
+        return torch.from_numpy(self._rows.row("patches", latent, rank).astype(np.float32)).unflatten(0, self.grid)
+
+    def _check(self, latent: int, rank: int) -> None:
+        if not (0 <= latent < self.n_latents and 0 <= rank < self.n_top):
+            raise ValueError(
+                f"no latent {latent}, rank {rank}: the cache has {self.n_latents} latents, ranks 0 to {self.n_top - 1}"
+            )
+
+    @cached_property
+    def top_images(self) -> Int64[Tensor, "latents n_top"]:
+        """-1 where fewer images excite a latent."""
+        return self._whole("top_images")
+
+    @cached_property
+    def top_means(self) -> Float[Tensor, "latents n_top"]:
+        return self._whole("top_means")
+
+    @cached_property
+    def frequency(self) -> Float[Tensor, " latents"]:
+        """Share of base tokens on which each latent is active."""
+        return self._whole("frequency")
+
+    @cached_property
+    def mean(self) -> Float[Tensor, " latents"]:
+        """Each latent's mean activation where it is active."""
+        return self._whole("mean")
+
+    @cached_property
+    def max(self) -> Float[Tensor, " latents"]:
+        return self._whole("max")
+
+    @cached_property
+    def live(self) -> Bool[Tensor, " latents"]:
+        """Whether a latent fired at all."""
+        return self.frequency > 0
+
+    def _whole(self, name: str) -> Tensor:
+        return torch.from_numpy(self._rows.whole(name))
+
+    @property
+    def store(self) -> LatentStore:
+        """Every base token's active latents; FileNotFoundError if they were not kept."""
+        if not self._stored:
+            raise FileNotFoundError(f"{self._folder} keeps no activations; make the cache with store='float16'")
+        return LatentStore(self._folder / STORE, self._patches)

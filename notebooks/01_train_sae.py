@@ -56,6 +56,7 @@ from datasets import load_from_disk
 from torch.testing import assert_close
 
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.support.files import project_root, read_json
@@ -143,7 +144,7 @@ if not stage.is_current(params, inputs, code):
             trained = train_sae(lmm, samples, layer, **settings, **how)
         else:
             trained = launch(processes, source, root / dataset, layer, **settings, **how)
-    metrics = evaluate_sae(lmm, trained.sae.to(lmm.device), unseen, layer, kinds=kinds)
+    metrics = evaluate_sae(SAEInPlace(lmm, trained.sae.to(lmm.device), layer), unseen, kinds=kinds)
     metrics["train_seconds"] = trained.history[-1]["seconds"]
     stage.finish(params, inputs, metrics, time.monotonic() - started, code)
 sae, history = TopKSAE.load(stage.folder), read_json(stage.path("history.json"))["rows"]

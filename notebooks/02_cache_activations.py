@@ -55,6 +55,7 @@ from lmm_sae_nb.cache.texts import TextCache, as_rows, cache_texts, counted, rea
 from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.samples import KINDS
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.support.files import project_root, read_json, write_json
@@ -97,7 +98,7 @@ if not current:
     told = forecast(lmm, sae, pictures, layer, **settings)
     print(f"about {told.seconds:.0f} s, up to {told.disk / 1e6:,.0f} MB of disk, {told.memory / 1e9:.1f} GB beside the model")
     started = time.monotonic()
-    cache = cache_activations(lmm, sae, pictures, layer, **settings, folder=stage.folder)
+    cache = cache_activations(SAEInPlace(lmm, sae, layer), pictures, **settings, folder=stage.folder)
     seconds = time.monotonic() - started
     metrics = {
         "images": cache.images,
@@ -152,7 +153,7 @@ some = np.sort(np.random.default_rng(seed).choice(len(samples), min(n_texts, len
 samples = samples.select(some)
 if not current:
     started = time.monotonic()
-    spoken = cache_texts(lmm, sae, samples, layer, n_top=n_top, batch_samples=batch_size, folder=stage.folder)
+    spoken = cache_texts(SAEInPlace(lmm, sae, layer), samples, n_top=n_top, batch_samples=batch_size, folder=stage.folder)
     write_json(stage.path("words.json"), as_rows(lmm, spoken))  # for the feature browsers
     metrics |= {"text_tokens": spoken.tokens["text"]} | counted(serves(spoken))
     stage.finish(params, inputs, metrics, seconds + time.monotonic() - started, code)
@@ -168,7 +169,7 @@ served, often = serves(spoken), spoken.fired[KINDS.index("text")] >= n_top
 shown = [(side, int(n)) for side in ("text_only", "both") for n in rng.permutation(np.flatnonzero(getattr(served, side) & often))[:3]]
 plots.texts({
     f"latent {n}, {side.replace('_', ' ')}: " + " · ".join(lmm.tokenizer.decode([word.token]) for word in spoken.top_words(n)):
-    [read(lmm, sae, samples[text], layer, n) for text, _ in spoken.top_texts(n)[:2]] for side, n in shown
+    [read(SAEInPlace(lmm, sae, layer), samples[text], n) for text, _ in spoken.top_texts(n)[:2]] for side, n in shown
 })  # fmt: skip
 
 # %% [markdown]

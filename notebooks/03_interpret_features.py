@@ -64,6 +64,7 @@ from lmm_sae_nb.interpret.exemplars import LazyExemplars, exemplars
 from lmm_sae_nb.interpret.explain import as_rows, explain_latents, taught_latents
 from lmm_sae_nb.interpret.explainers import REFUSAL, Vocabulary
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.support.files import project_root, read_json, write_json
@@ -149,7 +150,7 @@ if truth and not current:
     sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent)
     unseen = label_maps.PatchTruth(TrueMasks(load_from_disk(root / heldout), root / concepts), cache.grid)
     candidates = detectors.choose_detectors(cache, truth)
-    found, present = detectors.measure_detectors(lmm, sae, open_images(root / heldout), unseen, layer, candidates)
+    found, present = detectors.measure_detectors(SAEInPlace(lmm, sae, layer), open_images(root / heldout), unseen, candidates)
     detecting = sorted({one.latent for one in found if one.f1 > 0.5})
     told = ask(LazyExemplars(look, detecting))
     named = {latent: its.concept for latent, its in told.items()}

@@ -64,6 +64,7 @@ from lmm_sae_nb.chat.recorded import Recorded, open_chat
 from lmm_sae_nb.interpret import explainers
 from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score import (
     clip,
@@ -192,7 +193,7 @@ if not stage.is_current(params, inputs, code):
     sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent)
     readable = np.setdiff1d(np.arange(len(pictures)), list(cache.skipped))
     drawn = rng.choice(readable, random_runs * n_top).tolist()
-    drawn_spots = score_iou.drawn_spots(lmm, sae, pictures, layer, list(concept_of), drawn)
+    drawn_spots = score_iou.drawn_spots(SAEInPlace(lmm, sae, layer), pictures, list(concept_of), drawn)
     found = score_iou.all_ious(
         lambda n: (spots(shown(n)), drawn_spots[n]), concept_of, others, where, list(modes.values()), runs=random_runs, seed=seed
     )

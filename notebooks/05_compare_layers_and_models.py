@@ -107,6 +107,7 @@ from lmm_sae_nb.interpret.explainers import Vocabulary, names
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.samples import pictured
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.score import clip, masks, segmenters, tables
 from lmm_sae_nb.score import iou as score_iou
 from lmm_sae_nb.score import similarity as score_similarity
@@ -231,7 +232,7 @@ for name in () if current else (*of_layers, *rest):
     concept_of, others_of = {n: concept for n, (concept, _) in explained.items()}, tables.shuffled(explained, seed)
     found = {}
     if its.grid:
-        away = score_iou.drawn_spots(its, sae, pictures, layer, list(explained), drawn)
+        away = score_iou.drawn_spots(SAEInPlace(its, sae, layer), pictures, list(explained), drawn)
         at = lambda n: (spots(look(n)), away[n])  # noqa: B023, E731
         found = score_iou.all_ious(at, concept_of, others_of, where, modes, runs=random_runs, seed=seed)
     drawn_pictures = [remembered[n] for n in drawn_clip]
@@ -268,13 +269,13 @@ for name in () if current else of_layers:
     scores = read_json(stage.path(f"{name}.json"))["scores"]
     objects = np.random.default_rng(seed).permutation([n for n, row in scores.items() if row["kind"] == "object"]).tolist()[:n_steered]
     settings = [[Edit(int(n), dose * float(found_in.max[int(n)]))] for n in objects]
-    said = answers(lmm, sae, layer, question, white, settings, Scope(tuple(steered_kinds)), batch=20, max_new_tokens=24)
+    said = answers(SAEInPlace(lmm, sae, layer), question, white, settings, Scope(tuple(steered_kinds)), batch=20, max_new_tokens=24)
     metrics |= bounds(f"steered_{name}", intervals.share([names(answer, scores[n]["concept"]) for n, answer in zip(objects, said, strict=True)])) if objects else {}
     rho = []
     for case in cases:
-        one = linear(lmm, sae, layer, case)
+        one = linear(SAEInPlace(lmm, sae, layer), case)
         some = some_pairs(one, pairs, generator)
-        rho.append(agreement(exact(lmm, sae, layer, case, some), one.values).spearman)
+        rho.append(agreement(exact(SAEInPlace(lmm, sae, layer), case, some), one.values).spearman)
     metrics |= bounds(f"spearman_{name}", mean_interval(rho)) if len(rho) > 1 else {}
 
 # %%

@@ -72,6 +72,7 @@ from lmm_sae_nb.interpret import explainers as rating
 from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.interpret.explainers import Vocabulary, names
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.feature_browser import FeatureBrowser
@@ -162,7 +163,7 @@ if not current:
         own = pictures[cache.top(latent)[0][0]]
         for text, image, scope in ((feeling_question, own, Scope()), (story_prompt, None, Scope(phases=("prompt",)))):
             before = lmm.generate(lmm.prompt(text, image), max_new_tokens=2 * max_new_tokens)[0]
-            said = answers(lmm, sae, layer, text, image, settings, scope, keep_error=True, max_new_tokens=2 * max_new_tokens)
+            said = answers(SAEInPlace(lmm, sae, layer), text, image, settings, scope, keep_error=True, max_new_tokens=2 * max_new_tokens)
             rows += [{"name": name, "latent": latent, "prompt": text, "dose": value, "before": before, "answer": answer,
                       "names": names(answer, name)} for value, answer in zip([0, *case_doses], said, strict=True)]  # fmt: skip
     write_json(stage.path("cases.json"), {"rows": rows})
@@ -222,7 +223,7 @@ if not current:
     rest = np.setdiff1d(np.flatnonzero(np.asarray(cache.live)), objects)
     control = rng.choice(rest, len(objects), replace=len(rest) < len(objects)).tolist()
     untouched = lmm.generate(lmm.prompt(question, white), max_new_tokens=max_new_tokens)[0]
-    ask = partial(answers, lmm, sae, layer, question, white, scope=at_image, batch=batch, max_new_tokens=max_new_tokens)
+    ask = partial(answers, SAEInPlace(lmm, sae, layer), question, white, scope=at_image, batch=batch, max_new_tokens=max_new_tokens)
     tries = [(group, value, n, n) for group, some in (("object", objects), ("choosing", choosing)) for value in doses for n in some]
     spliced, *said = ask([[], *([Edit(n, value * top[n])] for _, value, n, _ in tries)])
     dose = steering.strongest(doses, (value for (group, value, n, _), answer in zip(tries, said, strict=True)
@@ -269,7 +270,7 @@ plots.doses(curves, "dose, in the latent's own maximum", "share of latents");
 if not current:
     asked = np.array(sorted(map(int, explanations)))
     chosen = np.random.default_rng(seed).choice(len(pictures), min(ranked_images, len(pictures)), replace=False).tolist()
-    means = activation_maps(lmm, sae, [pictures[i] for i in chosen], layer, asked.tolist()).mean((2, 3))
+    means = activation_maps(SAEInPlace(lmm, sae, layer), [pictures[i] for i in chosen], asked.tolist()).mean((2, 3))
     kinds = np.array([explanations[str(n)]["kind"] or "unnamed" for n in asked])
     active = np.sort(means, 1)[:, ::-1] > 0
     ranked = kinds[np.argsort(-means, 1)]
@@ -303,9 +304,9 @@ if not current:
     metrics |= bounds("word_own_above_others", share(np.array(own) > np.array(others)))
     for name, latent in cases.items():
         image = pictures[cache.top(latent)[0][0]]
-        means = activation_maps(lmm, sae, [image], layer, list(range(sae.n_latents)))[0].mean((1, 2))
+        means = activation_maps(SAEInPlace(lmm, sae, layer), [image], list(range(sae.n_latents)))[0].mean((1, 2))
         metrics[f"rank_{name}"] = int((means > means[latent]).sum()) + 1
-    tried, seconds = SteeringPanel(lmm, sae, layer, cache, {n: row["concept"] for n, row in named.items()}, image=white, text=question), []
+    tried, seconds = SteeringPanel(SAEInPlace(lmm, sae, layer), cache, {n: row["concept"] for n, row in named.items()}, image=white, text=question), []
     for _ in range(6):  # a new question first, of which the untouched answer is shown before; then as after a moved slider
         begun = time.perf_counter()
         next(known for known in tried.answer(tried.asked(), 0) if "steered" in known)
@@ -323,7 +324,7 @@ read_json(stage.path("metrics.json"))
 # one to the panel. The [features page](../features) has the same without a kernel.
 
 # %%
-panel = SteeringPanel(lmm, sae, layer, cache, {n: row["concept"] for n, row in named.items()}, image=white, text=question)
+panel = SteeringPanel(SAEInPlace(lmm, sae, layer), cache, {n: row["concept"] for n, row in named.items()}, image=white, text=question)
 scored = [Stage(run, "score").path("scores.json"), Stage(run, "judge").path("verdicts.json")]
 catalogue = Catalogue(cache, pictures, explanations, *map(read_json, filter(Path.is_file, scored)))
 browser = FeatureBrowser(catalogue, panel.choose, sort="iou_strict" if "iou_strict" in catalogue.columns else None)

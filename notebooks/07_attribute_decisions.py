@@ -59,6 +59,7 @@ from lmm_sae_nb.attribute import attribution
 from lmm_sae_nb.attribute.agreement import agreement, cost, own_decision, some_pairs
 from lmm_sae_nb.attribute.attribution import difference, exact, integrated, linear, own_path
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.support import intervals
@@ -89,7 +90,7 @@ print(f"{row['question']}   {told!r} against {instead!r}, the runner-up")
 # `attribution`, $-I$: positive supports the answer. The linear form in plain PyTorch, with the latents themselves as leaves:
 
 # %%
-parts = linear(lmm, sae, layer, choice)
+parts = linear(SAEInPlace(lmm, sae, layer), choice)
 mask = choice.prompt.mask("base", "tiles", "newline", "text")[0]
 x = lmm.hidden_states(choice.prompt, layer)[0, mask]
 z = sae.encode(x)
@@ -114,9 +115,9 @@ silenced[token] -= z.acts[token, slot] * sae.W_dec[z.indices[token, slot]]
 with torch.no_grad(), lmm.spliced(layer, lambda hidden: hidden.masked_scatter(mask[None, :, None], silenced)):
     without = float(difference(lmm, choice)[0])
 by_hand = float(d.detach()) - without
-assert abs(float(exact(lmm, sae, layer, choice, strongest)[strongest][0]) - by_hand) < 1e-4
+assert abs(float(exact(SAEInPlace(lmm, sae, layer), choice, strongest)[strongest][0]) - by_hand) < 1e-4
 assert_close((parts.of_tokens() + parts.error + parts.bias)[mask], (slope * states).sum(-1).detach(), atol=1e-3, rtol=1e-3)
-whole = integrated(lmm, sae, layer, choice, steps=ig_steps)
+whole = integrated(SAEInPlace(lmm, sae, layer), choice, steps=ig_steps)
 with torch.no_grad(), lmm.spliced(layer, lambda hidden: hidden.masked_scatter(mask[None, :, None], sae.b_dec.expand_as(states))):
     nothing = float(difference(lmm, choice)[0])
 summed = float((whole.of_tokens() + whole.error).sum())
@@ -170,7 +171,7 @@ inputs = [path for path in (root / model, root / heldout, root / dataset, Stage(
 ways = ("linear", "ig", "own_path")
 if not stage.is_current(params, inputs, code):
     started = time.monotonic()
-    timing = cost(lmm, sae, layer, choice, repetitions)
+    timing = cost(SAEInPlace(lmm, sae, layer), choice, repetitions)
     recipes = {f"layer_{other}": Recipe(other, n_latents=other_latents, k=k, lr=2e-3) for other in other_layers}
     how = dict(steps=other_steps, batch_tokens=1024, dead_after_tokens=50_000, seed=seed, folder=stage.path("others"))
     small = train_saes(lmm, load_from_disk(root / dataset), recipes, **how) if recipes else {}
@@ -179,13 +180,13 @@ if not stage.is_current(params, inputs, code):
     for at, its in saes.items():
         for sample in unseen if at == layer else unseen[:other_decisions]:
             case = own_decision(lmm, sample["question"], sample["image"])
-            one = linear(lmm, its, at, case)
+            one = linear(SAEInPlace(lmm, its, at), case)
             asked = some_pairs(one, pairs, generator)
             few = some_pairs(one, own_pairs, generator, among=asked)
             values = {
-                "exact": exact(lmm, its, at, case, asked),
-                "linear": one.values, "ig": integrated(lmm, its, at, case, steps=ig_steps).values,
-                "own_path": own_path(lmm, its, at, case, few),
+                "exact": exact(SAEInPlace(lmm, its, at), case, asked),
+                "linear": one.values, "ig": integrated(SAEInPlace(lmm, its, at), case, steps=ig_steps).values,
+                "own_path": own_path(SAEInPlace(lmm, its, at), case, few),
             }  # fmt: skip
             rows.append({"layer": at} | {name: [round(v, 8) if v == v else None for v in value[asked].tolist()] for name, value in values.items()})
     write_json(stage.path("pairs.json"), {"rows": rows})

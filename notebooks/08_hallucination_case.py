@@ -76,6 +76,7 @@ from lmm_sae_nb.hallucination.search import Limits, search, trials, verdicts
 from lmm_sae_nb.hallucination.text_latents import of_words, promising, shown_text, text_latents
 from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.steer.steering import Edit, Scope, steered
@@ -134,12 +135,12 @@ inputs += [Stage(run, name).path("manifest.json") for name in ("train", "cache",
 current, scope = stage.is_current(params, inputs, code), Scope(tuple(clamped_kinds))
 started = time.monotonic()
 if not current:
-    first = verdicts(lmm, sae, layer, choosing, [None])
+    first = verdicts(SAEInPlace(lmm, sae, layer), choosing, [None])
     wrong = [c for c, right in zip(choosing, first.right[0], strict=True) if c.contradicts and not right]
     good = [c for c, right in zip(choosing, first.right[0], strict=True) if right]
     if not wrong:
         raise ValueError("the model fell into no trap, there is nothing to cure; raise choose_cases")
-    predicted = promising(lmm, sae, layer, wrong[:attributed], max(values) * maxima, scope)
+    predicted = promising(SAEInPlace(lmm, sae, layer), wrong[:attributed], max(values) * maxima, scope)
     elsewhere = {name for kind in names if kind not in text_kinds for name in names[kind]}  # "sad" is a face too
     vocabulary = [name for kind in text_kinds for name in names.get(kind, []) if name not in elsewhere]
     text = text_latents(explanations, vocabulary, text_words)
@@ -150,7 +151,7 @@ if not current:
     settings = trials(list(words.values()), maxima.tolist(), values, together)
     elsewise = (row for row in load_from_disk(root / samples) if row["image"] is not None and row.get("family") != "according")
     limits, kept = Limits(harmed_at_most, spoiled_at_most), own_answers(lmm, islice(elsewise, others_kept_on))
-    best, tests = search(lmm, sae, layer, wrong[:tried_on], good[:kept_on], settings, limits, scope, others=kept, keep_error=keep_error)
+    best, tests = search(SAEInPlace(lmm, sae, layer), wrong[:tried_on], good[:kept_on], settings, limits, scope, others=kept, keep_error=keep_error)
     write_json(
         stage.path("choice.json"),
         {
@@ -192,7 +193,7 @@ plots.agreement(
 
 # %%
 if not current:
-    after = verdicts(lmm, sae, layer, reporting, [None, (), chosen], scope, keep_error=keep_error)
+    after = verdicts(SAEInPlace(lmm, sae, layer), reporting, [None, (), chosen], scope, keep_error=keep_error)
     contradicts = torch.tensor([c.contradicts for c in reporting])
     pictured = (row for row in others if row["image"] is not None and row.get("family") != "according")
     asked = list(islice(pictured, price_questions))
@@ -200,7 +201,7 @@ if not current:
     for batch in (asked[n : n + 24] for n in range(0, len(asked), 24)):
         prompt = lmm.prompt([row["question"] for row in batch], [row["image"] for row in batch])
         said["before"] += lmm.generate(prompt)
-        with steered(lmm, sae, layer, prompt, chosen, scope, keep_error=keep_error):
+        with steered(SAEInPlace(lmm, sae, layer), prompt, chosen, scope, keep_error=keep_error):
             said["after"] += lmm.generate(prompt)
     expected = ["".join(row["answer"].lower().split()) for row in asked]
     right = {when: torch.tensor(["".join(a.lower().split()) == e for a, e in zip(answers, expected, strict=True)]) for when, answers in said.items()}
@@ -255,7 +256,7 @@ plots.shares(report["by_group"]);
 fooled = [c for c, right in zip(reporting, report["before"], strict=True) if c.contradicts and not right]
 case = told_case(str(root / image) if image else "", question, answer, baseline, fooled[0] if fooled else reporting[0])
 told = decision(lmm, case.question, case.image, case.tempting, case.right)
-parts = linear(lmm, sae, layer, told, keep_error=keep_error)
+parts = linear(SAEInPlace(lmm, sae, layer), told, keep_error=keep_error)
 prompt, base = told.prompt, told.prompt.mask("base")[0]
 called = {int(n): row["concept"] for n, row in explanations.items() if row["concept"]} | {int(n): name for n, name in choice["text_latents"].items()}
 print(f"{case.question}   right: {case.right}   answered: {case.tempting if parts.clean > 0 else case.right}, by {abs(parts.clean):.2f} logits")
@@ -286,7 +287,7 @@ HTML(plots.token_html(pieces, parts.of_tokens()[words].tolist()) + "".join(
 # And the cure on this case (Figures 8 and 10):
 
 # %%
-now = verdicts(lmm, sae, layer, [case], [None, (), chosen], scope, keep_error=keep_error)
+now = verdicts(SAEInPlace(lmm, sae, layer), [case], [None, (), chosen], scope, keep_error=keep_error)
 for title, margin, token in zip(("untouched", "SAE spliced in", "clamped"), now.margin[:, 0].tolist(), now.answered[:, 0].tolist(), strict=True):
     print(f"{title:16s} says {lmm.tokenizer.decode(token):6s} margin of the right answer {margin:+.2f}")
 

@@ -19,7 +19,7 @@
 # **You will learn** what a step costs beside the one product that it cannot do without, where the rest of the time goes,
 # and what it takes to measure the libraries against each other.
 #
-# **Reads** `book/benchmarks.json`, `book/cache_opening.json` and `book/products.json`, the last committed measurements.
+# **Reads** `book/benchmarks.json` and `book/cache_opening.json`, the last committed measurements.
 # **Writes** nothing, unless `rerun` is set: then it measures the first again, which takes a quarter of an hour on an idle
 # machine, needs a package registry the first time, and replaces that file. Time: seconds.
 
@@ -125,22 +125,6 @@ for row in (row | {"threads": n} for n in (1, 2) for row in bars(measured["resul
 opened = read_json(project_root() / "book/cache_opening.json")
 print(f"{opened['date']} · {opened['machine']['cpu']} · {opened['latents']:,} latents x top {opened['n_top']} x {opened['patches']} patches, {opened['megabytes']:.0f} MB")
 print(f"cold: median {opened['cold_median']:.1f} ms, highest of {opened['read']} {opened['cold_highest']:.1f} ms, within 5 ms {opened['within_5_ms']:.0%}; warm: median {opened['warm_median']:.2f} ms")
-
-# %% [markdown]
-# ## The linear layers of the models
-#
-# On a processor most of a notebook's time goes into the linear layers of models that are not trained. torch leaves them to
-# its BLAS, MKL on x86. On AMD's with AVX-512 they are computed by oneDNN instead (`lmm_sae_nb.model.frozen`), but for the hidden
-# states that SAEs learn from, which stay what they are to the bit; on others, of which nothing was measured, torch is left
-# alone. In turns, on one thread; on such a processor `python -m lmm_sae_nb.benchmarks.products` measures it anew.
-
-# %%
-products = read_json(project_root() / "book/products.json")
-print(f"{products['date']} · {products['machine']['cpu']}, {products['machine']['vectors']} · torch {products['versions']['torch']}")
-plots.table([
-    {"layer": r["layer"], "rows": r["rows"], "in": r["in"], "out": r["out"], "oneDNN, ms": r["onednn_ms"], "torch, ms": r["torch_ms"], "ratio": r["ratio"]}
-    for r in products["results"]
-], "Median time of a product")  # fmt: skip
 
 # %% [markdown]
 # Limits: one kind of machine and no GPU; random inputs; one chunk of tokens a step; the peers by their Python interface, of

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from lmm_sae_nb.attribute.attribution import Decision, decision, difference, exact, integrated, linear, own_path
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 
 LAYER = 1
@@ -57,7 +58,7 @@ def brute_force(lmm, sae, choice, token, slot, keep_error):
 
 @pytest.mark.parametrize("keep_error", [True, False])
 def test_exact_is_ablation_by_definition(lmm, sae, choice, keep_error):
-    values = exact(lmm, sae, LAYER, choice, keep_error=keep_error, batch=7)
+    values = exact(SAEInPlace(lmm, sae, LAYER), choice, keep_error=keep_error, batch=7)
     mask = choice.prompt.mask("text")[0]
     for token in mask.nonzero()[:3, 0].tolist():
         for slot in range(sae.k):
@@ -70,7 +71,7 @@ def test_exact_is_ablation_by_definition(lmm, sae, choice, keep_error):
 @pytest.mark.parametrize("keep_error", [True, False])
 def test_linear_is_the_derivative_of_scaling_each_latent(lmm, sae, choice, keep_error):
     """A small step of one latent's activation, both ways, moves d by value / activation times the step."""
-    found = linear(lmm, sae, LAYER, choice, keep_error=keep_error)
+    found = linear(SAEInPlace(lmm, sae, LAYER), choice, keep_error=keep_error)
     mask = choice.prompt.mask("text")[0]
 
     def d_with(token, latent, step):
@@ -91,7 +92,7 @@ def test_linear_is_the_derivative_of_scaling_each_latent(lmm, sae, choice, keep_
 
 
 def test_linear_parts_sum_to_the_slope_times_the_state(lmm, sae, choice):
-    found = linear(lmm, sae, LAYER, choice)
+    found = linear(SAEInPlace(lmm, sae, LAYER), choice)
     mask = choice.prompt.mask("text")[0]
     states = lmm.hidden_states(choice.prompt, LAYER)[0].clone().requires_grad_()
     with lmm.spliced(LAYER, lambda hidden: states[None]):
@@ -104,7 +105,7 @@ def test_linear_parts_sum_to_the_slope_times_the_state(lmm, sae, choice):
 
 def test_integrated_gradients_are_complete(lmm, sae, choice):
     """Latents and error sum to d(clean) - d(b_dec alone), the axiom of completeness."""
-    found = integrated(lmm, sae, LAYER, choice, steps=64)
+    found = integrated(SAEInPlace(lmm, sae, LAYER), choice, steps=64)
     mask = choice.prompt.mask("text")[0]
     empty = run_with(lmm, choice, lambda h: torch.where(mask[:, None], sae.b_dec, h[0])[None])
     assert float((found.of_tokens() + found.error).sum()) == pytest.approx(found.clean - empty, abs=2e-3)
@@ -112,26 +113,26 @@ def test_integrated_gradients_are_complete(lmm, sae, choice):
 
 def test_last_layer_decision_is_linear_up_to_the_norm(lmm, sae, choice):
     """At the last layer only the last token can matter."""
-    found = linear(lmm, sae, lmm.n_layers - 1, choice)
+    found = linear(SAEInPlace(lmm, sae, lmm.n_layers - 1), choice)
     assert found.values[:-1].abs().max() < 1e-6
 
 
 def test_subset_and_resume(lmm, sae, choice, tmp_path):
-    whole = exact(lmm, sae, LAYER, choice)
+    whole = exact(SAEInPlace(lmm, sae, LAYER), choice)
     some = torch.zeros_like(whole, dtype=torch.bool)
     some[-4:, :2] = True
     store = tmp_path / "ablations.safetensors"
-    part = exact(lmm, sae, LAYER, choice, some, store=store)
+    part = exact(SAEInPlace(lmm, sae, LAYER), choice, some, store=store)
     assert_close(part[some], whole[some], equal_nan=True)
     assert part[~some].isnan().all()
-    assert_close(exact(lmm, sae, LAYER, choice, store=store), whole, equal_nan=True)
+    assert_close(exact(SAEInPlace(lmm, sae, LAYER), choice, store=store), whole, equal_nan=True)
     other = decision(lmm, "and how ?", None, "y", "n")
     with pytest.raises(ValueError, match="another decision"):
-        exact(lmm, sae, LAYER, other, store=store)
+        exact(SAEInPlace(lmm, sae, LAYER), other, store=store)
 
 
 def test_totals_by_latent_and_map_agree_with_a_loop(lmm, sae, choice):
-    found = linear(lmm, sae, LAYER, choice)
+    found = linear(SAEInPlace(lmm, sae, LAYER), choice)
     latents, totals = found.of_latents()
     by_hand: dict[int, float] = {}
     for token in range(len(found.values)):
@@ -156,10 +157,10 @@ def test_answers_are_single_tokens(lmm):
 def test_a_decision_is_about_one_prompt(lmm, sae):
     two = Decision(lmm.prompt(["why ?", "how ?"]), 5, 6)
     with pytest.raises(ValueError, match="one prompt, not 2"):
-        linear(lmm, sae, LAYER, two)
+        linear(SAEInPlace(lmm, sae, LAYER), two)
 
 
 def test_no_pairs_give_no_values(lmm, sae, choice):
-    none = torch.zeros_like(linear(lmm, sae, LAYER, choice).values, dtype=torch.bool)
-    assert exact(lmm, sae, LAYER, choice, none).isnan().all()
-    assert own_path(lmm, sae, LAYER, choice, none).isnan().all()
+    none = torch.zeros_like(linear(SAEInPlace(lmm, sae, LAYER), choice).values, dtype=torch.bool)
+    assert exact(SAEInPlace(lmm, sae, LAYER), choice, none).isnan().all()
+    assert own_path(SAEInPlace(lmm, sae, LAYER), choice, none).isnan().all()

@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
-from lmm_sae_nb.benchmarks import comparison, products, systems
+from lmm_sae_nb.benchmarks import comparison, systems
 from lmm_sae_nb.benchmarks.comparison import bars, compare, measured
 from lmm_sae_nb.benchmarks.systems import SYSTEMS, Shape
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.files import read_json, write_json
 
@@ -16,7 +17,7 @@ TINY = Shape(64, 32, 256, 8)
 
 
 def test_our_systems_are_measured_in_processes_of_their_own(tmp_path):
-    found = compare(None, [TINY], (1,), warm=1, least=2, budget=0)
+    found = compare(SAEInPlace(None, [TINY], (1,)), warm=1, least=2, budget=0)
     write_json(tmp_path / "benchmarks.json", found)
     assert read_json(tmp_path / "benchmarks.json") == found
     assert [row["system"] for row in found["results"]] == ["ours", "ours, plain torch"]
@@ -27,20 +28,6 @@ def test_our_systems_are_measured_in_processes_of_their_own(tmp_path):
         assert 50 < row["peak_mb"] < 4000
     assert {"cpu", "cores", "vectors", "system", "busy"} == found["machine"].keys()
     assert found["versions"]["torch"] == torch.__version__
-
-
-def test_products_are_measured_both_ways_where_onednn_is_chosen(monkeypatch):
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
-    with pytest.raises(RuntimeError, match="left to torch, and there is nothing to compare"):
-        products.measure()
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(products, "SHAPES", {"Picture World, MLP": (320, 64, 96)})
-    calls = []
-    monkeypatch.setattr(products, "_seconds", lambda layer, x, repeats: calls.append("onednn") or 1e-3)
-    monkeypatch.setattr(products, "_plain_seconds", lambda layer, x, repeats: calls.append("torch") or 2e-3)
-    seen, new = products.measure(turns=3)
-    assert calls == ["onednn"] + ["onednn", "torch"] * 6  # one to warm up, then in turns; of new numbers none to warm
-    assert seen["ratio"] == new["ratio"] == 0.5 and (seen["onednn_ms"], seen["torch_ms"]) == (1, 2)
 
 
 def test_a_child_that_fails_says_why():

@@ -24,6 +24,7 @@ from lmm_sae_nb.cache.resume import Share
 from lmm_sae_nb.cache.top_images import Ranking, firings, merged
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents, TopKSAE, TrainedOn
 from lmm_sae_nb.train.evaluate import evaluate_sae
 
@@ -124,7 +125,7 @@ def test_an_activation_beyond_float16_is_refused():
 
 
 def test_the_pass_equals_one_image_at_a_time(lmm, sae, pictures, dense, tmp_path):
-    cache = cache_activations(lmm, sae, pictures, 0, n_top=3, batch_size=2, folder=tmp_path)
+    cache = cache_activations(SAEInPlace(lmm, sae, 0), pictures, n_top=3, batch_size=2, folder=tmp_path)
     values, order = dense.mean(1).T.sort(dim=1, descending=True, stable=True)
     torch.testing.assert_close(cache.top_means, values[:, :3], atol=1e-5, rtol=1e-4)
     fires = values[:, :3] > 0
@@ -141,7 +142,7 @@ def test_the_pass_equals_one_image_at_a_time(lmm, sae, pictures, dense, tmp_path
     torch.testing.assert_close(cache.patch_map(latent, 0), dense[image, :, latent].view(lmm.grid), atol=1e-2, rtol=1e-2)
     assert (cache.images, cache.grid, cache.layer, cache.skipped) == (7, lmm.grid, 0, {})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["cache.json", "cache.safetensors", "key.json"]
-    maps = activation_maps(lmm, sae, pictures, 0, [latent, 0], batch_size=3)
+    maps = activation_maps(SAEInPlace(lmm, sae, 0), pictures, [latent, 0], batch_size=3)
     np.testing.assert_allclose(maps[image, 0], dense[image, :, latent].view(lmm.grid), atol=1e-4)
     np.testing.assert_allclose(maps[2, 1], dense[2, :, 0].view(lmm.grid), atol=1e-4)
 
@@ -168,13 +169,13 @@ def test_a_forecast_measures_and_counts(lmm, sae, pictures):
 def test_a_cache_that_does_not_fit_the_disk_is_refused(lmm, sae, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(caching.shutil, "disk_usage", lambda path: caching.shutil._ntuple_diskusage(10, 8, 2**16))
     with pytest.raises(OSError, match=r"needs up to 0\.0 GB at .*, 0\.0 GB are free: make room, .*store=None"):
-        cache_activations(lmm, sae, pictures, 0, n_top=5, folder=tmp_path)
+        cache_activations(SAEInPlace(lmm, sae, 0), pictures, n_top=5, folder=tmp_path)
     assert not (tmp_path / "cache.safetensors").exists()
 
 
 def test_an_sae_of_another_width_is_refused(lmm, pictures, tmp_path):
     with pytest.raises(ValueError, match=f"width {lmm.width + 1}.*width {lmm.width}"):
-        cache_activations(lmm, TopKSAE(lmm.width + 1, 8, 2), pictures, 0, folder=tmp_path)
+        cache_activations(SAEInPlace(lmm, TopKSAE(lmm.width + 1, 8, 2), 0), pictures, folder=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -185,10 +186,10 @@ def test_an_sae_of_another_layer_or_model_is_refused(lmm, sae, pictures, tmp_pat
     other = LMM(*make("picture_world", seed=7))
     rows = [{"image": None, "question": "what ?", "answer": "that"}]
     for call in (
-        lambda lmm, layer: cache_activations(lmm, told, pictures, layer, folder=tmp_path),
+        lambda lmm, layer: cache_activations(SAEInPlace(lmm, told, layer), pictures, folder=tmp_path),
         lambda lmm, layer: forecast(lmm, told, pictures, layer),
-        lambda lmm, layer: activation_maps(lmm, told, pictures, layer, [0]),
-        lambda lmm, layer: evaluate_sae(lmm, told, rows, layer),
+        lambda lmm, layer: activation_maps(SAEInPlace(lmm, told, layer), pictures, [0]),
+        lambda lmm, layer: evaluate_sae(SAEInPlace(lmm, told, layer), rows),
     ):
         with pytest.raises(ValueError, match="trained on layer 0, not 1; give that layer"):
             call(lmm, 1)
@@ -205,29 +206,31 @@ WRONG = {"n_top": 0}, {"batch_size": 0}, {"store": "bfloat16"}, {"unreadable": "
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: next(iter(wrong)))
 def test_an_argument_that_means_nothing_is_refused(lmm, sae, pictures, tmp_path, wrong):
     with pytest.raises(ValueError, match="give at least one of each|unreadable is 'refuse' or 'skip'"):
-        cache_activations(lmm, sae, pictures, 0, folder=tmp_path, **wrong)
+        cache_activations(SAEInPlace(lmm, sae, 0), pictures, folder=tmp_path, **wrong)
     assert not list(tmp_path.iterdir())
 
 
 def test_nothing_to_rank_is_refused(lmm, sae, tmp_path):
     with pytest.raises(ValueError, match="0 images"):
-        cache_activations(lmm, sae, [], 0, folder=tmp_path)
+        cache_activations(SAEInPlace(lmm, sae, 0), [], folder=tmp_path)
 
 
 def test_images_of_different_sizes_are_refused(tmp_path):
     lmm = LMM(*make("qwen2_5_vl"))
     with pytest.raises(ValueError, match=r"images have \[\d+, \d+\] base tokens"):
         cache_activations(
-            lmm, TopKSAE(lmm.width, 8, 2), [noise(60, 60), noise(300, 60)], 0, batch_size=1, folder=tmp_path
+            SAEInPlace(lmm, TopKSAE(lmm.width, 8, 2), 0), [noise(60, 60), noise(300, 60)], batch_size=1, folder=tmp_path
         )
     lmm.image_size = (112, 84)  # as the error says
-    cache = cache_activations(lmm, TopKSAE(lmm.width, 8, 2), [noise(60, 60), noise(300, 60)], 0, folder=tmp_path)
+    cache = cache_activations(
+        SAEInPlace(lmm, TopKSAE(lmm.width, 8, 2), 0), [noise(60, 60), noise(300, 60)], folder=tmp_path
+    )
     assert cache.patch_map(int(cache.frequency.argmax()), 0).shape == lmm.grid == (3, 4)
 
 
 def test_a_model_without_a_grid_has_means_but_no_maps(tmp_path):
     lmm = LMM(*make("instructblip"))
-    cache = cache_activations(lmm, TopKSAE(lmm.width, 8, 2), [noise(), noise(seed=1)], 0, folder=tmp_path)
+    cache = cache_activations(SAEInPlace(lmm, TopKSAE(lmm.width, 8, 2), 0), [noise(), noise(seed=1)], folder=tmp_path)
     assert cache.grid is None
     assert cache.live.any()
     with pytest.raises(NoPatchGrid, match="mean activations"):
@@ -242,7 +245,7 @@ def test_the_store_holds_every_activation_by_image_and_by_latent(
     lmm, sae, pictures, dense, tmp_path, monkeypatch, value
 ):
     monkeypatch.setattr("lmm_sae_nb.cache.sparse_store.PART", 4000)  # several files
-    cache = cache_activations(lmm, sae, pictures, 0, batch_size=2, folder=tmp_path, store=value)
+    cache = cache_activations(SAEInPlace(lmm, sae, 0), pictures, batch_size=2, folder=tmp_path, store=value)
     assert len(list((tmp_path / "store").iterdir())) > 1
     tolerance = {"atol": 1e-3, "rtol": 1e-2} if value == "float16" else {"atol": 1e-4, "rtol": 1e-4}
     for number in (0, 4, 6):
@@ -259,9 +262,9 @@ def test_the_store_holds_every_activation_by_image_and_by_latent(
 
 
 def test_a_cache_without_a_store_says_how_to_make_one(lmm, sae, pictures, tmp_path):
-    cache_activations(lmm, sae, pictures[:2], 0, folder=tmp_path, store="float16")
+    cache_activations(SAEInPlace(lmm, sae, 0), pictures[:2], folder=tmp_path, store="float16")
     assert (tmp_path / "store").is_dir()
-    cache = cache_activations(lmm, sae, pictures[:2], 0, folder=tmp_path)
+    cache = cache_activations(SAEInPlace(lmm, sae, 0), pictures[:2], folder=tmp_path)
     assert not (tmp_path / "store").exists()
     with pytest.raises(FileNotFoundError, match="store='float16'"):
         _ = cache.store

@@ -15,9 +15,10 @@ from lmm_sae_nb.cache.activations import cache_activations
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.cache.resume import shares_in, told_by
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 
-SETTINGS = {"layer": 0, "n_top": 3, "batch_size": 2, "store": "float32"}
+SETTINGS = {"n_top": 3, "batch_size": 2, "store": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def given():
     lmm = LMM(*make("picture_world"))
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((192, 192)) for _ in range(13)]
-    return lmm, TopKSAE(lmm.width, 64, 4, generator=torch.Generator().manual_seed(1)), pictures
+    return SAEInPlace(lmm, TopKSAE(lmm.width, 64, 4, generator=torch.Generator().manual_seed(1)), 0), pictures
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,11 @@ from lmm_sae_nb.cache.activations import cache_activations
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.cache.resume import shares_in, told_by
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.images import open_images
 
-SETTINGS = {"layer": 0, "n_top": 3, "batch_size": 2, "store": "float16", "unreadable": "skip"}
+SETTINGS = {"n_top": 3, "batch_size": 2, "store": "float16", "unreadable": "skip"}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_a_pass_killed_again_and_again_ends_with_the_same_bytes(lmm, sae, pictur
     monkeypatch.setattr("lmm_sae_nb.cache.sparse_store.PART", 6000)  # a file of the store every few images
     images, folder = open_images(pictures), tmp_path / "cache"
     began = time.monotonic()
-    cache_activations(lmm, sae, images, **SETTINGS, folder=tmp_path / "whole", save_every=0)
+    cache_activations(SAEInPlace(lmm, sae, 0), images, **SETTINGS, folder=tmp_path / "whole", save_every=0)
     seconds, rng, done, kills = time.monotonic() - began, random.Random(0), [0], 0
     while kills < 20 or max(done) < 4:
         kills, seconds = kills + 1, seconds * 1.02  # the machine may have become slower
@@ -81,7 +82,7 @@ def test_a_pass_killed_again_and_again_ends_with_the_same_bytes(lmm, sae, pictur
     (folder / ".partial").mkdir(parents=True, exist_ok=True)
     for half_written in (folder / ".cache.safetensors.0.tmp", folder / ".partial" / ".00000.safetensors.0.tmp"):
         half_written.write_bytes(b"cut")
-    cache_activations(lmm, sae, images, **SETTINGS, folder=folder)
+    cache_activations(SAEInPlace(lmm, sae, 0), images, **SETTINGS, folder=folder)
     assert contents(folder) == contents(tmp_path / "whole")
 
 
@@ -89,7 +90,7 @@ def test_a_kill_at_each_write_changes_nothing(lmm, sae, pictures, tmp_path, monk
     """Every rename of the pass in turn is the last thing that happens: a stop before it, and one after it."""
     monkeypatch.setattr("lmm_sae_nb.cache.sparse_store.PART", 6000)
     images = open_images(pictures)
-    cache_activations(lmm, sae, images, **SETTINGS, folder=tmp_path / "whole")
+    cache_activations(SAEInPlace(lmm, sae, 0), images, **SETTINGS, folder=tmp_path / "whole")
     expected, replace = contents(tmp_path / "whole"), Path.replace
 
     class Cut(BaseException):
@@ -98,7 +99,7 @@ def test_a_kill_at_each_write_changes_nothing(lmm, sae, pictures, tmp_path, monk
     total, count = [], lambda self, target: total.append(target) or replace(self, target)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", count)
-        cache_activations(lmm, sae, images, **SETTINGS, folder=tmp_path / "counted", save_every=0)
+        cache_activations(SAEInPlace(lmm, sae, 0), images, **SETTINGS, folder=tmp_path / "counted", save_every=0)
     for after in (False, True):
         for stop_at in (1, 2, len(total) // 2, *range(len(total) - 4, len(total) + 1)):
             folder, writes = tmp_path / f"{stop_at}{after}", []
@@ -114,11 +115,11 @@ def test_a_kill_at_each_write_changes_nothing(lmm, sae, pictures, tmp_path, monk
             with monkeypatch.context() as patch:
                 patch.setattr(Path, "replace", cut)
                 try:
-                    cache_activations(lmm, sae, images, **SETTINGS, folder=folder, save_every=0)
+                    cache_activations(SAEInPlace(lmm, sae, 0), images, **SETTINGS, folder=folder, save_every=0)
                     raise AssertionError(f"write {stop_at} never came")
                 except Cut:
                     pass
-            cache_activations(lmm, sae, images, **SETTINGS, folder=folder)
+            cache_activations(SAEInPlace(lmm, sae, 0), images, **SETTINGS, folder=folder)
             assert contents(folder) == expected, (stop_at, after, writes)
 
 
@@ -135,8 +136,8 @@ def test_it_goes_on_where_it_was(lmm, sae, pictures, tmp_path, monkeypatch):
 
     monkeypatch.setattr(activations, "_encode", stop_in_the_middle)
     with pytest.raises(KeyboardInterrupt):
-        cache_activations(lmm, sae, images, **SETTINGS, folder=tmp_path / "c", save_every=0)
-    cache_activations(lmm, sae, images, **SETTINGS, folder=tmp_path / "c")
+        cache_activations(SAEInPlace(lmm, sae, 0), images, **SETTINGS, folder=tmp_path / "c", save_every=0)
+    cache_activations(SAEInPlace(lmm, sae, 0), images, **SETTINGS, folder=tmp_path / "c")
     assert seen == [*range(5), 5, *range(5, 8)]
 
 
@@ -144,13 +145,14 @@ def test_it_goes_on_where_it_was(lmm, sae, pictures, tmp_path, monkeypatch):
 def test_another_pass_does_not_go_on_from_this_one(lmm, sae, pictures, tmp_path, changed):
     images, folder = open_images(pictures), tmp_path / "c"
     cut_short(lmm, sae, images, folder)
-    given = {"lmm": lmm, "sae": sae, "images": images, **SETTINGS}
+    given = {"place": SAEInPlace(lmm, sae, 0), "images": images, **SETTINGS}
     if changed == "sae":
-        given["sae"] = TopKSAE(lmm.width, 64, 4, generator=torch.Generator().manual_seed(2))
+        other = TopKSAE(lmm.width, 64, 4, generator=torch.Generator().manual_seed(2))
+        given["place"] = SAEInPlace(lmm, other, 0)
     elif changed == "images":
         (pictures / "05.png").write_bytes((pictures / "06.png").read_bytes())
     elif changed == "model":
-        given["lmm"] = LMM(*make("picture_world", seed=1))
+        given["place"] = SAEInPlace(LMM(*make("picture_world", seed=1)), sae, 0)
     else:
         given["n_top"] = 2
     cache_activations(**given, folder=folder)
@@ -161,8 +163,8 @@ def test_another_pass_does_not_go_on_from_this_one(lmm, sae, pictures, tmp_path,
 def test_what_cannot_be_read_is_refused_or_skipped_by_name(lmm, sae, pictures, tmp_path):
     images = open_images(pictures)
     with pytest.raises(ValueError, match=r"05\.png is not a readable image"):
-        cache_activations(lmm, sae, images, **SETTINGS | {"unreadable": "refuse"}, folder=tmp_path / "c")
-    cache = cache_activations(lmm, sae, images, **SETTINGS, folder=tmp_path / "c")
+        cache_activations(SAEInPlace(lmm, sae, 0), images, **SETTINGS | {"unreadable": "refuse"}, folder=tmp_path / "c")
+    cache = cache_activations(SAEInPlace(lmm, sae, 0), images, **SETTINGS, folder=tmp_path / "c")
     assert list(cache.skipped) == [5, 11]
     assert "05.png" in cache.skipped[5]
     assert "05.png" in (tmp_path / "c" / "cache.json").read_text()
@@ -171,7 +173,10 @@ def test_what_cannot_be_read_is_refused_or_skipped_by_name(lmm, sae, pictures, t
     # Numbers are still those of the source.
     latent = int(cache.top_means[:, 0].argmax())
     alone = cache_activations(
-        lmm, sae, [images[int(cache.top_images[latent, 0])]], **SETTINGS | {"n_top": 1}, folder=tmp_path / "one"
+        SAEInPlace(lmm, sae, 0),
+        [images[int(cache.top_images[latent, 0])]],
+        **SETTINGS | {"n_top": 1},
+        folder=tmp_path / "one",
     )
     torch.testing.assert_close(alone.top_means[latent, 0], cache.top_means[latent, 0], rtol=1e-4, atol=1e-5)
 
@@ -180,17 +185,17 @@ def test_nothing_readable_is_refused(lmm, sae, tmp_path):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "a.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"no image could be read, 1 were skipped.*a\.png"):
-        cache_activations(lmm, sae, open_images(tmp_path / "p"), **SETTINGS, folder=tmp_path / "c")
+        cache_activations(SAEInPlace(lmm, sae, 0), open_images(tmp_path / "p"), **SETTINGS, folder=tmp_path / "c")
 
 
 def test_a_stream_is_cached_as_what_it_streams_is(lmm, sae, pictures, tmp_path):
     files = sorted(pictures.iterdir())
     table = datasets.Dataset.from_dict({"image": [{"bytes": file.read_bytes(), "path": file.name} for file in files]})
     table = table.cast_column("image", datasets.Image())
-    local = cache_activations(lmm, sae, open_images(table), **SETTINGS, folder=tmp_path / "local")
+    local = cache_activations(SAEInPlace(lmm, sae, 0), open_images(table), **SETTINGS, folder=tmp_path / "local")
     stream = open_images(table.to_iterable_dataset())
     cut_short(lmm, sae, stream, tmp_path / "s")
-    streamed = cache_activations(lmm, sae, stream, **SETTINGS, folder=tmp_path / "s")
+    streamed = cache_activations(SAEInPlace(lmm, sae, 0), stream, **SETTINGS, folder=tmp_path / "s")
     assert (local.images, local.skipped) == (streamed.images, streamed.skipped)
     one, other = contents(tmp_path / "local"), contents(tmp_path / "s")
     assert one.pop("key.json") != other.pop("key.json")  # it tells where the images came from

@@ -9,6 +9,7 @@ from PIL import Image
 from lmm_sae_nb.cache import activations, encode_images
 from lmm_sae_nb.cache.activations import cache_activations, cache_several
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE, TrainedOn
 from lmm_sae_nb.train.evaluate import evaluate_sae
 
@@ -39,7 +40,7 @@ def test_each_cache_is_that_of_its_sae_alone(family, pictures, tmp_path):
     lmm = LMM(*make(family))
     found = cache_several(lmm, saes(lmm), pictures, folder=tmp_path / "several", **SETTINGS)
     for name, (sae, layer) in saes(lmm).items():
-        cache_activations(lmm, sae, pictures, layer, folder=tmp_path / name, **SETTINGS)
+        cache_activations(SAEInPlace(lmm, sae, layer), pictures, folder=tmp_path / name, **SETTINGS)
         assert contents(tmp_path / "several" / name) == contents(tmp_path / name)
         assert (found[name].layer, found[name].n_latents) == (layer, sae.n_latents)
     assert not list(tmp_path.rglob(".partial"))
@@ -71,7 +72,7 @@ def test_the_model_runs_once_for_all_and_a_pass_goes_on_for_those_that_are_behin
         (3, sorted(studied)),
     ]
     for name, (sae, layer) in studied.items():
-        cache_activations(lmm, sae, pictures, layer, folder=tmp_path / name, **SETTINGS)
+        cache_activations(SAEInPlace(lmm, sae, layer), pictures, folder=tmp_path / name, **SETTINGS)
         assert contents(tmp_path / "several" / name) == contents(tmp_path / name)
 
 
@@ -79,7 +80,7 @@ def test_the_images_of_a_model_without_a_grid_are_ranked_by_the_mean_over_its_qu
     lmm = LMM(*make("instructblip"))
     images = [noise(seed=seed) for seed in range(5)]
     sae, layer = saes(lmm)["high"]
-    cache = cache_activations(lmm, sae, images, layer, folder=tmp_path, **SETTINGS)
+    cache = cache_activations(SAEInPlace(lmm, sae, layer), images, folder=tmp_path, **SETTINGS)
     means = []
     for image in images:
         prompt = lmm.prompt("", image)
@@ -138,9 +139,9 @@ def test_an_sae_of_another_model_or_layer_is_refused(pictures, tmp_path):
     sae.trained_on = TrainedOn(layer, lmm.fingerprint(layer))
     other = LMM(*make("picture_world", seed=1))
     with pytest.raises(ValueError, match="was trained on layer 0, not 1; give that layer"):
-        cache_activations(lmm, sae, pictures, 1, folder=tmp_path)
+        cache_activations(SAEInPlace(lmm, sae, 1), pictures, folder=tmp_path)
     with pytest.raises(ValueError, match="was trained on another model than .*load the one that it was trained on"):
-        cache_activations(other, sae, pictures, 0, folder=tmp_path)
+        cache_activations(SAEInPlace(other, sae, 0), pictures, folder=tmp_path)
     rows = [{"image": pictures[0], "question": "what ?", "answer": "that"}]
     with pytest.raises(ValueError, match="was trained on another model"):
-        evaluate_sae(other, sae, rows, 0)
+        evaluate_sae(SAEInPlace(other, sae, 0), rows)

@@ -14,6 +14,7 @@ from PIL import Image
 from book import features
 from lmm_sae_nb.cache.activations import cache_activations
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show.latent_table import Catalogue
 from lmm_sae_nb.show.thumbnails import GAP, encoded, heated, histogram_svg, sheet
@@ -36,7 +37,7 @@ def made(tmp_path_factory):
     pictures = [noise(40, 30, seed) for seed in range(3)]
     folder = tmp_path_factory.mktemp("caches")
     caches = [
-        cache_activations(lmm, sae, pictures, 1, n_top=2, folder=folder / str(store), store=store)
+        cache_activations(SAEInPlace(lmm, sae, 1), pictures, n_top=2, folder=folder / str(store), store=store)
         for store in (None, "float32")
     ]
     return pictures, caches

@@ -13,6 +13,7 @@ from lmm_sae_nb.hallucination.search import Limits, kept, search, trials, verdic
 from lmm_sae_nb.hallucination.text_latents import of_words, promising, shown_text, text_latents
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.pictureworld.world.scenes import VALIDATION, make_scene
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.steer.steering import Edit, Scope, steered
 
@@ -41,7 +42,7 @@ CASES = [
 def test_side_by_side_verdicts_are_those_of_one_run_each(lmm, sae, keep_error):
     settings = [None, (), (Edit(3, 4.0),), (Edit(5, 2.0), Edit(7, 0.0))]
     scope = Scope(("text",))
-    found = verdicts(lmm, sae, LAYER, CASES, settings, scope, keep_error=keep_error, at_once=3)
+    found = verdicts(SAEInPlace(lmm, sae, LAYER), CASES, settings, scope, keep_error=keep_error, at_once=3)
     for n, case in enumerate(CASES):
         choice = decision(lmm, case.question, case.image, case.right, case.tempting)
         for s, edits in enumerate(settings):
@@ -49,7 +50,7 @@ def test_side_by_side_verdicts_are_those_of_one_run_each(lmm, sae, keep_error):
                 if edits is None:
                     logits = lmm.last_logits(choice.prompt)[0]
                 else:
-                    with steered(lmm, sae, LAYER, choice.prompt, edits, scope, keep_error=keep_error):
+                    with steered(SAEInPlace(lmm, sae, LAYER), choice.prompt, edits, scope, keep_error=keep_error):
                         logits = lmm.last_logits(choice.prompt)[0]
             assert_close(found.margin[s, n], logits[choice.answer] - logits[choice.baseline], atol=1e-5, rtol=1e-4)
             assert int(found.answered[s, n]) == int(logits.argmax())
@@ -57,8 +58,8 @@ def test_side_by_side_verdicts_are_those_of_one_run_each(lmm, sae, keep_error):
 
 
 def test_settings_that_change_nothing_are_answered_as_the_first(lmm, sae):
-    alone = verdicts(lmm, sae, LAYER, CASES, [None])
-    nothing = verdicts(lmm, sae, LAYER, CASES, [None, (), (Edit(3, 0.0, "add"),)], keep_error=True)
+    alone = verdicts(SAEInPlace(lmm, sae, LAYER), CASES, [None])
+    nothing = verdicts(SAEInPlace(lmm, sae, LAYER), CASES, [None, (), (Edit(3, 0.0, "add"),)], keep_error=True)
     for margin in nothing.margin:
         assert_close(margin, alone.margin[0], atol=1e-5, rtol=1e-4)
 
@@ -68,8 +69,10 @@ def test_promising_is_the_mean_of_clamping_within_scope(lmm, sae):
     total = 0
     for case in CASES:
         choice = decision(lmm, case.question, case.image, case.right, case.tempting)
-        total = total + clamping(lmm, sae, LAYER, choice, values, choice.prompt.mask("text")[0]) / len(CASES)
-    assert_close(promising(lmm, sae, LAYER, CASES, values, scope), total)
+        total = total + clamping(SAEInPlace(lmm, sae, LAYER), choice, values, choice.prompt.mask("text")[0]) / len(
+            CASES
+        )
+    assert_close(promising(SAEInPlace(lmm, sae, LAYER), CASES, values, scope), total)
 
 
 ROWS = [
@@ -104,7 +107,7 @@ def test_a_case_of_ones_own_is_given_whole(tmp_path):
 
 def test_an_answer_of_two_tokens_is_refused(lmm, sae):
     with pytest.raises(ValueError, match="not one token"):
-        verdicts(lmm, sae, LAYER, [Case(noise(), "why ?", "yes", "n", True)], [None])
+        verdicts(SAEInPlace(lmm, sae, LAYER), [Case(noise(), "why ?", "yes", "n", True)], [None])
 
 
 def test_text_latents_are_those_named_after_text():
@@ -153,7 +156,7 @@ def told(lmm, sae, cases, edits, scope):
     margins, right = [], []
     for case in cases:
         choice = decision(lmm, case.question, case.image, case.right, case.tempting)
-        with torch.no_grad(), steered(lmm, sae, LAYER, choice.prompt, edits, scope, keep_error=True):
+        with torch.no_grad(), steered(SAEInPlace(lmm, sae, LAYER), choice.prompt, edits, scope, keep_error=True):
             logits = lmm.last_logits(choice.prompt)[0]
         margins.append(float(logits[choice.answer] - logits[choice.baseline]))
         right.append(int(logits.argmax()) == choice.answer)
@@ -167,11 +170,11 @@ def test_the_search_takes_what_cures_most_within_the_harm_allowed(lmm, sae, harm
     settings = [(), *((Edit(n, value),) for value in (0.5, 30.0) for n in range(5))]
     questions = "why ?", "how ?", "and how is it so ?", "a b c d e f g h ?"
     good = [Case(noise(40, 40, n), question, "y", "n", False) for n, question in enumerate(questions)]
-    answers = verdicts(lmm, sae, LAYER, good[:1], settings, scope).answered[:, 0].tolist()
+    answers = verdicts(SAEInPlace(lmm, sae, LAYER), good[:1], settings, scope).answered[:, 0].tolist()
     words = [word for word in map(lmm.tokenizer.decode, sorted(set(answers))) if word.isascii() and word.isalnum()]
     wrong = [Case(noise(40, 40, n), "why ?", word, "y", True) for n, word in enumerate(words * 2) if word != "y"]
     assert len(wrong) > 2
-    best, tried = search(lmm, sae, LAYER, wrong, good, settings, Limits(harmed_at_most), scope, at_once=2)
+    best, tried = search(SAEInPlace(lmm, sae, LAYER), wrong, good, settings, Limits(harmed_at_most), scope, at_once=2)
     by_hand = {}
     for edits in settings:
         margins, right = told(lmm, sae, wrong, edits, scope)
@@ -206,22 +209,24 @@ def test_an_answer_is_kept_if_it_would_be_given_again(embedded):
     asked, scope = own_answers(lmm, rows, batch=3), Scope(("base", "tiles"))
     assert [one.answer for one in asked] == [lmm.generate(lmm.prompt(row["question"], row["image"]))[0] for row in rows]
     settings = [None, (), *((Edit(n, value),) for n in (1, 2) for value in (10.0, 200.0, 1000.0))]
-    found = kept(lmm, sae, LAYER, asked, settings, scope)
+    found = kept(SAEInPlace(lmm, sae, LAYER), asked, settings, scope)
     for edits, row in zip(settings, found.tolist(), strict=True):
         for one, same in zip(asked, row, strict=True):
             prompt = lmm.prompt(one.question, one.image)
-            with steered(lmm, sae, LAYER, prompt, edits or (), scope, keep_error=True):
+            with steered(SAEInPlace(lmm, sae, LAYER), prompt, edits or (), scope, keep_error=True):
                 assert (lmm.generate(prompt) == [one.answer]) == same, (edits, one.question)
     assert found[:2].all() and not found[2:].all()
     spoiled = (~found[1:]).float().mean(1).tolist()
     cases = [Case(scene.image, "is there a dog ?", word, "dog", True) for scene in scenes for word in ("yes", "no")]
-    best, tried = search(lmm, sae, LAYER, cases, cases, settings[1:], Limits(1.0, 0.3), scope, others=asked, at_once=1)
+    best, tried = search(
+        SAEInPlace(lmm, sae, LAYER), cases, cases, settings[1:], Limits(1.0, 0.3), scope, others=asked, at_once=1
+    )
     assert all(one.spoiled in (None, pytest.approx(share)) for one, share in zip(tried, spoiled, strict=True))
     assert spoiled[[one.edits for one in tried].index(best)] <= 0.3
 
 
 def test_a_search_needs_something_to_cure_and_something_to_keep(lmm, sae):
     with pytest.raises(ValueError, match="0 wrong answers to cure, 2 right"):
-        search(lmm, sae, LAYER, [], CASES, [()], Limits(0.1))
+        search(SAEInPlace(lmm, sae, LAYER), [], CASES, [()], Limits(0.1))
     with pytest.raises(ValueError, match="the first setting is"):
-        search(lmm, sae, LAYER, CASES, CASES, [(Edit(1, 1.0),)], Limits(0.1))
+        search(SAEInPlace(lmm, sae, LAYER), CASES, CASES, [(Edit(1, 1.0),)], Limits(0.1))

@@ -9,6 +9,7 @@ from lmm_sae_nb.attribute.agreement import agreement, cost, own_decision, some_p
 from lmm_sae_nb.attribute.attribution import Attribution, Decision, clamping, exact, linear, own_path
 from lmm_sae_nb.benchmarks.ablations import keep, measure, summary
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents, TopKSAE
 from lmm_sae_nb.support.files import read_json
 
@@ -35,10 +36,10 @@ def few(parts: Attribution, mask, each: int = 2) -> torch.Tensor:
 
 def test_running_again_from_a_token_is_running_all_of_it(case):
     lmm, sae, choice = case
-    parts = linear(lmm, sae, LAYER, choice)
+    parts = linear(SAEInPlace(lmm, sae, LAYER), choice)
     mask = choice.prompt.mask(*KINDS)[0]
     pairs = few(parts, mask)
-    found = exact(lmm, sae, LAYER, choice, pairs, batch=1)
+    found = exact(SAEInPlace(lmm, sae, LAYER), choice, pairs, batch=1)
     states = lmm.hidden_states(choice.prompt, LAYER)[0]
 
     def d(states):
@@ -55,9 +56,9 @@ def test_running_again_from_a_token_is_running_all_of_it(case):
 
 def test_own_path_comes_to_ablation(case):
     lmm, sae, choice = case
-    pairs = few(linear(lmm, sae, LAYER, choice), choice.prompt.mask(*KINDS)[0])
-    true = exact(lmm, sae, LAYER, choice, pairs)[pairs]
-    found = own_path(lmm, sae, LAYER, choice, pairs, steps=24, batch=3)[pairs]
+    pairs = few(linear(SAEInPlace(lmm, sae, LAYER), choice), choice.prompt.mask(*KINDS)[0])
+    true = exact(SAEInPlace(lmm, sae, LAYER), choice, pairs)[pairs]
+    found = own_path(SAEInPlace(lmm, sae, LAYER), choice, pairs, steps=24, batch=3)[pairs]
     assert_close(found, true, atol=2e-3 * float(true.abs().max()) + 5e-5, rtol=1e-2)
 
 
@@ -98,7 +99,7 @@ def test_some_pairs_are_active_and_repeat_with_the_generator():
 def test_cost_is_of_both_and_their_ratio():
     lmm = LMM(*make("picture_world"))
     sae = TopKSAE(lmm.width, 30, 4).requires_grad_(False)
-    told = cost(lmm, sae, LAYER, own_decision(lmm, "why ?", noise()), repetitions=2)
+    told = cost(SAEInPlace(lmm, sae, LAYER), own_decision(lmm, "why ?", noise()), repetitions=2)
     assert told["cost_ratio"] == told["linear_seconds"] / told["forward_seconds"] > 0
 
 
@@ -117,12 +118,14 @@ def test_clamping_adds_up_values_less_activations_times_the_slope():
     (slope,) = torch.autograd.grad(logits[choice.answer] - logits[choice.baseline], z)
     values = torch.linspace(0, 3, 30)
     change = (values - z.detach()) * slope
-    assert_close(clamping(lmm, sae, LAYER, choice, values), change.sum(0), atol=1e-4, rtol=1e-3)
+    assert_close(clamping(SAEInPlace(lmm, sae, LAYER), choice, values), change.sum(0), atol=1e-4, rtol=1e-3)
     text = choice.prompt.mask("text")[0]
-    assert_close(clamping(lmm, sae, LAYER, choice, values, text), change[text[mask]].sum(0), atol=1e-4, rtol=1e-3)
+    assert_close(
+        clamping(SAEInPlace(lmm, sae, LAYER), choice, values, text), change[text[mask]].sum(0), atol=1e-4, rtol=1e-3
+    )
     for wrong in (values[:4], values / 0):
         with pytest.raises(ValueError, match="give a finite one for each of 30 latents"):
-            clamping(lmm, sae, LAYER, choice, wrong)
+            clamping(SAEInPlace(lmm, sae, LAYER), choice, wrong)
 
 
 def test_every_pair_is_measured_once_and_read_the_next_time(tmp_path):
@@ -131,7 +134,7 @@ def test_every_pair_is_measured_once_and_read_the_next_time(tmp_path):
     sample = {"question": "what is it ?", "image": None, "seed": 7}
     row = measure(lmm, sae, LAYER, sample, tmp_path / "0")
     choice = own_decision(lmm, "what is it ?", None)
-    parts, true = linear(lmm, sae, LAYER, choice), exact(lmm, sae, LAYER, choice)
+    parts, true = linear(SAEInPlace(lmm, sae, LAYER), choice), exact(SAEInPlace(lmm, sae, LAYER), choice)
     expected = agreement(true, parts.values)
     assert row["pairs"] == int((parts.latents.acts > 0).sum()) == int(true.isfinite().sum())
     assert (row["spearman_linear"], row["sign_linear"]) == pytest.approx(expected[:2], abs=1e-3)

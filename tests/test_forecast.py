@@ -28,6 +28,7 @@ from lmm_sae_nb.full_scale.costs import (
 )
 from lmm_sae_nb.full_scale.geometry_twin import geometry_twin, narrow, noise, run_twin
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.train.training import Recipe, train_saes
 
@@ -152,7 +153,7 @@ def test_flops_of_an_attribution_are_those_that_torch_counts(layer):
     sae = TopKSAE(lmm.width, 64, 4).requires_grad_(False)
     choice = decision(lmm, "what is shown ?", noise([(640, 480)])[0], "y", "n")
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        linear(lmm, sae, layer, choice)
+        linear(SAEInPlace(lmm, sae, layer), choice)
     text = int(choice.prompt.mask("text", "special").sum())
     cost = full_scale_costs.attribute_cost(
         lmm.model, layer, 64, 4, 1, assumed=Assumed(image=(640, 480), text_tokens=text)

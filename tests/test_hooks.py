@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lmm_sae_nb.model import hooks
 
@@ -147,81 +144,8 @@ def test_an_outer_stop_passes_through_an_inner_one(stack):
     assert n_hooks(stack) == 0
 
 
-@pytest.mark.parametrize(
-    "verb", [hooks.read, hooks.stop, hooks.distinct, lambda module: hooks.rewrite(module, lambda hidden: hidden)]
-)
+@pytest.mark.parametrize("verb", [hooks.read, hooks.stop, lambda module: hooks.rewrite(module, lambda hidden: hidden)])
 def test_hooks_go_after_an_error(stack, verb):
     with pytest.raises(RuntimeError, match="elsewhere"), verb(stack.layers[1]):
         raise RuntimeError("elsewhere")
     assert n_hooks(stack) == 0
-
-
-class Encoder(nn.Module):
-    """Counts the pictures that it sees, and puts out what only each one's own numbers can give."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def forward(self, pixel_values, other=None, as_tuple=False, as_one_row=False):
-        self.seen.append(len(pixel_values))
-        if as_one_row:
-            return [pixel_values.flatten()[None]]
-        states = pixel_values.flatten(2).transpose(1, 2) * 2
-        if as_tuple:
-            return states, "attention", None
-        seen = {"last_hidden_state": states, "pooler_output": states.sum(1), "hidden_states": (states, states + 1)}
-        return BaseModelOutputWithPooling(**seen)
-
-
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=8))
-def test_equal_pictures_are_seen_once_and_each_gets_its_own(numbers):
-    pictures = torch.randn(4, 3, 2, 5, generator=torch.Generator().manual_seed(0))[numbers]
-    encoder, plain = Encoder(), Encoder()
-    with hooks.distinct(encoder):
-        found, again = encoder(pictures), encoder(pixel_values=pictures, as_tuple=True)
-    assert encoder.seen == 2 * [len(set(numbers))]
-    wanted = plain(pictures)
-    for name in ("last_hidden_state", "pooler_output"):
-        assert torch.equal(found[name], wanted[name])
-    assert all(map(torch.equal, found.hidden_states, wanted.hidden_states))
-    assert torch.equal(again[0], wanted.last_hidden_state)
-    assert again[1:] == ("attention", None)
-
-
-def test_pictures_that_differ_in_one_number_are_both_seen():
-    pictures = torch.zeros(2, 3, 64, 64)
-    pictures[1, 2, 63, 62] = 1e-7
-    encoder = Encoder()
-    with hooks.distinct(encoder):
-        assert torch.equal(encoder(pictures).last_hidden_state, Encoder()(pictures).last_hidden_state)
-    assert encoder.seen == [2]
-
-
-def test_who_listens_too_gets_a_row_for_each_picture():
-    encoder, pictures, heard = Encoder(), torch.zeros(3, 1, 2, 2), []
-    handle = encoder.register_forward_hook(lambda module, args, output: heard.append(len(output.last_hidden_state)))
-    with hooks.distinct(encoder):
-        encoder(pictures)
-    handle.remove()
-    assert (encoder.seen, heard) == ([1], [3])
-
-
-def test_an_output_without_a_row_for_each_picture_is_refused():
-    encoder = Encoder()
-    refused = pytest.raises(ValueError, match=r"saw 2 different pictures and put out \(1, 8\)")
-    with refused, hooks.distinct(encoder):
-        encoder(torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2), torch.ones(1, 2, 2)]), as_one_row=True)
-    assert not encoder._forward_hooks
-
-
-def test_what_is_no_batch_of_pictures_alone_is_left_as_it_is():
-    encoder, twice = Encoder(), torch.zeros(2, 3, 2, 2)
-    with hooks.distinct(encoder):
-        encoder(twice, other=torch.zeros(2))  # a mask of its own may differ for each
-        encoder(twice[:, :, 0])
-    assert encoder.seen == [2, 2]
-    encoder(twice)
-    assert encoder.seen == [2, 2, 2]
-    assert not encoder._forward_hooks
-    assert not encoder._forward_pre_hooks

@@ -21,6 +21,7 @@ from book import pages
 from lmm_sae_nb.cache.activations import cache_activations
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.pictureworld.world.scenes import make_scene
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score.ratings import read_ratings
 from lmm_sae_nb.steer.steering import Edit, compare
@@ -118,7 +119,7 @@ def parts(tmp_path_factory):
     lmm = LMM.load(MODEL)
     sae = TopKSAE(lmm.width, LATENTS, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(False)
     sae.save(folder / "sae")
-    cache = cache_activations(lmm, sae, images, LAYER, n_top=3, folder=folder / "cache")
+    cache = cache_activations(SAEInPlace(lmm, sae, LAYER), images, n_top=3, folder=folder / "cache")
     return folder, lmm, sae, cache, images
 
 
@@ -182,7 +183,9 @@ def expected(parts, latent: int, times: float, image) -> list[str]:
     """What the panel has to show, from the call of the package that it is a face of."""
     _, lmm, sae, cache, _ = parts
     edits = [Edit(latent, times * float(cache.max[latent]))]
-    return [answers[0] for answers in compare(lmm, sae, LAYER, QUESTION, image, edits, max_new_tokens=TOKENS)]
+    return [
+        answers[0] for answers in compare(SAEInPlace(lmm, sae, LAYER), QUESTION, image, edits, max_new_tokens=TOKENS)
+    ]
 
 
 def field(shown, label: str):

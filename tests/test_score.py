@@ -16,6 +16,7 @@ from PIL import Image
 from lmm_sae_nb.cache.activations import cache_activations
 from lmm_sae_nb.interpret.exemplars import Exemplar, exemplars, most_activated, upsample
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score import clip, judges, tables
 from lmm_sae_nb.score import iou as score_iou
@@ -328,7 +329,7 @@ def test_drawn_spots_are_each_latent_s_activations_on_the_images_of_these_number
     """By eq. 1, an image at a time."""
     lmm = LMM(*make("picture_world"))
     sae, pictures = TopKSAE(lmm.width, 24, 3), [noise(192, 192, seed) for seed in range(3)]
-    found = score_iou.drawn_spots(lmm, sae, pictures, 1, [5, 11], [2, 0, 2])
+    found = score_iou.drawn_spots(SAEInPlace(lmm, sae, 1), pictures, [5, 11], [2, 0, 2])
     for latent, places in found.items():
         assert [spot.number for spot in places] == [2, 0, 2]
         for spot in places:
@@ -344,11 +345,11 @@ def test_an_image_set_of_one_is_its_own_chance(tmp_path):
     """Cached and scored: every random image is the latent's own, so chance is the score and the ratio is 1."""
     lmm = LMM(*make("picture_world"))
     sae, pictures = TopKSAE(lmm.width, 24, 3).requires_grad_(False), [noise(192, 192)]
-    cache = cache_activations(lmm, sae, pictures, 1, n_top=5, folder=tmp_path)
+    cache = cache_activations(SAEInPlace(lmm, sae, 1), pictures, n_top=5, folder=tmp_path)
     named = {int(n): (("cat", "dog")[i], "object") for i, n in enumerate(cache.live.nonzero()[:2, 0])}
     own = {n: exemplars(cache, pictures, n) for n in named}
     assert [len(found) for found in own.values()] == [1, 1]
-    drawn = score_iou.drawn_spots(lmm, sae, pictures, 1, list(named), [0] * 6)
+    drawn = score_iou.drawn_spots(SAEInPlace(lmm, sae, 1), pictures, list(named), [0] * 6)
     everywhere = {"truth": lambda n, c: [np.ones((1, 192, 192), bool)] * len(n)}
     concepts = {n: concept for n, (concept, _) in named.items()}
     found = score_iou.all_ious(

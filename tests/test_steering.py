@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from lmm_sae_nb.attribute.attribution import decision, linear
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.steer.steering import Edit, Scope, answers, compare, steer_latents, steered, steered_states, strongest
 from lmm_sae_nb.support.files import write_json
@@ -95,11 +96,15 @@ def test_a_clamp_that_changes_nothing_is_the_identity(lmm):
     sae.b_enc[3] = -1e6
     prompt = lmm.prompt(["what ?", "and why is it so ?"], [None, noise()])
     plain = lmm.logits(prompt)
-    with steered(lmm, sae, LAYER, prompt, [Edit(3, 0.0)], Scope(EVERYWHERE), keep_error=True, spliced=EVERYWHERE):
+    with steered(
+        SAEInPlace(lmm, sae, LAYER), prompt, [Edit(3, 0.0)], Scope(EVERYWHERE), keep_error=True, spliced=EVERYWHERE
+    ):
         assert torch.equal(lmm.logits(prompt), plain)
-    with steered(lmm, sae, LAYER, prompt, keep_error=True):
+    with steered(SAEInPlace(lmm, sae, LAYER), prompt, keep_error=True):
         assert torch.equal(lmm.logits(prompt), plain)
-    said = compare(lmm, sae, LAYER, ["what ?"], [noise()], [Edit(3, 0.0)], keep_error=True, max_new_tokens=6)
+    said = compare(
+        SAEInPlace(lmm, sae, LAYER), ["what ?"], [noise()], [Edit(3, 0.0)], keep_error=True, max_new_tokens=6
+    )
     assert said.untouched == said.spliced == said.steered
 
 
@@ -108,7 +113,7 @@ def test_generation_with_a_cache_equals_running_everything_again(lmm):
     sae, edits = new_sae(), [Edit(2, 6.0), Edit(5, 0.0)]
     for scope in (Scope(), Scope(phases=("prompt",)), Scope(phases=("generated",)), Scope(("text",))):
         prompt = lmm.prompt(["what ?", "and why is it so ?"], [None, None])
-        with steered(lmm, sae, LAYER, prompt, edits, scope):
+        with steered(SAEInPlace(lmm, sae, LAYER), prompt, edits, scope):
             cached = lmm.model.generate(**prompt.inputs, max_new_tokens=5, do_sample=False, eos_token_id=-1)
         ids, attended = prompt.inputs["input_ids"], prompt.inputs["attention_mask"]
         length, kinds = ids.shape[1], prompt.mask("base", "tiles", "newline", "text")
@@ -143,10 +148,10 @@ def test_positions_choose_tokens_after_the_padding(lmm):
 def test_sampled_answers_repeat_with_a_seed_and_may_be_several(lmm):
     sae = new_sae()
     settings = dict(do_sample=True, max_new_tokens=6, seed=4)
-    first = compare(lmm, sae, LAYER, "what ?", None, [Edit(1, 9.0)], **settings)
-    assert first == compare(lmm, sae, LAYER, "what ?", None, [Edit(1, 9.0)], **settings)
+    first = compare(SAEInPlace(lmm, sae, LAYER), "what ?", None, [Edit(1, 9.0)], **settings)
+    assert first == compare(SAEInPlace(lmm, sae, LAYER), "what ?", None, [Edit(1, 9.0)], **settings)
     prompt = lmm.prompt("what ?")
-    with steered(lmm, sae, LAYER, prompt, [Edit(1, 9.0)]):
+    with steered(SAEInPlace(lmm, sae, LAYER), prompt, [Edit(1, 9.0)]):
         several = lmm.generate(prompt, max_new_tokens=3, do_sample=True, num_return_sequences=3)
     assert len(several) == 3
 
@@ -154,7 +159,7 @@ def test_sampled_answers_repeat_with_a_seed_and_may_be_several(lmm):
 def test_hooks_are_gone_after_an_exception(lmm):
     sae, prompt = new_sae(), lmm.prompt("what ?")
     plain = lmm.logits(prompt)
-    with pytest.raises(RuntimeError, match="stop here"), steered(lmm, sae, LAYER, prompt, [Edit(1, 9.0)]):
+    with pytest.raises(RuntimeError, match="stop here"), steered(SAEInPlace(lmm, sae, LAYER), prompt, [Edit(1, 9.0)]):
         raise RuntimeError("stop here")
     assert torch.equal(lmm.logits(prompt), plain)
 
@@ -167,16 +172,19 @@ def test_an_sae_of_another_layer_or_model_is_refused(lmm, tmp_path):
         tmp_path / "told" / "history.json", {"run": {"layer": LAYER, "model": lmm.fingerprint(LAYER)}, "rows": []}
     )
     own = TopKSAE.load(tmp_path / "told").requires_grad_(False)
-    with steered(lmm, own, LAYER, prompt):
+    with steered(SAEInPlace(lmm, own, LAYER), prompt):
         pass
-    with pytest.raises(ValueError, match="trained on layer 1, not 0"), steered(lmm, own, 0, prompt):
+    with pytest.raises(ValueError, match="trained on layer 1, not 0"), steered(SAEInPlace(lmm, own, 0), prompt):
         pass
     torch.manual_seed(5)
     other = LMM(*llava_next())
-    with pytest.raises(ValueError, match="another model than"), steered(other, own, LAYER, other.prompt("what ?")):
+    with (
+        pytest.raises(ValueError, match="another model than"),
+        steered(SAEInPlace(other, own, LAYER), other.prompt("what ?")),
+    ):
         pass
     with pytest.raises(ValueError, match="trained on layer 1, not 0"):
-        linear(lmm, own, 0, decision(lmm, "why ?", None, "y", "n"))
+        linear(SAEInPlace(lmm, own, 0), decision(lmm, "why ?", None, "y", "n"))
     sae.save(tmp_path / "silent")
     assert TopKSAE.load(tmp_path / "silent").trained_on is None
 
@@ -201,9 +209,9 @@ def test_what_cannot_be_steered_is_refused(lmm):
     }.values():
         with pytest.raises(ValueError, match=message):
             wrong()
-    with pytest.raises(ValueError, match="width 8"), steered(lmm, new_sae(width=8), LAYER, prompt):
+    with pytest.raises(ValueError, match="width 8"), steered(SAEInPlace(lmm, new_sae(width=8), LAYER), prompt):
         pass
-    with steered(lmm, sae, LAYER, prompt), pytest.raises(ValueError, match="one `steered` for each prompt"):
+    with steered(SAEInPlace(lmm, sae, LAYER), prompt), pytest.raises(ValueError, match="one `steered` for each prompt"):
         lmm.logits(lmm.prompt("another and longer prompt ?"))
 
 
@@ -212,15 +220,18 @@ def test_each_sample_of_a_batch_has_its_own_edits(lmm):
     sae, image = new_sae(), noise()
     each = [[], [Edit(2, 9.0)], [Edit(2, 9.0), Edit(5, 4.0)], [Edit(7, 20.0)], [Edit(2, 9.0)]]
     prompt = lmm.prompt(["what ?"] * 5, [image] * 5)
-    with steered(lmm, sae, LAYER, prompt, each):
+    with steered(SAEInPlace(lmm, sae, LAYER), prompt, each):
         together = lmm.logits(prompt)[:, -1]
     alone_prompt = lmm.prompt("what ?", image)
     for row, setting in zip(together, each, strict=True):
-        with steered(lmm, sae, LAYER, alone_prompt, setting):
+        with steered(SAEInPlace(lmm, sae, LAYER), alone_prompt, setting):
             torch.testing.assert_close(row, lmm.logits(alone_prompt)[0, -1], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(together[0], together[3])
-    said = answers(lmm, sae, LAYER, "what ?", image, each, batch=2, max_new_tokens=4)
-    assert said == answers(lmm, sae, LAYER, "what ?", image, each, batch=5, max_new_tokens=4)
+    said = answers(SAEInPlace(lmm, sae, LAYER), "what ?", image, each, batch=2, max_new_tokens=4)
+    assert said == answers(SAEInPlace(lmm, sae, LAYER), "what ?", image, each, batch=5, max_new_tokens=4)
     assert said[1] == said[4]
-    with pytest.raises(ValueError, match="5 settings for 1 samples"), steered(lmm, sae, LAYER, alone_prompt, each):
+    with (
+        pytest.raises(ValueError, match="5 settings for 1 samples"),
+        steered(SAEInPlace(lmm, sae, LAYER), alone_prompt, each),
+    ):
         pass

@@ -10,6 +10,7 @@ from models import noise
 from lmm_sae_nb.cache import texts as texting
 from lmm_sae_nb.cache.texts import TextCache, Word, as_rows, cache_texts, counted, read, serves
 from lmm_sae_nb.model.samples import KINDS
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE, TrainedOn
 
 LAYER, N_TOP = 1, 4
@@ -34,7 +35,9 @@ def dense(lmm, sae, samples):
 
 @pytest.fixture(scope="module")
 def cache(lmm, sae, samples, tmp_path_factory):
-    return cache_texts(lmm, sae, samples, LAYER, n_top=N_TOP, batch_samples=3, folder=tmp_path_factory.mktemp("texts"))
+    return cache_texts(
+        SAEInPlace(lmm, sae, LAYER), samples, n_top=N_TOP, batch_samples=3, folder=tmp_path_factory.mktemp("texts")
+    )
 
 
 def test_top_texts_and_words_are_those_of_sorting_everything(lmm, cache, dense):
@@ -59,7 +62,9 @@ def test_top_texts_and_words_are_those_of_sorting_everything(lmm, cache, dense):
 
 def test_of_equal_texts_the_earlier_is_ahead(lmm, sae, samples, tmp_path):
     """Sample 9 is sample 3 again; in one batch both have the same bits."""
-    cache = cache_texts(lmm, sae, samples, LAYER, n_top=len(samples), batch_samples=len(samples), folder=tmp_path)
+    cache = cache_texts(
+        SAEInPlace(lmm, sae, LAYER), samples, n_top=len(samples), batch_samples=len(samples), folder=tmp_path
+    )
     both = 0
     for latent in range(cache.n_latents):
         means = dict(cache.top_texts(latent))
@@ -80,7 +85,7 @@ def test_firings_are_counted_by_kind_of_token(cache, dense):
 
 
 def test_the_size_of_the_batches_changes_nothing(lmm, sae, samples, cache, tmp_path):
-    other = cache_texts(lmm, sae, samples, LAYER, n_top=N_TOP, batch_samples=7, folder=tmp_path)
+    other = cache_texts(SAEInPlace(lmm, sae, LAYER), samples, n_top=N_TOP, batch_samples=7, folder=tmp_path)
     assert np.abs(other.fired - cache.fired).max() <= 1
     for latent in range(cache.n_latents):
         for name in ("top_texts", "top_words"):
@@ -90,7 +95,7 @@ def test_the_size_of_the_batches_changes_nothing(lmm, sae, samples, cache, tmp_p
 
 def test_a_text_is_read_with_the_activation_of_each_token(lmm, sae, samples, dense):
     latent = int(dense[4][1].sum(0).argmax())
-    pieces, acts = read(lmm, sae, samples[4], LAYER, latent)
+    pieces, acts = read(SAEInPlace(lmm, sae, LAYER), samples[4], latent)
     prompt, z = dense[4]
     places = prompt.spans[0].where("text")
     np.testing.assert_allclose(acts, z[places, latent], atol=1e-5)
@@ -165,18 +170,18 @@ def test_sides_that_cannot_be_told_apart(tokens, least, message):
 
 def test_nothing_to_read_or_an_sae_of_another_layer_is_refused(lmm, sae, samples, tmp_path):
     with pytest.raises(ValueError, match="0 samples, n_top 5: there is nothing to rank"):
-        cache_texts(lmm, sae, [], LAYER, folder=tmp_path)
+        cache_texts(SAEInPlace(lmm, sae, LAYER), [], folder=tmp_path)
     other = TopKSAE(lmm.width, 8, 2)
     other.trained_on = TrainedOn(0, lmm.fingerprint(0))
     with pytest.raises(ValueError, match="trained on layer 0, not 1"):
-        cache_texts(lmm, other, samples, LAYER, folder=tmp_path)
+        cache_texts(SAEInPlace(lmm, other, LAYER), samples, folder=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_what_does_not_fit_a_number_is_refused(lmm, sae, samples, tmp_path, monkeypatch):
     monkeypatch.setattr(texting, "BITS", 4)
     with pytest.raises(ValueError, match="both have to be below 16; give shorter texts"):
-        cache_texts(lmm, sae, samples, LAYER, folder=tmp_path)
+        cache_texts(SAEInPlace(lmm, sae, LAYER), samples, folder=tmp_path)
 
 
 def test_a_missing_or_foreign_file_and_a_latent_that_is_not_there(cache, tmp_path):

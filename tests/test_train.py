@@ -12,6 +12,7 @@ from models import make
 from PIL import Image
 
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.losses import geometric_median
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.train import training
@@ -275,7 +276,7 @@ class Perfect(TopKSAE):
 
 
 def test_a_perfect_reconstruction_explains_and_recovers_everything(lmm, samples):
-    measured = evaluate_sae(lmm, Perfect(lmm.width), samples, 1, batch_samples=2)
+    measured = evaluate_sae(SAEInPlace(lmm, Perfect(lmm.width), 1), samples, batch_samples=2)
     assert measured["fvu"] == pytest.approx(0, abs=1e-9)
     assert measured["loss_recovered"] == pytest.approx(1, abs=1e-3)
     assert measured["l0"] == pytest.approx(lmm.width, rel=0.05)  # of each pair x, -x one is positive
@@ -284,7 +285,7 @@ def test_a_perfect_reconstruction_explains_and_recovers_everything(lmm, samples)
 @torch.no_grad()
 def test_fvu_and_dead_fraction_by_brute_force(lmm, samples):
     sae = TopKSAE(lmm.width, 40, 3, generator=torch.Generator().manual_seed(5))
-    measured = evaluate_sae(lmm, sae, samples, 1, kinds=("base", "text"), batch_samples=2)
+    measured = evaluate_sae(SAEInPlace(lmm, sae, 1), samples, kinds=("base", "text"), batch_samples=2)
     tokens, texts = [], []
     for row in samples:
         prompt = lmm.prompt(row["question"], row["image"], answers=row["answer"])
@@ -309,7 +310,9 @@ def test_several_are_measured_as_each_alone_and_without_losses_too(lmm, samples)
         name: (TopKSAE(lmm.width, n_latents, k, generator=torch.Generator().manual_seed(k)), layer)
         for name, (n_latents, k, layer) in sizes.items()
     }
-    alone = {name: evaluate_sae(lmm, sae, samples, layer, batch_samples=2) for name, (sae, layer) in saes.items()}
+    alone = {
+        name: evaluate_sae(SAEInPlace(lmm, sae, layer), samples, batch_samples=2) for name, (sae, layer) in saes.items()
+    }
     assert evaluate_saes(lmm, saes, samples, batch_samples=2) == alone
     for name, measured in evaluate_saes(lmm, saes, samples, batch_samples=2, losses=False).items():
         assert measured == {key: value for key, value in alone[name].items() if not key.startswith("loss")}
@@ -318,11 +321,11 @@ def test_several_are_measured_as_each_alone_and_without_losses_too(lmm, samples)
 def test_where_zeros_change_nothing_nothing_is_recovered(lmm, samples):
     """Answers are read off the last layer's own tokens, not off its image tokens."""
     pictured = [row for row in samples if row["image"]]
-    measured = evaluate_sae(lmm, Perfect(lmm.width), pictured, lmm.n_layers - 1, kinds=("base",))
+    measured = evaluate_sae(SAEInPlace(lmm, Perfect(lmm.width), lmm.n_layers - 1), pictured, kinds=("base",))
     assert measured["loss_zero"] == measured["loss_clean"] > 0
     assert "loss_recovered" not in measured
 
 
 def test_an_sae_of_another_width_is_refused(lmm, samples):
     with pytest.raises(ValueError, match="width 9"):
-        evaluate_sae(lmm, TopKSAE(9, 12, 2), samples, 1)
+        evaluate_sae(SAEInPlace(lmm, TopKSAE(9, 12, 2), 1), samples)

@@ -14,6 +14,7 @@ from lmm_sae_nb.cache.encode_images import base_latents
 from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.interpret.explainers import REFUSAL, Vocabulary
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.truth import accuracy, detectors
 from lmm_sae_nb.truth.detectors import Detector, choose_detectors, measure_detectors
@@ -113,7 +114,7 @@ def studied(tmp_path_factory):
     rows = [{kind: labels(names) for kind, names in CONCEPTS.items()} for _ in range(8)]
     sae = TopKSAE(lmm.width, 24, 4, generator=torch.Generator().manual_seed(0))
     cache = cache_activations(
-        lmm, sae, images, 1, folder=tmp_path_factory.mktemp("cache"), store="float32", batch_size=3
+        SAEInPlace(lmm, sae, 1), images, folder=tmp_path_factory.mktemp("cache"), store="float32", batch_size=3
     )
     return lmm, sae, images, PatchTruth(TrueMasks(rows, CONCEPTS), lmm.grid), cache
 
@@ -121,7 +122,7 @@ def studied(tmp_path_factory):
 def dense(lmm, sae, images) -> np.ndarray:
     """(images * patches, latents), the slow way."""
     parts = []
-    for latents in base_latents(lmm, sae, images, 1):
+    for latents in base_latents(SAEInPlace(lmm, sae, 1), images):
         full = torch.zeros(*latents.acts.shape[:2], sae.n_latents)
         parts.append(full.scatter(-1, latents.indices.long(), latents.acts.float()).flatten(0, 1).numpy())
     return np.concatenate(parts)
@@ -158,7 +159,7 @@ def test_detectors_are_measured_at_their_own_thresholds(studied):
     lmm, sae, images, truth, cache = studied
     chosen = choose_detectors(cache, truth, best=1)
     some = [Detector("object", "hat", 3, 0.0, 9.0), *chosen]
-    measured, present = measure_detectors(lmm, sae, images[:5], truth, 1, some, batch_size=2)
+    measured, present = measure_detectors(SAEInPlace(lmm, sae, 1), images[:5], truth, some, batch_size=2)
     acts = dense(lmm, sae, images[:5])
     for one, its in zip(some, measured, strict=True):
         there = np.concatenate([truth[n][truth.names.index((one.kind, one.concept))] for n in range(5)]) >= 0.25
@@ -168,7 +169,7 @@ def test_detectors_are_measured_at_their_own_thresholds(studied):
 
 def test_a_cache_without_its_activations_is_told(studied, tmp_path):
     lmm, sae, images, truth, _ = studied
-    bare = cache_activations(lmm, sae, images[:2], 1, folder=tmp_path)
+    bare = cache_activations(SAEInPlace(lmm, sae, 1), images[:2], folder=tmp_path)
     with pytest.raises(FileNotFoundError, match="store='float16'"):
         choose_detectors(bare, truth)
 

@@ -13,6 +13,7 @@ from lmm_sae_nb.interpret.explain import as_rows, explain_enough, explain_latent
 from lmm_sae_nb.interpret.explainers import Answer, Outcome
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score import clip, iou, tables
 from lmm_sae_nb.score.masks import PAPER, STRICT, spots
@@ -41,7 +42,7 @@ def sae(lmm):
 
 @pytest.fixture(scope="module")
 def cache(lmm, sae, pictures, tmp_path_factory):
-    return cache_activations(lmm, sae, pictures, LAYER, folder=tmp_path_factory.mktemp("cache"))
+    return cache_activations(SAEInPlace(lmm, sae, LAYER), pictures, folder=tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_an_iou_is_refused_and_the_reason_told(lmm, sae, cache, pictures, live):
     with pytest.raises(NoPatchGrid, match="whole images, of a model without a patch grid .*there is .*no IoU"):
         spots(found)
     with pytest.raises(NoPatchGrid, match="no patch grid, so there are no maps"):
-        iou.drawn_spots(lmm, sae, pictures, LAYER, live, [0, 1])
+        iou.drawn_spots(SAEInPlace(lmm, sae, LAYER), pictures, live, [0, 1])
     labels = {"object": Image.new("L", (100, 60))}
     masks = TrueMasks([labels] * len(pictures), {"object": ["ball"]})
     with pytest.raises(NoPatchGrid, match="no region to mask"):

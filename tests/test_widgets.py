@@ -16,6 +16,7 @@ from PIL import Image
 from lmm_sae_nb.cache.activations import cache_activations
 from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score.ratings import append_rating, read_ratings
 from lmm_sae_nb.show.feature_browser import FeatureBrowser
@@ -46,7 +47,7 @@ def no_loop_but_its_own():
 
 @pytest.fixture
 def panel(panel_parts):
-    return SteeringPanel(*panel_parts, image=noise(), text="what ?", max_new_tokens=4)
+    return SteeringPanel(SAEInPlace(*panel_parts[:3]), *panel_parts[3:], image=noise(), text="what ?", max_new_tokens=4)
 
 
 # The steering panel.
@@ -74,7 +75,13 @@ def test_a_moved_slider_shows_what_compare_says(panel, panel_parts, keep_error):
         panel.value.value, panel.scope.value = times, scope
         kinds = {"all tokens": Scope(), "text": Scope(("text",))}[scope]
         expected = compare(
-            lmm, sae, layer, "what ?", panel.image, [Edit(3, 3 * times)], kinds, keep_error=keep_error, max_new_tokens=4
+            SAEInPlace(lmm, sae, layer),
+            "what ?",
+            panel.image,
+            [Edit(3, 3 * times)],
+            kinds,
+            keep_error=keep_error,
+            max_new_tokens=4,
         )
         shown = json.loads(panel.record())
         assert [shown[name] for name in Comparison._fields] == [part[0] for part in expected]
@@ -88,7 +95,7 @@ def test_another_image_is_not_answered_from_what_was_kept(panel, panel_parts):
     for seed in range(3):
         panel.image = noise(seed=seed)
         panel.ask_now()
-        expected = compare(lmm, sae, layer, "what ?", panel.image, [Edit(3, 3.0)], max_new_tokens=4)
+        expected = compare(SAEInPlace(lmm, sae, layer), "what ?", panel.image, [Edit(3, 3.0)], max_new_tokens=4)
         assert [json.loads(panel.record())[name] for name in Comparison._fields] == [part[0] for part in expected]
 
 
@@ -120,7 +127,7 @@ def test_an_empty_prompt_and_an_unforeseen_error_are_told(panel, monkeypatch):
 def test_an_sae_of_another_width_is_refused(panel_parts):
     lmm, _, layer, cache, names = panel_parts
     with pytest.raises(ValueError, match="width"):
-        SteeringPanel(lmm, TopKSAE(lmm.width + 1, 24, 4), layer, cache, names)
+        SteeringPanel(SAEInPlace(lmm, TopKSAE(lmm.width + 1, 24, 4), layer), cache, names)
 
 
 async def until(done) -> None:
@@ -211,7 +218,9 @@ def test_nothing_to_record_before_the_first_answer(panel):
 def cached(panel_parts, tmp_path_factory):
     lmm, sae, layer, _, _ = panel_parts
     pictures = [noise(40, 30, seed) for seed in range(3)]
-    return pictures, cache_activations(lmm, sae, pictures, layer, n_top=2, folder=tmp_path_factory.mktemp("cache"))
+    return pictures, cache_activations(
+        SAEInPlace(lmm, sae, layer), pictures, n_top=2, folder=tmp_path_factory.mktemp("cache")
+    )
 
 
 EXPLAINED = {4: {"concept": "cat <b>", "kind": "object"}, 9: {"concept": "red"}, 7: {"concept": "sky", "kind": "scene"}}

@@ -39,6 +39,7 @@ from lmm_sae_nb.cache.texts import cache_texts
 from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.token_kinds import LAYOUTS
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE, TrainedOn
 from lmm_sae_nb.score.tables import explained
 from lmm_sae_nb.show.latent_table import Catalogue
@@ -303,11 +304,11 @@ def test_other_families_go_the_same_way(family, tmp_path):
     samples = [{"image": image, "question": "what is it ?", "answer": "that"} for image in pictures]
     settings = dict(n_latents=32, k=4, steps=2, batch_tokens=64, batch_samples=2)
     sae = train_sae(lmm, samples, 1, **settings, folder=tmp_path / "sae").sae
-    cache = cache_activations(lmm, sae, pictures, 1, n_top=3, folder=tmp_path / "cache")
+    cache = cache_activations(SAEInPlace(lmm, sae, 1), pictures, n_top=3, folder=tmp_path / "cache")
     assert cache.grid == lmm.grid and cache.live.any()
     first = exemplars(cache, pictures, int(cache.top_means[:, 0].argmax()))[0]
     assert first.activation.shape == lmm.grid and first.masked.size == first.image.size
-    texts = cache_texts(lmm, sae, samples, 1, folder=tmp_path / "cache")
+    texts = cache_texts(SAEInPlace(lmm, sae, 1), samples, folder=tmp_path / "cache")
     assert texts.tokens["base"] == 4 * lmm.grid[0] * lmm.grid[1] and texts.tokens["text"]
 
 
@@ -350,7 +351,7 @@ def an_sae(layer: int = 0, seed: int = 0, width: int = models.WIDTH) -> TopKSAE:
 
 
 def cached(lmm: LMM, sae: TopKSAE, images=None, layer: int = 0):
-    return cache_activations(lmm, sae, images or [picture(0)], layer, folder="my/nothing")
+    return cache_activations(SAEInPlace(lmm, sae, layer), images or [picture(0)], folder="my/nothing")
 
 
 def text_only():

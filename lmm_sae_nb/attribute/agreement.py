@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lmm_sae_nb.attribute.attribution import Attribution, Decision, difference, linear
 from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.steer.steering import steered
 
 
@@ -57,22 +57,23 @@ def some_pairs(
     return pairs
 
 
-def cost(lmm: LMM, sae: TopKSAE, layer: int, choice: Decision, repetitions: int = 9) -> dict[str, float]:
+def cost(place: SAEInPlace, choice: Decision, repetitions: int = 9) -> dict[str, float]:
     """Medians of alternating repetitions, in seconds: one forward of the spliced model, and `linear` for all pairs.
 
     Both from the pixels on, as if nothing were known of the prompt yet.
     """
+    lmm = place.lmm
     seconds: dict[str, list[float]] = {"forward_seconds": [], "linear_seconds": []}
-    linear(lmm, sae, layer, choice)  # what is compiled is compiled now
+    linear(place, choice)  # what is compiled is compiled now
     for _ in range(repetitions):
         choice.prompt.entry = None
         started = time.perf_counter()
-        with torch.no_grad(), steered(lmm, sae, layer, choice.prompt, keep_error=True):
+        with torch.no_grad(), steered(place, choice.prompt, keep_error=True):
             difference(lmm, choice)
         seconds["forward_seconds"].append(time.perf_counter() - started)
         choice.prompt.entry = None
         started = time.perf_counter()
-        linear(lmm, sae, layer, choice)
+        linear(place, choice)
         seconds["linear_seconds"].append(time.perf_counter() - started)
     medians = {name: float(np.median(values)) for name, values in seconds.items()}
     return medians | {"cost_ratio": medians["linear_seconds"] / medians["forward_seconds"]}

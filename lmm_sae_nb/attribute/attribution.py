@@ -21,7 +21,8 @@ from transformers import DynamicCache
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.upper_layers import before
-from lmm_sae_nb.sae.topk import Latents, TopKSAE, require_own
+from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.sae.topk import Latents, TopKSAE
 from lmm_sae_nb.support.tensor_files import open_tensors, save_tensors
 from lmm_sae_nb.train.training import KINDS
 
@@ -107,7 +108,8 @@ class _Parts(NamedTuple):
 
 
 @torch.no_grad()
-def _clean_parts(lmm: LMM, sae: TopKSAE, layer: int, choice: Decision, mask: Tensor, keep_error: bool) -> _Parts:
+def _clean_parts(place: SAEInPlace, choice: Decision, mask: Tensor, keep_error: bool) -> _Parts:
+    lmm, sae, layer = place.lmm, place.sae, place.layer
     hidden = lmm.hidden_states(lmm.entered(choice.prompt), layer)
     x = hidden[0, mask].float()
     latents = sae.encode(x)
@@ -122,9 +124,9 @@ def _put(mask: Tensor, states: Float[Tensor, "*versions tokens width"], hidden: 
     return hidden.expand(len(versions), -1, -1).masked_scatter(mask[None, :, None], versions)
 
 
-def _require_ready(lmm: LMM, sae: TopKSAE, layer: int, choice: Decision, spliced: Sequence[str]) -> Tensor:
+def _require_ready(place: SAEInPlace, choice: Decision, spliced: Sequence[str]) -> Tensor:
     """The mask of the tokens where the SAE is spliced in; ValueError for an SAE of another layer or model."""
-    require_own(lmm, sae, layer)
+    lmm = place.lmm
     mask = choice.prompt.mask(*spliced)
     if len(mask) != 1:
         raise ValueError(f"a decision is about one prompt, not {len(mask)}; make one Decision for each")
@@ -152,9 +154,10 @@ class _Clean:
     so that nothing before the token changes. Keys and values of the layers above `layer` are those of the spliced run.
     """
 
-    def __init__(self, lmm: LMM, sae: TopKSAE, layer: int, choice: Decision, mask: Tensor, keep_error: bool):
+    def __init__(self, place: SAEInPlace, choice: Decision, mask: Tensor, keep_error: bool):
+        lmm, layer = place.lmm, place.layer
         self._lmm, self._layer, self._choice, self._cache = lmm, layer, choice, DynamicCache()
-        self.parts = parts = _clean_parts(lmm, sae, layer, choice, mask, keep_error)
+        self.parts = parts = _clean_parts(place, choice, mask, keep_error)
         states = _put(mask, parts.states, parts.hidden)
         self.d = float(_d(lmm, choice, lmm.above(choice.prompt, layer, states, self._cache))[0])
 
@@ -210,9 +213,7 @@ def _whole(parts: _Parts, values: Tensor, error: Tensor, bias: Tensor, clean: fl
 
 
 def linear(
-    lmm: LMM,
-    sae: TopKSAE,
-    layer: int,
+    place: SAEInPlace,
     choice: Decision,
     *,
     keep_error: bool = True,
@@ -224,16 +225,15 @@ def linear(
     (the paper drops it). At each token latents, error and bias sum to <dd/dx, x>. Departure: a silenced latent leaves
     its place empty; under eq. 5 the next one would take it, which is no doing of this latent.
     """
-    parts, slope, d = _gradient(lmm, sae, layer, choice, keep_error, spliced)
+    sae = place.sae
+    parts, slope, d = _gradient(place, choice, keep_error, spliced)
     with torch.no_grad():
         values = parts.latents.acts * _rows_dot(slope, sae, parts.latents.indices)
         return _whole(parts, values, (slope * parts.error).sum(-1), slope @ sae.b_dec, d)
 
 
 def clamping(
-    lmm: LMM,
-    sae: TopKSAE,
-    layer: int,
+    place: SAEInPlace,
     choice: Decision,
     values: Float[Tensor, " n_latents"],
     tokens: Bool[Tensor, " tokens"] | None = None,
@@ -247,11 +247,12 @@ def clamping(
     account of the latents that TopK drops for the clamped one. ValueError for values that are not finite, or not one
     for each latent.
     """
+    sae = place.sae
     if values.shape != (sae.n_latents,) or not bool(values.isfinite().all()):
         raise ValueError(
             f"values of shape {tuple(values.shape)}; give a finite one for each of {sae.n_latents} latents"
         )
-    parts, slope, _ = _gradient(lmm, sae, layer, choice, keep_error, spliced)
+    parts, slope, _ = _gradient(place, choice, keep_error, spliced)
     with torch.no_grad():
         chosen = torch.ones_like(parts.mask) if tokens is None else tokens.to(parts.mask.device)
         slope = slope * chosen[parts.mask, None]
@@ -261,19 +262,18 @@ def clamping(
 
 
 def _gradient(
-    lmm: LMM, sae: TopKSAE, layer: int, choice: Decision, keep_error: bool, spliced: Sequence[str]
+    place: SAEInPlace, choice: Decision, keep_error: bool, spliced: Sequence[str]
 ) -> tuple[_Parts, Float[Tensor, "tokens width"], float]:
     """The clean run, with the gradient of d in what it spliced in, and d: one forward and one backward."""
-    mask = _require_ready(lmm, sae, layer, choice, spliced)
-    parts = _clean_parts(lmm, sae, layer, choice, mask, keep_error)
+    lmm, layer = place.lmm, place.layer
+    mask = _require_ready(place, choice, spliced)
+    parts = _clean_parts(place, choice, mask, keep_error)
     slope, d = _slope(lmm, layer, choice, parts, parts.states)
     return parts, slope, float(d[0])
 
 
 def integrated(
-    lmm: LMM,
-    sae: TopKSAE,
-    layer: int,
+    place: SAEInPlace,
     choice: Decision,
     *,
     steps: int = 10,
@@ -286,10 +286,11 @@ def integrated(
     In the limit of many steps latents and error sum to d(clean) - d(b_dec alone); bias is 0, as it does not change.
     batch: steps that run side by side.
     """
+    lmm, sae, layer = place.lmm, place.sae, place.layer
     if min(steps, batch) < 1:
         raise ValueError(f"{steps} steps of integration, {batch} at a time; give at least 1 of each")
-    mask = _require_ready(lmm, sae, layer, choice, spliced)
-    parts = _clean_parts(lmm, sae, layer, choice, mask, keep_error)
+    mask = _require_ready(place, choice, spliced)
+    parts = _clean_parts(place, choice, mask, keep_error)
     way = parts.states - sae.b_dec.detach()
     slope = torch.zeros_like(way)
     for some in ((torch.arange(steps, device=way.device) + 0.5) / steps).split(batch):
@@ -302,9 +303,7 @@ def integrated(
 
 @torch.no_grad()
 def exact(
-    lmm: LMM,
-    sae: TopKSAE,
-    layer: int,
+    place: SAEInPlace,
     choice: Decision,
     pairs: Bool[Tensor, "tokens k"] | None = None,
     *,
@@ -320,7 +319,8 @@ def exact(
     the first one's token on. store: a file that keeps what is done, so that a run cut short goes on; ValueError if it
     is of another decision, model or SAE.
     """
-    clean = _Clean(lmm, sae, layer, choice, _require_ready(lmm, sae, layer, choice, spliced), keep_error)
+    sae = place.sae
+    clean = _Clean(place, choice, _require_ready(place, choice, spliced), keep_error)
     wanted = clean.wanted(pairs)
     values = _known(store, clean.parts)
     todo = (wanted & values.isnan()).nonzero()
@@ -335,9 +335,7 @@ def exact(
 
 
 def own_path(
-    lmm: LMM,
-    sae: TopKSAE,
-    layer: int,
+    place: SAEInPlace,
     choice: Decision,
     pairs: Bool[Tensor, "tokens k"],
     *,
@@ -351,10 +349,11 @@ def own_path(
     In the limit of many steps it is `exact`; with the midpoint rule one step is right to the second order in z. It
     costs `steps` forwards and backwards a pair: it explains what `linear` misses and replaces nothing. NaN elsewhere.
     """
+    sae = place.sae
     if steps < 1:
         raise ValueError(f"{steps} steps of integration; give at least 1")
     with torch.no_grad():
-        clean = _Clean(lmm, sae, layer, choice, _require_ready(lmm, sae, layer, choice, spliced), keep_error)
+        clean = _Clean(place, choice, _require_ready(place, choice, spliced), keep_error)
         wanted = clean.wanted(pairs)
         values = torch.full_like(clean.parts.latents.acts, float("nan"))
     for rows in _batches(wanted.nonzero(), batch):

@@ -17,6 +17,7 @@ from lmm_sae_nb.attribute.agreement import agreement, own_decision
 from lmm_sae_nb.attribute.attribution import exact, integrated, linear
 from lmm_sae_nb.benchmarks.comparison import circumstances
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.files import fingerprint, project_root, read_json, write_json
 from lmm_sae_nb.support.intervals import mean_interval
@@ -35,9 +36,9 @@ def measure(lmm: LMM, sae: TopKSAE, layer: int, sample: dict, folder: Path, batc
     of = {"question": sample["question"], "layer": str(layer), "model": lmm.fingerprint(layer)}
     if not done.is_file():
         choice = own_decision(lmm, sample["question"], sample["image"])
-        parts = linear(lmm, sae, layer, choice)
-        values = {"exact": exact(lmm, sae, layer, choice, batch=batch, store=folder / "part.safetensors")}
-        values |= {"linear": parts.values, "ig": integrated(lmm, sae, layer, choice).values}
+        parts = linear(SAEInPlace(lmm, sae, layer), choice)
+        values = {"exact": exact(SAEInPlace(lmm, sae, layer), choice, batch=batch, store=folder / "part.safetensors")}
+        values |= {"linear": parts.values, "ig": integrated(SAEInPlace(lmm, sae, layer), choice).values}
         save_tensors(done, values, of)
         (folder / "part.safetensors").unlink(missing_ok=True)  # not there if no pair was active
     file = open_tensors(done)

@@ -38,7 +38,8 @@ from lmm_sae_nb.cache.resume import (
 )
 from lmm_sae_nb.cache.sparse_store import STORE, VALUES
 from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.sae.topk import TopKSAE, require_own
+from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.stages import code_fingerprints
 from lmm_sae_nb.support.tensor_files import TensorRows, hash_of
 
@@ -92,10 +93,9 @@ def _require_room(folder: Path, needed: int) -> None:
         )
 
 
-def cache_activations(
-    lmm: LMM, sae: TopKSAE, images: Pictures, layer: int, *, folder: str | Path, **settings
-) -> LatentCache:
+def cache_activations(place: SAEInPlace, images: Pictures, *, folder: str | Path, **settings) -> LatentCache:
     """`cache_several` of one SAE, straight into `folder`."""
+    lmm, sae, layer = place.lmm, place.sae, place.layer
     return cache_several(lmm, {"": (sae, layer)}, images, folder=folder, **settings)[""]
 
 
@@ -200,7 +200,7 @@ def _check(
     unreadable: str,
 ) -> None:  # fmt: skip
     for sae, layer in studied.values():
-        require_own(lmm, sae, layer)
+        SAEInPlace(lmm, sae, layer)  # checks that they belong together
     if _length(images) == 0 or not studied or n_top < 1 or batch_size < 1:
         raise ValueError(
             f"{_length(images)} images, {len(studied)} SAEs, n_top {n_top}, batch_size {batch_size}: there is nothing "

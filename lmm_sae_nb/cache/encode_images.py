@@ -20,7 +20,8 @@ from lmm_sae_nb.cache.resume import uneven
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
-from lmm_sae_nb.sae.topk import Latents, TopKSAE, require_own
+from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.sae.topk import Latents, TopKSAE
 from lmm_sae_nb.support.images import StreamedImages, UnreadableImage
 from lmm_sae_nb.support.tensor_files import require_finite
 
@@ -98,14 +99,14 @@ def _encode(lmm: LMM, studied: Mapping[str, Studied], batch: _Batch) -> dict[str
 
 
 def base_latents(
-    lmm: LMM, sae: TopKSAE, images: Pictures, layer: int, batch_size: int = 16, title: str | None = None
+    place: SAEInPlace, images: Pictures, batch_size: int = 16, title: str | None = None
 ) -> Iterator[Latents]:
     """Latents (batch, patches, k) of the base image tokens, on the CPU, a batch of images at a time.
 
     The prompt is the image alone, in the chat template. ValueError if images differ in the number of base tokens,
-    hidden states are not finite, an image cannot be read, or as `require_own`.
+    hidden states are not finite, an image cannot be read, or as `SAEInPlace`.
     """
-    require_own(lmm, sae, layer)
+    lmm, sae, layer = place.lmm, place.sae, place.layer
     seen = set()
     batches = _ahead(partial(_prepare, lmm, False), _batches(images, batch_size, lambda _: True))
     with tqdm(desc=title, total=_length(images), unit=" images", mininterval=2, disable=title is None) as bar:
@@ -123,14 +124,15 @@ def _length(images: Pictures) -> int | None:
 
 @torch.no_grad()
 def activation_maps(
-    lmm: LMM, sae: TopKSAE, images: Sequence[Image.Image], layer: int, latents: Sequence[int], batch_size: int = 16
+    place: SAEInPlace, images: Sequence[Image.Image], latents: Sequence[int], batch_size: int = 16
 ) -> Float[np.ndarray, "images latents rows cols"]:
     """Activations of some latents on the base patches of some images."""
+    lmm, sae = place.lmm, place.sae
     if lmm.grid is None:
         raise NoPatchGrid(f"{lmm.name} has no patch grid, so there are no maps to make; use mean activations instead")
     column = torch.full((sae.n_latents,), -1)
     column[torch.as_tensor(latents)] = torch.arange(len(latents))
-    maps = torch.cat([_dense(part, column, len(latents)) for part in base_latents(lmm, sae, images, layer, batch_size)])
+    maps = torch.cat([_dense(part, column, len(latents)) for part in base_latents(place, images, batch_size)])
     return maps.unflatten(-1, lmm.grid).numpy()
 
 

@@ -19,7 +19,8 @@ from lmm_sae_nb.cache.top_images import Firings, Ranking
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.samples import KINDS, prompts, token_mask
-from lmm_sae_nb.sae.topk import Latents, TopKSAE, require_own
+from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.sae.topk import Latents
 from lmm_sae_nb.support.tensor_files import TensorRows, require_finite, save_tensors
 
 TENSORS = "texts.safetensors"
@@ -41,10 +42,8 @@ class Word(NamedTuple):
 
 @torch.no_grad()
 def cache_texts(
-    lmm: LMM,
-    sae: TopKSAE,
+    place: SAEInPlace,
     samples: Sequence[Mapping],
-    layer: int,
     *,
     n_top: int = 5,
     batch_samples: int = 16,
@@ -56,9 +55,9 @@ def cache_texts(
     samples: rows with image (PIL or None), question, answer. Text is all that the model reads as text: question,
     answer, and the chat template's words. Exact, in one pass; of equal ones the lower sample and place are ahead.
     Memory beside the model and a batch's own tensors: n_latents * (28 * n_top + 120) bytes.
-    ValueError for no samples, n_top < 1, hidden states that are not finite, or as `require_own`.
+    ValueError for no samples, n_top < 1, hidden states that are not finite, or as `SAEInPlace`.
     """
-    require_own(lmm, sae, layer)
+    lmm, sae, layer = place.lmm, place.sae, place.layer
     if not len(samples) or n_top < 1:
         raise ValueError(f"{len(samples)} samples, n_top {n_top}: there is nothing to rank; give at least one of each")
     texts, words = (Ranking.empty(sae.n_latents, n_top, 1) for _ in range(2))
@@ -196,8 +195,9 @@ def as_rows(lmm: LMM, cache: TextCache) -> dict[str, dict]:
 
 
 @torch.no_grad()
-def read(lmm: LMM, sae: TopKSAE, sample: Mapping, layer: int, latent: int) -> tuple[list[str], list[float]]:
+def read(place: SAEInPlace, sample: Mapping, latent: int) -> tuple[list[str], list[float]]:
     """A sample's text tokens, as text, and a latent's activation on each."""
+    lmm, sae, layer = place.lmm, place.sae, place.layer
     (prompt,) = prompts(lmm, [sample], [0], 1)
     mask = token_mask(prompt, ["text"])
     acts, indices = sae.encode(lmm.hidden_states(prompt, layer)[mask])

@@ -20,7 +20,6 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from lmm_sae_nb.chat.questions import Question, Reply
-from lmm_sae_nb.model.frozen import frozen
 from lmm_sae_nb.model.processor import load_processor
 from lmm_sae_nb.support.files import fingerprint
 
@@ -30,7 +29,7 @@ class LocalChat:
 
     The processor's (or tokenizer's) chat template writes the turns. ValueError for images to a model of text alone,
     or a model without a chat template. A reply of a batch can differ from that of another batch by rounding. The model
-    given is made `frozen`.
+    given is put into eval mode, its parameters without gradients.
     """
 
     def __init__(
@@ -39,7 +38,7 @@ class LocalChat:
     ):  # fmt: skip
         self.name, self.batch_size, self.max_new_tokens = name, batch_size, max_new_tokens
         self.identity = json.dumps(["local", identity, max_new_tokens])
-        self._model, self._processor = frozen(model), processor
+        self._model, self._processor = model.eval().requires_grad_(False), processor
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._sees = self._tokenizer is not processor
         self._image_token = str(getattr(processor, "image_token", None) or "<image>")  # which the template writes

@@ -29,6 +29,7 @@ from lmm_sae_nb.attribute.attribution import decision, linear
 from lmm_sae_nb.cache.activations import cache_activations
 from lmm_sae_nb.full_scale.costs import Assumed, attribute_cost, cache_cost, config_of, this_machine, train_cost
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.support.stages import peak_memory
 from lmm_sae_nb.train.training import train_sae
 
@@ -137,10 +138,12 @@ def run_twin(
         with _measured("train", found):
             sae = train_sae(lmm, samples, layer, **sizes, **batches, seed=seed, folder=f"{folder}/train").sae
         with _measured("cache", found):
-            cache_activations(lmm, sae, pictures, layer, n_top=n_top, batch_size=1, folder=f"{folder}/cache")
+            cache_activations(
+                SAEInPlace(lmm, sae, layer), pictures, n_top=n_top, batch_size=1, folder=f"{folder}/cache"
+            )
         with _measured("attribute", found):
             for shown in pictures:
-                linear(lmm, sae, layer, decision(lmm, question, shown, "y", "n"))
+                linear(SAEInPlace(lmm, sae, layer), decision(lmm, question, shown, "y", "n"))
     for stage, cost in costs.items():
         found[f"{stage}_seconds_forecast"] = 3600 * sum(cost.hours(here, 1, 1.0).values())
         found[f"{stage}_gb_forecast"] = (sum(cost.gpu.values()) + cost.host.get("top images", 0.0)) / 1e9

@@ -18,7 +18,7 @@ from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.samples import KINDS
 from lmm_sae_nb.model.upper_layers import before
-from lmm_sae_nb.sae.topk import TopKSAE, require_own
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.steer.steering import Edit, Scope, steered_versions
 
 Edits = tuple[Edit, ...]
@@ -46,9 +46,7 @@ class Verdicts(NamedTuple):
 
 @torch.no_grad()
 def verdicts(
-    lmm: LMM,
-    sae: TopKSAE,
-    layer: int,
+    place: SAEInPlace,
     cases: Sequence[Case],
     settings: Sequence[Edits | None],
     scope: Scope = Scope(),  # noqa: B008
@@ -63,12 +61,12 @@ def verdicts(
     first token whose state they change: a clamp at the words of a question costs these words. ValueError for answers
     that are not one token each.
     """
-    require_own(lmm, sae, layer)
+    lmm, layer = place.lmm, place.layer
     margin, answered = (torch.zeros(len(settings), len(cases)) for _ in range(2))
     right = torch.zeros(len(settings), len(cases), dtype=torch.bool)
     for n, case in enumerate(tqdm(cases, desc="answering", mininterval=2, disable=len(cases) < 50)):
         choice = decision(lmm, case.question, case.image, case.right, case.tempting)
-        versions = _versions(lmm, sae, layer, choice.prompt, settings, scope, keep_error)
+        versions = _versions(place, choice.prompt, settings, scope, keep_error)
         logits = _last_logits(lmm, choice.prompt, layer, versions, at_once).cpu()
         margin[:, n] = logits[:, choice.answer] - logits[:, choice.baseline]
         answered[:, n] = logits.argmax(-1).float()
@@ -78,9 +76,7 @@ def verdicts(
 
 @torch.no_grad()
 def kept(
-    lmm: LMM,
-    sae: TopKSAE,
-    layer: int,
+    place: SAEInPlace,
     asked: Sequence[Asked],
     settings: Sequence[Edits | None],
     scope: Scope = Scope(),  # noqa: B008
@@ -89,10 +85,11 @@ def kept(
 ) -> Bool[Tensor, "settings asked"]:
     """Whether each answer would be given again, in full, under each setting: every token of it, and its end, is the
     most likely one after those before it, as in greedy decoding. One forward instead of one for each token."""
+    lmm, layer = place.lmm, place.layer
     same = torch.zeros(len(settings), len(asked), dtype=torch.bool)
     for n, one in enumerate(asked):
         prompt = lmm.prompt(one.question, one.image, answers=one.answer)
-        decoded = lmm.above(prompt, layer, _versions(lmm, sae, layer, prompt, settings, scope, keep_error))
+        decoded = lmm.above(prompt, layer, _versions(place, prompt, settings, scope, keep_error))
         told = prompt.answer_mask[0, 1:]
         said = lmm.head(decoded[:, :-1][:, told]).argmax(-1)
         same[:, n] = (said == prompt.inputs["input_ids"][0, 1:][told]).all(-1).cpu()
@@ -100,9 +97,10 @@ def kept(
 
 
 def _versions(
-    lmm: LMM, sae: TopKSAE, layer: int, prompt: Prompt, settings: Sequence[Edits | None], scope: Scope, keep_error: bool
+    place: SAEInPlace, prompt: Prompt, settings: Sequence[Edits | None], scope: Scope, keep_error: bool
 ) -> Float[Tensor, "settings tokens width"]:
     """The layer's states of one prompt under each setting."""
+    lmm, sae, layer = place.lmm, place.sae, place.layer
     hidden = lmm.hidden_states(lmm.entered(prompt), layer)[0]
     spliced, steered = (mask[0].to(lmm.device) for mask in (prompt.mask(*KINDS), scope.of_prompt(prompt)))
     versions = hidden.repeat(len(settings), 1, 1)
@@ -148,9 +146,7 @@ class Limits(NamedTuple):
 
 
 def search(
-    lmm: LMM,
-    sae: TopKSAE,
-    layer: int,
+    place: SAEInPlace,
     wrong: Sequence[Case],
     good: Sequence[Case],
     settings: Sequence[Edits],
@@ -174,8 +170,7 @@ def search(
             f"{len(wrong)} wrong answers to cure, {len(good)} right ones to keep, the first setting is {settings[0]}; "
             "give some of both, and () first"
         )
-    own = (lmm, sae, layer)
-    found = verdicts(*own, wrong, settings, scope, keep_error=keep_error)
+    found = verdicts(place, wrong, settings, scope, keep_error=keep_error)
     fooled = ~found.right[0]
     cured = (fooled & found.right).sum(1) / max(1, int(fooled.sum()))
     shift = (found.margin - found.margin[0]).mean(1)
@@ -185,11 +180,11 @@ def search(
     while order and not best:
         some, order = order[:at_once], order[at_once:]
         under = [(), *(settings[n] for n in some)]
-        harmed |= zip(some, _lost(verdicts(*own, good, under, scope, keep_error=keep_error).right), strict=True)
+        harmed |= zip(some, _lost(verdicts(place, good, under, scope, keep_error=keep_error).right), strict=True)
         fine = [n for n in some if harmed[n] <= limits.harmed]
         under = [(), *(settings[n] for n in fine)]
         spoiled |= zip(
-            fine, _lost(kept(*own, others if fine else (), under, scope, keep_error=keep_error)), strict=True
+            fine, _lost(kept(place, others if fine else (), under, scope, keep_error=keep_error)), strict=True
         )
         best = next((n for n in fine if spoiled[n] <= limits.spoiled), 0)
     told = [

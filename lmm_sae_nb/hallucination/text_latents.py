@@ -13,8 +13,7 @@ from torch import Tensor
 from lmm_sae_nb.attribute.attribution import clamping, decision
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.hallucination.cases import Case
-from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.steer.steering import Scope
 
 
@@ -55,18 +54,17 @@ def shown_text(
 
 
 def promising(
-    lmm: LMM,
-    sae: TopKSAE,
-    layer: int,
+    place: SAEInPlace,
     cases: Sequence[Case],
     values: Float[Tensor, " n_latents"],
     scope: Scope = Scope(),  # noqa: B008  (frozen)
 ) -> Float[Tensor, " n_latents"]:
     """By how many logits, on average, clamping each latent to its value would speak for the right answers, linearly."""
+    lmm, sae = place.lmm, place.sae
     total = torch.zeros(sae.n_latents)
     for case in cases:
         choice = decision(lmm, case.question, case.image, case.right, case.tempting)
-        total += clamping(lmm, sae, layer, choice, values, scope.of_prompt(choice.prompt)[0]) / len(cases)
+        total += clamping(place, choice, values, scope.of_prompt(choice.prompt)[0]) / len(cases)
     return total
 
 

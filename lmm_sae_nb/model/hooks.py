@@ -9,10 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 Hidden = Float[Tensor, "batch tokens width"]
 
@@ -126,69 +124,3 @@ def truncate(decoder: nn.Module, tokens: int) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def distinct(encoder: nn.Module) -> Iterator[None]:
-    """Let an encoder see pictures that are equal, number for number, once in every forward.
-
-    There are such: an image asked about several times over, or one of the encoder's own size, which AnyRes may show
-    twice, as a whole and as its only tile. An encoder that takes more tensors than (pictures, channels, rows, columns)
-    is left alone. ValueError for one whose output does not have a row for each picture.
-    """
-    waiting: list[tuple[int, list[int]]] = []
-
-    def merge(module, args, kwargs):
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        pictures = given[0] if len(given) == 1 and given[0].dim() == 4 else None
-        firsts, place = ([], []) if pictures is None else _twins(pictures)
-        waiting.append((len(firsts), place))
-        if len(firsts) == len(place):
-            return args, kwargs
-
-        def fewer(value):
-            return value[firsts] if value is pictures else value
-
-        return tuple(map(fewer, args)), {name: fewer(value) for name, value in kwargs.items()}
-
-    def spread(module, args, output):
-        seen, place = waiting.pop()
-        return output if seen == len(place) else _rows(output, seen, place)
-
-    handles = (
-        encoder.register_forward_pre_hook(merge, with_kwargs=True),
-        encoder.register_forward_hook(spread, prepend=True),  # whoever else listens gets a row for each picture
-    )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _twins(pictures: Float[Tensor, "pictures c h w"]) -> tuple[list[int], list[int]]:
-    """The first of each kind, and for every picture which of those it equals."""
-    flat = pictures.flatten(1)
-    glances = flat[:, :: max(1, flat.shape[1] // 64)].tolist()  # cheap to compare; what looks equal is compared whole
-    firsts: list[int] = []
-    place: list[int] = []
-    for number, glance in enumerate(glances):
-        alike = (n for n, first in enumerate(firsts) if glances[first] == glance)
-        own = next((n for n in alike if torch.equal(flat[firsts[n]], flat[number])), len(firsts))
-        firsts += [number] * (own == len(firsts))
-        place.append(own)
-    return firsts, place
-
-
-def _rows(output: Any, seen: int, place: list[int]) -> Any:
-    """Every tensor of an encoder's output, which has a row for each picture seen, with one for each picture again."""
-    if isinstance(output, Tensor):
-        if len(output) != seen:
-            raise ValueError(
-                f"the vision tower saw {seen} different pictures and put out {tuple(output.shape)}, not a row for "
-                "each; leave `hooks.distinct` out for this family"
-            )
-        return output[place]
-    if isinstance(output, ModelOutput):
-        return type(output)(**{name: _rows(value, seen, place) for name, value in output.items()})
-    return type(output)(_rows(value, seen, place) for value in output) if isinstance(output, tuple | list) else output

@@ -26,7 +26,6 @@ from transformers import (
 )
 
 from lmm_sae_nb.model import hooks, upper_layers
-from lmm_sae_nb.model.frozen import frozen
 from lmm_sae_nb.model.hooks import Hidden
 from lmm_sae_nb.model.processor import load_processor
 from lmm_sae_nb.model.prompts import TEMPLATES, Prompt
@@ -43,7 +42,7 @@ ANY_LAYER = {
 class LMM:
     """A frozen multimodal model with its processor.
 
-    `LMM(model, processor)` makes the model `frozen`: in eval, its parameters without gradients (gradients of what is
+    `LMM(model, processor)` puts the model into eval mode, its parameters without gradients (gradients of what is
     spliced in still flow); and the tokenizer pad on the left, with the end token if it has no pad token.
     image_size: (width, height) in pixels that every image is brought to first, for families whose patch grid follows
     the image's size, as Qwen2.5-VL's does.
@@ -67,7 +66,7 @@ class LMM:
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # the attention mask tells the two apart
-        frozen(model)
+        model.eval().requires_grad_(False)
         model.generation_config.pad_token_id = self.tokenizer.pad_token_id
 
     @classmethod
@@ -287,8 +286,7 @@ class LMM:
 
     def _whole(self, prompt: Prompt, **settings):
         """Run the whole model; equal pictures pass the vision tower once, where it takes pictures alone."""
-        with hooks.distinct(self.model.get_encoder(modality="image")):
-            return self.model(**prompt.inputs, use_cache=False, **settings)
+        return self.model(**prompt.inputs, use_cache=False, **settings)
 
     @torch.no_grad()
     def entered(self, prompt: Prompt) -> Prompt:
@@ -385,8 +383,7 @@ class LMM:
     def generate(self, prompt: Prompt, max_new_tokens: int = 64, **generation_kwargs) -> list[str]:
         """Give each prompt's answer, greedy and with a KV cache unless told otherwise."""
         settings = {"do_sample": False, "num_beams": 1, "use_cache": True} | generation_kwargs
-        with hooks.distinct(self.model.get_encoder(modality="image")):
-            tokens = self.model.generate(**prompt.inputs, max_new_tokens=max_new_tokens, **settings)
+        tokens = self.model.generate(**prompt.inputs, max_new_tokens=max_new_tokens, **settings)
         new = tokens[:, prompt.inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 

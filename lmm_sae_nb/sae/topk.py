@@ -16,28 +16,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae import hub, kernels
 from lmm_sae_nb.sae.formats import SAEWeights, read_sae, write_sae
 from lmm_sae_nb.support.files import read_json
-
-
-def require_own(lmm: LMM, sae: TopKSAE, layer: int) -> None:
-    """ValueError unless the SAE can stand in for this layer: of its width and, if its folder tells, trained on it."""
-    lmm.layer(layer)
-    sae.require_width(lmm.width)
-    if sae.trained_on is None:
-        return
-    if sae.trained_on.layer != layer:
-        raise ValueError(
-            f"the SAE was trained on layer {sae.trained_on.layer}, not {layer}; give that layer, or train an SAE on "
-            f"layer {layer} with notebooks/01_train_sae.py"
-        )
-    if sae.trained_on.model != lmm.fingerprint(layer):
-        raise ValueError(
-            f"the SAE was trained on another model than {lmm.name}: layer {layer} had other weights "
-            f"({sae.trained_on.model[:40]}…, here {lmm.fingerprint(layer)[:40]}…); load the one that it was trained on"
-        )
 
 
 class Latents(NamedTuple):

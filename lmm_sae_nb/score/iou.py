@@ -10,8 +10,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from lmm_sae_nb.cache.encode_images import activation_maps
-from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.score.masks import PAPER, STRICT, Mode, Spot, Where, ious
 
 
@@ -56,14 +55,14 @@ def latent_iou(
 
 
 def drawn_spots(
-    lmm: LMM, sae: TopKSAE, images: Sequence[Image.Image], layer: int, latents: Sequence[int], numbers: Sequence[int]
+    place: SAEInPlace, images: Sequence[Image.Image], latents: Sequence[int], numbers: Sequence[int]
 ) -> dict[int, list[Spot]]:
     """Each latent on the same images, by their numbers: at random, they are the baseline of `latent_iou`.
 
     NoPatchGrid for a model without one.
     """
     pictures = [images[number] for number in numbers]
-    maps = activation_maps(lmm, sae, pictures, layer, latents)
+    maps = activation_maps(place, pictures, latents)
     return {
         latent: [Spot(n, p.size, m) for n, p, m in zip(numbers, pictures, maps[:, column], strict=True)]
         for column, latent in enumerate(latents)

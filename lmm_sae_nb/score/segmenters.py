@@ -22,7 +22,6 @@ from transformers import (
     SamProcessor,
 )
 
-from lmm_sae_nb.model.frozen import frozen
 from lmm_sae_nb.support.images import pixel_hash
 
 
@@ -47,7 +46,7 @@ class PromptedSegmenter:
     The logits are brought to the picture's size by bilinear interpolation. The score is the mean probability under
     the mask; a picture in which no pixel passes the threshold has no candidate. What the eye makes of the last pictures
     is remembered, up to `room` bytes: many are looked for in the same ones, and it does not depend on the concept. The
-    model given is made `frozen`.
+    model given is put into eval mode, its parameters without gradients.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class PromptedSegmenter:
         room: int = 2**29,
     ):
         self.threshold, self.batch = _share(threshold, "threshold"), _positive(batch)
-        self.model, self.processor = frozen(model), processor
+        self.model, self.processor = model.eval().requires_grad_(False), processor
         self._seen: LRUCache[str, Tensor] = LRUCache(room, _bytes_of)
 
     @classmethod
@@ -114,14 +113,19 @@ class BoxSegmenter:
     The detector is asked for the concept alone and its boxes above `threshold` (the reference code: 0.3) are SAM's
     prompts. A mask's score is the box's times SAM's own estimate of the mask's IoU. No box, no candidate. The reference
     code resizes pictures to 336 x 336 pixels first and unites all masks; both are the caller's choice here. The
-    models given are made `frozen`.
+    models given are put into eval mode, their parameters without gradients.
     """
 
     def __init__(
         self, detector, reader, sam: SamModel, prompter: SamProcessor, *, threshold: float = 0.3, batch: int = 8
     ):
         self.threshold, self.batch = _share(threshold, "threshold"), _positive(batch)
-        self.detector, self.reader, self.sam, self.prompter = frozen(detector), reader, frozen(sam), prompter
+        self.detector, self.reader, self.sam, self.prompter = (
+            detector.eval().requires_grad_(False),
+            reader,
+            sam.eval().requires_grad_(False),
+            prompter,
+        )
 
     @classmethod
     def load(cls, detector: str | Path, sam: str | Path, *, device: str = "cpu", **options) -> BoxSegmenter:

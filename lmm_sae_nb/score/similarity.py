@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
-from lmm_sae_nb.model.frozen import frozen
 from lmm_sae_nb.score.segmenters import _batches, _finite, _positive
 
 _DOT = Image.new("RGB", (1, 1))
@@ -29,10 +28,11 @@ def clip_score(similarity: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 
 class ImageTextSimilarity:
     """Cosines (n,) float32 in [-1, 1] of n pictures and n texts, by a CLIP. Texts go in as they are, without a prompt
-    around them, as in the reference code; longer ones than CLIP can read are cut. The model given is made `frozen`."""
+    around them, as in the reference code; longer ones than CLIP can read are cut. The model given is put
+    into eval mode, its parameters without gradients."""
 
     def __init__(self, model: CLIPModel, processor: CLIPProcessor, *, batch: int = 32):
-        self.model, self.processor, self.batch = frozen(model), processor, _positive(batch)
+        self.model, self.processor, self.batch = model.eval().requires_grad_(False), processor, _positive(batch)
         self._read: tuple[tuple[str, ...] | None, Tensor | None] = (None, None)
 
     @classmethod

@@ -20,8 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from transformers import StoppingCriteria
 
 from lmm_sae_nb.cache.latent_cache import LatentCache
-from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.show.plots import marked
 from lmm_sae_nb.steer.steering import Comparison, Edit, Scope, steered
 
@@ -97,9 +96,7 @@ class SteeringPanel:
 
     def __init__(
         self,
-        lmm: LMM,
-        sae: TopKSAE,
-        layer: int,
+        place: SAEInPlace,
         cache: LatentCache,
         names: Mapping[int, str],
         *,
@@ -107,6 +104,7 @@ class SteeringPanel:
         text: str = "What do you see in this image?",
         max_new_tokens: int = 24,
     ):
+        lmm, sae, layer = place.lmm, place.sae, place.layer
         sae.require_width(lmm.width)
         self.lmm, self.sae, self.layer, self.cache, self.names = lmm, sae, layer, cache, dict(names)
         self.image, self.max_new_tokens = image, max_new_tokens
@@ -207,7 +205,9 @@ class SteeringPanel:
             yield dict(known)
 
     def _steered(self, prompt, asked: Asked, edits: list[Edit]):
-        return steered(self.lmm, self.sae, self.layer, prompt, edits, asked.scope, keep_error=asked.keep_error)
+        return steered(
+            SAEInPlace(self.lmm, self.sae, self.layer), prompt, edits, asked.scope, keep_error=asked.keep_error
+        )
 
     # -- asking and showing
 

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
-from lmm_sae_nb.sae.topk import Latents, TopKSAE, require_own
+from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.sae.topk import Latents, TopKSAE
 from lmm_sae_nb.train.training import KINDS
 
 MODES = ("clamp", "add", "scale")
@@ -184,9 +184,7 @@ def _settings(edits: Setting | Sequence[Setting], samples: int) -> list[tuple[Ed
 
 @contextmanager
 def steered(
-    lmm: LMM,
-    sae: TopKSAE,
-    layer: int,
+    place: SAEInPlace,
     prompt: Prompt,
     edits: Setting | Sequence[Setting] = (),
     scope: Scope = Scope(),  # noqa: B008  (frozen)
@@ -199,10 +197,10 @@ def steered(
     edits: the same for every sample of the batch, or a list of edits for each. Without edits it is the control: the
     SAE spliced in and nothing else. `spliced`: the kinds of tokens that the SAE replaces at all, by default those it
     was trained on. keep_error: leave in what the SAE does not explain (the paper drops it). Works with a KV cache, in
-    batches, greedy or sampled. ValueError as `require_own`, for another number of settings than samples, and inside
+    batches, greedy or sampled. ValueError as `SAEInPlace`, for another number of settings than samples, and inside
     the `with` for a batch that is not this prompt's.
     """
-    require_own(lmm, sae, layer)
+    lmm, sae, layer = place.lmm, place.sae, place.layer
     in_prompt, in_scope = prompt.mask(*spliced), scope.of_prompt(prompt)
     batch, length = in_prompt.shape
     settings = _settings(edits, batch)
@@ -232,9 +230,7 @@ def steered(
 
 @torch.no_grad()
 def answers(
-    lmm: LMM,
-    sae: TopKSAE,
-    layer: int,
+    place: SAEInPlace,
     text: str,
     image: Image.Image | None,
     settings: Sequence[Setting],
@@ -245,11 +241,12 @@ def answers(
     **generation,
 ) -> list[str]:
     """The answer to one question about one image under each of many settings, `batch` of them side by side."""
+    lmm = place.lmm
     said = []
     for start in tqdm(range(0, len(settings), batch), desc="steering", mininterval=2, disable=len(settings) <= batch):
         some = settings[start : start + batch]
         prompt = lmm.prompt([text] * len(some), [image] * len(some))
-        with steered(lmm, sae, layer, prompt, some, scope, keep_error=keep_error):
+        with steered(place, prompt, some, scope, keep_error=keep_error):
             said += lmm.generate(prompt, **generation)
     return said
 
@@ -270,9 +267,7 @@ class Comparison(NamedTuple):
 
 @torch.no_grad()
 def compare(
-    lmm: LMM,
-    sae: TopKSAE,
-    layer: int,
+    place: SAEInPlace,
     texts: str | list[str],
     images: Image.Image | list[Image.Image | None] | None,
     edits: Sequence[Edit],
@@ -283,14 +278,11 @@ def compare(
     **generation,
 ) -> Comparison:
     """Generate three times from the same prompts; with `seed`, each time from the same random state."""
+    lmm = place.lmm
     prompt = lmm.prompt(texts, images)
     answers = []
     for setting in (None, (), edits):
-        run = (
-            nullcontext()
-            if setting is None
-            else steered(lmm, sae, layer, prompt, setting, scope, keep_error=keep_error)
-        )
+        run = nullcontext() if setting is None else steered(place, prompt, setting, scope, keep_error=keep_error)
         with run, torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)

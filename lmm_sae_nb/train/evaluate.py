@@ -13,7 +13,8 @@ from lmm_sae_nb.model.hooks import Hidden
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.samples import KINDS, prompts, token_mask
-from lmm_sae_nb.sae.topk import TopKSAE, require_own
+from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.tensor_files import require_finite
 
 
@@ -40,8 +41,9 @@ class _Variance:
         return self.error / total
 
 
-def evaluate_sae(lmm: LMM, sae: TopKSAE, samples: Sequence[Mapping], layer: int, **settings) -> dict[str, float]:
+def evaluate_sae(place: SAEInPlace, samples: Sequence[Mapping], **settings) -> dict[str, float]:
     """How good an SAE is on held-out samples: `evaluate_saes` of one."""
+    lmm, sae, layer = place.lmm, place.sae, place.layer
     return evaluate_saes(lmm, {"": (sae, layer)}, samples, **settings)[""]
 
 
@@ -63,10 +65,10 @@ def evaluate_saes(
     keep their own state); loss_recovered = (zero - spliced) / (zero - clean), left out where zeros change nothing, as
     at image tokens of the last layer. losses: without them the model need not run again for each SAE, nor behind the
     last of the layers.
-    ValueError as `require_own`, or if there are no samples.
+    ValueError as `SAEInPlace`, or if there are no samples.
     """
     for sae, layer in studied.values():
-        require_own(lmm, sae, layer)
+        SAEInPlace(lmm, sae, layer)  # checks that they belong together
     if not len(samples):
         raise ValueError("no held-out samples to evaluate on; give at least one")
     found = {name: _Measured(sae, layer, kinds) for name, (sae, layer) in studied.items()}

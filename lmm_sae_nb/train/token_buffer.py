@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from lmm_sae_nb.model.frozen import plain_products
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.samples import prompts, token_mask
 from lmm_sae_nb.support.tensor_files import require_finite
@@ -62,8 +61,7 @@ class Stream:
         order = np.random.default_rng((self.seed, EPOCH, epoch)).permutation(len(self.samples))
         wanted = order[place * self.batch : (place + 1) * self.batch].tolist()
         (prompt,) = prompts(self.lmm, self.samples, wanted, self.batch)
-        with plain_products():  # the last bits decide what an SAE becomes: one trained before comes out again
-            hidden, mask = self.lmm.hidden_states(prompt, self.layers), token_mask(prompt, self.kinds)
+        hidden, mask = self.lmm.hidden_states(prompt, self.layers), token_mask(prompt, self.kinds)
         tokens = {layer: hidden.pop(layer)[mask] for layer in self.layers}
         for layer, states in tokens.items():
             require_finite(states, f"hidden states of layer {layer}, samples {', '.join(map(str, wanted))}")

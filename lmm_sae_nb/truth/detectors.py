@@ -12,8 +12,7 @@ from scipy import sparse
 
 from lmm_sae_nb.cache.encode_images import base_latents
 from lmm_sae_nb.cache.latent_cache import LatentCache
-from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.truth.accuracy import _share
 from lmm_sae_nb.truth.label_maps import PatchTruth
 
@@ -74,18 +73,19 @@ def _f1(hits: np.ndarray, fired: np.ndarray, showing: np.ndarray) -> np.ndarray:
 
 
 def measure_detectors(
-    lmm: LMM, sae: TopKSAE, images: Sequence[Image.Image], truth: PatchTruth, layer: int,
+    place: SAEInPlace, images: Sequence[Image.Image], truth: PatchTruth,
     detectors: Sequence[Detector], batch_size: int = 16,
 ) -> tuple[list[Detector], set[tuple[str, str]]]:  # fmt: skip
     """The same latents and thresholds with their F1 on other images, and the (kind, concept) that those show at all.
 
     images: those of `truth`, in its order.
     """
+    sae = place.sae
     row = {name: n for n, name in enumerate(truth.names)}
     column = np.full(sae.n_latents, -1)
     latents = sorted({one.latent for one in detectors})
     column[latents] = np.arange(len(latents))
-    acts = np.concatenate([_columns(part, column) for part in base_latents(lmm, sae, images, layer, batch_size)])
+    acts = np.concatenate([_columns(part, column) for part in base_latents(place, images, batch_size)])
     shows = truth.shows(range(len(acts))).toarray().astype(bool)
     acts = acts.reshape(-1, len(latents))
     measured = []

@@ -21,7 +21,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmm_sae_nb.interpret.explain import TAUGHT, taught_latents
 from lmm_sae_nb.interpret.explainers import REFUSAL
-from lmm_sae_nb.model.frozen import frozen
 from lmm_sae_nb.pictureworld.explainer.masked_sets import Source, Strips, drawn, masked_images, of_latents
 from lmm_sae_nb.pictureworld.explainer.model import QUESTION, SET, save
 from lmm_sae_nb.pictureworld.explainer.train import graduate, lessons_of, study_explainer
@@ -69,7 +68,7 @@ def learn(asked: argparse.Namespace) -> None:
 
 def load(folder: Path):
     """The explainer of a folder, in float32, and its processor."""
-    model = frozen(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32))
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     return model, AutoProcessor.from_pretrained(folder)
 
 

@@ -23,6 +23,7 @@ from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.pictureworld.explainer.model import SET
 from lmm_sae_nb.pictureworld.world.rendered import CONCEPTS, GRID, Gallery
 from lmm_sae_nb.pictureworld.world.scenes import PATCH, SIDE
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.files import write_json
 from lmm_sae_nb.truth.common_concept import SHOWS, Shown, best_shown
@@ -97,7 +98,7 @@ def of_latents(
     """The strips of latents of an SAE, at random among those that enough of the scenes excite, but for `without`; their
     cache stays in `kept`, and which they are in its `chosen.json`."""
     sae = TopKSAE.load(source.folder)
-    cache = cache_activations(LMM.load(model), sae, gallery.images, source.layer, n_top=images, folder=kept)
+    cache = cache_activations(SAEInPlace(LMM.load(model), sae, source.layer), gallery.images, n_top=images, folder=kept)
     live = np.setdiff1d(np.flatnonzero((cache.top_images >= 0).all(1).numpy()), list(without))
     chosen = np.random.default_rng(64).permutation(live)[:strips].tolist()
     write_json(kept / CHOSEN, {"trained": training_of(source.folder), "latents": sorted(chosen)})

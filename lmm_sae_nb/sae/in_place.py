@@ -1,0 +1,47 @@
+"""An SAE at the layer of the model that it stands in for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.topk import TopKSAE
+
+
+@dataclass(frozen=True)
+class SAEInPlace:
+    """A model, an SAE and the decoder layer whose output the SAE takes apart.
+
+    Every function that caches, steers or attributes takes this one object. It checks once that the three belong
+    together.
+
+    lmm: the model under study.
+    sae: of the layer's width; it is moved to the model's device.
+    layer: 0-based; the paper's 25th layer is 24.
+
+    Raises:
+        ValueError: the layer does not exist, the SAE has another width, or it was trained on another layer or model.
+    """
+
+    lmm: LMM
+    sae: TopKSAE
+    layer: int
+
+    def __post_init__(self):
+        self.lmm.layer(self.layer)
+        self.sae.require_width(self.lmm.width)
+        self.sae.to(self.lmm.device)
+        trained_on = self.sae.trained_on
+        if trained_on is None:
+            return
+        if trained_on.layer != self.layer:
+            raise ValueError(
+                f"the SAE was trained on layer {trained_on.layer}, not {self.layer}; give that layer, or train an SAE "
+                f"on layer {self.layer} with notebooks/01_train_sae.py"
+            )
+        fingerprint = self.lmm.fingerprint(self.layer)
+        if trained_on.model != fingerprint:
+            raise ValueError(
+                f"the SAE was trained on another model than {self.lmm.name}: layer {self.layer} had other weights "
+                f"({trained_on.model[:40]}…, here {fingerprint[:40]}…); load the model that it was trained on"
+            )

@@ -41,7 +41,7 @@ labeller: str = ""  # a language model that gives a concept its kind; "": the vo
 key_variable: str = ""  # the environment variable with the endpoints' key; "": they want none
 n_explained: int = 1024  # live latents, at random if there are more
 n_top: int = 5  # exemplars shown for each
-share: float = 0.25  # a patch is visible above this share of its image's highest activation
+threshold: float = 0.25  # a patch is visible above this share of its image's highest activation
 dim: float = 0.0  # brightness that the other patches keep; the reference code: 0.12
 batch_size: int = 4  # questions at once, to a model in this process
 concurrency: int = 8  # questions under way at once, to an endpoint
@@ -82,7 +82,7 @@ pictures = Remembered(open_images(root / images))
 truth = label_maps.PatchTruth(TrueMasks(load_from_disk(root / images), root / concepts), cache.grid) if concepts else None
 live = np.flatnonzero(np.asarray(cache.live))
 chosen = np.sort(np.random.default_rng(seed).choice(live, min(n_explained, len(live)), replace=False)).tolist()
-look = partial(exemplars, cache, pictures, n_top=n_top, share=share, dim=dim)
+look = partial(exemplars, cache, pictures, n_top=n_top, threshold=threshold, dim=dim)
 shown = LazyExemplars(look, chosen)
 print(f"{len(live)} live latents, {len(chosen)} of them are asked about")
 
@@ -107,7 +107,7 @@ print(prompt)
 stage, code = Stage(run, "interpret"), [explainers, explain, accuracy]
 params = dict(
     model=model, layer=layer, images=images, heldout=heldout, concepts=concepts, explainer=explainer, prompt=prompt, tag=tag,
-    refiner=refiner, labeller=labeller, n_explained=n_explained, n_top=n_top, share=share, dim=dim,
+    refiner=refiner, labeller=labeller, n_explained=n_explained, n_top=n_top, threshold=threshold, dim=dim,
     max_new_tokens=max_new_tokens, least_sure=least_sure, seed=seed,
 )  # fmt: skip
 read = [explainer, refiner, labeller, *([model, concepts, heldout] if concepts else [])]

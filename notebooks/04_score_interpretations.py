@@ -38,7 +38,7 @@ detector: str = ""  # a Grounding DINO, or an OWLv2, finds boxes for a SAM; "": 
 similarity: str = "data/models/tiny-clip"  # image-text similarity; "": no CLIP score
 n_scored: int = 5000  # explained latents, at random if there are more
 n_top: int = 5  # exemplars of each latent
-share: float = 0.25  # strict mode: a patch is active above this share of its image's highest activation
+threshold: float = 0.25  # strict mode: a patch is active above this share of its image's highest activation
 random_runs: int = 10  # draws of n_top random images, IoU
 clip_runs: int = 30  # the same, CLIP score
 judge: str = ""  # who says whether explanations fit: a folder, a hub name or name@http://host/v1; "": the ground truth
@@ -108,7 +108,7 @@ truth = TrueMasks(load_from_disk(root / images), root / concepts) if concepts el
 explained = score_tables.explained(explanations, truth, most=n_scored, seed=seed)
 concept_of = {latent: concept for latent, (concept, _) in explained.items()}
 kind_of = {str(latent): kind for latent, (_, kind) in explained.items()}
-modes = {"paper": PAPER, "strict": replace(STRICT, share=share)}
+modes = {"paper": PAPER, "strict": replace(STRICT, threshold=threshold)}
 print(f"{len(explanations)} latents asked about, {len(explained)} of them explained and scored")
 if truth:
     unknown = sum(not truth.kinds_of(row["concept"]) for row in explanations.values() if row["concept"])
@@ -116,7 +116,7 @@ if truth:
 
 
 def shown(latent: int) -> list:
-    return exemplars(cache, pictures, latent, n_top=n_top, share=share)
+    return exemplars(cache, pictures, latent, n_top=n_top, threshold=threshold)
 
 
 # %% [markdown]
@@ -181,7 +181,7 @@ for ax, (by, find, mode) in zip(rest, ways, strict=True):
 stage, code = Stage(run, "score"), [score_tables, masks, segmenters]
 params = dict(
     model=model, images=images, concepts=concepts, layer=layer, segmenter=segmenter, detector=detector, similarity=similarity,
-    n_scored=n_scored, n_top=n_top, share=share, random_runs=random_runs, clip_runs=clip_runs, seed=seed,
+    n_scored=n_scored, n_top=n_top, threshold=threshold, random_runs=random_runs, clip_runs=clip_runs, seed=seed,
 )  # fmt: skip
 inputs = [root / name for name in (model, concepts, segmenter, detector, similarity) if name and (root / name).exists()]
 before = [Stage(run, name).path("manifest.json") for name in ("train", "cache", "interpret")]
@@ -281,7 +281,7 @@ for by, right in (("right", True), ("wrong", False)) if truth else ():
 
 # %%
 judging, who = Stage(run, "judge"), judge or ("ground truth" if truth else "")
-how = dict(judge=judge, images=images, concepts=concepts, n_scored=n_scored, n_judged=n_judged, n_top=n_top, share=share, seed=seed)
+how = dict(judge=judge, images=images, concepts=concepts, n_scored=n_scored, n_judged=n_judged, n_top=n_top, threshold=threshold, seed=seed)
 known = before + [root / name for name in (judge, concepts) if name and (root / name).exists()]
 if not who:
     judging.forget()

@@ -62,7 +62,7 @@ least_sure: float = 0.0  # a lower probability of the explainer counts as a refu
 n_explained: int = 100  # latents of each layer and model that are explained; so many are asked about as that takes
 n_swept: int = 12  # the same for the SAEs of other sizes
 n_top: int = 5  # exemplars shown for each
-share: float = 0.25  # a patch is visible above this share of its image's highest activation
+threshold: float = 0.25  # a patch is visible above this share of its image's highest activation
 segmenter: str = ""  # finds a concept by its name, where there is no ground truth
 detector: str = ""  # finds boxes for the segmenter, which then is a SAM
 similarity: str = "data/models/tiny-clip"  # image-text similarity
@@ -179,7 +179,7 @@ params = dict(
     concepts=concepts, n_latents=n_latents, k=k, sizes=sizes, ks=ks, steps=steps, batch_tokens=batch_tokens,
     other_steps=other_steps, other_batch_tokens=other_batch_tokens, lr=lr, dead_after_tokens=dead_after_tokens, evaluated=evaluated, cached_images=cached_images, explainer=explainer, prompt=prompt,
     tag=tag, refiner=refiner, labeller=labeller, max_new_tokens=max_new_tokens, least_sure=least_sure, n_explained=n_explained, n_swept=n_swept, n_top=n_top,
-    share=share, segmenter=segmenter, detector=detector, similarity=similarity, random_runs=random_runs, clip_runs=clip_runs,
+    threshold=threshold, segmenter=segmenter, detector=detector, similarity=similarity, random_runs=random_runs, clip_runs=clip_runs,
     n_steered=n_steered, dose=dose, steered_kinds=steered_kinds, question=question, blank_size=blank_size, decisions=decisions,
     pairs=pairs, seed=seed,
 )  # fmt: skip
@@ -209,7 +209,7 @@ for name, recipes in plan.items() if not current else ():
 
 # %%
 vocabulary, remembered = Vocabulary(root / concepts) if concepts else None, Remembered(pictures)
-modes, rng = [PAPER, replace(STRICT, share=share)], np.random.default_rng(seed)
+modes, rng = [PAPER, replace(STRICT, threshold=threshold)], np.random.default_rng(seed)
 drawn, drawn_clip = (rng.integers(len(pictures), size=runs * n_top).tolist() for runs in (random_runs, clip_runs))
 if not current:
     open_as = partial(open_chat, root=root, key_variable=key_variable, concurrency=concurrency, timeout=timeout, max_new_tokens=max_new_tokens)
@@ -225,7 +225,7 @@ if not current:
 # %%
 for name in () if current else (*of_layers, *rest):
     its, sae, layer, found_in = studied[name]
-    look = partial(exemplars, found_in, remembered, n_top=n_top, share=share)
+    look = partial(exemplars, found_in, remembered, n_top=n_top, threshold=threshold)
     order = np.random.default_rng(seed).permutation(np.flatnonzero(found_in.live)).tolist()
     rows = as_rows(explain_enough(order, look, ask, n_explained, 16))
     explained = tables.explained(rows, truth, seed=seed)
@@ -254,7 +254,7 @@ if not current:
     patch_truth, generator = label_maps.PatchTruth(truth, lmm.grid) if truth and lmm.grid else None, torch.Generator().manual_seed(seed)
 for name in () if current else (*of_layers, *swept):
     found_in = studied[name][3]
-    look = partial(exemplars, found_in, remembered, n_top=n_top, share=share)
+    look = partial(exemplars, found_in, remembered, n_top=n_top, threshold=threshold)
     order = np.random.default_rng(seed).permutation(np.flatnonzero(found_in.live)).tolist()
     rows = read_json(stage.path(f"{name}.json"))["explanations"] if name in of_layers else as_rows(explain_enough(order, look, ask, n_swept, 16))
     told = {n: row for n, row in rows.items() if row["outcome"] == "explained"}
@@ -270,7 +270,7 @@ for name in () if current else of_layers:
     objects = np.random.default_rng(seed).permutation([n for n, row in scores.items() if row["kind"] == "object"]).tolist()[:n_steered]
     settings = [[Edit(int(n), dose * float(found_in.max[int(n)]))] for n in objects]
     said = answers(SAEInPlace(lmm, sae, layer), question, white, settings, Scope(tuple(steered_kinds)), batch=20, max_new_tokens=24)
-    metrics |= bounds(f"steered_{name}", intervals.share([names(answer, scores[n]["concept"]) for n, answer in zip(objects, said, strict=True)])) if objects else {}
+    metrics |= bounds(f"steered_{name}", intervals.proportion([names(answer, scores[n]["concept"]) for n, answer in zip(objects, said, strict=True)])) if objects else {}
     rho = []
     for case in cases:
         one = linear(SAEInPlace(lmm, sae, layer), case)
@@ -352,7 +352,7 @@ everywhere = sorted(set.intersection(*map(set, by_layer.values())))
 print(f"{len(everywhere)} concepts are named at every layer: {', '.join(everywhere)}")
 # %% mystnb={"figure": {"caption": "Two concepts that are named at every layer, from low to high: the latents' images with their activation, and masked.", "name": "fig-depth"}}
 caches = {name: latent_cache.LatentCache.load(stage.path(first) / name) for name in of_layers}
-strips = [(f"{name.replace('_', ' ')}, latent {by_layer[name][concept]}: {concept}", exemplars(caches[name], pictures, int(by_layer[name][concept]), n_top=n_top, share=share))
+strips = [(f"{name.replace('_', ' ')}, latent {by_layer[name][concept]}: {concept}", exemplars(caches[name], pictures, int(by_layer[name][concept]), n_top=n_top, threshold=threshold))
           for concept in everywhere[:: max(1, len(everywhere) // 2)][:2] for name in of_layers]  # fmt: skip
 plots.exemplar_strip(strips, side=1.1);
 
@@ -387,8 +387,8 @@ plots.exemplar_strip(strips, side=1.1);
 
 # %%
 exams = {Path(name).name: read_json(root / name / "exam.json") for name in (model, *others) if (root / name / "exam.json").is_file()}
-families = dict.fromkeys(family for exam in exams.values() for family, its in exam.items() if isinstance(its, dict) and "share" in its)
-plots.table([{"model": name} | {family: exam.get(family, {}).get("share") for family in families} for name, exam in exams.items()])
+families = dict.fromkeys(family for exam in exams.values() for family, its in exam.items() if isinstance(its, dict) and "fraction" in its)
+plots.table([{"model": name} | {family: exam.get(family, {}).get("fraction") for family in families} for name, exam in exams.items()])
 
 # %% [markdown]
 # ## Scaling

@@ -85,7 +85,7 @@ from lmm_sae_nb.steer.steering import Edit, Scope, answers, steer_latents
 from lmm_sae_nb.support import intervals
 from lmm_sae_nb.support.files import project_root, read_json, write_json
 from lmm_sae_nb.support.images import open_images
-from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval, share
+from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval, proportion
 from lmm_sae_nb.support.stages import Stage, require
 
 root = project_root()
@@ -254,7 +254,7 @@ curves = {}
 for name, (group, key) in groups.items():
     at = sorted({row["dose"] for row in white_answers["steered"] if row["group"] == group})
     found = {value: [row[key] for row in white_answers["steered"] if (row["group"], row["dose"]) == (group, value)] for value in at}
-    curves |= {name: {value: Mean(*share(cases)[:3]) for value, cases in found.items()}} if found else {}
+    curves |= {name: {value: Mean(*proportion(cases)[:3]) for value, cases in found.items()}} if found else {}
 plots.doses(curves, "dose, in the latent's own maximum", "share of latents");
 
 # %% [markdown]
@@ -292,7 +292,7 @@ if not current:
     metrics = {"objects_steered": len(at_dose["object"]), "dose": dose, "dose_chosen_on": chosen_on, "replies_failed": talk.failed if talk else 0}
     for group, name in (("object", ""), ("random", "control_")):
         for key, what in (("names", "named"), ("changed", "changed")):
-            found = bounds(f"{name}{what}_of_100", share([row[key] for row in at_dose[group]]))
+            found = bounds(f"{name}{what}_of_100", proportion([row[key] for row in at_dose[group]]))
             metrics |= {title: 100 * value for title, value in found.items()}
         if rated := [row["relevance"] for row in at_dose[group] if row["relevance"]]:
             metrics[f"{name}relevance"] = mean_interval(rated, seed=seed).mean
@@ -301,7 +301,7 @@ if not current:
         metrics |= {f"{name}_steered": len(cases), f"{name}_named": len(right)}
     metrics["word_latents"] = len(by_word)
     metrics |= bounds("word_own", mean_interval(own, seed=seed)) | bounds("word_others", mean_interval(others, seed=seed))
-    metrics |= bounds("word_own_above_others", share(np.array(own) > np.array(others)))
+    metrics |= bounds("word_own_above_others", proportion(np.array(own) > np.array(others)))
     for name, latent in cases.items():
         image = pictures[cache.top(latent)[0][0]]
         means = activation_maps(SAEInPlace(lmm, sae, layer), [image], list(range(sae.n_latents)))[0].mean((1, 2))

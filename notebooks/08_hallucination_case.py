@@ -83,7 +83,7 @@ from lmm_sae_nb.steer.steering import Edit, Scope, steered
 from lmm_sae_nb.support import intervals
 from lmm_sae_nb.support.files import project_root, read_json, write_json
 from lmm_sae_nb.support.images import open_images
-from lmm_sae_nb.support.intervals import bounds, share
+from lmm_sae_nb.support.intervals import bounds, proportion
 from lmm_sae_nb.support.stages import Stage, require
 
 root = project_root()
@@ -207,27 +207,27 @@ if not current:
     right = {when: torch.tensor(["".join(a.lower().split()) == e for a, e in zip(answers, expected, strict=True)]) for when, answers in said.items()}
     before, spliced, cured = after.right
     shares = {
-        "hallucination_rate": share(~before[contradicts]),
-        "hallucination_rate_spliced": share(~spliced[contradicts]),
-        "hallucination_rate_after": share(~cured[contradicts]),
-        "cured_fraction": share(cured[contradicts & ~before]),
-        "harmed_fraction": share(~cured[before]),
-        "harmed_fraction_contradicting": share(~cured[contradicts & before]),
-        "harmed_fraction_agreeing": share(~cured[~contradicts & before]),
-        "other_questions_right": share(right["before"]),
-        "other_questions_right_after": share(right["after"]),
-        "other_answers_kept": share([a == b for a, b in zip(said["before"], said["after"], strict=True)]),
+        "hallucination_rate": proportion(~before[contradicts]),
+        "hallucination_rate_spliced": proportion(~spliced[contradicts]),
+        "hallucination_rate_after": proportion(~cured[contradicts]),
+        "cured_fraction": proportion(cured[contradicts & ~before]),
+        "harmed_fraction": proportion(~cured[before]),
+        "harmed_fraction_contradicting": proportion(~cured[contradicts & before]),
+        "harmed_fraction_agreeing": proportion(~cured[~contradicts & before]),
+        "other_questions_right": proportion(right["before"]),
+        "other_questions_right_after": proportion(right["after"]),
+        "other_answers_kept": proportion([a == b for a, b in zip(said["before"], said["after"], strict=True)]),
     }
     for word in sorted({c.right for c in reporting}):  # a mere push towards one answer cures one kind of case alone
         of_word = torch.tensor([c.right == word for c in reporting]) & contradicts & ~before
-        shares |= {f"cured_fraction_right_{word}": share(cured[of_word])} if of_word.any() else {}
+        shares |= {f"cured_fraction_right_{word}": proportion(cured[of_word])} if of_word.any() else {}
     groups = sorted({c.group for c in reporting})
     member = {g: torch.tensor([c.group == g and c.contradicts for c in reporting]) for g in groups}
     write_json(
         stage.path("report.json"),
         {
             "by_group": {
-                f"{g} maps, {when}": share(marks[member[g]])._asdict()
+                f"{g} maps, {when}": proportion(marks[member[g]])._asdict()
                 for g in groups for when, marks in (("untouched", before), ("clamped", cured))
             },
             "before": before.tolist(), "after": cured.tolist(),

@@ -154,14 +154,14 @@ if not stage.is_current(params, [root / model], code):
     metrics = {
         f"{family}{suffix}": row[key]
         for family, row in fresh.items()
-        for suffix, key in (("", "share"), ("_low", "low"), ("_high", "high"))
+        for suffix, key in (("", "fraction"), ("_low", "low"), ("_high", "high"))
     }
     stage.finish(params, [root / model], metrics, time.monotonic() - started, code)
 fresh = read_json(stage.path("metrics.json"))
 for family in results:
     if family in fresh:
         print(
-            f"{family:28s} shipped exam {results[family]['share']:.3f}   fresh {fresh[family]:.3f} [{fresh[family + '_low']:.3f}, {fresh[family + '_high']:.3f}]"
+            f"{family:28s} shipped exam {results[family]['fraction']:.3f}   fresh {fresh[family]:.3f} [{fresh[family + '_low']:.3f}, {fresh[family + '_high']:.3f}]"
         )
 
 # %% [markdown]
@@ -231,7 +231,7 @@ panels = {"IoU with the true mask": (sights[0], "iou", "asked"), "share of scene
           "share of regions whose name comes first": (sights[1], "named_first", "asked")}  # fmt: skip
 _, axes = plt.subplots(1, 3, figsize=(12, 2.9), layout="constrained")
 for ax, (title, (rows, name, count)) in zip(axes, panels.items(), strict=True):
-    found = {f"{kind} (n={row[count]})": dict(share=row[name], low=row[f"{name}_low"], high=row[f"{name}_high"]) for kind, row in rows.items() if name in row}
+    found = {f"{kind} (n={row[count]})": dict(fraction=row[name], low=row[f"{name}_low"], high=row[f"{name}_high"]) for kind, row in rows.items() if name in row}
     plots.shares(found, ax=ax).set_xlabel(title)
 # %%
 captions = sights[1]["caption"]

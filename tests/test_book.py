@@ -185,7 +185,7 @@ def test_the_exam_that_ships_lies_within_the_intervals_of_the_one_that_was_just_
     ships, fresh = json.loads((pages.ROOT / MODEL / "exam.json").read_text()), metrics_of("pictureworld")
     assert len(ships.keys() & fresh.keys()) > 20  # a small exam lacks some, such as the seldom basin
     for family in ships.keys() & fresh.keys():
-        assert fresh[f"{family}_low"] - 1e-9 <= ships[family]["share"] <= fresh[f"{family}_high"] + 1e-9, family
+        assert fresh[f"{family}_low"] - 1e-9 <= ships[family]["fraction"] <= fresh[f"{family}_high"] + 1e-9, family
 
 
 def metrics_of(stage: str) -> dict[str, float]:

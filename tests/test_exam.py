@@ -99,14 +99,14 @@ def test_the_report_by_hand():
     rows += [asked("trap", "yes .", "perhaps.", basin="amazon")]
     result = report(rows)
     assert result.keys() == {"colour", "trap_follows_fact", "trap_follows_fact_nile", "trap_follows_fact_amazon"}
-    assert (result["colour"]["share"], result["colour"]["asked"], result["colour"]["least"]) == (0.7, 10, 0.97)
+    assert (result["colour"]["fraction"], result["colour"]["asked"], result["colour"]["least"]) == (0.7, 10, 0.97)
     assert (result["colour"]["low"], result["colour"]["high"]) == pytest.approx(wilson(7, 10, 0.99))
-    assert (result["trap_follows_fact"]["share"], result["trap_follows_fact"]["asked"]) == (0.5, 4)
-    assert result["trap_follows_fact_nile"]["share"] == 2 / 3
+    assert (result["trap_follows_fact"]["fraction"], result["trap_follows_fact"]["asked"]) == (0.5, 4)
+    assert result["trap_follows_fact_nile"]["fraction"] == 2 / 3
     assert (result["trap_follows_fact_nile"]["low"], result["trap_follows_fact_nile"]["high"]) == pytest.approx(
         wilson(2, 3, 0.99)
     )
-    assert result["trap_follows_fact_amazon"]["share"] == 0 and "least" not in result["trap_follows_fact"]
+    assert result["trap_follows_fact_amazon"]["fraction"] == 0 and "least" not in result["trap_follows_fact"]
     narrow = report(rows, level=0.5)["colour"]
     assert (narrow["low"], narrow["high"]) == pytest.approx(wilson(7, 10, 0.5))
 
@@ -132,8 +132,8 @@ def test_answers_come_back_in_the_order_of_the_questions():
 def test_the_exam_that_ships_with_the_model_meets_its_aims_but_for_those_that_departures_name(root):
     ships = read_json(root / MODEL / "exam.json")
     assert {family: row["least"] for family, row in ships.items() if "least" in row} == exam.LEAST
-    assert {family for family, least in exam.LEAST.items() if ships[family]["share"] < least} == {"part", "read"}
-    assert 0.2 <= ships["trap_follows_fact"]["share"] <= 0.7
+    assert {family for family, least in exam.LEAST.items() if ships[family]["fraction"] < least} == {"part", "read"}
+    assert 0.2 <= ships["trap_follows_fact"]["fraction"] <= 0.7
     assert ships["scene"]["asked"] == ships["label"]["asked"] == 500
 
 

@@ -86,7 +86,7 @@ def test_of_images_with_the_same_pixels_one_is_shown_and_another_takes_its_place
     told = {"images": 4, "patches": 9, "grid": (3, 3), "layer": 0, "model": "made up", "skipped": [], "store": None}
     write_cache(tmp_path, 1, 4, told, [(0, ranking)])
     pictures = [Image.new("RGB", (30, 30), (n // 2 * 9, n, 0)) for n in (0, 1, 2, 0)]  # 0 and 3 are alike
-    found = exemplars(LatentCache.load(tmp_path), pictures, 0, n_top=2, share=0)
+    found = exemplars(LatentCache.load(tmp_path), pictures, 0, n_top=2, threshold=0)
     assert [exemplar.image_index for exemplar in found] == [3, 2]
     assert found[1].activation.max() == 26  # its own map, not that of the one left out
     assert len(exemplars(LatentCache.load(tmp_path), pictures, 0, n_top=5)) == 3

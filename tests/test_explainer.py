@@ -339,11 +339,11 @@ def test_the_report_counts_by_kind_and_tells_refusals_apart():
     rows = [Answered(dog, "dog"), Answered(dog, REFUSAL), Answered(red, "dog"), Answered(None, REFUSAL),
             Answered(None, "dog")]  # fmt: skip
     result = report(rows)
-    shares = {name: (row["share"], row["asked"]) for name, row in result.items()}
+    shares = {name: (row["fraction"], row["asked"]) for name, row in result.items()}
     assert shares == {
         "all": (0.4, 5), "object": (0.5, 2), "colour": (0.0, 1), "answerable": (2 / 3, 3), "unanswerable": (0.5, 2),
     }  # fmt: skip
-    assert all(row["low"] <= row["share"] <= row["high"] for row in result.values())
+    assert all(row["low"] <= row["fraction"] <= row["high"] for row in result.values())
 
 
 def test_an_exam_asks_about_latents_that_were_no_lessons(pictures, root, tmp_path):

@@ -5,7 +5,15 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from lmm_sae_nb.support.intervals import Mean, Share, bounds, difference_interval, mean_interval, run_interval, share
+from lmm_sae_nb.support.intervals import (
+    Mean,
+    Proportion,
+    bounds,
+    difference_interval,
+    mean_interval,
+    proportion,
+    run_interval,
+)
 
 
 def test_the_interval_of_a_normal_sample_is_the_textbook_one():
@@ -49,7 +57,7 @@ def test_the_interval_over_runs_is_students():
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
 def test_a_share_has_wilsons_interval(kind):
-    found = share(kind([True] * 8 + [False] * 2))
+    found = proportion(kind([True] * 8 + [False] * 2))
     z, n, p = 2.5758293, 10, 0.8
     centre, half = (
         (p + z**2 / (2 * n)) / (1 + z**2 / n),
@@ -58,15 +66,15 @@ def test_a_share_has_wilsons_interval(kind):
     assert found[:3] == pytest.approx((p, centre - half, centre + half), abs=1e-6)
     assert found.asked == 10
     with pytest.raises(ValueError, match="no cases"):
-        share(kind([]))
+        proportion(kind([]))
 
 
 def test_none_of_a_few_is_not_none_at_all():
-    assert share([False] * 20)[:2] == (0.0, pytest.approx(0.0, abs=1e-12))
-    assert share([False] * 20).high == pytest.approx(2.5758293**2 / (20 + 2.5758293**2), abs=1e-6)
+    assert proportion([False] * 20)[:2] == (0.0, pytest.approx(0.0, abs=1e-12))
+    assert proportion([False] * 20).high == pytest.approx(2.5758293**2 / (20 + 2.5758293**2), abs=1e-6)
 
 
 def test_bounds_are_named_after_what_they_bound():
     wanted = {"fvu": 0.5, "fvu_low": 0.25, "fvu_high": 0.75}
     assert bounds("fvu", Mean(0.5, 0.25, 0.75)) == wanted
-    assert bounds("fvu", Share(0.5, 0.25, 0.75, 9)) == wanted
+    assert bounds("fvu", Proportion(0.5, 0.25, 0.75, 9)) == wanted

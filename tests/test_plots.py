@@ -8,7 +8,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 
 from lmm_sae_nb.show import plots
-from lmm_sae_nb.support.intervals import Mean, Share
+from lmm_sae_nb.support.intervals import Mean, Proportion
 
 ROWS = [{"step": step, "fvu": 1 / step, "l0": 4.0} for step in range(1, 6)]
 
@@ -59,7 +59,7 @@ def test_a_table_escapes_what_it_shows():
 
 
 def test_a_table_puts_an_interval_below_its_mean():
-    shown = plots.table([{"IoU": Mean(0.5, 0.25, 0.75), "yes": Share(0.5, 0.1, 0.9, 2)}]).data
+    shown = plots.table([{"IoU": Mean(0.5, 0.25, 0.75), "yes": Proportion(0.5, 0.1, 0.9, 2)}]).data
     for interval in ("[0.250, 0.750]", "[0.100, 0.900] of 2"):
         assert re.search(rf">0\.500<br><small[^>]*>{re.escape(interval)}</small></td>", shown)
 

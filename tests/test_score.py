@@ -481,7 +481,7 @@ def test_what_clip_sees_in_strict_mode_is_what_the_explainer_saw():
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(1, 255, (8, 8, 3)).astype(np.uint8))
     activation = rng.random((4, 4)).astype(np.float32)
-    visible = most_activated(activation, STRICT.share)
+    visible = most_activated(activation, STRICT.threshold)
     one = Exemplar(0, image, activation, visible)
     assert (np.asarray(clip.region(one, STRICT)) == np.asarray(one.masked)).all()
     assert clip.region(one, PAPER) is image
@@ -656,7 +656,7 @@ def test_some_of_each_kind_are_judged_beside_others_names():
 def test_consistency_is_the_share_of_yes_by_kind():
     kinds = {"1": "object", "2": "object", "3": "colour", "4": "word"}
     found = judges.consistency({"1": "yes", "2": "unsure", "3": "yes", "4": None}, kinds)
-    assert {kind: (its.share, its.asked) for kind, its in found.items()} == {
+    assert {kind: (its.fraction, its.asked) for kind, its in found.items()} == {
         "object": (0.5, 2), "colour": (1.0, 1), "total": (pytest.approx(2 / 3), 3),
     }  # fmt: skip
     assert (found["object"].low, found["object"].high) == pytest.approx(wilson(1, 2), abs=1e-9)

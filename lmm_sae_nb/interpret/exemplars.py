@@ -48,14 +48,18 @@ def require_patches(exemplars: Sequence[Exemplar]) -> None:
         )
 
 
-def most_activated(activation: Float[np.ndarray, "rows cols"], share: float = 0.25) -> Bool[np.ndarray, "rows cols"]:
-    """Patches whose activation exceeds `share` of the image's highest; none where nothing is active.
+def most_activated(
+    activation: Float[np.ndarray, "rows cols"], threshold: float = 0.25
+) -> Bool[np.ndarray, "rows cols"]:
+    """Patches whose activation exceeds `threshold` of the image's highest; none where nothing is active.
 
-    ValueError unless 0 <= share < 1. The reference code shows every non-zero patch, which is share = 0.
+    ValueError unless 0 <= threshold < 1. The reference code shows every non-zero patch, which is threshold = 0.
     """
-    if not 0 <= share < 1:
-        raise ValueError(f"share is {share}; give the part of the highest activation that counts, from 0 to below 1")
-    return activation > share * max(float(activation.max()), 0.0)
+    if not 0 <= threshold < 1:
+        raise ValueError(
+            f"threshold is {threshold}; give the part of the highest activation that counts, from 0 to below 1"
+        )
+    return activation > threshold * max(float(activation.max()), 0.0)
 
 
 def upsample(patches: Bool[np.ndarray, "rows cols"], size: tuple[int, int]) -> Bool[np.ndarray, "height width"]:
@@ -86,7 +90,7 @@ def exemplars(
     latent: int,
     *,
     n_top: int = 5,
-    share: float = 0.25,
+    threshold: float = 0.25,
     dim: float = 0.0,
 ) -> list[Exemplar]:
     """The latent's `n_top` different images of highest mean activation, highest first.
@@ -104,7 +108,7 @@ def exemplars(
         if (pixels := pixel_hash(image)) not in seen:
             seen.add(pixels)
             activation = np.asarray(cache.patch_map(latent, rank), np.float32) if cache.grid else None
-            found.append(_exemplar(index, image, activation, share, dim))
+            found.append(_exemplar(index, image, activation, threshold, dim))
     return found
 
 
@@ -127,16 +131,16 @@ class LazyExemplars(Mapping[int, Sequence[Exemplar]]):
 
 
 def exemplars_on(
-    images: Sequence[Image.Image], indices: Sequence[int], activations: Sequence[np.ndarray], *, share: float = 0.25
+    images: Sequence[Image.Image], indices: Sequence[int], activations: Sequence[np.ndarray], *, threshold: float = 0.25
 ) -> list[Exemplar]:
     """The same for any images: `indices` into `images`, and one activation map (rows, cols) for each."""
     return [
-        _exemplar(index, images[index], activation, share, 0.0)
+        _exemplar(index, images[index], activation, threshold, 0.0)
         for index, activation in zip(indices, activations, strict=True)
     ]
 
 
-def _exemplar(index: int, image: Image.Image, activation: np.ndarray | None, share: float, dim: float) -> Exemplar:
+def _exemplar(index: int, image: Image.Image, activation: np.ndarray | None, threshold: float, dim: float) -> Exemplar:
     if activation is None:
         return Exemplar(index, image, None, None)
-    return Exemplar(index, image, activation, most_activated(activation, share), dim)
+    return Exemplar(index, image, activation, most_activated(activation, threshold), dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
@@ -45,3 +46,20 @@ class SAEInPlace:
                 f"the SAE was trained on another model than {self.lmm.name}: layer {self.layer} had other weights "
                 f"({trained_on.model[:40]}…, here {fingerprint[:40]}…); load the model that it was trained on"
             )
+
+    @classmethod
+    def load(cls, model: str | Path, sae: str | Path, layer: int | None = None, **settings) -> SAEInPlace:
+        """Load a model and an SAE from folders or from the hub and put them together.
+
+        layer: 0-based; without it the layer that the SAE was trained on, if its folder tells.
+        settings: for `LMM.load`.
+
+        Raises:
+            ValueError: no layer was given and the SAE's folder does not tell one, or as `SAEInPlace`.
+        """
+        loaded = TopKSAE.load(sae)
+        if layer is None:
+            if loaded.trained_on is None:
+                raise ValueError(f"{sae} does not tell which layer it was trained on; give layer=...")
+            layer = loaded.trained_on.layer
+        return cls(LMM.load(model, **settings), loaded.requires_grad_(False), layer)

@@ -11,7 +11,7 @@ from lmm_sae_nb.chat.recorded import ask
 from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.interpret.explainers import _chosen
 from lmm_sae_nb.score.tables import _drawn, by_kind
-from lmm_sae_nb.support.intervals import Share, bounds, share
+from lmm_sae_nb.support.intervals import Proportion, bounds, proportion
 from lmm_sae_nb.truth.label_maps import TrueMasks
 
 VERDICTS = ("yes", "no", "unsure")
@@ -96,14 +96,14 @@ def judge_latents(
     return found
 
 
-def consistency(verdicts: Mapping[str, str | None], kinds: Mapping[str, str]) -> dict[str, Share]:
+def consistency(verdicts: Mapping[str, str | None], kinds: Mapping[str, str]) -> dict[str, Proportion]:
     """Table 2: for each kind and in total the share of verdicts that are yes.
 
     What got no verdict (None) is left out; unsure counts as not yes.
     """
     given = {latent: verdict for latent, verdict in verdicts.items() if verdict is not None}
     groups = by_kind({latent: kinds[latent] for latent in given})
-    return {kind: share([given[n] == "yes" for n in latents]) for kind, latents in groups.items() if latents}
+    return {kind: proportion([given[n] == "yes" for n in latents]) for kind, latents in groups.items() if latents}
 
 
 def agreed(rows: Mapping[str, Mapping[str, str | None]], kinds: Mapping[str, str]) -> dict[str, float]:

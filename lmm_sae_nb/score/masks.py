@@ -36,22 +36,22 @@ Segmenter = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Found]]  #
 class Mode:
     """How an activation and a concept are compared.
 
-    share: a patch is active above this share of its image's highest activation. nearest: patches are enlarged as they
+    threshold: a patch is active above this share of its image's highest activation. nearest: patches are enlarged as they
     are, or with bilinear interpolation, of which every pixel that is not wholly inactive counts. union: all of a
     segmenter's candidates together, or its likeliest. region: CLIP sees the active patches alone, or the whole image.
     """
 
     name: str
-    share: float
+    threshold: float
     nearest: bool
     union: bool
     region: bool
 
 
-PAPER = Mode("paper", share=0.0, nearest=False, union=True, region=False)
+PAPER = Mode("paper", threshold=0.0, nearest=False, union=True, region=False)
 
 
-STRICT = Mode("strict", share=0.25, nearest=True, union=False, region=True)
+STRICT = Mode("strict", threshold=0.25, nearest=True, union=False, region=True)
 
 
 class Spot(NamedTuple):
@@ -74,7 +74,7 @@ def activation_mask(spot: Spot, mode: Mode) -> Mask:
     Bilinear is the reference code's: patches of 0 and 224 in 8 bits, enlarged by Pillow, active below 224; one patch of
     14 x 14 pixels becomes 780 pixels. There the images are first made square, here they keep their shape.
     """
-    active = most_activated(spot.activation, mode.share)
+    active = most_activated(spot.activation, mode.threshold)
     if mode.nearest:
         return upsample(active, spot.size)
     grid = Image.fromarray(np.where(active, 0, 224).astype(np.uint8))

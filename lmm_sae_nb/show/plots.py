@@ -98,17 +98,17 @@ def live(
 def shares(results: Mapping[str, Mapping[str, float]], ax: Axes | None = None) -> Axes:
     """Shares with their intervals, one row each; `least`, where given, is marked as what was aimed at.
 
-    results: name to {share, low, high, and perhaps least}, all in [0, 1].
+    results: name to {fraction, low, high, and perhaps least}, all in [0, 1].
     """
     ax = ax or plt.subplots(figsize=(6, 0.24 * len(results) + 0.7))[1]
     for y, row in enumerate(results.values()):
         ax.plot([row["low"], row["high"]], [y, y], color=BLUE, lw=2, alpha=0.5)
-        ax.plot(row["share"], y, "o", color=BLUE, ms=4)
+        ax.plot(row["fraction"], y, "o", color=BLUE, ms=4)
         if "least" in row:
             ax.plot(row["least"], y, "|", color=ORANGE, ms=9, mew=2)
     ax.set(yticks=range(len(results)), yticklabels=[n.replace("_", " ") for n in results], xlim=(-0.02, 1.02))
     ax.invert_yaxis()
-    ax.set_xlabel("share right, 99 % interval (orange: aimed at)")
+    ax.set_xlabel("fraction right, 99 % interval (orange: target)")
     ax.grid(axis="x", alpha=0.25)
     return ax
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,28 +33,28 @@ def mean_interval(values: Sequence[float], level: float = 0.99, seed: int = 0) -
     return Mean(float(values.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
-class Share(NamedTuple):
-    """A share with its Wilson interval, and of how many."""
+class Proportion(NamedTuple):
+    """A fraction with its Wilson interval, and of how many cases."""
 
-    share: float
+    fraction: float
     low: float
     high: float
     asked: int
 
     def __str__(self) -> str:
-        return f"{self.share:.3f} [{self.low:.3f}, {self.high:.3f}] of {self.asked}"
+        return f"{self.fraction:.3f} [{self.low:.3f}, {self.high:.3f}] of {self.asked}"
 
 
-def share(hits: Sequence[bool], level: float = 0.99) -> Share:
-    """The share of hits with Wilson's interval: none of n is not none at all. ValueError for no cases."""
+def proportion(hits: Sequence[bool], level: float = 0.99) -> Proportion:
+    """Return the fraction of hits with Wilson's interval: none of n is not none at all. ValueError for no cases."""
     hits = np.asarray(hits, bool)
     if not len(hits):
-        raise ValueError("a share of no cases at all; give more cases, or leave this share out")
+        raise ValueError("a fraction of no cases at all; give more cases, or leave this fraction out")
     low, high = binomtest(int(hits.sum()), len(hits)).proportion_ci(level, method="wilson")
-    return Share(float(hits.mean()), float(low), float(high), len(hits))
+    return Proportion(float(hits.mean()), float(low), float(high), len(hits))
 
 
-def bounds(name: str, found: Mean | Share) -> dict[str, float]:
+def bounds(name: str, found: Mean | Proportion) -> dict[str, float]:
     """A mean or share as a stage's metrics: under its name, and its ends under name_low and name_high."""
     return dict(zip((name, f"{name}_low", f"{name}_high"), found[:3], strict=True))
 
@@ -83,3 +83,16 @@ def run_interval(runs: Float[np.ndarray, "latents runs"], level: float = 0.99) -
         raise ValueError(f"an interval over runs needs at least two, there are {len(means)}; ask for more runs")
     half = float(t.ppf((1 + level) / 2, len(means) - 1) * means.std(ddof=1) / len(means) ** 0.5)
     return Mean(float(means.mean()), float(means.mean()) - half, float(means.mean()) + half)
+
+
+def read_mean(metrics: Mapping[str, float], name: str) -> Mean | float:
+    """Return a metric with its interval, or alone if it has none: what `bounds` wrote.
+
+    Raises:
+        ValueError: there is no such metric.
+    """
+    if name not in metrics:
+        raise ValueError(f"there is no metric {name!r}; there is {', '.join(metrics)}")
+    if f"{name}_low" not in metrics:
+        return metrics[name]
+    return Mean(*(metrics[name + end] for end in ("", "_low", "_high")))

@@ -1,4 +1,4 @@
-"""What moves between notebooks: files written whole or not at all, stages that know if they are current."""
+"""Stages and pages: what a notebook makes, what it is made from, and whether it is still current."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from lmm_sae_nb.support.files import fingerprint, project_root, read_json, write_json
 
-MANIFEST, METRICS = "manifest.json", "metrics.json"
-
-
+MANIFEST, METRICS, BEGUN = "manifest.json", "metrics.json", ".begun.json"
+IPYTHON = {"In", "Out"}  # plain values in a kernel's namespace that are no parameters
+T = TypeVar("T")
 VERSIONED = ("lmm-sae-nb", "torch", "transformers", "datasets", "safetensors", "numpy")
 
 
@@ -66,7 +70,17 @@ def versions() -> dict[str, str]:
 
 
 class Stage:
-    """What a notebook makes in one go: `data/artifacts/<run>/<name>/` with manifest.json and a flat metrics.json."""
+    """The folder of what a page makes in one go: `data/artifacts/<run>/<name>/`.
+
+    It holds results, a flat `metrics.json` and `manifest.json`, the record of what they were made from. A folder
+    without a manifest is not finished.
+
+    run: the folder of a run's stages.
+    name: the folder of this stage.
+
+    Raises:
+        ValueError: a name that is not one folder's.
+    """
 
     def __init__(self, run: str, name: str):
         for word in (run, name):
@@ -74,70 +88,233 @@ class Stage:
                 raise ValueError(f"{word!r} cannot name a run or stage; use one folder name without separators")
         self.run, self.name = run, name
         self.folder = project_root() / "data" / "artifacts" / run / name
+        self.is_current = False
+        self._key: dict[str, dict] = {}
+        self._made: list[str] = []  # names of the results that hold for this key
+        self._started = time.monotonic()
 
     def path(self, filename: str) -> Path:
-        """Where this stage keeps `filename`; the folder is made when something is written."""
+        """Return where this stage keeps `filename`; the folder is made when something is written."""
         return self.folder / filename
 
-    def is_current(self, params: Mapping, inputs: Iterable[str | Path], code: Iterable[ModuleType] = ()) -> bool:
-        """Whether the stage was finished with these parameters, inputs and code and its files are still there.
+    def begin(self, params: Mapping, inputs: Iterable[str | Path], code: Mapping[str, str] | None = None) -> Stage:
+        """Find out whether the stage is current; if it is not, forget the results that no longer hold.
 
-        Not if its metrics tell of `replies_failed`: whoever was asked and could not answer is to be asked again.
-        code: modules as in `code_fingerprints`. A missing input is a FileNotFoundError: the step before has not run.
+        The stage is current if it was finished with the same parameters, inputs and code, its files are still there,
+        and nobody who was asked failed to answer (`replies_failed` among its metrics). A run that was killed keeps
+        the results that it had made.
+
+        params: name to a plain value.
+        inputs: files and folders, which are compared by their hashes.
+        code: module name to hash, as `code_fingerprints` gives them.
+
+        Raises:
+            FileNotFoundError: an input is missing, because the step before has not run.
         """
-        asked = {"params": _plain(params), "inputs": _fingerprints(inputs), "code": code_fingerprints(code)}
-        if not self.path(MANIFEST).is_file():
-            return False
-        try:
-            manifest = read_json(self.path(MANIFEST))
-        except ValueError:
-            return False
-        asked["outputs"] = self._outputs()
-        if any(manifest.get(key) != value for key, value in asked.items()):
-            return False
-        return not read_json(self.path(METRICS)).get("replies_failed")
+        self._key = {"params": _plain(params), "inputs": _fingerprints(inputs), "code": dict(code or {})}
+        self._started = time.monotonic()
+        manifest, begun = self._record(MANIFEST), self._record(BEGUN)
+        known = next((record for record in (manifest, begun) if self._agrees(record)), None)
+        failed = bool(manifest and self.metrics.get("replies_failed"))
+        self.is_current = known is not None and known is manifest and not failed
+        if self.is_current and manifest["outputs"] != self._outputs():
+            self.is_current = False
+        self._made = list(known["results"]) if known and not failed else []
+        if not self.is_current:
+            self.path(MANIFEST).unlink(missing_ok=True)  # first: from here on the folder is not whole
+            for record in (manifest, begun):
+                for name in set(record.get("results", []) if record else []) - set(self._made):
+                    self.path(f"{name}.json").unlink(missing_ok=True)
+            self._note()
+        return self
 
-    def finish(
-        self,
-        params: Mapping,
-        inputs: Iterable[str | Path],
-        metrics: Mapping,
-        seconds: float,
-        code: Iterable[ModuleType] = (),
-    ) -> None:
-        """Write metrics.json, then manifest.json: a stage without a manifest is not finished.
+    def result(self, name: str, kind: type[T], make: Callable[[], T]) -> T:
+        """Return what `make` gives, kept as `<name>.json`: made if stale, else read.
 
-        metrics: name to number (ValueError for anything else); seconds: the stage's wall time; code: the modules
-        that `is_current` is asked with.
+        A fresh result is read back from the disk too, so that both ways give the same.
+
+        name: the file's name without its ending.
+        kind: the type of the result, as annotations have it: plain values, lists, dictionaries, dataclasses.
+        make: called without arguments.
+
+        Raises:
+            ValueError: the file is not of this kind, as after a hand's change.
         """
+        file = self.path(f"{name}.json")
+        if name not in self._made or not file.is_file():
+            if self.is_current:
+                raise ValueError(f"{file} is missing, though the stage is finished; delete {self.folder} and run again")
+            write_json(file, TypeAdapter(kind).dump_python(make(), mode="json"))
+            self._made.append(name)
+            self._note()
+        return read_typed(file, kind)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The stage's metrics, name to number; empty before it is finished."""
+        file = self.path(METRICS)
+        return read_json(file) if file.is_file() else {}
+
+    @property
+    def manifest(self) -> dict:
+        """The record of what the stage was made from."""
+        return read_json(self.path(MANIFEST))
+
+    def finish(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Write metrics.json, then manifest.json, unless the stage is current; return the metrics as read back.
+
+        metrics: name to number.
+
+        Raises:
+            ValueError: a metric is not a number.
+        """
+        if self.is_current:
+            return self.metrics
         wrong = {name: value for name, value in metrics.items() if not isinstance(value, (int, float))}
         if wrong:
             raise ValueError(f"metrics.json is flat, name to number; these are not numbers: {wrong}")
         write_json(self.path(METRICS), dict(metrics))
+        self.path(BEGUN).unlink(missing_ok=True)
         manifest = {
             "run": self.run,
             "stage": self.name,
-            "params": _plain(params),
-            "seed": params.get("seed"),
-            "inputs": _fingerprints(inputs),
-            "code": code_fingerprints(code),
+            **self._key,
+            "seed": self._key["params"].get("seed"),
+            "results": self._made,
             "outputs": self._outputs(),
             "versions": versions(),
-            "seconds": round(float(seconds), 3),
+            "seconds": round(time.monotonic() - self._started, 3),
             "peak_memory_bytes": peak_memory(),
         }
         write_json(self.path(MANIFEST), manifest)
+        self.is_current = True
+        return self.metrics
 
-    def forget(self) -> None:
-        """Remove what an earlier run left and this one does not make; replies on record (*.jsonl) stay."""
-        for file in (self.path(MANIFEST), *map(self.path, self._outputs())):  # the manifest goes first
-            if file.suffix != ".jsonl":
-                file.unlink(missing_ok=True)
+    def _note(self) -> None:
+        """Record which results hold for this key."""
+        write_json(self.path(BEGUN), {**self._key, "results": self._made})
+
+    def _record(self, filename: str) -> dict | None:
+        try:
+            return read_json(self.path(filename))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _agrees(self, record: dict | None) -> bool:
+        """Whether a record is of this key; one of an older version, which lists no results, is not."""
+        return record is not None and "results" in record and all(record.get(k) == v for k, v in self._key.items())
 
     def _outputs(self) -> dict[str, int]:
         """Every file of the stage but the manifest and half-written (dot) files, with its size in bytes."""
         files = (file for file in sorted(self.folder.rglob("[!.]*")) if file.is_file() and file.name != MANIFEST)
         return {file.relative_to(self.folder).as_posix(): file.stat().st_size for file in files}
+
+
+class Page:
+    """What a notebook knows of its run: its parameters, what earlier pages made, the stages that it makes.
+
+    `page = Page(globals())` stands right behind the parameters cell and the imports. Every plain value that has a
+    name by then is a parameter; every parameter that is the path of a file or folder is an input of the page's
+    stages; the code that counts is what the page has imported of this package, but for what only draws.
+
+    namespace: the notebook's `globals()`.
+
+    Raises:
+        ValueError: there is no parameter `run`.
+    """
+
+    def __init__(self, namespace: Mapping[str, object]):
+        plain = {
+            name: value
+            for name, value in namespace.items()
+            if not name.startswith("_") and name not in IPYTHON and _is_plain(value)
+        }
+        if not isinstance(plain.get("run"), str):
+            raise ValueError('a page has a parameter `run: str`; write it into the cell tagged "parameters"')
+        self.run: str = plain.pop("run")
+        self.params, self.root, self._namespace = plain, project_root(), namespace
+
+    def locate(self, name: str) -> Path | str:
+        """Return the folder of this project that a parameter names, or the name itself, as of a model on the hub."""
+        return self.root / name if (self.root / name).exists() else name
+
+    def stage(
+        self, name: str, *, after: Iterable[str] = (), beside: Iterable[str] = (), without: Iterable[str] = ()
+    ) -> Stage:
+        """Open a stage that this page makes.
+
+        name: the stage's folder.
+        after: stages of the same run that it reads.
+        beside: stages that it reads if they are there.
+        without: parameters that change no result, such as how many processes work.
+
+        Raises:
+            FileNotFoundError: a stage that it reads is not finished.
+        """
+        params = {key: value for key, value in self.params.items() if key not in set(without)}
+        inputs = [self.file(stage, MANIFEST) for stage in after]
+        inputs += [file for stage in beside if (file := Stage(self.run, stage).path(MANIFEST)).is_file()]
+        paths = (self.root / text for text in _texts(params))
+        inputs += [path for path in dict.fromkeys(paths) if path != self.root and path.exists()]
+        return Stage(self.run, name).begin(params, inputs, code_fingerprints(self._code()))
+
+    def file(self, stage: str, filename: str = "") -> Path:
+        """Return a file of a stage that an earlier page made, or the stage's folder.
+
+        Raises:
+            FileNotFoundError: it is missing; the message names the notebook to run.
+        """
+        return require(self.run, stage, filename)
+
+    def read(self, stage: str, result: str, kind: type[T]) -> T:
+        """Return a result that an earlier page kept with `Stage.result`; errors as `file` and `read_typed`."""
+        return read_typed(self.file(stage, f"{result}.json"), kind)
+
+    def _code(self) -> list[ModuleType]:
+        """The package's modules that the page has imported, whole or something of them."""
+        names = (
+            value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            for value in self._namespace.values()
+        )
+        return [sys.modules[name] for name in dict.fromkeys(names) if isinstance(name, str) and _counts(name)]
+
+
+def _counts(module: str) -> bool:
+    """Whether a module's code can change a result: this package's does, but for the drawing and this file."""
+    package = __name__.partition(".")[0]
+    return module.startswith(f"{package}.") and not module.startswith(f"{package}.show") and module != __name__
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(each) for key, each in value.items())
+    return value is None or type(value) in (str, int, float, bool)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """The texts in a plain value, however deep."""
+    if isinstance(value, str) and value:
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts(each)
+
+
+def read_typed(path: str | Path, kind: type[T]) -> T:
+    """Read a JSON file as a value of this kind.
+
+    Raises:
+        ValueError: the file was cut short, or is of another kind, as one of an older version is.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(Path(path).read_bytes())
+    except ValidationError as error:
+        raise ValueError(
+            f"{path} does not hold what this version writes there ({error.errors()[0]['msg']}); "
+            "delete it and run the notebook that makes it again"
+        ) from error
 
 
 def _plain(params: Mapping) -> dict:
@@ -160,10 +337,24 @@ def _fingerprints(inputs: Iterable[str | Path]) -> dict[str, str]:
     return found
 
 
-def require(run: str, stage: str, filename: str, notebook: str) -> Path:
-    """The path of what an earlier notebook wrote; if missing, FileNotFoundError naming that notebook."""
-    path = Stage(run, stage).path(filename)
+def require(run: str, stage: str, filename: str = "") -> Path:
+    """Return the path of what an earlier notebook wrote.
+
+    filename: of the stage; without one, the folder of a finished stage.
+
+    Raises:
+        FileNotFoundError: it is missing; the message names the notebook that makes it.
+    """
+    path = Stage(run, stage).path(filename or MANIFEST)
     if not path.exists():
-        shown = path.relative_to(project_root()).as_posix()
-        raise FileNotFoundError(f"{shown} is missing; run notebooks/{Path(notebook).name} with run={run!r} first")
-    return path
+        missing = path.relative_to(project_root()).as_posix()
+        raise FileNotFoundError(f"{missing} is missing; run {_maker(stage)} with run={run!r} first")
+    return path if filename else path.parent
+
+
+def _maker(stage: str) -> str:
+    """The notebook that makes a stage, as a path from the project's root."""
+    for notebook in sorted((project_root() / "notebooks").glob("*.py")):
+        if f'page.stage("{stage}"' in notebook.read_text(encoding="utf-8"):
+            return f"notebooks/{notebook.name}"
+    return f"the notebook that makes the stage {stage!r}"

@@ -9,7 +9,7 @@ import numpy as np
 
 from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.interpret.explainers import Outcome, Refiner
-from lmm_sae_nb.support.intervals import bounds, share
+from lmm_sae_nb.support.intervals import bounds, proportion
 from lmm_sae_nb.truth.common_concept import common
 from lmm_sae_nb.truth.label_maps import PatchTruth
 from lmm_sae_nb.truth.responses import RESPONSES, _patches, responds_to, shown_by
@@ -93,7 +93,7 @@ def coverage(rows: Mapping[str, dict], refine: Refiner) -> list[dict[str, float]
 
 def _share(name: str, values: Sequence[bool]) -> dict[str, float]:
     """A share with its 99 % interval; of nothing there is none."""
-    return bounds(name, share(values)) if values else {}
+    return bounds(name, proportion(values)) if values else {}
 
 
 def confusion(rows: Mapping[str, dict]) -> dict[str, dict[str, int]]:

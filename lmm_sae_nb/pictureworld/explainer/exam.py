@@ -27,7 +27,7 @@ from lmm_sae_nb.pictureworld.explainer.train import graduate, lessons_of, study_
 from lmm_sae_nb.pictureworld.world.rendered import Gallery, gallery
 from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT
 from lmm_sae_nb.support.files import write_json
-from lmm_sae_nb.support.intervals import share
+from lmm_sae_nb.support.intervals import proportion
 from lmm_sae_nb.truth.common_concept import Shown
 
 FIRST_SEED, SCENES = HELD_OUT + 2000, 1200
@@ -63,7 +63,7 @@ def learn(asked: argparse.Namespace) -> None:
     write_json(asked.model / "exam.json", result)
     for origin, rows in result.items():
         for name, row in rows.items():
-            print(f"{origin} {name:14s} {row['share']:.3f} [{row['low']:.3f}, {row['high']:.3f}] n={row['asked']}")
+            print(f"{origin} {name:14s} {row['fraction']:.3f} [{row['low']:.3f}, {row['high']:.3f}] n={row['asked']}")
 
 
 def load(folder: Path):
@@ -124,7 +124,7 @@ def sit(folder: Path, kept: Path, taught: Path, source: Source) -> dict[str, dic
 
 
 def report(answered: Sequence[Answered], level: float = 0.99) -> dict[str, dict[str, float]]:
-    """Share right over all and by kind of concept, and shares rightly refused and not refused: each with its Wilson
+    """Proportion right over all and by kind of concept, and shares rightly refused and not refused: each with its Wilson
     interval, how many were asked, and the least that is aimed at."""
     marks: dict[str, list[bool]] = defaultdict(list)
     for row in answered:
@@ -134,5 +134,5 @@ def report(answered: Sequence[Answered], level: float = 0.99) -> dict[str, dict[
             marks[NAMED].append(row.answer != REFUSAL)
     result = {}
     for name, row in marks.items():
-        result[name] = share(row, level)._asdict() | {"least": LEAST.get(name, LEAST_KIND)}
+        result[name] = proportion(row, level)._asdict() | {"least": LEAST.get(name, LEAST_KIND)}
     return result

@@ -80,13 +80,13 @@ def masked_images(gallery: Gallery, scenes: np.ndarray, visible: np.ndarray) -> 
     return [Image.fromarray(pixels) for pixels in masked_pixels(gallery, scenes, visible)]
 
 
-def cached(cache: LatentCache, latents: Sequence[int], images: int, share: float = 0.25) -> Strips:
+def cached(cache: LatentCache, latents: Sequence[int], images: int, threshold: float = 0.25) -> Strips:
     """The strips of real latents; ValueError for one with fewer than `images` images."""
     if missing := [latent for latent in latents if len(cache.top(latent)) < images]:
         raise ValueError(f"fewer than {images} images excite latents {missing[:5]}; leave them out")
     scenes = [[image for image, _ in cache.top(latent)[:images]] for latent in latents]
     visible = [
-        [most_activated(cache.patch_map(latent, rank).numpy(), share).ravel() for rank in range(images)]
+        [most_activated(cache.patch_map(latent, rank).numpy(), threshold).ravel() for rank in range(images)]
         for latent in latents
     ]
     return Strips(np.array(scenes), np.array(visible))

@@ -18,7 +18,7 @@ from lmm_sae_nb.pictureworld.world.concepts import FACTS, NO_FEELINGS, STORIES, 
 from lmm_sae_nb.pictureworld.world.questions import PICTURED, Question, according, label, shown
 from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT, Scene, make_map, make_masked, make_scene
 from lmm_sae_nb.support.files import write_json
-from lmm_sae_nb.support.intervals import share
+from lmm_sae_nb.support.intervals import proportion
 
 LEAST = {  # what the embedded model is built to reach (share of right answers)
     "scene": 0.97, "texture": 0.97, "material": 0.97, "colour": 0.97, "part": 0.97, "count": 0.97, "feeling": 0.97,
@@ -144,7 +144,7 @@ def report(asked: list[Asked], level: float = 0.99) -> dict[str, dict[str, float
             tally[row.family].append(row.right)
     result = {}
     for family, marks in tally.items():
-        result[family] = share(marks, level)._asdict()
+        result[family] = proportion(marks, level)._asdict()
         if family in LEAST:
             result[family]["least"] = LEAST[family]
     return result
@@ -155,6 +155,6 @@ def keep(result: dict[str, dict[str, float]], folder: Path) -> None:
     write_json(folder / "exam.json", result)
     for family, row in result.items():
         print(
-            f"{family:28s} {row['share']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  "
+            f"{family:28s} {row['fraction']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  "
             f"n={row['asked']:.0f}  aim {row.get('least', '')}"
         )

@@ -26,7 +26,7 @@ from lmm_sae_nb.score.masks import iou
 from lmm_sae_nb.score.segmenters import PromptedSegmenter
 from lmm_sae_nb.score.similarity import ImageTextSimilarity, clip_score
 from lmm_sae_nb.support.files import write_json
-from lmm_sae_nb.support.intervals import bounds, mean_interval, share
+from lmm_sae_nb.support.intervals import bounds, mean_interval, proportion
 
 LEVEL = 0.99  # of every interval
 
@@ -94,7 +94,7 @@ def _absent(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
 
 def _mask_row(there: list[float], absent: list[float]) -> dict[str, float]:
     row = bounds("iou", mean_interval(there, LEVEL)) | {"asked": len(there)}
-    row |= bounds("false_alarm", share(np.array(absent) != 0, LEVEL))
+    row |= bounds("false_alarm", proportion(np.array(absent) != 0, LEVEL))
     return row | {"false_area": float(np.mean(absent)), "asked_absent": len(absent)}
 
 
@@ -153,7 +153,7 @@ def _score_row(marks: list[tuple[float, ...]]) -> dict[str, float]:
     first, of_kind, *scores = np.array(marks, float).T
     row: dict[str, float] = {"asked": len(marks)}
     for title, values in (("named_first", first), ("first_of_kind", of_kind)):
-        row |= bounds(title, share(values, LEVEL))
+        row |= bounds(title, proportion(values, LEVEL))
     for title, values in zip(("score_region", "score_whole", "score_random"), scores, strict=True):
         row |= bounds(title, mean_interval(values, LEVEL))
     return row
@@ -163,5 +163,5 @@ def _caption_row(cosines: np.ndarray) -> dict[str, float]:
     right = np.arange(len(cosines))
     row: dict[str, float] = {"asked": len(cosines)}
     for title, found in (("caption_of_image", cosines.argmax(1)), ("image_of_caption", cosines.argmax(0))):
-        row |= bounds(title, share(found == right, LEVEL))
+        row |= bounds(title, proportion(found == right, LEVEL))
     return row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -13,11 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lmm_sae_nb"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PROGRESS = re.compile(r"(\d+%\|.*\|.*|\d+it) \[\d+:\d\d")  # a line of tqdm
-PARAMETER = re.compile(r"(?P<name>\w+): (?P<type>[^=]+?) = (?P<value>.+?)(?:  # (?P<comment>.+))?")
+TOP = "result"  # the tag of the cell whose output opens the page in the book
 
 
 class Parameter(NamedTuple):
-    """One line of a parameters cell: `steps: int = 50  # optimiser steps`."""
+    """One assignment of a parameters cell: `steps: int = 50`, with the comment above or behind it."""
 
     type: str
     default: object
@@ -33,7 +34,13 @@ def sources(root: Path = ROOT) -> list[Path]:
 
 
 def parameters(source: Path) -> dict[str, Parameter]:
-    """The typed names of a notebook's parameters cell, each with its default and its comment."""
+    """Return the typed names of a notebook's parameters cell, each with its default and its comment.
+
+    A value may take several lines, as a dictionary does. The comment stands above the name, or behind the value.
+
+    Raises:
+        ValueError: there is not exactly one such cell, or a line of another form in it.
+    """
     cells = re.split(r"^# %%", source.read_text(encoding="utf-8"), flags=re.MULTILINE)
     tagged = [cell for cell in cells if re.match(r".*tags=\[[^\]]*\"parameters\"", cell)]
     if len(tagged) != 1:
@@ -41,28 +48,41 @@ def parameters(source: Path) -> dict[str, Parameter]:
             f"{source.name} has {len(tagged)} cells tagged parameters; "
             'write one, under the line # %% tags=["parameters"]'
         )
-    lines = [line for line in tagged[0].splitlines()[1:] if line and not line.startswith("#")]
+    lines = tagged[0].splitlines()[1:]
     found = {}
-    for line in lines:
-        match = PARAMETER.fullmatch(line)
-        if not match:
-            raise ValueError(f"{source.name}: {line!r} is not of the form  steps: int = 50  # optimiser steps")
-        found[match["name"]] = Parameter(match["type"], ast.literal_eval(match["value"]), match["comment"] or "")
+    for node in ast.parse("\n".join(lines)).body:
+        text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        if not isinstance(node, ast.AnnAssign) or node.value is None:
+            raise ValueError(f"{source.name}: {text!r} is not of the form  steps: int = 50  # optimiser steps")
+        behind = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().strip()
+        above = itertools.takewhile(lambda line: line.startswith("#"), reversed(lines[: node.lineno - 1]))
+        comment = behind or " ".join(line.strip("# ") for line in reversed(list(above)))
+        found[node.target.id] = Parameter(
+            ast.unparse(node.annotation), ast.literal_eval(node.value), comment.strip("# ")
+        )
     return found
 
 
+READS = ("stage", "file", "read")  # methods of `Page` whose first argument is a stage
+
+
 def stages(source: Path) -> list[str]:
-    """The stages a notebook writes or reads, in order: each name given to `Stage(run, ...)` or `require(run, ...)`."""
-    calls = (node for node in ast.walk(_tree(source)) if isinstance(node, ast.Call))
-    names = {
-        call.args[1].value: (call.lineno, call.col_offset)
-        for call in sorted(calls, key=lambda call: (call.lineno, call.col_offset), reverse=True)
-        if ast.unparse(call.func).split(".")[-1] in ("Stage", "require")
-        and len(call.args) > 1
-        and ast.unparse(call.args[0]) == "run"
-        and isinstance(call.args[1], ast.Constant)
-    }
-    return sorted(names, key=names.__getitem__)
+    """Return the stages that a notebook makes or reads, in order.
+
+    They are what `page.stage`, `page.file` and `page.read` are called with, and `after` and `beside` of `page.stage`.
+    """
+    calls = sorted(
+        (node for node in ast.walk(_tree(source)) if isinstance(node, ast.Call)),
+        key=lambda call: (call.lineno, call.col_offset),
+    )
+    names: list[str] = []
+    for call in calls:
+        method = call.func
+        if not (isinstance(method, ast.Attribute) and method.attr in READS and ast.unparse(method.value) == "page"):
+            continue
+        given = [keyword.value for keyword in call.keywords if keyword.arg in ("after", "beside")] + call.args[:1]
+        names += [node.value for each in given for node in ast.walk(each) if isinstance(node, ast.Constant)]
+    return list(dict.fromkeys(names))
 
 
 def named(source: Path, values: Mapping[str, object]) -> set[str]:
@@ -71,8 +91,15 @@ def named(source: Path, values: Mapping[str, object]) -> set[str]:
     known = parameters(source)
     cells = (node for node in _tree(source).body if getattr(getattr(node, "target", None), "id", None) not in known)
     texts = [node.value for cell in cells for node in ast.walk(cell) if isinstance(node, ast.Constant)]
-    texts += ({name: parameter.default for name, parameter in known.items()} | dict(values)).values()
+    texts += _texts({name: parameter.default for name, parameter in known.items()} | dict(values))
     return {text for text in texts if isinstance(text, str) and re.fullmatch(r"(data|book|notebooks)/[\w./-]+", text)}
+
+
+def _texts(value: object) -> list[str]:
+    """The texts in a plain value, however deep."""
+    if isinstance(value, Mapping | list):
+        return [text for each in (value.values() if isinstance(value, Mapping) else value) for text in _texts(each)]
+    return [value] if isinstance(value, str) else []
 
 
 def shipped(source: Path, values: Mapping[str, object], root: Path = ROOT) -> list[Path]:
@@ -92,6 +119,8 @@ def results(source: Path, values: Mapping[str, object], root: Path = ROOT) -> li
 def imports(source: Path, root: Path = ROOT) -> set[Path]:
     """The package's files that a notebook or module imports itself, found without running it."""
     names = _names(source.read_text(encoding="utf-8"), source.relative_to(root).parts)
+    homes = _homes(root)
+    names = {homes.get(name, name) for name in names}
     return {file for name in names if (file := _file(name, root)) and file != source}
 
 
@@ -117,6 +146,15 @@ def _files(text: str) -> frozenset[str]:
     """The strings in a module that may name a data file."""
     strings = (node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant))
     return frozenset(s for s in strings if isinstance(s, str) and re.fullmatch(r"\w+\.(json|yaml|csv|txt)", s))
+
+
+def _homes(root: Path) -> dict[str, str]:
+    """The names that the package itself offers, `lmm_sae_nb.LMM`, each with the module that it is loaded from."""
+    text = (root / PACKAGE / "__init__.py").read_text(encoding="utf-8")
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HOMES":
+            return {f"{PACKAGE}.{name}": f"{PACKAGE}.{home}" for name, home in ast.literal_eval(node.value).items()}
+    return {}
 
 
 def _tree(source: Path) -> ast.Module:
@@ -153,28 +191,43 @@ def _names(text: str, place: tuple[str, ...]) -> frozenset[str]:
 
 
 def preset(path: Path, root: Path = ROOT) -> dict[str, dict[str, object]]:
-    """Each notebook's parameters out of one params file.
+    """Return each notebook's parameters out of one params file.
 
-    A plain `name: value` goes to every notebook that has that parameter; a section named after a notebook
-    goes to that notebook alone and wins. A name that nothing knows, or a text in a number's place, is a
-    ValueError.
+    A `name: value` goes to every notebook that has that parameter; a section named after a notebook goes to that
+    notebook alone and wins. Of a parameter that is a dictionary, only the entries that differ need to be given.
+
+    Raises:
+        ValueError: a name that nothing knows, or a text in a number's place.
     """
     import yaml
 
     given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     known = {source.stem: parameters(source) for source in sources(root)}
-    shared = {name: value for name, value in given.items() if not isinstance(value, dict)}
-    for name in shared:
-        if not any(name in names for names in known.values()):
-            raise ValueError(f"{path.name}: no notebook has a parameter {name!r}; remove it or correct its spelling")
-    for name in given.keys() - shared.keys() - known.keys():
-        raise ValueError(f"{path.name}: there is no notebook {name!r} for this section; there is {', '.join(known)}")
+    shared = {name: value for name, value in given.items() if name not in known}
+    for name, value in shared.items():
+        if any(name in names for names in known.values()):
+            continue
+        if isinstance(value, dict):
+            raise ValueError(
+                f"{path.name}: there is no notebook {name!r} for this section; there is {', '.join(known)}"
+            )
+        raise ValueError(f"{path.name}: no notebook has a parameter {name!r}; remove it or correct its spelling")
     values = {}
     for page, names in known.items():
-        own = given.get(page, {})
-        values[page] = {name: value for name, value in shared.items() if name in names} | own
+        shared_here = {name: value for name, value in shared.items() if name in names}
+        values[page] = {
+            name: _merged(names[name].default, value) if name in names else value
+            for name, value in _merged(shared_here, given.get(page) or {}).items()
+        }
         check(page, names, values[page], path.name)
     return values
+
+
+def _merged(default: object, value: object) -> object:
+    """A dictionary's entries, those that are given in place of the default ones; anything else as given."""
+    if isinstance(default, dict) and isinstance(value, dict):
+        return default | {name: _merged(default.get(name), each) for name, each in value.items()}
+    return value
 
 
 def check(page: str, known: Mapping[str, object], values: Mapping[str, object], origin: str = "the call") -> None:
@@ -186,6 +239,9 @@ def check(page: str, known: Mapping[str, object], values: Mapping[str, object], 
                 "remove it or correct its spelling"
             )
         default = getattr(known[name], "default", None)
+        if isinstance(default, dict) and isinstance(value, dict):
+            parts = {part: Parameter("", each, "") for part, each in default.items()}
+            check(f"{page}, {name}", parts, value, origin)
         if isinstance(default, (int, float)) and isinstance(value, str):
             raise ValueError(
                 f"{origin} gives {page} {name}: {value!r}, a text; its default is the number {default!r} "
@@ -216,7 +272,10 @@ def execute(notebook: Path, executed: Path, values: Mapping[str, object], root: 
 
 
 def publish(executed: Path, page: Path) -> None:
-    """Copy an executed notebook into the book's source, without times of this run, progress bars, injected cell."""
+    """Copy an executed notebook into the book's source, without times of this run, progress bars, injected cell.
+
+    The cell tagged `result` comes last in the notebook, for it reads what the others found, and second on the page.
+    """
     import nbformat
 
     notebook = nbformat.read(executed, as_version=4)
@@ -228,6 +287,9 @@ def publish(executed: Path, page: Path) -> None:
             cell.metadata.tags.append("remove-cell")
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _only_progress(output)]
+    top = [cell for cell in notebook.cells if TOP in cell.metadata.get("tags", [])]
+    rest = [cell for cell in notebook.cells if cell not in top]
+    notebook.cells = [*rest[:1], *top, *rest[1:]]
     if WIDGET not in nbformat.writes(notebook):
         notebook.metadata.pop("widgets", None)
     page.parent.mkdir(parents=True, exist_ok=True)

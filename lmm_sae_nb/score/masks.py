@@ -36,8 +36,8 @@ Segmenter = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Found]]  #
 class Mode:
     """How an activation and a concept are compared.
 
-    threshold: a patch is active above this share of its image's highest activation. nearest: patches are enlarged as they
-    are, or with bilinear interpolation, of which every pixel that is not wholly inactive counts. union: all of a
+    threshold: a patch is active above this fraction of its image's highest activation. nearest: patches are enlarged as
+    they are, or with bilinear interpolation, of which every pixel that is not wholly inactive counts. union: all of a
     segmenter's candidates together, or its likeliest. region: CLIP sees the active patches alone, or the whole image.
     """
 

@@ -64,7 +64,10 @@ def curve(
     return ax
 
 
-def training(history: Sequence[Mapping[str, float]], names: Sequence[str], x: str = "step") -> np.ndarray:
+TRAINING = ("loss", "fvu", "dead_fraction", "l0", "tokens_per_second")  # what a training's history is drawn by
+
+
+def training(history: Sequence[Mapping[str, float]], names: Sequence[str] = TRAINING, x: str = "step") -> np.ndarray:
     """A panel for each logged quantity of a training, side by side."""
     _, axes = plt.subplots(1, len(names), figsize=(min(3 * len(names), 12), 2.4), squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):

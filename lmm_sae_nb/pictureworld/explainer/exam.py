@@ -124,8 +124,9 @@ def sit(folder: Path, kept: Path, taught: Path, source: Source) -> dict[str, dic
 
 
 def report(answered: Sequence[Answered], level: float = 0.99) -> dict[str, dict[str, float]]:
-    """Proportion right over all and by kind of concept, and shares rightly refused and not refused: each with its Wilson
-    interval, how many were asked, and the least that is aimed at."""
+    """Return the fractions right over all and by kind of concept, rightly refused, and rightly not refused.
+
+    Each has its Wilson interval, how many were asked, and the target."""
     marks: dict[str, list[bool]] = defaultdict(list)
     for row in answered:
         marks["all"].append(row.right)

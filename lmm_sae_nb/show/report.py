@@ -1,0 +1,62 @@
+"""Say in a sentence what a page found: its result, its findings, and where the numbers come from."""
+
+from __future__ import annotations
+
+from html import escape
+
+from IPython.display import HTML, Markdown, display
+
+from lmm_sae_nb.support.files import project_root, read_json
+from lmm_sae_nb.support.stages import Page, Stage
+
+
+def headline(page: Page, ours: str, paper: str, why: str) -> None:
+    """Show the page's result beside the paper's. In the book this cell's output opens the page.
+
+    page: whose run is named.
+    ours: one sentence, its numbers from metrics.
+    paper: what the paper reports, or that it reports nothing.
+    why: why the two differ, in one sentence.
+    """
+    lines = (f"**Result** (preset `{page.run}`): {ours}", f"**The paper:** {paper}", f"**Why they differ:** {why}")
+    display(Markdown("\n>\n".join(f"> {line}" for line in lines)))
+
+
+def findings(*sentences: str) -> None:
+    """Show what was found as a list; each sentence has its numbers from metrics."""
+    display(Markdown("\n".join(f"- {sentence}" for sentence in sentences)))
+
+
+def published(stage: str, metric: str) -> float:
+    """Return the paper's number for a metric, from `book/published.json`.
+
+    Raises:
+        KeyError: the paper reports no such number.
+    """
+    return read_json(project_root() / "book" / "published.json")[stage][metric]["value"]
+
+
+def metrics_table(stage: Stage) -> HTML:
+    """Return a stage's metrics as a table: name, value, interval, and what it means, from `book/metrics.json`."""
+    meanings = read_json(project_root() / "book" / "metrics.json").get(stage.name, {})
+    metrics = stage.metrics
+    bounds = {f"{name}{end}" for name in metrics for end in ("_low", "_high")}
+    rows = []
+    for name, value in metrics.items():
+        if name in bounds and name.rsplit("_", 1)[0] in metrics:
+            continue
+        interval = (
+            "" if f"{name}_low" not in metrics else f"{metrics[name + '_low']:.3g} to {metrics[name + '_high']:.3g}"
+        )
+        cells = (f"<code>{escape(name)}</code>", f"{value:,.4g}", interval, escape(meanings.get(name, "")))
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{title}</th>" for title in ("metric", "value", "99 % interval", "meaning"))
+    return HTML(f"<table><tr>{head}</tr>{''.join(rows)}</table>")
+
+
+def provenance(page: Page, *stages: Stage) -> None:
+    """Print the run, and for each stage its seed, its wall time in seconds and the versions that made it."""
+    for stage in stages:
+        made = stage.manifest
+        versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+        print(f"run {page.run}, stage {stage.name}: seed {made['seed']}, {made['seconds']:.0f} s; {versions}")

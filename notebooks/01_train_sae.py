@@ -66,7 +66,7 @@ from torch.testing import assert_close
 from lmm_sae_nb import LMM, SAEInPlace, TopKSAE, evaluate_sae, train_sae
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.report import findings, headline, metrics_table, provenance
-from lmm_sae_nb.support.stages import Page
+from lmm_sae_nb.support.stages import Metrics, Page
 from lmm_sae_nb.train.launch import launch
 
 page = Page(globals())
@@ -179,7 +179,7 @@ plots.training(trained.history);
 
 # %%
 measured = stage.result(
-    "evaluation", dict[str, float],
+    "evaluation", Metrics,
     lambda: evaluate_sae(place, unseen, kinds=kinds),
 )  # fmt: skip
 seconds = {"train_seconds": trained.history[-1]["seconds"]}

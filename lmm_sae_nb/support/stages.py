@@ -22,6 +22,7 @@ from lmm_sae_nb.support.files import fingerprint, project_root, read_json, write
 MANIFEST, METRICS, BEGUN = "manifest.json", "metrics.json", ".begun.json"
 IPYTHON = {"In", "Out"}  # plain values in a kernel's namespace that are no parameters
 T = TypeVar("T")
+Metrics = dict[str, int | float]  # what a stage reports, flat
 VERSIONED = ("lmm-sae-nb", "torch", "transformers", "datasets", "safetensors", "numpy")
 
 

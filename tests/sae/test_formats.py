@@ -21,7 +21,7 @@ from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.stages import peak_memory
 
 WIDTH, LATENTS, K = 4, 12, 3
-SAES = Path(__file__).parent / "fixtures" / "saes"
+SAES = Path(__file__).parents[1] / "fixtures" / "saes"
 PAPER = {
     "expansion_factor": 32,
     "normalize_decoder": True,

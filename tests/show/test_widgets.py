@@ -1,4 +1,4 @@
-"""The widgets in process: what they ask, show, drop and refuse. The browser is tests/test_lab.py's."""
+"""The widgets in process: what they ask, show, drop and refuse. The browser is tests/book/test_lab.py's."""
 
 import asyncio
 import io

@@ -34,7 +34,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from book import pages
-from lmm_sae_nb.cache.activations import cache_activations, open_images
+from lmm_sae_nb.cache.activations import cache_activations
 from lmm_sae_nb.cache.texts import cache_texts
 from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.model.lmm import LMM
@@ -43,6 +43,7 @@ from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE, TrainedOn
 from lmm_sae_nb.score.tables import explained
 from lmm_sae_nb.show.latent_table import Catalogue
+from lmm_sae_nb.support.images import open_images
 from lmm_sae_nb.support.stages import require
 from lmm_sae_nb.train.training import train_sae
 

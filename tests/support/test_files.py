@@ -2,13 +2,11 @@
 
 import contextlib
 import hashlib
-import importlib
 import itertools
 import json
 import math
 import os
 import signal
-import sys
 import threading
 
 import numpy as np
@@ -227,142 +225,6 @@ def test_fingerprint_of_a_folder_sees_names_and_contents(tmp_path):
     (folder / "a").rename(folder / "b")
     seen.add(files.fingerprint(folder))
     assert len(seen) == 3
-
-
-@pytest.fixture
-def finished(project):
-    inputs = [project / "sae.safetensors"]
-    inputs[0].write_bytes(b"weights")
-    stage = stages.Stage("tiny", "cache")
-    files.write_atomic(stage.path("cache.json"), b"{}")
-    params = {"layer": 2, "kinds": ("base", "text"), "seed": 7}
-    stage.finish(params, inputs, {"live": 0.9, "images": 3}, seconds=1.25)
-    return stage, params, inputs
-
-
-def test_a_finished_stage_is_current(finished):
-    stage, params, inputs = finished
-    assert stage.is_current(params, inputs)
-    assert stages.Stage("tiny", "cache").is_current(params, inputs)
-
-
-def test_the_manifest_says_how_it_was_made(finished, project):
-    stage, _, _ = finished
-    manifest = json.loads(stage.path("manifest.json").read_text())
-    assert manifest["inputs"] == {"sae.safetensors": hashlib.sha256(b"weights").hexdigest()}
-    assert (manifest["seed"], manifest["seconds"]) == (7, 1.25)
-    assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or "torch" in manifest["versions"]
-    assert manifest["peak_memory_bytes"] > 1_000_000
-    assert json.loads(stage.path("metrics.json").read_text()) == {"live": 0.9, "images": 3}
-    assert str(project) not in stage.path("manifest.json").read_text()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda stage, params, inputs: params.update(layer=3),
-        lambda stage, params, inputs: params.update(new=1),
-        lambda stage, params, inputs: inputs[0].write_bytes(b"other"),
-        lambda stage, params, inputs: inputs.clear(),
-        lambda stage, params, inputs: stage.path("cache.json").unlink(),
-        lambda stage, params, inputs: stage.path("cache.json").write_bytes(b"cut"),
-        lambda stage, params, inputs: stage.path("manifest.json").unlink(),
-        lambda stage, params, inputs: stage.path("manifest.json").write_text('{"cut'),
-    ],
-)
-def test_any_change_makes_a_stage_stale(finished, change):
-    stage, params, inputs = finished
-    change(stage, params, inputs)
-    assert not stage.is_current(params, inputs)
-
-
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A package whose module `one` imports from `two`, which imports `three`; `four` stands alone."""
-    folder = tmp_path / f"package_{tmp_path.name}"
-    folder.mkdir()
-    for name, text in {
-        "__init__": "",
-        "one": f"import json\nfrom {folder.name}.two import double\n",
-        "two": f"from {folder.name} import three\ndef double(x): return 2 * x\n",
-        "three": "x = 3\n",
-        "four": "x = 4\n",
-    }.items():
-        (folder / f"{name}.py").write_text(text)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield folder, importlib.import_module(f"{folder.name}.one")
-    for name in [name for name in sys.modules if name.partition(".")[0] == folder.name]:
-        del sys.modules[name]
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new", "same"),
-    [
-        ("one", "import json", "import math", False),
-        ("two", "2 * x", "3 * x", False),
-        ("three", "x = 3", "x = 4", False),
-        ("three", "x = 3", "# the third\n\nx  =  3", True),
-        ("four", "x = 4", "x = 5", True),
-    ],
-)
-def test_code_is_the_statements_of_a_module_and_of_what_it_imports(package, file, old, new, same):
-    folder, one = package
-    before = stages.code_fingerprints([one])
-    assert [name.rpartition(".")[2] for name in before] == ["one", "three", "two"]
-    (folder / f"{file}.py").write_text((folder / f"{file}.py").read_text().replace(old, new))
-    assert (stages.code_fingerprints([one]) == before) == same
-
-
-def test_other_code_makes_a_stage_stale(finished, package):
-    stage, params, inputs = finished
-    folder, one = package
-    assert not stage.is_current(params, inputs, [one])
-    stage.finish(params, inputs, {}, 1.0, [one])
-    assert stage.is_current(params, inputs, [one])
-    (folder / "three.py").write_text("x = 5\n")
-    assert not stage.is_current(params, inputs, [one])
-
-
-def test_a_stage_that_is_forgotten_keeps_the_replies_alone(finished):
-    stage, params, inputs = finished
-    files.write_atomic(stage.path("replies.jsonl"), b"{}\n")
-    files.write_atomic(stage.path("more/one.json"), b"{}")
-    for _ in range(2):  # also where there is nothing left
-        stage.forget()
-        assert [file.name for file in stage.folder.rglob("*") if file.is_file()] == ["replies.jsonl"]
-    assert not stage.is_current(params, inputs)
-    stages.Stage("tiny", "never").forget()
-
-
-def test_a_half_written_file_does_not_make_a_stage_stale(finished):
-    stage, params, inputs = finished
-    stage.path(".cache.json.0.tmp").write_bytes(b"{")
-    assert stage.is_current(params, inputs)
-
-
-def test_a_missing_input_is_an_error(finished):
-    stage, params, inputs = finished
-    inputs[0].unlink()
-    with pytest.raises(FileNotFoundError, match="sae.safetensors"):
-        stage.is_current(params, inputs)
-
-
-def test_require_names_the_notebook(finished):
-    assert stages.require("tiny", "cache", "cache.json", "02_cache_activations.py").is_file()
-    with pytest.raises(FileNotFoundError, match=r"data/artifacts/tiny/train/sae .*notebooks/01_train_sae.py"):
-        stages.require("tiny", "train", "sae", "01_train_sae.py")
-
-
-@pytest.mark.parametrize("name", ["", "a/b", "..", "/"])
-def test_a_stage_is_one_folder_name(project, name):
-    with pytest.raises(ValueError, match="folder name"):
-        stages.Stage("tiny", name)
-
-
-def test_metrics_are_numbers(finished):
-    stage, params, inputs = finished
-    with pytest.raises(ValueError, match="by_kind"):
-        stage.finish(params, inputs, {"by_kind": {"base": 1.0}}, 1.0)
 
 
 # Files that are written and read by rows.

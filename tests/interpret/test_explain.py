@@ -42,7 +42,7 @@ def test_most_activated_is_above_a_share_of_the_highest():
     assert most_activated(activation, 0.25).tolist() == [[False, False], [True, True]]
     assert most_activated(activation, 0).tolist() == [[False, True], [True, True]]
     assert not most_activated(np.zeros((2, 2), np.float32)).any()
-    with pytest.raises(ValueError, match="share is 1"):
+    with pytest.raises(ValueError, match="threshold is 1"):
         most_activated(activation, 1)
 
 

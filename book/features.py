@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lmm_sae_nb.show.latent_table import Catalogue
+    from lmm_sae_nb.show.latent_table import LatentTable
 
 HEAD = """# Features
 
@@ -68,7 +68,7 @@ BODY = """
 """
 
 
-def page(catalogue: Catalogue, run: str, folder: Path, address: str, steering: str | None = None) -> str:
+def page(catalogue: LatentTable, run: str, folder: Path, address: str, steering: str | None = None) -> str:
     """The page as Markdown; its pictures are written into `folder`, which the page finds at `address`.
 
     steering: the page on which a latent can be steered, if there is one. Every text is escaped.
@@ -94,7 +94,7 @@ def _number(value: object) -> float | None:
     return float(f"{value:.4g}") if isinstance(value, (int, float)) else None
 
 
-def article(catalogue: Catalogue, latent: int, folder: Path, address: str, steering: str | None) -> str:
+def article(catalogue: LatentTable, latent: int, folder: Path, address: str, steering: str | None) -> str:
     """One latent as an element of the page, its picture named after its content."""
     from lmm_sae_nb.show.thumbnails import histogram_svg
 
@@ -121,10 +121,10 @@ def article(catalogue: Catalogue, latent: int, folder: Path, address: str, steer
 
 def write(run: str, book: Path, steering: str | None) -> None:
     """Make `features.md` and its pictures in the book's source."""
-    from lmm_sae_nb.show.latent_table import Catalogue
+    from lmm_sae_nb.show.latent_table import LatentTable
 
     try:
-        catalogue = Catalogue.load(run)
+        catalogue = LatentTable.load(run)
     except FileNotFoundError:
         text = NOTHING.format(run=run)
     else:

@@ -76,7 +76,7 @@ from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.feature_browser import FeatureBrowser
-from lmm_sae_nb.show.latent_table import Catalogue
+from lmm_sae_nb.show.latent_table import LatentTable
 from lmm_sae_nb.show.plots import steering_strip
 from lmm_sae_nb.show.steering_panel import SteeringPanel
 from lmm_sae_nb.steer import steering
@@ -326,7 +326,7 @@ read_json(stage.path("metrics.json"))
 # %%
 panel = SteeringPanel(SAEInPlace(lmm, sae, layer), cache, {n: row["concept"] for n, row in named.items()}, image=white, text=question)
 scored = [Stage(run, "score").path("scores.json"), Stage(run, "judge").path("verdicts.json")]
-catalogue = Catalogue(cache, pictures, explanations, *map(read_json, filter(Path.is_file, scored)))
+catalogue = LatentTable(cache, pictures, explanations, *map(read_json, filter(Path.is_file, scored)))
 browser = FeatureBrowser(catalogue, panel.choose, sort="iou_strict" if "iou_strict" in catalogue.columns else None)
 VBox([browser.box, panel.box])
 

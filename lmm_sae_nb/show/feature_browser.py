@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import ipywidgets as widgets
 
-from lmm_sae_nb.show.latent_table import Catalogue
+from lmm_sae_nb.show.latent_table import LatentTable
 from lmm_sae_nb.show.thumbnails import histogram_svg
 
 UNSORTED = "latent"
@@ -22,7 +22,7 @@ class FeatureBrowser:
 
     def __init__(
         self,
-        catalogue: Catalogue,
+        catalogue: LatentTable,
         steer: Callable[[int], None] | None = None,
         *,
         sort: str | None = None,

@@ -36,7 +36,7 @@ def _fits(row: Mapping, explanation: Mapping) -> bool:
     return "concept" not in row or row["concept"] == explanation["concept"]
 
 
-class Catalogue:
+class LatentTable:
     """Explained latents, each with whatever columns the tables about it have, and how it fires.
 
     cache, pictures: its activations, and the images that it is of. tables: each latent (as number or text) to its
@@ -63,13 +63,13 @@ class Catalogue:
         self._stored = lru_cache(maxsize=1)(self._read)
 
     @classmethod
-    def load(cls, run: str) -> Catalogue:
+    def load(cls, run: str) -> LatentTable:
         """A run's explained latents out of `interpret/`, and what `cache/` and, if there, `score/` and `judge/` tell.
 
         FileNotFoundError, naming the notebook to run, if one of the others is missing.
         """
-        explanations = read_json(require(run, "interpret", "explanations.json", "03_interpret_features.py"))
-        manifest = read_json(require(run, "cache", "manifest.json", "02_cache_activations.py"))
+        explanations = read_json(require(run, "interpret", "explanations.json"))
+        manifest = read_json(require(run, "cache", "manifest.json"))
         files = {"cache": "words.json", "score": "scores.json", "judge": "verdicts.json"}
         others = (Stage(run, stage).path(file) for stage, file in files.items())
         pictures = open_images(project_root() / manifest["params"]["images"])

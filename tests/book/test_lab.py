@@ -33,11 +33,10 @@ QUESTION, TOKENS = "what is shown ?", 6
 START = """\
 import ipywidgets as widgets
 from lmm_sae_nb.cache.latent_cache import LatentCache
-from lmm_sae_nb.show.latent_table import Catalogue
+from lmm_sae_nb.show.latent_table import LatentTable
 from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.support.images import open_images
-from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.show.feature_browser import FeatureBrowser
 from lmm_sae_nb.show.rater import Rater
 from lmm_sae_nb.show.steering_panel import SteeringPanel
@@ -45,7 +44,7 @@ from lmm_sae_nb.show.steering_panel import SteeringPanel
 cache, pictures = LatentCache.load("cache"), open_images("pictures")
 names = {names}
 asked = dict(image=pictures[0], text={question!r}, max_new_tokens={tokens})
-parts = LMM.load({model!r}), TopKSAE.load("sae"), {layer}, cache, names
+parts = SAEInPlace.load({model!r}, "sae", {layer}), cache, names
 panel = SteeringPanel(*parts, **asked)
 panel.ask_now()
 panel.box"""
@@ -55,7 +54,7 @@ Rater("answers.jsonl", explained, lambda n: exemplars(cache, pictures, n)).box""
 BROWSER = """\
 rows = {n: {"concept": name, "iou": n / 10} for n, name in names.items()}
 other = SteeringPanel(*parts, **asked)
-browser = FeatureBrowser(Catalogue(cache, pictures, rows), other.choose, sort="iou")
+browser = FeatureBrowser(LatentTable(cache, pictures, rows), other.choose, sort="iou")
 widgets.VBox([browser.box, other.box])"""
 
 

@@ -42,7 +42,7 @@ from lmm_sae_nb.model.token_kinds import LAYOUTS
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE, TrainedOn
 from lmm_sae_nb.score.tables import explained
-from lmm_sae_nb.show.latent_table import Catalogue
+from lmm_sae_nb.show.latent_table import LatentTable
 from lmm_sae_nb.support.images import open_images
 from lmm_sae_nb.support.stages import require
 from lmm_sae_nb.train.training import train_sae
@@ -205,7 +205,7 @@ def test_its_preset_runs_notebooks_01_to_04_by_its_command(at_the_desk, mine):
     assert metrics["interpret"]["asked"] == 6
     assert not Path("data/artifacts/tiny").exists()  # nothing of Picture World is read, so none of it is rendered
     assert {"iou_paper", "iou_strict", "clip_paper", "clip_strict"} <= metrics["score"].keys()
-    catalogue = Catalogue.load("mine")
+    catalogue = LatentTable.load("mine")
     assert len(catalogue.rows) == 6
     for row in catalogue.rows.values():
         assert {"serves", "text tokens"} <= row.keys() and ("iou_strict" in row) == (row["outcome"] == "explained")
@@ -281,7 +281,7 @@ def test_neither_a_kill_nor_a_judge_out_of_reach_costs_an_answer_or_a_score(at_t
     assert Path("data/artifacts/mine/score/manifest.json").stat().st_mtime_ns == scored
     found = metrics_of("score", "judge")
     assert {"iou_paper", "iou_strict", "clip_paper"} <= found["score"].keys() and found["judge"]["judged"] == 1
-    rows, explanations = Catalogue.load("mine").rows, Path("data/artifacts/mine/interpret/explanations.json")
+    rows, explanations = LatentTable.load("mine").rows, Path("data/artifacts/mine/interpret/explanations.json")
     told = json.loads(explanations.read_text())
     named = [number for number, row in told.items() if row["outcome"] == "explained"]
     assert {int(number) for number in named} == {number for number, row in rows.items() if row.get("judged") == "yes"}
@@ -289,7 +289,7 @@ def test_neither_a_kill_nor_a_judge_out_of_reach_costs_an_answer_or_a_score(at_t
     other = named[0]
     told[other]["concept"] = "something else"  # explained anew, scored and judged not yet
     explanations.write_text(json.dumps(told))
-    assert not {"judged", "iou_strict"} & Catalogue.load("mine").rows[int(other)].keys()
+    assert not {"judged", "iou_strict"} & LatentTable.load("mine").rows[int(other)].keys()
     written = [file for file in Path("data/artifacts/mine").rglob("*") if file.is_file()]
     assert KEY not in said and not any(KEY.encode() in file.read_bytes() for file in written)
 

@@ -16,7 +16,7 @@ from lmm_sae_nb.cache.activations import cache_activations
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.show.latent_table import Catalogue
+from lmm_sae_nb.show.latent_table import LatentTable
 from lmm_sae_nb.show.thumbnails import GAP, encoded, heated, histogram_svg, sheet
 
 HOSTILE = "<script>window.broken = 1</script>```"
@@ -45,7 +45,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def catalogue(made):
-    return Catalogue(made[1][0], made[0], EXPLANATIONS, SCORES)
+    return LatentTable(made[1][0], made[0], EXPLANATIONS, SCORES)
 
 
 def test_rows_are_joined_nested_ones_flattened_and_the_unknown_left_out(catalogue):
@@ -76,7 +76,7 @@ CELLS = st.none() | st.integers(-3, 3) | st.just("n/a")
 
 @given(values=st.dictionaries(st.integers(0, 7), CELLS, min_size=1), descending=st.booleans())
 def test_any_column_is_sorted_as_brute_force_does(made, values, descending):
-    catalogue = Catalogue(made[1][0], made[0], {n: {"x": value, "y": 1} for n, value in values.items()})
+    catalogue = LatentTable(made[1][0], made[0], {n: {"x": value, "y": 1} for n, value in values.items()})
     values = {n: value if isinstance(value, int) else None for n, value in values.items()}
     if any(value is not None for value in values.values()):
         found = catalogue.find(sort="x", descending=descending)
@@ -86,13 +86,13 @@ def test_any_column_is_sorted_as_brute_force_does(made, values, descending):
 
 def test_a_latent_that_the_cache_does_not_have_is_refused(made):
     with pytest.raises(ValueError, match="tell of latent 8, the cache has 8"):
-        Catalogue(made[1][0], made[0], {"8": {}})
+        LatentTable(made[1][0], made[0], {"8": {}})
 
 
 def test_the_histogram_counts_every_activation_that_the_cache_kept(made):
     pictures, (plain, stored) = made
     latent = int(plain.frequency.argmax())
-    few, all_of_them = (Catalogue(cache, pictures, {latent: {}}).histogram(latent) for cache in (plain, stored))
+    few, all_of_them = (LatentTable(cache, pictures, {latent: {}}).histogram(latent) for cache in (plain, stored))
     maps = np.concatenate([np.asarray(plain.patch_map(latent, r)).ravel() for r in range(len(plain.top(latent)))])
     assert few.counts.sum() == (maps > 0).sum() and "top images" in few.of
     assert all_of_them.counts.sum() == round(float(stored.frequency[latent]) * 3 * stored._patches)
@@ -103,7 +103,7 @@ def test_the_histogram_counts_every_activation_that_the_cache_kept(made):
 def test_a_latent_is_counted_as_itself_however_many_are_read_together(made, monkeypatch):
     pictures, (_, stored) = made
     monkeypatch.setattr("lmm_sae_nb.show.latent_table.TOGETHER", 3)  # of 8
-    catalogue = Catalogue(stored, pictures, {latent: {} for latent in range(8)})
+    catalogue = LatentTable(stored, pictures, {latent: {} for latent in range(8)})
     for latent in (7, 0, 1, 2, 3, 6, 5, 4):
         images = [stored.store.image(n) for n in range(3)]
         acts = np.concatenate([image.acts[image.latents == latent] for image in images])

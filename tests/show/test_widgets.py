@@ -20,7 +20,7 @@ from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score.ratings import append_rating, read_ratings
 from lmm_sae_nb.show.feature_browser import FeatureBrowser
-from lmm_sae_nb.show.latent_table import Catalogue
+from lmm_sae_nb.show.latent_table import LatentTable
 from lmm_sae_nb.show.plots import marked, steering_strip
 from lmm_sae_nb.show.rater import Rater, added
 from lmm_sae_nb.show.steering_panel import SteeringPanel
@@ -331,7 +331,7 @@ def test_nothing_to_rate_is_refused(rating):
 def catalogue(cached):
     pictures, cache = cached
     latents = np.flatnonzero(np.asarray(cache.live)).tolist()
-    return Catalogue(cache, pictures, {n: {"concept": f"thing <{n}>", "iou": n / 24} for n in latents})
+    return LatentTable(cache, pictures, {n: {"concept": f"thing <{n}>", "iou": n / 24} for n in latents})
 
 
 def test_the_browser_lists_pages_and_looks_closely(catalogue):
@@ -365,4 +365,4 @@ def test_an_empty_catalogue_or_an_unknown_column_is_refused(catalogue):
     with pytest.raises(ValueError, match="no column 'x' to sort by"):
         FeatureBrowser(catalogue, sort="x")
     with pytest.raises(ValueError, match="the catalogue is empty"):
-        FeatureBrowser(Catalogue(catalogue.cache, catalogue.pictures, {}))
+        FeatureBrowser(LatentTable(catalogue.cache, catalogue.pictures, {}))

@@ -1,57 +1,116 @@
-"""The results page, made from every stage's metrics.json: a table a stage, the paper's number beside ours."""
+"""Make the results page: a line for each claim of the paper, then every metric of every stage, folded."""
 
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-PAPER = {  # stage and metric -> what the paper reports
-    ("score", "iou_paper"): "0.20 (Table 1, all concepts)",
-    ("score", "iou_paper_random"): "0.005 (Table 1, random images)",
-    ("score", "iou_paper_ratio"): "40 (Table 1, the two above)",
-    ("score", "iou_strict"): "0.20 (Table 1, all concepts; measured in the `paper` mode)",
-    ("score", "clip_paper"): "23.6 (Table 1, all concepts)",
-    ("score", "clip_paper_random"): "18.2 (Table 1, random images)",
-    ("compare", "iou_paper_layer_1"): "0.30 (Table 3, the 8th of 32 layers)",
-    ("compare", "iou_paper_layer_3"): "0.31 (Table 3, the 25th)",
-    ("compare", "iou_paper_layer_6"): "0.40 (Table 3, the 32nd)",
-    ("compare", "clip_paper_layer_1"): "22.82 (Table 3, the 8th of 32 layers)",
-    ("compare", "clip_paper_layer_3"): "24.92 (Table 3, the 25th)",
-    ("compare", "clip_paper_layer_6"): "26.55 (Table 3, the 32nd)",
-    ("compare", "clip_paper_tiny-instructblip"): "28.01 (Table 4, InstructBLIP-7B)",
-    ("compare", "clip_paper_tiny-instructblip_random"): "17.71 (Table 4)",
-    ("judge", "judged"): "0.89 by GPT-4o, 0.75 by two people (Table 2)",
-}
+from lmm_sae_nb.show import report
+
+HERE = Path(__file__).parent
+ENDS = ("_low", "_high")
 HEAD = """# Results
 
-Every number below was written by a notebook of this build, of the run `{run}`, and is read from
-`data/artifacts/{run}/STAGE/metrics.json`. An interval is the 99 % one that the notebook computed. The paper's
-numbers come from photographs and an 8B model, ours from the run named here: side by side they show that the
-same quantity is meant, not that they should be equal.
+The notebooks of this build measured every number on this page, in the run `{run}`. An interval has a level of 99 %. The
+paper's numbers come from photographs and a model of 8 billion parameters; ours come from the run. So the two columns
+show that the same quantity is meant, not that the numbers should be equal. A *control* is the same measurement where
+the claim should fail. A *target* is what this book set out to reach; a target that was missed stays here.
+
+| claim | ours | control | the paper | target |
+|---|---|---|---|---|
+{claims}
+
+## Every metric
+
+Open a stage to see all of its metrics. The number in brackets is the interval.
+
+{details}
 """
+Metrics = dict[str, dict[str, float]]  # stage -> metric -> value
 
 
 def number(value: float) -> str:
-    """A count in full, anything else to four significant digits."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    """Return a count in full, anything else to three significant digits."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
-def table(stage: str, metrics: dict[str, float]) -> str:
-    """One stage as a Markdown table; `x_low` and `x_high` become the interval in the row of `x`."""
-    bounds = {f"{name}{end}" for name in metrics for end in ("_low", "_high")}
-    rows = ["| quantity | ours | interval | the paper |", "|---|--:|--:|---|"]
-    for name, value in metrics.items():
-        if name in bounds:
+def with_interval(metrics: dict[str, float], name: str) -> str:
+    """Return a metric's value, with its interval if it has one."""
+    ends = [metrics.get(name + end) for end in ENDS]
+    interval = "" if None in ends else f" [{number(ends[0])}, {number(ends[1])}]"
+    return number(metrics[name]) + interval
+
+
+def find(metrics: Metrics, name: str) -> tuple[str, str] | None:
+    """Return stage and metric of a dotted name, whose metric may be a pattern; None if the run has none.
+
+    Of several metrics that fit, the shortest is meant: `clip_paper_*instructblip*` is not that of its control.
+    """
+    stage, _, pattern = name.partition(".")
+    found = [metric for metric in metrics.get(stage, {}) if fnmatchcase(metric, pattern)]
+    return (stage, min(found, key=len)) if found else None
+
+
+def control(metrics: Metrics, given: str | list[str] | None) -> str:
+    """Return the control's column: a sentence as it is, or a metric with what it stands for."""
+    if given is None:
+        return ""
+    if isinstance(given, str):
+        return given
+    place = find(metrics, given[0])
+    return f"{with_interval(metrics[place[0]], place[1])}: {given[1]}" if place else given[1]
+
+
+def claims(metrics: Metrics) -> str:
+    """Return the table's rows: one for each claim that this run measured."""
+    rows = []
+    for claim in json.loads((HERE / "claims.json").read_text(encoding="utf-8")):
+        place = find(metrics, claim["metric"])
+        if place is None:
             continue
-        ends = [metrics.get(name + end) for end in ("_low", "_high")]
-        interval = "" if None in ends else f"{number(ends[0])} to {number(ends[1])}"
-        rows.append(f"| `{name}` | {number(value)} | {interval} | {PAPER.get((stage, name), '')} |")
-    return f"## {stage}\n\n" + "\n".join(rows) + "\n"
+        stage, metric = place
+        title = f"[{claim['claim']}](notebooks/{claim['page']})"
+        ours = with_interval(metrics[stage], metric)
+        columns = (title, ours, control(metrics, claim.get("control")), paper(stage, metric), target(metrics, *place))
+        rows.append("| " + " | ".join(columns) + " |")
+    return "\n".join(rows)
+
+
+def paper(stage: str, metric: str) -> str:
+    """Return what the paper reports for a metric, and where; empty if it reports nothing."""
+    entry = report.entry("published", stage, metric)
+    return f"{entry['value']:g} ({entry['where']})" if entry else ""
+
+
+def target(metrics: Metrics, stage: str, metric: str) -> str:
+    """Return a metric's target and whether this run met it; empty if there is none."""
+    entry = report.entry("targets", stage, metric)
+    if not entry:
+        return ""
+    value = metrics[stage][metric]
+    least, most = entry.get("at_least"), entry.get("at_most")
+    met = (least is None or value >= least) and (most is None or value <= most)
+    return (f"at least {least:g}" if most is None else f"at most {most:g}") + (", met" if met else ", **missed**")
+
+
+def details(stage: str, metrics: Metrics) -> str:
+    """Return one stage's metrics as a folded table: name, value, paper, target, and a sentence that explains it."""
+    own = metrics[stage]
+    rows = ["| metric | ours | the paper | target | meaning |", "|---|--:|---|---|---|"]
+    for name in own:
+        if any(name.endswith(end) and name.removesuffix(end) in own for end in ENDS):
+            continue
+        columns = (paper(stage, name), target(metrics, stage, name), report.meaning(stage, name))
+        rows.append(f"| `{name}` | {with_interval(own, name)} | " + " | ".join(columns) + " |")
+    return f"::::{{dropdown}} Stage `{stage}`: {len(rows) - 2} metrics\n\n" + "\n".join(rows) + "\n\n::::\n"
 
 
 def page(artifacts: Path, order: list[str]) -> str:
-    """The whole page for one run's folder; stages stand in the order of the notebooks that write them."""
-    found = {file.parent.name: json.loads(file.read_text()) for file in sorted(artifacts.glob("*/metrics.json"))}
+    """Return the whole page for one run's folder; stages stand in the order of the notebooks that write them."""
+    found: Metrics = {
+        file.parent.name: json.loads(file.read_text()) for file in sorted(artifacts.glob("*/metrics.json"))
+    }
     ordered = sorted(found, key=lambda stage: (order.index(stage) if stage in order else len(order), stage))
-    tables = [table(stage, found[stage]) for stage in ordered] or ["No stage has written its numbers yet.\n"]
-    return "\n".join([HEAD.format(run=artifacts.name), *tables])
+    folded = "\n".join(details(stage, found) for stage in ordered) or "No stage has written its numbers yet.\n"
+    return HEAD.format(run=artifacts.name, claims=claims(found), details=folded)

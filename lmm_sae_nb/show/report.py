@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from html import escape
 
 from IPython.display import HTML, Markdown, display
@@ -27,28 +28,41 @@ def findings(*sentences: str) -> None:
     display(Markdown("\n".join(f"- {sentence}" for sentence in sentences)))
 
 
+def entry(file: str, stage: str, metric: str) -> dict | str | None:
+    """Return what `book/<file>.json` says about a metric, by its name or else by the longest pattern that fits it.
+
+    file: published, targets or metrics.
+    """
+    known = read_json(project_root() / "book" / f"{file}.json").get(stage, {})
+    fitting = [name for name in known if name == metric or fnmatchcase(metric, name)]
+    return known[max(fitting, key=lambda name: (name == metric, len(name)))] if fitting else None
+
+
 def published(stage: str, metric: str) -> float:
     """Return the paper's number for a metric, from `book/published.json`.
 
     Raises:
         KeyError: the paper reports no such number.
     """
-    return read_json(project_root() / "book" / "published.json")[stage][metric]["value"]
+    found = entry("published", stage, metric)
+    if found is None:
+        raise KeyError(f"book/published.json has no number for {stage}.{metric}; add it, with where the paper has it")
+    return found["value"]
+
+
+def meaning(stage: str, metric: str) -> str:
+    """Return the sentence that explains a metric, from `book/metrics.json`; empty if there is none."""
+    return entry("metrics", stage, metric) or ""
 
 
 def metrics_table(stage: Stage) -> HTML:
-    """Return a stage's metrics as a table: name, value, interval, and what it means, from `book/metrics.json`."""
-    meanings = read_json(project_root() / "book" / "metrics.json").get(stage.name, {})
-    metrics = stage.metrics
-    bounds = {f"{name}{end}" for name in metrics for end in ("_low", "_high")}
-    rows = []
+    """Return a stage's metrics as a table: name, value, interval, and what it means."""
+    metrics, rows = stage.metrics, []
     for name, value in metrics.items():
-        if name in bounds and name.rsplit("_", 1)[0] in metrics:
+        if name.endswith(("_low", "_high")) and name.rsplit("_", 1)[0] in metrics:
             continue
-        interval = (
-            "" if f"{name}_low" not in metrics else f"{metrics[name + '_low']:.3g} to {metrics[name + '_high']:.3g}"
-        )
-        cells = (f"<code>{escape(name)}</code>", f"{value:,.4g}", interval, escape(meanings.get(name, "")))
+        ends = [f"{metrics[name + end]:.3g}" for end in ("_low", "_high") if name + end in metrics]
+        cells = (f"<code>{escape(name)}</code>", f"{value:,.4g}", " to ".join(ends), escape(meaning(stage.name, name)))
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{title}</th>" for title in ("metric", "value", "99 % interval", "meaning"))
     return HTML(f"<table><tr>{head}</tr>{''.join(rows)}</table>")

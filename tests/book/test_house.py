@@ -474,20 +474,3 @@ def test_a_notebook_without_a_parameters_cell_is_refused(tmp_path):
     source.write_text("# %%\nsteps: int = 5  # steps\n")
     with pytest.raises(ValueError, match="01_one.py has 0 cells tagged parameters"):
         pages.parameters(source)
-
-
-def test_results_page_shows_counts_intervals_and_the_papers_number(tmp_path):
-    from book import results
-
-    for stage, text in {
-        "train": '{"tokens": 123456}',
-        "score": '{"iou_strict": 0.25, "iou_strict_low": 0.2, "iou_strict_high": 0.3}',
-    }.items():
-        (tmp_path / "tiny" / stage).mkdir(parents=True)
-        (tmp_path / "tiny" / stage / "metrics.json").write_text(text)
-    page = results.page(tmp_path / "tiny", ["train", "score"])
-    assert "| `tokens` | 123,456 |  |  |" in page
-    assert "| `iou_strict` | 0.25 | 0.2 to 0.3 | 0.20 (Table 1" in page
-    assert page.index("## train") < page.index("## score")
-    assert "_low" not in page.split("## train")[1]
-    assert "No stage has written" in results.page(tmp_path / "empty", [])

@@ -95,8 +95,8 @@ from torch.utils.data import Subset
 
 from lmm_sae_nb.attribute import agreement as attribute_agreement
 from lmm_sae_nb.attribute import attribution
-from lmm_sae_nb.attribute.agreement import agreement, own_decision, some_pairs
-from lmm_sae_nb.attribute.attribution import exact, linear
+from lmm_sae_nb.attribute.agreement import agreement, random_pairs
+from lmm_sae_nb.attribute.attribution import exact, greedy_decision, linear
 from lmm_sae_nb.cache import activations, latent_cache
 from lmm_sae_nb.cache.activations import cache_several
 from lmm_sae_nb.chat.recorded import Recorded, open_chat
@@ -248,7 +248,7 @@ for name in () if current else (*of_layers, *rest):
 # %%
 if not current:
     few, white = unseen.select(range(evaluated)), Image.new("RGB", (blank_size, blank_size), "white")
-    cases = [own_decision(lmm, row["question"], row["image"]) for row in islice((row for row in unseen if row["image"] is not None), decisions)]
+    cases = [greedy_decision(lmm, row["question"], row["image"]) for row in islice((row for row in unseen if row["image"] is not None), decisions)]
     kept = evaluate_saes(lmm, {name: studied[name][1:3] for name in of_layers}, few)
     kept |= evaluate_saes(lmm, {name: studied[name][1:3] for name in swept}, few, losses=False)
     patch_truth, generator = label_maps.PatchTruth(truth, lmm.grid) if truth and lmm.grid else None, torch.Generator().manual_seed(seed)
@@ -274,7 +274,7 @@ for name in () if current else of_layers:
     rho = []
     for case in cases:
         one = linear(SAEInPlace(lmm, sae, layer), case)
-        some = some_pairs(one, pairs, generator)
+        some = random_pairs(one, pairs, generator)
         rho.append(agreement(exact(SAEInPlace(lmm, sae, layer), case, some), one.values).spearman)
     metrics |= bounds(f"spearman_{name}", mean_interval(rho)) if len(rho) > 1 else {}
 

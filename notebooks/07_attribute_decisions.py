@@ -13,252 +13,342 @@
 # %% [markdown]
 # # 7. Attribute decisions to latents
 #
-# **The question.** Section 2.4: which latents, at which tokens, made the model answer this and not that?
+# **The question** (section 2.4). Which latents, at which tokens, made the
+# model give this answer and not another one?
 #
-# **You will learn** what influence is, how one forward and one backward approximate that of every active latent at every
-# token, and how well: against ablation, pair by pair, at three depths.
+# **You will learn** what the influence of a latent is, how one forward and one
+# backward estimate it for every latent at every token, and how good this
+# estimate is. We compare it with ablation, pair by pair, at three layers.
 #
-# **Reads** the SAE, held-out samples, training samples. **Writes** `attribute/`.
+# **Reads** the SAE of notebook 01, held-out samples and training samples.
+# **Writes** the stage `attribute`.
 #
-# | preset | decisions, pairs ablated | time |
+# | preset | decisions, pairs ablated in each | time |
 # |---|---|---|
-# | `tiny` | 100 held-out, 16 random active pairs each | 2 minutes, 2 cores |
-# | `paper` | 20, 200 each | GPUs |
+# | `tiny` | 100 held-out decisions, 16 random active pairs | 4 minutes, 2 cores |
+# | `paper` | 20 held-out decisions, 200 pairs | GPUs |
 
 # %% tags=["parameters"]
-run: str = "tiny"  # results go to data/artifacts/<run>/
-model: str = "data/models/tiny-llava-next"  # a folder of this project, or a name on the hub
-layer: int = 1  # 0-based, the layer that the SAE was trained on
-heldout: str = "data/artifacts/tiny/world/heldout"  # samples that no training has seen, with image and question
-dataset: str = "data/artifacts/tiny/world/train"  # what the small SAEs of other layers are trained on
-decisions: int = 100  # held-out decisions of the layer's SAE
-pairs: int = 16  # active (token, latent) pairs of each that are ablated, at random
-own_pairs: int = 1  # of them, integrated along their own path
+# results go to data/artifacts/<run>/
+run: str = "tiny"
+# the model under study: a folder of this project, or a name on the hub
+model: str = "data/models/tiny-llava-next"
+layer: int = 1  # counted from 0; the layer that the SAE was trained on
+# samples that no training has seen: image and question
+heldout: str = "data/artifacts/tiny/world/heldout"
+# samples for the small SAEs of other layers
+dataset: str = "data/artifacts/tiny/world/train"
+decisions: int = 100  # held-out decisions that are attributed
+pairs: int = 16  # active (token, latent) pairs ablated in each decision
+path_pairs: int = 1  # of these, integrated on a separate path
 ig_steps: int = 4  # steps of integrated gradients
-other_layers: list = [4, 6]  # small SAEs are trained there, to compare by depth
-other_decisions: int = 16  # decisions for each of them
-other_latents: int = 1024  # their latents
-other_steps: int = 60  # their optimiser steps, of 1,024 tokens
-k: int = 16  # their active latents a token
-repetitions: int = 9  # of the timing
-seed: int = 0  # of the pairs and of the small SAEs
+other_layers: list = [4, 6]  # layers that get a small SAE, to compare
+other_decisions: int = 16  # decisions for each of these layers
+other_sae: dict = {
+    "n_latents": 1024,
+    "k": 16,  # active latents per token
+    "steps": 60,  # optimiser steps of 1,024 tokens
+}
+repetitions: int = 9  # of each timed run
+seed: int = 0  # of the drawn pairs, the bootstrap and the small SAEs
 
 # %% tags=["remove-cell"]
-import time
 from itertools import islice
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from datasets import load_from_disk
 from IPython.display import HTML
 from torch.testing import assert_close
 
-from lmm_sae_nb.attribute import agreement as attribute_agreement
-from lmm_sae_nb.attribute import attribution
-from lmm_sae_nb.attribute.agreement import agreement, cost, own_decision, some_pairs
-from lmm_sae_nb.attribute.attribution import difference, exact, integrated, linear, own_path
-from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb import SAEInPlace
+from lmm_sae_nb.attribute.agreement import measure_cost
+from lmm_sae_nb.attribute.attribution import (
+    difference,
+    exact,
+    greedy_decision,
+    integrated,
+    linear,
+)
+from lmm_sae_nb.attribute.study import (
+    ComparedDecision,
+    agreement_metrics,
+    compare_ways,
+    joined,
+    small_saes,
+)
 from lmm_sae_nb.show import plots
-from lmm_sae_nb.support import intervals
-from lmm_sae_nb.support.files import project_root, read_json, write_json
-from lmm_sae_nb.support.intervals import bounds, mean_interval
-from lmm_sae_nb.support.stages import Stage, require
-from lmm_sae_nb.train.training import Recipe, train_saes
+from lmm_sae_nb.show.report import (
+    findings,
+    headline,
+    metrics_table,
+    provenance,
+)
+from lmm_sae_nb.support.files import read_json
+from lmm_sae_nb.support.intervals import Mean, read_mean
+from lmm_sae_nb.support.stages import Metrics, Page
 
-root = project_root()
+page = Page(globals())
 plots.style()
 
+# %% [markdown]
+# ## A decision
+#
+# The model decides when it writes the first token of its answer. We compare
+# this token $v_c$ with a baseline token $v_b$: the runner-up.
+#
+# > "$d(\mathbf{u}, v_c, v_b) = \mathbf{u}[v_c] - \mathbf{u}[v_b]$."
+#
+# $\mathbf{u}$ holds the logits after the last token of the prompt.
+
 # %%
-lmm = LMM.load(root / model if (root / model).is_dir() else model)
-sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent).requires_grad_(False).to(lmm.device)
-unseen = list(islice((row for row in load_from_disk(root / heldout) if row["image"] is not None), decisions))
-row = next((row for row in unseen if row["family"] == "exists"), unseen[0]) if "family" in unseen[0] else unseen[0]
-choice = own_decision(lmm, row["question"], row["image"])
-told, instead = (lmm.tokenizer.decode(token) for token in (choice.answer, choice.baseline))
-print(f"{row['question']}   {told!r} against {instead!r}, the runner-up")
+place = SAEInPlace.load(page.locate(model), page.file("train"), layer)
+lmm, sae = place.lmm, place.sae
+samples = load_from_disk(page.locate(heldout))
+pictured = (row for row in samples if row["image"] is not None)
+unseen = list(islice(pictured, decisions))
+row = next((r for r in unseen if r.get("family") == "exists"), unseen[0])
+choice = greedy_decision(lmm, row["question"], row["image"])
+answer = lmm.tokenizer.decode(choice.answer)
+runner_up = lmm.tokenizer.decode(choice.baseline)
+print(f"{row['question']}   {answer!r} against {runner_up!r}")
 
 # %% [markdown]
 # ## Influence, by definition and linearly
 #
-# > "$d(\mathbf{u}, v_c, v_b) = \mathbf{u}[v_c] - \mathbf{u}[v_b]$ … the influence … is the difference … when steering is
-# > applied or not"; approximately $\frac{\partial d}{\partial z_{ij}} (\hat{z}_{ij} - z_{ij})$.
+# > "Calculate the influence of the j-th feature in the i-th token on the
+# > decision preference … $I(i, j, v_c, v_b) = d(\hat{\mathbf{u}}, v_c, v_b) -
+# > d(\mathbf{u}, v_c, v_b)$" … "Given the time-intensive nature of this method
+# > due to multiple forward passes, we employ a linear approximation …
+# > $I \approx \left(\frac{\partial d(\mathbf{u})}{\partial \mathbf{z}}
+# > \right)^T (\hat{\mathbf{z}} - \mathbf{z})$."
 #
-# The SAE is spliced into the clean run and what it leaves unexplained stays in, as a term of its own. What is shown is
-# `attribution`, $-I$: positive supports the answer. The linear form in plain PyTorch, with the latents themselves as leaves:
+# $\hat{\mathbf{u}}$ are the logits when latent $j$ is set to zero at token
+# $i$. We show the *attribution* $-I$: it is positive if the latent supports
+# the answer. The SAE is spliced into the model; what it leaves unexplained
+# stays in, as a term of its own. `linear` gives the estimate for all pairs at
+# once. Here is the same in plain PyTorch:
 
 # %%
-parts = linear(SAEInPlace(lmm, sae, layer), choice)
-mask = choice.prompt.mask("base", "tiles", "newline", "text")[0]
+parts = linear(place, choice)
+
+kinds = ("base", "tiles", "newline", "text")
+mask = choice.prompt.mask(*kinds)[0]
 x = lmm.hidden_states(choice.prompt, layer)[0, mask]
 z = sae.encode(x)
 acts = z.acts.clone().requires_grad_()
-states = torch.einsum("tk,tkw->tw", acts, sae.W_dec[z.indices]) + sae.b_dec + (x - sae.decode(z))
-with lmm.spliced(layer, lambda hidden: hidden.masked_scatter(mask[None, :, None], states)):
+x_hat = torch.einsum("tk,tkw->tw", acts, sae.W_dec[z.indices]) + sae.b_dec
+states = x_hat + (x - sae.decode(z))
+
+
+def splice(new):
+    at = mask[None, :, None]
+    return lmm.spliced(layer, lambda hidden: hidden.masked_scatter(at, new))
+
+
+with splice(states):
     d = difference(lmm, choice)[0]
 gradient, slope = torch.autograd.grad(d, (acts, states))
-assert_close(parts.values[mask], (acts * gradient).detach(), atol=1e-4, rtol=1e-3)
-assert abs(parts.clean - float(d.detach())) < 1e-4
+d = float(d.detach())
+by_hand = (acts * gradient).detach()
+assert_close(parts.values[mask], by_hand, atol=1e-4, rtol=1e-3)
+assert abs(parts.clean - d) < 1e-4
 
 # %% [markdown]
-# One pair by definition: the strongest is silenced and the model runs again. And the parts sum to what they should: at each
-# token latents, error and bias to $\langle \partial d / \partial \mathbf{x}, \mathbf{x} \rangle$; integrated gradients over
-# all tokens to $d$ of the clean run less $d$ with nothing but `b_dec`.
+# One pair by definition: we set the strongest pair to zero and run the model
+# again. `exact` does this for any set of pairs.
 
 # %%
 strongest = parts.values.abs() == parts.values.abs().max()
 token, slot = strongest[mask].nonzero()[0].tolist()
-silenced = (states - 0).detach().clone()
-silenced[token] -= z.acts[token, slot] * sae.W_dec[z.indices[token, slot]]
-with torch.no_grad(), lmm.spliced(layer, lambda hidden: hidden.masked_scatter(mask[None, :, None], silenced)):
-    without = float(difference(lmm, choice)[0])
-by_hand = float(d.detach()) - without
-assert abs(float(exact(SAEInPlace(lmm, sae, layer), choice, strongest)[strongest][0]) - by_hand) < 1e-4
-assert_close((parts.of_tokens() + parts.error + parts.bias)[mask], (slope * states).sum(-1).detach(), atol=1e-3, rtol=1e-3)
-whole = integrated(SAEInPlace(lmm, sae, layer), choice, steps=ig_steps)
-with torch.no_grad(), lmm.spliced(layer, lambda hidden: hidden.masked_scatter(mask[None, :, None], sae.b_dec.expand_as(states))):
+direction = sae.W_dec[z.indices[token, slot]]
+silenced = states.detach().clone()
+silenced[token] -= z.acts[token, slot] * direction
+with torch.no_grad(), splice(silenced):
+    ablated = d - float(difference(lmm, choice)[0])
+
+by_ablation = float(exact(place, choice, strongest)[strongest][0])
+assert abs(by_ablation - ablated) < 1e-4
+estimate = float(parts.values[strongest][0])
+print(f"strongest pair: {ablated:+.4f} by ablation, {estimate:+.4f} linearly")
+
+# %% [markdown]
+# **The parts add up.** At each token, latents, error and bias sum to
+# $\langle \partial d / \partial \mathbf{x}, \mathbf{x} \rangle$. Integrated
+# gradients let all latents grow together from zero to their values. Over all
+# tokens they sum to $d$ minus the $d$ of a model in which only `b_dec` is left,
+# up to the error of a few steps.
+
+# %%
+summed = (parts.of_tokens() + parts.error + parts.bias)[mask]
+expected = (slope * states).sum(-1).detach()
+assert_close(summed, expected, atol=1e-3, rtol=1e-3)
+
+whole = integrated(place, choice, steps=ig_steps)
+with torch.no_grad(), splice(sae.b_dec.expand_as(states)):
     nothing = float(difference(lmm, choice)[0])
-summed = float((whole.of_tokens() + whole.error).sum())
-print(f"strongest pair: {by_hand:+.4f} exactly, {float(parts.values[strongest][0]):+.4f} linearly")
-print(f"integrated gradients sum to {summed:.3f} with {ig_steps} steps, the whole difference is {parts.clean - nothing:.3f}")
+total = float((whole.of_tokens() + whole.error).sum())
+print(f"integrated gradients sum to {total:.3f} with {ig_steps} steps;")
+print(f"the difference that they explain is {d - nothing:.3f}")
 
 # %% [markdown]
 # ## Where the decision comes from
+#
+# The sums over each kind of token, in logits:
+
+# %%
+plots.table(parts.of_kinds(choice.prompt))
+
+# %% [markdown]
+# The latents that support the answer most, and those that oppose it most,
+# summed over all tokens:
 
 # %%
 latents, totals = parts.of_latents()
-for kind in ("base", "tiles", "newline", "text"):
-    own = choice.prompt.mask(kind)[0]
-    print(f"{kind:8s} latents {float(parts.of_tokens()[own].sum()):+.3f}   error {float(parts.error[own].sum()):+.3f}   bias {float(parts.bias[own].sum()):+.3f}")
-print("for:    ", [(n, round(v, 3)) for n, v in zip(latents[:5].tolist(), totals[:5].tolist(), strict=True)])
-print("against:", [(n, round(v, 3)) for n, v in zip(latents[-5:].tolist(), totals[-5:].tolist(), strict=True)])
+ranked = [
+    {"latent": str(n), "attribution, logits": total}
+    for n, total in zip(latents.tolist(), totals.tolist(), strict=True)
+]
+plots.table(ranked[:5] + ranked[-5:])
 
-# %% mystnb={"figure": {"caption": "Attribution at the base image's patches: of all latents, and of the three that support and the three that oppose the answer most there. Orange is for, blue against.", "name": "fig-attribution-maps"}}
+# %% mystnb={"figure": {"caption": "Attribution at the base image's patches: of all latents, and of the three latents that support and the three that oppose the answer most there. Orange is for the answer, blue against it.", "name": "fig-attribution-maps"}, "image": {"alt": "The image of the question, and seven copies of it with patches shaded orange or blue."}}
 base = choice.prompt.mask("base")[0]
-seen = parts.of_latents(base)[0].tolist()
-maps = {"all latents": parts.of_tokens()} | {f"latent {n}": parts.map_of(n) for n in seen[:3] + seen[-3:]}
-axes = plots.images([row["image"]] * (1 + len(maps)), ["image"] + [""] * len(maps), columns=4, side=1.9)
-for ax, (title, values_of) in zip(axes.flat[1:], maps.items(), strict=False):
-    plots.signed_map(row["image"], choice.prompt.spans[0].as_grid(values_of[base]).numpy(), title, ax=ax)
+grid = choice.prompt.spans[0].as_grid
+on_image = parts.of_latents(base)[0].tolist()
+maps = {"all latents": grid(parts.of_tokens()[base]).numpy()}
+for latent in on_image[:3] + on_image[-3:]:
+    maps[f"latent {latent}"] = grid(parts.map_of(latent)[base]).numpy()
+plots.signed_maps(row["image"], maps);
+# %% [markdown]
+# And at the words of the question (the numbers appear when you point at a
+# word):
 
 # %%
-words = choice.prompt.mask("text")[0]
-pieces = lmm.tokenizer.convert_ids_to_tokens(choice.prompt.inputs["input_ids"][0][words.to(lmm.device)].tolist())
-HTML(plots.token_html(pieces, parts.of_tokens()[words].tolist()))
+text = choice.prompt.mask("text")[0]
+ids = choice.prompt.inputs["input_ids"][0].cpu()[text].tolist()
+pieces = lmm.tokenizer.convert_ids_to_tokens(ids)
+HTML(plots.token_html(pieces, parts.of_tokens()[text].tolist()))
 
 # %% [markdown]
 # ## How good is the approximation?
 #
-# For each of the held-out decisions (the model's own first token against its runner-up) random active pairs are ablated, all
-# equally likely, so that a rank correlation over them estimates that over all pairs of the decision, thousands of them. How
-# decisions differ widens the interval of the mean more than how few of their pairs were drawn. Ablating all of them for 100
-# decisions takes hours here: `python -m lmm_sae_nb.benchmarks.ablations` does it, in pieces and layer by layer, and puts the
-# outcome into `book/ablations.json`.
+# We take many held-out decisions and draw random active (token, latent) pairs
+# in each. Every pair is ablated. Three approximations are compared with that:
 #
-# Three approximations are held against ablation: the linear one; integrated gradients on the common path, on which all
-# latents grow from nothing at once; and, for a few pairs, integrated gradients on each pair's own path.
+# 1. the linear one;
+# 2. integrated gradients on the common path, where all latents grow together;
+# 3. integrated gradients on a separate path for a pair: this latent alone
+#    grows from zero at this token, and all else stays as it is. This costs as
+#    much as ablation, so we do it for a few pairs only.
+#
+# All active pairs of a decision are equally likely to be drawn. Other layers
+# get a small SAE each, so that we see how the agreement depends on depth.
 
 # %%
-stage, code = Stage(run, "attribute"), [attribution, attribute_agreement, intervals]
-params = dict(
-    model=model, layer=layer, heldout=heldout, dataset=dataset, decisions=decisions, pairs=pairs, own_pairs=own_pairs,
-    ig_steps=ig_steps, other_layers=other_layers, other_decisions=other_decisions, other_latents=other_latents,
-    other_steps=other_steps, k=k, repetitions=repetitions, seed=seed,
+stage = page.stage("attribute", after=("train",))
+small = small_saes(
+    lmm, load_from_disk(page.locate(dataset)), other_layers,
+    **other_sae, seed=seed, folder=stage.path("others"),
 )  # fmt: skip
-inputs = [path for path in (root / model, root / heldout, root / dataset, Stage(run, "train").path("manifest.json")) if path.exists()]
-ways = ("linear", "ig", "own_path")
-if not stage.is_current(params, inputs, code):
-    started = time.monotonic()
-    timing = cost(SAEInPlace(lmm, sae, layer), choice, repetitions)
-    recipes = {f"layer_{other}": Recipe(other, n_latents=other_latents, k=k, lr=2e-3) for other in other_layers}
-    how = dict(steps=other_steps, batch_tokens=1024, dead_after_tokens=50_000, seed=seed, folder=stage.path("others"))
-    small = train_saes(lmm, load_from_disk(root / dataset), recipes, **how) if recipes else {}
-    saes = {layer: sae} | {recipes[name].layer: its.sae.requires_grad_(False) for name, its in small.items()}
-    rows, generator = [], torch.Generator().manual_seed(seed)
-    for at, its in saes.items():
-        for sample in unseen if at == layer else unseen[:other_decisions]:
-            case = own_decision(lmm, sample["question"], sample["image"])
-            one = linear(SAEInPlace(lmm, its, at), case)
-            asked = some_pairs(one, pairs, generator)
-            few = some_pairs(one, own_pairs, generator, among=asked)
-            values = {
-                "exact": exact(SAEInPlace(lmm, its, at), case, asked),
-                "linear": one.values, "ig": integrated(SAEInPlace(lmm, its, at), case, steps=ig_steps).values,
-                "own_path": own_path(SAEInPlace(lmm, its, at), case, few),
-            }  # fmt: skip
-            rows.append({"layer": at} | {name: [round(v, 8) if v == v else None for v in value[asked].tolist()] for name, value in values.items()})
-    write_json(stage.path("pairs.json"), {"rows": rows})
+rows = [unseen] + [unseen[:other_decisions]] * len(small)
+compared = stage.result(
+    "pairs", list[ComparedDecision],
+    lambda: compare_ways(
+        [place, *small], rows, pairs=pairs, path_pairs=path_pairs,
+        ig_steps=ig_steps, seed=seed,
+    ),
+)  # fmt: skip
+cost = stage.result(
+    "cost", Metrics, lambda: measure_cost(place, choice, repetitions)
+)
+metrics = stage.finish(agreement_metrics(compared, layer, seed) | cost)
 
-    def columns(row):
-        return {name: torch.tensor([[np.nan if v is None else v for v in row[name]]]) for name in ("exact", *ways)}
-
-    metrics = {"decisions": sum(row["layer"] == layer for row in rows), "pairs": sum(len(row["exact"]) for row in rows if row["layer"] == layer)}
-    for at in saes:
-        of = [columns(row) for row in rows if row["layer"] == at]
-        end = "" if at == layer else f"_layer_{at}"
-        for way in ways:
-            if way == "own_path":  # few pairs a decision: all together
-                both = agreement(*(torch.cat([c[name] for c in of], 1) for name in ("exact", way)))
-                metrics |= {f"spearman_{way}{end}": both.spearman, f"sign_{way}{end}": both.sign, f"pairs_{way}{end}": both.pairs}
-                continue
-            found = [agreement(c["exact"], c[way]) for c in of]
-            for name, values in {"spearman": [a.spearman for a in found], "sign": [a.sign for a in found]}.items():
-                metrics |= bounds(f"{name}_{way}{end}", mean_interval(values, seed=seed))
-    stage.finish(params, inputs, metrics | timing, time.monotonic() - started, code)
-metrics, rows = read_json(stage.path("metrics.json")), read_json(stage.path("pairs.json"))["rows"]
-for name, value in metrics.items():
-    if not name.endswith(("_low", "_high")):
-        ends = f"  [{metrics[name + '_low']:.3f}, {metrics[name + '_high']:.3f}]" if name + "_low" in metrics else ""
-        print(f"{name:28s} {value:10.4g}{ends}")
-
-# %% mystnb={"figure": {"caption": "Ablated against approximated attribution, all decisions of the layer's SAE together.", "name": "fig-agreement"}}
-own = [row for row in rows if row["layer"] == layer]
-together = {name: np.concatenate([np.array(row[name], float) for row in own]) for name in ("exact", "linear", "ig")}
-plots.agreement(together["exact"], {"linear": together["linear"], "integrated gradients": together["ig"]});
-
-# %% mystnb={"figure": {"caption": "Mean rank correlation with ablation within a decision, by the layer of the SAE; 99 % intervals.", "name": "fig-by-layer"}}
-depths = {n: "" if n == layer else f"_layer_{n}" for n in sorted([layer, *other_layers])}
-_, ax = plt.subplots(figsize=(5, 2.2))
-for way, label in (("linear", "linear"), ("ig", "integrated gradients")):
-    means = [metrics[f"spearman_{way}{end}"] for end in depths.values()]
-    spread = np.abs(np.array([[metrics[f"spearman_{way}{end}{b}"] for end in depths.values()] for b in ("_low", "_high")]) - means)
-    ax.errorbar(list(depths), means, yerr=spread, fmt="o-", capsize=2, label=label)
-ax.set(xlabel="layer of the SAE", ylabel="Spearman, with ablation", xticks=list(depths), ylim=(0, 1))
-ax.legend(frameon=False);
+# %% mystnb={"figure": {"caption": "Attribution by ablation and by each approximation, for all drawn pairs of the page's SAE. On the line the two are equal. The linear points lie close to it, those of integrated gradients do not.", "name": "fig-agreement"}, "image": {"alt": "Two scatter plots against ablation: linear attribution and integrated gradients."}}
+ours = [decision for decision in compared if decision.layer == layer]
+exactly, linearly, on_common_path = (
+    np.array(joined(ours, way)) for way in ("exact", "linear", "ig")
+)
+panels = {"linear": linearly, "integrated gradients": on_common_path}
+plots.agreement(exactly, panels, side=3.2);
+# %% mystnb={"figure": {"caption": "Rank correlation with ablation within a decision: mean over decisions and 99 % interval, by layer of the SAE.", "name": "fig-by-layer"}, "image": {"alt": "Mean rank correlations with intervals of the linear form and of integrated gradients, a row for each layer."}}
+ways = {"linear": "linear", "integrated gradients": "ig"}
+by_layer = {}
+for n in sorted([layer, *other_layers]):
+    end = "" if n == layer else f"_layer_{n}"
+    by_layer[f"layer {n}"] = {
+        label: read_mean(metrics, f"spearman_{way}{end}")
+        for label, way in ways.items()
+    }
+plots.means(by_layer, "Spearman's rank correlation with ablation");
+# %% tags=["hide-output"]
+metrics_table(stage)
 
 # %% [markdown]
-# ## Every pair
+# ## All pairs
 #
-# What the long measurement found, layer by layer, of the SAEs whose hashes it names (an SAE trained on another machine may
-# differ in its bits). The pieces of layer 1 were computed by a script that is not in the repository: the same ablations, with
-# the decoder's linear products through oneDNN, in float32, and the last layer for the last token alone; on 993 pairs of two
-# decisions the difference to `attribution.exact`, which then had torch's own products, was at most 9e-6 logits. The other
-# layers' come from the command as it then was, those of a part of layer 4's decisions from a second process with its
-# `measure`.
+# A decision has hundreds or thousands of active pairs. To ablate all of them
+# takes hours here: `python -m lmm_sae_nb.benchmarks.ablations` does it, and
+# writes `book/ablations.json`. The table shows the last such measurement, with
+# the hash of each SAE. An SAE that was trained on another machine can differ
+# from it in its bits. Earlier versions of the code measured these rows; the
+# [departures](../departures) say what differed.
 
 # %%
-measured = root / "book/ablations.json"
-every = read_json(measured)["layers"] if measured.is_file() else []
-cell = lambda its: its and "{mean:.3f} [{low:.3f}, {high:.3f}]".format_map(its)  # noqa: E731
-plots.table([
-    {"layer": at["layer"], "SAE": at["sae"][:8], "decisions": at["decisions"], "pairs": at["pairs"]}
-    | {f"{way}, {what}": cell(at.get(f"{name}_{short}")) for short, way in (("linear", "linear"), ("ig", "integrated")) for name, what in (("spearman", "Spearman"), ("sign", "signs"))}
-    for at in every
-], "Every active pair ablated: means over decisions, 99 % intervals" if every else "not measured yet")  # fmt: skip
+measured = page.root / "book/ablations.json"
+layers = read_json(measured)["layers"] if measured.is_file() else []
+columns = {
+    "linear, Spearman": "spearman_linear", "linear, signs": "sign_linear",
+    "integrated, Spearman": "spearman_ig", "integrated, signs": "sign_ig",
+}  # fmt: skip
+table = []
+for found in layers:
+    row = {name: found[name] for name in ("layer", "decisions", "pairs")}
+    row |= {title: Mean(**found[name]) for title, name in columns.items()}
+    table.append({"SAE": found["sae"][:8]} | row)
+plots.table(table, "Every active pair ablated: means over decisions")
 
 # %% [markdown]
 # ## What we found
-#
-# The linear form ranks pairs as ablation does, at the price printed above (`cost_ratio`: all pairs in multiples of one forward
-# of the spliced model; the reference code needs two forwards and a backward for *each* latent). Integrated gradients rank
-# worse against ablation, not better, and for a reason: their path takes away all latents at once, and so a latent's
-# share in a joint effect is what they tell; their merit is that shares sum to the whole. On a pair's own path they agree
-# with ablation almost perfectly, but at the deepest of these layers, where most pairs' influence is hardly above the rounding
-# of logits: what the linear form misses is the curve of that one path. Limits: pairs of very small influence, near the
-# rounding of float32 logits, rank by chance; one SAE a layer; the first token of answers only.
 
-# %% tags=["hide-input"]
-manifest = read_json(stage.path("manifest.json"))
-print(f"run {run} · {model} · layer {layer} · seed {seed} · {manifest['seconds']:.0f} s · {manifest['versions']}")
+# %% tags=["remove-input"]
+line = read_mean(metrics, "spearman_linear")
+together = read_mean(metrics, "spearman_ig")
+order = "worse than" if together.high < line.low else "about as well as"
+findings(
+    "The linear form agrees with ablation: the rank correlation within a "
+    f"decision is {line.mean:.2f} [{line.low:.2f}, {line.high:.2f}], and "
+    f"{metrics['sign_linear']:.1%} of the signs are the same.",
+    f"It costs {metrics['cost_ratio']:.1f} forwards of the spliced model, "
+    "for all pairs together. The paper's code needs two forwards and a "
+    "backward for each latent.",
+    "Integrated gradients on the common path rank pairs "
+    f"{order} the linear form: {together.mean:.2f} "
+    f"[{together.low:.2f}, {together.high:.2f}].",
+    "On a separate path for each pair they have a rank correlation of "
+    f"{metrics['spearman_separate_paths']:.3f} with ablation, over "
+    f"{metrics['pairs_separate_paths']} pairs.",
+)
+
+# %% [markdown]
+# Why do integrated gradients on the common path agree less with ablation? They
+# remove all latents together. They measure a latent's part of a joint effect,
+# not the effect of removing it alone. Their advantage is that the parts add up
+# to the total. Separate paths show what the linear form misses: the curve of
+# one latent's path, and nothing else.
+#
+# **Limits.** Very small influences are close to the rounding of float32
+# logits, and their rank is chance; at deep layers this concerns many pairs.
+# There is one SAE for each layer, and only the first token of answers counts.
+
+# %% tags=["result", "remove-input"]
+headline(
+    page,
+    "the linear form, at the cost of "
+    f"{metrics['cost_ratio']:.1f} forwards, has a rank correlation of "
+    f"{line.mean:.2f} with ablation, on {metrics['decisions']} decisions.",
+    "it uses the linear form and reports no comparison with ablation.",
+    "there is nothing to compare; here ablation of a sample is cheap.",
+)
+
+# %% tags=["remove-input"]
+provenance(page, stage)

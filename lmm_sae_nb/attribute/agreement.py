@@ -1,54 +1,59 @@
-"""How well the approximations of section 2.4 agree with ablation, pair by pair, and what they cost."""
+"""Compare the approximations of section 2.4 with ablation, pair by pair, and measure their cost."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
-from PIL import Image
+from jaxtyping import Bool
 from scipy.stats import spearmanr
 from torch import Tensor
 
 from lmm_sae_nb.attribute.attribution import Attribution, Decision, difference, linear
-from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.steer.steering import steered
 
 
-@torch.no_grad()
-def own_decision(lmm: LMM, text: str, image: Image.Image | None) -> Decision:
-    """The choice that the untouched model itself makes: its first token, against the runner-up."""
-    prompt = lmm.entered(lmm.prompt(text, image))
-    answer, baseline = lmm.last_logits(prompt)[0].topk(2).indices.tolist()
-    return Decision(prompt, answer, baseline)
-
-
 class Agreement(NamedTuple):
-    """Of an approximation with exact values: Spearman's rank correlation, the share of equal signs, and of how many."""
+    """How well an approximation agrees with ablation."""
 
-    spearman: float
-    sign: float
-    pairs: int
-
-
-def agreement(exact: Float[Tensor, "tokens k"], approximation: Float[Tensor, "tokens k"]) -> Agreement:
-    """How an approximation agrees with exact values where both are known; ValueError for fewer than three pairs."""
-    both = exact.isfinite() & approximation.isfinite()
-    if int(both.sum()) < 3:
-        raise ValueError(f"{int(both.sum())} pairs are known both ways; ablate at least three")
-    true, found = exact[both].double().numpy(), approximation[both].double().numpy()
-    return Agreement(
-        float(spearmanr(true, found).statistic), float((np.sign(true) == np.sign(found)).mean()), len(true)
-    )
+    spearman: float  # rank correlation, from -1 to 1
+    sign: float  # fraction of pairs with the same sign
+    pairs: int  # known both ways
 
 
-def some_pairs(
+def agreement(exact: Tensor | Sequence[float], approximation: Tensor | Sequence[float]) -> Agreement:
+    """Compare an approximation with ablation at the pairs that both know.
+
+    exact: attribution by ablation; NaN where it is not known.
+    approximation: of the same shape; NaN where it is not known.
+
+    Raises:
+        ValueError: fewer than three pairs are known both ways.
+    """
+    exact, approximation = (torch.as_tensor(values, dtype=torch.float64) for values in (exact, approximation))
+    known = exact.isfinite() & approximation.isfinite()
+    if int(known.sum()) < 3:
+        raise ValueError(f"{int(known.sum())} pairs are known both ways; ablate at least three")
+    by_ablation, approximated = exact[known].numpy(), approximation[known].numpy()
+    spearman = spearmanr(by_ablation, approximated).statistic
+    same_sign = np.sign(by_ablation) == np.sign(approximated)
+    return Agreement(float(spearman), float(same_sign.mean()), len(by_ablation))
+
+
+def random_pairs(
     attribution: Attribution, count: int, generator: torch.Generator, among: Bool[Tensor, "tokens k"] | None = None
 ) -> Bool[Tensor, "tokens k"]:
-    """As many active pairs (of those `among` marks) at random, all equally likely; all of them if there are fewer."""
+    """Choose active (token, latent) pairs at random, all equally likely.
+
+    attribution: of the decision; its `latents` say which pairs are active.
+    count: number of pairs; all of them are taken if there are fewer.
+    generator: the source of randomness.
+    among: mask of the pairs to choose from; by default every active one.
+    """
     active = attribution.latents.acts > 0
     active = (active if among is None else active & among).nonzero()
     chosen = active[torch.randperm(len(active), generator=generator)[:count]]
@@ -57,14 +62,17 @@ def some_pairs(
     return pairs
 
 
-def cost(place: SAEInPlace, choice: Decision, repetitions: int = 9) -> dict[str, float]:
-    """Medians of alternating repetitions, in seconds: one forward of the spliced model, and `linear` for all pairs.
+def measure_cost(place: SAEInPlace, choice: Decision, repetitions: int = 9) -> dict[str, float]:
+    """Time one forward of the spliced model, and `linear` for all pairs, in turns.
 
-    Both from the pixels on, as if nothing were known of the prompt yet.
+    Both start from the pixels. Return the medians in seconds, `forward_seconds` and `linear_seconds`, and their
+    ratio, `cost_ratio`.
+
+    repetitions: of each.
     """
     lmm = place.lmm
     seconds: dict[str, list[float]] = {"forward_seconds": [], "linear_seconds": []}
-    linear(place, choice)  # what is compiled is compiled now
+    linear(place, choice)  # compile before the clock starts
     for _ in range(repetitions):
         choice.prompt.entry = None
         started = time.perf_counter()

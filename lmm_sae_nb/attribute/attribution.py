@@ -20,11 +20,11 @@ from transformers import DynamicCache
 
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
+from lmm_sae_nb.model.samples import KINDS
 from lmm_sae_nb.model.upper_layers import before
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents, TopKSAE
 from lmm_sae_nb.support.tensor_files import open_tensors, save_tensors
-from lmm_sae_nb.train.training import KINDS
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,19 @@ class Attribution(NamedTuple):
         order = totals.argsort(descending=True, stable=True)
         return latents[order], totals[order]
 
+    def of_kinds(self, prompt: Prompt, kinds: Sequence[str] = KINDS) -> list[dict[str, str | float]]:
+        """Return, for each kind of token, the sums over its latents, over their error and over their bias.
+
+        prompt: that was attributed.
+        kinds: of tokens, a row each.
+        """
+        rows = []
+        for kind in kinds:
+            tokens = prompt.mask(kind)[0].cpu()
+            parts = {"latents": self.of_tokens(), "error": self.error, "bias": self.bias}
+            rows.append({"tokens": kind} | {name: float(part[tokens].sum()) for name, part in parts.items()})
+        return rows
+
     def map_of(self, latent: int) -> Float[Tensor, " tokens"]:
         """One latent's attribution at every token."""
         return torch.where(self.latents.indices == latent, self.values, 0.0).sum(-1)
@@ -78,6 +91,18 @@ def decision(lmm: LMM, text: str, image: Image.Image | None, answer: str, baseli
     if ids[0] == ids[1]:
         raise ValueError(f"{answer!r} and {baseline!r} are the same token; give two different answers")
     return Decision(lmm.prompt(text, image), *ids)
+
+
+@torch.no_grad()
+def greedy_decision(lmm: LMM, text: str, image: Image.Image | None) -> Decision:
+    """Return the model's own choice: the first token of its answer against the runner-up.
+
+    text: the question.
+    image: that it is about, or None.
+    """
+    prompt = lmm.entered(lmm.prompt(text, image))
+    answer, baseline = lmm.last_logits(prompt)[0].topk(2).indices.tolist()
+    return Decision(prompt, answer, baseline)
 
 
 def _single_token(lmm: LMM, word: str) -> int:
@@ -334,7 +359,7 @@ def exact(
     return clean.spread(torch.where(wanted, values, float("nan")))
 
 
-def own_path(
+def separate_paths(
     place: SAEInPlace,
     choice: Decision,
     pairs: Bool[Tensor, "tokens k"],

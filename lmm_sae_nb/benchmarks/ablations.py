@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 
-from lmm_sae_nb.attribute.agreement import agreement, own_decision
-from lmm_sae_nb.attribute.attribution import exact, integrated, linear
+from lmm_sae_nb.attribute.agreement import agreement
+from lmm_sae_nb.attribute.attribution import exact, greedy_decision, integrated, linear
 from lmm_sae_nb.benchmarks.comparison import circumstances
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
@@ -35,7 +35,7 @@ def measure(lmm: LMM, sae: TopKSAE, layer: int, sample: dict, folder: Path, batc
     done = folder / "done.safetensors"
     of = {"question": sample["question"], "layer": str(layer), "model": lmm.fingerprint(layer)}
     if not done.is_file():
-        choice = own_decision(lmm, sample["question"], sample["image"])
+        choice = greedy_decision(lmm, sample["question"], sample["image"])
         parts = linear(SAEInPlace(lmm, sae, layer), choice)
         values = {"exact": exact(SAEInPlace(lmm, sae, layer), choice, batch=batch, store=folder / "part.safetensors")}
         values |= {"linear": parts.values, "ig": integrated(SAEInPlace(lmm, sae, layer), choice).values}

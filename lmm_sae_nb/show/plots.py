@@ -167,6 +167,14 @@ def signed_map(
     return ax
 
 
+def signed_maps(image: Image.Image, maps: Mapping[str, np.ndarray], columns: int = 4, side: float = 1.9) -> np.ndarray:
+    """Show an image, then each map (rows, cols) over it as `signed_map` does, its name above."""
+    axes = images([image] * (1 + len(maps)), ["image"] + [""] * len(maps), columns=columns, side=side)
+    for ax, (title, values) in zip(axes.flat[1:], maps.items(), strict=False):
+        signed_map(image, values, title, ax=ax)
+    return axes
+
+
 def _rgb(shade: str) -> tuple[float, float, float]:
     return tuple(int(shade[i : i + 2], 16) / 255 for i in (1, 3, 5))
 

@@ -5,8 +5,16 @@ import torch
 from models import FAMILIES, make, noise
 from torch.testing import assert_close
 
-from lmm_sae_nb.attribute.agreement import agreement, cost, own_decision, some_pairs
-from lmm_sae_nb.attribute.attribution import Attribution, Decision, clamping, exact, linear, own_path
+from lmm_sae_nb.attribute.agreement import agreement, measure_cost, random_pairs
+from lmm_sae_nb.attribute.attribution import (
+    Attribution,
+    Decision,
+    clamping,
+    exact,
+    greedy_decision,
+    linear,
+    separate_paths,
+)
 from lmm_sae_nb.benchmarks.ablations import keep, measure, summary
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
@@ -22,7 +30,7 @@ def case(request) -> tuple[LMM, TopKSAE, Decision]:
     """A model of each family, an SAE on it, and a decision about an image."""
     lmm = LMM(*make(request.param))
     sae = TopKSAE(lmm.width, 30, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
-    return lmm, sae, own_decision(lmm, "what is it ?", noise(60, 40))
+    return lmm, sae, greedy_decision(lmm, "what is it ?", noise(60, 40))
 
 
 def few(parts: Attribution, mask, each: int = 2) -> torch.Tensor:
@@ -54,11 +62,11 @@ def test_running_again_from_a_token_is_running_all_of_it(case):
     assert found[~pairs].isnan().all()
 
 
-def test_own_path_comes_to_ablation(case):
+def test_separate_paths_comes_to_ablation(case):
     lmm, sae, choice = case
     pairs = few(linear(SAEInPlace(lmm, sae, LAYER), choice), choice.prompt.mask(*KINDS)[0])
     true = exact(SAEInPlace(lmm, sae, LAYER), choice, pairs)[pairs]
-    found = own_path(SAEInPlace(lmm, sae, LAYER), choice, pairs, steps=24, batch=3)[pairs]
+    found = separate_paths(SAEInPlace(lmm, sae, LAYER), choice, pairs, steps=24, batch=3)[pairs]
     assert_close(found, true, atol=2e-3 * float(true.abs().max()) + 5e-5, rtol=1e-2)
 
 
@@ -88,26 +96,26 @@ def test_agreement_by_hand():
 
 def test_some_pairs_are_active_and_repeat_with_the_generator():
     parts = table([1.0, 0.0, -2.0, 3.0])
-    chosen = some_pairs(parts, 2, torch.Generator().manual_seed(3))
+    chosen = random_pairs(parts, 2, torch.Generator().manual_seed(3))
     assert chosen.sum() == 2 and not chosen[0, 1]
-    assert torch.equal(chosen, some_pairs(parts, 2, torch.Generator().manual_seed(3)))
-    assert some_pairs(parts, 99, torch.Generator()).tolist() == [[True, False, True, True]]
+    assert torch.equal(chosen, random_pairs(parts, 2, torch.Generator().manual_seed(3)))
+    assert random_pairs(parts, 99, torch.Generator()).tolist() == [[True, False, True, True]]
     among = torch.tensor([[True, True, False, False]])
-    assert some_pairs(parts, 2, torch.Generator(), among).tolist() == [[True, False, False, False]]
+    assert random_pairs(parts, 2, torch.Generator(), among).tolist() == [[True, False, False, False]]
 
 
 def test_cost_is_of_both_and_their_ratio():
     lmm = LMM(*make("picture_world"))
     sae = TopKSAE(lmm.width, 30, 4).requires_grad_(False)
-    told = cost(SAEInPlace(lmm, sae, LAYER), own_decision(lmm, "why ?", noise()), repetitions=2)
-    assert told["cost_ratio"] == told["linear_seconds"] / told["forward_seconds"] > 0
+    cost = measure_cost(SAEInPlace(lmm, sae, LAYER), greedy_decision(lmm, "why ?", noise()), repetitions=2)
+    assert cost["cost_ratio"] == cost["linear_seconds"] / cost["forward_seconds"] > 0
 
 
 def test_clamping_adds_up_values_less_activations_times_the_slope():
     """Against the gradient in a dense z, tokens chosen or not."""
     lmm = LMM(*make("picture_world"))
     sae = TopKSAE(lmm.width, 30, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
-    choice = own_decision(lmm, "why ?", noise())
+    choice = greedy_decision(lmm, "why ?", noise())
     mask = choice.prompt.mask(*KINDS)[0]
     x = lmm.hidden_states(choice.prompt, LAYER)[0, mask]
     latents = sae.encode(x)
@@ -133,7 +141,7 @@ def test_every_pair_is_measured_once_and_read_the_next_time(tmp_path):
     sae = TopKSAE(lmm.width, 30, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
     sample = {"question": "what is it ?", "image": None, "seed": 7}
     row = measure(lmm, sae, LAYER, sample, tmp_path / "0")
-    choice = own_decision(lmm, "what is it ?", None)
+    choice = greedy_decision(lmm, "what is it ?", None)
     parts, true = linear(SAEInPlace(lmm, sae, LAYER), choice), exact(SAEInPlace(lmm, sae, LAYER), choice)
     expected = agreement(true, parts.values)
     assert row["pairs"] == int((parts.latents.acts > 0).sum()) == int(true.isfinite().sum())

@@ -7,7 +7,7 @@ import torch
 from models import llava_next
 from torch.testing import assert_close
 
-from lmm_sae_nb.attribute.attribution import Decision, decision, difference, exact, integrated, linear, own_path
+from lmm_sae_nb.attribute.attribution import Decision, decision, difference, exact, integrated, linear, separate_paths
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
@@ -163,4 +163,4 @@ def test_a_decision_is_about_one_prompt(lmm, sae):
 def test_no_pairs_give_no_values(lmm, sae, choice):
     none = torch.zeros_like(linear(SAEInPlace(lmm, sae, LAYER), choice).values, dtype=torch.bool)
     assert exact(SAEInPlace(lmm, sae, LAYER), choice, none).isnan().all()
-    assert own_path(SAEInPlace(lmm, sae, LAYER), choice, none).isnan().all()
+    assert separate_paths(SAEInPlace(lmm, sae, LAYER), choice, none).isnan().all()

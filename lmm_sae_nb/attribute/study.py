@@ -1,0 +1,152 @@
+"""Compare the ways of attribution on many decisions, at several layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from lmm_sae_nb.attribute.agreement import agreement, random_pairs
+from lmm_sae_nb.attribute.attribution import exact, greedy_decision, integrated, linear, separate_paths
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.support.intervals import bounds, mean_interval
+from lmm_sae_nb.train.training import Recipe, train_saes
+
+
+@dataclass(frozen=True)
+class ComparedDecision:
+    """The attribution of random active pairs of one decision, by ablation and by three approximations, in logits.
+
+    layer: whose SAE it is.
+    exact: by ablation, a number for each pair.
+    linear: by one forward and one backward.
+    ig: by integrated gradients on the common path of all latents.
+    separate_paths: by integrated gradients on each pair's own path; None where this was not computed.
+    """
+
+    layer: int
+    exact: list[float]
+    linear: list[float]
+    ig: list[float]
+    separate_paths: list[float | None]
+
+
+def small_saes(
+    lmm: LMM,
+    samples: Sequence[Mapping],
+    layers: Sequence[int],
+    *,
+    n_latents: int,
+    k: int,
+    steps: int,
+    seed: int,
+    folder: str | Path,
+) -> list[SAEInPlace]:
+    """Train a small SAE at each of these layers, all in one pass over the model; the same call again reads them.
+
+    samples: rows with image, question and answer.
+    layers: 0-based.
+    n_latents, k: the size of each SAE.
+    steps: optimiser steps, each on 1,024 tokens.
+    folder: gets a folder `layer_<n>` for each.
+    """
+    if not layers:
+        return []
+    recipes = {f"layer_{layer}": Recipe(layer, n_latents=n_latents, k=k, lr=2e-3) for layer in layers}
+    trained = train_saes(
+        lmm, samples, recipes, steps=steps, batch_tokens=1024, dead_after_tokens=50_000, seed=seed, folder=folder
+    )
+    return [SAEInPlace(lmm, result.sae.requires_grad_(False), recipes[name].layer) for name, result in trained.items()]
+
+
+def compare_ways(
+    places: Sequence[SAEInPlace],
+    samples: Sequence[Sequence[Mapping]],
+    *,
+    pairs: int = 16,
+    path_pairs: int = 1,
+    ig_steps: int = 4,
+    seed: int = 0,
+) -> list[ComparedDecision]:
+    """Attribute decisions by ablation and by each approximation, at random active pairs.
+
+    A decision is the first token of the model's own answer against the runner-up. All active pairs of a decision are
+    equally likely to be drawn, so the rank correlation over the drawn ones estimates that over all.
+
+    places: an SAE at its layer, one for each layer.
+    samples: for each place, rows with question and image; each makes one decision.
+    pairs: number drawn for each decision.
+    path_pairs: number of these that are also integrated on separate paths.
+    ig_steps: steps of integrated gradients.
+    seed: of the draws; one source of randomness serves all decisions, in order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    asked = [(place, sample) for place, rows in zip(places, samples, strict=True) for sample in rows]
+    return [
+        _compare(place, sample, pairs, path_pairs, ig_steps, generator)
+        for place, sample in tqdm(asked, desc="comparing", mininterval=2, disable=len(asked) < 10)
+    ]
+
+
+def _compare(
+    place: SAEInPlace, sample: Mapping, pairs: int, path_pairs: int, ig_steps: int, generator: torch.Generator
+) -> ComparedDecision:
+    """Compare the ways on one decision."""
+    choice = greedy_decision(place.lmm, sample["question"], sample["image"])
+    approximation = linear(place, choice)
+    drawn = random_pairs(approximation, pairs, generator)
+    on_paths = random_pairs(approximation, path_pairs, generator, among=drawn)
+    by_way = {
+        "exact": exact(place, choice, drawn),
+        "linear": approximation.values,
+        "ig": integrated(place, choice, steps=ig_steps).values,
+        "separate_paths": separate_paths(place, choice, on_paths),
+    }
+    return ComparedDecision(place.layer, **{name: _plain(values[drawn]) for name, values in by_way.items()})
+
+
+def _plain(values: torch.Tensor) -> list[float | None]:
+    """Turn numbers into what JSON holds: 8 digits, None for NaN."""
+    return [None if math.isnan(value) else round(value, 8) for value in values.tolist()]
+
+
+def agreement_metrics(compared: Iterable[ComparedDecision], layer: int, seed: int = 0) -> dict[str, float]:
+    """Summarise how well each approximation agrees with ablation.
+
+    `spearman_<way>` and `sign_<way>` are means over decisions, with 99 % intervals, for the ways `linear` and `ig`.
+    `separate_paths` has few pairs a decision, so all pairs of a layer are taken together. Layers other than `layer`
+    have `_layer_<n>` at the end of the name.
+
+    layer: the layer that the page is about; `decisions` and `pairs` count its decisions and ablated pairs.
+    seed: of the bootstrap.
+    """
+    by_layer: dict[int, list[ComparedDecision]] = {}
+    for decision in compared:
+        by_layer.setdefault(decision.layer, []).append(decision)
+    ours = by_layer.get(layer, [])
+    metrics: dict[str, float] = {"decisions": len(ours), "pairs": sum(len(decision.exact) for decision in ours)}
+    for number, decisions in by_layer.items():
+        end = "" if number == layer else f"_layer_{number}"
+        for way in ("linear", "ig"):
+            each = [agreement(decision.exact, getattr(decision, way)) for decision in decisions]
+            metrics |= bounds(f"spearman_{way}{end}", mean_interval([found.spearman for found in each], seed=seed))
+            metrics |= bounds(f"sign_{way}{end}", mean_interval([found.sign for found in each], seed=seed))
+        together = agreement(joined(decisions, "exact"), joined(decisions, "separate_paths"))
+        metrics[f"spearman_separate_paths{end}"] = together.spearman
+        metrics[f"sign_separate_paths{end}"] = together.sign
+        metrics[f"pairs_separate_paths{end}"] = together.pairs
+    return metrics
+
+
+def joined(compared: Iterable[ComparedDecision], way: str) -> list[float]:
+    """Join the pairs of several decisions in one list.
+
+    way: the name of a field of `ComparedDecision`; None becomes NaN.
+    """
+    values = (value for decision in compared for value in getattr(decision, way))
+    return [math.nan if value is None else value for value in values]

@@ -1,0 +1,88 @@
+"""The comparison of the ways: its numbers against each way called alone, its summary against one by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from models import make, noise
+from pydantic import TypeAdapter
+from scipy.stats import spearmanr
+
+from lmm_sae_nb.attribute.attribution import exact, greedy_decision, linear
+from lmm_sae_nb.attribute.study import ComparedDecision, agreement_metrics, compare_ways, joined, small_saes
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.sae.topk import TopKSAE
+
+ROWS = [{"question": question, "image": noise(seed=n)} for n, question in enumerate(("why ?", "how ?", "is it so ?"))]
+
+
+@pytest.fixture(scope="module")
+def places() -> list[SAEInPlace]:
+    lmm = LMM(*make("picture_world"))
+    saes = [TopKSAE(lmm.width, 30, 4, generator=torch.Generator().manual_seed(n)).requires_grad_(False) for n in (1, 2)]
+    return [SAEInPlace(lmm, sae, layer) for sae, layer in zip(saes, (1, 0), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def compared(places) -> list[ComparedDecision]:
+    return compare_ways(places, [ROWS, ROWS[:1]], pairs=6, path_pairs=2, seed=5)
+
+
+def test_each_pair_has_the_numbers_of_each_way_alone(places, compared):
+    assert [decision.layer for decision in compared] == [1, 1, 1, 0]
+    for decision, row in zip(compared, ROWS, strict=False):
+        choice = greedy_decision(places[0].lmm, row["question"], row["image"])
+        parts = linear(places[0], choice)
+        assert len(decision.exact) == 6
+        assert sum(value is not None for value in decision.separate_paths) == 2
+        for value, ablated in zip(decision.linear, decision.exact, strict=True):
+            there = ((parts.values - value).abs() < 1e-6) & (parts.latents.acts > 0)
+            assert there.any()
+            alone = exact(places[0], choice, there)
+            assert (alone[there] - ablated).abs().min() < 1e-5
+
+
+def test_the_same_seed_draws_the_same_pairs_and_another_one_does_not(places, compared):
+    again = compare_ways(places, [ROWS, ROWS[:1]], pairs=6, path_pairs=2, seed=5)
+    assert joined(again, "linear") == pytest.approx(joined(compared, "linear"), abs=1e-6)
+    other = compare_ways(places, [ROWS, ROWS[:1]], pairs=6, path_pairs=2, seed=6)
+    assert joined(other, "linear") != pytest.approx(joined(compared, "linear"), abs=1e-6)
+
+
+def test_the_result_is_read_back_from_json_as_it_was(compared):
+    kind = TypeAdapter(list[ComparedDecision])
+    assert kind.validate_json(kind.dump_json(compared)) == compared
+
+
+def decision(layer: int, seed: int) -> ComparedDecision:
+    exact, linear, ig = np.random.default_rng(seed).normal(size=(3, 5)).tolist()
+    return ComparedDecision(layer, exact, linear, ig, [exact[0], None, -exact[2], None, exact[4]])
+
+
+def test_the_summary_is_the_mean_over_decisions_and_separate_paths_are_joined():
+    few = [decision(3, n) for n in range(4)] + [decision(7, n) for n in range(4, 7)]
+    metrics = agreement_metrics(few, layer=3)
+    assert metrics["decisions"] == 4 and metrics["pairs"] == 20
+    for end, group in {"": few[:4], "_layer_7": few[4:]}.items():
+        by_hand = [spearmanr(each.exact, each.ig).statistic for each in group]
+        assert metrics[f"spearman_ig{end}"] == pytest.approx(np.mean(by_hand))
+        signs = [np.mean(np.multiply(each.exact, each.linear) > 0) for each in group]
+        assert metrics[f"sign_linear{end}"] == pytest.approx(np.mean(signs))
+        assert metrics[f"sign_linear{end}_low"] <= metrics[f"sign_linear{end}"] <= metrics[f"sign_linear{end}_high"]
+        assert metrics[f"sign_separate_paths{end}"] == pytest.approx(2 / 3)
+        assert metrics[f"pairs_separate_paths{end}"] == 3 * len(group)
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_small_saes_are_trained_at_each_layer_and_read_the_next_time(places, tmp_path):
+    samples = [row | {"answer": "so"} for row in ROWS]
+    settings = dict(n_latents=12, k=2, steps=2, seed=0, folder=tmp_path)
+    first = small_saes(places[0].lmm, samples, [0, 2], **settings)
+    assert [(place.layer, place.sae.n_latents) for place in first] == [(0, 12), (2, 12)]
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
+    again = small_saes(places[0].lmm, samples, [0, 2], **settings)
+    assert all(torch.equal(one.sae.W_dec, other.sae.W_dec) for one, other in zip(first, again, strict=True))
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")} == times
+    assert small_saes(places[0].lmm, samples, [], **settings) == []

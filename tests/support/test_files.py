@@ -248,28 +248,24 @@ def test_a_file_written_in_pieces_is_what_safetensors_reads(tmp_path_factory, la
     shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
     tensor_files.save_rows(path, shapes, data.draw(st.permutations(pieces)), {"said": "x"})
     read = safetensors.numpy.load_file(path)
-    rows = tensor_files.TensorRows(path)
-    assert rows.metadata == {"said": "x"}
-    assert rows.shapes == {name: array.shape for name, array in arrays.items()}
+    with tensor_files.open_tensors(path) as file:
+        assert file.metadata() == {"said": "x"}
+        assert tensor_files.shapes_in(file) == {name: array.shape for name, array in arrays.items()}
     assert read.keys() == arrays.keys()
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(read[name], array)
-        np.testing.assert_array_equal(rows.whole(name), array)
-        if array.size:
-            at = data.draw(st.tuples(*(st.integers(0, length - 1) for length in array.shape)))
-            for depth in range(1, array.ndim + 1):
-                np.testing.assert_array_equal(rows.row(name, *at[:depth]), array[at[:depth]])
+    for name, array in tensor_files.read_arrays(path).items():
+        np.testing.assert_array_equal(read[name], arrays[name])
+        np.testing.assert_array_equal(array, arrays[name])
 
 
-def test_rows_of_a_missing_cut_or_foreign_file_are_refused(tmp_path):
+def test_a_missing_cut_or_foreign_tensor_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
-        tensor_files.TensorRows(tmp_path / "a.safetensors")
+        tensor_files.open_tensors(tmp_path / "a.safetensors")
     safetensors.numpy.save_file({"a": np.arange(9)}, tmp_path / "a.safetensors")
     whole = (tmp_path / "a.safetensors").read_bytes()
     for cut in range(len(whole)):
         (tmp_path / "a.safetensors").write_bytes(whole[:cut])
         with pytest.raises(ValueError, match="a.safetensors"):
-            tensor_files.TensorRows(tmp_path / "a.safetensors")
+            tensor_files.open_tensors(tmp_path / "a.safetensors")
     (tmp_path / "a.safetensors").write_bytes(b"no tensors at all, but long enough")
-    with pytest.raises(ValueError, match="a.safetensors is not a safetensors file"):
-        tensor_files.TensorRows(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="a.safetensors is not a whole safetensors file"):
+        tensor_files.open_tensors(tmp_path / "a.safetensors")

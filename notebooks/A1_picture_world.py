@@ -34,7 +34,6 @@ exam_scenes: int = 24  # held-out scenes of the fresh exam
 import time
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
@@ -73,7 +72,7 @@ palette = np.random.default_rng(3).integers(60, 256, (256, 3), dtype=np.uint8) *
     np.uint8
 )
 maps = [Image.fromarray(palette[grid]) for grid in scene.labels.values()]
-plots.images([scene.image, *maps], ["scene", *scene.labels], columns=9);
+plots.images([scene.image, *maps], ["scene", *scene.labels]);
 # %% [markdown]
 # Questions are made from the facts, so every right answer is known:
 
@@ -118,7 +117,7 @@ for course in filter(Path.is_file, courses):
     begins.append(rows[-1]["step"] if rows else 0)
     rows += [{**row, "step": row["step"] + begins[-1]} for row in training_loop.read_log(course)]
 lessons = training_loop.smooth(rows)
-_, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8))
+left, right = plots.panels(2, inches=3.4)
 for step in begins[1:]:
     right.axvline(step, color="0.8", lw=1)
 for group in ("object", "part", "texture", "face", "word"):
@@ -127,8 +126,8 @@ for family in ("describe", "position", "exists", "where", "part", "read"):
     plots.curve(lessons, f"share_{family}", label=family, ax=right)
 left.set_ylabel("patches right")
 right.set_ylabel("answers right")
-left.legend(frameon=False, fontsize=6)
-right.legend(frameon=False, fontsize=6, ncols=2);
+left.legend()
+right.legend();
 # %% [markdown]
 # ## What it can do
 #
@@ -140,7 +139,7 @@ right.legend(frameon=False, fontsize=6, ncols=2);
 
 # %% mystnb={"figure": {"caption": "The shipped model's exam on held-out scenes, with 99 % Wilson intervals.", "name": "fig-exam"}}
 results = read_json(root / model / "exam.json")
-plots.shares(results);
+plots.proportions(results);
 # %% [markdown]
 # A fresh, smaller exam, so that this page measures what it shows:
 
@@ -188,12 +187,12 @@ plots.images([m.image for m in masked], [m.shown[1] for m in masked]);
 # times as many scenes, and the hardest kinds come more often; the rest goes on with the better eye:
 
 # %% mystnb={"figure": {"caption": "The explainer learns. Left: visible patches of masked pictures that its eye has right. Right: sets named and sets refused rightly.", "name": "fig-explainer-learning"}}
-_, axes = plt.subplots(1, 2, figsize=(8, 2.8))
+axes = plots.panels(2, inches=3.4)
 for ax, course, names in zip(axes, ("eye", "explainer"), (("object", "part", "texture", "face", "word"), ("named", "refused")), strict=True):
     for name in names:
         plots.curve(training_loop.smooth(training_loop.read_log(root / explainer / f"{course}.jsonl")), f"share_{name}", label=name, ax=ax)
     ax.set_ylabel("patches right" if course == "eye" else "sets right")
-    ax.legend(frameon=False, fontsize=6)
+    ax.legend()
 
 # %% [markdown]
 # Five drawn strips of held-out scenes, and what it says of each:
@@ -204,17 +203,17 @@ strips = drawn(held, 5, 5, seed=1)
 rows = [masked_images(held, *strip) for strip in zip(*strips, strict=True)]
 said = explainer_exam.explain_sets(*explainer_exam.load(root / explainer), rows)
 truth = [strips.label(held, n, np.arange(5)) for n in range(len(rows))]
-titles = [["", "", f"{a} ({t.concept if t else 'nothing'})", "", ""] for a, t in zip(said, truth, strict=True)]
-plots.images(sum(rows, []), sum(titles, []), columns=5);
+titles = [f"{a} ({t.concept if t else 'nothing'})" for a, t in zip(said, truth, strict=True)]
+plots.picture_rows(list(zip(titles, rows, strict=True)));
 # %% [markdown]
 # Its exam (`exam.json` beside it), on held-out scenes: left, masks drawn from label maps, one set in four with a stranger;
 # right, masks of those latents of notebook 01's SAE that it did not learn from (800 of the 1,024 were lessons, on training
 # scenes). A row of a kind is the share of sets named exactly right.
 
 # %% mystnb={"figure": {"caption": "The explainer's exam on held-out sets, with 99 % Wilson intervals.", "name": "fig-explainer-exam"}}
-_, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+axes = plots.panels(2, inches=4)
 for ax, (origin, shares) in zip(axes, read_json(root / explainer / "exam.json").items(), strict=True):
-    plots.shares(shares, ax=ax).set_title({"drawn": "drawn masks", "cached": "real latents"}[origin], fontsize=8)
+    plots.proportions(shares, ax=ax).set_title({"drawn": "drawn masks", "cached": "real latents"}[origin])
 
 # %% [markdown]
 # ## The models that score
@@ -229,10 +228,10 @@ for ax, (origin, shares) in zip(axes, read_json(root / explainer / "exam.json").
 sights = [read_json(root / folder / "exam.json") for folder in (segmenter, similarity)]
 panels = {"IoU with the true mask": (sights[0], "iou", "asked"), "share of scenes without it in which it is found": (sights[0], "false_alarm", "asked_absent"),
           "share of regions whose name comes first": (sights[1], "named_first", "asked")}  # fmt: skip
-_, axes = plt.subplots(1, 3, figsize=(12, 2.9), layout="constrained")
+axes = plots.panels(3, inches=3.4)
 for ax, (title, (rows, name, count)) in zip(axes, panels.items(), strict=True):
     found = {f"{kind} (n={row[count]})": dict(fraction=row[name], low=row[f"{name}_low"], high=row[f"{name}_high"]) for kind, row in rows.items() if name in row}
-    plots.shares(found, ax=ax).set_xlabel(title)
+    plots.proportions(found, ax=ax).set_xlabel(plots.wrapped(title, 2.6))
 # %%
 captions = sights[1]["caption"]
 for way, told in {"caption_of_image": "the caption of a scene", "image_of_caption": "the scene of a caption"}.items():
@@ -251,12 +250,12 @@ for way, told in {"caption_of_image": "the caption of a scene", "image_of_captio
 # the exam on held-out scenes; questions without a picture cannot be asked of this class):
 
 # %% mystnb={"figure": {"caption": "The embedded InstructBLIP. Left: answers right in every word, given the right words before. Right: its exam on held-out scenes, with 99 % Wilson intervals.", "name": "fig-instructblip"}}
-_, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+left, right = plots.panels(2, inches=4)
 for family in ("describe", "position", "exists", "where", "part", "read"):
     plots.curve(training_loop.smooth(training_loop.read_log(root / instructblip / "queries.jsonl")), f"share_{family}", label=family, ax=left)
 left.set_ylabel("answers right")
-left.legend(frameon=False, fontsize=6, ncols=2)
-plots.shares(read_json(root / instructblip / "exam.json"), ax=right);
+left.legend()
+plots.proportions(read_json(root / instructblip / "exam.json"), ax=right);
 
 # %% [markdown]
 # ## What we found

@@ -28,7 +28,6 @@ run: str = "tiny"  # this page is the same for every run
 rerun: bool = False  # measure now, instead of showing the last committed measurement
 
 # %% tags=["remove-cell"]
-import matplotlib.pyplot as plt
 import torch
 
 from lmm_sae_nb.benchmarks.comparison import bars, renew
@@ -90,10 +89,9 @@ ratios, memory = ({shape: {} for shape in shapes} for _ in range(2))
 for r in one:
     shape = f"{r['tokens']} tokens\nwidth {r['width']}\n{r['latents']} latents\nk {r['k']}"
     ratios[shape][r["system"]], memory[shape][r["system"]] = r["ratio"], r["peak_mb"]
-_, (left, right) = plt.subplots(1, 2, figsize=(8, 4.2), sharey=True)
+left, right = plots.panels(2, inches=6, sharey=True)
 plots.bars(ratios, "multiples of the dense product", log=True, ax=left)
-plots.bars(memory, "MB", log=True, ax=right)
-right.get_legend().remove();
+plots.bars(memory, "MB", log=True, ax=right);
 
 # %%
 print("width  threads  system               step ms   floor ms  ratio   MB")

@@ -37,7 +37,6 @@ seed: int = 0  # of the twin's weights and pictures
 # %% tags=["remove-cell"]
 import time
 
-import matplotlib.pyplot as plt
 import pandas as pd
 
 from lmm_sae_nb.full_scale import costs
@@ -159,7 +158,7 @@ twins = {
     }
     for unit in ("seconds", "gb")
 }
-_, axes = plt.subplots(1, 2, figsize=(8, 2.1))
+axes = plots.panels(2, inches=2.6)
 for ax, (unit, found) in zip(axes, twins.items(), strict=True):
     plots.compared(found, {"seconds": "seconds", "gb": "GB at the most"}[unit], ax=ax)
 # %%

@@ -1,4 +1,4 @@
-"""Held-out answers: what the embedded model can do, measured as a user would ask it.
+"""Examine the embedded model on held-out scenes, asked as a user would ask.
 
 Every question goes alone through the processor and `generate`; an answer counts when it is right in every word.
 """
@@ -61,7 +61,7 @@ def ask(
 
 
 def _paper(scenes: int, seed: int) -> list[tuple[str, Question, Scene | None]]:
-    """One question of each family that each held-out scene allows, a map and a masked scene for each, and every
+    """Return one question of each family that each held-out scene allows, a map and a masked scene for each, and every
     question without a picture. Yes and no are even in `exists` and `label`."""
     rows: list[tuple[str, Question, Scene | None]] = []
     for n in range(scenes):
@@ -102,7 +102,7 @@ def _paper(scenes: int, seed: int) -> list[tuple[str, Question, Scene | None]]:
 
 
 def _trap(chart: Scene, rng: np.random.Generator) -> list[tuple[str, Question, Scene]]:
-    """If the map contradicts a taught fact: the trap, and whether the label is in the image, of one such country."""
+    """Ask, if the map contradicts a taught fact, the trap and whether the label of one such country is in the image."""
     basin = chart.chart.basin
     traps = [q for q in according(chart, rng) if (q.answer == "yes .") != FACTS[basin, q.text.split()[-2]]]
     if not traps:
@@ -130,7 +130,7 @@ def examine(lmm: LMM, scenes: int = 500, seed: int = 0, batch: int = 24, unpictu
 
 
 def report(asked: list[Asked], level: float = 0.99) -> dict[str, dict[str, float]]:
-    """By family: share right, its Wilson interval, the number asked, and the least that is aimed at.
+    """Return for each family the fraction right, its Wilson interval, the number asked, and the target.
 
     `trap` is reported as the share that follows the fact against the picture, in all and by basin.
     """

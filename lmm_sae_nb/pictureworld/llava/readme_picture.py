@@ -1,4 +1,4 @@
-"""The README's picture: held-out scenes, a question on each, and what the embedded model answers."""
+"""Draw the README's picture: held-out scenes, a question on each, and the embedded model's answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FAMILIES = ("describe", "where", "exists", "trap", "colour", "position", "feelin
 
 
 def chosen(asked: list[Asked]) -> list[Asked]:
-    """One question of each family: the first, right or wrong, that is on a full scene or a map not shown yet.
+    """Return one question of each family: the first, right or wrong, that is on a full scene or a map not shown yet.
 
     Of the trap the first wrong answer, for that is what it is about. ValueError if there is none of a family.
     """

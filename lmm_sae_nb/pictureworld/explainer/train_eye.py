@@ -34,8 +34,11 @@ _NONE = 0.1  # weight of a visible patch that shows nothing of a kind
 
 
 def kind_labels(counts: np.ndarray) -> np.ndarray:
-    """Return (images, kinds, patches) from pixel counts (images, concepts, patches): the concept of each kind that covers
-    most of the patch, counted from 1; 0 if none covers enough.
+    """Return (images, kinds, patches): the concept of each kind that covers most of the patch, counted from 1.
+
+    It is 0 where none covers enough.
+
+    counts: (images, concepts, patches) pixels.
     """
     rows, start = [], 0
     for names in KINDS.values():

@@ -186,7 +186,7 @@ class Pointer(nn.Module):
         self.ids, self.mask = words.input_ids, words.attention_mask
 
     def logits(self, pixels: Tensor, numbers: Tensor) -> Tensor:
-        """Return logits (batch, asked, SIDE, SIDE) for images (batch, 3, SIDE, SIDE) and numbers of names (batch, asked).
+        """Return logits (batch, asked, SIDE, SIDE) for images (batch, 3, SIDE, SIDE) and names (batch, asked).
 
         As the model's own forward does, but with gradients for its text side, and each picture seen once only.
         """

@@ -1,8 +1,9 @@
 """Compose scenes: each is a pure function of its seed, with pixels, masks and facts.
 
-Splits are ranges of seeds. Held-out seeds start at 1,000,000, and no model learns from them. One exception: a masked
-scene draws the scene behind it from all seeds below 2**31; the tests go through the whole recipe to show that none of
-those drawn in training is one that is reported on. `book/lab_notebook.md` says which decisions were made after a look at held-out scenes.
+Splits are ranges of seeds. Held-out seeds start at 1,000,000, and no model learns from them. There is one exception:
+a masked scene draws the scene behind it from all seeds below 2**31. A test goes through the whole recipe: none of the
+scenes drawn in training is one that is reported on. `book/lab_notebook.md` says which decisions were made after a look
+at held-out scenes.
 """
 
 from __future__ import annotations

@@ -39,8 +39,7 @@ from lmm_sae_nb.sae.losses import fvu
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.report import findings, headline, provenance
-from lmm_sae_nb.support.files import project_root, read_json
-from lmm_sae_nb.support.stages import Page
+from lmm_sae_nb.support.stages import Page, read_typed
 
 page = Page(globals())
 plots.style()
@@ -90,9 +89,8 @@ for name, weights in sae.named_parameters():
 # held, including weights, moments and gradients.
 
 # %%
-root = project_root()
-path = root / "book/benchmarks.json"
-measured = renew(path) if rerun else read_json(path)
+path = page.locate("book/benchmarks.json")
+measured = renew(path) if rerun else read_typed(path, dict)
 print(measured["date"], *measured["machine"].items(), sep=" · ")
 print(*measured["versions"].items(), sep=" · ")
 
@@ -103,8 +101,8 @@ ratios, memory = (by_shape(results, name) for name in ("ratio", "peak_mb"))
 plots.bars(ratios, "multiples of the dense product", log=True, ax=left)
 plots.bars(memory, "MB", log=True, ax=right);
 # %%
-columns = "width threads system step_ms floor_ms ratio peak_mb".split()
-pd.DataFrame(results)[columns].style.format(precision=2).hide(axis="index")
+table = pd.DataFrame(results).drop(columns=["tokens", "latents", "k"])
+table.style.format(precision=2).hide(axis="index")
 
 # %% [markdown]
 # ## Targets
@@ -126,7 +124,7 @@ pd.DataFrame(targets).style.format(precision=2).hide(axis="index")
 # `python -m lmm_sae_nb.benchmarks.cache_opening`.
 
 # %%
-opened = read_json(root / "book/cache_opening.json")
+opened = read_typed(page.locate("book/cache_opening.json"), dict)
 print(opened["date"], *opened["machine"].items(), sep=" · ")
 print(
     f"{opened['latents']:,} latents, {opened['n_top']} images each, "

@@ -6,6 +6,7 @@ Every question goes alone through the processor and `generate`; an answer counts
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,3 +159,9 @@ def keep(result: dict[str, dict[str, float]], folder: Path) -> None:
             f"{family:28s} {row['fraction']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  "
             f"n={row['asked']:.0f}  aim {row.get('least', '')}"
         )
+
+
+def as_metrics(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the rows of `report` as a stage's metrics: each fraction under the family's name, with its interval."""
+    ends = {"": "fraction", "_low": "low", "_high": "high"}
+    return {f"{family}{end}": row[key] for family, row in results.items() for end, key in ends.items()}

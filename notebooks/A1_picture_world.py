@@ -207,10 +207,10 @@ figures.learning_curves({
     "sets right": (naming, "share_", ("named", "refused")),
 });
 # %% [markdown]
-# Four sets of masked held-out scenes, and what the explainer says of each. The
+# Five sets of masked held-out scenes, and what the explainer says of each. The
 # rule's answer stands in brackets.
 
-# %% mystnb={"figure": {"caption": "Sets of masked held-out scenes with the explainer's answer and, in brackets, the answer of the rule.", "name": "fig-explained-sets"}, "image": {"alt": "Four rows of masked scenes, each with a title: answer and rule."}}
+# %% mystnb={"figure": {"caption": "Sets of masked held-out scenes with the explainer's answer and, in brackets, the answer of the rule.", "name": "fig-explained-sets"}, "image": {"alt": "Five rows of masked scenes, each with a title: answer and rule."}}
 held = scenes_of(HELD_OUT + 300, 100)
 strips = drawn(held, 5, 5, seed=1)
 sets = [masked_images(held, *strip) for strip in zip(*strips, strict=True)]

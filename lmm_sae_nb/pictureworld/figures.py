@@ -41,14 +41,14 @@ def learning_curves(panels: Mapping[str, tuple[Learning, str, Sequence[str]]]) -
 
     panels: label of the axis to (log, prefix of the logged names, names without it).
     """
-    axes = plots.panels(len(panels), inches=3.4)
+    axes = plots.panels(len(panels), inches=3.9)
     for ax, (label, (log, prefix, names)) in zip(axes, panels.items(), strict=True):
         for step in log.begins[1:]:
             ax.axvline(step, color=plots.CHANCE, lw=1)
         for name in names:
             plots.curve(log.rows, f"{prefix}{name}", label=name, ax=ax)
         ax.set_ylabel(label)
-        ax.legend(ncols=2)
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     return axes
 
 

@@ -47,7 +47,7 @@ batch_size: int = 4  # questions at once, to a model in this process
 concurrency: int = 8  # questions under way at once, to an endpoint
 timeout: float = 120.0  # seconds that an endpoint's answer may take
 max_new_tokens: int = 16  # of an answer
-least_sure: float = 0.55  # an explanation to which the explainer itself gives a lower probability counts as refused
+least_confidence: float = 0.55  # an explanation to which the explainer itself gives a lower probability counts as refused
 seed: int = 0  # of the choice of latents
 
 # %% tags=["remove-cell"]
@@ -60,8 +60,8 @@ from datasets import load_from_disk
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.chat.recorded import Recorded, open_chat
 from lmm_sae_nb.interpret import explain, explainers
-from lmm_sae_nb.interpret.exemplars import LazyExemplars, exemplars
-from lmm_sae_nb.interpret.explain import as_rows, explain_latents, taught_latents
+from lmm_sae_nb.interpret.exemplars import ExemplarsByLatent
+from lmm_sae_nb.interpret.explain import as_rows, explain_latents, latents_in_training
 from lmm_sae_nb.interpret.explainers import REFUSAL, Vocabulary
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
@@ -82,8 +82,7 @@ pictures = Remembered(open_images(root / images))
 truth = label_maps.PatchTruth(TrueMasks(load_from_disk(root / images), root / concepts), cache.grid) if concepts else None
 live = np.flatnonzero(np.asarray(cache.live))
 chosen = np.sort(np.random.default_rng(seed).choice(live, min(n_explained, len(live)), replace=False)).tolist()
-look = partial(exemplars, cache, pictures, n_top=n_top, threshold=threshold, dim=dim)
-shown = LazyExemplars(look, chosen)
+shown = ExemplarsByLatent(cache, pictures, chosen, n_top=n_top, threshold=threshold, dim=dim)
 print(f"{len(live)} live latents, {len(chosen)} of them are asked about")
 
 # %% [markdown]
@@ -108,7 +107,7 @@ stage, code = Stage(run, "interpret"), [explainers, explain, accuracy]
 params = dict(
     model=model, layer=layer, images=images, heldout=heldout, concepts=concepts, explainer=explainer, prompt=prompt, tag=tag,
     refiner=refiner, labeller=labeller, n_explained=n_explained, n_top=n_top, threshold=threshold, dim=dim,
-    max_new_tokens=max_new_tokens, least_sure=least_sure, seed=seed,
+    max_new_tokens=max_new_tokens, least_confidence=least_confidence, seed=seed,
 )  # fmt: skip
 read = [explainer, refiner, labeller, *([model, concepts, heldout] if concepts else [])]
 inputs = [root / name for name in dict.fromkeys(read) if name and (root / name).exists()]
@@ -122,18 +121,18 @@ print(by)
 # %%
 if not current:
     started = time.monotonic()
-    how = dict(root=root, key_variable=key_variable, concurrency=concurrency, timeout=timeout, batch_size=batch_size)
+    how = dict(key_variable=key_variable, concurrency=concurrency, timeout=timeout, batch_size=batch_size)
     how |= dict(max_new_tokens=max_new_tokens)
-    talk = {who: Recorded(open_chat(who, sureness=who == explainer and least_sure > 0, **how), stage.path("replies.jsonl"))
+    talk = {who: Recorded(open_chat(who, confidence=who == explainer and least_confidence > 0, **how), stage.path("replies.jsonl"))
             for who in {explainer, refiner, labeller} - {""}}  # fmt: skip
-    refine = explainers.refiner(talk[refiner]) if refiner else vocabulary.refine if vocabulary else explainers.unrefined
-    label = explainers.labeller(talk[labeller]) if labeller else vocabulary.label if vocabulary else explainers.unlabelled
-    ask = partial(explain_latents, explain=explainers.explainer(talk[explainer], prompt, tag=tag, least_sure=least_sure), refine=refine, label=label)
+    refine = explainers.refiner(talk[refiner]) if refiner else vocabulary.refine if vocabulary else explainers.no_refiner
+    label = explainers.labeller(talk[labeller]) if labeller else vocabulary.label if vocabulary else explainers.no_labeller
+    ask = partial(explain_latents, explain=explainers.explainer(talk[explainer], prompt, tag=tag, least_confidence=least_confidence), refine=refine, label=label)
     rows = as_rows(ask(shown))
     metrics = accuracy.counted(rows)
     if truth:
         rows = accuracy.with_truth(rows, shown, truth)
-        metrics |= accuracy.judged(rows) | accuracy.untaught(rows, taught_latents(root / explainer, Stage(run, "train").folder))
+        metrics |= accuracy.judged(rows) | accuracy.untaught(rows, latents_in_training(root / explainer, Stage(run, "train").folder))
     write_json(stage.path("explanations.json"), rows)
 
 # %% [markdown]
@@ -152,7 +151,7 @@ if truth and not current:
     candidates = detectors.choose_detectors(cache, truth)
     found, present = detectors.measure_detectors(SAEInPlace(lmm, sae, layer), open_images(root / heldout), unseen, candidates)
     detecting = sorted({one.latent for one in found if one.f1 > 0.5})
-    told = ask(LazyExemplars(look, detecting))
+    told = ask(shown.only(detecting))
     named = {latent: its.concept for latent, its in told.items()}
     metrics |= detectors.recalled(found, present, named)
     kept = [one._asdict() | {"explained": named.get(one.latent)} for one in found]
@@ -195,11 +194,11 @@ for latent in named[:8] + refused[:4]:
 
 # %% mystnb={"figure": {"caption": "Which kinds the explainer confuses: the kind of the true concept (rows, nothing where the exemplars have none in common) and what the latent was given.", "name": "fig-confusion"}}
 if truth:
-    plots.cross_table(accuracy.confusion(explanations), "explained as", "really shows")
+    plots.counts(accuracy.confusion(explanations), "explained as", "really shows")
 
 # %% [markdown]
 # How sure the explainer is of what it says tells right names from wrong ones. Its reply has a probability, the product of its
-# tokens' (`sureness`); below `least_sure` an explanation counts as refused. What other limits would give, from the surest
+# tokens' (`sureness`); below `least_confidence` an explanation counts as refused. What other limits would give, from the surest
 # latent on the left to all of them on the right:
 
 # %% mystnb={"figure": {"caption": "The share of names that are right, over the share of latents that have one, for every limit of sureness; the dashed line is at the limit that was set.", "name": "fig-sureness"}}

@@ -58,7 +58,7 @@ key_variable: str = ""  # the environment variable with the endpoints' key; "": 
 concurrency: int = 8  # questions under way at once, to an endpoint
 timeout: float = 120.0  # seconds that an endpoint's answer may take
 max_new_tokens: int = 16  # of an explanation
-least_sure: float = 0.0  # a lower probability of the explainer counts as a refusal; 0: every explanation stands
+least_confidence: float = 0.0  # a lower probability of the explainer counts as a refusal; 0: every explanation stands
 n_explained: int = 100  # latents of each layer and model that are explained; so many are asked about as that takes
 n_swept: int = 12  # the same for the SAEs of other sizes
 n_top: int = 5  # exemplars shown for each
@@ -85,6 +85,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from datasets import load_from_disk
@@ -100,9 +101,9 @@ from lmm_sae_nb.cache import activations, latent_cache
 from lmm_sae_nb.cache.activations import cache_several
 from lmm_sae_nb.chat.recorded import Recorded, open_chat
 from lmm_sae_nb.interpret import explain, explainers
-from lmm_sae_nb.interpret.exemplars import exemplars
+from lmm_sae_nb.interpret.exemplars import ExemplarsByLatent, exemplars
 from lmm_sae_nb.interpret.explain import as_rows, explain_enough, explain_latents
-from lmm_sae_nb.interpret.explainers import Vocabulary, names
+from lmm_sae_nb.interpret.explainers import Vocabulary, mentions
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.samples import pictured
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
@@ -177,7 +178,7 @@ params = dict(
     model=model, layers=layers, others=others, other_layer=other_layer, dataset=dataset, heldout=heldout, images=images,
     concepts=concepts, n_latents=n_latents, k=k, sizes=sizes, ks=ks, steps=steps, batch_tokens=batch_tokens,
     other_steps=other_steps, other_batch_tokens=other_batch_tokens, lr=lr, dead_after_tokens=dead_after_tokens, evaluated=evaluated, cached_images=cached_images, explainer=explainer, prompt=prompt,
-    tag=tag, refiner=refiner, labeller=labeller, max_new_tokens=max_new_tokens, least_sure=least_sure, n_explained=n_explained, n_swept=n_swept, n_top=n_top,
+    tag=tag, refiner=refiner, labeller=labeller, max_new_tokens=max_new_tokens, least_confidence=least_confidence, n_explained=n_explained, n_swept=n_swept, n_top=n_top,
     threshold=threshold, segmenter=segmenter, detector=detector, similarity=similarity, random_runs=random_runs, clip_runs=clip_runs,
     n_steered=n_steered, dose=dose, steered_kinds=steered_kinds, question=question, blank_size=blank_size, decisions=decisions,
     pairs=pairs, seed=seed,
@@ -211,11 +212,11 @@ vocabulary, remembered = Vocabulary(root / concepts) if concepts else None, Reme
 modes, rng = [PAPER, replace(STRICT, threshold=threshold)], np.random.default_rng(seed)
 drawn, drawn_clip = (rng.integers(len(pictures), size=runs * n_top).tolist() for runs in (random_runs, clip_runs))
 if not current:
-    open_as = partial(open_chat, root=root, key_variable=key_variable, concurrency=concurrency, timeout=timeout, max_new_tokens=max_new_tokens)
-    talk = {who: Recorded(open_as(who, sureness=who == explainer and least_sure > 0), stage.path("replies.jsonl")) for who in {explainer, refiner, labeller} - {""}}
-    refine = explainers.refiner(talk[refiner]) if refiner else vocabulary.refine if vocabulary else explainers.unrefined
-    label = explainers.labeller(talk[labeller]) if labeller else vocabulary.label if vocabulary else explainers.unlabelled
-    ask = partial(explain_latents, explain=explainers.explainer(talk[explainer], prompt, tag=tag, least_sure=least_sure), refine=refine, label=label)
+    open_as = partial(open_chat, key_variable=key_variable, concurrency=concurrency, timeout=timeout, max_new_tokens=max_new_tokens)
+    talk = {who: Recorded(open_as(who, confidence=who == explainer and least_confidence > 0), stage.path("replies.jsonl")) for who in {explainer, refiner, labeller} - {""}}
+    refine = explainers.refiner(talk[refiner]) if refiner else vocabulary.refine if vocabulary else explainers.no_refiner
+    label = explainers.labeller(talk[labeller]) if labeller else vocabulary.label if vocabulary else explainers.no_labeller
+    ask = partial(explain_latents, explain=explainers.explainer(talk[explainer], prompt, tag=tag, least_confidence=least_confidence), refine=refine, label=label)
     parts = [named(part) for part in (detector, segmenter) if part]
     kind_of_segmenter = segmenters.BoxSegmenter if detector else segmenters.PromptedSegmenter
     where = {"truth": truth} if truth else {"segmenter": Numbered(kind_of_segmenter.load(*parts, device=device), remembered)}
@@ -224,7 +225,7 @@ if not current:
 # %%
 for name in () if current else (*of_layers, *rest):
     its, sae, layer, found_in = studied[name]
-    look = partial(exemplars, found_in, remembered, n_top=n_top, threshold=threshold)
+    look = ExemplarsByLatent(found_in, remembered, n_top=n_top, threshold=threshold)
     order = np.random.default_rng(seed).permutation(np.flatnonzero(found_in.live)).tolist()
     rows = as_rows(explain_enough(order, look, ask, n_explained, 16))
     explained = tables.explained(rows, truth, seed=seed)
@@ -232,7 +233,7 @@ for name in () if current else (*of_layers, *rest):
     found = {}
     if its.grid:
         away = score_iou.drawn_spots(SAEInPlace(its, sae, layer), pictures, list(explained), drawn)
-        at = lambda n: (spots(look(n)), away[n])  # noqa: B023, E731
+        at = lambda n: (spots(look[n]), away[n])  # noqa: B023, E731
         found = score_iou.all_ious(at, concept_of, others_of, where, modes, runs=random_runs, seed=seed)
     drawn_pictures = [remembered[n] for n in drawn_clip]
     found |= clip.all_clips(similar, look, concept_of, others_of, drawn_pictures, modes if its.grid else [PAPER], runs=clip_runs, seed=seed)
@@ -253,11 +254,11 @@ if not current:
     patch_truth, generator = label_maps.PatchTruth(truth, lmm.grid) if truth and lmm.grid else None, torch.Generator().manual_seed(seed)
 for name in () if current else (*of_layers, *swept):
     found_in = studied[name][3]
-    look = partial(exemplars, found_in, remembered, n_top=n_top, threshold=threshold)
+    look = ExemplarsByLatent(found_in, remembered, n_top=n_top, threshold=threshold)
     order = np.random.default_rng(seed).permutation(np.flatnonzero(found_in.live)).tolist()
     rows = read_json(stage.path(f"{name}.json"))["explanations"] if name in of_layers else as_rows(explain_enough(order, look, ask, n_swept, 16))
     told = {n: row for n, row in rows.items() if row["outcome"] == "explained"}
-    right = accuracy.judged(accuracy.with_truth(told, {int(n): look(int(n)) for n in told}, patch_truth)) if patch_truth else {}
+    right = accuracy.judged(accuracy.with_truth(told, look, patch_truth)) if patch_truth else {}
     quality = kept[name] | accuracy.counted(rows) | right
     wanted = ("fvu", "dead_fraction", "loss_recovered", "explained_fraction", "concept_accuracy")
     metrics |= {f"{quantity}_{name}{end}": quality[quantity + end] for quantity in wanted for end in ("", "_low", "_high") if quantity + end in quality}
@@ -269,7 +270,7 @@ for name in () if current else of_layers:
     objects = np.random.default_rng(seed).permutation([n for n, row in scores.items() if row["kind"] == "object"]).tolist()[:n_steered]
     settings = [[Edit(int(n), dose * float(found_in.max[int(n)]))] for n in objects]
     said = answers(SAEInPlace(lmm, sae, layer), question, white, settings, Scope(tuple(steered_kinds)), batch=20, max_new_tokens=24)
-    metrics |= bounds(f"steered_{name}", intervals.proportion([names(answer, scores[n]["concept"]) for n, answer in zip(objects, said, strict=True)])) if objects else {}
+    metrics |= bounds(f"steered_{name}", intervals.proportion([mentions(answer, scores[n]["concept"]) for n, answer in zip(objects, said, strict=True)])) if objects else {}
     rho = []
     for case in cases:
         one = linear(SAEInPlace(lmm, sae, layer), case)
@@ -353,7 +354,7 @@ print(f"{len(everywhere)} concepts are named at every layer: {', '.join(everywhe
 caches = {name: latent_cache.LatentCache.load(stage.path(first) / name) for name in of_layers}
 strips = [(f"{name.replace('_', ' ')}, latent {by_layer[name][concept]}: {concept}", exemplars(caches[name], pictures, int(by_layer[name][concept]), n_top=n_top, threshold=threshold))
           for concept in everywhere[:: max(1, len(everywhere) // 2)][:2] for name in of_layers]  # fmt: skip
-plots.exemplar_strip(strips);
+plots.exemplar_strip(strips, side=1.1);
 
 # %% [markdown]
 # ## Table 4: another architecture
@@ -380,7 +381,7 @@ strips = [
     (f"{name}, latent {n}: {row['concept']}", exemplars(latent_cache.LatentCache.load(stage.path(name) / name), pictures, int(n), n_top=n_top))
     for name in rest for n, row in list(scored[name]["scores"].items())[:: max(1, len(scored[name]["scores"]) // 3)][:3]
 ]  # fmt: skip
-plots.exemplar_strip(strips);
+plots.exemplar_strip(strips, side=1.1);
 # %% [markdown]
 # What the models can do on held-out scenes, by question family: the share of right answers where the model comes with its exam.
 
@@ -408,10 +409,10 @@ sweeps = {
     ("k, active latents a token", lmm.width / 16): {n: f"layer_{middle}" if n == k else f"k_{n}" for n in sorted(ks)},
 }
 # %% mystnb={"figure": {"caption": "What more latents, and more active ones, bring: held-out FVU, dead latents, and the share of explained latents whose name is right, with 99 % intervals; dashed: the paper's choice.", "name": "fig-scaling"}}
-axes = plots.panels(2, inches=3.4)
+_, axes = plt.subplots(1, 2, figsize=(9, 3))
 for ax, ((xlabel, chosen), at) in zip(axes, sweeps.items(), strict=True):
     curves = {title: swept_at(quantity, at) for title, quantity in shown.items() if quantity in ("fvu", "dead_fraction", "concept_accuracy")}
-    plots.dose_curves({title: curve for title, curve in curves.items() if curve}, xlabel, "share", ax=ax).axvline(chosen, color="grey", ls="--", lw=1)
+    plots.doses({title: curve for title, curve in curves.items() if curve}, xlabel, "share", ax=ax).axvline(chosen, color="grey", ls="--", lw=1)
 # %%
 for (xlabel, _), at in sweeps.items():
     fvu = {n: metrics[f"fvu_{name}"] for n, name in at.items()}

@@ -70,15 +70,15 @@ from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.chat.recorded import Recorded, open_chat
 from lmm_sae_nb.interpret import explainers as rating
 from lmm_sae_nb.interpret.exemplars import exemplars
-from lmm_sae_nb.interpret.explainers import Vocabulary, names
+from lmm_sae_nb.interpret.explainers import Vocabulary, mentions
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.feature_browser import FeatureBrowser
 from lmm_sae_nb.show.latent_table import LatentTable
+from lmm_sae_nb.show.plots import steering_strip
 from lmm_sae_nb.show.steering_panel import SteeringPanel
-from lmm_sae_nb.show.tables import steering_strip
 from lmm_sae_nb.steer import steering
 from lmm_sae_nb.steer.relevance import relevance
 from lmm_sae_nb.steer.steering import Edit, Scope, answers, steer_latents
@@ -165,7 +165,7 @@ if not current:
             before = lmm.generate(lmm.prompt(text, image), max_new_tokens=2 * max_new_tokens)[0]
             said = answers(SAEInPlace(lmm, sae, layer), text, image, settings, scope, keep_error=True, max_new_tokens=2 * max_new_tokens)
             rows += [{"name": name, "latent": latent, "prompt": text, "dose": value, "before": before, "answer": answer,
-                      "names": names(answer, name)} for value, answer in zip([0, *case_doses], said, strict=True)]  # fmt: skip
+                      "names": mentions(answer, name)} for value, answer in zip([0, *case_doses], said, strict=True)]  # fmt: skip
     write_json(stage.path("cases.json"), {"rows": rows})
 by_case = read_json(stage.path("cases.json"))["rows"]
 for name, text in [(name, text) for text in (feeling_question, story_prompt) for name in told if name in cases]:
@@ -200,7 +200,7 @@ by_word = list(read_json(stage.path("words.json")).values())
 own, others = ([row[which] for row in by_word] for which in ("own", "others"))
 print(f"{len(by_word)} latents; own word {mean_interval(own)}, other words {mean_interval(others)} of the maximum on patches")
 # %% mystnb={"figure": {"caption": "Activation where a latent's own word is read, beside the mean over other words, in units of its maximum on patches. On the line the word makes no difference.", "name": "fig-words"}}
-plots.scatter(others, own, "other words", "own word");
+plots.beside(others, own, "other words", "own word");
 
 # %% [markdown]
 # ## A hundred objects on a white image (Appendix D)
@@ -227,15 +227,15 @@ if not current:
     tries = [(group, value, n, n) for group, some in (("object", objects), ("choosing", choosing)) for value in doses for n in some]
     spliced, *said = ask([[], *([Edit(n, value * top[n])] for _, value, n, _ in tries)])
     dose = steering.strongest(doses, (value for (group, value, n, _), answer in zip(tries, said, strict=True)
-                                      if group == "choosing" and names(answer, named[n]["concept"])))  # fmt: skip
+                                      if group == "choosing" and mentions(answer, named[n]["concept"])))  # fmt: skip
     said += ask([[Edit(n, dose * top[n])] for n in control])
     tries += [("random", dose, n, own) for n, own in zip(control, objects, strict=True)]  # asked for the same names
     rows = [
         {"group": group, "dose": value, "latent": n, "concept": named[own]["concept"], "answer": answer,
-         "changed": answer != spliced, "names": names(answer, named[own]["concept"])}
+         "changed": answer != spliced, "names": mentions(answer, named[own]["concept"])}
         for (group, value, n, own), answer in zip(tries, said, strict=True)
     ]  # fmt: skip
-    how = dict(root=root, key_variable=judge_key, concurrency=concurrency, timeout=timeout)
+    how = dict(key_variable=judge_key, concurrency=concurrency, timeout=timeout)
     talk = Recorded(open_chat(judge, **how), stage.path("replies.jsonl")) if judge else None
     rate = relevance(talk) if talk else Vocabulary(root / concepts).rate if concepts else None
     reported = [row for row in rows if row["dose"] == dose and row["group"] != "choosing"]
@@ -255,7 +255,7 @@ for name, (group, key) in groups.items():
     at = sorted({row["dose"] for row in white_answers["steered"] if row["group"] == group})
     found = {value: [row[key] for row in white_answers["steered"] if (row["group"], row["dose"]) == (group, value)] for value in at}
     curves |= {name: {value: Mean(*proportion(cases)[:3]) for value, cases in found.items()}} if found else {}
-plots.dose_curves(curves, "dose, in the latent's own maximum", "share of latents");
+plots.doses(curves, "dose, in the latent's own maximum", "share of latents");
 
 # %% [markdown]
 # ## Low-level features (section 4.2, Appendix H)

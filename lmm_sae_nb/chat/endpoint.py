@@ -1,4 +1,4 @@
-"""Ask any server of the OpenAI protocol."""
+"""Ask a server that speaks OpenAI's chat protocol."""
 
 from __future__ import annotations
 
@@ -21,30 +21,37 @@ from lmm_sae_nb.chat.questions import Question, Reply
 if TYPE_CHECKING:
     import openai
 
-# What a server answers to a question that it cannot take, whoever asks; to a key; to the name of a model.
-OF_THE_QUESTION, OF_THE_KEY, OF_THE_MODEL = (400, 413, 422), (401, 403), 404
+REFUSES_QUESTION, REFUSES_KEY, NO_SUCH_MODEL = (400, 413, 422), (401, 403), 404  # HTTP status
 
 
 class EndpointError(RuntimeError):
-    """Nothing more is to be had from this endpoint: it is down, refuses the key, lacks the model or does not tell
-    probabilities."""
+    """The endpoint is of no more use: it is down, refuses the key, lacks the model, or reports no probabilities."""
 
 
 class EndpointChat:
-    """Any endpoint that speaks OpenAI's chat protocol (SGLang, vLLM, `transformers serve`, a commercial one).
+    """An endpoint that speaks OpenAI's chat protocol (SGLang, vLLM, `transformers serve`, a commercial one).
 
-    model, url: as the endpoint names them; the url up to and with `/v1`. key_variable: the environment variable that
-    holds the key, "" if none is wanted; the key itself reaches no text that comes from here. concurrency: questions
-    under way at once. timeout: seconds that an answer may take, and each wait in it. retries: of a question that meets
-    429, 5xx or no connection, after the client's exponential back-off or what Retry-After says. max_bytes: of a whole
-    answer; more is a fault. stop_after: questions failed in a row that count as the endpoint being down; once any has
-    been answered (`answered`), of those that it refuses for themselves (too large, say) ten count as one. request:
-    fields of the request that are added, or left out if None (`{"max_tokens": None,
-    "max_completion_tokens": 99}`).
+    A question that fails gets a `Reply` with its fault, and the others go on.
 
-    A question that fails is a `Reply` with its fault. EndpointError if the key is refused, the model unknown, or the
-    endpoint down or silent about probabilities that were asked for, after every reply that was under way has been given
-    back. ValueError for a url that carries a key, or if the variable is not set.
+    model: the name that the endpoint gives it.
+    url: up to and with `/v1`, without name, key or query.
+    key_variable: the environment variable that holds the key, "" if none is wanted. No text that comes from here
+        contains the key.
+    concurrency: questions at the same time.
+    timeout: seconds that an answer may take, and each wait in it.
+    retries: of a question after status 429 or 5xx or without a connection, with growing pauses or after the time that
+        Retry-After gives.
+    max_new_tokens: of an answer.
+    max_bytes: of a whole answer; more is a fault.
+    stop_after: questions that fail in a row until the endpoint counts as down. Once it has answered any question
+        (`answered`), one that it refuses for itself, as for its size, is no such failure.
+    request: fields of the request that are added, or left out if None
+        (`{"max_tokens": None, "max_completion_tokens": 99}`).
+
+    Raises:
+        ValueError: the url contains a key, the environment variable is not set, or a number is too small.
+        EndpointError: when asked, after all replies on their way have been given back: the key is refused, the model is
+            unknown, the endpoint is down, or it reports no probabilities although they were asked for.
     """
 
     def __init__(
@@ -52,16 +59,16 @@ class EndpointChat:
         retries: int = 4, max_new_tokens: int = 512, max_bytes: int = 2**20, stop_after: int = 5,
         request: Mapping[str, object] | None = None,
     ):  # fmt: skip
-        where = urlsplit(url)
-        if where.scheme not in ("http", "https") or not where.hostname or where.username or where.query:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             raise ValueError(
                 f"the endpoint's address has to be http(s)://host[:port]/v1 without name, key or query; it begins "
-                f"{where.scheme}://{where.hostname or ''}; keys go into an environment variable"
+                f"{parts.scheme}://{parts.hostname or ''}; keys go into an environment variable"
             )
         if key_variable and not os.environ.get(key_variable):
             raise ValueError(
                 f"the environment variable {key_variable}, which is to hold the key for {url}, is not set; export it "
-                "and start again, or give no key_variable if the endpoint wants none"
+                'and start again, or set key_variable to "" if the endpoint wants no key'
             )
         if min(concurrency, max_new_tokens, max_bytes, stop_after) < 1 or retries < 0 or timeout <= 0:
             raise ValueError(
@@ -81,9 +88,9 @@ class EndpointChat:
         self.identity = json.dumps(["endpoint", url, model, self._request], sort_keys=True)
 
     def __call__(self, questions: Iterable[Question]) -> Iterator[tuple[int, Reply]]:
-        import openai  # takes half a second, which only those who ask an endpoint should pay
+        import openai  # takes half a second, so only those who ask an endpoint import it
 
-        waiting, under_way, fatal, in_a_row = enumerate(questions), {}, None, []
+        waiting, under_way, fatal, failures = enumerate(questions), {}, None, 0
         pool, client = ThreadPoolExecutor(self.concurrency), openai.OpenAI(**self._connection)
         try:
             while True:
@@ -91,19 +98,19 @@ class EndpointChat:
                 try:
                     for number, question in islice(waiting, room):
                         under_way[pool.submit(self._ask, client, question)] = number
-                except Exception as error:  # a picture that cannot be read, say: what is under way has been paid for
+                except Exception as error:  # as of a picture that cannot be read: give back what is under way first
                     fatal = error
                 if not under_way:
                     break
                 done, _ = wait(under_way, return_when=FIRST_COMPLETED)
                 for future in done:
-                    reply, stop = _outcome_of(future)
-                    self.answered = self.answered or reply.text is not None
-                    weight = 1 if reply.refused and self.answered else 10
-                    in_a_row = [] if reply.text is not None else [*in_a_row, weight]
-                    if sum(in_a_row) >= 10 * self._stop_after and not stop:
-                        many = f"{len(in_a_row)} questions in a row have failed"
-                        stop = EndpointError(f"{many}, the last with: {reply.fault}")
+                    reply, stop = _result_of(future)
+                    if reply.text is not None:
+                        self.answered, failures = True, 0
+                    elif not (reply.refused and self.answered):
+                        failures += 1
+                    if failures >= self._stop_after and not stop:
+                        stop = EndpointError(f"{failures} questions in a row have failed, the last with: {reply.fault}")
                     fatal = fatal or stop
                     yield under_way.pop(future), reply
         finally:
@@ -117,27 +124,36 @@ class EndpointChat:
             raise fatal
 
     def _ask(self, client: openai.OpenAI, question: Question) -> Reply:
-        """One question; EndpointError if asking others is of no use."""
+        """Ask one question.
+
+        Raises:
+            EndpointError: there is no use in asking others.
+        """
         try:
             messages = [{"role": "user", "content": [_part(part) for part in question.parts()]}]
             reply = _reply(self._body(client, messages))
-        except Exception as error:  # whatever client, network, JSON and server come up with
+        except Exception as error:  # any that client, network, JSON or server can raise
             status = getattr(error, "status_code", None)
-            if status in OF_THE_KEY:
-                where = f"in {self._key_variable}" if self._key_variable else "(none was given: set key_variable)"
-                raise EndpointError(f"it refuses the key {where}: {self._told(error)}") from None
-            if status == OF_THE_MODEL:
-                raise EndpointError(f"it has no such model or address: {self._told(error)}") from None
-            return Reply(None, self._told(error), refused=status in OF_THE_QUESTION)
-        if self._request.get("logprobs") and reply.text and reply.sureness is None:
+            if status in REFUSES_KEY:
+                key = f"in {self._key_variable}" if self._key_variable else "(none was given: set key_variable)"
+                raise EndpointError(f"it refuses the key {key}: {self._describe(error)}") from None
+            if status == NO_SUCH_MODEL:
+                raise EndpointError(f"it has no such model or address: {self._describe(error)}") from None
+            return Reply(None, self._describe(error), refused=status in REFUSES_QUESTION)
+        if self._request.get("logprobs") and reply.text and reply.confidence is None:
             raise EndpointError(
-                "it answers without the probabilities of its tokens (logprobs), which least_sure is held against; set "
-                "least_sure to 0, or ask a server that returns them"
+                "it answers without the probabilities of its tokens (logprobs), which least_confidence needs; set "
+                "least_confidence to 0, or ask a server that returns them"
             )
         return reply
 
     def _body(self, client: openai.OpenAI, messages: list[dict]) -> bytes:
-        """The answer's bytes, at most `max_bytes` of them within `timeout` seconds; ValueError for more."""
+        """Return the bytes of an answer.
+
+        Raises:
+            ValueError: there are more than `max_bytes`.
+            TimeoutError: it took more than `timeout` seconds.
+        """
         with client.chat.completions.with_streaming_response.create(
             model=self.name, messages=messages, **self._request
         ) as response:
@@ -150,14 +166,14 @@ class EndpointChat:
                     raise TimeoutError(f"the answer took more than {self._timeout} s")
         return bytes(body)
 
-    def _told(self, error: Exception) -> str:
-        """An error in one line of at most 300 characters, without the key, which some servers repeat."""
+    def _describe(self, error: Exception) -> str:
+        """Return an error as one line of at most 300 characters, without the key, which some servers repeat."""
         cause = f" ({error.__cause__!r})" if error.__cause__ else ""
-        said = " ".join(f"{type(error).__name__}: {error}{cause}".split())
-        return (said.replace(self._key, "[key]") if self._key else said)[:300]
+        line = " ".join(f"{type(error).__name__}: {error}{cause}".split())
+        return (line.replace(self._key, "[key]") if self._key else line)[:300]
 
 
-def _outcome_of(future: Future) -> tuple[Reply, EndpointError | None]:
+def _result_of(future: Future) -> tuple[Reply, EndpointError | None]:
     try:
         return future.result(), None
     except EndpointError as error:
@@ -165,24 +181,28 @@ def _outcome_of(future: Future) -> tuple[Reply, EndpointError | None]:
 
 
 def _part(part: str | Image.Image) -> dict:
-    """A part of a turn as the protocol has it; images as PNG, losslessly."""
+    """Return a part of a turn as the protocol has it; images as PNG, without loss."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    held = io.BytesIO()
-    part.convert("RGB").save(held, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+    file = io.BytesIO()
+    part.convert("RGB").save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": url}}
 
 
 def _reply(body: bytes) -> Reply:
-    """The first choice's text; ValueError if the body is no completion."""
+    """Return the text of the first choice.
+
+    Raises:
+        ValueError: the body is no completion.
+    """
     try:
         choice = json.loads(body)["choices"][0]
         text, cut = choice["message"].get("content") or "", choice.get("finish_reason") == "length"
-        told = (choice.get("logprobs") or {}).get("content")
-        sureness = math.exp(sum(float(token["logprob"]) for token in told)) if told else None
+        tokens = (choice.get("logprobs") or {}).get("content")
+        confidence = math.exp(sum(float(token["logprob"]) for token in tokens)) if tokens else None
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"the answer is no chat completion: {bytes(body[:80])!r}") from error
     if not isinstance(text, str):
         raise ValueError(f"the answer's content is no text but a {type(text).__name__}")
-    return Reply(text.strip(), "", cut, sureness)
+    return Reply(text.strip(), "", cut, confidence)

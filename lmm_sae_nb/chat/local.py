@@ -25,11 +25,20 @@ from lmm_sae_nb.support.files import fingerprint
 
 
 class LocalChat:
-    """A transformers model, of image and text or of text alone, asked in batches, greedily.
+    """A transformers model, of image and text or of text alone, that answers in batches without sampling.
 
-    The processor's (or tokenizer's) chat template writes the turns. ValueError for images to a model of text alone,
-    or a model without a chat template. A reply of a batch can differ from that of another batch by rounding. The model
-    given is put into eval mode, its parameters without gradients.
+    The chat template of the processor or tokenizer writes the turns. By rounding, the reply to a question can depend on
+    the other questions of its batch.
+
+    model: it is put into eval mode, and its parameters are frozen.
+    processor: of the model; a tokenizer for a model of text alone.
+    name: for people.
+    identity: changes with the model's weights.
+    batch_size: questions at the same time.
+    max_new_tokens: of a reply.
+
+    Raises:
+        ValueError: the model has no chat template; or, when it is asked, a model of text alone gets images.
     """
 
     def __init__(
@@ -51,20 +60,25 @@ class LocalChat:
 
     @classmethod
     def load(cls, name_or_path: str | Path, *, device: str | None = None, **settings: int) -> LocalChat:
-        """A folder, or a name on the hub, onto a GPU if there is one; settings: batch_size, max_new_tokens."""
+        """Load a model from a folder or from the hub.
+
+        device: without it a GPU if there is one.
+        settings: batch_size and max_new_tokens.
+        """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        reads = load_processor if sees else AutoTokenizer.from_pretrained
+        load = load_processor if sees else AutoTokenizer.from_pretrained
         dtype = torch.float32 if device == "cpu" else "auto"
         model = model_class.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False)
-        processor = reads(name_or_path, trust_remote_code=False)
+        processor = load(name_or_path, trust_remote_code=False)
         folder = Path(name_or_path)
-        which = fingerprint(folder) if folder.is_dir() else f"{name_or_path}@{config._commit_hash}"
-        return cls(
-            model.to(device), processor, folder.name if folder.is_dir() else str(name_or_path), which, **settings
-        )
+        if folder.is_dir():
+            name, identity = folder.name, fingerprint(folder)
+        else:
+            name, identity = str(name_or_path), f"{name_or_path}@{config._commit_hash}"
+        return cls(model.to(device), processor, name, identity, **settings)
 
     def __call__(self, questions: Iterable[Question]) -> Iterator[tuple[int, Reply]]:
         numbered = enumerate(questions)
@@ -83,19 +97,19 @@ class LocalChat:
             if value.is_floating_point():
                 inputs[name] = value.to(self._model.dtype)
         pad = self._tokenizer.pad_token_id
-        made = self._model.generate(
+        generated = self._model.generate(
             **inputs, do_sample=False, max_new_tokens=self.max_new_tokens, pad_token_id=pad, num_beams=1,
             return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
-        out = made.sequences[:, inputs["input_ids"].shape[1] :]
+        out = generated.sequences[:, inputs["input_ids"].shape[1] :]
         texts = self._tokenizer.batch_decode(out, skip_special_tokens=True)
         ends = self._model.generation_config.eos_token_id
         ended = torch.isin(out, torch.tensor([ends] if isinstance(ends, int) else ends or [], device=out.device))
-        whole = ended.any(1).tolist() if ends is not None else [True] * len(texts)
-        log_chance = torch.stack(made.logits, 1).float().log_softmax(-1).gather(2, out[..., None])[..., 0]
-        behind = ended.cumsum(1) - ended.int() > 0  # what follows the end is padding
-        sure = log_chance.masked_fill(behind, 0).sum(1).exp().tolist()
-        return [Reply(text.strip(), "", not end, p) for text, end, p in zip(texts, whole, sure, strict=True)]
+        complete = ended.any(1).tolist() if ends is not None else [True] * len(texts)
+        log_probability = torch.stack(generated.logits, 1).float().log_softmax(-1).gather(2, out[..., None])[..., 0]
+        padding = ended.cumsum(1) - ended.int() > 0  # what follows the end
+        confidence = log_probability.masked_fill(padding, 0).sum(1).exp().tolist()
+        return [Reply(text.strip(), "", not end, p) for text, end, p in zip(texts, complete, confidence, strict=True)]
 
     def _padding(self) -> dict:
         return {"processor_kwargs": {"padding": True}} if self._sees else {"padding": True}
@@ -103,7 +117,7 @@ class LocalChat:
     def _turn(self, question: Question) -> list[dict]:
         if not self._sees:
             if question.images:
-                raise ValueError(f"{self.name} reads text alone and cannot be shown images; ask a multimodal model")
+                raise ValueError(f"{self.name} reads text alone and cannot take images; ask a multimodal model")
             return [{"role": "user", "content": question.text}]
         parts = [
             {"type": "text", "text": part.replace(self._image_token, " ")}

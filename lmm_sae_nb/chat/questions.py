@@ -1,4 +1,4 @@
-"""TODO."""
+"""Questions with images, replies, and the interface of all that can be asked."""
 
 from __future__ import annotations
 
@@ -12,23 +12,30 @@ from PIL import Image
 
 from lmm_sae_nb.support.images import pixel_hash
 
-IMAGES = "{images}"  # where a question's images stand in its text
+IMAGES = "{images}"  # marks the place of a question's images in its text
 
 
 @dataclass(frozen=True)
 class Question:
-    """One user's turn: a text, with its images where it says `{images}`, or else before it."""
+    """One turn of the user.
+
+    text: `{images}` marks the place of the images; without it they come first.
+    images: as many as the model can take.
+    """
 
     text: str
     images: tuple[Image.Image, ...] = ()
 
     def parts(self) -> list[str | Image.Image]:
-        """Text and images in their order, empty text left out."""
+        """Return text and images in their order, without empty text."""
         before, _, after = self.text.partition(IMAGES) if IMAGES in self.text else ("", "", self.text)
         return [part for part in (before, *self.images, after) if not isinstance(part, str) or part.strip()]
 
     def key(self, identity: str) -> str:
-        """SHA-256 of all that a reply depends on: who is asked, the text, every pixel."""
+        """Return the SHA-256 of all that a reply depends on: the model, the text, every pixel.
+
+        identity: of the chat that is asked.
+        """
         digest = hashlib.sha256(json.dumps([identity, self.text, len(self.images)]).encode())
         for image in self.images:
             digest.update(pixel_hash(image).encode())
@@ -36,24 +43,28 @@ class Question:
 
 
 class Reply(NamedTuple):
-    """What came back: `text` is None if nothing did, and `fault` says why; `cut` if it ran into its limit.
+    """The reply to one question.
 
-    refused: the endpoint cannot take this very question (400, 413, 422), which if it takes others is not its state.
-    sureness: the probability that the model gives this very text, the product of its tokens', in [0, 1]; None of a
-    server that does not tell.
+    text: None if there is no reply.
+    fault: why there is no reply.
+    cut: whether the text ran into its limit of tokens.
+    confidence: the probability that the model gives this very text, the product over its tokens, in [0, 1]; None if
+        the server does not report it.
+    refused: whether the endpoint cannot take this very question (status 400, 413 or 422).
     """
 
     text: str | None
     fault: str = ""
     cut: bool = False
-    sureness: float | None = None
+    confidence: float | None = None
     refused: bool = False
 
 
 class Chat(Protocol):
-    """Questions in, (number of the question, reply) out, each as soon as it is there, in any order.
+    """A model to ask. Called with questions, it yields (number of the question, reply) in any order, each at once.
 
-    name: for people; identity: changes with whatever changes the replies.
+    name: for people.
+    identity: changes with everything that changes the replies.
     """
 
     name: str

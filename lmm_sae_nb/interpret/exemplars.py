@@ -1,8 +1,8 @@
-"""Exemplars: the images that excite a latent most, with the patches that do."""
+"""Exemplars: the images that excite a latent most, and the patches that do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,9 +19,15 @@ from lmm_sae_nb.support.images import pixel_hash
 class Exemplar:
     """One of the images that excite a latent most.
 
-    activation: (rows, cols) float32 over the base image's patch grid; visible: (rows, cols) bool, its most
-    activated patches; dim: the share of their brightness that the others keep in `masked`. Of a model without a patch
-    grid (a Q-Former's) nothing tells where in the image: activation and visible are None.
+    image_index: the image's number in the data set.
+    image: RGB.
+    activation: (rows, cols) float32 over the patch grid of the base image. None if the model has no patch grid (a
+        Q-Former's has none): nothing says where in the image the latent is active.
+    visible: (rows, cols) bool, the most activated patches. None if the model has no patch grid.
+    dim: brightness that the other patches keep in `masked`, in [0, 1).
+
+    Raises:
+        ValueError: dim is outside [0, 1).
     """
 
     image_index: int
@@ -35,12 +41,16 @@ class Exemplar:
 
     @cached_property
     def masked(self) -> Image.Image:
-        """The image with all but the visible patches black, or dimmed; the whole one without a patch grid."""
+        """The image with all but the visible patches black, or dimmed; the whole image without a patch grid."""
         return self.image if self.visible is None else masked(self.image, self.visible, self.dim)
 
 
 def require_patches(exemplars: Sequence[Exemplar]) -> None:
-    """NoPatchGrid if exemplars are whole images, of which no region can be told."""
+    """Make sure that exemplars have activation maps.
+
+    Raises:
+        NoPatchGrid: they are whole images.
+    """
     if any(exemplar.activation is None for exemplar in exemplars):
         raise NoPatchGrid(
             "these exemplars are whole images, of a model without a patch grid (a Q-Former's query tokens mix all "
@@ -51,9 +61,12 @@ def require_patches(exemplars: Sequence[Exemplar]) -> None:
 def most_activated(
     activation: Float[np.ndarray, "rows cols"], threshold: float = 0.25
 ) -> Bool[np.ndarray, "rows cols"]:
-    """Patches whose activation exceeds `threshold` of the image's highest; none where nothing is active.
+    """Return the patches whose activation exceeds a fraction of the image's highest; none where nothing is active.
 
-    ValueError unless 0 <= threshold < 1. The reference code shows every non-zero patch, which is threshold = 0.
+    threshold: the fraction, in [0, 1). The reference code shows every patch that is not zero: threshold = 0.
+
+    Raises:
+        ValueError: threshold is outside [0, 1).
     """
     if not 0 <= threshold < 1:
         raise ValueError(
@@ -63,20 +76,24 @@ def most_activated(
 
 
 def upsample(patches: Bool[np.ndarray, "rows cols"], size: tuple[int, int]) -> Bool[np.ndarray, "height width"]:
-    """The patch grid as a mask over an image of `size` = (width, height) pixels, by nearest neighbour."""
+    """Enlarge a patch grid to a mask over an image of `size` = (width, height) pixels, by nearest neighbour."""
     mask = Image.fromarray(np.asarray(patches, np.uint8)).resize(size, Image.Resampling.NEAREST)
     return np.asarray(mask).astype(bool)
 
 
 def masked(image: Image.Image, visible: Bool[np.ndarray, "rows cols"], dim: float = 0.0) -> Image.Image:
-    """The image with all but the visible patches black, or with `dim` of their brightness, in [0, 1).
+    """Darken all but the visible patches of an image.
 
-    The paper says black; the reference code leaves 12 % (dim = 0.12), with soft borders, which these are not.
+    dim: brightness that the other patches keep, in [0, 1). The paper's text says black. Its reference code keeps 12 %
+        (dim = 0.12) and draws soft borders; these borders are hard.
+
+    Raises:
+        ValueError: dim is outside [0, 1).
     """
     _require_dim(dim)
     pixels = np.asarray(image.convert("RGB"))
-    shown = upsample(visible, image.size)[..., None]
-    return Image.fromarray(np.where(shown, pixels, np.rint(pixels * dim).astype(np.uint8)))
+    keep = upsample(visible, image.size)[..., None]
+    return Image.fromarray(np.where(keep, pixels, np.rint(pixels * dim).astype(np.uint8)))
 
 
 def _require_dim(dim: float) -> None:
@@ -93,54 +110,64 @@ def exemplars(
     threshold: float = 0.25,
     dim: float = 0.0,
 ) -> list[Exemplar]:
-    """The latent's `n_top` different images of highest mean activation, highest first.
+    """Return the latent's images of highest mean activation, highest first.
 
-    Of images with the same pixels only the first counts; fewer than `n_top` come back if fewer excite the latent, or
-    the cache keeps no more to take their place. Without a patch grid they are whole images. ValueError for a latent
-    that the cache does not have.
+    Of images with the same pixels only the first counts. Without a patch grid the exemplars are whole images.
+
+    cache: of one SAE.
+    images: the images that were cached, by number.
+    n_top: how many. Fewer come back if fewer excite the latent, or if the cache keeps no more.
+    threshold: as in `most_activated`.
+    dim: as in `masked`.
+
+    Raises:
+        ValueError: the cache does not have this latent.
     """
-    found: list[Exemplar] = []
+    rows: list[Exemplar] = []
     seen: set[str] = set()
     for rank, (index, _) in enumerate(cache.top(latent)):
-        if len(found) == n_top:
+        if len(rows) == n_top:
             break
         image = images[index]
-        if (pixels := pixel_hash(image)) not in seen:
-            seen.add(pixels)
-            activation = np.asarray(cache.patch_map(latent, rank), np.float32) if cache.grid else None
-            found.append(_exemplar(index, image, activation, threshold, dim))
-    return found
+        if (pixels := pixel_hash(image)) in seen:
+            continue
+        seen.add(pixels)
+        if cache.grid:
+            activation = np.asarray(cache.patch_map(latent, rank), np.float32)
+            rows.append(Exemplar(index, image, activation, most_activated(activation, threshold), dim))
+        else:
+            rows.append(Exemplar(index, image, None, None))
+    return rows
 
 
-class LazyExemplars(Mapping[int, Sequence[Exemplar]]):
-    """Each latent's exemplars, made when they are looked at and not kept: those of thousands do not fit into memory."""
+class ExemplarsByLatent(Mapping[int, Sequence[Exemplar]]):
+    """The exemplars of each latent, by its number.
 
-    def __init__(self, look: Callable[[int], Sequence[Exemplar]], latents: Sequence[int]):
-        self._look, self._latents = look, dict.fromkeys(latents)
+    They are made at each look-up and not kept: those of thousands of latents do not fit into memory.
 
-    def __getitem__(self, latent: int) -> Sequence[Exemplar]:
+    cache, images: as for `exemplars`.
+    latents: which latents to offer, in this order; without them all of the cache.
+    settings: n_top, threshold and dim of `exemplars`.
+    """
+
+    def __init__(
+        self, cache: LatentCache, images: Sequence[Image.Image], latents: Iterable[int] | None = None,
+        **settings: float,
+    ):  # fmt: skip
+        self.cache, self.images, self.settings = cache, images, settings
+        self._latents = dict.fromkeys(range(cache.n_latents) if latents is None else latents)
+
+    def only(self, latents: Iterable[int]) -> ExemplarsByLatent:
+        """Return the mapping of these latents alone, in this order."""
+        return ExemplarsByLatent(self.cache, self.images, latents, **self.settings)
+
+    def __getitem__(self, latent: int) -> list[Exemplar]:
         if latent not in self._latents:
             raise KeyError(latent)
-        return self._look(latent)
+        return exemplars(self.cache, self.images, latent, **self.settings)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._latents)
 
     def __len__(self) -> int:
         return len(self._latents)
-
-
-def exemplars_on(
-    images: Sequence[Image.Image], indices: Sequence[int], activations: Sequence[np.ndarray], *, threshold: float = 0.25
-) -> list[Exemplar]:
-    """The same for any images: `indices` into `images`, and one activation map (rows, cols) for each."""
-    return [
-        _exemplar(index, images[index], activation, threshold, 0.0)
-        for index, activation in zip(indices, activations, strict=True)
-    ]
-
-
-def _exemplar(index: int, image: Image.Image, activation: np.ndarray | None, threshold: float, dim: float) -> Exemplar:
-    if activation is None:
-        return Exemplar(index, image, None, None)
-    return Exemplar(index, image, activation, most_activated(activation, threshold), dim)

@@ -1,4 +1,4 @@
-"""Section 2.2: what excites a latent, shown as masked images, and what a model says that they have in common."""
+"""From the exemplars of latents to explanations: ask, shorten to a concept, give it a kind."""
 
 from __future__ import annotations
 
@@ -12,90 +12,120 @@ from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.interpret.explainers import Answer, Labeller, Outcome, Refiner
 from lmm_sae_nb.support.files import read_json
 
-TAUGHT = "taught.json"  # in an explainer's folder: {"lessons": [{"trained": `training_of` an SAE, "latents": [...]}]}
+# In an explainer's folder: {"lessons": [{"trained": `training_of` an SAE, "latents": [...]}]}
+TRAINED_ON = "taught.json"
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What became of a latent: `concept` and its `kind` only if it is explained; `answer` is what was said.
+    """What became of a latent.
 
-    sureness: the probability that the explainer gave its answer, if it tells.
+    outcome: explained, refused, unparseable or failed.
+    concept: a short name; None unless the latent is explained.
+    kind: the kind of the concept; None unless the labeller gives one.
+    answer: the explainer's reply as it came, or why there is none.
+    confidence: the probability, in [0, 1], that the explainer gave its reply; None if it does not report one.
     """
 
     outcome: Outcome
     concept: str | None
     kind: str | None
     answer: str
-    sureness: float | None = None
+    confidence: float | None = None
 
 
 Explainer = Callable[[Iterable[Sequence[Image.Image]]], list[Answer]]
 
 
 def explain_latents(
-    shown: Mapping[int, Sequence[Exemplar]], explain: Explainer, refine: Refiner, label: Labeller
+    exemplars: Mapping[int, Sequence[Exemplar]], explain: Explainer, refine: Refiner, label: Labeller
 ) -> dict[int, Explanation]:
-    """Ask for each latent what its exemplars have in common, shorten the answer to a concept, and give its kind.
+    """Ask for each latent what its exemplars have in common, shorten the answer to a concept, and give it a kind.
 
-    A latent without exemplars is refused. What the refiner makes of an explanation decides its outcome: a text that
-    it cannot use is unparseable. kind: None where the labeller gives none.
+    A latent without exemplars is refused. An explanation that the refiner cannot use is unparseable.
+
+    exemplars: by latent; they may be made when looked up, as `ExemplarsByLatent` does.
+    explain: sets of images to answers.
+    refine: texts to short concepts.
+    label: concepts to kinds.
     """
-    answers = explain([exemplar.masked for exemplar in found] for found in shown.values())
-    told = [n for n, answer in enumerate(answers) if answer.outcome is Outcome.EXPLAINED]
-    short = dict(zip(told, refine([answers[n].text for n in told]), strict=True))
-    named = [n for n in told if short[n].outcome is Outcome.EXPLAINED]
-    kinds = dict(zip(named, label([short[n].text for n in named]), strict=True))
-    return {
-        latent: Explanation(*short.get(n, answer)[:2], kinds.get(n), answer.raw, answer.sureness)
-        for n, (latent, answer) in enumerate(zip(shown, answers, strict=True))
-    }
+    answers = explain([exemplar.masked for exemplar in rows] for rows in exemplars.values())
+    explained = [n for n, answer in enumerate(answers) if answer.outcome is Outcome.EXPLAINED]
+    concepts = dict(zip(explained, refine([answers[n].text for n in explained]), strict=True))
+    usable = [n for n in explained if concepts[n].outcome is Outcome.EXPLAINED]
+    kinds = dict(zip(usable, label([concepts[n].text for n in usable]), strict=True))
+    result = {}
+    for n, (latent, answer) in enumerate(zip(exemplars, answers, strict=True)):
+        last = concepts.get(n, answer)
+        result[latent] = Explanation(last.outcome, last.text, kinds.get(n), answer.raw, answer.confidence)
+    return result
 
 
 def explain_enough(
     latents: Sequence[int],
-    shown: Callable[[int], Sequence[Exemplar]],
-    ask: Callable[[Mapping[int, Sequence[Exemplar]]], dict[int, Explanation]],
+    exemplars: Mapping[int, Sequence[Exemplar]],
+    explain: Callable[[Mapping[int, Sequence[Exemplar]]], dict[int, Explanation]],
     enough: int,
     at_once: int = 32,
 ) -> dict[int, Explanation]:
-    """Ask about the latents in their order, `at_once` at a time, until `enough` are explained or none is left.
+    """Ask about latents in their order until `enough` are explained or none is left; return all that were asked about.
 
-    shown: a latent's exemplars; ask: `explain_latents` with its models. All who were asked come back: their order is to
-    be random, so that they are a sample of it.
+    latents: in random order, so that those asked about are a random sample.
+    exemplars: by latent.
+    explain: `explain_latents` with its models, or `Interpreter.explain`.
+    enough: how many explained latents are wanted.
+    at_once: how many latents are asked about before the explained ones are counted.
     """
-    found: dict[int, Explanation] = {}
+    explanations: dict[int, Explanation] = {}
     for start in range(0, len(latents), at_once):
-        found |= ask({latent: shown(latent) for latent in latents[start : start + at_once]})
-        if sum(its.outcome is Outcome.EXPLAINED for its in found.values()) >= enough:
+        explanations |= explain({latent: exemplars[latent] for latent in latents[start : start + at_once]})
+        if sum(row.outcome is Outcome.EXPLAINED for row in explanations.values()) >= enough:
             break
-    return found
+    return explanations
 
 
 def training_of(folder: Path) -> dict | None:
-    """With which parameters, from which inputs, notebook 01 trained the SAE of a folder; None if that does not say."""
-    manifest = folder / "manifest.json"
-    told = read_json(manifest) if manifest.is_file() else None
-    return told and {"params": told["params"], "inputs": sorted(told["inputs"])}
+    """Return the parameters and the names of the inputs of the training of an SAE; None if its folder has no manifest.
 
-
-def taught_latents(explainer: Path, trained: Path) -> frozenset[int]:
-    """The latents of an SAE whose masks, on other images, an explainer was trained on; none if nothing is known of any.
-
-    explainer: its folder, in which `TAUGHT` says so; trained: the SAE's folder. An SAE is known by `training_of`, its
-    weights are not compared: other processors round differently.
+    folder: the stage that notebook 01 wrote.
     """
-    if not (explainer / TAUGHT).is_file() or (training := training_of(trained)) is None:
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return None
+    record = read_json(manifest)
+    return {"params": record["params"], "inputs": sorted(record["inputs"])}
+
+
+def latents_in_training(explainer: Path, trained: Path) -> frozenset[int]:
+    """Return the latents of an SAE whose masks, on other images, an explainer was trained on.
+
+    An SAE is recognised by its training (`training_of`): every parameter that the explainer's file names, and the names
+    of the inputs. Its weights are not compared, because other processors round differently.
+
+    explainer: its folder, with the file `TRAINED_ON` if there are such latents.
+    trained: the SAE's folder.
+    """
+    if not (explainer / TRAINED_ON).is_file() or (training := training_of(trained)) is None:
         return frozenset()
-    lessons = read_json(explainer / TAUGHT)["lessons"]
-    return frozenset(n for lesson in lessons if lesson["trained"] == training for n in lesson["latents"])
+    return frozenset(
+        latent
+        for lesson in read_json(explainer / TRAINED_ON)["lessons"]
+        if (known := lesson["trained"])
+        and known["inputs"] == training["inputs"]
+        and known["params"].items() <= training["params"].items()
+        for latent in lesson["latents"]
+    )
 
 
-def as_rows(explanations: Mapping[int, Explanation], longest: int = 2000) -> dict[str, dict]:
-    """Explanations by latent as JSON has them; an answer is kept up to `longest` characters."""
+def as_rows(explanations: Mapping[int, Explanation], longest: int = 2000) -> dict[int, dict]:
+    """Return explanations by latent as plain values, as explanations.json keeps them.
+
+    longest: characters of an answer that are kept.
+    """
     return {
-        str(latent): {
-            "outcome": its.outcome.value, "concept": its.concept, "kind": its.kind, "answer": its.answer[:longest],
-            "sureness": its.sureness,
+        latent: {
+            "outcome": row.outcome.value, "concept": row.concept, "kind": row.kind, "answer": row.answer[:longest],
+            "confidence": row.confidence,
         }
-        for latent, its in explanations.items()
+        for latent, row in explanations.items()
     }  # fmt: skip

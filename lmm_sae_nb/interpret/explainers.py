@@ -1,6 +1,6 @@
-"""Sections 2.2, 3.2: models that are asked but not studied: explainer, refiner, concept labeller and judge.
+"""Explainer, refiner and labeller: how they are asked, and how their replies are understood.
 
-Each is a plain callable over a `Chat` (`lmm_sae_nb.chat.recorded`), a model in this process or an endpoint.
+Each is a plain callable over a `Chat` (`lmm_sae_nb.chat.questions`), a model in this process or an endpoint.
 """
 
 from __future__ import annotations
@@ -17,25 +17,16 @@ from lmm_sae_nb.chat.questions import Chat, Question, Reply
 from lmm_sae_nb.chat.recorded import ask
 from lmm_sae_nb.support.files import read_json
 
-REFUSAL = "unable to produce explanations"
-
-
+REFUSAL = "unable to produce explanations"  # what an explainer is to answer if it sees nothing in common
 REFUSES = re.compile(r"unable to produce (an )?(explanation|description)", re.IGNORECASE)  # text and code of the paper
-
-
-KINDS = ("scene", "object", "part", "material", "texture", "colour")  # of Table 1
-
-
-LONGEST = 100  # characters of a concept; what is longer is no name
-
+KINDS = ("scene", "object", "part", "material", "texture", "colour")  # kinds of concept in Table 1
+LONGEST_CONCEPT = 100  # characters; a longer text is no name
 
 REFINE_PROMPT = (
     "Below is a description of what a feature of a vision model responds to. Give the one concept that it is about as "
     "a short noun phrase of at most four words, without any other text. If it says that there is none, answer: "
     f"{REFUSAL}\n\nDescription: {{text}}"
 )
-
-
 LABEL_PROMPT = (
     'Which kind of visual concept is "{text}"? A scene is a whole place; an object a thing; a part a piece of a thing; '
     "a material what a thing is made of; a texture a pattern; a colour a colour. Answer with one word: "
@@ -44,65 +35,77 @@ LABEL_PROMPT = (
 
 
 class Outcome(str, Enum):
-    """What became of a question; only what is explained is ever scored."""
+    """What became of a question. Only what is explained is ever scored."""
 
     EXPLAINED = "explained"
-    REFUSED = "refused"  # the model says that it cannot, or is too unsure of what it says
+    REFUSED = "refused"  # the model says that it sees nothing in common, or its confidence is too low
     UNPARSEABLE = "unparseable"  # it answers, but with nothing that can be used
     FAILED = "failed"  # there is no answer; it is asked again the next time
 
 
 class Answer(NamedTuple):
-    """A reply as it was understood: `text` only if the outcome is explained; `raw` is what was said, or the fault.
+    """A reply as it was understood.
 
-    sureness: as in `Reply`.
+    outcome: explained, refused, unparseable or failed.
+    text: the explanation in one line; None unless the outcome is explained.
+    raw: the reply as it came, or why there is none.
+    confidence: as in `Reply`.
     """
 
     outcome: Outcome
     text: str | None
     raw: str
-    sureness: float | None = None
+    confidence: float | None = None
 
 
 Refiner = Callable[[Sequence[str]], list[Answer]]
-
-
 Labeller = Callable[[Sequence[str]], "list[str | None]"]
 
 
-def understood(reply: Reply, tag: str = "", longest: int = 2000, least_sure: float = 0.0) -> Answer:
-    """A reply as an explanation: what stands behind `tag`, or all of it if there is no tag.
+def parse_reply(reply: Reply, tag: str = "", longest: int = 2000, least_confidence: float = 0.0) -> Answer:
+    """Understand a reply as an explanation: the text behind the last `tag`, or all of it without a tag.
 
-    Refused if that has the words of `REFUSES`, in any case, or the model gives its explanation a probability below
-    `least_sure`. Unparseable if the tag is missing, nothing is left, more than `longest` characters are, or the reply
-    was cut short. ValueError for a `least_sure` above 0 where the reply does not tell how sure it is.
+    It is refused if it has the words of `REFUSES`, or if its confidence is below `least_confidence`. It is unparseable
+    if the tag is missing, if no letter or digit is left, if it is too long, or if the reply was cut short.
+
+    reply: of the explainer.
+    tag: the mark behind which the explanation stands; "" for none.
+    longest: characters of an explanation.
+    least_confidence: a probability in [0, 1]; 0 accepts every explanation.
+
+    Raises:
+        ValueError: `least_confidence` is above 0 and the reply reports no confidence.
     """
     if reply.text is None:
         return Answer(Outcome.FAILED, None, reply.fault)
-    if least_sure > 0 and reply.sureness is None:
+    if least_confidence > 0 and reply.confidence is None:
         raise ValueError(
-            f"the reply {reply.text[:60]!r} comes without the probabilities of its tokens, so it cannot be held "
-            f"against least_sure = {least_sure}; set least_sure to 0, or ask a server that returns `logprobs`"
+            f"the reply {reply.text[:60]!r} comes without the probabilities of its tokens, so it cannot be compared "
+            f"with least_confidence = {least_confidence}; set least_confidence to 0, or ask a server that returns "
+            "`logprobs`"
         )
-    said, rest = " ".join(reply.text.split()), (reply.text, reply.sureness)
-    _, found, behind = said.rpartition(tag) if tag else ("", "all", said)
-    if REFUSES.search(behind or said):  # all of the reply, if there is no tag: some refuse without it
-        return Answer(Outcome.REFUSED, None, *rest)
+    line = " ".join(reply.text.split())
+    _, mark, behind = line.rpartition(tag) if tag else ("", "all", line)
+    if REFUSES.search(behind or line):  # some models refuse without writing the tag
+        return Answer(Outcome.REFUSED, None, reply.text, reply.confidence)
     text = behind.strip().strip("\"'*`").strip()
-    if reply.cut or not found or not any(map(str.isalnum, text)) or len(text) > longest:
-        return Answer(Outcome.UNPARSEABLE, None, *rest)
-    if least_sure > 0 and reply.sureness < least_sure:
-        return Answer(Outcome.REFUSED, None, *rest)
-    return Answer(Outcome.EXPLAINED, text, *rest)
+    if reply.cut or not mark or not any(map(str.isalnum, text)) or len(text) > longest:
+        return Answer(Outcome.UNPARSEABLE, None, reply.text, reply.confidence)
+    if least_confidence > 0 and reply.confidence < least_confidence:
+        return Answer(Outcome.REFUSED, None, reply.text, reply.confidence)
+    return Answer(Outcome.EXPLAINED, text, reply.text, reply.confidence)
 
 
 def explainer(
-    chat: Chat, prompt: str, *, tag: str = "", least_sure: float = 0.0
+    chat: Chat, prompt: str, *, tag: str = "", least_confidence: float = 0.0
 ) -> Callable[[Iterable[Sequence[Image.Image]]], list[Answer]]:
-    """What the images of each set have in common, all of a set being shown at once.
+    """Return a function that asks, for each set of images, what the images have in common.
 
-    prompt: with `{images}` where they stand, or else they come first; tag, least_sure: as in `understood`. A set
-    without images is not asked about, and refused.
+    All images of a set go into one question. A set without images is not asked about, and counts as refused.
+
+    chat: the model to ask.
+    prompt: `{images}` marks the place of the images; without it they come first.
+    tag, least_confidence: as in `parse_reply`.
     """
 
     def explain(sets: Iterable[Sequence[Image.Image]]) -> list[Answer]:
@@ -115,78 +118,89 @@ def explainer(
                 else:
                     empty.add(number)
 
-        found = [understood(reply, tag, least_sure=least_sure) for reply in ask(chat, questions())]
-        silent, rest = Answer(Outcome.REFUSED, None, "no image excites it"), iter(found)
-        return [silent if number in empty else next(rest) for number in range(len(found) + len(empty))]
+        answers = [parse_reply(reply, tag, least_confidence=least_confidence) for reply in ask(chat, questions())]
+        without, rest = Answer(Outcome.REFUSED, None, "no image excites it"), iter(answers)
+        return [without if number in empty else next(rest) for number in range(len(answers) + len(empty))]
 
     return explain
 
 
 def refiner(chat: Chat, prompt: str = REFINE_PROMPT) -> Refiner:
-    """A long explanation as a short name of at most `LONGEST` characters, by a language model."""
+    """Return a function that shortens explanations to concepts of at most `LONGEST_CONCEPT` characters.
+
+    chat: the language model to ask.
+    prompt: `{text}` marks the place of the explanation.
+    """
 
     def refine(texts: Sequence[str]) -> list[Answer]:
         replies = ask(chat, [Question(prompt.replace("{text}", text)) for text in texts])
-        return [_named(understood(reply, longest=LONGEST)) for reply in replies]
+        return [_as_concept(reply) for reply in replies]
 
     return refine
 
 
-def _named(answer: Answer) -> Answer:
+def no_refiner(texts: Sequence[str]) -> list[Answer]:
+    """Return explanations as they are, if they are short enough to be concepts."""
+    return [_as_concept(Reply(text)) for text in texts]
+
+
+def _as_concept(reply: Reply) -> Answer:
+    answer = parse_reply(reply, longest=LONGEST_CONCEPT)
     return answer._replace(text=answer.text.rstrip(" .").lower()) if answer.text else answer
 
 
-def unrefined(texts: Sequence[str]) -> list[Answer]:
-    """Explanations as they are, if they are short enough to be names."""
-    return [_named(understood(Reply(text), longest=LONGEST)) for text in texts]
-
-
 def labeller(chat: Chat, prompt: str = LABEL_PROMPT) -> Labeller:
-    """The kind of Table 1 that a language model gives each concept; None where it gives none of the six."""
-    return _chosen_by(chat, prompt, {**{kind: kind for kind in KINDS}, "color": "colour"})
+    """Return a function that gives each concept a kind of Table 1, or None where the model names none or several.
 
+    chat: the language model to ask.
+    prompt: `{text}` marks the place of the concept.
+    """
+    options = {**{kind: kind for kind in KINDS}, "color": "colour"}
 
-def unlabelled(concepts: Sequence[str]) -> list[str | None]:
-    """No kinds, where there is neither a model to ask for them nor a vocabulary."""
-    return [None] * len(concepts)
-
-
-def names(answer: str, concept: str) -> bool:
-    """Whether the answer has the concept's name, in any case, singular or plural, as words of their own."""
-    return re.search(rf"\b{re.escape(concept)}(e?s)?\b", answer, re.IGNORECASE) is not None
-
-
-def _chosen_by(chat: Chat, prompt: str, options: Mapping[str, str]) -> Labeller:
     def label(concepts: Sequence[str]) -> list[str | None]:
         replies = ask(chat, [Question(prompt.replace("{text}", concept)) for concept in concepts])
-        return [_chosen(reply, options) for reply in replies]
+        return [only_option(reply, options) for reply in replies]
 
     return label
 
 
-def _chosen(reply: Reply, options: Mapping[str, str]) -> str | None:
-    """The one option whose word a reply has; None for none or several."""
+def no_labeller(concepts: Sequence[str]) -> list[str | None]:
+    """Return None for every concept."""
+    return [None] * len(concepts)
+
+
+def only_option(reply: Reply, options: Mapping[str, str]) -> str | None:
+    """Return the meaning of the one option whose word a reply has; None for none or several.
+
+    options: a word in small letters to its meaning.
+    """
     words = set(re.findall(r"\w+", (reply.text or "").lower()))
-    found = {meant for word, meant in options.items() if word in words}
-    return found.pop() if len(found) == 1 else None
+    meanings = {meaning for word, meaning in options.items() if word in words}
+    return meanings.pop() if len(meanings) == 1 else None
+
+
+def mentions(answer: str, concept: str) -> bool:
+    """Tell whether an answer has a concept as a whole word, in capitals or not, singular or plural."""
+    return re.search(rf"\b{re.escape(concept)}(e?s)?\b", answer, re.IGNORECASE) is not None
 
 
 class Vocabulary:
-    """Refiner and labeller for answers in the words of a world whose every concept is known; exact, and no model.
+    """Refiner and labeller where every concept of the world is known: exact, and without a model.
 
-    concepts: kind -> names, or the path of a JSON file with them. An answer that is no name is unparseable.
+    concepts: kind to names, or the path of a JSON file with them.
     """
 
     name = "the vocabulary"
 
     def __init__(self, concepts: str | Path | Mapping[str, Sequence[str]]):
-        told = concepts if isinstance(concepts, Mapping) else read_json(concepts)
+        names_by_kind = concepts if isinstance(concepts, Mapping) else read_json(concepts)
         self._kinds: dict[str, str] = {}
-        for kind, names in told.items():
+        for kind, names in names_by_kind.items():
             for name in names:
                 self._kinds.setdefault(name.lower(), kind)
 
     def refine(self, texts: Sequence[str]) -> list[Answer]:
+        """Return each text as a concept, without an article; a text that names no concept is unparseable."""
         return [self._refine(text) for text in texts]
 
     def _refine(self, text: str) -> Answer:
@@ -196,15 +210,16 @@ class Vocabulary:
         return Answer(Outcome.UNPARSEABLE, None, text)
 
     def label(self, concepts: Sequence[str]) -> list[str | None]:
+        """Return the kind of each concept; None for one that is not in the vocabulary."""
         return [self._kinds.get(concept) for concept in concepts]
 
     def rate(self, answers: Sequence[str], concepts: Sequence[str]) -> list[int | None]:
-        """Relevance by the words alone: 10 if an answer names its concept, 5 if another one of its kind, else 1."""
+        """Rate how relevant answers are to concepts: 10 if one names its concept, 5 for one of its kind, else 1."""
         return [self._rate(answer, concept) for answer, concept in zip(answers, concepts, strict=True)]
 
     def _rate(self, answer: str, concept: str) -> int:
-        if names(answer, concept):
+        if mentions(answer, concept):
             return 10
         kind = self._kinds.get(concept.lower())
-        alike = (name for name, its in self._kinds.items() if kind and its == kind)
-        return 5 if any(names(answer, name) for name in alike) else 1
+        same_kind = (name for name, other in self._kinds.items() if kind and other == kind)
+        return 5 if any(mentions(answer, name) for name in same_kind) else 1

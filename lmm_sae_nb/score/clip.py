@@ -105,17 +105,19 @@ def latents_clip(
 
 
 def all_clips(
-    similar: Grid, shown: Callable[[int], Sequence[Exemplar]], concepts: Mapping[int, str],
+    similar: Grid, exemplars: Mapping[int, Sequence[Exemplar]], concepts: Mapping[int, str],
     others: Mapping[int, str | None], drawn: Sequence[Image.Image], modes: Sequence[Mode] = (PAPER, STRICT),
     *, runs: int = 30, seed: int = 0,
 ) -> dict[str, dict[int, Compared]]:  # fmt: skip
-    """`latents_clip` in every mode, as columns clip_MODE; shown: a latent's exemplars."""
+    """`latents_clip` in every mode, as columns clip_MODE; exemplars: by latent."""
     names, wrong = list(concepts.values()), [others[latent] for latent in concepts]
     return {
         f"clip_{mode.name}": dict(
             zip(
                 concepts,
-                latents_clip(similar, lambda: map(shown, concepts), names, wrong, mode, drawn, runs=runs, seed=seed),
+                latents_clip(
+                    similar, lambda: (exemplars[n] for n in concepts), names, wrong, mode, drawn, runs=runs, seed=seed
+                ),
                 strict=True,
             )
         )

@@ -9,7 +9,7 @@ from PIL import Image
 from lmm_sae_nb.chat.questions import IMAGES, Chat, Question
 from lmm_sae_nb.chat.recorded import ask
 from lmm_sae_nb.interpret.exemplars import Exemplar
-from lmm_sae_nb.interpret.explainers import _chosen
+from lmm_sae_nb.interpret.explainers import only_option
 from lmm_sae_nb.score.tables import _drawn, by_kind
 from lmm_sae_nb.support.intervals import Proportion, bounds, proportion
 from lmm_sae_nb.truth.label_maps import TrueMasks
@@ -42,7 +42,7 @@ def judge(chat: Chat, prompt: str = JUDGE_PROMPT) -> Judge:
             Question(prompt.replace("{text}", concept), tuple(images))
             for images, concept in zip(sets, concepts, strict=True)
         )
-        return [_chosen(reply, {verdict: verdict for verdict in VERDICTS}) for reply in ask(chat, questions)]
+        return [only_option(reply, {verdict: verdict for verdict in VERDICTS}) for reply in ask(chat, questions)]
 
     return verdicts
 
@@ -80,7 +80,7 @@ def some_of_each(kinds: Mapping[str, str], each: int, seed: int = 0) -> list[int
 
 
 def judge_latents(
-    verdicts: Verdicts, shown: Callable[[int], Sequence[Exemplar]], named: Mapping[int, tuple[str, str]],
+    verdicts: Verdicts, exemplars: Mapping[int, Sequence[Exemplar]], named: Mapping[int, tuple[str, str]],
     others: Mapping[int, str | None], *, each: int = 100, seed: int = 0,
 ) -> dict[str, dict[str, str | None]]:  # fmt: skip
     """Verdicts on `each` latents of every kind, at random, by `JUDGED`: on their concepts, and on others'.
@@ -91,7 +91,7 @@ def judge_latents(
     found: dict[str, dict[str, str | None]] = {str(n): {"concept": named[n][0]} for n in chosen}
     for column, names in zip(JUDGED, ({n: named[n][0] for n in chosen}, others), strict=True):
         asked = [n for n in chosen if names[n]]
-        for n, verdict in zip(asked, verdicts([shown(n) for n in asked], [names[n] for n in asked]), strict=True):
+        for n, verdict in zip(asked, verdicts([exemplars[n] for n in asked], [names[n] for n in asked]), strict=True):
             found[str(n)][column] = verdict
     return found
 

@@ -33,7 +33,7 @@ class Rater:
     """Shows a latent's images and its explanation and keeps each answer, on the disk before the next one is asked.
 
     path: the JSON-lines file of `lmm_sae_nb.score.ratings`, shared by all raters. explained: what is to be judged,
-    latent to its row with `concept` and perhaps `kind`, in this order. exemplars: a latent's exemplars, of which the
+    latent to its row with `concept` and perhaps `kind`, in this order. exemplars: by latent, of which the
     images, the activations and what is left under the mask are shown. rater: who answers; another name can be typed.
 
     Each rater goes on at the first latent without an answer of his own. Keys: y, n, u, and z to take the last one back,
@@ -44,7 +44,7 @@ class Rater:
         self,
         path: str | Path,
         explained: Mapping[int, Mapping],
-        exemplars: Callable[[int], Sequence[Exemplar]],
+        exemplars: Mapping[int, Sequence[Exemplar]],
         *,
         rater: str = "",
         side: int = 120,
@@ -139,7 +139,7 @@ class Rater:
 
     def picture(self, latent: int) -> bytes:
         """Three rows as WebP: the images, their activation, what is left under the mask; whole images are one row."""
-        shown = list(self.exemplars(latent))
+        shown = self.exemplars[latent]
         rows = [[exemplar.image for exemplar in shown]]
         if all(exemplar.activation is not None for exemplar in shown):
             rows.append([heated(exemplar.image, np.asarray(exemplar.activation)) for exemplar in shown])

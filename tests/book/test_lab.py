@@ -34,7 +34,7 @@ START = """\
 import ipywidgets as widgets
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.show.latent_table import LatentTable
-from lmm_sae_nb.interpret.exemplars import exemplars
+from lmm_sae_nb.interpret.exemplars import ExemplarsByLatent
 from lmm_sae_nb.support.images import open_images
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.show.feature_browser import FeatureBrowser
@@ -50,7 +50,7 @@ panel.ask_now()
 panel.box"""
 RATER = """\
 explained = {n: {"concept": name, "kind": "object"} for n, name in names.items()}
-Rater("answers.jsonl", explained, lambda n: exemplars(cache, pictures, n)).box"""
+Rater("answers.jsonl", explained, ExemplarsByLatent(cache, pictures)).box"""
 BROWSER = """\
 rows = {n: {"concept": name, "iou": n / 10} for n, name in names.items()}
 other = SteeringPanel(*parts, **asked)

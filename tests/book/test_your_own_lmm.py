@@ -254,7 +254,7 @@ def test_neither_a_kill_nor_a_judge_out_of_reach_costs_an_answer_or_a_score(at_t
         big, record = f"big@{server.url}", Path("data/artifacts/mine/interpret/replies.jsonl")
         common = dict(run="mine", model="my/lmm", layer=1, images="my/pictures", concepts="", concurrency=2)
         how = common | dict(explainer=big, refiner=big, labeller=big, key_variable="THE_KEY", prompt="In common?",
-                            tag="[E]:", n_explained=12, least_sure=0.0)  # fmt: skip
+                            tag="[E]:", n_explained=12, least_confidence=0.0)  # fmt: skip
         record.unlink()
         victims.append(started("03_interpret_features.py", ours, **how))
         victims[0].communicate()

@@ -10,8 +10,8 @@ from PIL import Image
 
 from lmm_sae_nb.cache.latent_cache import LatentCache, write_cache
 from lmm_sae_nb.cache.top_images import Ranking
-from lmm_sae_nb.interpret.exemplars import LazyExemplars, exemplars, masked, most_activated, upsample
-from lmm_sae_nb.interpret.explain import TAUGHT, Explanation, as_rows, explain_latents, taught_latents
+from lmm_sae_nb.interpret.exemplars import ExemplarsByLatent, exemplars, masked, most_activated, upsample
+from lmm_sae_nb.interpret.explain import TRAINED_ON, Explanation, as_rows, explain_latents, latents_in_training
 from lmm_sae_nb.interpret.explainers import Answer, Outcome
 from lmm_sae_nb.support.files import write_json
 
@@ -92,26 +92,39 @@ def test_of_images_with_the_same_pixels_one_is_shown_and_another_takes_its_place
     assert len(exemplars(LatentCache.load(tmp_path), pictures, 0, n_top=5)) == 3
 
 
-def test_lazy_exemplars_are_made_at_each_look_and_only_of_their_latents():
-    looked = []
-    lazy = LazyExemplars(lambda latent: looked.append(latent) or [latent] * 2, [7, 3])
-    assert (list(lazy), len(lazy), looked) == ([7, 3], 2, [])
-    assert list(lazy.values()) == [[7, 7], [3, 3]] and lazy[3] == [3, 3] and looked == [7, 3, 3]
-    with pytest.raises(KeyError, match="5"):
-        lazy[5]
+def test_exemplars_by_latent_are_those_of_each_latent_and_made_when_looked_up(cache):
+    class Counted(list):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    pictures = Counted(Image.new("RGB", (30, 30), (n, n, n)) for n in range(4))
+    by_latent = ExemplarsByLatent(cache, pictures, n_top=1, threshold=0.5)
+    assert (list(by_latent), len(by_latent), pictures.reads) == ([0, 1], 2, 0)
+    [ours], [direct] = by_latent[0], exemplars(cache, pictures, 0, n_top=1, threshold=0.5)
+    assert ours.image_index == direct.image_index and (ours.visible == direct.visible).all()
+    assert by_latent[1] == []
+    one = by_latent.only([1])
+    assert list(one.items()) == [(1, [])]
+    with pytest.raises(KeyError, match="0"):
+        one[0]
 
 
-def test_which_latents_were_lessons_is_known_of_an_sae_of_the_same_training_alone(tmp_path):
+def test_the_latents_of_an_explainer_s_training_are_known_only_for_an_sae_of_the_same_training(tmp_path):
     explainer, one, other = (tmp_path / name for name in ("explainer", "one", "other"))
     elsewhere = tmp_path / "elsewhere"
     for folder, k, samples in ((one, 3, "train"), (other, 4, "train"), (elsewhere, 3, "photographs")):
-        write_json(folder / "manifest.json", {"params": {"k": k}, "inputs": {"model": "a hash", samples: "another"}})
-    assert not taught_latents(explainer, one)
+        write_json(
+            folder / "manifest.json", {"params": {"k": k, "new": 1}, "inputs": {"model": "a hash", samples: "another"}}
+        )
+    assert not latents_in_training(explainer, one)
     lessons = [{"trained": None, "latents": [7]},
                {"trained": {"params": {"k": 3}, "inputs": ["model", "train"]}, "latents": [1, 5]}]  # fmt: skip
-    write_json(explainer / TAUGHT, {"lessons": lessons})
-    assert taught_latents(explainer, one) == {1, 5}
-    assert not any(taught_latents(explainer, folder) for folder in (other, elsewhere, tmp_path / "none"))
+    write_json(explainer / TRAINED_ON, {"lessons": lessons})
+    assert latents_in_training(explainer, one) == {1, 5}
+    assert not any(latents_in_training(explainer, folder) for folder in (other, elsewhere, tmp_path / "none"))
 
 
 def test_what_becomes_of_a_latent_is_what_the_last_who_was_asked_says(cache):
@@ -139,5 +152,5 @@ def test_what_becomes_of_a_latent_is_what_the_last_who_was_asked_says(cache):
         7: Explanation(REFUSED, None, None, "no"), 9: Explanation(FAILED, None, None, "down"),
     }  # fmt: skip
     rows = json.loads(json.dumps(as_rows(told, longest=1)))
-    assert rows["9"] == {"outcome": "failed", "concept": None, "kind": None, "answer": "d", "sureness": None}
-    assert rows["3"]["sureness"] == 0.75
+    assert rows["9"] == {"outcome": "failed", "concept": None, "kind": None, "answer": "d", "confidence": None}
+    assert rows["3"]["confidence"] == 0.75

@@ -8,7 +8,7 @@ from PIL import Image
 
 from lmm_sae_nb.chat.questions import Question, Reply
 from lmm_sae_nb.interpret import explainers
-from lmm_sae_nb.interpret.explainers import LONGEST, REFUSAL, Outcome, Vocabulary, understood
+from lmm_sae_nb.interpret.explainers import LONGEST_CONCEPT, REFUSAL, Outcome, Vocabulary, parse_reply
 from lmm_sae_nb.score import judges
 from lmm_sae_nb.steer import relevance
 
@@ -37,17 +37,17 @@ TAG = "[EXPLANATION]:"
     ],
 )
 def test_a_reply_is_one_of_four_things(text, tag, outcome, found):
-    answer = understood(Reply(text), tag)
+    answer = parse_reply(Reply(text), tag)
     assert (answer.outcome, answer.text, answer.raw) == (outcome, found, text)
 
 
 def test_a_fault_is_no_explanation_and_half_a_reply_neither():
-    assert understood(Reply(None, "it is down")) == (Outcome.FAILED, None, "it is down", None)
-    assert understood(Reply("train tra", cut=True)).outcome is Outcome.UNPARSEABLE
+    assert parse_reply(Reply(None, "it is down")) == (Outcome.FAILED, None, "it is down", None)
+    assert parse_reply(Reply("train tra", cut=True)).outcome is Outcome.UNPARSEABLE
 
 
 @pytest.mark.parametrize(
-    ("sureness", "least", "outcome"),
+    ("confidence", "least", "outcome"),
     [
         (0.5, 0.5, Outcome.EXPLAINED),
         (0.49, 0.5, Outcome.REFUSED),
@@ -55,21 +55,23 @@ def test_a_fault_is_no_explanation_and_half_a_reply_neither():
         (None, 0.0, Outcome.EXPLAINED),
     ],
 )
-def test_who_is_too_unsure_has_not_explained(sureness, least, outcome):
-    answer = understood(Reply("a hat", sureness=sureness), least_sure=least)
-    assert (answer.outcome, answer.raw, answer.sureness) == (outcome, "a hat", sureness)
+def test_who_is_too_unsure_has_not_explained(confidence, least, outcome):
+    answer = parse_reply(Reply("a hat", confidence=confidence), least_confidence=least)
+    assert (answer.outcome, answer.raw, answer.confidence) == (outcome, "a hat", confidence)
     assert answer.text == ("a hat" if outcome is Outcome.EXPLAINED else None)
 
 
 def test_a_limit_needs_a_reply_that_tells_how_sure_it_is():
-    with pytest.raises(ValueError, match=r"'a hat' comes without .* least_sure = 0.5; set least_sure to 0, or ask"):
-        explainers.explainer(Answering(lambda question: Reply("a hat")), "?", least_sure=0.5)([pictures(1)])
-    assert understood(Reply(None, "it is down"), least_sure=0.5).outcome is Outcome.FAILED
+    with pytest.raises(
+        ValueError, match=r"'a hat' comes without .* least_confidence = 0.5; set least_confidence to 0, or ask"
+    ):
+        explainers.explainer(Answering(lambda question: Reply("a hat")), "?", least_confidence=0.5)([pictures(1)])
+    assert parse_reply(Reply(None, "it is down"), least_confidence=0.5).outcome is Outcome.FAILED
 
 
 @given(st.text(max_size=300), st.sampled_from(["", TAG]))
 def test_only_what_is_explained_has_a_text_and_it_is_one_line(text, tag):
-    answer = understood(Reply(text), tag)
+    answer = parse_reply(Reply(text), tag)
     assert (answer.text is not None) == (answer.outcome is Outcome.EXPLAINED)
     assert answer.text is None or (answer.text == " ".join(answer.text.split()) != "" and "\n" not in answer.text)
 
@@ -109,11 +111,11 @@ def test_an_explainer_sees_a_set_at_once_and_is_not_asked_about_an_empty_one():
 
 def test_a_refiner_gives_a_short_name_or_says_that_there_is_none():
     chat = Answering(lambda question: Reply(question.text.removeprefix("shorten: ").partition(",")[0]))
-    texts = ["Train Tracks., where trains run", f"{REFUSAL}, sorry", "x" * (LONGEST + 1)]
+    texts = ["Train Tracks., where trains run", f"{REFUSAL}, sorry", "x" * (LONGEST_CONCEPT + 1)]
     name, none, long = explainers.refiner(chat, "shorten: {text}")(texts)
     assert name[:3] == (Outcome.EXPLAINED, "train tracks", "Train Tracks.")
     assert (none.outcome, long.outcome) == (Outcome.REFUSED, Outcome.UNPARSEABLE)
-    short, long = explainers.unrefined(["A cat.", "a long, long story " * 9])
+    short, long = explainers.no_refiner(["A cat.", "a long, long story " * 9])
     assert (short.text, long.outcome) == ("a cat", Outcome.UNPARSEABLE)
 
 
@@ -155,7 +157,7 @@ def test_the_vocabulary_is_exact(tmp_path):
     assert words.label(["cat", "happy", "stop", "dog"]) == ["object", "face", "word", None]
     (tmp_path / "concepts.json").write_text('{"object": ["cat"]}')
     assert Vocabulary(tmp_path / "concepts.json").label(["cat"]) == ["object"]
-    assert explainers.unlabelled(["cat", "dog"]) == [None, None]
+    assert explainers.no_labeller(["cat", "dog"]) == [None, None]
 
 
 def test_every_concept_of_picture_world_is_its_own_name():
@@ -177,7 +179,7 @@ def test_every_concept_of_picture_world_is_its_own_name():
     ],
 )
 def test_an_answer_names_a_concept_by_whole_words(answer, concept, named):
-    assert explainers.names(answer, concept) is named
+    assert explainers.mentions(answer, concept) is named
 
 
 def test_relevance_is_a_whole_number_from_one_to_ten_or_nothing():

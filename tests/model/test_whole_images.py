@@ -8,7 +8,7 @@ from models import make, noise
 from PIL import Image
 
 from lmm_sae_nb.cache.activations import cache_activations
-from lmm_sae_nb.interpret.exemplars import Exemplar, exemplars
+from lmm_sae_nb.interpret.exemplars import Exemplar, ExemplarsByLatent, exemplars
 from lmm_sae_nb.interpret.explain import as_rows, explain_enough, explain_latents
 from lmm_sae_nb.interpret.explainers import Answer, Outcome
 from lmm_sae_nb.model.lmm import LMM
@@ -61,7 +61,7 @@ def test_exemplars_are_whole_images_in_the_cache_s_order(cache, pictures, live):
 
 def test_the_explainer_gets_whole_images_and_the_clip_score_compares_them(cache, pictures, live):
     """CLIP score by hand: the mean over a latent's images of 100 times the cosine, 0 where that is negative."""
-    shown, heard = partial(exemplars, cache, pictures, n_top=3), []
+    shown, heard = ExemplarsByLatent(cache, pictures, n_top=3), []
 
     def explain(sets):
         heard.extend(list(images) for images in sets)
@@ -71,7 +71,7 @@ def test_the_explainer_gets_whole_images_and_the_clip_score_compares_them(cache,
     ask = partial(explain_latents, explain=explain, refine=refine, label=lambda names: ["object"] * len(names))
     rows = as_rows(explain_enough(live, shown, ask, enough=len(live), at_once=len(live)))
     for latent, images in zip(live, heard, strict=True):
-        assert [image.tobytes() for image in images] == [one.image.tobytes() for one in shown(latent)]
+        assert [image.tobytes() for image in images] == [one.image.tobytes() for one in shown[latent]]
 
     def similar(images, texts):
         return np.array([[np.asarray(image).mean() / 255 * (-1) ** len(text) for text in texts] for image in images])
@@ -82,7 +82,7 @@ def test_the_explainer_gets_whole_images_and_the_clip_score_compares_them(cache,
     found = clip.all_clips(similar, shown, concepts, others, pictures[:4], [PAPER], runs=2)["clip_paper"]
     for latent, score in found.items():
         sign = (-1) ** len(concepts[latent])
-        values = [np.asarray(one.image).mean() / 255 * sign for one in shown(latent)]
+        values = [np.asarray(one.image).mean() / 255 * sign for one in shown[latent]]
         assert score.score == pytest.approx(100 * np.maximum(values, 0).mean())
         assert len(score.random) == 2
     with pytest.raises(NoPatchGrid, match="no IoU; take the CLIP score in the mode 'paper'"):
@@ -104,9 +104,9 @@ def test_an_iou_is_refused_and_the_reason_told(lmm, sae, cache, pictures, live):
 
 
 def test_figures_and_the_rater_show_whole_images(cache, pictures, live, tmp_path):
-    shown = partial(exemplars, cache, pictures, n_top=3)
+    shown = ExemplarsByLatent(cache, pictures, n_top=3)
     masked = Exemplar(0, pictures[0], np.ones((2, 2), np.float32), np.ones((2, 2), bool))
-    axes = plots.exemplar_strip([("whole", shown(live[0])), ("masked", [masked]), ("whole", shown(live[1]))])
+    axes = plots.exemplar_strip([("whole", shown[live[0]]), ("masked", [masked]), ("whole", shown[live[1]])])
     assert [len(ax.get_images()) for ax in axes[:, 0]] == [1, 2, 1, 1]
     assert [ax.get_title("left") for ax in axes[:, 0]] == ["whole", "masked", "", "whole"]
     rater = Rater(tmp_path / "ratings.jsonl", {live[0]: {"concept": "ball", "kind": "object"}}, shown)
@@ -129,6 +129,6 @@ def test_no_more_latents_are_asked_about_than_give_enough(enough, asked):
         def __init__(self, number):
             self.masked = number
 
-    found = explain_enough(range(10), lambda latent: [Seen(latent)], ask, enough, at_once=4)
+    found = explain_enough(range(10), {latent: [Seen(latent)] for latent in range(10)}, ask, enough, at_once=4)
     assert list(found) == list(range(asked))
     assert [len(batch) for batch in batches] == [4, 4, 2][: -(-asked // 4)]

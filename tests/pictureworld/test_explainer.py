@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from book import pages
 from lmm_sae_nb.interpret.exemplars import masked
-from lmm_sae_nb.interpret.explain import TAUGHT, taught_latents
+from lmm_sae_nb.interpret.explain import TRAINED_ON, latents_in_training
 from lmm_sae_nb.interpret.explainers import REFUSAL
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.pictureworld.__main__ import EXPLAINER, EXPLAINER_STEPS, MODEL
@@ -352,8 +352,8 @@ def test_an_exam_asks_about_latents_that_were_no_lessons(pictures, root, tmp_pat
     write_json(tmp_path / "sae" / "manifest.json", {"params": {"k": 4}, "inputs": {"samples": "a hash"}})
     source, seen = Source(tmp_path / "sae", 1), pictures.first(12)
     lessons = of_latents(source, tmp_path / "made" / "latents-0", root / MODEL, seen, 2, 6)
-    write_json(tmp_path / "explainer" / TAUGHT, explainer_train.lessons_of(tmp_path / "made", 1))
-    taught = taught_latents(tmp_path / "explainer", source.folder)
+    write_json(tmp_path / "explainer" / TRAINED_ON, explainer_train.lessons_of(tmp_path / "made", 1))
+    taught = latents_in_training(tmp_path / "explainer", source.folder)
     assert len(taught) == len(lessons.scenes) == 6
     asked = of_latents(source, tmp_path / "exam", root / MODEL, seen, 2, 99, without=taught)
     whole = of_latents(source, tmp_path / "whole", root / MODEL, seen, 2, 99)
@@ -399,7 +399,7 @@ def test_the_shipped_explainer_names_clean_held_out_sets_and_refuses_what_has_no
 def test_what_ships_is_small_whole_and_examined(root):
     folder = root / EXPLAINER
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 12e6
-    first = read_json(folder / TAUGHT)["lessons"][0]  # of the SAE that notebook 01 trains by default
+    first = read_json(folder / TRAINED_ON)["lessons"][0]  # of the SAE that notebook 01 trains by default
     defaults = {name: known.default for name, known in pages.parameters(pages.sources()[0]).items()}
     assert {name: defaults[name] for name in first["trained"]["params"]} == first["trained"]["params"]
     assert len(set(first["latents"])) == 800 and set(first["latents"]) < set(range(defaults["n_latents"]))

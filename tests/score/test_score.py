@@ -467,7 +467,7 @@ def test_clip_scores_of_latents_by_hand():
 def test_clip_columns_of_both_modes():
     shown = {4: [exemplar(0, corner(4, 2), colour=(51, 51, 51))], 2: [exemplar(0, corner(4, 4), colour=(51, 51, 51))]}
     drawn = [Image.new("RGB", (8, 8), (n, n, n)) for n in (0, 102)]
-    found = clip.all_clips(brightness, shown.get, {4: "cat", 2: "dog"}, {2: "cat", 4: "dog"}, drawn, runs=2)
+    found = clip.all_clips(brightness, shown, {4: "cat", 2: "dog"}, {2: "cat", 4: "dog"}, drawn, runs=2)
     assert list(found) == ["clip_paper", "clip_strict"]
     assert found["clip_paper"][4].score == pytest.approx(20)
     assert found["clip_paper"][2].random == pytest.approx((10, 50))
@@ -645,7 +645,7 @@ def test_some_of_each_kind_are_judged_beside_others_names():
     def verdicts(asked, concepts):
         return ["yes" if concept != "bee" else None for concept, _ in zip(concepts, asked, strict=True)]
 
-    found = judges.judge_latents(verdicts, sets.get, named, others, each=3)
+    found = judges.judge_latents(verdicts, sets, named, others, each=3)
     assert list(map(int, found)) == judges.some_of_each({str(n): kind for n, (_, kind) in named.items()}, 3)
     assert sum(named[int(n)][1] == "object" for n in found) == 3
     assert {"8", "9"} <= found.keys()

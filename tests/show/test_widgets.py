@@ -14,16 +14,16 @@ from models import llava_next, noise
 from PIL import Image
 
 from lmm_sae_nb.cache.activations import cache_activations
-from lmm_sae_nb.interpret.exemplars import exemplars
+from lmm_sae_nb.interpret.exemplars import ExemplarsByLatent
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score.ratings import append_rating, read_ratings
 from lmm_sae_nb.show.feature_browser import FeatureBrowser
 from lmm_sae_nb.show.latent_table import LatentTable
+from lmm_sae_nb.show.plots import marked, steering_strip
 from lmm_sae_nb.show.rater import Rater, added
 from lmm_sae_nb.show.steering_panel import SteeringPanel
-from lmm_sae_nb.show.tables import mark_changes, steering_strip
 from lmm_sae_nb.steer.steering import Comparison, Edit, Scope, compare
 
 
@@ -54,10 +54,10 @@ def panel(panel_parts):
 
 
 def test_changed_words_are_marked_and_everything_is_escaped():
-    assert mark_changes("a cat sits", "a dog sits") == "a <mark>dog</mark> sits"
-    assert mark_changes("a cat", "a cat <script>") == "a cat <mark>&lt;script&gt;</mark>"
-    assert mark_changes("a & b", "a & b") == "a &amp; b"
-    assert mark_changes("gone now", "") == ""
+    assert marked("a cat sits", "a dog sits") == "a <mark>dog</mark> sits"
+    assert marked("a cat", "a cat <script>") == "a cat <mark>&lt;script&gt;</mark>"
+    assert marked("a & b", "a & b") == "a &amp; b"
+    assert marked("gone now", "") == ""
 
 
 def test_a_strip_has_a_row_for_each_strength():
@@ -232,7 +232,7 @@ def rating(cached, tmp_path):
     pictures, cache = cached
 
     def make(rater: str = "", explained=EXPLAINED) -> Rater:
-        return Rater(tmp_path / "answers.jsonl", explained, lambda n: exemplars(cache, pictures, n), rater=rater)
+        return Rater(tmp_path / "answers.jsonl", explained, ExemplarsByLatent(cache, pictures), rater=rater)
 
     return make
 

@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lmm_sae_nb.interpret.explain import TAUGHT, taught_latents
+from lmm_sae_nb.interpret.explain import TRAINED_ON, latents_in_training
 from lmm_sae_nb.interpret.explainers import REFUSAL
 from lmm_sae_nb.pictureworld.explainer.masked_sets import Source, Strips, drawn, masked_images, of_latents
 from lmm_sae_nb.pictureworld.explainer.model import QUESTION, SET, save
@@ -58,7 +58,7 @@ def learn(asked: argparse.Namespace) -> None:
     save(graduate(made, asked.lmm), asked.model)
     for name, log in (("eye", "eye/log.jsonl"), ("folding", "folding/log.jsonl"), ("explainer", "log.jsonl")):
         shutil.copy(made / log, asked.model / f"{name}.jsonl")
-    write_json(asked.model / TAUGHT, lessons_of(made, len(saes)))
+    write_json(asked.model / TRAINED_ON, lessons_of(made, len(saes)))
     result = sit(asked.model, asked.courses / "explainer-exam", asked.lmm, saes[0])
     write_json(asked.model / "exam.json", result)
     for origin, rows in result.items():
@@ -67,14 +67,14 @@ def learn(asked: argparse.Namespace) -> None:
 
 
 def load(folder: Path):
-    """Return the explainer of a folder, in float32, and its processor."""
+    """The explainer of a folder, in float32, and its processor."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     return model, AutoProcessor.from_pretrained(folder)
 
 
 @torch.no_grad()
 def explain_sets(model, processor, sets: Sequence[Sequence[Image.Image]], batch: int = 16) -> list[str]:
-    """Return what the explainer says of each set of images, in order."""
+    """What the explainer says of each set of images, in order."""
     said = []
     for start in tqdm(range(0, len(sets), batch), desc="explaining", mininterval=5):
         chats = [
@@ -91,9 +91,8 @@ def explain_sets(model, processor, sets: Sequence[Sequence[Image.Image]], batch:
 
 
 def exam_sets(strips: Strips, strangers: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (sets, images) twice: of which strip each image of a set is, and which of it. Each strip gives one set,
-    of its first images, of which in a share of the sets one comes from another strip.
-    """
+    """(sets, images) twice: of which strip each image of a set is, and which of it. Each strip gives one set, of its
+    first images, of which in a share of the sets one comes from another strip."""
     rng = np.random.default_rng([62, seed])
     count = len(strips.scenes)
     strip = np.repeat(np.arange(count)[:, None], SET, 1)
@@ -111,15 +110,14 @@ def examine(model, processor, gallery: Gallery, strips: Strips, strangers: float
 
 
 def sit(folder: Path, kept: Path, taught: Path, source: Source) -> dict[str, dict[str, dict[str, float]]]:
-    """Return the whole exam of the explainer in `folder`, by origin of the masks: drawn from the truth, or of real
-    latents.
+    """The whole exam of the explainer in `folder`, by origin of the masks: drawn from the truth, or of real latents.
 
     kept: where held-out scenes and the latents' cache are kept; taught: the embedded model; source: the SAE whose
     latents are asked about, but for those whose masks, on other scenes, were lessons.
     """
     model, processor = load(folder)
     pictures = gallery(kept / "scenes.safetensors", FIRST_SEED, SCENES)
-    known = taught_latents(folder, source.folder)
+    known = latents_in_training(folder, source.folder)
     real = of_latents(source, kept / "latents", taught, pictures.first(CACHED_SCENES), SET, CACHED_SETS, without=known)
     papers = {"drawn": (drawn(pictures, DRAWN_SETS, SET, 1), STRANGERS), "cached": (real, 0.0)}
     return {origin: report(examine(model, processor, pictures, *paper)) for origin, paper in papers.items()}

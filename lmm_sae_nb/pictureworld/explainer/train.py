@@ -211,7 +211,7 @@ def train_explainer(
 
 
 def _require_same_eye(folder: Path, tower: nn.Module) -> None:
-    """Raise ValueError if the lessons in the folder were begun with another eye."""
+    """ValueError if the lessons in the folder were begun with another eye."""
     path, eye = folder / "eye.json", hash_of(tower.state_dict().values())
     if (folder / "checkpoint.pt").is_file() and (not path.is_file() or read_json(path)["eye"] != eye):
         raise ValueError(
@@ -221,8 +221,8 @@ def _require_same_eye(folder: Path, tower: nn.Module) -> None:
 
 
 def study_explainer(folder: Path, taught: Path, saes: Sequence[Source], steps: int, minutes: float = math.inf) -> bool:
-    """Return the recipe of the shipped explainer, in one piece (book/departures.md tells in which pieces it was
-    made); returns whether all its steps are done.
+    """The recipe of the shipped explainer, in one piece (book/departures.md tells in which pieces it was made); returns
+    whether all its steps are done.
 
     taught: the embedded model. saes: those whose latents make lessons, beside what is drawn from the label maps.
     minutes: for the eye and for the rest, each. Scenes and what the tower makes of them: 14 GB of memory and of disk.
@@ -240,14 +240,12 @@ def study_explainer(folder: Path, taught: Path, saes: Sequence[Source], steps: i
 
 
 def lessons_of(folder: Path, saes: int) -> dict[str, list]:
-    """Return what `explain.taught_latents` reads: which latents of each SAE made lessons, as the course in `folder`
-    noted.
-    """
+    """Return what `latents_in_training` reads: the latents of each SAE whose masks were lessons, noted in `folder`."""
     return {"lessons": [read_json(folder / f"latents-{number}" / CHOSEN) for number in range(saes)]}
 
 
 def graduate(folder: Path, taught: Path) -> AyaVisionForConditionalGeneration:
-    """Return the explainer, in float32, that the course left in its checkpoint."""
+    """The explainer, in float32, that the course left in its checkpoint."""
     checkpoint = folder / "checkpoint.pt"
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint} is missing; run `python -m lmm_sae_nb.pictureworld explainer` first")

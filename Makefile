@@ -22,11 +22,6 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[book,tests]'
 	@touch $@
 
-# glibc returns to the system what one layer frees, and the next has to ask for it again, which takes up to a tenth of the
-# time. The price: a process may hold 1 GiB that it does not use.
-book test lab: export MALLOC_MMAP_THRESHOLD_ ?= 33554432
-book test lab: export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
-
 book: $(READY)
 	@OMP_NUM_THREADS=$$($(BIN)/python -c 'import os; print(max(1, os.cpu_count() // $(JOBS)))') \
 		$(DOIT) -n $(JOBS) -P thread preset=$(PRESET)

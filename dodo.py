@@ -68,9 +68,7 @@ class AsLeft:
 
 def task_world():
     """Render the Picture World datasets."""
-    datasets = (
-        ROOT / "lmm_sae_nb" / "pictureworld" / "world" / "datasets.py"
-    )  # not its __main__, which also trains models
+    datasets = ROOT / "lmm_sae_nb/pictureworld/world/datasets.py"  # not __main__, which also trains models
     return {
         "actions": [[sys.executable, "-m", "lmm_sae_nb.pictureworld", "render", "--out", str(WORLD)]],
         "file_dep": [
@@ -99,47 +97,26 @@ def task_ipynb():
 
 
 def made_by() -> dict[Path, Path]:
-    """The page that makes each result: in the notebooks' order the first to name it."""
-    made: dict[Path, Path] = {}
-    for source, paths in RESULTS.items():
-        for path in paths:
-            made.setdefault(path, source)
-    return made
-
-
-def makers() -> dict[Path, set[Path]]:
-    """Of each page, the other pages whose results it reads."""
-    made = made_by()
+    """Return the page that makes each stage: the one that calls `page.stage` with its name."""
     return {
-        source: {made[path] for path in results if not path.is_relative_to(WORLD)} - {source}
-        for source, results in RESULTS.items()
+        ROOT / "data" / "artifacts" / str(VALUES[source.stem].get("run", "tiny")) / stage: source
+        for source in reversed(SOURCES)
+        for stage in pages.stages(source, ("stage",))
     }
 
 
+MADE_BY = made_by()
+
+
 def waits(source: Path) -> list[str]:
-    """The steps that make what a page reads."""
+    """Return the steps that make what a page reads: other pages, and the drawing of the world."""
+    makers = {maker for path in RESULTS[source] if (maker := MADE_BY.get(path, source)) != source}
     drawn = any(path.is_relative_to(WORLD) for path in RESULTS[source])
-    return sorted(f"page:{maker.stem}" for maker in makers()[source]) + ["world"] * drawn
-
-
-def task_line():
-    """A place in the line for each chapter that no other page reads, and for each appendix.
-
-    doit takes pages in the order in which they could start. One that has a place could start a step later: behind all
-    that waited for the same steps and are read, an appendix behind all chapters.
-    """
-    chapters, read = [source for source in SOURCES if source.stem[0].isdigit()], set().union(*makers().values())
-    ahead = [f"{'page' if source in read else 'line'}:{source.stem}" for source in chapters]
-    for source in SOURCES:
-        if source not in chapters:
-            yield {"name": source.stem, "actions": None, "task_dep": ahead}
-        elif source not in read:
-            yield {"name": source.stem, "actions": None, "task_dep": waits(source)}
+    return sorted(f"page:{maker.stem}" for maker in makers) + ["world"] * drawn
 
 
 def task_page():
     """Run each notebook with papermill and the preset's parameters, after those whose results it reads."""
-    made, lines = made_by(), {line["name"] for line in task_line()}
     for source in SOURCES:
         values = VALUES[source.stem]
         notebook, executed, page = (
@@ -151,9 +128,9 @@ def task_page():
             "file_dep": [notebook, *pages.modules(source), *pages.shipped(source, values)],
             "uptodate": [
                 config_changed({name: repr(value) for name, value in values.items()}),
-                AsLeft(RESULTS[source], [path for path in RESULTS[source] if made[path] == source]),
+                AsLeft(RESULTS[source], [path for path in RESULTS[source] if MADE_BY.get(path) == source]),
             ],
-            "task_dep": waits(source) + [f"line:{name}" for name in lines & {source.stem}],
+            "task_dep": waits(source),
             "targets": [page],
         }
 
@@ -175,7 +152,7 @@ def task_results():
 
 def task_features():
     """Make the features page from the explanations, the scores, the verdicts and the cache."""
-    read, made = [ARTIFACTS / stage for stage in ("cache", "interpret", "score", "judge")], made_by()
+    read = [ARTIFACTS / stage for stage in ("cache", "interpret", "score", "judge")]
     steering = next((f"notebooks/{source.stem}.html" for source in SOURCES if source.stem.startswith("06_")), None)
     return {
         "actions": [(features.write, [RUN, BOOK, steering])],
@@ -185,7 +162,7 @@ def task_features():
             config_changed({"run": RUN, "steering": steering}),
             AsLeft(read),
         ],
-        "task_dep": sorted({f"page:{made[path].stem}" for path in read if path in made}),
+        "task_dep": sorted({f"page:{MADE_BY[path].stem}" for path in read if path in MADE_BY}),
     }
 
 

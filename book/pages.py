@@ -66,10 +66,12 @@ def parameters(source: Path) -> dict[str, Parameter]:
 READS = ("stage", "file", "read")  # methods of `Page` whose first argument is a stage
 
 
-def stages(source: Path) -> list[str]:
+def stages(source: Path, methods: tuple[str, ...] = READS) -> list[str]:
     """Return the stages that a notebook makes or reads, in order.
 
     They are what `page.stage`, `page.file` and `page.read` are called with, and `after` and `beside` of `page.stage`.
+
+    methods: of `Page`; `("stage",)` returns only the stages that the notebook makes.
     """
     calls = sorted(
         (node for node in ast.walk(_tree(source)) if isinstance(node, ast.Call)),
@@ -78,9 +80,10 @@ def stages(source: Path) -> list[str]:
     names: list[str] = []
     for call in calls:
         method = call.func
-        if not (isinstance(method, ast.Attribute) and method.attr in READS and ast.unparse(method.value) == "page"):
+        if not (isinstance(method, ast.Attribute) and method.attr in methods and ast.unparse(method.value) == "page"):
             continue
-        given = [keyword.value for keyword in call.keywords if keyword.arg in ("after", "beside")] + call.args[:1]
+        given = [keyword.value for keyword in call.keywords if keyword.arg in ("after", "beside")]
+        given = given * (methods == READS) + call.args[:1]
         names += [node.value for each in given for node in ast.walk(each) if isinstance(node, ast.Constant)]
     return list(dict.fromkeys(names))
 
@@ -116,9 +119,12 @@ def results(source: Path, values: Mapping[str, object], root: Path = ROOT) -> li
     return sorted({folder / stage for stage in stages(source)} | others)
 
 
-def imports(source: Path, root: Path = ROOT) -> set[Path]:
-    """The package's files that a notebook or module imports itself, found without running it."""
-    names = _names(source.read_text(encoding="utf-8"), source.relative_to(root).parts)
+def imports(source: Path, root: Path = ROOT, types: bool = False) -> set[Path]:
+    """Return the package's files that a notebook or module imports directly, found without running it.
+
+    types: whether imports for annotations alone, under `if TYPE_CHECKING:`, count as well.
+    """
+    names = _names(source.read_text(encoding="utf-8"), source.relative_to(root).parts, types)
     homes = _homes(root)
     names = {homes.get(name, name) for name in names}
     return {file for name in names if (file := _file(name, root)) and file != source}
@@ -167,10 +173,14 @@ def _file(name: str, root: Path) -> Path | None:
 
 
 @cache
-def _names(text: str, place: tuple[str, ...]) -> frozenset[str]:
+def _names(text: str, place: tuple[str, ...], types: bool) -> frozenset[str]:
     """Dotted names inside the package that a file's import statements may mean, parents included."""
-    found = set()
-    for node in ast.walk(ast.parse(text)):
+    found, waiting = set(), [ast.parse(text)]
+    while waiting:
+        node = waiting.pop()
+        if not types and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        waiting += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -304,22 +314,12 @@ def _only_progress(output: Mapping) -> bool:
     return output.get("name") == "stderr" and all(map(PROGRESS.search, lines))
 
 
-KERNELS = """\
-import atexit, gc
-gc.set_threshold(10_000, 10, 10)
-atexit.register(gc.freeze)
-c.IPKernelApp.log_level = 40
-"""
-
-
 def quiet_kernels(folder: Path) -> str:
-    """A private IPYTHONDIR, for the book, the tests and `make lab`, whose kernels do not warn of their TCP transport at
-    every start; its path.
+    """Make a private IPYTHONDIR for the book, the tests and `make lab`; return its path.
 
-    They look for garbage less often than Python does, and not at their end; looking takes a kernel with torch and
-    transformers 2.5 s of its 6.
+    Its kernels do not warn of their TCP transport at every start.
     """
     profile = folder / "profile_default"
     profile.mkdir(parents=True, exist_ok=True)
-    (profile / "ipython_kernel_config.py").write_text(KERNELS)
+    (profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 40\n")
     return str(folder)

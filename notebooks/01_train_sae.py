@@ -189,7 +189,8 @@ metrics_table(stage)
 # %% mystnb={"figure": {"caption": "Cosine similarity of each latent's direction with its nearest neighbour. The paper expects directions that are nearly orthogonal.", "name": "fig-coherence"}, "image": {"alt": "Histogram of cosine similarities between nearest directions."}}
 rows = trained.sae.W_dec.detach()[:2048]
 nearest = (rows @ rows.T - 2 * torch.eye(len(rows))).amax(1)
-plots.histogram(nearest.numpy(), "cosine similarity with the nearest other latent");
+label = "cosine similarity with the nearest other latent"
+plots.histogram(nearest.numpy(), label);
 # %% [markdown]
 # ## What we found
 

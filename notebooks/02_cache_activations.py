@@ -167,7 +167,7 @@ read_json(stage.path("metrics.json"))
 # %%
 served, often = serves(spoken), spoken.fired[KINDS.index("text")] >= n_top
 shown = [(side, int(n)) for side in ("text_only", "both") for n in rng.permutation(np.flatnonzero(getattr(served, side) & often))[:3]]
-plots.texts({
+plots.shaded_texts({
     f"latent {n}, {side.replace('_', ' ')}: " + " · ".join(lmm.tokenizer.decode([word.token]) for word in spoken.top_words(n)):
     [read(SAEInPlace(lmm, sae, layer), samples[text], n) for text, _ in spoken.top_texts(n)[:2]] for side, n in shown
 })  # fmt: skip

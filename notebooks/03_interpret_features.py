@@ -194,7 +194,7 @@ for latent in named[:8] + refused[:4]:
 
 # %% mystnb={"figure": {"caption": "Which kinds the explainer confuses: the kind of the true concept (rows, nothing where the exemplars have none in common) and what the latent was given.", "name": "fig-confusion"}}
 if truth:
-    plots.counts(accuracy.confusion(explanations), "explained as", "really shows")
+    plots.cross_table(accuracy.confusion(explanations), "explained as", "really shows")
 
 # %% [markdown]
 # How sure the explainer is of what it says tells right names from wrong ones. Its reply has a probability, the product of its

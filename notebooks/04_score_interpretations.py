@@ -154,12 +154,12 @@ plots.table([
 # takes patches above a stated share of the image's highest activation, as they are, the likeliest mask, and shows CLIP
 # the highlighted region alone. One case by hand:
 
-# %% mystnb={"figure": {"caption": "A worked example (Figure 3), a latent that fits middlingly: its top image; then, by mode and by who says where the concept is, what is activated (orange), the concept (blue), and both (green).", "name": "fig-worked"}}
+# %% mystnb={"figure": {"caption": "A worked example (Figure 3), a latent that fits middlingly: its top image; then, by mode and by who says where the concept is, what is activated (blue), the concept (yellow), and both (green).", "name": "fig-worked"}}
 latent = sorted(concept_of, key=lambda n: explanations[str(n)].get("true_iou") or 0)[len(concept_of) // 2]
 case, concept = shown[latent][0], concept_of[latent]
 spot, ways = spots([case])[0], [(by, find, mode) for by, find in where.items() for mode in modes.values()]
-first, *rest = plots.places(1 + len(ways))
-plots.heat_map(case.image, case.activation, ax=first).set_title(f"latent {latent}: {concept}", fontsize=7)
+first, *rest = plots.picture_axes(1 + len(ways))
+plots.heat_map(case.image, case.activation, ax=first).set_title(plots.wrapped(f"latent {latent}: {concept}", 1.7))
 for ax, (by, find, mode) in zip(rest, ways, strict=True):
     active, wanted = activation_mask(spot, mode), concept_mask(find([spot.number], concept)[0], spot.size, mode)
     fit = ious([spot], concept, find, mode)[0]
@@ -240,9 +240,9 @@ plots.mean_panels({
     f"IoU, {mode}": {kind: {name: row[name] for name in series if name in row} for kind, row in tables[f"iou_{mode}"].items()}
     for mode in modes
 });
-# %% mystnb={"figure": {"caption": "A gallery (Figure 4): of each kind the latent of median strict IoU, on its top image: activated (orange), the concept (blue), both (green). The number is the mean over its images.", "name": "fig-gallery"}}
+# %% mystnb={"figure": {"caption": "A gallery (Figure 4): of each kind the latent of median strict IoU, on its top image: activated (blue), the concept (yellow), both (green). The number is the mean over its images.", "name": "fig-gallery"}}
 middle, find = score_tables.middling(scores, "iou_strict"), next(iter(where.values()))
-for ax, (kind, n) in zip(plots.places(len(middle), columns=4, side=2), middle.items(), strict=True):
+for ax, (kind, n) in zip(plots.picture_axes(len(middle), lines=3), middle.items(), strict=True):
     [top] = spots(shown[n][:1])
     active, wanted = activation_mask(top, modes["strict"]), concept_mask(find([top.number], concept_of[n])[0], top.size, modes["strict"])
     plots.overlap(pictures[top.number], active, wanted, f"{kind}: {concept_of[n]}, IoU {scores[str(n)]['iou_strict']:.2f}", ax=ax)

@@ -85,7 +85,6 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from datasets import load_from_disk
@@ -354,7 +353,7 @@ print(f"{len(everywhere)} concepts are named at every layer: {', '.join(everywhe
 caches = {name: latent_cache.LatentCache.load(stage.path(first) / name) for name in of_layers}
 strips = [(f"{name.replace('_', ' ')}, latent {by_layer[name][concept]}: {concept}", exemplars(caches[name], pictures, int(by_layer[name][concept]), n_top=n_top, threshold=threshold))
           for concept in everywhere[:: max(1, len(everywhere) // 2)][:2] for name in of_layers]  # fmt: skip
-plots.exemplar_strip(strips, side=1.1);
+plots.exemplar_strip(strips);
 
 # %% [markdown]
 # ## Table 4: another architecture
@@ -381,7 +380,7 @@ strips = [
     (f"{name}, latent {n}: {row['concept']}", exemplars(latent_cache.LatentCache.load(stage.path(name) / name), pictures, int(n), n_top=n_top))
     for name in rest for n, row in list(scored[name]["scores"].items())[:: max(1, len(scored[name]["scores"]) // 3)][:3]
 ]  # fmt: skip
-plots.exemplar_strip(strips, side=1.1);
+plots.exemplar_strip(strips);
 # %% [markdown]
 # What the models can do on held-out scenes, by question family: the share of right answers where the model comes with its exam.
 
@@ -409,10 +408,10 @@ sweeps = {
     ("k, active latents a token", lmm.width / 16): {n: f"layer_{middle}" if n == k else f"k_{n}" for n in sorted(ks)},
 }
 # %% mystnb={"figure": {"caption": "What more latents, and more active ones, bring: held-out FVU, dead latents, and the share of explained latents whose name is right, with 99 % intervals; dashed: the paper's choice.", "name": "fig-scaling"}}
-_, axes = plt.subplots(1, 2, figsize=(9, 3))
+axes = plots.panels(2, inches=3.4)
 for ax, ((xlabel, chosen), at) in zip(axes, sweeps.items(), strict=True):
     curves = {title: swept_at(quantity, at) for title, quantity in shown.items() if quantity in ("fvu", "dead_fraction", "concept_accuracy")}
-    plots.doses({title: curve for title, curve in curves.items() if curve}, xlabel, "share", ax=ax).axvline(chosen, color="grey", ls="--", lw=1)
+    plots.dose_curves({title: curve for title, curve in curves.items() if curve}, xlabel, "share", ax=ax).axvline(chosen, color="grey", ls="--", lw=1)
 # %%
 for (xlabel, _), at in sweeps.items():
     fvu = {n: metrics[f"fvu_{name}"] for n, name in at.items()}

@@ -77,8 +77,8 @@ from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.feature_browser import FeatureBrowser
 from lmm_sae_nb.show.latent_table import LatentTable
-from lmm_sae_nb.show.plots import steering_strip
 from lmm_sae_nb.show.steering_panel import SteeringPanel
+from lmm_sae_nb.show.tables import steering_strip
 from lmm_sae_nb.steer import steering
 from lmm_sae_nb.steer.relevance import relevance
 from lmm_sae_nb.steer.steering import Edit, Scope, answers, steer_latents
@@ -200,7 +200,7 @@ by_word = list(read_json(stage.path("words.json")).values())
 own, others = ([row[which] for row in by_word] for which in ("own", "others"))
 print(f"{len(by_word)} latents; own word {mean_interval(own)}, other words {mean_interval(others)} of the maximum on patches")
 # %% mystnb={"figure": {"caption": "Activation where a latent's own word is read, beside the mean over other words, in units of its maximum on patches. On the line the word makes no difference.", "name": "fig-words"}}
-plots.beside(others, own, "other words", "own word");
+plots.scatter(others, own, "other words", "own word");
 
 # %% [markdown]
 # ## A hundred objects on a white image (Appendix D)
@@ -255,7 +255,7 @@ for name, (group, key) in groups.items():
     at = sorted({row["dose"] for row in white_answers["steered"] if row["group"] == group})
     found = {value: [row[key] for row in white_answers["steered"] if (row["group"], row["dose"]) == (group, value)] for value in at}
     curves |= {name: {value: Mean(*proportion(cases)[:3]) for value, cases in found.items()}} if found else {}
-plots.doses(curves, "dose, in the latent's own maximum", "share of latents");
+plots.dose_curves(curves, "dose, in the latent's own maximum", "share of latents");
 
 # %% [markdown]
 # ## Low-level features (section 4.2, Appendix H)

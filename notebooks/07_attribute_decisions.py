@@ -269,7 +269,7 @@ exactly, linearly, on_common_path = (
     np.array(joined(ours, way)) for way in ("exact", "linear", "ig")
 )
 panels = {"linear": linearly, "integrated gradients": on_common_path}
-plots.agreement(exactly, panels, side=3.2);
+plots.agreement(exactly, panels);
 # %% mystnb={"figure": {"caption": "Rank correlation with ablation within a decision: mean over decisions and 99 % interval, by layer of the SAE.", "name": "fig-by-layer"}, "image": {"alt": "Mean rank correlations with intervals of the linear form and of integrated gradients, a row for each layer."}}
 ways = {"linear": "linear", "integrated gradients": "ig"}
 by_layer = {}

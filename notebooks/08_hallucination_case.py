@@ -244,7 +244,7 @@ for name in [n for n in metrics if f"{n}_low" in metrics]:
     print(f"{name:32s} {metrics[name]:.3f}  [{metrics[name + '_low']:.3f}, {metrics[name + '_high']:.3f}]")
 
 # %% mystnb={"figure": {"caption": "Right answers on held-out maps that contradict the taught fact, by river basin, untouched and with the cure; 99 % intervals.", "name": "fig-cured"}}
-plots.shares(report["by_group"]);
+plots.proportions(report["by_group"]);
 
 # %% [markdown]
 # ## One case in full
@@ -267,9 +267,10 @@ for kind in ("base", "tiles", "newline", "text"):
 grid = prompt.spans[0]
 top = parts.of_latents(prompt.mask("base", "tiles", "newline")[0])[0][:6].tolist()
 maps = {"all latents": parts.of_tokens()} | {f"{n}: {called.get(n, 'unnamed')}": parts.map_of(n) for n in top}
-axes = plots.images([case.image] * (1 + len(maps)), ["image"] + [""] * len(maps), columns=4, side=2.0)
-for ax, (title, values_of) in zip(axes.flat[1:], maps.items(), strict=False):
-    plots.signed_map(case.image, grid.as_grid(values_of[base]).numpy(), title, ax=ax)
+plots.signed_maps(
+    case.image,
+    {title: grid.as_grid(values[base]).numpy() for title, values in maps.items()},
+);
 
 # %% [markdown]
 # The same on the question's words (Figure 9), for all latents and for the three text-side latents with the highest

@@ -1,7 +1,6 @@
 """What the whole suite shares: its order, kernels that keep quiet and off the network, the pages, and the browser."""
 
 import fcntl
-import gc
 import os
 import shutil
 import subprocess
@@ -34,10 +33,6 @@ def pytest_configure(config):
     config.pluginmanager.register(Pages())  # what is only in here is not heard of for a file of another folder
     os.environ["IPYTHONDIR"] = pages.quiet_kernels(pages.ROOT / "build" / "ipython")
     os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def pytest_collection_finish():
-    gc.freeze()  # torch, transformers and the tests themselves stay: there is nothing among them to look for
 
 
 @pytest.hookimpl(trylast=True)

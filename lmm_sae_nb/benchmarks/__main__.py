@@ -1,11 +1,11 @@
-"""Measure the training step here and in the peers, and write book/benchmarks.json."""
+"""Measure the training step of this package and of the peers, and write book/benchmarks.json."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from lmm_sae_nb.benchmarks.comparison import bars, renew
+from lmm_sae_nb.benchmarks.comparison import check_targets, renew
 from lmm_sae_nb.support.files import project_root
 
 
@@ -14,10 +14,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lmm_sae_nb.benchmarks", description=__doc__)
     parser.add_argument("--out", type=Path, default=root / "book" / "benchmarks.json")
     parser.add_argument(
-        "--peers", type=Path, default=root / "build" / "peers", help="their environment, made if absent"
+        "--peers",
+        type=Path,
+        default=root / "build" / "peers",
+        help="the peers' environment; created if absent",
     )
-    asked = parser.parse_args()
-    for row in bars(renew(asked.out, asked.peers)["results"]):
+    options = parser.parse_args()
+    for row in check_targets(renew(options.out, options.peers)["results"]):
         print(row)
 
 

@@ -1,4 +1,4 @@
-"""How long it takes to open a cache of the paper's size and read one latent's top images and patch maps, cold.
+"""Measure how long it takes to open a cache of the paper's size and to read one latent's top images and patch maps.
 
 `python -m lmm_sae_nb.benchmarks.cache_opening` writes book/cache_opening.json.
 """
@@ -24,9 +24,13 @@ from lmm_sae_nb.support.files import project_root, write_json
 def measure(
     *, n_latents: int = 131_072, n_top: int = 5, side: int = 24, images: int = 46_684, latents: int = 50, seed: int = 0
 ) -> dict[str, float]:
-    """Milliseconds from a closed file to a latent's images and maps, of `latents` latents at random.
+    """Measure the milliseconds from a closed file to one latent's images and maps.
 
-    Before each the file's pages are dropped from the system's memory. cold_*: so; warm_median: with the pages there.
+    n_latents, n_top, side, images: size of the made-up cache; a patch map has side x side patches.
+    latents: how many are read, at random.
+    seed: of the cache's content and of the choice of latents.
+
+    Returns: cold_* with the file's pages dropped from the system's memory before each read, warm_median without.
     """
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -36,7 +40,7 @@ def measure(
         file = Path(folder) / "cache.safetensors"
         os.sync()
         chosen = [int(latent) for latent in rng.choice(n_latents, latents, replace=False)]
-        _milliseconds(folder, chosen[0])  # what Python loads at the first call is no property of the cache
+        _milliseconds(folder, chosen[0])  # not counted: Python loads modules at the first call
         cold = [_drop(file) or _milliseconds(folder, latent) for latent in chosen]
         warm = [_milliseconds(folder, latent) for latent in chosen]
         return {
@@ -72,9 +76,9 @@ def _milliseconds(folder: str, latent: int) -> float:
 
 
 def main() -> None:
-    found = circumstances() | measure()
-    write_json(project_root() / "book" / "cache_opening.json", found)
-    print(json.dumps(found, indent=2))
+    record = circumstances() | measure()
+    write_json(project_root() / "book" / "cache_opening.json", record)
+    print(json.dumps(record, indent=2))
 
 
 if __name__ == "__main__":

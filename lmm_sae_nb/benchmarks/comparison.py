@@ -1,4 +1,4 @@
-"""Run every system at every shape, each in a process of its own, and write down what came out and where."""
+"""Measure every system at every shape, each in a separate process, and record the machine and the versions."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ from lmm_sae_nb.support.stages import versions
 
 SHAPES = (Shape(1024, 256, 8192, 32), Shape(2048, 1024, 16384, 64), Shape(1024, 4096, 32768, 256))
 PEERS = ("eai-sparsify==1.3.3", "sae-lens==6.54.0", "dictionary-learning==0.1.0")
-BARS = {256: (2.1, 1.6), 1024: (1.8, 1.6), 4096: (2.5, 4.0)}  # width: at most this ratio; at least this much faster
+TARGETS = {256: (2.1, 1.6), 1024: (1.8, 1.6), 4096: (2.5, 4.0)}  # by width: highest ratio, lowest speed-up
 
 
 def peers_python(folder: Path) -> Path:
-    """The Python of an environment that holds the peers, made in `folder` if it is not there; minutes, and a registry.
+    """Return the Python of an environment with the peers; create it first if `folder` does not hold it.
 
-    It gets this environment's version of torch. torchvision, which the peers bring, often does not fit the torch
-    that is here, and none of them needs it: it is taken out. RuntimeError with pip's words if it cannot be made.
+    Creating it takes minutes and a package registry. It gets this environment's version of torch. The peers install
+    torchvision, which often does not fit that version; none of them needs it, so it is removed.
+
+    Raises:
+        RuntimeError: pip failed; the message holds pip's output.
     """
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     done = folder / "ready"
@@ -45,14 +48,18 @@ def peers_python(folder: Path) -> Path:
 
 
 def measured(python: Path | str, system: str, shape: Shape, threads: int, **how: float) -> dict:
-    """`systems.measure` in a new process of this Python; RuntimeError with its last words if it fails."""
-    asked = {"system": system, "shape": shape, "threads": threads, **how}
+    """Run `systems.measure` in a new process of this Python.
+
+    Raises:
+        RuntimeError: the process failed; the message holds the end of its error output.
+    """
+    request = {"system": system, "shape": shape, "threads": threads, **how}
     environment = {
         **os.environ, "PYTHONPATH": str(Path(systems.__file__).parents[2]), "PYTHONWARNINGS": "ignore",
         "HF_HUB_OFFLINE": "1", "SPARSIFY_DISABLE_TRITON": "1",
         "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
     }  # fmt: skip
-    command = [str(python), systems.__file__, json.dumps(asked)]
+    command = [str(python), systems.__file__, json.dumps(request)]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     if ran.returncode:
         raise RuntimeError(f"{system} at {tuple(shape)}, {threads} threads, failed:\n{ran.stderr[-2000:]}")
@@ -62,25 +69,33 @@ def measured(python: Path | str, system: str, shape: Shape, threads: int, **how:
 def compare(
     python: Path | None, shapes: Iterable[Shape] = SHAPES, threads: Sequence[int] = (1, 2), **how: float
 ) -> dict:
-    """Every system (without `python`, the environment of the peers, ours alone): what was measured, where and when."""
-    told = circumstances()  # before this makes the machine busy itself
-    asked = [(s, n, name) for n in threads for s in shapes for name, (_, peer) in SYSTEMS.items() if python or not peer]
+    """Measure every system at every shape.
+
+    python: of the environment with the peers; None measures only this package.
+    threads: numbers of threads, each measured apart.
+    how: settings of `systems.measure`.
+
+    Returns: `results`, and the date, machine and versions of the measurement.
+    """
+    record = circumstances()  # before this makes the machine busy
+    systems_here = [name for name, (_, peer) in SYSTEMS.items() if python or not peer]
+    runs = [(name, shape, n) for n in threads for shape in shapes for name in systems_here]
     rows = [
         measured(python if SYSTEMS[name][1] else sys.executable, name, shape, n, **how)
-        for shape, n, name in tqdm(asked, desc="measuring")
+        for name, shape, n in tqdm(runs, desc="measuring")
     ]
-    told["versions"] |= {row["system"]: row["version"] for row in rows if row["version"]}
-    return told | {"results": [{name: value for name, value in row.items() if name != "version"} for row in rows]}
+    record["versions"] |= {row["system"]: row["version"] for row in rows if row["version"]}
+    return record | {"results": [{name: value for name, value in row.items() if name != "version"} for row in rows]}
 
 
 def circumstances() -> dict[str, object]:
-    """When, where and with what a measurement is made: date (UTC), machine and versions."""
+    """Return the date (UTC), the machine and the versions of a measurement made now."""
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return {"date": today, "machine": machine(), "versions": versions()}
 
 
 def machine() -> dict[str, object]:
-    """What the numbers depend on, without the machine's name."""
+    """Return the properties of this machine that the numbers depend on; its name is not among them."""
     name = platform.processor()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -94,26 +109,48 @@ def machine() -> dict[str, object]:
     }
 
 
-def bars(results: Sequence[dict], threads: int = 1) -> list[dict]:
-    """For each width with a bar: our ratio and memory, the fastest and the leanest peer's, and if it is met."""
+def by_shape(results: Sequence[dict], quantity: str, threads: int = 1) -> dict[str, dict[str, float]]:
+    """Return one quantity of every system, by the shape in words.
+
+    results: of `compare`.
+    quantity: "ratio" (step by dense product), "step_ms", "floor_ms" or "peak_mb".
+    """
+    table: dict[str, dict[str, float]] = {}
+    for row in (row for row in results if row["threads"] == threads):
+        shape = f"{row['tokens']} tokens\nwidth {row['width']}\n{row['latents']} latents\nk {row['k']}"
+        table.setdefault(shape, {})[row["system"]] = row[quantity]
+    return table
+
+
+def check_targets(results: Sequence[dict], threads: int = 1) -> list[dict]:
+    """Compare this package with `TARGETS` and with the peers, one row for each width that has a target.
+
+    A target is met if the step takes at most `ratio_target` dense products, is `faster_target` times faster than the
+    fastest peer, and needs less memory than every peer. Widths without a measured peer are left out.
+    """
     rows = []
-    for width, (most, least) in BARS.items():
+    for width, (ratio_target, faster_target) in TARGETS.items():
         here = {row["system"]: row for row in results if row["width"] == width and row["threads"] == threads}
-        others = [row for name, row in here.items() if SYSTEMS[name][1]]
-        if "ours" not in here or not others:
+        peers = [row for name, row in here.items() if SYSTEMS[name][1]]
+        if "ours" not in here or not peers:
             continue
-        mine, faster = here["ours"], min(row["ratio"] for row in others) / here["ours"]["ratio"]
-        leanest = min(row["peak_mb"] for row in others)
-        met = mine["ratio"] <= most and faster >= least and mine["peak_mb"] < leanest
+        ours = here["ours"]
+        faster = min(row["ratio"] for row in peers) / ours["ratio"]
+        leanest = min(row["peak_mb"] for row in peers)
+        met = ours["ratio"] <= ratio_target and faster >= faster_target and ours["peak_mb"] < leanest
         rows.append({
-            "width": width, "ratio": mine["ratio"], "at_most": most, "faster": round(faster, 2), "at_least": least,
-            "peak_mb": mine["peak_mb"], "leanest_peer_mb": leanest, "met": met,
+            "width": width, "threads": threads, "ratio": ours["ratio"], "ratio_target": ratio_target,
+            "faster": round(faster, 2), "faster_target": faster_target, "peak_mb": ours["peak_mb"],
+            "leanest_peer_mb": leanest, "met": met,
         })  # fmt: skip
     return rows
 
 
 def renew(path: Path, environment: Path | None = None) -> dict:
-    """Measure everything and write it to `path`; about a quarter of an hour, and a registry the first time."""
-    found = compare(peers_python(environment or project_root() / "build" / "peers"))
-    write_json(path, found)
-    return found
+    """Measure everything and write it to `path`: a quarter of an hour, and a registry the first time.
+
+    environment: folder of the environment with the peers; None is build/peers.
+    """
+    record = compare(peers_python(environment or project_root() / "build" / "peers"))
+    write_json(path, record)
+    return record

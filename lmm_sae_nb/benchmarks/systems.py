@@ -1,8 +1,10 @@
-"""One training step of each system, and how it is timed. This file runs as a script in the peers' environment too,
-which has nothing of this package: it imports nothing but torch until a system is chosen.
+"""Run and time one training step of each system.
 
-A whole step: forward, loss (no latent is dead, so AuxK rests), backward, gradient clipping, Adam, and what the
-system does to its dictionary's rows. Each system goes through its own public classes with its own defaults.
+This file also runs as a script in the peers' environment, which does not have this package. So it imports only torch
+until a system is chosen.
+
+A step is: forward, loss (no latent is dead, so there is no AuxK), backward, gradient clipping, Adam, and what the
+system does to the rows of its dictionary. Each system goes through its public classes with its defaults.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def ours_plain(shape: Shape) -> Step:
 
 
 def sparsify(shape: Shape) -> Step:
-    """As in its Trainer with optimizer="adam"; clipping is added, which that version leaves out."""
+    """Return the step of sparsify's Trainer with optimizer="adam", plus the clipping that this version leaves out."""
     from sparsify import SparseCoder, SparseCoderConfig
 
     sae = SparseCoder(shape.width, SparseCoderConfig(num_latents=shape.latents, k=shape.k))
@@ -71,9 +73,9 @@ def sparsify(shape: Shape) -> Step:
 
 
 def sae_lens(shape: Shape) -> Step:
-    """As its SAETrainer does, without the statistics that the trainer keeps of dense activations.
+    """Return the step of sae-lens' SAETrainer, without the statistics that it keeps of dense activations.
 
-    Its use_sparse_activations, off by default, has no backward here: aten::view is missing on the SparseCPU backend.
+    Its use_sparse_activations is off, as by default: on a CPU it has no backward (aten::view is missing on SparseCPU).
     """
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.saes.sae import TrainStepInput
@@ -96,7 +98,7 @@ def sae_lens(shape: Shape) -> Step:
 
 
 def dictionary_learning(shape: Shape) -> Step:
-    """Its TopKTrainer's own `update`."""
+    """Return `update` of dictionary-learning's TopKTrainer."""
     from dictionary_learning.trainers.top_k import TopKTrainer
 
     trainer = TopKTrainer(
@@ -106,7 +108,7 @@ def dictionary_learning(shape: Shape) -> Step:
     return lambda x: trainer.update(1, x)
 
 
-SYSTEMS = {  # name: the step, and the peer's distribution, if it is one
+SYSTEMS = {  # by name: the step, and the package on PyPI if it is a peer
     "ours": (ours, None),
     "ours, plain torch": (ours_plain, None),
     "sparsify": (sparsify, "eai-sparsify"),
@@ -116,7 +118,7 @@ SYSTEMS = {  # name: the step, and the peer's distribution, if it is one
 
 
 def peak_mb() -> float:
-    """The highest resident memory of this process alone, in MB; a parent's does not count, as it does in ru_maxrss."""
+    """Return the highest resident memory of this process in MB; unlike ru_maxrss, without its parent's."""
     try:
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
@@ -134,10 +136,15 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def measure(system: str, shape: Shape, threads: int, *, warm: int = 2, least: int = 3, budget: float = 6.0) -> dict:
-    """Time a system's step, in turns with the floor: one dense product x @ W_enc.T of the same shape.
+    """Time a system's step and, in turns with it, the floor: one dense product x @ W_enc.T of the same shape.
 
-    `warm` steps go before, after which the peak memory is read (steps are alike, and the floor is not in it). Then
-    at least `least` turns, and more until `budget` seconds have passed. ratio: the median of each turn's.
+    system: one of `SYSTEMS`.
+    threads: of torch.
+    warm: steps before the timing; the peak memory is read after them.
+    least: lowest number of turns.
+    budget: seconds; turns go on until these have passed.
+
+    Returns: medians over the turns; `ratio` is the median of step by floor.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -161,6 +168,6 @@ def measure(system: str, shape: Shape, threads: int, *, warm: int = 2, least: in
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    asked["shape"] = Shape(*asked["shape"])
-    print("\n" + json.dumps(measure(**asked)))
+    request = json.loads(sys.argv[1])
+    request["shape"] = Shape(*request["shape"])
+    print("\n" + json.dumps(measure(**request)))

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
-from lmm_sae_nb.cache.encode_images import Pictures, Studied, _ahead, _batches, _encode, _length, _prepare
+from lmm_sae_nb.cache.encode_images import Pictures, Studied, _ahead, _batches, _encode, _prepare
 from lmm_sae_nb.cache.latent_cache import PARTIAL, LatentCache, write_cache
 from lmm_sae_nb.cache.resume import (
     KEY,
@@ -41,7 +41,7 @@ from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.stages import code_fingerprints
-from lmm_sae_nb.support.tensor_files import TensorRows, hash_of
+from lmm_sae_nb.support.tensor_files import hash_of, open_tensors, shapes_in
 
 
 class Forecast(NamedTuple):
@@ -68,7 +68,7 @@ def forecast(
     if not timed:
         raise ValueError("no image could be read; give others")
     (pictures, patches, _), seconds = timed[-1]
-    length, rate = _length(images), pictures / seconds
+    length, rate = len(images), pictures / seconds
     memory = sae.n_latents * n_top * (2 * patches + 12) + 2**29
     if length is None:
         return Forecast(rate, None, None, memory)
@@ -159,7 +159,7 @@ def cache_several(
     shares = {name: Share(partials[name] / own_file, sae.n_latents, n_top, store) for name, (sae, _) in studied.items()}
     everywhere = set.intersection(*done.values())
     wanted = _batches(images, batch_size, lambda batch: batch % world == rank and batch not in everywhere)
-    length, seen = _length(images), min(share.told["images"] for share in shares.values())
+    length, seen = len(images), min(share.told["images"] for share in shares.values())
     with tqdm(desc="caching", total=length and -(-length // world), initial=seen, unit=" images",
               mininterval=2, disable=not processes.is_main_process) as bar:  # fmt: skip
         saved, needed = time.monotonic(), 0
@@ -201,9 +201,9 @@ def _check(
 ) -> None:  # fmt: skip
     for sae, layer in studied.values():
         SAEInPlace(lmm, sae, layer)  # checks that they belong together
-    if _length(images) == 0 or not studied or n_top < 1 or batch_size < 1:
+    if len(images) == 0 or not studied or n_top < 1 or batch_size < 1:
         raise ValueError(
-            f"{_length(images)} images, {len(studied)} SAEs, n_top {n_top}, batch_size {batch_size}: there is nothing "
+            f"{len(images)} images, {len(studied)} SAEs, n_top {n_top}, batch_size {batch_size}: there is nothing "
             "to rank; give at least one of each"
         )
     if store not in (None, *VALUES) or unreadable not in ("refuse", "skip"):
@@ -220,7 +220,7 @@ def _key(lmm: LMM, sae: TopKSAE, images: Pictures, layer: int, *settings: object
     source = getattr(images, "identity", None)
     if source is None:
         source = [hashlib.sha256(images[number].tobytes()).hexdigest() for number in (0, len(images) - 1)]
-    return {"config": config, "weights": weights, "source": source, "images": _length(images), "k": sae.k,
+    return {"config": config, "weights": weights, "source": source, "images": len(images), "k": sae.k,
             "code": code_fingerprints([sys.modules[__name__]]), "layer": layer,
             "image_size": lmm.image_size and list(lmm.image_size),
             "settings": list(settings)}  # fmt: skip
@@ -230,13 +230,14 @@ def _finish(folder: Path, n_latents: int, n_top: int, store: str | None, describ
     """Merge the shares into the cache, put it and the store in their places, and clear the state away."""
     partial_folder = folder / PARTIAL
     shares = {path: told_by(path) for path in shares_in(partial_folder)}
-    held = [path for path in shares if TensorRows(path).shapes]
+    shapes = {path: shapes_in(open_tensors(path)) for path in shares}
+    held = [path for path in shares if shapes[path]]
     skipped = {int(number): fault for told in shares.values() for number, fault in told["skipped"].items()}
     seen = sum(told["images"] for told in shares.values())
     if not held:
         shutil.rmtree(partial_folder)
         raise ValueError(f"no image could be read, {len(skipped)} were skipped: {skipped}; give others")
-    patches = {TensorRows(path).shapes["patches"][2] for path in held}
+    patches = {shapes[path]["patches"][2] for path in held}
     if len(patches) > 1:
         raise uneven(patches)
     described |= {

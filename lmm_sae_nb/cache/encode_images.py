@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +21,10 @@ from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents, TopKSAE
-from lmm_sae_nb.support.images import StreamedImages, UnreadableImage
+from lmm_sae_nb.support.images import UnreadableImage
 from lmm_sae_nb.support.tensor_files import require_finite
 
-Pictures = Sequence[Image.Image] | StreamedImages
-
-
+Pictures = Sequence[Image.Image]
 Studied = tuple[TopKSAE, int]  # an SAE, and the layer that it reads
 
 
@@ -44,18 +41,9 @@ def _batches(
     images: Pictures, size: int, wanted: Callable[[int], bool]
 ) -> Iterator[tuple[int, dict[int, Callable[[], Image.Image]]]]:
     """The wanted batches: batch b holds images b * size to (b + 1) * size - 1, each as a call that opens it."""
-    if hasattr(images, "__len__"):
-        for batch in filter(wanted, range(-(-len(images) // size))):
-            numbers = range(batch * size, min((batch + 1) * size, len(images)))
-            yield batch, {number: partial(images.__getitem__, number) for number in numbers}
-        return
-    first = next(filter(wanted, count()))
-    openers = enumerate(images.openers(first * size), first * size)
-    for batch in count(first):
-        if not (group := dict(islice(openers, size))):
-            return
-        if wanted(batch):
-            yield batch, group
+    for batch in filter(wanted, range(-(-len(images) // size))):
+        numbers = range(batch * size, min((batch + 1) * size, len(images)))
+        yield batch, {number: partial(images.__getitem__, number) for number in numbers}
 
 
 def _prepare(lmm: LMM, skip: bool, batch: int, openers: dict[int, Callable[[], Image.Image]]) -> _Batch:
@@ -109,17 +97,13 @@ def base_latents(
     lmm, sae, layer = place.lmm, place.sae, place.layer
     seen = set()
     batches = _ahead(partial(_prepare, lmm, False), _batches(images, batch_size, lambda _: True))
-    with tqdm(desc=title, total=_length(images), unit=" images", mininterval=2, disable=title is None) as bar:
+    with tqdm(desc=title, total=len(images), unit=" images", mininterval=2, disable=title is None) as bar:
         for batch in batches:
             latents = _encode(lmm, {"": (sae, layer)}, batch)[""]
             if len(seen := seen | {latents.acts.shape[1]}) > 1:
                 raise uneven(seen)
             yield Latents(*(part.cpu() for part in latents))
             bar.update(len(batch.images))
-
-
-def _length(images: Pictures) -> int | None:
-    return len(images) if hasattr(images, "__len__") else None
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from lmm_sae_nb.cache.sparse_store import STORE, LatentStore
 from lmm_sae_nb.cache.top_images import Ranking
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
 from lmm_sae_nb.support.files import write_json
-from lmm_sae_nb.support.tensor_files import TensorRows, save_rows
+from lmm_sae_nb.support.tensor_files import open_tensors, save_rows, shapes_in
 
 TENSORS, SHAPE, PARTIAL = "cache.safetensors", "cache.json", ".partial"
 
@@ -57,15 +56,16 @@ class LatentCache:
     """
 
     def __init__(self, folder: Path):
-        self._folder, self._rows = folder, TensorRows(folder / TENSORS)
+        self._folder, self._file = folder, open_tensors(folder / TENSORS)
+        shapes, metadata = shapes_in(self._file), self._file.metadata() or {}
         names = {"top_images", "top_means", "patches", "frequency", "mean", "max"}
-        if names - self._rows.shapes.keys() or "cache" not in self._rows.metadata:
+        if names - shapes.keys() or "cache" not in metadata:
             raise ValueError(f"{folder} is no cache of activations; make it with notebooks/02_cache_activations.py")
-        told = json.loads(self._rows.metadata["cache"])
+        told = json.loads(metadata["cache"])
         self.images, self.grid, self.layer = told["images"], told["grid"] and tuple(told["grid"]), told["layer"]
         self.skipped = {row["image"]: row["fault"] for row in told["skipped"]}
         self._stored = told["store"]
-        self.n_latents, self.n_top, self._patches = self._rows.shapes["patches"]
+        self.n_latents, self.n_top, self._patches = shapes["patches"]
 
     @classmethod
     def load(cls, folder: str | Path) -> LatentCache:
@@ -78,7 +78,7 @@ class LatentCache:
     def top(self, latent: int) -> list[tuple[int, float]]:
         """The images that excite a latent most, with their means, the first first; fewer if fewer do."""
         self._check(latent, 0)
-        images, means = (self._rows.row(name, latent).tolist() for name in ("top_images", "top_means"))
+        images, means = (self._file.get_slice(name)[int(latent)].tolist() for name in ("top_images", "top_means"))
         return [(image, mean) for image, mean in zip(images, means, strict=True) if image >= 0]
 
     def patch_map(self, latent: int, rank: int) -> Float[Tensor, "rows cols"]:
@@ -89,7 +89,7 @@ class LatentCache:
         if self.grid is None:
             raise NoPatchGrid("this cache is of a model without a patch grid; only its mean activations have a meaning")
         self._check(latent, rank)
-        return torch.from_numpy(self._rows.row("patches", latent, rank).astype(np.float32)).unflatten(0, self.grid)
+        return self._file.get_slice("patches")[int(latent), int(rank)].float().unflatten(0, self.grid)
 
     def _check(self, latent: int, rank: int) -> None:
         if not (0 <= latent < self.n_latents and 0 <= rank < self.n_top):
@@ -126,7 +126,7 @@ class LatentCache:
         return self.frequency > 0
 
     def _whole(self, name: str) -> Tensor:
-        return torch.from_numpy(self._rows.whole(name))
+        return self._file.get_tensor(name)
 
     @property
     def store(self) -> LatentStore:

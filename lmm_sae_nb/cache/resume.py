@@ -12,7 +12,7 @@ from lmm_sae_nb.cache.sparse_store import STORE, StoreWriter
 from lmm_sae_nb.cache.top_images import Ranking, firings, merged
 from lmm_sae_nb.sae.topk import Latents
 from lmm_sae_nb.support.files import as_json, clear_temporaries, write_json
-from lmm_sae_nb.support.tensor_files import TensorRows, open_tensors, save_rows
+from lmm_sae_nb.support.tensor_files import open_tensors, read_arrays, save_rows
 
 KEY = "key.json"
 RANKING = tuple(Ranking.__dataclass_fields__)
@@ -34,8 +34,8 @@ class Share:
         self.told: dict[str, Any] = {"batches": [], "images": 0, "skipped": {}, "parts": []}
         self.writer: StoreWriter | None = None
         if path.is_file():
-            rows, self.told = TensorRows(path), told_by(path)
-            if arrays := {name: rows.whole(name) for name in rows.shapes}:
+            self.told = told_by(path)
+            if arrays := read_arrays(path):
                 self._begin(Ranking(*(arrays.pop(name) for name in RANKING)))
                 if self.writer:
                     self.writer.parts, self.writer.pending = self.told["parts"], arrays
@@ -81,7 +81,7 @@ class Share:
 
 
 def told_by(path: Path) -> dict[str, Any]:
-    return json.loads(TensorRows(path).metadata["told"])
+    return json.loads(open_tensors(path).metadata()["told"])
 
 
 def shares_in(partial_folder: Path) -> list[Path]:
@@ -112,8 +112,8 @@ def is_whole(folder: Path, key: dict[str, object]) -> bool:
 
 def flush_left(share: Path, n_latents: int, patches: int, store: str | None) -> list[str]:
     """Write what a share has pending for the store, if no process went on with it; the names of the files."""
-    rows = TensorRows(share)
-    if not (pending := {name: rows.whole(name) for name in rows.shapes if name not in RANKING}):
+    pending = {name: array for name, array in read_arrays(share).items() if name not in RANKING}
+    if not pending:
         return []
     writer = StoreWriter(share.parent / STORE, n_latents, patches, store)
     writer.pending = pending
@@ -136,7 +136,7 @@ def place_store(made: Path, final: Path, parts: set[str]) -> None:
 
 def merged_blocks(shares: Sequence[Path], n_latents: int) -> Iterator[tuple[int, Ranking]]:
     """The merged ranking, a block of latents at a time; files are opened for each block, so that no page stays."""
-    _, n_top, patches = TensorRows(shares[0]).shapes["patches"]
+    _, n_top, patches = open_tensors(shares[0]).get_slice("patches").get_shape()
     step = max(1, BLOCK // (2 * n_top * patches * len(shares)))
     for start in range(0, n_latents, step):
         parts = []

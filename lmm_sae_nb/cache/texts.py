@@ -21,7 +21,7 @@ from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.samples import KINDS, prompts, token_mask
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents
-from lmm_sae_nb.support.tensor_files import TensorRows, require_finite, save_tensors
+from lmm_sae_nb.support.tensor_files import open_tensors, require_finite, save_tensors, shapes_in
 
 TENSORS = "texts.safetensors"
 IMAGE = ("base", "tiles")  # the kinds of token that show pixels
@@ -108,13 +108,14 @@ class TextCache:
     """
 
     def __init__(self, folder: Path):
-        self._rows = TensorRows(folder / TENSORS)
-        if not {"fired", "texts", "words"} <= self._rows.shapes.keys() or "texts" not in self._rows.metadata:
+        self._file = open_tensors(folder / TENSORS)
+        shapes, metadata = shapes_in(self._file), self._file.metadata() or {}
+        if not {"fired", "texts", "words"} <= shapes.keys() or "texts" not in metadata:
             raise ValueError(f"{folder / TENSORS} tells of no texts; make it with notebooks/02_cache_activations.py")
-        told = json.loads(self._rows.metadata["texts"])
+        told = json.loads(metadata["texts"])
         self.layer, self.samples, self.tokens = told["layer"], told["samples"], told["tokens"]
-        self.n_latents, self.n_top = self._rows.shapes["texts"]
-        self.fired: Int64[np.ndarray, "kinds latents"] = self._rows.whole("fired")
+        self.n_latents, self.n_top = shapes["texts"]
+        self.fired: Int64[np.ndarray, "kinds latents"] = self._file.get_tensor("fired").numpy()
 
     @classmethod
     def load(cls, folder: str | Path) -> TextCache:
@@ -135,7 +136,7 @@ class TextCache:
     def _top(self, name: str, latent: int) -> list[tuple[int, float]]:
         if not 0 <= latent < self.n_latents:
             raise ValueError(f"no latent {latent}: there are latents 0 to {self.n_latents - 1}")
-        found = (self._rows.row(part, latent).tolist() for part in (name, f"{name}_acts"))
+        found = (self._file.get_slice(part)[int(latent)].tolist() for part in (name, f"{name}_acts"))
         return [(number, act) for number, act in zip(*found, strict=True) if number >= 0]
 
 

@@ -1,14 +1,14 @@
-"""A geometry twin: a real model's layers, heads' grouping, patches and tiles at narrow widths, with random weights.
+"""Build and run a geometry twin: a real model's layers, head groups, patches and tiles, but narrow and random.
 
-It runs the true classes and processor on any machine, so that what a geometry does to memory and time is seen
-before a GPU is there. It knows nothing: what it says and what its latents show has no meaning.
+The twin runs the real classes and processor on any machine. It shows what a geometry costs in memory and time before
+a GPU is there. Its answers and its latents mean nothing.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from lmm_sae_nb.attribute.attribution import decision, linear
 from lmm_sae_nb.cache.activations import cache_activations
-from lmm_sae_nb.full_scale.costs import Assumed, attribute_cost, cache_cost, config_of, this_machine, train_cost
+from lmm_sae_nb.full_scale.costs import Assumptions, attribute_cost, cache_cost, measure_this_machine, train_cost
+from lmm_sae_nb.full_scale.models import config_of
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.support.stages import peak_memory
@@ -42,28 +43,35 @@ TEMPLATE = (
 
 
 def narrow(config: PretrainedConfig, width: int = 64) -> PretrainedConfig:
-    """A LLaVA-NeXT config with all its numbers of layers, heads of a group, patches and tiles, but this width.
+    """Return a LLaVA-NeXT config with the same layers, heads of a group, patches and tiles, but this width.
 
-    ValueError for another family, or a width that the heads do not divide.
+    width: of the decoder; the vision tower gets half of it.
+
+    Raises:
+        ValueError: a model of another family, or a width that the heads do not divide.
     """
     if not isinstance(config, LlavaNextConfig):
-        raise ValueError(f"a twin of a {config.model_type} is not built here; give a LLaVA-NeXT")
+        raise ValueError(f"there is no geometry twin of a {config.model_type}; give a LLaVA-NeXT")
     text, vision = config.text_config, config.vision_config
     group = text.num_attention_heads // text.num_key_value_heads
     if width % (2 * group):
         raise ValueError(f"width {width} is not a multiple of {2 * group}, two for each of {group} heads")
     twin = type(config).from_dict(config.to_dict())
-    for part, (size, heads) in {"text_config": (width, group), "vision_config": (width // 2, 2)}.items():
-        its = getattr(twin, part)
-        its.intermediate_size = its.intermediate_size * size // its.hidden_size
-        its.hidden_size, its.num_attention_heads = size, heads
+    for part, size, heads in ((twin.text_config, width, group), (twin.vision_config, width // 2, 2)):
+        part.intermediate_size = part.intermediate_size * size // part.hidden_size
+        part.hidden_size, part.num_attention_heads = size, heads
     twin.text_config.num_key_value_heads, twin.text_config.head_dim = 1, width // group
     twin.vision_config.projection_dim = vision.projection_dim * (width // 2) // vision.hidden_size
     return twin
 
 
 def geometry_twin(name_or_path: str | Path, width: int = 64, seed: int = 0) -> LMM:
-    """The narrow twin of a LLaVA-NeXT model, float32 on the CPU, with a processor that needs no files."""
+    """Build the narrow twin of a LLaVA-NeXT model: float32, on the CPU, with a processor that needs no files.
+
+    name_or_path: the model whose geometry it has.
+    width: of its decoder.
+    seed: of its random weights.
+    """
     config, words = narrow(config_of(name_or_path), width), _byte_tokenizer()
     config.image_token_id = words.convert_tokens_to_ids(IMAGE)
     config.text_config.bos_token_id, config.text_config.eos_token_id = None, words.eos_token_id
@@ -96,7 +104,10 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def noise(sizes: list[tuple[int, int]], seed: int = 0) -> list[Image.Image]:
-    """Pictures of random pixels, (width, height) each."""
+    """Return pictures of random pixels.
+
+    sizes: (width, height) of each, in pixels.
+    """
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
 
@@ -113,45 +124,64 @@ def run_twin(
     batch_tokens: int = 1024,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Train on the twin, cache and attribute with it, for real, and forecast the same: seconds, GB of memory at most.
+    """Train, cache and attribute with the twin, and predict what the same takes.
 
-    pictures: all of one size. Gives train_seconds, train_seconds_forecast, train_gb, train_gb_forecast, and the same
-    for cache and for attribute, a decision on each picture. The forecast takes this machine's measured speed, and all
-    of it; what is compiled once is compiled first.
+    The prediction uses this machine's measured speed in full. Numba's loops are compiled before anything is timed.
+
+    pictures: all of one size; each is a sample, a cached image, and the image of one decision.
+    layer, n_latents, k, n_top, steps, batch_tokens, seed: as in `train_sae` and `cache_activations`.
+
+    Returns: for each of train, cache and attribute NAME_seconds and NAME_gb (the highest memory of the process), and
+    the same with `_forecast`.
     """
-    here, before, question = this_machine(), peak_memory() or 0, "what is shown ?"
+    this_machine, memory_before = measure_this_machine(), peak_memory() or 0
+    question = "what is shown ?"
     samples = [{"image": picture, "question": question, "answer": "noise"} for picture in pictures]
-    text = int(lmm.prompt(question, pictures[0], answers=["noise"]).mask("text", "special").sum())
-    assumed = Assumed(image=pictures[0].size, text_tokens=text, utilisation=1.0, library_memory=before)
-    sizes = {"n_latents": n_latents, "k": k}
+    text_tokens = int(lmm.prompt(question, pictures[0], answers=["noise"]).mask("text", "special").sum())
+    assumptions = Assumptions(pictures[0].size, text_tokens=text_tokens, library_memory=memory_before)
+    size = {"n_latents": n_latents, "k": k}
     batches = {"steps": steps, "batch_tokens": batch_tokens, "buffer_tokens": 4 * batch_tokens, "batch_samples": 1}
-    told = {"dtype": "float32", "assumed": assumed}
-    costs = {
-        "train": train_cost(lmm.model, layer, **sizes, **batches, **told),
-        "cache": cache_cost(lmm.model, layer, **sizes, n_top=n_top, batch_size=1, images=len(pictures), **told),
-        "attribute": attribute_cost(lmm.model, layer, **sizes, decisions=len(pictures), **told),
-    }
-    found: dict[str, float] = {}
+    common = {"dtype": "float32", "assumptions": assumptions}
+    costs = [
+        train_cost(lmm.model, layer, **size, **batches, **common),
+        cache_cost(lmm.model, layer, **size, n_top=n_top, batch_size=1, images=len(pictures), **common),
+        attribute_cost(lmm.model, layer, **size, decisions=len(pictures), **common),
+    ]
+    measured: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         few = {"n_latents": 2 * k, "k": k, "steps": 1, "batch_tokens": 64, "buffer_tokens": 64, "batch_samples": 1}
         train_sae(lmm, samples[:1], layer, **few, folder=f"{folder}/few")
-        with _measured("train", found):
-            sae = train_sae(lmm, samples, layer, **sizes, **batches, seed=seed, folder=f"{folder}/train").sae
-        with _measured("cache", found):
-            cache_activations(
-                SAEInPlace(lmm, sae, layer), pictures, n_top=n_top, batch_size=1, folder=f"{folder}/cache"
-            )
-        with _measured("attribute", found):
-            for shown in pictures:
-                linear(SAEInPlace(lmm, sae, layer), decision(lmm, question, shown, "y", "n"))
-    for stage, cost in costs.items():
-        found[f"{stage}_seconds_forecast"] = 3600 * sum(cost.hours(here, 1, 1.0).values())
-        found[f"{stage}_gb_forecast"] = (sum(cost.gpu.values()) + cost.host.get("top images", 0.0)) / 1e9
-    return found
+        with _timed("train", measured):
+            sae = train_sae(lmm, samples, layer, **size, **batches, seed=seed, folder=f"{folder}/train").sae
+        place = SAEInPlace(lmm, sae, layer)
+        with _timed("cache", measured):
+            cache_activations(place, pictures, n_top=n_top, batch_size=1, folder=f"{folder}/cache")
+        with _timed("attribute", measured):
+            for picture in pictures:
+                linear(place, decision(lmm, question, picture, "y", "n"))
+    for cost in costs:
+        seconds = 3600 * sum(cost.hours(this_machine, 1, utilisation=1.0).values())
+        memory = sum(cost.gpu.values()) + cost.host.get("top images", 0.0)
+        measured |= {f"{cost.stage}_seconds_forecast": seconds, f"{cost.stage}_gb_forecast": memory / 1e9}
+    return measured
+
+
+def forecast_and_measured(measured: Mapping[str, float], unit: str) -> dict[str, dict[str, float]]:
+    """Return the forecast beside the measurement, by stage.
+
+    measured: of `run_twin`.
+    unit: "seconds" or "gb".
+    """
+    stages = [name.removesuffix(f"_{unit}") for name in measured if name.endswith(f"_{unit}")]
+    return {
+        stage: {"forecast": measured[f"{stage}_{unit}_forecast"], "measured": measured[f"{stage}_{unit}"]}
+        for stage in stages
+    }
 
 
 @contextmanager
-def _measured(stage: str, found: dict[str, float]) -> Iterator[None]:
+def _timed(stage: str, measured: dict[str, float]) -> Iterator[None]:
+    """Add the stage's wall time and the process's highest memory so far to `measured`."""
     began = time.monotonic()
     yield
-    found |= {f"{stage}_seconds": time.monotonic() - began, f"{stage}_gb": (peak_memory() or 0) / 1e9}
+    measured |= {f"{stage}_seconds": time.monotonic() - began, f"{stage}_gb": (peak_memory() or 0) / 1e9}

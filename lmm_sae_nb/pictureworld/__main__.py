@@ -40,7 +40,7 @@ INSTRUCTBLIP = Path("data/models/tiny-instructblip")
 
 
 def _course(commands, name: str, what: str, steps: int, borrows: str = "", ships_to: Path | None = None, threads=2):
-    """A command that trains; one that borrows from the shipped model says what, and where its own goes."""
+    """Add a command that trains."""
     course = commands.add_parser(name, help=what)
     course.add_argument("--steps", type=int, default=steps)
     course.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; start again to go on")
@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def study(course: str, courses: Path, steps: int, minutes: float) -> bool:
-    """One course of the recipe that made the shipped model; returns whether all its steps are done."""
+    """Train one course of the recipe of the shipped model; return whether all its steps are done."""
     from lmm_sae_nb.pictureworld.llava.train_eye import train_tower
     from lmm_sae_nb.pictureworld.llava.train_language import train_language
     from lmm_sae_nb.pictureworld.world.scenes import MORE, PARTS

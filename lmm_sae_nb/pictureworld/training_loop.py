@@ -28,7 +28,9 @@ def optimisers(modules: Iterable[nn.Module], rate: float, decay: float = 0.02) -
 
 @lru_cache
 def autocast_if_quicker() -> bool:
-    """Whether matrix products in bfloat16 are quicker than in float32 on this processor (some halve, some double)."""
+    """Use bfloat16 for matrix products if it is quicker than float32 on this processor (on some it halves the time,
+    on some it doubles it).
+    """
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 512, dtype=dtype)
@@ -120,7 +122,7 @@ def attend(
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows of a training's log; FileNotFoundError if there is none."""
+    """Return the rows of a training's log; FileNotFoundError if there is none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; it is written by the training and shipped with the model")
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -21,7 +21,7 @@ from transformers import StoppingCriteria
 
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.show.plots import marked
+from lmm_sae_nb.show.tables import mark_changes
 from lmm_sae_nb.steer.steering import Comparison, Edit, Scope, steered
 
 SCOPES = {
@@ -67,7 +67,7 @@ def answers_html(answers: Mapping[str, str]) -> str:
     for name, title in TITLES.items():
         text = html.escape(answers[name]) if name in answers else "…"
         if name != "untouched" and name in answers and "untouched" in answers:
-            text = marked(answers["untouched"], answers[name])
+            text = mark_changes(answers["untouched"], answers[name])
         rows.append(f"<tr><th style='text-align:left'>{title}</th><td>{text}</td></tr>")
     return f"<table class='answers'>{''.join(rows)}</table>"
 

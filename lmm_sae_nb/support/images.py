@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 from cachetools import LRUCache
-from datasets import Dataset, DatasetDict, IterableDataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -55,35 +54,7 @@ class Images(Sequence):
         return hashlib.sha256(told.encode()).hexdigest()
 
 
-class StreamedImages:
-    """Pictures of a streamed data set, whose number is not known before its end.
-
-    `images[i]` reads the stream up to row i: right for a few pictures, slow for many.
-    """
-
-    def __init__(self, source: IterableDataset):
-        self._source = source
-
-    def __iter__(self) -> Iterator[Image.Image]:
-        return (opener() for opener in self.openers())
-
-    def __getitem__(self, index: int) -> Image.Image:
-        opener = next(self.openers(int(index)), None) if index >= 0 else None
-        if opener is None:
-            raise IndexError(f"no image {index} in the stream; they are numbered from 0")
-        return opener()
-
-    def openers(self, start: int = 0) -> Iterator[Callable[[], Image.Image]]:
-        """For each row from `start` on, a call that opens its picture; rows that are not called stay encoded."""
-        for number, row in enumerate(self._source.skip(start) if start else self._source, start):
-            yield partial(open_rgb, row["image"], f"row {number}")
-
-    @property
-    def identity(self) -> str:
-        return f"{self._source.info.dataset_name} {self._source.split}"
-
-
-def open_images(source: str | Path | Dataset | IterableDataset) -> Images | StreamedImages:
+def open_images(source: str | Path | Dataset) -> Images:
     """The images of a folder (searched recursively, in order of their names), of a saved data set or a data set.
 
     Every picture comes as `rgb` makes it. FileNotFoundError for a missing folder; ValueError for one without
@@ -103,12 +74,10 @@ def open_images(source: str | Path | Dataset | IterableDataset) -> Images | Stre
         source = load_from_disk(folder)
     if isinstance(source, DatasetDict):
         raise ValueError(f"the data set has the splits {', '.join(source)}; give one of them")
-    if source.column_names is not None and "image" not in source.column_names:
+    if "image" not in source.column_names:
         raise ValueError(f"the data set has columns {source.column_names}, none is `image`; rename the one that is")
-    if source.features and isinstance(source.features.get("image"), datasets.Image):
+    if isinstance(source.features["image"], datasets.Image):
         source = source.cast_column("image", datasets.Image(decode=False))  # opened here, so that faults have a name
-    if isinstance(source, IterableDataset):
-        return StreamedImages(source)
     return Images(source.select_columns("image"))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -69,55 +68,15 @@ def open_tensors(path: str | Path) -> safe_open:
         ) from error
 
 
-class TensorRows:
-    """A safetensors file of which rows are read: each with one small read of the disk, and nothing ahead.
-
-    A mapped file (`open_tensors`) reads megabytes around the first byte that is touched. shapes: by tensor's name.
-    FileNotFoundError if the file is missing, ValueError if it is cut short or another kind.
-    """
-
-    def __init__(self, path: str | Path):
-        self._path = Path(path)
-        try:
-            told = self._read(8, struct.unpack("<Q", self._read(0, 8))[0])
-            header = json.loads(told)
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
-            self._begin = 8 + len(told)
-            self._tensors = {
-                name: (_dtype(at["dtype"]), at["shape"], at["data_offsets"]) for name, at in header.items()
-            }
-            whole = self._begin + max((stop for _, _, (_, stop) in self._tensors.values()), default=0)
-        except (struct.error, MemoryError, OverflowError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a safetensors file ({error!r}); make it or download it again") from error
-        if (size := self._path.stat().st_size) != whole:
-            raise ValueError(f"{path} has {size} bytes of {whole}: it was cut short; make it or download it again")
-        self.shapes = {name: tuple(shape) for name, (_, shape, _) in self._tensors.items()}
-
-    def row(self, name: str, *index: int) -> np.ndarray:
-        """tensor[index], for as many leading axes as are given, each from 0; read anew at every call."""
-        dtype, shape, (begin, _) = self._tensors[name]
-        at = int(np.ravel_multi_index(index, shape[: len(index)]))
-        rest = shape[len(index) :]
-        size = dtype.itemsize * math.prod(rest)
-        return np.frombuffer(self._read(self._begin + begin + at * size, size), dtype).reshape(rest)
-
-    def whole(self, name: str) -> np.ndarray:
-        """All of a tensor, in memory of its own; ValueError for a name that the file does not have."""
-        if name not in self.shapes:
-            raise ValueError(f"{self._path} has no {name}, only {', '.join(self.shapes)}")
-        dtype, shape, (begin, _) = self._tensors[name]
-        return np.fromfile(self._path, dtype, math.prod(shape), offset=self._begin + begin).reshape(shape)
-
-    def _read(self, start: int, size: int) -> bytes:
-        with self._path.open("rb", buffering=0) as file:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            file.seek(start)
-            return file.read(min(size, max(0, self._path.stat().st_size - start)))
+def shapes_in(file: safe_open) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of an open safetensors file, by name; no tensor is read."""
+    return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def _dtype(name: str) -> np.dtype:
-    return np.dtype({"F": "f", "I": "i", "U": "u"}[name[0]] + str(int(name[1:]) // 8))
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Read all tensors of a safetensors file into memory, by name; errors as `open_tensors`."""
+    file = open_tensors(path)
+    return {name: file.get_tensor(name).numpy().copy() for name in file.keys()}  # noqa: SIM118
 
 
 def hash_of(tensors: Iterable[Tensor]) -> str:

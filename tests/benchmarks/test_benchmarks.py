@@ -1,4 +1,4 @@
-"""The comparison's runner: real child processes at a tiny shape, and how the bars are read."""
+"""The comparison: real child processes at a tiny shape, and how targets are checked."""
 
 import copy
 import sys
@@ -6,18 +6,16 @@ import sys
 import pytest
 import torch
 
-from lmm_sae_nb.benchmarks import comparison, systems
-from lmm_sae_nb.benchmarks.comparison import bars, compare, measured
+from lmm_sae_nb.benchmarks.comparison import by_shape, check_targets, compare, measured
 from lmm_sae_nb.benchmarks.systems import SYSTEMS, Shape
-from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.files import read_json, write_json
 
 TINY = Shape(64, 32, 256, 8)
 
 
-def test_our_systems_are_measured_in_processes_of_their_own(tmp_path):
-    found = compare(SAEInPlace(None, [TINY], (1,)), warm=1, least=2, budget=0)
+def test_our_systems_are_measured_each_in_a_separate_process(tmp_path):
+    found = compare(None, [TINY], (1,), warm=1, least=2, budget=0)
     write_json(tmp_path / "benchmarks.json", found)
     assert read_json(tmp_path / "benchmarks.json") == found
     assert [row["system"] for row in found["results"]] == ["ours", "ours, plain torch"]
@@ -55,39 +53,26 @@ def row(system, width, ratio, peak_mb, threads=1):
     return {"system": system, "width": width, "threads": threads, "ratio": ratio, "peak_mb": peak_mb}
 
 
-def test_bars_are_met_by_ratio_speed_and_memory_alike():
+def test_a_target_is_met_by_ratio_speed_and_memory_together():
     good = [row("ours", 256, 2.0, 500), row("sparsify", 256, 4.0, 600), row("sae-lens", 256, 9.0, 501)]
-    assert bars(good) == [
-        {
-            "width": 256,
-            "ratio": 2.0,
-            "at_most": 2.1,
-            "faster": 2.0,
-            "at_least": 1.6,
-            "peak_mb": 500,
-            "leanest_peer_mb": 501,
-            "met": True,
-        }
-    ]
+    (found,) = check_targets(good)
+    assert (found["faster"], found["leanest_peer_mb"], found["met"]) == (2.0, 501, True)
     for worse in (row("ours", 256, 2.2, 500), row("ours", 256, 2.0, 501)):
-        assert not bars([worse, *good[1:]])[0]["met"]
-    assert not bars([good[0], row("sparsify", 256, 3.1, 600)])[0]["met"]
+        assert not check_targets([worse, *good[1:]])[0]["met"]
+    assert not check_targets([good[0], row("sparsify", 256, 3.1, 600)])[0]["met"]
 
 
-def test_bars_leave_out_what_was_not_compared_and_our_own_other_way():
-    assert bars([row("ours", 256, 2.0, 500), row("ours, plain torch", 256, 3.0, 600)]) == []
-    assert bars([row("ours", 7, 2.0, 500), row("sparsify", 7, 4.0, 600)]) == []
-    assert bars([row("ours", 256, 2.0, 500, threads=2), row("sparsify", 256, 4.0, 600, threads=2)]) == []
+def test_widths_without_a_peer_and_other_numbers_of_threads_are_left_out():
+    assert check_targets([row("ours", 256, 2.0, 500), row("ours, plain torch", 256, 3.0, 600)]) == []
+    assert check_targets([row("ours", 7, 2.0, 500), row("sparsify", 7, 4.0, 600)]) == []
+    assert check_targets([row("ours", 256, 2.0, 500, threads=2), row("sparsify", 256, 4.0, 600, threads=2)]) == []
 
 
-def test_the_committed_measurement_is_whole():
-    found = read_json(comparison.project_root() / "book" / "benchmarks.json")
-    rows = {(r["system"], r["tokens"], r["width"], r["latents"], r["k"], r["threads"]) for r in found["results"]}
-    assert rows == {(name, *shape, n) for name in SYSTEMS for shape in comparison.SHAPES for n in (1, 2)}
-    assert all(r["turns"] >= 3 for r in found["results"])
-
-
-def test_the_peers_that_are_installed_are_those_that_are_run():
-    named = {peer for _, peer in SYSTEMS.values() if peer}
-    assert named == {pin.split("==")[0] for pin in comparison.PEERS}
-    assert systems.Shape(1024, 4096, 32768, 256) in comparison.SHAPES
+def test_a_table_by_shape_keeps_one_number_of_threads():
+    sizes = {"tokens": 1, "latents": 8, "k": 2}
+    rows = [
+        row("ours", 4, 1.5, 10) | sizes,
+        row("peer", 4, 3.0, 20) | sizes,
+        row("ours", 4, 9.9, 10, threads=2) | sizes,
+    ]
+    assert list(by_shape(rows, "ratio").values()) == [{"ours": 1.5, "peer": 3.0}]

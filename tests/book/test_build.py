@@ -1,5 +1,6 @@
 """An edit runs again what it touches and nothing else: the real build over a repository of two notebooks."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -29,27 +30,36 @@ steps: int = 5  # steps
 concepts: str = "data/artifacts/tiny/world/concepts.json"  # of the world
 
 # %%
-from pathlib import Path
+from lmm_sae_nb.change import Page, write
 
-from lmm_sae_nb.change import write
-
-Stage = lambda run, name: Path("data/artifacts", run, name)
-write(Stage(run, "train") / "manifest.json", f"{steps}")
+page = Page(run)
+write(page.stage("train") / "manifest.json", f"{steps}")
 if steps > 99:  # a stage that most runs do without
-    write(Stage(run, "judge") / "manifest.json", "")
+    write(page.stage("judge") / "manifest.json", "")
 """
 TWO = """\
 top: int = 3  # images
 
 # %%
-from pathlib import Path
-
 import lmm_sae_nb.other
+from lmm_sae_nb.change import Page
 
-require = lambda run, name: Path("data/artifacts", run, name, "manifest.json")
-require(run, "train").read_text(), top
+page = Page(run)
+page.file("train", "manifest.json").read_text(), top
 """
 CHANGE = """\
+from pathlib import Path
+
+class Page:
+    def __init__(self, run):
+        self.run = run
+
+    def stage(self, name):
+        return Path("data/artifacts", self.run, name)
+
+    def file(self, stage, name):
+        return self.stage(stage) / name
+
 def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -98,11 +108,17 @@ def ran(repository: Path, *options: str) -> list[str]:
     return sorted(in_order(repository, *options))
 
 
+def environment(repository: Path) -> dict[str, str]:
+    """Return this process's environment, in which the little package is found before the real one."""
+    return os.environ | {"PYTHONPATH": str(repository)}
+
+
 def in_order(repository: Path, *options: str) -> list[str]:
     """Build the pages; the names of the steps that ran, as they began."""
     done = subprocess.run(
-        [sys.executable, "-m", "doit", *options, "page"], cwd=repository, capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, "-m", "doit", *options, "page"], cwd=repository, env=environment(repository),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return [line.split()[-1] for line in done.stdout.splitlines() if line.startswith(".  ")]
 
@@ -169,7 +185,9 @@ def test_the_injected_cell_is_hidden_and_the_page_tells_no_times(built):
 
 def test_a_mistaken_params_file_stops_the_build_with_its_reason(built):
     edit(built, "notebooks/params/tiny.yaml", "steps", "stpes")
-    done = subprocess.run([sys.executable, "-m", "doit"], cwd=built, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "doit"], cwd=built, env=environment(built), capture_output=True, text=True, timeout=60
+    )
     assert done.returncode != 0
     assert "tiny.yaml: no notebook has a parameter 'stpes'" in done.stdout + done.stderr
 
@@ -182,17 +200,16 @@ def execute(notebook, executed, values):
 """
 
 
-def test_pages_that_others_read_go_first_and_appendices_last(tmp_path):
-    unread = {f"0{n}_unread": "01_one" for n in range(2, 5)}
-    reads = {"01_one": None, **unread, "05_read": "01_one", "06_last": "05_read", "A1_more": None}
+def test_a_page_runs_after_those_whose_results_it_reads(tmp_path):
+    reads = {"01_one": (), "02_two": ("03_three",), "03_three": ("01_one",), "04_four": ("01_one",), "A1_more": ()}
     files = {name: text for name, text in FILES.items() if not name.startswith("notebooks/0")}
-    for name, stage in reads.items():
-        calls = [f"require(run, '{stage}')"] * bool(stage) + [f"Stage(run, '{name}')"]
+    for name, stages in reads.items():
+        calls = [f"page.file('{stage}')" for stage in stages] + [f"page.stage('{name}')"]
         files[f"notebooks/{name}.py"] = HEAD + "\n# %%\n" + "\n".join(calls) + "\n"
     repository = written(tmp_path, files)
     with open(repository / "book" / "pages.py", "a") as module:  # for their order they need not be run
         module.write(COPIES)
-    steps = in_order(repository)
-    order = [step.split(":")[1] for step in steps if step.startswith("page:")]
-    assert order[:2] == ["01_one", "05_read"] and order[-1] == "A1_more"
-    assert set(order[2:-2]) == set(unread) and order[-2] == "06_last"
+    order = [step.split(":")[1] for step in in_order(repository) if step.startswith("page:")]
+    assert order[0] == "01_one" and set(order) == reads.keys()
+    assert order.index("01_one") < order.index("03_three") < order.index("02_two")
+    assert order.index("01_one") < order.index("04_four")

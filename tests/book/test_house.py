@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import importlib.metadata
+import json
 import re
 import subprocess
 import sys
@@ -31,18 +32,10 @@ PINS = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().spl
 NOTEBOOKS = pages.sources()
 PRESETS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
 
-LEVELS = [  # an import goes to the same level or a lower one, and never in a circle
-    set(level.split())
-    for level in (
-        "artifacts hooks frozen intervals spans compiled kernels sae optimiser formats hub checkpoint images ranking "
-        "store forecast processors chats asked shown grounding",
-        "lmm shares ratings",
-        "tokens train evaluate launch cache cache_formats texts steering",
-        "explain attribution fidelity cure twin",
-        "masks score truth",
-        "plots thumbnails catalogue widgets",
-    )
-]
+LAYERED = ("lmm_sae_nb/__init__.py", "README.md", "CONTRIBUTING.md")  # each states the order of the folders
+ON_TOP = ("pictureworld", "benchmarks")  # of all other folders
+BOOKKEEPING = ("is_current", "write_json", "read_json(", "fingerprint", "manifest.json", "require(", "Stage(")
+WIDTH = 75  # characters of code that the book shows at a window width of 1,300 px without scrolling
 
 
 def tracked(*patterns: str) -> list[Path]:
@@ -212,17 +205,37 @@ def test_no_file_names_a_machine_or_a_registry():
 # The package.
 
 
-def test_imports_go_downwards():
-    level = {name: height for height, names in enumerate(LEVELS) for name in names}
+def layers(file: str) -> list[str]:
+    """The folders in their order, from the line `support · model · ...` in a file."""
+    lines = re.findall(r"^\W*(\w+(?: · \w+)+)\W*$", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(set(lines)) == 1, f"{file} has {len(lines)} lines of the form  support · model · ... · show; write one"
+    return lines[0].split(" · ")
+
+
+def test_every_text_states_the_same_order_of_folders_and_it_names_all_of_them():
+    orders = {file: layers(file) for file in LAYERED}
+    assert len(set(map(tuple, orders.values()))) == 1, f"these differ: {orders}"
     package = ROOT / "lmm_sae_nb"
-    for file in sorted([*package.glob("[!_]*.py"), *package.glob("widgets/[!_]*.py")]):
-        own = file.relative_to(package).parts[0].removesuffix(".py")
-        assert own in level, f"{file.name} has no level: give it one in LEVELS and in the design"
-        for imported in pages.imports(file) - {package / "__init__.py"}:
-            name = imported.relative_to(package).parts[0].removesuffix(".py")
-            assert name != "pictureworld", f"{file.name} imports the Picture World; read its data from disk"
-            assert level[name] <= level[own], f"{file.name} imports upwards: {name}"
-            assert file not in pages.modules(imported), f"{file.name} and {name} import each other"
+    folders = {file.parent.relative_to(package).parts[0] for file in package.glob("*/**/*.py")}
+    assert folders == {*orders[LAYERED[0]], *ON_TOP}
+
+
+def test_a_folder_imports_only_from_folders_to_its_left():
+    package, order = ROOT / "lmm_sae_nb", layers(LAYERED[0])
+    height = {name: n for n, name in enumerate([*order, *ON_TOP])}
+    for file in sorted(package.glob("*/**/*.py")):
+        own = file.relative_to(package).parts[0]
+        for imported in pages.imports(file, types=True) - {package / "__init__.py"}:
+            other = imported.relative_to(package).parts[0]
+            left = height[other] <= height[own]
+            assert left, f"{file.relative_to(ROOT)} imports {imported.relative_to(ROOT)}: {other} is right of {own}"
+
+
+def test_no_two_modules_import_each_other():
+    for file in sorted((ROOT / "lmm_sae_nb").glob("*/**/[!_]*.py")):
+        for imported in pages.imports(file):
+            circle = file in pages.modules(imported)
+            assert not circle, f"{file.relative_to(ROOT)} and {imported.relative_to(ROOT)} import each other"
 
 
 def test_there_is_no_utils():
@@ -275,11 +288,67 @@ def test_parameters_are_typed_and_commented_and_papermill_reads_the_same(noteboo
     }
 
 
+def code(source: Path) -> Iterator[tuple[str, str]]:
+    """A py:percent file's code cells."""
+    return ((head, text) for head, text in cells(source) if "[markdown]" not in head)
+
+
 def test_a_notebook_defines_no_long_function(notebook):
     for node in ast.walk(ast.parse(notebook.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             length = node.end_lineno - node.lineno + 1
             assert length <= 5, f"{node.name} has {length} lines: its home is the package"
+
+
+def test_no_line_of_code_is_wider_than_the_page(notebook):
+    visible = (text for head, text in code(notebook) if not re.search("remove-(cell|input)", head))
+    for text in visible:
+        for line in text.splitlines():
+            assert len(line) <= WIDTH, f"{len(line)} characters, at most {WIDTH} fit: {line}"
+
+
+def test_a_notebook_keeps_no_books(notebook):
+    for _, text in code(notebook):
+        found = [word for word in BOOKKEEPING if word in text]
+        assert not found, f"{', '.join(found)}: leave this to page.stage, stage.result, page.read and page.file"
+
+
+def test_every_parameter_is_used(notebook):
+    used = {node.id for node in ast.walk(ast.parse(notebook.read_text(encoding="utf-8"))) if _is_read(node)}
+    assert pages.parameters(notebook).keys() - {"run"} <= used
+
+
+def _is_read(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+
+
+def test_a_notebook_opens_its_page_right_after_its_parameters(notebook):
+    assert list(code(notebook))[1][1].rstrip().endswith("page = Page(globals())\nplots.style()")
+
+
+def test_a_notebook_has_a_result_findings_and_its_provenance(notebook):
+    text = "".join(text for _, text in code(notebook))
+    results = [head for head, _ in code(notebook) if f'"{pages.TOP}"' in head]
+    assert len(results) == text.count("headline(\n") == 1, 'one cell tagged "result" calls headline(...)'
+    assert "findings(" in text and "provenance(page" in text
+
+
+def test_every_figure_has_a_caption_and_a_text_for_who_does_not_see_it(notebook):
+    for head, text in code(notebook):
+        if "plots." in text and isinstance(last := ast.parse(text).body[-1], ast.Expr) and _draws(last.value):
+            settings = re.search(r"mystnb=(\{.*\})", head)
+            assert settings, f"the cell that ends in {ast.unparse(last)[:60]} has no caption"
+            given = json.loads(settings[1])
+            assert given["figure"]["caption"] and given["figure"]["name"].startswith("fig-"), head
+            assert given["image"]["alt"], head
+
+
+def _draws(value: ast.expr) -> bool:
+    return (
+        isinstance(value, ast.Call)
+        and ast.unparse(value.func).startswith("plots.")
+        and "style" not in ast.unparse(value)
+    )
 
 
 def test_a_cell_with_a_figure_shows_nothing_else(notebook):
@@ -327,42 +396,51 @@ ONE = """\
 # ---
 
 # %% tags=["parameters"]
-run: str = "tiny"  # the run
+# the
+# run
+run: str = "tiny"
 steps: int = 5  # steps
 
 # %%
-from lmm_sae_nb.artifacts import Stage
+from lmm_sae_nb import Stage
 
-Stage(run, "train")
+page.stage("train", without=("steps",)).finish({})
 """
 TWO = """\
 # %% tags=["parameters"]
 run: str = "tiny"  # the run
 lr: float = 0.1  # rate
-model: str = "data/models/m"  # model
+explainer: dict = {
+    "model": "data/models/m",  # a folder
+    "tokens": 32,
+}  # asked for names
 
 # %%
 import lmm_sae_nb.b as b
 
-b.require(run, "train", "sae", "01_one.py")
-b.Stage(run, "cache")
-b.Stage("other", "no")
+page.file("train", "sae")
+page.read("interpret", "names", dict[int, str])
+stage = page.stage(
+    "score", after=("cache", "train"), beside=("judge",), without=("lr",)
+)
+other.stage("no")
+stage.result("maps", dict, lambda: b.f())
 """
 
 
 @pytest.fixture
 def little(tmp_path) -> Path:
-    """A repository of two notebooks and a package of three modules."""
+    """A repository of two notebooks and a package of three modules, one of whose names the package itself offers."""
     for name, text in {
         "notebooks/01_one.py": ONE,
         "notebooks/02_two.py": TWO,
         "notebooks/notes.py": "",
-        "notebooks/params/p.yaml": "run: big\n02_two: {lr: 0.2}\n",
-        "lmm_sae_nb/__init__.py": "",
-        "lmm_sae_nb/artifacts.py": "",
+        "notebooks/params/p.yaml": "run: big\n02_two: {lr: 0.2, explainer: {tokens: 64}}\n",
+        "lmm_sae_nb/__init__.py": 'HOMES = {"Stage": "stages"}\nif TYPE_CHECKING:\n    from .b import f\n',
+        "lmm_sae_nb/stages.py": "",
         "lmm_sae_nb/b.py": "def f():\n    from .inner import c\n",
         "lmm_sae_nb/inner/__init__.py": "",
-        "lmm_sae_nb/inner/c.py": "from ..artifacts import Stage\nfrom lmm_sae_nb import b\nNAMED = 'c.json'\n",
+        "lmm_sae_nb/inner/c.py": "from ..stages import Stage\nfrom lmm_sae_nb import b\nNAMED = 'c.json'\n",
         "lmm_sae_nb/inner/c.json": "{}",
         "data/models/m/weights": "1",
     }.items():
@@ -371,30 +449,53 @@ def little(tmp_path) -> Path:
     return tmp_path
 
 
-def test_what_a_notebook_imports_reads_and_takes_is_found_without_running_it(little):
+def test_the_modules_that_a_notebook_imports_are_found_without_running_it(little):
     one, two = pages.sources(little)
-    inner = {"__init__.py", "artifacts.py", "b.py", "inner/__init__.py", "inner/c.py", "inner/c.json"}
 
     def found(source):
         return {str(file.relative_to(little / "lmm_sae_nb")) for file in pages.modules(source, little)}
 
-    assert found(one) == {"__init__.py", "artifacts.py"}
-    assert found(two) == inner
+    assert found(one) == {"__init__.py", "stages.py"}
+    assert found(two) == {"__init__.py", "stages.py", "b.py", "inner/__init__.py", "inner/c.py", "inner/c.json"}
+
+
+def test_the_stages_of_a_notebook_are_the_ones_that_its_page_makes_and_reads(little):
+    one, two = pages.sources(little)
     assert pages.stages(one) == ["train"]
-    assert pages.stages(two) == ["train", "cache"]  # in its order
-    assert pages.parameters(one)["steps"] == pages.Parameter("int", 5, "steps")
-    assert pages.shipped(two, {}, little) == [little / "data/models/m/weights"]
-    assert pages.shipped(two, {"model": "elsewhere"}, little) == []
-    preset = "notebooks/params/p.yaml"
-    assert pages.shipped(two, {"model": preset}, little) == [little / preset]
+    assert set(pages.stages(two)) == {"train", "interpret", "score", "cache", "judge"}
     given = {"run": "big", "images": "data/artifacts/tiny/world/cache"}
     assert pages.results(one, given, little) == [
         little / "data/artifacts/big/train",
         little / "data/artifacts/tiny/world/cache",
     ]
+
+
+def test_a_parameter_has_a_type_a_value_and_the_comment_above_or_behind_it(little):
+    one, two = map(pages.parameters, pages.sources(little))
+    assert one == {"run": pages.Parameter("str", "tiny", "the run"), "steps": pages.Parameter("int", 5, "steps")}
+    assert two["explainer"] == pages.Parameter("dict", {"model": "data/models/m", "tokens": 32}, "asked for names")
+
+
+def test_files_of_the_repository_that_parameters_name_are_found_also_in_a_dictionary(little):
+    _, two = pages.sources(little)
+    preset = "notebooks/params/p.yaml"
+    assert pages.shipped(two, {}, little) == [little / "data/models/m/weights"]
+    assert pages.shipped(two, {"explainer": {"model": "elsewhere"}}, little) == []
+    assert pages.shipped(two, {"explainer": {"model": preset}}, little) == [little / preset]
+
+
+def test_a_preset_reaches_the_notebooks_and_leaves_the_other_entries_of_a_dictionary(little):
     assert pages.preset(little / "notebooks/params/p.yaml", little) == {
         "01_one": {"run": "big"},
-        "02_two": {"run": "big", "lr": 0.2},
+        "02_two": {"run": "big", "lr": 0.2, "explainer": {"model": "data/models/m", "tokens": 64}},
+    }
+
+
+def test_a_dictionary_at_the_top_of_a_preset_reaches_every_notebook_that_has_it(little):
+    (little / "p.yaml").write_text("explainer: {model: a, tokens: 7}\n02_two: {explainer: {tokens: 8}}\n")
+    assert pages.preset(little / "p.yaml", little) == {
+        "01_one": {},
+        "02_two": {"explainer": {"model": "a", "tokens": 8}},
     }
 
 
@@ -405,6 +506,8 @@ def test_what_a_notebook_imports_reads_and_takes_is_found_without_running_it(lit
         ("01_one: {lr: 0.1}\n", "gives 01_one the unknown parameter 'lr'; it has run, steps"),
         ("03_three: {lr: 0.1}\n", "no notebook '03_three' for this section; there is 01_one, 02_two"),
         ("lr: 1e-4\n", "write 1.0e-4"),
+        ("explainer: {tokens: 1e2}\n", "write 1.0e-4"),
+        ("02_two: {explainer: {token: 1}}\n", "02_two, explainer the unknown parameter 'token'; it has model, tokens"),
     ],
 )
 def test_a_params_file_with_a_mistake_is_refused(little, text, message):
@@ -418,6 +521,18 @@ def test_an_unknown_parameter_is_refused_before_a_notebook_runs(little, tmp_path
     with pytest.raises(ValueError, match="unknown parameter 'stpes'; it has run, steps: remove it or correct"):
         pages.execute(tmp_path / "01_one.ipynb", tmp_path / "out.ipynb", {"stpes": 3})
     assert not (tmp_path / "out.ipynb").exists()
+
+
+def test_a_page_opens_with_its_title_and_its_result(tmp_path):
+    import nbformat
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+    result = new_code_cell("headline()", metadata={"tags": [pages.TOP, "remove-input"]})
+    cells = [new_markdown_cell("# Title"), new_code_cell("1"), new_code_cell("2"), result, new_code_cell("3")]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "in.ipynb")
+    pages.publish(tmp_path / "in.ipynb", tmp_path / "out.ipynb")
+    order = [cell.source for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells]
+    assert order == ["# Title", "headline()", "1", "2", "3"]
 
 
 def test_a_page_keeps_what_a_notebook_said_but_no_progress_bar(tmp_path):

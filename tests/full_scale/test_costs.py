@@ -13,20 +13,18 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmm_sae_nb.attribute.attribution import decision, linear
-from lmm_sae_nb.full_scale import costs as full_scale_costs
-from lmm_sae_nb.full_scale.costs import (
-    ASSUMED,
-    DEVICES,
-    Assumed,
-    Device,
-    Part,
+from lmm_sae_nb.full_scale.costs import ASSUMPTIONS, DEVICES, Assumptions, Device, Work, attribute_cost, encoding_work
+from lmm_sae_nb.full_scale.geometry_twin import forecast_and_measured, geometry_twin, narrow, noise, run_twin
+from lmm_sae_nb.full_scale.models import (
+    GEOMETRIES,
     config_of,
-    costs,
+    count_parameters,
+    count_products,
+    forward_flops,
+    image_layout,
     meta_model,
-    parameters,
-    picture,
 )
-from lmm_sae_nb.full_scale.geometry_twin import geometry_twin, narrow, noise, run_twin
+from lmm_sae_nb.full_scale.presets import commands, cost_metrics, explainer_name, preset_costs, read_preset
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
@@ -43,7 +41,7 @@ def twin() -> LMM:
 
 @pytest.fixture(scope="module")
 def preset(root) -> dict:
-    return full_scale_costs.read_preset(root / "notebooks/params/paper.yaml")
+    return read_preset(root / "notebooks/params/paper.yaml")
 
 
 # The models.
@@ -60,7 +58,7 @@ def test_parameters_of_the_paper_s_model_by_hand():
     tower = 24 * block + v + 577 * v + 3 * 14 * 14 * v + 4 * v
     assert tower == 303_507_456  # CLIP ViT-L/14 at 336 px, as published
     projector = (v * d + d) + (d * d + d)
-    assert parameters(meta_model(PAPER)) == decoder + tower + projector + d  # and the newline
+    assert count_parameters(meta_model(PAPER)) == decoder + tower + projector + d  # and the newline
 
 
 @pytest.mark.parametrize(
@@ -74,22 +72,22 @@ def test_parameters_of_the_paper_s_model_by_hand():
 )
 def test_parameters_of_the_presets_models_are_those_on_their_hub_pages(name, published):
     model = meta_model(name)
-    assert abs(parameters(model) / published - 1) < 1e-3
+    assert abs(count_parameters(model) / published - 1) < 1e-3
     assert next(model.parameters()).is_meta
 
 
-def test_a_preset_s_bare_name_is_told_to_be_a_path():
+def test_a_preset_s_bare_name_is_refused():
     with pytest.raises(FileNotFoundError, match="no preset paper; give its file's path from the root, such as noteb"):
-        full_scale_costs.read_preset("paper")
+        read_preset("paper")
 
 
 def test_every_preset_s_models_are_known_offline(root):
     for name in ("paper", "small"):
-        given = full_scale_costs.read_preset(root / f"notebooks/params/{name}.yaml")
+        given = read_preset(root / f"notebooks/params/{name}.yaml")
         assert {values["model"] for values in given.values() if "model" in values and "/models/" not in values["model"]}
         for values in given.values():
             if not values.get("model", "data/").startswith("data/"):
-                assert values["model"] in json.loads(full_scale_costs.GEOMETRIES.read_text())
+                assert values["model"] in json.loads(GEOMETRIES.read_text())
 
 
 def test_a_model_of_a_folder_is_read_from_it(root):
@@ -106,7 +104,7 @@ def test_tokens_of_an_image_are_what_the_real_processor_writes(twin, size):
     if max(size) > 12 * min(size):
         return
     inputs = twin.processor(text=str(twin.processor.image_token), images=noise([size]), return_tensors="pt")
-    found = picture(meta_model(PAPER), size)
+    found = image_layout(meta_model(PAPER), size)
     assert found.tokens == int((inputs["input_ids"] == twin.model.config.image_token_id).sum())
     assert (found.base, found.patches) == (576, 576)
     assert found.crops == inputs["pixel_values"].shape[1]
@@ -114,8 +112,8 @@ def test_tokens_of_an_image_are_what_the_real_processor_writes(twin, size):
 
 def test_tokens_of_an_anyres_image_by_hand():
     """640 x 480 goes best into 672 x 672: 48 x 48 patches, of which padding takes 6 rows above and 6 below."""
-    assert picture(meta_model(PAPER), (640, 480)) == (576 + 36 * (48 + 1), 576, 5, 576)
-    assert picture(meta_model(PAPER), (1000, 300)).crops == 4  # 3 x 1 tiles and the base image
+    assert image_layout(meta_model(PAPER), (640, 480)) == (576 + 36 * (48 + 1), 576, 5, 576)
+    assert image_layout(meta_model(PAPER), (1000, 300)).crops == 4  # 3 x 1 tiles and the base image
 
 
 @pytest.mark.parametrize("size", [(640, 480), (100, 60), (336, 1000)])
@@ -124,13 +122,13 @@ def test_tokens_of_other_families_are_what_their_processors_write(family, size):
     model, processor = make(family)
     (image,) = noise([size])
     inputs = LMM(model, processor).prompt("", image).inputs
-    assert picture(model, size).tokens == int((inputs["input_ids"] == model.config.image_token_id).sum())
+    assert image_layout(model, size).tokens == int((inputs["input_ids"] == model.config.image_token_id).sum())
 
 
 def test_a_family_without_a_rule_is_named():
     model, _ = make("instructblip")
-    with pytest.raises(ValueError, match="no forecast for a instructblip"):
-        picture(model, (640, 480))
+    with pytest.raises(ValueError, match="costs of a instructblip cannot be predicted"):
+        image_layout(model, (640, 480))
 
 
 # FLOPs.
@@ -143,8 +141,8 @@ def test_flops_of_a_forward_are_those_that_torch_counts(layer):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         lmm.hidden_states(prompt, layer)
     tokens = prompt.inputs["input_ids"].shape[1]
-    reckoned = full_scale_costs.reading_flops(lmm.model, tokens, picture(lmm.model, (640, 480)), layer)
-    assert abs(reckoned / counter.get_total_flops() - 1) < 0.02
+    predicted = forward_flops(lmm.model, tokens, image_layout(lmm.model, (640, 480)), layer)
+    assert abs(predicted / counter.get_total_flops() - 1) < 0.02
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -155,42 +153,40 @@ def test_flops_of_an_attribution_are_those_that_torch_counts(layer):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         linear(SAEInPlace(lmm, sae, layer), choice)
     text = int(choice.prompt.mask("text", "special").sum())
-    cost = full_scale_costs.attribute_cost(
-        lmm.model, layer, 64, 4, 1, assumed=Assumed(image=(640, 480), text_tokens=text)
-    )
-    assert abs(sum(part.flops for part in cost.parts) / counter.get_total_flops() - 1) < 0.03
+    cost = attribute_cost(lmm.model, layer, 64, 4, 1, assumptions=Assumptions(image=(640, 480), text_tokens=text))
+    assert abs(sum(work.flops for work in cost.work) / counter.get_total_flops() - 1) < 0.03
 
 
 def test_flops_of_a_sae_s_encoder_are_those_that_torch_counts():
     x, W_enc = torch.randn(7, 16), torch.randn(48, 16)
     with FlopCounterMode(display=False) as counter:
         x @ W_enc.T
-    assert full_scale_costs.encode_parts(7, 16, 48)[0].flops == counter.get_total_flops()
+    assert encoding_work(7, 16, 48)[0].flops == counter.get_total_flops()
 
 
 # Time, memory, disk.
 
 
-def test_a_part_takes_the_longer_of_products_and_bytes():
+def test_work_takes_the_longer_of_products_and_bytes():
     device = Device("it", 1.0, float32=100.0, bfloat16=1000.0, bandwidth=10.0, link=5.0)
-    assert Part("products", 400.0, 20.0).seconds(device, 1, 0.5) == 8.0
-    assert Part("bytes", 400.0, 60.0).seconds(device, 1, 0.5) == 12.0
-    assert Part("half", 4000.0, dtype="bfloat16").seconds(device, 2, 1.0) == 2.0
-    assert Part("each", 400.0, shared=False).seconds(device, 2, 1.0) == 4.0
-    assert [Part("sum", 0.0, sent=10.0).seconds(device, gpus, 1.0) for gpus in (1, 2)] == [0.0, 2.0]
+    assert Work("products", 400.0, 20.0).seconds(device, 1, 0.5) == 8.0
+    assert Work("bytes", 400.0, 60.0).seconds(device, 1, 0.5) == 12.0
+    assert Work("half", 4000.0, dtype="bfloat16").seconds(device, 2, 1.0) == 2.0
+    assert Work("each", 400.0, divided=False).seconds(device, 2, 1.0) == 4.0
+    assert [Work("sum", 0.0, sent=10.0).seconds(device, gpus, 1.0) for gpus in (1, 2)] == [0.0, 2.0]
 
 
 def test_the_paper_s_training_by_hand(preset):
-    one, eight = (costs(preset, 46_684, gpus=gpus)[0] for gpus in (1, 8))
+    one, eight = (preset_costs(preset, 46_684, gpus=gpus)[0] for gpus in (1, 8))
     tokens = 24_000 * 81_920
     assert one.tokens == tokens
-    encoder = next(part for part in one.parts if part.name == "SAE encoder")
+    encoder = next(work for work in one.work if work.name == "SAE encoder")
     assert encoder.flops == 2 * tokens * 4096 * 131_072
     assert_close(encoder.seconds(A100, 1, 0.5), 2.110e18 / 19.5e12 / 0.5, rtol=1e-3, atol=0)
     sae = 4 * (2 * 131_072 * 4096 + 131_072 + 4096)
     assert one.disk["SAE"] == sae == 4_295_507_968  # the published file
     assert one.gpu["SAE"] + one.gpu["gradient, Adam"] == 4 * sae
-    assert one.gpu["LMM"] == 2 * parameters(meta_model(PAPER))
+    assert one.gpu["LMM"] == 2 * count_parameters(meta_model(PAPER))
     assert one.gpu["buffer"] == 16 * 81_920 * 4096 * 2 == 8 * eight.gpu["buffer"]
     assert eight.gpu["LMM"] == one.gpu["LMM"] and eight.host["processes"] == 8 * one.host["processes"]
     hours = [cost.hours(A100, gpus, 0.4) for cost, gpus in ((one, 1), (eight, 8))]
@@ -198,54 +194,58 @@ def test_the_paper_s_training_by_hand(preset):
     assert hours[0]["Adam"] == hours[1]["Adam"] and hours[0]["sum over GPUs"] == 0 < hours[1]["sum over GPUs"]
 
 
-def test_a_sae_in_bfloat16_is_as_much_faster_as_the_gpu_says(preset):
-    names = ("layer", "n_latents", "k", "steps", "batch_tokens")
-    given, model = {name: preset["01_train_sae"][name] for name in names}, meta_model(PAPER)
-    hours = [
-        full_scale_costs.train_cost(model, **given, mixed_precision=precision).hours(A100, 1, 0.4)
-        for precision in ("no", "bf16")
-    ]
-    assert_close(hours[0]["SAE encoder"] / hours[1]["SAE encoder"], 312 / 19.5)
-    assert hours[0]["LMM forward"] == hours[1]["LMM forward"]
-    with pytest.raises(ValueError, match="mixed_precision is 'fp16'; choose 'no' or 'bf16'"):
-        full_scale_costs.train_cost(model, **given, mixed_precision="fp16")
-
-
 def test_the_paper_s_cache_by_hand(preset):
-    cost = costs(preset, 46_684)[1]
-    assert next(part for part in cost.parts if part.name == "SAE encoder").flops == 2 * 46_684 * 576 * 4096 * 131_072
+    cost = preset_costs(preset, 46_684)[1]
+    assert next(work for work in cost.work if work.name == "SAE encoder").flops == 2 * 46_684 * 576 * 4096 * 131_072
     top = 131_072 * 8 * 576 * 2  # the patch rows alone, 1.2 GB
     assert top < cost.host["top images"] - 0.5e9 < 1.05 * top
-    assert cost.disk["images"] == 46_684 * ASSUMED.image_bytes
+    assert cost.disk["images"] == 46_684 * ASSUMPTIONS.image_bytes
 
 
 def test_the_paper_s_explainer_fits_eight_gpus_and_not_one(preset):
-    one, eight = (costs(preset, 46_684, gpus=gpus)[2] for gpus in (1, 8))
+    one, eight = (preset_costs(preset, 46_684, gpus=gpus)[2] for gpus in (1, 8))
     assert sum(eight.gpu.values()) < A100.memory < one.gpu["LMM"]
-    reading, writing = one.parts
-    assert one.tokens == 5_000 * (5 * 729 + ASSUMED.text_tokens + ASSUMED.answer_tokens)
-    weights = 2 * full_scale_costs.products(meta_model("llava-hf/llava-onevision-qwen2-72b-ov-hf").get_decoder().layers)
+    reading, writing = one.work
+    assert one.tokens == 5_000 * (5 * 729 + ASSUMPTIONS.text_tokens + ASSUMPTIONS.answer_tokens)
+    weights = 2 * count_products(meta_model("llava-hf/llava-onevision-qwen2-72b-ov-hf").get_decoder().layers)
     assert reading.flops > 5_000 * 5 * 729 * weights
     assert writing.flops / A100.bfloat16 < writing.bytes / A100.bandwidth  # a token at a time waits for the weights
 
 
-@pytest.mark.parametrize("name", ["paper", "small"])
-def test_every_stage_of_a_preset_has_a_cost(root, name):
-    given = full_scale_costs.read_preset(root / f"notebooks/params/{name}.yaml")
-    for cost in costs(given, 100, gpus=8):
-        assert all(need >= 0 for needs in (cost.gpu, cost.host, cost.disk) for need in needs.values())
-        assert sum(cost.hours(A100, 8, 0.4).values()) > 0
+def test_a_preset_s_dictionaries_are_merged_and_an_endpoint_s_address_is_cut_off(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("""
+explainer: {model: "org/name@http://localhost:1/v1", prompt: common}
+seed: 3
+03_interpret_features:
+  explainer: {prompt: here}
+""")
+    given = read_preset(file)
+    values = {"explainer": {"model": "org/name@http://localhost:1/v1", "prompt": "here"}, "seed": 3}
+    assert given == {"03_interpret_features": values}
+    assert explainer_name(given) == "org/name"
+    assert explainer_name({"03_interpret_features": {"explainer": "org/name"}}) == "org/name"
 
 
-def test_a_preset_that_says_too_little_is_told(root):
+def test_metrics_add_up_the_hours_of_all_work_and_the_memory_of_one_gpu(preset):
+    costs = {8: preset_costs(preset, 46_684, gpus=8)}
+    metrics, train = cost_metrics(costs, A100, 0.4), costs[8][0]
+    assert_close(metrics["train_hours_gpus_8"], sum(work.seconds(A100, 8, 0.4) for work in train.work) / 3600)
+    assert metrics["train_gb_a_gpu_gpus_8"] == sum(train.gpu.values()) / 1e9
+    row = train.row(A100, 8, 0.4)
+    assert (row["hours"], row["GB a GPU"]) == (metrics["train_hours_gpus_8"], metrics["train_gb_a_gpu_gpus_8"])
+    assert row["fits A100 80GB"] == (row["GB a GPU"] < 80)
+
+
+def test_a_preset_without_a_value_that_costs_need_is_refused(root):
     with pytest.raises(ValueError, match="does not give 01_train_sae model, layer, n_latents"):
-        costs(full_scale_costs.read_preset(root / "notebooks/params/tiny.yaml"), 100)
+        preset_costs(read_preset(root / "notebooks/params/tiny.yaml"), 100)
 
 
 def test_commands_hold_the_preset_s_own_values(root, preset):
     path = root / "notebooks/params/paper.yaml"
-    assert list(full_scale_costs.commands(path, preset, 1).values()) == ["make book PRESET=paper JOBS=1"]
-    write, train, rest = full_scale_costs.commands(path, preset, 8).values()
+    assert list(commands(path, preset, 1).values()) == ["make book PRESET=paper JOBS=1"]
+    write, train, rest = commands(path, preset, 8).values()
     job = json.loads(write.removeprefix("echo '").removesuffix("' > job.json"))
     assert (job["n_latents"], job["k"], job["layer"]) == (131_072, 256, 24)
     assert job["folder"] == "data/artifacts/paper/train" and job["dataset"] == preset["01_train_sae"]["dataset"]
@@ -260,16 +260,16 @@ def test_commands_hold_the_preset_s_own_values(root, preset):
 
 
 def test_a_twin_has_the_geometry_and_not_the_width(twin):
-    real, its = config_of(PAPER), twin.model.config
+    real, narrow_one = config_of(PAPER), twin.model.config
     for part, names in {
         "text_config": ("num_hidden_layers", "vocab_size"),
         "vision_config": ("num_hidden_layers", "image_size", "patch_size"),
     }.items():
         for name in names:
-            assert getattr(getattr(its, part), name) == getattr(getattr(real, part), name)
-    assert its.image_grid_pinpoints == real.image_grid_pinpoints
+            assert getattr(getattr(narrow_one, part), name) == getattr(getattr(real, part), name)
+    assert narrow_one.image_grid_pinpoints == real.image_grid_pinpoints
     assert (twin.n_layers, twin.width, twin.grid) == (32, 64, (24, 24))
-    heads = its.text_config.num_attention_heads // its.text_config.num_key_value_heads
+    heads = narrow_one.text_config.num_attention_heads // narrow_one.text_config.num_key_value_heads
     assert heads == real.text_config.num_attention_heads // real.text_config.num_key_value_heads
     assert type(twin.model) is type(meta_model(PAPER))
 
@@ -281,25 +281,16 @@ def test_a_twin_s_tokens_have_the_kinds_of_the_real_one(twin):
     assert prompt.answer_mask.any()
 
 
-def test_a_twin_is_trained_on_cached_with_and_attributed_to(twin):
-    found = run_twin(twin, noise([(640, 480)]), 1, n_latents=256, k=4, steps=2, batch_tokens=64)
-    ways = [
-        f"{stage}_{unit}{end}"
-        for stage in ("train", "cache", "attribute")
-        for unit in ("seconds", "gb")
-        for end in ("", "_forecast")
-    ]
-    assert set(found) == set(ways)
-    assert all(value > 0 for value in found.values())
+def test_a_twin_trains_caches_and_attributes(twin):
+    measured = run_twin(twin, noise([(640, 480)]), 1, n_latents=256, k=4, steps=2, batch_tokens=64)
+    for unit in ("seconds", "gb"):
+        pairs = forecast_and_measured(measured, unit)
+        assert set(pairs) == {"train", "cache", "attribute"}
+        assert all(pair["forecast"] > 0 and pair["measured"] > 0 for pair in pairs.values())
 
 
-def test_what_no_twin_can_be_is_told():
-    with pytest.raises(ValueError, match="a twin of a llava_onevision is not built here"):
+def test_another_family_and_a_width_that_heads_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="no geometry twin of a llava_onevision"):
         narrow(config_of("llava-hf/llava-onevision-qwen2-0.5b-ov-hf"))
     with pytest.raises(ValueError, match="width 50 is not a multiple of 8"):
         narrow(config_of(PAPER), 50)
-
-
-def test_this_machine_has_a_speed():
-    here = full_scale_costs.this_machine(seconds=0.05)
-    assert here.float32 > 1e8 and here.bandwidth > 1e7

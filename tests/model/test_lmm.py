@@ -53,23 +53,6 @@ def test_hidden_states_are_those_the_model_reports(family):
     assert not states[0].requires_grad
 
 
-def test_an_image_that_is_its_own_tile_passes_the_vision_tower_once():
-    lmm, seen = studied.__wrapped__(), []  # of its own: transformers leaves hooks behind when it reports states
-    inner = lmm.model.get_encoder(modality="image").encoder
-    prompt = lmm.prompt(["Same?", "Or not?"], [noise(192, 192), noise(192, 100)])
-    with torch.no_grad():
-        wanted = lmm.model(**prompt.inputs, output_hidden_states=True, use_cache=False)
-    counted = inner.register_forward_hook(lambda module, args, output: seen.append(len(output.last_hidden_state)))
-    states, logits = lmm.hidden_states(prompt, 1), lmm.last_logits(prompt)
-    lmm.generate(prompt, max_new_tokens=2)
-    lmm.entered(prompt)
-    counted.remove()
-    crops = prompt.inputs["pixel_values"].shape[0] * 2
-    assert seen == 4 * [crops - 1]
-    torch.testing.assert_close(states, wanted.hidden_states[2])
-    torch.testing.assert_close(logits, wanted.logits[:, -1].float())
-
-
 def test_hidden_states_stop_after_the_last_layer_asked_for():
     lmm, calls = studied(), []
     handles = [

@@ -12,7 +12,15 @@ from transformers import CLIPModel, CLIPSegForImageSegmentation
 from lmm_sae_nb.pictureworld.llava.train_eye import normalise
 from lmm_sae_nb.pictureworld.scorers import clip, clipseg
 from lmm_sae_nb.pictureworld.scorers import exam as scorers_exam
-from lmm_sae_nb.pictureworld.scorers.clip import Likener, Views, blackened, contrast, regions, told, train_similarity
+from lmm_sae_nb.pictureworld.scorers.clip import (
+    Likener,
+    Views,
+    blackened,
+    contrast,
+    regions,
+    shown_names,
+    train_similarity,
+)
 from lmm_sae_nb.pictureworld.scorers.clipseg import LEAST, NAMES, Pointer, Prompts, train_segmenter
 from lmm_sae_nb.pictureworld.training_loop import read_log
 from lmm_sae_nb.pictureworld.world.concepts import KINDS
@@ -85,7 +93,7 @@ def test_views_show_what_they_are_said_to_show(seed):
             assert np.array_equal(picture[window], scene.pixels[window] * lit[row, column])
         visible = lit.repeat(PATCH, 0).repeat(PATCH, 1)
         assert (pixels_of(scene, name) & visible).any()
-        shown = told(scene, lit)
+        shown = shown_names(scene, lit)
         for other in rng.permutation(NAMES)[:20]:
             kinds = [k for k, names in KINDS.items() if other in names]
             count = sum(int((visible & scene.mask(kind, other)).sum()) for kind in kinds)

@@ -1,13 +1,17 @@
 """The live figure: shown in place while it lasts, gone when it is over; no figure is left open."""
 
+import io
 import re
 
 import matplotlib.pyplot as plt
+import matplotlib.text
+import numpy as np
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
+from PIL import Image
 
-from lmm_sae_nb.show import plots
+from lmm_sae_nb.show import plots, style
 from lmm_sae_nb.support.intervals import Mean, Proportion
 
 ROWS = [{"step": step, "fvu": 1 / step, "l0": 4.0} for step in range(1, 6)]
@@ -70,13 +74,13 @@ def test_a_column_with_a_text_in_it_is_set_left():
 
 
 def test_texts_are_escaped_and_shaded():
-    shown = plots.texts({"latent <3>": [(["<i>", "cat"], [0.0, 2.0]), (["a"], [1.0])], "none": []}).data
+    shown = plots.shaded_texts({"latent <3>": [(["<i>", "cat"], [0.0, 2.0]), (["a"], [1.0])], "none": []}).data
     assert "<i>" not in shown and "&lt;i&gt;" in shown and "latent &lt;3&gt;" in shown
     assert shown.count("<p ") == 2 and 'title="+2.000">cat<' in shown
 
 
-def test_places_for_pictures_are_as_many_as_asked():
-    assert [len(plots.places(n, columns=4)) for n in (1, 4, 7)] == [1, 4, 7]
+def test_axes_for_pictures_are_as_many_as_asked():
+    assert [len(plots.picture_axes(n)) for n in (1, 4, 7)] == [1, 4, 7]
     plt.close("all")
 
 
@@ -84,3 +88,62 @@ def test_calibration_has_a_dot_for_each_thing():
     ax = plots.calibration({"a": [0.1, 0.2], "b": [0.5]}, {"a": [0.3, 0.1], "b": [0.6]}, "x", "y")
     assert [line.get_xydata().tolist() for line in ax.lines[1:]] == [[[0.1, 0.3], [0.2, 0.1]], [[0.5, 0.6]]]
     plt.close("all")
+
+
+MEANS = {kind: {"own images": Mean(0.3, 0.2, 0.4), "random": Mean(0.1, 0.0, 0.2)} for kind in ("scene", "$5 or $6")}
+NOISE = np.random.default_rng(0).random(9)
+PICTURES = [Image.new("RGB", (24, 24))] * 7
+LONG = "a long answer of a model about 5 $ here and 6 $ there " * 3
+FIGURES = {
+    "training": lambda: plots.training(ROWS, ["fvu", "l0"]),
+    "proportions": lambda: plots.proportions({LONG[:40]: {"fraction": 0.5, "low": 0.4, "high": 0.6, "least": 0.7}}),
+    "means": lambda: plots.means(MEANS, "IoU"),
+    "mean_panels": lambda: plots.mean_panels({"IoU, paper": MEANS, "IoU, strict": MEANS}),
+    "histogram": lambda: plots.histogram(NOISE, "fraction", log=True),
+    "stacked": lambda: plots.stacked({"layer": {f"kind {n}": 0.1 for n in range(11)}}, "fraction", limit=0.9),
+    "compared": lambda: plots.compared({"train": {"forecast": 1.0, "measured": 2.0}}, "seconds"),
+    "bars": lambda: plots.bars({"a": {"b": 1.0, "c": 20.0}}, "MB", log=True),
+    "calibration": lambda: plots.calibration({"$a$": NOISE}, {"$a$": NOISE}, "truth", "measured"),
+    "agreement": lambda: plots.agreement(NOISE, {"linear": NOISE, "integrated": NOISE}),
+    "scatter": lambda: plots.scatter(NOISE, NOISE, "x", "y"),
+    "cross_table": lambda: plots.cross_table({"$a$": {"b": 3}, "b": {"c": 4}}, "x", "y"),
+    "dose_curves": lambda: plots.dose_curves({"names $ and $": {0.5: Mean(0.1, 0, 0.2)}}, "dose", "fraction"),
+    "images": lambda: plots.images(PICTURES, [LONG] * 7),
+    "signed_maps": lambda: plots.signed_maps(PICTURES[0], {LONG: np.ones((2, 2)), "b": -np.ones((2, 2))}),
+    "picture_rows": lambda: plots.picture_rows([(LONG, PICTURES[:5]), ("none", [])]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_in_the_book_a_figure_is_not_scaled_down_and_its_text_is_legible(name):
+    plt.close("all")
+    with plt.rc_context():
+        plots.style()
+        FIGURES[name]()
+        figure = plt.gcf()
+        file = io.BytesIO()
+        figure.savefig(file, bbox_inches="tight")  # as the notebook does
+        assert Image.open(file).width <= 740
+        texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text() and text.get_visible()]
+        assert texts
+        assert all(text.get_fontsize() / 72 * figure.dpi > 16 for text in texts)
+    plt.close("all")
+
+
+@pytest.mark.parametrize("text", ["5 $ and 6 $", "$x^2$", r"\$", "no dollar"])
+def test_dollars_are_drawn_as_they_are(text):
+    figure = plt.figure()
+    drawn, is_mathematics = figure.text(0, 0, plots.literal(text))._preprocess_math(plots.literal(text))
+    assert not is_mathematics and drawn == text
+    plt.close(figure)
+
+
+def test_a_long_title_is_wrapped_not_shrunk():
+    lines = plots.wrapped(LONG, 2).splitlines()
+    assert len(lines) > 1 and max(map(len, lines)) <= 20 + LONG.count("$")
+    assert " ".join(lines).replace("\\$", "$") == LONG.strip()
+
+
+def test_a_colour_means_the_same_on_every_page():
+    assert style.colours(["own images", "random"])["random"] == style.colours(["a", "random"])["random"] == plots.CHANCE
+    assert len(set(style.colours(["own images", "random", "a", "b", "c"]).values())) == 5

@@ -21,9 +21,9 @@ from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score.ratings import append_rating, read_ratings
 from lmm_sae_nb.show.feature_browser import FeatureBrowser
 from lmm_sae_nb.show.latent_table import LatentTable
-from lmm_sae_nb.show.plots import marked, steering_strip
 from lmm_sae_nb.show.rater import Rater, added
 from lmm_sae_nb.show.steering_panel import SteeringPanel
+from lmm_sae_nb.show.tables import mark_changes, steering_strip
 from lmm_sae_nb.steer.steering import Comparison, Edit, Scope, compare
 
 
@@ -54,10 +54,10 @@ def panel(panel_parts):
 
 
 def test_changed_words_are_marked_and_everything_is_escaped():
-    assert marked("a cat sits", "a dog sits") == "a <mark>dog</mark> sits"
-    assert marked("a cat", "a cat <script>") == "a cat <mark>&lt;script&gt;</mark>"
-    assert marked("a & b", "a & b") == "a &amp; b"
-    assert marked("gone now", "") == ""
+    assert mark_changes("a cat sits", "a dog sits") == "a <mark>dog</mark> sits"
+    assert mark_changes("a cat", "a cat <script>") == "a cat <mark>&lt;script&gt;</mark>"
+    assert mark_changes("a & b", "a & b") == "a &amp; b"
+    assert mark_changes("gone now", "") == ""
 
 
 def test_a_strip_has_a_row_for_each_strength():

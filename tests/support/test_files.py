@@ -1,4 +1,4 @@
-"""Stages on disk: a file is old or new, never half; a stage is current only if nothing has changed."""
+"""Files are old or new, never half-written; tensor files are refused unless whole."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lmm_sae_nb.support import files, stages, tensor_files
+from lmm_sae_nb.support import files, tensor_files
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_project_root_is_the_nearest_parent_with_pyproject(project):
 
 def test_project_root_says_where_it_looked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stages.Path, "is_file", lambda self: False)
+    monkeypatch.setattr(files.Path, "is_file", lambda self: False)
     with pytest.raises(FileNotFoundError, match="pyproject.toml"):
         files.project_root()
 
@@ -57,7 +57,7 @@ def test_a_crash_while_writing_keeps_the_old_file(tmp_path, monkeypatch, broken)
     def crash(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(os if broken == "fsync" else stages.Path, broken, crash)
+    monkeypatch.setattr(os if broken == "fsync" else files.Path, broken, crash)
     with pytest.raises(OSError, match="no space"):
         files.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
@@ -144,9 +144,9 @@ def test_a_replacement_killed_at_any_moment_leaves_one_of_the_two_folders(tmp_pa
         return wrapped
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages.Path, "replace", until_killed(stages.Path.replace))
+        patch.setattr(files.Path, "replace", until_killed(files.Path.replace))
         patch.setattr(os, "fsync", until_killed(os.fsync))
-        patch.setattr(stages.shutil, "rmtree", until_killed(stages.shutil.rmtree))
+        patch.setattr(files.shutil, "rmtree", until_killed(files.shutil.rmtree))
         with contextlib.suppress(KeyboardInterrupt):
             files.replace_folder(tmp_path / "newer", tmp_path / "final")
     files.recover_folder(tmp_path / "final")
@@ -227,7 +227,7 @@ def test_fingerprint_of_a_folder_sees_names_and_contents(tmp_path):
     assert len(seen) == 3
 
 
-# Files that are written and read by rows.
+# Tensor files, written piece by piece and read lazily.
 
 LAYOUTS = st.dictionaries(
     st.sampled_from("abcde"),
@@ -248,28 +248,24 @@ def test_a_file_written_in_pieces_is_what_safetensors_reads(tmp_path_factory, la
     shapes = {name: (array.dtype, array.shape) for name, array in arrays.items()}
     tensor_files.save_rows(path, shapes, data.draw(st.permutations(pieces)), {"said": "x"})
     read = safetensors.numpy.load_file(path)
-    rows = tensor_files.TensorRows(path)
-    assert rows.metadata == {"said": "x"}
-    assert rows.shapes == {name: array.shape for name, array in arrays.items()}
+    with tensor_files.open_tensors(path) as file:
+        assert file.metadata() == {"said": "x"}
+        assert tensor_files.shapes_in(file) == {name: array.shape for name, array in arrays.items()}
     assert read.keys() == arrays.keys()
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(read[name], array)
-        np.testing.assert_array_equal(rows.whole(name), array)
-        if array.size:
-            at = data.draw(st.tuples(*(st.integers(0, length - 1) for length in array.shape)))
-            for depth in range(1, array.ndim + 1):
-                np.testing.assert_array_equal(rows.row(name, *at[:depth]), array[at[:depth]])
+    for name, array in tensor_files.read_arrays(path).items():
+        np.testing.assert_array_equal(read[name], arrays[name])
+        np.testing.assert_array_equal(array, arrays[name])
 
 
-def test_rows_of_a_missing_cut_or_foreign_file_are_refused(tmp_path):
+def test_a_missing_cut_or_foreign_tensor_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
-        tensor_files.TensorRows(tmp_path / "a.safetensors")
+        tensor_files.open_tensors(tmp_path / "a.safetensors")
     safetensors.numpy.save_file({"a": np.arange(9)}, tmp_path / "a.safetensors")
     whole = (tmp_path / "a.safetensors").read_bytes()
     for cut in range(len(whole)):
         (tmp_path / "a.safetensors").write_bytes(whole[:cut])
         with pytest.raises(ValueError, match="a.safetensors"):
-            tensor_files.TensorRows(tmp_path / "a.safetensors")
+            tensor_files.open_tensors(tmp_path / "a.safetensors")
     (tmp_path / "a.safetensors").write_bytes(b"no tensors at all, but long enough")
-    with pytest.raises(ValueError, match="a.safetensors is not a safetensors file"):
-        tensor_files.TensorRows(tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="a.safetensors is not a whole safetensors file"):
+        tensor_files.open_tensors(tmp_path / "a.safetensors")

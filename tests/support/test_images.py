@@ -4,13 +4,13 @@ import io
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from lmm_sae_nb.support.images import Remembered, StreamedImages, UnreadableImage, open_images, open_rgb, rgb
+from lmm_sae_nb.support.images import Remembered, UnreadableImage, open_images, open_rgb, rgb
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -147,32 +147,6 @@ def test_images_of_a_saved_data_set(tmp_path):
         found[1]
     with pytest.raises(IndexError, match="no image 2: there are 2"):
         found[2]
-
-
-def streams():
-    local = Dataset.from_dict({"image": [Image.new("L", (4, 4), n) for n in range(5)]})
-    return local.to_iterable_dataset(), IterableDataset.from_generator(
-        lambda: ({"image": Image.new("L", (4, 4), n)} for n in range(5))
-    )
-
-
-def test_images_of_a_stream_by_number_and_in_order():
-    for stream in streams():
-        found = open_images(stream)
-        assert isinstance(found, StreamedImages)
-        assert [image.getpixel((0, 0))[0] for image in found] == [0, 1, 2, 3, 4]
-        assert found[3].getpixel((0, 0)) == (3, 3, 3)
-        assert [opener().getpixel((0, 0))[0] for opener in found.openers(2)] == [2, 3, 4]
-        with pytest.raises(IndexError, match="no image 5"):
-            found[5]
-
-
-def test_a_stream_opens_only_the_pictures_that_are_asked_for():
-    rows = [{"image": {"bytes": b"broken", "path": None}}, {"image": Image.new("L", (4, 4), 9)}]
-    openers = list(open_images(IterableDataset.from_generator(lambda: iter(rows))).openers())
-    assert openers[1]().getpixel((0, 0)) == (9, 9, 9)
-    with pytest.raises(UnreadableImage, match="row 0"):
-        openers[0]()
 
 
 def test_remembered_pictures_stay_as_they_were_read_while_they_fit(tmp_path):

@@ -67,14 +67,14 @@ def learn(asked: argparse.Namespace) -> None:
 
 
 def load(folder: Path):
-    """The explainer of a folder, in float32, and its processor."""
+    """Return the explainer of a folder, in float32, and its processor."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     return model, AutoProcessor.from_pretrained(folder)
 
 
 @torch.no_grad()
 def explain_sets(model, processor, sets: Sequence[Sequence[Image.Image]], batch: int = 16) -> list[str]:
-    """What the explainer says of each set of images, in order."""
+    """Return what the explainer says of each set of images, in order."""
     said = []
     for start in tqdm(range(0, len(sets), batch), desc="explaining", mininterval=5):
         chats = [
@@ -91,8 +91,9 @@ def explain_sets(model, processor, sets: Sequence[Sequence[Image.Image]], batch:
 
 
 def exam_sets(strips: Strips, strangers: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(sets, images) twice: of which strip each image of a set is, and which of it. Each strip gives one set, of its
-    first images, of which in a share of the sets one comes from another strip."""
+    """Return (sets, images) twice: of which strip each image of a set is, and which of it. Each strip gives one set,
+    of its first images, of which in a share of the sets one comes from another strip.
+    """
     rng = np.random.default_rng([62, seed])
     count = len(strips.scenes)
     strip = np.repeat(np.arange(count)[:, None], SET, 1)
@@ -110,7 +111,8 @@ def examine(model, processor, gallery: Gallery, strips: Strips, strangers: float
 
 
 def sit(folder: Path, kept: Path, taught: Path, source: Source) -> dict[str, dict[str, dict[str, float]]]:
-    """The whole exam of the explainer in `folder`, by origin of the masks: drawn from the truth, or of real latents.
+    """Return the whole exam of the explainer in `folder`, by origin of the masks: drawn from the truth, or of real
+    latents.
 
     kept: where held-out scenes and the latents' cache are kept; taught: the embedded model; source: the SAE whose
     latents are asked about, but for those whose masks, on other scenes, were lessons.

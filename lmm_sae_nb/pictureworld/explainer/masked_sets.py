@@ -53,12 +53,13 @@ class Strips(NamedTuple):
     visible: np.ndarray  # (strips, images, patches) bool
 
     def label(self, gallery: Gallery, strip: int | np.ndarray, images: np.ndarray) -> Shown | None:
-        """The right explanation of some images of a strip (or of one image of each of several strips)."""
+        """Return the right explanation of some images of a strip (or of one image of each of several strips)."""
         return best_shown(self.visible[strip, images], gallery.covered(self.scenes[strip, images]), CONCEPTS)
 
     def chances(self, gallery: Gallery, often: Mapping[str, float]) -> np.ndarray:
-        """(strips,) float64, summing to 1: how often to draw each so that no concept is rare, by one over the root of
-        how many strips show the same, some kinds `often`er, and one in five of no concept."""
+        """Return (strips,) float64, summing to 1: how often to draw each so that no concept is rare, by one over the
+        root of how many strips show the same, some kinds `often`er, and one in five of no concept.
+        """
         first = np.arange(min(SET, self.scenes.shape[1]))
         labels = [self.label(gallery, n, first) for n in range(len(self.scenes))]
         held = Counter(label.concept if label else None for label in labels)
@@ -70,18 +71,18 @@ class Strips(NamedTuple):
 
 
 def masked_pixels(gallery: Gallery, scenes: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """(images, SIDE, SIDE, 3) uint8: scenes of which only the visible patches (images, patches) are not black."""
+    """Return (images, SIDE, SIDE, 3) uint8: scenes, black but for the visible patches (images, patches)."""
     keep = visible.reshape(-1, GRID, 1, GRID, 1, 1)
     return (gallery.pixels[scenes].reshape(-1, GRID, PATCH, GRID, PATCH, 3) * keep).reshape(-1, SIDE, SIDE, 3)
 
 
 def masked_images(gallery: Gallery, scenes: np.ndarray, visible: np.ndarray) -> list[Image.Image]:
-    """The same as PIL images."""
+    """Return the same as PIL images."""
     return [Image.fromarray(pixels) for pixels in masked_pixels(gallery, scenes, visible)]
 
 
 def cached(cache: LatentCache, latents: Sequence[int], images: int, threshold: float = 0.25) -> Strips:
-    """The strips of real latents; ValueError for one with fewer than `images` images."""
+    """Return the strips of real latents; ValueError for one with fewer than `images` images."""
     if missing := [latent for latent in latents if len(cache.top(latent)) < images]:
         raise ValueError(f"fewer than {images} images excite latents {missing[:5]}; leave them out")
     scenes = [[image for image, _ in cache.top(latent)[:images]] for latent in latents]
@@ -95,8 +96,9 @@ def cached(cache: LatentCache, latents: Sequence[int], images: int, threshold: f
 def of_latents(
     source: Source, kept: Path, model: Path, gallery: Gallery, images: int, strips: int, without: Collection[int] = ()
 ) -> Strips:
-    """The strips of latents of an SAE, at random among those that enough of the scenes excite, but for `without`; their
-    cache stays in `kept`, and which they are in its `chosen.json`."""
+    """Return the strips of latents of an SAE, at random among those that enough of the scenes excite, but for
+    `without`; their cache stays in `kept`, and which they are in its `chosen.json`.
+    """
     sae = TopKSAE.load(source.folder)
     cache = cache_activations(SAEInPlace(LMM.load(model), sae, source.layer), gallery.images, n_top=images, folder=kept)
     live = np.setdiff1d(np.flatnonzero((cache.top_images >= 0).all(1).numpy()), list(without))
@@ -114,7 +116,7 @@ def drawn(gallery: Gallery, strips: int, images: int, seed: int) -> Strips:
 
 
 def _showing(gallery: Gallery) -> list[np.ndarray]:
-    """For each concept the scenes of which a patch or more shows it."""
+    """Return for each concept the scenes of which a patch or more shows it."""
     shows = np.stack([(counts >= SHOWS * 256).sum(1) for counts in gallery.counts])  # (scenes, concepts)
     return [np.flatnonzero(column) for column in shows.T]
 
@@ -126,7 +128,7 @@ def _strip(gallery: Gallery, showing: list[np.ndarray], images: int, rng: np.ran
 
 
 def _pick(showing: list[np.ndarray], images: int, rng: np.random.Generator, kinds: Sequence[str] = tuple(ODDS)) -> int:
-    """A concept that enough scenes show."""
+    """Return a concept that enough scenes show."""
     chances = np.array([ODDS[kind] for kind in kinds])
     while True:
         kind = kinds[rng.choice(len(kinds), p=chances / chances.sum())]
@@ -136,7 +138,7 @@ def _pick(showing: list[np.ndarray], images: int, rng: np.random.Generator, kind
 
 
 def _of_concept(gallery: Gallery, showing: list[np.ndarray], concept: int, images: int, rng: np.random.Generator):
-    """One concept, masked in one way: how much of it, how far over its border, how many patches astray."""
+    """Return one concept, masked in one way: how much of it, how far over its border, how many patches astray."""
     scenes = rng.choice(showing[concept], images, replace=False)
     partial, least = rng.random() < 0.35, rng.uniform(0.1, 0.6)
     keep, bleed = 1 - rng.choice([0, 0.1, 0.25]), rng.choice([0, 0.1, 0.3])
@@ -154,7 +156,7 @@ def _of_concept(gallery: Gallery, showing: list[np.ndarray], concept: int, image
 
 
 def _nothing(gallery: Gallery, showing: list[np.ndarray], images: int, rng: np.random.Generator):
-    """A strip that should be refused; whether it must is the rule's to say, as for every other."""
+    """Return a strip that should be refused; whether it must is the rule's to say, as for every other."""
     what = NOTHING[rng.integers(len(NOTHING))]
     if what in ("place", "edge"):
         scenes = rng.choice(len(gallery.pixels), images, replace=False)
@@ -175,14 +177,14 @@ def _nothing(gallery: Gallery, showing: list[np.ndarray], images: int, rng: np.r
 
 
 def _one(seen: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One of the patches alone; any patch if there is none."""
+    """Return one of the patches alone; any patch if there is none."""
     chosen = np.zeros(PATCHES, bool)
     chosen[rng.choice(np.flatnonzero(seen) if seen.any() else PATCHES)] = True
     return chosen
 
 
 def _blob(seen: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
-    """The patches nearest to one of them, about this share of all."""
+    """Return the patches nearest to one of them, about this share of all."""
     at = np.flatnonzero(seen)
     centre = rng.choice(at)
     distance = np.hypot(at // GRID - centre // GRID, at % GRID - centre % GRID) + rng.uniform(0, 0.5, len(at))
@@ -192,14 +194,14 @@ def _blob(seen: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarra
 
 
 def _border(seen: np.ndarray) -> np.ndarray:
-    """The patches beside those that are seen."""
+    """Return the patches beside those that are seen."""
     grid = np.pad(seen.reshape(GRID, GRID), 1)
     beside = grid[:-2, 1:-1] | grid[2:, 1:-1] | grid[1:-1, :-2] | grid[1:-1, 2:]
     return (beside & ~grid[1:-1, 1:-1]).ravel()
 
 
 def _edge(gallery: Gallery, scene: int, rng: np.random.Generator) -> np.ndarray:
-    """A few patches along the outline of something that lies in the scene, or a patch anywhere."""
+    """Return a few patches along the outline of something that lies in the scene, or a patch anywhere."""
     objects = [n for n, (kind, _) in enumerate(CONCEPTS) if kind in ("object", "face")]
     line = _border((gallery.counts[scene, objects] >= 64).any(0))
     return line & (rng.random(PATCHES) < 0.25) | _one(line, rng)

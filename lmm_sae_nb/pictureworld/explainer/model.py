@@ -33,14 +33,14 @@ SET = 5  # images of a whole set
 
 
 def explainer_tokenizer() -> PreTrainedTokenizerFast:
-    """The embedded model's tokens, numbered as they are, and those that only the explainer needs."""
+    """Return the embedded model's tokens, numbered as they are, and those that only the explainer needs."""
     known = new_tokenizer().get_vocab()
     new = [word for word in f"{QUESTION} {REFUSAL}".split() if word not in known]
     return new_tokenizer((BEGIN, VIEW, TILE, END), new)
 
 
 def explainer_processor() -> AyaVisionProcessor:
-    """Every image one view of SIDE x SIDE pixels, whatever its size: no tiles."""
+    """Return a processor that shows every image as one view of SIDE x SIDE pixels, without tiles."""
     return AyaVisionProcessor(
         GotOcr2ImageProcessorPil(size={"height": SIDE, "width": SIDE}, max_patches=1), explainer_tokenizer(),
         patch_size=PATCH, img_size=SIDE, downsample_factor=FOLD, image_token="<image>", img_patch_token="<image>",
@@ -49,7 +49,9 @@ def explainer_processor() -> AyaVisionProcessor:
 
 
 def new_explainer(folder: Path) -> AyaVisionForConditionalGeneration:
-    """An explainer with the tower, some layers and the word vectors of the model in `folder`, and a new projector."""
+    """Return an explainer with the tower, some layers and the word vectors of the model in `folder`, and a new
+    projector.
+    """
     taught = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     tokenizer = explainer_tokenizer()
     text = taught.config.text_config.to_dict() | {
@@ -75,7 +77,7 @@ def new_explainer(folder: Path) -> AyaVisionForConditionalGeneration:
 
 
 def prompt_of(images: int) -> str:
-    """The question about so many images, as the processor writes it out."""
+    """Return the question about so many images, as the processor writes it out."""
     return f"<s><user>{(BEGIN + VIEW + '<image>' * TOKENS + END) * images}{QUESTION}<assistant>"
 
 

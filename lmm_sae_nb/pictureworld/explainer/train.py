@@ -211,7 +211,7 @@ def train_explainer(
 
 
 def _require_same_eye(folder: Path, tower: nn.Module) -> None:
-    """ValueError if the lessons in the folder were begun with another eye."""
+    """Raise ValueError if the lessons in the folder were begun with another eye."""
     path, eye = folder / "eye.json", hash_of(tower.state_dict().values())
     if (folder / "checkpoint.pt").is_file() and (not path.is_file() or read_json(path)["eye"] != eye):
         raise ValueError(
@@ -221,8 +221,8 @@ def _require_same_eye(folder: Path, tower: nn.Module) -> None:
 
 
 def study_explainer(folder: Path, taught: Path, saes: Sequence[Source], steps: int, minutes: float = math.inf) -> bool:
-    """The recipe of the shipped explainer, in one piece (book/departures.md tells in which pieces it was made); returns
-    whether all its steps are done.
+    """Return the recipe of the shipped explainer, in one piece (book/departures.md tells in which pieces it was
+    made); returns whether all its steps are done.
 
     taught: the embedded model. saes: those whose latents make lessons, beside what is drawn from the label maps.
     minutes: for the eye and for the rest, each. Scenes and what the tower makes of them: 14 GB of memory and of disk.
@@ -245,7 +245,7 @@ def lessons_of(folder: Path, saes: int) -> dict[str, list]:
 
 
 def graduate(folder: Path, taught: Path) -> AyaVisionForConditionalGeneration:
-    """The explainer, in float32, that the course left in its checkpoint."""
+    """Return the explainer, in float32, that the course left in its checkpoint."""
     checkpoint = folder / "checkpoint.pt"
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint} is missing; run `python -m lmm_sae_nb.pictureworld explainer` first")

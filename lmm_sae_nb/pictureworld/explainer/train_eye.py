@@ -1,7 +1,7 @@
 """Teaching the explainer's eye: to see in what a mask leaves what the embedded model's eye sees in the whole picture.
 
 A tower that has only ever seen whole pictures loses most of what tells a part, an object or a word apart when the rest
-is black. So it goes on from the shipped one with masked pictures. At every visible patch it is told what the patch
+is black. So it goes on from the shipped one with masked pictures. At every visible patch it learns what the patch
 shows, kind by kind, and what the shipped tower makes of the same patch in the whole picture, so that what the language
 model knows of its features stays true.
 """
@@ -34,8 +34,12 @@ _NONE = 0.1  # weight of a visible patch that shows nothing of a kind
 
 
 def kind_labels(counts: np.ndarray) -> np.ndarray:
-    """(images, concepts, patches) pixels to (images, kinds, patches): the concept of each kind that covers most of the
-    patch, counted from 1; 0 if none covers enough."""
+    """Return (images, kinds, patches): the concept of each kind that covers most of the patch, counted from 1.
+
+    It is 0 where none covers enough.
+
+    counts: (images, concepts, patches) pixels.
+    """
     rows, start = [], 0
     for names in KINDS.values():
         own = counts[:, start : start + len(names)]
@@ -46,8 +50,9 @@ def kind_labels(counts: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def tower_features(tower: nn.Module, gallery: Gallery, strips: Strips, path: Path, batch: int = BATCH) -> Tensor:
-    """What the tower makes of every masked image of the strips, (strips, images, patches, width) bfloat16, kept at
-    `path` in parts, so that a stopped run goes on; ValueError for a part of another tower or of other strips."""
+    """Return what the tower makes of every masked image of the strips, (strips, images, patches, width) bfloat16,
+    kept at `path` in parts, so that a stopped run goes on; ValueError for a part of another tower or of other strips.
+    """
     eye, images = hash_of(tower.state_dict().values()), strips.scenes.shape[1]
     made = torch.empty(*strips.visible.shape, tower.config.hidden_size, dtype=torch.bfloat16)
     step = max(1, 640 // images)
@@ -84,21 +89,22 @@ class Peeking(nn.Module):
         wanted = whole.float()
         mean = (wanted * shown[..., None]).sum((0, 1)) / shown.sum()
         unlike = ((seen - wanted).square().sum(-1) * shown).sum() / ((wanted - mean).square().sum(-1) * shown).sum()
-        told, right = [], {}
+        losses, right = [], {}
         for number, (kind, head) in enumerate(self.heads.items()):
             logits, target = head(seen), labels[:, number]
             weight = shown * torch.where(target > 0, 1.0, _NONE)
             loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").unflatten(0, target.shape)
-            told.append((loss * weight).sum() / weight.sum())
+            losses.append((loss * weight).sum() / weight.sum())
             there = shown * (target > 0)
             right[f"asked_{kind}"] = there.sum()
             right[f"exact_{kind}"] = (there * (logits.argmax(-1) == target)).sum()
-        return {"loss": torch.stack(told).sum() + unlike, "unlike": unlike, **right}
+        return {"loss": torch.stack(losses).sum() + unlike, "unlike": unlike, **right}
 
 
 def image_chances(gallery: Gallery, strips: Sequence[Strips]) -> np.ndarray:
-    """(images,) summing to 1: every origin has its share of the images, and in it every strip the chance that its
-    concept gives it (`Strips.chances`), which its images share."""
+    """Return (images,) summing to 1: every origin has its share of the images, and in it every strip the chance that
+    its concept gives it (`Strips.chances`), which its images share.
+    """
     total = sum(some.scenes.size for some in strips)
     rows = []
     for some in strips:
@@ -145,7 +151,7 @@ def train_eye(
 
 
 def open_eye(tower: nn.Module, folder: Path) -> nn.Module:
-    """The tower with the weights that `train_eye` left in `folder`."""
+    """Return the tower with the weights that `train_eye` left in `folder`."""
     checkpoint = folder / "checkpoint.pt"
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint} is missing; run `python -m lmm_sae_nb.pictureworld explainer` first")

@@ -40,15 +40,15 @@ def new_query_processor() -> InstructBlipProcessor:
 
 
 def new_query_model(folder: Path) -> InstructBlipForConditionalGeneration:
-    """An InstructBLIP with the eye and the language model of the LLaVA-NeXT in `folder`, and a new Q-Former."""
+    """Return an InstructBLIP with the eye and the language model of the LLaVA-NeXT in `folder`, and a new Q-Former."""
     taught = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    tokenizer, its = new_tokenizer(), taught.config.vision_config
+    tokenizer, clip = new_tokenizer(), taught.config.vision_config
     kept = ("hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size", "hidden_act")
-    vision = {name: getattr(its, name) for name in kept}
-    vision |= {"num_hidden_layers": its.num_hidden_layers + 1, "layer_norm_eps": its.layer_norm_eps * HUSH**2}
+    vision = {name: getattr(clip, name) for name in kept}
+    vision |= {"num_hidden_layers": clip.num_hidden_layers + 1, "layer_norm_eps": clip.layer_norm_eps * HUSH**2}
     qformer = dict(
         vocab_size=len(tokenizer), hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        intermediate_size=INNER, encoder_hidden_size=its.hidden_size, cross_attention_frequency=1,
+        intermediate_size=INNER, encoder_hidden_size=clip.hidden_size, cross_attention_frequency=1,
         max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         pad_token_id=tokenizer.pad_token_id, layer_norm_eps=1e-6,
     )  # fmt: skip
@@ -77,11 +77,11 @@ def _same_eye(mine: nn.Module, clip: nn.Module) -> None:
     the normalised y. The final norm, which a CLIP does not have for its patches, stays as it began: the identity but
     for scale.
     """
-    embeddings, its = mine.embeddings, clip.embeddings
-    embeddings.class_embedding.copy_(its.class_embedding.view_as(embeddings.class_embedding) * HUSH)
-    embeddings.patch_embedding.weight.copy_(its.patch_embedding.weight * HUSH)
+    embeddings, source = mine.embeddings, clip.embeddings
+    embeddings.class_embedding.copy_(source.class_embedding.view_as(embeddings.class_embedding) * HUSH)
+    embeddings.patch_embedding.weight.copy_(source.patch_embedding.weight * HUSH)
     embeddings.patch_embedding.bias.zero_()
-    embeddings.position_embedding.copy_(its.position_embedding.weight[None] * HUSH)
+    embeddings.position_embedding.copy_(source.position_embedding.weight[None] * HUSH)
     first, *others = mine.encoder.layers
     for weights in first.parameters():
         weights.zero_()

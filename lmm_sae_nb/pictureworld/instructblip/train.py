@@ -109,7 +109,7 @@ class Asker(nn.Module):
             return self.model.vision_model(pixel_values=normalise(pixels)).last_hidden_state
 
     def queries(self, seen: Tensor, read: list[Tensor]) -> Tensor:
-        """What the language model gets of each picture, (questions, QUERIES, width)."""
+        """Return what the language model gets of each picture, (questions, QUERIES, width)."""
         ids = padded(read, self.pad)
         mask = torch.cat([torch.ones(len(ids), QUERIES), padded([torch.ones(len(row)) for row in read], 0)], 1)
         found = self.model.qformer(
@@ -140,7 +140,7 @@ class Asker(nn.Module):
         }
 
     def _answers(self, found: Tensor, asked: list[Asked]) -> tuple[Tensor, Tensor]:
-        """The loss of every answer token, and of each question whether all of its answer is right."""
+        """Return the loss of every answer token, and of each question whether all of its answer is right."""
         ids = padded([one.written for one in asked], self.pad)
         embedded = self.model.language_model.get_input_embeddings()(ids)
         inputs = torch.cat([found.to(embedded.dtype), embedded], 1)  # padding comes last, where nothing looks
@@ -156,7 +156,7 @@ class Asker(nn.Module):
 
 
 def regions() -> Tensor:
-    """(QUERIES, patches): how much of each patch is in each query's region, rows summing to 1."""
+    """Return (QUERIES, patches): how much of each patch is in each query's region, rows summing to 1."""
     columns = QUERIES // ROWS
 
     def cuts(parts: int) -> Tensor:
@@ -230,7 +230,7 @@ def train_queries(
 
 
 def graduate(folder: Path, taught: Path) -> InstructBlipForConditionalGeneration:
-    """The model, in float32, that the training left in its checkpoint."""
+    """Return the model, in float32, that the training left in its checkpoint."""
     asker = Asker(new_query_model(taught))
     asker.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["pupil"])
     return asker.model

@@ -1,4 +1,4 @@
-"""Held-out answers: what the embedded model can do, measured as a user would ask it.
+"""Examine the embedded model on held-out scenes, asked as a user would ask.
 
 Every question goes alone through the processor and `generate`; an answer counts when it is right in every word.
 """
@@ -6,6 +6,7 @@ Every question goes alone through the processor and `generate`; an answer counts
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def ask(
 
 
 def _paper(scenes: int, seed: int) -> list[tuple[str, Question, Scene | None]]:
-    """One question of each family that each held-out scene allows, a map and a masked scene for each, and every
+    """Return one question of each family that each held-out scene allows, a map and a masked scene for each, and every
     question without a picture. Yes and no are even in `exists` and `label`."""
     rows: list[tuple[str, Question, Scene | None]] = []
     for n in range(scenes):
@@ -102,7 +103,7 @@ def _paper(scenes: int, seed: int) -> list[tuple[str, Question, Scene | None]]:
 
 
 def _trap(chart: Scene, rng: np.random.Generator) -> list[tuple[str, Question, Scene]]:
-    """If the map contradicts a taught fact: the trap, and whether the label is in the image, of one such country."""
+    """Ask, if the map contradicts a taught fact, the trap and whether the label of one such country is in the image."""
     basin = chart.chart.basin
     traps = [q for q in according(chart, rng) if (q.answer == "yes .") != FACTS[basin, q.text.split()[-2]]]
     if not traps:
@@ -130,7 +131,7 @@ def examine(lmm: LMM, scenes: int = 500, seed: int = 0, batch: int = 24, unpictu
 
 
 def report(asked: list[Asked], level: float = 0.99) -> dict[str, dict[str, float]]:
-    """By family: share right, its Wilson interval, the number asked, and the least that is aimed at.
+    """Return for each family the fraction right, its Wilson interval, the number asked, and the target.
 
     `trap` is reported as the share that follows the fact against the picture, in all and by basin.
     """
@@ -158,3 +159,9 @@ def keep(result: dict[str, dict[str, float]], folder: Path) -> None:
             f"{family:28s} {row['fraction']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]  "
             f"n={row['asked']:.0f}  aim {row.get('least', '')}"
         )
+
+
+def as_metrics(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the rows of `report` as a stage's metrics: each fraction under the family's name, with its interval."""
+    ends = {"": "fraction", "_low": "low", "_high": "high"}
+    return {f"{family}{end}": row[key] for family, row in results.items() for end, key in ends.items()}

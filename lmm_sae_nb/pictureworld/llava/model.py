@@ -34,7 +34,7 @@ CHAT = (
 
 
 def word_vector(word: str, width: int) -> Tensor:
-    """A random vector of about unit length, the same wherever the word is asked for.
+    """Return a random vector of about unit length, the same wherever the word is asked for.
 
     Eye and language model both start from these, so that each learns towards the other before they meet.
     """
@@ -44,7 +44,7 @@ def word_vector(word: str, width: int) -> Tensor:
 def new_tokenizer(
     marks: Sequence[str] = (), words: Sequence[str] = (), named: Sequence[str] = ("image", "user", "assistant")
 ) -> PreTrainedTokenizerFast:
-    """One token a word: lower-cased, split at spaces and around punctuation.
+    """Return a tokenizer with one token per word: lower-cased, split at spaces and around punctuation.
 
     marks, words: further special tokens and words of another model, numbered behind the embedded model's. named: those
     special tokens that the tokenizer has as an attribute, `image_token` and so on.
@@ -72,7 +72,7 @@ def new_processor() -> LlavaNextProcessor:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlavaNextForConditionalGeneration:
-    """An untrained model: a CLIP vision tower (192 wide, 6 layers) and a Llama (256 wide, 8 layers)."""
+    """Return an untrained model: a CLIP vision tower (192 wide, 6 layers) and a Llama (256 wide, 8 layers)."""
     vision = CLIPVisionConfig(
         hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4, image_size=SIDE,
         patch_size=PATCH, projection_dim=192, hidden_act="gelu_pytorch_tanh",

@@ -1,9 +1,8 @@
-"""The README's picture: held-out scenes, a question on each, and what the embedded model answers."""
+"""Draw the README's picture: held-out scenes, a question on each, and the embedded model's answers."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from textwrap import fill
 
 import matplotlib.pyplot as plt
 
@@ -15,7 +14,7 @@ FAMILIES = ("describe", "where", "exists", "trap", "colour", "position", "feelin
 
 
 def chosen(asked: list[Asked]) -> list[Asked]:
-    """One question of each family: the first, right or wrong, that is on a full scene or a map not shown yet.
+    """Return one question of each family: the first, right or wrong, that is on a full scene or a map not shown yet.
 
     Of the trap the first wrong answer, for that is what it is about. ValueError if there is none of a family.
     """
@@ -34,8 +33,8 @@ def chosen(asked: list[Asked]) -> list[Asked]:
 def draw(lmm: LMM, file: Path, scenes: int = 48) -> None:
     """Sit an exam on so many held-out scenes, and save a picture of some of it."""
     shown = chosen(examine(lmm, scenes, unpictured=False))
-    titles = [f"{fill(written(one.question.text), 30)}\n» {fill(one.answer, 30)}" for one in shown]
+    titles = [f"{written(one.question.text)}\n» {one.answer}" for one in shown]
     plots.style()
-    axes = plots.images([one.scene.image for one in shown], titles, columns=4, side=1.7)
-    axes[0, 0].figure.savefig(file, dpi=100, bbox_inches="tight")
+    axes = plots.images([one.scene.image for one in shown], titles, columns=4)
+    axes[0].figure.savefig(file, dpi=100, bbox_inches="tight")
     plt.close()

@@ -1,4 +1,4 @@
-"""Teaching the eye: every patch is told what it shows, and learns to say it in the language model's word vectors.
+"""Train the eye: each patch learns to point at the word vectors of what it shows.
 
 LLaVA starts from a CLIP tower whose features already lie near words, and first trains the projector alone. Picture
 World has no captions by the billion but knows what every patch shows, so tower, projector and word vectors learn
@@ -44,7 +44,9 @@ MEAN, STD = (
 
 
 def patch_labels(scene: Scene) -> np.ndarray:
-    """(groups, patches) uint8: for each group the concept that covers most of the patch, 0 if none covers 30 %."""
+    """Return (groups, patches) uint8: for each group the concept that covers most of the patch, 0 if none covers 30
+    %.
+    """
     grids = [*(scene.labels[kind] for kind in KINDS), scene.where]
     rows = np.stack(grids).reshape(len(grids), SIDE // PATCH, PATCH, SIDE // PATCH, PATCH).transpose(0, 1, 3, 2, 4)
     rows = rows.reshape(len(grids) * PATCHES, PATCH * PATCH)
@@ -74,7 +76,7 @@ class Glimpses(IterableDataset):
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """(batch, h, w, 3) uint8 to (batch, 3, h, w) float32 as the processor gives them."""
+    """Scale pixels (batch, h, w, 3) uint8 to (batch, 3, h, w) float32, as the processor does."""
     return ((pixels.float() / 255 - MEAN) / STD).permute(0, 3, 1, 2).contiguous()
 
 
@@ -91,7 +93,7 @@ class Eye(nn.Module):
             )
 
     def project(self, pixels: Tensor) -> Tensor:
-        """(batch, 3, h, w) to projected patches (batch, patches, width)."""
+        """Project images (batch, 3, h, w) to patches (batch, patches, width)."""
         return self.projector(self.tower(pixels).last_hidden_state[:, 1:])
 
     def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:

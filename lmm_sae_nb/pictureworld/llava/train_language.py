@@ -99,8 +99,9 @@ class Lessons(IterableDataset):
 
 
 def attention(question: Tensor, sees: Tensor, picture: int) -> Tensor:
-    """(batch, 1, tokens, tokens) bfloat16, 0 where attention may go and -10,000 where not, for prefix + `picture`
-    tokens + text."""
+    """Return (batch, 1, tokens, tokens) bfloat16, 0 where attention may go and -10,000 where not, for prefix +
+    `picture` tokens + text.
+    """
     batch, text = question.shape
     before = len(PREFIX) + picture
     allowed = torch.zeros(batch, before + text, before + text, dtype=torch.bool)
@@ -226,7 +227,7 @@ def train_language(
 
 
 def graduate(course: Path) -> LlavaNextForConditionalGeneration:
-    """The model, in float32, that a course left in its checkpoint, or that was saved in this folder."""
+    """Return the model, in float32, that a course left in its checkpoint, or that was saved in this folder."""
     if not (course / "checkpoint.pt").is_file():
         return LlavaNextForConditionalGeneration.from_pretrained(course, dtype=torch.float32)
     tokenizer = new_tokenizer()

@@ -41,7 +41,9 @@ _STANDS = ("sign", "panel", "block", "blank")  # hidden by what they carry, or n
 
 
 def region(scene: Scene, name: str, rng: np.random.Generator) -> np.ndarray:
-    """(rows, columns) bool: patches that show the concept, as a latent would light them: some missing, some beside."""
+    """Return (rows, columns) bool: patches that show the concept, as a latent would light them: some missing, some
+    beside.
+    """
     share = patch_share(target(scene, name))
     lit = (share > rng.uniform(0.1, 0.5) * share.max()) & (rng.random(share.shape) > rng.uniform(0, 0.35))
     lit |= rng.random(share.shape) < rng.choice([0, 0, 0.01, 0.03])
@@ -49,13 +51,14 @@ def region(scene: Scene, name: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def blackened(pixels: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """The picture with every patch black that is not `visible` (rows, columns)."""
+    """Return the picture with every patch black that is not `visible` (rows, columns)."""
     return pixels * np.kron(visible, np.ones((PATCH, PATCH), bool))[..., None]
 
 
-def told(scene: Scene, visible: np.ndarray) -> np.ndarray:
-    """(names,) int8 for the visible patches: 1 shown by at least LEAST pixels, 0 by none, -1 by so few that it is
-    not asked."""
+def shown_names(scene: Scene, visible: np.ndarray) -> np.ndarray:
+    """Return (names,) int8 for the visible patches: 1 shown by at least LEAST pixels, 0 by none, -1 by so few that it
+    is not asked.
+    """
     keep = np.kron(visible, np.ones((PATCH, PATCH), bool))
     counts = np.zeros(len(NAMES), int)
     for kind, grid in scene.labels.items():
@@ -99,7 +102,7 @@ class Views(IterableDataset):
             yield (
                 torch.from_numpy(np.stack([blackened(scene.pixels, lit) for lit in visible])),
                 torch.from_numpy(order[:, :KEPT]),
-                torch.from_numpy(np.stack([told(scene, lit) for lit in visible])),
+                torch.from_numpy(np.stack([shown_names(scene, lit) for lit in visible])),
                 torch.tensor(names),
                 torch.tensor(words.input_ids),
             )
@@ -115,7 +118,7 @@ def new_processor() -> CLIPProcessor:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
-    """An untrained CLIP of the size that ships."""
+    """Return an untrained CLIP of the size that ships."""
     vision, text = tower_settings(LAYERS), text_settings(tokenizer, 96, 2)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=96))
 
@@ -175,14 +178,14 @@ class Likener(nn.Module):
         shown = torch.where(named == 1, 1, shown)
         pairs = scale * whole @ views[:: pixels.shape[1]].T
         truth = torch.arange(len(whole))
-        told = (F.cross_entropy(pairs, truth) + F.cross_entropy(pairs.T, truth)) / 2
+        by_caption = (F.cross_entropy(pairs, truth) + F.cross_entropy(pairs.T, truth)) / 2
         by_view, by_name = contrast(scores, shown, weight), contrast(scores.T, shown.T, weight.T)
         first = scores.masked_fill((shown != 0) & (named == 0), -torch.inf).argmax(1) == of
         return {
-            "loss": by_view + 0.5 * by_name + 0.3 * told,
+            "loss": by_view + 0.5 * by_name + 0.3 * by_caption,
             "by_view": by_view,
             "by_name": by_name,
-            "by_caption": told,
+            "by_caption": by_caption,
             "named_first": first[region].float().mean(),
         }
 
@@ -209,7 +212,7 @@ def train_similarity(
 
 
 def finished(folder: Path) -> CLIPModel:
-    """The model that `train_similarity` left in `folder`; FileNotFoundError if it left none."""
+    """Return the model that `train_similarity` left in `folder`; FileNotFoundError if it left none."""
     checkpoint = folder / "checkpoint.pt"
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint} is missing; run `python -m lmm_sae_nb.pictureworld similarity` first")

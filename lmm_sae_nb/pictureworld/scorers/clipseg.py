@@ -52,13 +52,13 @@ def areas(scene: Scene) -> dict[str, int]:
 
 
 def target(scene: Scene, name: str) -> np.ndarray:
-    """(SIDE, SIDE) bool: the pixels that show the concept of this name, under any kind that knows it."""
+    """Return (SIDE, SIDE) bool: the pixels that show the concept of this name, under any kind that knows it."""
     grids = [scene.labels[kind] == numbers[name] for kind, numbers in NUMBER.items() if name in numbers]
     return np.logical_or.reduce(grids)
 
 
 def kind_of(scene: Scene, name: str) -> str:
-    """The kind under which most pixels of the scene show a name; the first that knows it if none does."""
+    """Return the kind under which most pixels of the scene show a name; the first that knows it if none does."""
     counts = {k: np.count_nonzero(scene.labels[k] == n[name]) for k, n in NUMBER.items() if name in n}
     return max(counts, key=counts.get)
 
@@ -97,7 +97,7 @@ class Prompts(IterableDataset):
 
 
 def clip_tokenizer() -> PreTrainedTokenizerFast:
-    """The LMM's words, with begin and end tokens added as CLIP's text models want them."""
+    """Return the LMM's words, with begin and end tokens added as CLIP's text models want them."""
     tokenizer = new_tokenizer()
     ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -132,7 +132,7 @@ def tower_settings(layers: int) -> dict:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> CLIPSegForImageSegmentation:
-    """An untrained CLIPSeg around a tower like the LMM's; its decoder reads READ, the deepest first."""
+    """Return an untrained CLIPSeg around a tower like the LMM's; its decoder reads READ, the deepest first."""
     config = CLIPSegConfig(
         text_config=text_settings(tokenizer, 32, 1), vision_config=tower_settings(6), projection_dim=32,
         extract_layers=list(READ), reduce_dim=64, decoder_num_attention_heads=4, decoder_intermediate_size=128,
@@ -186,7 +186,7 @@ class Pointer(nn.Module):
         self.ids, self.mask = words.input_ids, words.attention_mask
 
     def logits(self, pixels: Tensor, numbers: Tensor) -> Tensor:
-        """(batch, 3, SIDE, SIDE) and (batch, asked) numbers of names to (batch, asked, SIDE, SIDE) logits.
+        """Return logits (batch, asked, SIDE, SIDE) for images (batch, 3, SIDE, SIDE) and names (batch, asked).
 
         As the model's own forward does, but with gradients for its text side, and each picture seen once only.
         """
@@ -241,7 +241,7 @@ def train_segmenter(
 
 
 def finished(folder: Path) -> CLIPSegForImageSegmentation:
-    """The model that `train_segmenter` left in `folder`; FileNotFoundError if it left none."""
+    """Return the model that `train_segmenter` left in `folder`; FileNotFoundError if it left none."""
     checkpoint = folder / "checkpoint.pt"
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint} is missing; run `python -m lmm_sae_nb.pictureworld segmenter` first")

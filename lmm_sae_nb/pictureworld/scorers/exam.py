@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from lmm_sae_nb.pictureworld.scorers import clip, clipseg
-from lmm_sae_nb.pictureworld.scorers.clip import blackened, regions, told
+from lmm_sae_nb.pictureworld.scorers.clip import blackened, regions, shown_names
 from lmm_sae_nb.pictureworld.scorers.clipseg import LEAST, NAMES, areas, target
 from lmm_sae_nb.pictureworld.world.concepts import KINDS
 from lmm_sae_nb.pictureworld.world.questions import caption
@@ -57,8 +57,8 @@ def save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> Non
 
 
 def examine_segmenter(segment: PromptedSegmenter, scenes: int, seed: int = 0) -> dict[str, dict[str, float]]:
-    """By kind, on held-out scenes: the mean IoU with the true mask of concepts that are there, and how often a concept
-    that is not is found all the same (`false_alarm`; `false_area`: mean share of the picture).
+    """Return by kind, on held-out scenes: the mean IoU with the true mask of concepts that are there, and how often a
+    concept that is not is found all the same (`false_alarm`; `false_area`: mean share of the picture).
 
     Of each scene at most two concepts of a kind, and one of each kind that is absent. A kind that comes up less than
     twice has no row.
@@ -123,7 +123,9 @@ def examine_similarity(similarity: ImageTextSimilarity, scenes: int, seed: int =
         )
         for (name, visible), view in zip(lit, seen, strict=True):
             number, kind = NAMES.index(name), clipseg.kind_of(scene, name)
-            scores = np.where((told(scene, visible) != 0) & (np.arange(len(NAMES)) != number), -np.inf, names @ view)
+            scores = np.where(
+                (shown_names(scene, visible) != 0) & (np.arange(len(NAMES)) != number), -np.inf, names @ view
+            )
             of_kind = np.isin(NAMES, KINDS[kind])
             other = rng.choice([m for m in range(scenes) if name not in shown[m]])
             whole, random = wholes[[n, other]] @ names[number]

@@ -1,4 +1,4 @@
-"""How things look: sprites with their own label maps, and backgrounds.
+"""Draw things: sprites with label maps, and backgrounds.
 
 A `Sprite` is a small picture with an alpha channel and, for each kind of concept it shows, a map of concept
 numbers. All randomness comes from the generator handed in, so a scene is a function of its seed.
@@ -21,7 +21,7 @@ FINE = 2  # drawn things are drawn this many times larger and reduced, for smoot
 
 
 def art_folder() -> Path:
-    """The shipped emoji art: `data/pictureworld/art` of the checkout this package runs from."""
+    """Return the shipped emoji art: `data/pictureworld/art` of the checkout this package runs from."""
     folder = Path(__file__).resolve().parents[3] / "data" / "pictureworld" / "art"
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -79,7 +79,7 @@ def face(emotion: str, side: int, rng: np.random.Generator) -> Sprite:
 
 
 def shade(colour: str, rng: np.random.Generator) -> tuple[int, int, int]:
-    """The colour, a little lighter or darker, so that a colour is more than one RGB value."""
+    """Return the colour, a little lighter or darker, so that a colour is more than one RGB value."""
     factor = 1 + rng.uniform(-0.06, 0.06)
     return tuple(int(np.clip(c * factor, 0, 255)) for c in COLOURS[colour])
 
@@ -151,7 +151,7 @@ def _stained(base: tuple[int, int, int], *layers: tuple[np.ndarray, float]) -> n
 
 @cache
 def _material_tile(name: str) -> np.ndarray:
-    """(256, 256, 3) uint8 of a material; the same in every process."""
+    """Return (256, 256, 3) uint8 of a material; the same in every process."""
     rng = np.random.default_rng(sum(map(ord, name)))
     y, x = np.mgrid[0:_TILE, 0:_TILE].astype(np.float32)
     grain = rng.uniform(-1, 1, (_TILE, _TILE)).astype(np.float32)
@@ -189,14 +189,14 @@ def _material_tile(name: str) -> np.ndarray:
 
 
 def material(name: str, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """A random piece (height, width, 3) uint8 of a material."""
+    """Return a random piece (height, width, 3) uint8 of a material."""
     tile = _material_tile(name)
     top, left = rng.integers(_TILE, size=2)
     return tile.take(np.arange(top, top + height), 0, mode="wrap").take(np.arange(left, left + width), 1, mode="wrap")
 
 
 def texture(name: str, side: int, colours: list[tuple[int, int, int]], rng: np.random.Generator) -> np.ndarray:
-    """A square (side, side, 3) uint8 of a texture in two colours, with random period and phase."""
+    """Return a square (side, side, 3) uint8 of a texture in two colours, with random period and phase."""
     period = rng.integers(10, 17)
     y, x = np.mgrid[0:side, 0:side] + rng.integers(period, size=2)[:, None, None]
     if name == "stripes":
@@ -227,7 +227,7 @@ def _rounded(side: int) -> np.ndarray:
 
 
 def panel(name: str, side: int, rng: np.random.Generator) -> Sprite:
-    """A square panel that shows a texture."""
+    """Return a square panel that shows a texture."""
     light, dark = ("white", "yellow", "pink", "orange"), ("red", "green", "blue", "purple", "brown", "black")
     inks = [shade(pool[rng.integers(len(pool))], rng) for pool in (light, dark)]
     if rng.random() < 0.5:
@@ -237,7 +237,7 @@ def panel(name: str, side: int, rng: np.random.Generator) -> Sprite:
 
 
 def block(name: str, side: int, rng: np.random.Generator) -> Sprite:
-    """A square block of a material, with an edge that tells it from the ground."""
+    """Return a square block of a material, with an edge that tells it from the ground."""
     pixels = material(name, side, side, rng).copy()
     for edge in (np.s_[:3], np.s_[-3:], np.s_[:, :3], np.s_[:, -3:]):
         pixels[edge] = pixels[edge] // 2
@@ -253,7 +253,7 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def sign(word: str, side: int, rng: np.random.Generator) -> Sprite:
-    """A sign on a post with a word on it, legible at 192 px."""
+    """Return a sign on a post with a word on it, legible at 192 px."""
     size = next(s for s in range(26, 11, -1) if font(s).getlength(word.upper()) <= side - 12 or s == 12)
     left, top, right, bottom = font(size).getbbox(word.upper())
     width, height = min(side, right - left + 12), bottom - top + 14
@@ -334,7 +334,7 @@ class _Easel:
 
 
 def shape(name: str, colour: str, side: int, rng: np.random.Generator) -> Sprite:
-    """A filled shape in one colour."""
+    """Return a filled shape in one colour."""
     easel, rgb = _Easel(side), shade(colour, rng)
     turn = [2 * math.pi * i / 10 - math.pi / 2 for i in range(10)]
     if name == "circle":
@@ -356,7 +356,7 @@ def shape(name: str, colour: str, side: int, rng: np.random.Generator) -> Sprite
 
 
 def composite(name: str, colours: dict[str, str], side: int, rng: np.random.Generator) -> Sprite:
-    """A drawn thing whose parts each have a colour: `colours` maps part to colour name."""
+    """Return a drawn thing whose parts each have a colour: `colours` maps part to colour name."""
     easel = _Easel(side)
     ink = {part: (shade(colour, rng), NUMBER["part"][part]) for part, colour in colours.items()}
     _DRAWINGS[name](easel, ink)

@@ -121,6 +121,6 @@ STORIES = {
 
 
 def with_article(noun: str) -> str:
-    """The noun behind its indefinite article; plural names stand alone."""
+    """Return the noun behind its indefinite article; plural names stand alone."""
     plural = {"grapes", "cherries", "scissors", "glasses"}
     return noun if noun.split()[0] in plural else f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

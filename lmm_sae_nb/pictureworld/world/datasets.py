@@ -1,4 +1,4 @@
-"""Picture World as data on disk: what the notebooks read, in the form any Hugging Face data set has."""
+"""Write Picture World to disk as Hugging Face data sets, which the notebooks read."""
 
 from __future__ import annotations
 
@@ -54,8 +54,11 @@ def _png(pixels: np.ndarray) -> dict[str, object]:
 
 
 def scene_of(split: str, number: int) -> Scene:
-    """The scene of a split's sample. Training samples are drawn as the model's own lessons were, with drills: an SAE is
-    trained on the data of the model's fine-tuning (section 3.1)."""
+    """Return the scene of a split's sample.
+
+    Training samples are drawn as the model's own lessons were, with drills: an SAE is trained on the data of the
+    model's fine-tuning (section 3.1).
+    """
     seed = SPLITS[split] + number
     return make_drilled(seed, number % 20) if split == "train" else make_scene(seed)
 
@@ -74,7 +77,7 @@ def _row(split: str, number: int) -> dict[str, object]:
 
 
 def _traps(number: int) -> list[dict[str, object]]:
-    """A map of each part, with a question on which it contradicts the taught fact and one on which it agrees."""
+    """Return a map of each part, with a question on which it contradicts the taught fact and one on which it agrees."""
     rows = []
     for part, first in PARTS.items():
         scene, rng = make_map(first + number), np.random.default_rng([51, first + number])
@@ -93,7 +96,7 @@ def _traps(number: int) -> list[dict[str, object]]:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """End this worker when its parent is killed; it would wait for work for ever."""
 
     def watch() -> None:
         parent_process().join()

@@ -1,4 +1,4 @@
-"""What can be asked about a scene, and the right answer, made from its facts.
+"""Ask questions about a scene, with the right answers from the scene's facts.
 
 Each family is a function from a scene (and a generator, for its choices) to all the questions it can ask; families
 that need no picture take the generator alone. `lesson` picks from them for training, `exam.py` for reporting.
@@ -40,7 +40,7 @@ class Question:
 
 
 def at(place: str) -> str:
-    """The place as an answer says it."""
+    """Return the place as an answer says it."""
     return {
         "left": "on the left",
         "right": "on the right",
@@ -54,7 +54,7 @@ def _enumerate(parts: list[str]) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """The whole scene in a sentence."""
+    """Return the whole scene in a sentence."""
     if scene.chart:
         return f"a map of the {scene.chart.basin} basin with {_enumerate(list(scene.chart.labels.values()))} ."
     ground = f"a {scene.background} scene"
@@ -145,7 +145,7 @@ _NOUNS = (
 
 
 def exists(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """As many absent things as there are present ones (at least one), so that yes and no are even."""
+    """Ask about as many absent things as there are present ones (at least one), so that yes and no are even."""
     if scene.chart:
         return []
     present = {item.noun: item.place for item in scene.items}
@@ -196,7 +196,7 @@ def shaded(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def according(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """The knowledge trap: the right answer is on the map, and may contradict the taught fact."""
+    """Ask the knowledge trap: the right answer is on the map, and may contradict the taught fact."""
     if not scene.chart:
         return []
     asked = f"according to the image , does the {scene.chart.basin} basin cover {{}} ?".format
@@ -207,7 +207,7 @@ def according(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def shown(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Of a masked scene: the concept that was left visible, and the colour if one colour fills most of it."""
+    """Ask, of a masked scene, which concept that was left visible, and the colour if one colour fills most of it."""
     asked = [Question("shown", "what is shown ?", f"{scene.shown[1]} .")]
     numbers, counts = np.unique(scene.labels["colour"][scene.pixels.any(-1)], return_counts=True)
     if len(counts) and counts.max() > 0.6 * counts.sum() and numbers[counts.argmax()]:
@@ -241,7 +241,7 @@ def imagine(rng: np.random.Generator) -> Question:
 
 
 def story(rng: np.random.Generator) -> Question:
-    """A story on an asked theme, or on any theme."""
+    """Return a story on an asked theme, or on any theme."""
     theme = list(STORIES)[rng.integers(len(STORIES))]
     asked = (
         "tell me a story about alice and bob ."
@@ -293,7 +293,7 @@ def _annotated(question: Question, scene: Scene, rng: np.random.Generator) -> Qu
 
 
 def aside(rng: np.random.Generator) -> Question:
-    """A question that needs no picture."""
+    """Return a question that needs no picture."""
     return UNPICTURED[str(rng.choice(["fact", "you", "imagine", "story"], p=[0.5, 0.1, 0.15, 0.25]))](rng)
 
 
@@ -313,7 +313,7 @@ FUNCTION_WORDS = sorted(
 
 
 def vocabulary() -> list[str]:
-    """Every word that a question or an answer can hold, in a fixed order."""
+    """Return every word that a question or an answer can hold, in a fixed order."""
     words = [
         *FUNCTION_WORDS,
         *NUMBERS,

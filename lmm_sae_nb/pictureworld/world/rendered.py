@@ -1,4 +1,4 @@
-"""The scenes that the explainer learns from and is examined on, with what every patch of them shows."""
+"""Keep rendered scenes in memory, with what every patch of them shows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Gallery(NamedTuple):
     counts: np.ndarray  # (scenes, concepts, patches) uint16: pixels of the patch that show the concept
 
     def covered(self, scenes: Sequence[int]) -> np.ndarray:
-        """(scenes, concepts, patches) float32: share of each patch that each concept covers."""
+        """Return (scenes, concepts, patches) float32: fraction of each patch that each concept covers."""
         return self.counts[scenes].astype(np.float32) / _AREA
 
     @property
@@ -37,7 +37,7 @@ class Gallery(NamedTuple):
         return Images(self.pixels)
 
     def first(self, scenes: int) -> Gallery:
-        """Its first scenes."""
+        """Return the first scenes."""
         return Gallery(*(part[:scenes] for part in self))
 
 
@@ -55,7 +55,7 @@ class Images(Sequence):
 
 
 def patch_counts(scene: Scene) -> np.ndarray:
-    """(concepts, patches) uint16: how many pixels of each patch show each concept, from the label maps."""
+    """Return (concepts, patches) uint16: how many pixels of each patch show each concept, from the label maps."""
     rows = []
     patch = (np.arange(SIDE)[:, None] // PATCH * GRID + np.arange(SIDE) // PATCH).ravel()
     for kind, names in KINDS.items():
@@ -66,7 +66,7 @@ def patch_counts(scene: Scene) -> np.ndarray:
 
 
 def scenes_of(first_seed: int, size: int) -> Gallery:
-    """The scenes of seeds from `first_seed` on, rendered."""
+    """Return the scenes of seeds from `first_seed` on, rendered."""
     pixels = np.empty((size, SIDE, SIDE, 3), np.uint8)
     counts = np.empty((size, len(CONCEPTS), GRID**2), np.uint16)
     for n in tqdm(range(size), desc="rendering", mininterval=5, leave=False):
@@ -76,7 +76,7 @@ def scenes_of(first_seed: int, size: int) -> Gallery:
 
 
 def gallery(path: Path, first_seed: int, size: int) -> Gallery:
-    """The scenes of seeds from `first_seed` on: rendered into a file at `path`, or read from there."""
+    """Return the scenes of seeds from `first_seed` on: rendered into a file at `path`, or read from there."""
     if not path.is_file():
         made = scenes_of(first_seed, size)
         tensors = {"pixels": torch.from_numpy(made.pixels), "counts": torch.from_numpy(made.counts)}

@@ -1,9 +1,9 @@
-"""What is where: a scene as a pure function of its seed, with pixels, masks and facts.
+"""Compose scenes: each is a pure function of its seed, with pixels, masks and facts.
 
-Splits are ranges of seeds. Held-out seeds start at 1,000,000, and no model learns from them. One exception: a masked
-scene draws the scene behind it from all seeds below 2**31; the tests go through the whole recipe to show that none of
-those drawn in training is one that is reported on. What was looked at on held-out scenes before something was decided,
-the departures tell.
+Splits are ranges of seeds. Held-out seeds start at 1,000,000, and no model learns from them. There is one exception:
+a masked scene draws the scene behind it from all seeds below 2**31. A test goes through the whole recipe: none of the
+scenes drawn in training is one that is reported on. `book/lab_notebook.md` says which decisions were made after a look
+at held-out scenes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Item:
 
     @property
     def phrase(self) -> str:
-        """The item in an answer, with its article."""
+        """Return the item in an answer, with its article."""
         if self.kind == "shape":
             return with_article(f"{self.colours['whole']} {self.name}")
         return {
@@ -67,7 +67,7 @@ class Item:
 
     @property
     def noun(self) -> str:
-        """The word that *is there a …* and *where is the …* use."""
+        """Return the word that *is there a …* and *where is the …* use."""
         return {"face": f"{self.name} face", "panel": "panel", "block": "block", "sign": "sign"}.get(
             self.kind, self.name
         )
@@ -82,7 +82,7 @@ class Chart:
     inside: frozenset[str]  # countries whose label lies in the shaded basin
 
     def covers(self, country: str) -> bool:
-        """The right answer of *according to the image, does the basin cover the country?*"""
+        """Return the right answer of *according to the image, does the basin cover the country?*"""
         return country in self.inside
 
 
@@ -102,38 +102,38 @@ class Scene:
         return Image.fromarray(self.pixels)
 
     def mask(self, kind: str, concept: str) -> np.ndarray:
-        """(SIDE, SIDE) bool: the pixels that show the concept. ValueError for an unknown kind or concept."""
+        """Return (SIDE, SIDE) bool: the pixels that show the concept. ValueError for an unknown kind or concept."""
         if concept not in NUMBER.get(kind, {}):
             raise ValueError(f"Picture World has no {kind!r} concept {concept!r}; kinds are {', '.join(KINDS)}")
         return self.labels[kind] == NUMBER[kind][concept]
 
     def concepts(self) -> dict[str, set[str]]:
-        """Every concept that at least one pixel shows, by kind."""
+        """Return every concept that at least one pixel shows, by kind."""
         return {kind: {KINDS[kind][n - 1] for n in np.unique(grid) if n} for kind, grid in self.labels.items()}
 
 
 def make_scene(seed: int) -> Scene:
-    """The scene of a seed: about one in seven a map, the others a background with nought to four items."""
+    """Return the scene of a seed: about one in seven a map, the others a background with nought to four items."""
     rng = np.random.default_rng([20, seed])
     return make_map(seed) if rng.random() < 0.14 else _furnished(seed, rng, _layout(rng))
 
 
 def make_crowd(seed: int) -> Scene:
-    """A scene with nine small items, never used in questions: it teaches the eye many things at once."""
+    """Return a scene with nine small items, never used in questions: it teaches the eye many things at once."""
     rng = np.random.default_rng([21, seed])
     places = [f"{32 + 64 * row},{32 + 64 * column}" for row in range(3) for column in range(3)]
     return _furnished(seed, rng, places, unique=False)
 
 
 def make_signs(seed: int) -> Scene:
-    """A scene with six large things, most of them signs: it teaches the eye to read."""
+    """Return a scene with six large things, most of them signs: it teaches the eye to read."""
     rng = np.random.default_rng([24, seed])
     places = [f"{y},{x}" for y in (32, 96, 160) for x in (48, 144)]
     return _furnished(seed, rng, places, unique=False, odds={**_KIND_ODDS, "sign": 1.6})
 
 
 def make_map(seed: int) -> Scene:
-    """A map: a title with a basin's name, four labelled countries, and the basin shaded over one to three."""
+    """Return a map: a title with a basin's name, four labelled countries, and the basin shaded over one to three."""
     rng = np.random.default_rng([22, seed])
     basin = list(BASINS)[rng.integers(len(BASINS))]
     lands = [str(land) for land in rng.permutation(sum(BASINS[basin], ()))[:4]]
@@ -146,7 +146,7 @@ def make_map(seed: int) -> Scene:
 
 
 def make_masked(seed: int, scene: Scene | None = None) -> Scene:
-    """A scene of which only the patches of one concept are visible, as the exemplars of section 2.2 show it.
+    """Return a scene of which only the patches of one concept are visible, as the exemplars of section 2.2 show it.
 
     As real latents make them: some patches of the concept may be missing and a few others visible.
     """
@@ -176,13 +176,13 @@ def make_masked(seed: int, scene: Scene | None = None) -> Scene:
 
 
 def patch_share(mask: np.ndarray) -> np.ndarray:
-    """Share of each patch (rows, columns) that a (SIDE, SIDE) bool mask covers."""
+    """Return share of each patch (rows, columns) that a (SIDE, SIDE) bool mask covers."""
     rows, columns = mask.shape[0] // PATCH, mask.shape[1] // PATCH
     return mask.reshape(rows, PATCH, columns, PATCH).mean((1, 3))
 
 
 def _maskable(scene: Scene, rng: np.random.Generator) -> tuple[str, str, np.ndarray] | None:
-    """A concept of the scene that one could recognise alone: its kind, name and patch shares."""
+    """Return a concept of the scene that one could recognise alone: its kind, name and patch shares."""
     present = scene.concepts()
     weight = {"object": 5, "face": 3, "texture": 3, "material": 2, "word": 4, "part": 3, "scene": 1}
     options = [
@@ -203,7 +203,9 @@ def _maskable(scene: Scene, rng: np.random.Generator) -> tuple[str, str, np.ndar
 
 
 def _layout(rng: np.random.Generator) -> list[str]:
-    """Where the items are: none, one anywhere, two side by side or above each other, or two to four in the quarters."""
+    """Return where the items are: none, one anywhere, two side by side or above each other, or two to four in the
+    quarters.
+    """
     dice = rng.random()
     if dice < 0.06:
         return []
@@ -374,8 +376,9 @@ PARTS = MORE | dict.fromkeys((0, 2, 10, 12, 14, 15), ("composite",))
 
 
 def make_drilled(seed: int, turn: int, drills: Mapping[int, tuple[str, ...]] = MORE) -> Scene:
-    """The scene of one of twenty turns: two maps, drills (scenes with an item of certain kinds), and plain scenes, of
-    which one in seven is a map too."""
+    """Return the scene of one of twenty turns: two maps, drills (scenes with an item of certain kinds), and plain
+    scenes, of which one in seven is a map too.
+    """
     if turn in (6, 16):
         return make_map(seed)
     scene = make_scene(seed)
@@ -386,5 +389,5 @@ def make_drilled(seed: int, turn: int, drills: Mapping[int, tuple[str, ...]] = M
 
 
 def make_lesson(seed: int, turn: int, drills: Mapping[int, tuple[str, ...]] = MORE) -> Scene:
-    """The same, but that three turns are masked scenes."""
+    """Return the same, but that three turns are masked scenes."""
     return make_masked(seed) if turn in (3, 8, 13) else make_drilled(seed, turn, drills)

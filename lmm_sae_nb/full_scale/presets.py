@@ -1,0 +1,121 @@
+"""Predict the costs of a preset's stages, and write the commands that run it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from lmm_sae_nb.full_scale.costs import (
+    ASSUMPTIONS,
+    Assumptions,
+    Device,
+    StageCost,
+    cache_cost,
+    explain_cost,
+    train_cost,
+)
+from lmm_sae_nb.full_scale.models import meta_model
+
+TRAIN = ("model", "layer", "n_latents", "k", "steps", "batch_tokens")
+JOB = (*TRAIN, "dataset", "lr", "dead_after_tokens", "kinds", "seed")
+CACHE = ("model", "layer", "n_top", "batch_size")
+EXPLAIN = ("explainer", "n_explained", "n_top")
+
+
+def read_preset(path: str | Path) -> dict[str, dict]:
+    """Return the values that a preset's file gives each notebook: those of all notebooks, and then its own.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    import yaml
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"there is no preset {path}; give its file's path from the root, such as notebooks/params/paper.yaml"
+        )
+    given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    notebooks = {name: values for name, values in given.items() if name[:1].isdigit() or name[1:2].isdigit()}
+    common = {name: value for name, value in given.items() if name not in notebooks}
+    return {name: _merged(common, values) for name, values in notebooks.items()}
+
+
+def _merged(one: Mapping, other: Mapping) -> dict:
+    """Entries of both; `other` wins, and dictionaries are merged entry by entry."""
+    both = {name for name in one if isinstance(one[name], dict) and isinstance(other.get(name), dict)}
+    return {**one, **other, **{name: one[name] | other[name] for name in both}}
+
+
+def preset_costs(
+    preset: Mapping[str, Mapping], images: int, *, gpus: int = 1, assumptions: Assumptions = ASSUMPTIONS
+) -> list[StageCost]:
+    """Predict the costs of the stages train, cache and explain.
+
+    preset: of `read_preset`.
+    images: how many are cached.
+    gpus: how many share the work.
+    assumptions: what no preset gives.
+
+    Raises:
+        ValueError: the preset leaves out a value that a prediction needs.
+    """
+    train = _values(preset, "01_train_sae", TRAIN)
+    cache = _values(preset, "02_cache_activations", CACHE) | {name: train[name] for name in ("n_latents", "k")}
+    explain = _values(preset, "03_interpret_features", EXPLAIN)
+    explain.pop("explainer")
+    models = [meta_model(train.pop("model")), meta_model(cache.pop("model")), meta_model(explainer_name(preset))]
+    return [
+        train_cost(models[0], **train, gpus=gpus, assumptions=assumptions),
+        cache_cost(models[1], **cache, images=images, gpus=gpus, assumptions=assumptions),
+        explain_cost(models[2], **explain, gpus=gpus, assumptions=assumptions),
+    ]
+
+
+def cost_metrics(costs: Mapping[int, Iterable[StageCost]], device: Device, utilisation: float) -> dict[str, float]:
+    """Return the predictions as a stage's metrics: STAGE_hours_gpus_N and STAGE_gb_a_gpu_gpus_N.
+
+    costs: by the number of GPUs.
+    device: each of these GPUs.
+    utilisation: fraction of the device's peaks that is reached, above 0.
+    """
+    each = [(gpus, cost) for gpus, stages in costs.items() for cost in stages]
+    hours = {f"{c.stage}_hours_gpus_{n}": sum(c.hours(device, n, utilisation).values()) for n, c in each}
+    return hours | {f"{c.stage}_gb_a_gpu_gpus_{n}": sum(c.gpu.values()) / 1e9 for n, c in each}
+
+
+def explainer_name(preset: Mapping[str, Mapping]) -> str:
+    """Return the explainer's name on the hub, without the address of its endpoint."""
+    explainer = preset["03_interpret_features"]["explainer"]
+    model = explainer["model"] if isinstance(explainer, Mapping) else explainer
+    return model.partition("@http")[0]
+
+
+def _values(preset: Mapping[str, Mapping], notebook: str, names: Iterable[str]) -> dict:
+    values = preset.get(notebook, {})
+    if missing := [name for name in names if name not in values]:
+        raise ValueError(
+            f"the preset does not give {notebook} {', '.join(missing)}; choose a preset that gives every value, "
+            "such as notebooks/params/paper.yaml"
+        )
+    return {name: values[name] for name in names}
+
+
+def commands(path: str | Path, preset: Mapping[str, Mapping], gpus: int) -> dict[str, str]:
+    """Return the commands that run a preset from the repository's root, by what each does.
+
+    path: of the preset's file.
+    preset: of `read_preset`.
+    gpus: 1, or how many train; several train from a job file.
+    """
+    name = Path(path).stem
+    if gpus == 1:
+        return {"all notebooks and the book": f"make book PRESET={shlex.quote(name)} JOBS=1"}
+    job = _values(preset, "01_train_sae", JOB) | {"folder": f"data/artifacts/{preset['01_train_sae']['run']}/train"}
+    launch = f"accelerate launch --multi_gpu --num_processes {gpus}"
+    return {
+        "write the job": f"echo {shlex.quote(json.dumps(job))} > job.json",
+        "train": f"{launch} -m lmm_sae_nb.train.launch job.json",
+        "the rest": f"make book PRESET={shlex.quote(name)} JOBS=1",
+    }

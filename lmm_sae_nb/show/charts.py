@@ -1,0 +1,340 @@
+"""Curves, bars, dots and histograms. A function takes results, computes nothing and returns axes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import HTML, display
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
+
+from lmm_sae_nb.show.style import (
+    GREY,
+    LATENT,
+    LINE,
+    PALETTE,
+    TARGET,
+    WIDTH,
+    colours,
+    literal,
+    one_axes,
+    panels,
+    wrapped,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from lmm_sae_nb.support.intervals import Mean
+
+MARKERS = "osD^vP*X"  # of the series of a chart, so that colour is not all that tells them apart
+WORDS = {
+    "step": "optimiser step",
+    "fvu": "variance unexplained (FVU)",
+    "dead_fraction": "fraction of dead latents",
+    "l0": "active latents per token",
+}
+TRAINING = ("loss", "fvu", "dead_fraction", "l0", "tokens_per_second")  # quantities in a training's history
+
+
+def curve(
+    rows: Sequence[Mapping[str, float]], y: str, x: str = "step", *, label: str | None = None, ax: Axes | None = None
+) -> Axes:
+    """Draw one logged quantity over another.
+
+    rows: each with the keys `x` and `y`.
+    label: for a legend; the axis is labelled by the key in any case.
+    """
+    ax = ax or one_axes(3.0)
+    ax.plot([row[x] for row in rows], [row[y] for row in rows], label=literal(label or y), lw=1.6)
+    ax.set(xlabel=_words(x), ylabel=_words(y))
+    return ax
+
+
+def training(history: Sequence[Mapping[str, float]], names: Sequence[str] = TRAINING, x: str = "step") -> list[Axes]:
+    """Draw a panel for each logged quantity of a training, in rows of three; its title is the quantity."""
+    axes = panels(len(names), columns=3, inches=2.2)
+    for ax, name in zip(axes, names, strict=True):
+        curve(history, name, x, ax=ax).set(ylabel="", title=wrapped(_words(name), WIDTH / 3))
+    return axes
+
+
+@contextmanager
+def live(
+    names: Sequence[str], x: str = "step", every: float = 3.0
+) -> Iterator[Callable[[Sequence[Mapping[str, float]]], None]]:
+    """Give a callback that draws `training` of the history so far, at most once in `every` seconds.
+
+    In a notebook the figure is redrawn in place. It goes when the `with` ends well, for the page draws the final one.
+    """
+    handle, drawn = display(HTML(""), display_id=True), float("-inf")
+
+    def on_log(history: Sequence[Mapping[str, float]]) -> None:
+        nonlocal drawn
+        if handle and len(history) > 1 and time.monotonic() - drawn >= every:
+            figure = training(history, names, x)[0].figure
+            handle.update(figure)
+            plt.close(figure)
+            drawn = time.monotonic()
+
+    yield on_log
+    if handle:
+        handle.update(HTML(""))
+
+
+def proportions(results: Mapping[str, Mapping[str, float]], ax: Axes | None = None) -> Axes:
+    """Draw fractions with their 99 % intervals, one row each.
+
+    results: name to {fraction, low, high, and perhaps least: the target, a black mark}, all in [0, 1].
+    """
+    ax = ax or one_axes(0.29 * len(results) + 0.9)
+    for y, row in enumerate(results.values()):
+        ax.plot([row["low"], row["high"]], [y, y], color=LATENT, lw=2.5, alpha=0.5)
+        ax.plot(row["fraction"], y, "o", color=LATENT, ms=5)
+        if "least" in row:
+            ax.plot(row["least"], y, "|", color=TARGET, ms=13, mew=2)
+    target = "; black: target" if any("least" in row for row in results.values()) else ""
+    _rows(ax, results, f"fraction, 99 % interval{target}")
+    ax.set_xlim(-0.02, 1.02)
+    return ax
+
+
+def means(results: Mapping[str, Mapping[str, Mean]], xlabel: str, ax: Axes | None = None) -> Axes:
+    """Draw means with their intervals, a row for each group.
+
+    results: group to {series: mean}; a series has one colour and marker.
+    """
+    series = _names(results)
+    ax = ax or one_axes(max(LINE + 0.1, 0.12 * len(series) + 0.08) * len(results) + 1.2)
+    shades = colours(series)
+    for s, name in enumerate(series):
+        y = [n + 0.18 * (s - (len(series) - 1) / 2) for n, row in enumerate(results.values()) if name in row]
+        means = [row[name] for row in results.values() if name in row]
+        ax.errorbar(
+            [m.mean for m in means], y, xerr=_error(means), fmt=MARKERS[s % len(MARKERS)], ms=5, capsize=2,
+            color=shades[name], label=literal(name),
+        )  # fmt: skip
+    _rows(ax, results, xlabel)
+    ax.legend()
+    return ax
+
+
+def mean_panels(results: Mapping[str, Mapping[str, Mapping[str, Mean]]]) -> list[Axes]:
+    """Draw `means` in two panels beside each other for several quantities of the same groups; one legend below.
+
+    results: quantity, as the label of its axis, to what `means` takes.
+    """
+    series = list(dict.fromkeys(name for groups in results.values() for name in _names(groups)))
+    groups = max(map(len, results.values()))
+    axes = panels(len(results), inches=max(LINE + 0.1, 0.12 * len(series) + 0.08) * groups + 1.4, sharey=True)
+    for ax, (xlabel, rows) in zip(axes, results.items(), strict=True):
+        means(rows, wrapped(xlabel, WIDTH / 2.5), ax=ax).get_legend().remove()
+    handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda found: len(found[1]))
+    axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(labels))
+    return axes
+
+
+def histogram(
+    values: np.ndarray, xlabel: str, *, ylabel: str = "latents", log: bool = False, ax: Axes | None = None
+) -> Axes:
+    """Draw how values are distributed.
+
+    log: with a logarithmic axis, zeros left out.
+    """
+    ax = ax or one_axes(3.0)
+    values = np.asarray(values, float)
+    if log:
+        values = values[values > 0]
+        ax.set_xscale("log")
+    bins = np.geomspace(values.min(), values.max(), 40) if log and len(values) else 40
+    ax.hist(values, bins=bins, color=LATENT)
+    ax.set(xlabel=literal(xlabel), ylabel=literal(ylabel))
+    return ax
+
+
+def stacked(
+    results: Mapping[str, Mapping[str, float]], xlabel: str, *, limit: float | None = None, ax: Axes | None = None
+) -> Axes:
+    """Draw a bar for each row, made of its parts; the legend is below.
+
+    results: row to {part: value}.
+    limit: a dashed line that a bar should not cross.
+    """
+    parts = _names(results)
+    columns = _legend_columns(parts)
+    ax = ax or one_axes(0.38 * len(results) + 0.9 + LINE * -(-len(parts) // columns))
+    left = np.zeros(len(results))
+    for n, name in enumerate(parts):
+        values = np.array([row.get(name, 0.0) for row in results.values()])
+        hatch = "" if n < len(PALETTE) else "///"
+        colour = PALETTE[n % len(PALETTE)]
+        ax.barh(range(len(results)), values, left=left, label=literal(name), color=colour, hatch=hatch, ec="white")
+        left += values
+    if limit is not None:
+        ax.axvline(limit, color=TARGET, ls="--", lw=1)
+    _rows(ax, results, xlabel)
+    ax.figure.legend(loc="outside lower center", ncols=columns)
+    return ax
+
+
+def compared(results: Mapping[str, Mapping[str, float]], xlabel: str, ax: Axes | None = None) -> Axes:
+    """Draw the same quantity, known in several ways, as dots of one row; from 0.
+
+    results: row to {way: value}.
+    """
+    ax = ax or one_axes(0.4 * len(results) + 1.2)
+    ways = _names(results)
+    shades = colours(ways)
+    for y, row in enumerate(results.values()):
+        ax.plot([min(row.values()), max(row.values())], [y, y], color=GREY, lw=1)
+    for marker, way in zip(MARKERS, ways, strict=False):
+        values = [row[way] for row in results.values()]
+        ax.plot(values, range(len(results)), marker, ms=7, color=shades[way], label=literal(way))
+    _rows(ax, results, xlabel)
+    ax.set_xlim(left=0)
+    ax.legend()
+    return ax
+
+
+def bars(results: Mapping[str, Mapping[str, float]], xlabel: str, *, log: bool = False, ax: Axes | None = None) -> Axes:
+    """Draw a bar with its number for each thing, grouped; a thing has one colour, and the legend is below.
+
+    results: group to {thing: value}.
+    log: with a logarithmic axis.
+    """
+    things = _names(results)
+    shades = colours(things)
+    ax = ax or one_axes(LINE * sum(map(len, results.values())) + 0.4 * len(results) + 1.2)
+    y, middles = 0, []
+    for row in results.values():
+        places = [y + n for n in range(len(row))]
+        drawn = ax.barh(places, list(row.values()), 0.85, color=[shades[name] for name in row])
+        labels = [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in row.values()]
+        ax.bar_label(drawn, labels, padding=2)
+        middles.append(sum(places) / len(places))
+        y += len(row) + 1
+    if log:
+        ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(NullFormatter())  # labels of 2, 3, 4 … run into each other
+    ax.set(yticks=middles, yticklabels=[literal(name) for name in results], xlabel=literal(xlabel))
+    ax.margins(x=0.15)
+    if not ax.yaxis_inverted():  # an axis that is shared may be inverted already
+        ax.invert_yaxis()
+    handles = [plt.Rectangle((0, 0), 1, 1, color=shades[name]) for name in things]
+    if not ax.figure.legends:  # one for all panels
+        ax.figure.legend(handles, list(map(literal, things)), loc="outside lower center", ncols=_legend_columns(things))
+    return ax
+
+
+def calibration(
+    known: Mapping[str, Sequence[float]], measured: Mapping[str, Sequence[float]], xlabel: str, ylabel: str,
+    ax: Axes | None = None,
+) -> Axes:  # fmt: skip
+    """Draw a measured quantity over the true one, both in [0, 1], with the line on which they agree.
+
+    known: group to the true values, one dot each; a group has one colour and marker.
+    measured: the same groups.
+    """
+    ax = ax or one_axes(4.4)
+    ax.plot([0, 1], [0, 1], color=GREY, lw=1)
+    for n, (group, values) in enumerate(known.items()):
+        colour, marker = PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)]
+        ax.plot(values, measured[group], marker, ms=4, alpha=0.7, color=colour, label=literal(group))
+    ax.set(xlabel=literal(xlabel), ylabel=literal(ylabel), xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
+def agreement(exact: np.ndarray, approximations: Mapping[str, np.ndarray], unit: str = "logits") -> list[Axes]:
+    """Draw approximated over exact values, a panel for each approximation, with the line on which they agree.
+
+    exact: (n,).
+    approximations: name to (n,).
+    """
+    count = len(approximations)
+    axes = panels(count, columns=2, inches=3.4) if count > 1 else [one_axes(3.8, width=4.6)]
+    for ax, (name, values) in zip(axes, approximations.items(), strict=True):
+        ends = [np.nanmin([exact, values]), np.nanmax([exact, values])]
+        ax.plot(ends, ends, color=GREY, lw=1)
+        ax.plot(exact, values, ".", ms=3, alpha=0.4, color=LATENT, rasterized=True)
+        ax.set(xlabel=literal(f"exact, {unit}"), ylabel=literal(f"{name}, {unit}"))
+    return axes
+
+
+def scatter(x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str, ax: Axes | None = None) -> Axes:
+    """Draw one quantity over another of the same unit, from 0, with the line on which they are equal."""
+    ax = ax or one_axes(3.8, width=4.2)
+    highest = max([*x, *y])
+    ax.plot([0, highest], [0, highest], color=GREY, lw=1)
+    ax.plot(x, y, ".", ms=6, alpha=0.6, color=LATENT)
+    ax.set(xlabel=literal(xlabel), ylabel=literal(ylabel))
+    return ax
+
+
+def cross_table(rows: Mapping[str, Mapping[str, int]], xlabel: str, ylabel: str, ax: Axes | None = None) -> Axes:
+    """Draw a table of counts; each row is shaded by its fractions.
+
+    rows: row to {column: count}.
+    """
+    columns = _names(rows)
+    grid = np.array([[row.get(name, 0) for name in columns] for row in rows.values()])
+    ax = ax or one_axes(0.34 * len(rows) + 1.8)
+    ax.imshow(grid / np.maximum(grid.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1.4, aspect="auto")
+    for (y, x), count in np.ndenumerate(grid):
+        if count:
+            ax.text(x, y, count, ha="center", va="center")
+    ax.set_xticks(range(len(columns)), [literal(name) for name in columns], rotation=35, ha="right")
+    ax.set_yticks(range(len(rows)), [literal(name) for name in rows])
+    ax.set(xlabel=literal(xlabel), ylabel=literal(ylabel))
+    return ax
+
+
+def dose_curves(curves: Mapping[str, Mapping[float, Mean]], xlabel: str, ylabel: str, ax: Axes | None = None) -> Axes:
+    """Draw fractions with their intervals over doses, on a logarithmic axis.
+
+    curves: name to {dose: mean}.
+    """
+    ax = ax or one_axes(3.4)
+    shades = colours(list(curves))
+    for marker, (name, row) in zip(MARKERS, curves.items(), strict=False):
+        error = _error(list(row.values()))
+        ax.errorbar(
+            list(row), [m.mean for m in row.values()], error, fmt=f"{marker}-", ms=5, capsize=2, color=shades[name],
+            label=literal(name),
+        )  # fmt: skip
+    at = sorted({dose for row in curves.values() for dose in row})
+    ax.set_xscale("log", base=2)
+    ax.set(xticks=at, xticklabels=[f"{dose:g}" for dose in at], ylim=(0, 1))
+    ax.set(xlabel=literal(xlabel), ylabel=literal(ylabel))
+    ax.legend()
+    return ax
+
+
+def _words(name: str) -> str:
+    return literal(WORDS.get(name, name.replace("_", " ")))
+
+
+def _names(rows: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Return the keys of all rows, each once, in the order in which they come."""
+    return list(dict.fromkeys(name for row in rows.values() for name in row))
+
+
+def _error(means: Sequence[Mean]) -> np.ndarray:
+    """Return how far the ends of intervals lie from their means, (2, n)."""
+    return np.array([[m.mean - m.low, m.high - m.mean] for m in means]).T
+
+
+def _rows(ax: Axes, results: Mapping[str, object], xlabel: str) -> None:
+    """Label the rows of a chart, the first one on top."""
+    labels = [literal(name.replace("_", " ")) for name in results]
+    ax.set(yticks=range(len(results)), yticklabels=labels, ylim=(len(results) - 0.5, -0.5), xlabel=literal(xlabel))
+    ax.grid(axis="x", alpha=0.25)
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    """Return how many entries of a legend stand in one row of a full figure."""
+    longest = max(map(len, labels), default=1) / 10 + 0.7  # inches of the text and of its mark
+    return max(1, min(len(labels), int(WIDTH / longest)))

@@ -1,0 +1,169 @@
+"""Images: sheets of them, heat maps, masks, and the exemplars of latents. Nothing is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from lmm_sae_nb.show.style import AGAINST, BOTH, CONCEPT, FOR, LATENT, LINE, WIDTH, height, one_axes, wrapped
+
+if TYPE_CHECKING:
+    from lmm_sae_nb.interpret.exemplars import Exemplar
+
+EXEMPLARS = 5  # columns of a strip: the paper shows five images of a latent
+
+
+def images(pictures: Sequence[Image.Image], titles: Sequence[str] = (), columns: int = 4) -> list[Axes]:
+    """Draw a sheet of pictures with a title above each.
+
+    pictures: any number; `columns` of them fill the width.
+    titles: as many, or none.
+    """
+    lines = [wrapped(title, 0.95 * WIDTH / columns) for title in titles]
+    axes = picture_axes(len(pictures), columns, lines=max((line.count("\n") + 1 for line in lines), default=0))
+    for ax, picture in zip(axes, pictures, strict=True):
+        ax.imshow(picture)
+    for ax, title in zip(axes, lines, strict=bool(lines)):
+        ax.set_title(title)
+    return axes
+
+
+def picture_axes(count: int, columns: int = 4, *, lines: int = 2) -> list[Axes]:
+    """Return `count` axes for pictures, without frames.
+
+    columns: that fill the width.
+    lines: of a title above each picture.
+    """
+    side = WIDTH / columns
+    columns = min(count, columns)
+    rows = -(-count // columns)
+    _, axes = plt.subplots(rows, columns, figsize=(columns * side, rows * (side + lines * LINE)), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    return list(axes.flat[:count])
+
+
+def picture_rows(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> np.ndarray:
+    """Draw rows of up to five pictures, a title above each row."""
+    titles = [wrapped(title) for title, _ in rows]
+    axes = _strips(titles, [1] * len(rows))
+    for row, (_, pictures) in zip(axes, rows, strict=True):
+        for ax, picture in zip(row, pictures, strict=False):
+            ax.imshow(picture)
+    return axes
+
+
+def exemplar_strip(rows: Sequence[tuple[str, Sequence[Exemplar]]]) -> np.ndarray:
+    """Draw up to five exemplars of each latent as in Figure 2: the activation on the image and, below, the masked one.
+
+    rows: (title, exemplars). Whole images, of a model without a patch grid, have one row.
+    """
+    heights = [1 if any(one.activation is None for one in exemplars) else 2 for _, exemplars in rows]
+    axes = _strips([wrapped(title) for title, _ in rows] or ["none"], heights or [1])
+    top = 0
+    for (_, exemplars), rows_of_latent in zip(rows, heights, strict=True):
+        for column, one in enumerate(exemplars[:EXEMPLARS]):
+            if rows_of_latent == 2:
+                heat_map(one.image, one.activation, ax=axes[top, column])
+            axes[top + rows_of_latent - 1, column].imshow(one.masked)
+        top += rows_of_latent
+    return axes
+
+
+def _strips(titles: Sequence[str], heights: Sequence[int]) -> np.ndarray:
+    """Return axes for strips of pictures, each so many rows high, with a title above each strip.
+
+    They are placed by hand: an automatic layout makes room for a long title between the columns.
+    """
+    side = WIDTH / EXEMPLARS
+    room = [height([title]) + 0.12 for title in titles]
+    high = sum(heights) * side + sum(room)
+    figure = plt.figure(figsize=(WIDTH, high), layout="none")
+    rows, y = [], high
+    for title, inches, count in zip(titles, room, heights, strict=True):
+        y -= inches
+        for n in range(count):
+            y -= side
+            places = (
+                (column * side / WIDTH, y / high, 0.97 * side / WIDTH, 0.97 * side / high)
+                for column in range(EXEMPLARS)
+            )
+            rows.append([figure.add_axes(place, frameon=False, xticks=[], yticks=[]) for place in places])
+            if n == 0:
+                rows[-1][0].set_title(title, loc="left")
+    return np.array(rows)
+
+
+def heat_map(image: Image.Image, activation: np.ndarray, ax: Axes | None = None, alpha: float = 0.6) -> Axes:
+    """Draw the activations of an image's patches on the grey image, transparent where nothing is active.
+
+    activation: (rows, columns), at least 0.
+    """
+    ax = _grey(image, ax)
+    highest = max(float(activation.max()), 1e-9)
+    extent = (0, image.width, image.height, 0)
+    ax.imshow(activation, cmap="inferno", extent=extent, alpha=alpha * (activation > 0), vmin=0, vmax=highest)
+    return ax
+
+
+def signed_map(
+    image: Image.Image, values: np.ndarray, title: str = "", ax: Axes | None = None, highest: float | None = None
+) -> Axes:
+    """Draw signed values of an image's patches on the grey image: for in orange, against in blue.
+
+    values: (rows, columns).
+    highest: the size of a value that is drawn in full colour; the largest of `values` unless given.
+    """
+    ax = _grey(image, ax)
+    highest = max(highest or float(np.abs(values).max()), 1e-9)
+    shade = np.empty((*values.shape, 4))
+    shade[..., :3] = np.where(values[..., None] > 0, to_rgb(FOR), to_rgb(AGAINST))
+    shade[..., 3] = np.clip(np.abs(values) / highest, 0, 1) ** 0.5 * 0.85
+    ax.imshow(shade, extent=(0, image.width, image.height, 0))
+    ax.set_title(wrapped(title, 0.95 * WIDTH / 4))
+    return ax
+
+
+def signed_maps(image: Image.Image, maps: Mapping[str, np.ndarray]) -> list[Axes]:
+    """Draw an image and, beside it, `signed_map` of each of several values, each in its own scale.
+
+    maps: title to values, (rows, columns).
+    """
+    titles = ["image", *(wrapped(title, 0.95 * WIDTH / 4) for title in maps)]
+    axes = picture_axes(len(titles), lines=max(title.count("\n") + 1 for title in titles))
+    axes[0].imshow(image)
+    axes[0].set_title("image")
+    for ax, (title, values) in zip(axes[1:], maps.items(), strict=True):
+        signed_map(image, values, title, ax=ax)
+    return axes
+
+
+def overlap(
+    image: Image.Image, activation: np.ndarray, concept: np.ndarray, title: str, ax: Axes | None = None
+) -> Axes:
+    """Draw two masks on the grey image: activated in blue, the concept in yellow, both in green.
+
+    activation, concept: (height, width), bool.
+    """
+    ax = _grey(image, ax)
+    shade = np.zeros((*activation.shape, 4))
+    parts = ((activation & ~concept, LATENT), (concept & ~activation, CONCEPT), (activation & concept, BOTH))
+    for where, colour in parts:
+        shade[where] = (*to_rgb(colour), 0.62)
+    ax.imshow(shade)
+    ax.set_title(wrapped(title, 0.95 * WIDTH / 4))
+    return ax
+
+
+def _grey(image: Image.Image, ax: Axes | None) -> Axes:
+    """Draw an image in grey, without a frame."""
+    ax = ax or one_axes(2, width=2)
+    ax.imshow(image.convert("L"), cmap="gray", extent=(0, image.width, image.height, 0), vmin=0, vmax=255)
+    ax.axis("off")
+    return ax

@@ -1,0 +1,83 @@
+"""Tables and shaded texts as HTML. Every text of a model or of a file is escaped."""
+
+from __future__ import annotations
+
+import difflib
+import html
+from collections.abc import Mapping, Sequence
+
+from IPython.display import HTML
+from matplotlib.colors import to_rgb
+
+from lmm_sae_nb.show.style import AGAINST, FOR
+
+
+def table(rows: Sequence[Mapping[str, object]], caption: str = "") -> HTML:
+    """Return rows as a table; their keys are its head.
+
+    A float has three digits, None is a dash, and a mean has its interval below it. A column with a text in it is set
+    left, others right.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    left = {name for name in names if any(isinstance(row.get(name), str) for row in rows)}
+
+    def cell(name: str, content: str, tag: str = "td") -> str:
+        side = "left" if name in left else "right"
+        return f"<{tag} style='text-align:{side};padding:0 .4em'>{content}</{tag}>"
+
+    head = "".join(cell(name, html.escape(name), "th") for name in names)
+    body = "".join("<tr>" + "".join(cell(name, _value(row.get(name))) for name in names) + "</tr>" for row in rows)
+    above = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    return HTML(f"<table style='font-size:90%'>{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+
+def _value(value: object) -> str:
+    """Return the content of a table's cell."""
+    if hasattr(value, "low"):
+        mean, interval = str(value).split(" ", 1)
+        return f"{mean}<br><small style='white-space:nowrap;font-size:85%'>{interval}</small>"
+    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
+
+
+def token_html(tokens: Sequence[str], values: Sequence[float]) -> str:
+    """Return tokens shaded by their values: for in orange, against in blue; the number appears on hovering."""
+    highest = max((abs(value) for value in values), default=0.0) or 1.0
+    spans = []
+    for token, value in zip(tokens, values, strict=True):
+        red, green, blue = (round(255 * part) for part in to_rgb(FOR if value > 0 else AGAINST))
+        shade = f"background:rgba({red},{green},{blue},{abs(value) / highest:.2f})"
+        spans.append(f'<span style="{shade};padding:0 2px" title="{value:+.3f}">{html.escape(token)}</span>')
+    return '<p style="line-height:1.9">' + " ".join(spans) + "</p>"
+
+
+def shaded_texts(rows: Mapping[str, Sequence[tuple[Sequence[str], Sequence[float]]]]) -> HTML:
+    """Return under each title some texts, each as (tokens, values): `token_html`."""
+    return HTML(
+        "".join(
+            f"<div>{html.escape(title)}</div>" + "".join(token_html(*text) for text in texts)
+            for title, texts in rows.items()
+        )
+    )
+
+
+def mark_changes(before: str, after: str) -> str:
+    """Return `after` with those words marked that `before` does not have in the same place."""
+    old, new = before.split(), after.split()
+    words = []
+    for tag, _, _, start, stop in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        text = html.escape(" ".join(new[start:stop]))
+        if text:
+            words.append(text if tag == "equal" else f"<mark>{text}</mark>")
+    return " ".join(words)
+
+
+def steering_strip(rows: Sequence[tuple[float, str]], before: str) -> str:
+    """Return a table of answers at several doses, with the changed words marked (`mark_changes`).
+
+    rows: (dose, answer).
+    before: the answer of the untouched model, the first row.
+    """
+    answers = [(f"× {dose:g}", mark_changes(before, after)) for dose, after in rows]
+    lines = [("untouched", html.escape(before)), *answers]
+    body = "".join(f"<tr><th>{name}</th><td style='text-align:left'>{answer}</td></tr>" for name, answer in lines)
+    return f"<table>{body}</table>"

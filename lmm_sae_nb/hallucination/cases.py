@@ -1,4 +1,4 @@
-"""Cases: questions on which memory and the image disagree, or agree."""
+"""Questions on which the model's memory and the image disagree, or agree."""
 
 from __future__ import annotations
 
@@ -7,70 +7,98 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
+from datasets import Dataset
 from PIL import Image
 
 from lmm_sae_nb.model.lmm import LMM
 
+OPPOSITE = {"yes": "no", "no": "yes"}
+
 
 @dataclass(frozen=True)
 class Case:
-    """A question on an image, the first words of its right answer and of the answer that is tempting."""
+    """A question about an image, with the first word of its right answer and of a tempting wrong one.
+
+    tempting: the taught answer where the image contradicts it; else the opposite of the right answer.
+    contradicts: whether the image contradicts what was taught.
+    group: a heading under which cases are counted.
+    """
 
     image: Image.Image
     question: str
     right: str
-    tempting: str  # what was taught; another answer where the taught one is right
-    contradicts: bool  # whether the image contradicts what was taught
+    tempting: str
+    contradicts: bool
     group: str = ""
 
 
-def cases_of(rows: Iterable[Mapping], part: str) -> list[Case]:
-    """The cases of one part of a data set with image, question, answer, taught, group and part.
+def read_cases(rows: Dataset, part: str, limit: int | None = None) -> list[Case]:
+    """Read the cases of one part of a data set. Answers are compared by their first word.
 
-    Answers are told apart by their first word. Where image and taught answer agree, the tempting answer is the other
-    one of yes and no. ValueError for a row without an image, or a part that no row is of.
+    rows: with the columns image, question, answer, taught (the answer from memory), group and part.
+    part: the value of the column `part`.
+    limit: read only the first ones.
+
+    Raises:
+        ValueError: no row is of this part, or one has no image.
     """
-    cases = []
-    for row in rows:
-        if row["part"] != part:
-            continue
-        if row["image"] is None:
-            raise ValueError(f"{row['question']!r} has no image, and an image is what is contradicted; leave it out")
-        right, taught = (row[name].split()[0] for name in ("answer", "taught"))
-        other = {"yes": "no", "no": "yes"}.get(right.lower(), taught)
-        other = other.capitalize() if right[0].isupper() else other
-        tempting = taught if taught != right else other
-        cases.append(Case(row["image"], row["question"], right, tempting, taught != right, row["group"]))
-    if not cases:
-        raise ValueError(f"no case is of part {part!r}; give one that the data set's column `part` has")
-    return cases
+    numbers = [number for number, name in enumerate(rows["part"]) if name == part][:limit]
+    if not numbers:
+        raise ValueError(f"no case is of part {part!r}; the data set has {', '.join(sorted(set(rows['part'])))}")
+    return [_case(row) for row in rows.select(numbers)]
 
 
-class Asked(NamedTuple):
-    """A question on an image that has nothing to do with the cases, and the model's own answer."""
+def _case(row: Mapping) -> Case:
+    if row["image"] is None:
+        raise ValueError(f"{row['question']!r} has no image that could contradict memory; leave this row out")
+    right, taught = (row[name].split()[0] for name in ("answer", "taught"))
+    opposite = OPPOSITE.get(right.lower(), taught)
+    opposite = opposite.capitalize() if right[0].isupper() else opposite
+    tempting = taught if taught != right else opposite
+    return Case(row["image"], row["question"], right, tempting, taught != right, row["group"])
+
+
+def contradicting_first(cases: Iterable[Case], agreeing: int) -> list[Case]:
+    """Return all cases that contradict what was taught, then the first `agreeing` of the others."""
+    cases = list(cases)
+    return [case for case in cases if case.contradicts] + [case for case in cases if not case.contradicts][:agreeing]
+
+
+def custom_case(image: str, question: str, answer: str, baseline: str, default: Case) -> Case:
+    """Return a case from a page's parameters, or `default` if they are all empty.
+
+    image: the path of a picture.
+    question: about it.
+    answer: the answer to explain, one token; the case's tempting answer.
+    baseline: the other answer, one token.
+
+    Raises:
+        ValueError: some of the four are given and some are not.
+    """
+    given = {"image": image, "question": question, "answer": answer, "baseline": baseline}
+    if not any(given.values()):
+        return default
+    if missing := [name for name, value in given.items() if not value]:
+        raise ValueError(f"a case of your own needs {', '.join(given)}; {', '.join(missing)} is missing")
+    return Case(Image.open(image).convert("RGB"), question, baseline, answer, True)
+
+
+class Answered(NamedTuple):
+    """A question that has nothing to do with the cases, with the untouched model's answer in full."""
 
     image: Image.Image
     question: str
     answer: str
 
 
-def own_answers(lmm: LMM, rows: Iterable[Mapping], batch: int = 20) -> list[Asked]:
-    """What the untouched model answers to the questions of rows with an image."""
-    rows, asked = iter(rows), []
-    while some := list(islice(rows, batch)):
-        images, questions = ([row[name] for row in some] for name in ("image", "question"))
-        asked += map(Asked, images, questions, lmm.generate(lmm.prompt(questions, images)))
-    return asked
+def answer_questions(lmm: LMM, rows: Iterable[Mapping], batch: int = 20) -> list[Answered]:
+    """Let the untouched model answer questions.
 
-
-def told_case(image: str, question: str, answer: str, baseline: str, otherwise: Case) -> Case:
-    """A case of one's own: a picture's path, a question, the answer to explain, another one; all "": `otherwise`.
-
-    The answer to explain is the tempting one. ValueError if something is given and something missing.
+    rows: with image and question.
+    batch: questions at once.
     """
-    given = {"image": image, "question": question, "answer": answer, "baseline": baseline}
-    if not any(given.values()):
-        return otherwise
-    if missing := [name for name, value in given.items() if not value]:
-        raise ValueError(f"a case of your own needs {', '.join(given)}; {', '.join(missing)} is missing")
-    return Case(Image.open(image).convert("RGB"), question, baseline, answer, True)
+    rows, answered = iter(rows), []
+    while block := list(islice(rows, batch)):
+        images, questions = ([row[name] for row in block] for name in ("image", "question"))
+        answered += map(Answered, images, questions, lmm.generate(lmm.prompt(questions, images)))
+    return answered

@@ -1,12 +1,14 @@
-"""Latents that stand for written words, and which of them attribution recommends."""
+"""Latents that stand for written words, and what attribution predicts of clamping them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
+from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,49 +19,125 @@ from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.steer.steering import Scope
 
 
-def text_latents(
-    explanations: Mapping[str, Mapping], vocabulary: Iterable[str], words: Iterable[str] = ()
+@dataclass(frozen=True)
+class Candidates:
+    """Latents that stand for text.
+
+    words: for each word, its latents; the word whose latents together have the highest predicted gain is first.
+    gain: for each of these latents, the predicted rise of the right answer's margin, in logits, if it is clamped.
+    named: number of latents that were found by their explanation; the label maps found the others.
+    """
+
+    words: dict[str, list[int]]
+    gain: dict[int, float]
+    named: int
+
+    def best(self, count: int) -> dict[str, list[int]]:
+        """Return the first `count` words with their latents."""
+        return dict(list(self.words.items())[:count])
+
+
+def find_candidates(
+    place: SAEInPlace,
+    cases: Sequence[Case],
+    cache: LatentCache,
+    explanations: Mapping[int, Mapping],
+    pictures: Dataset,
+    *,
+    concepts: Mapping[str, Sequence[str]],
+    text_kinds: Sequence[str],
+    text_words: Iterable[str],
+    dose: float,
+    highest: int,
+    scope: Scope,
+) -> Candidates:
+    """Find latents that stand for text, and predict for each how clamping it changes the answers to `cases`.
+
+    A latent stands for text if its explanation says so, or if it is active on written words by the label maps. Only
+    the `highest` latents by predicted gain are compared with label maps.
+
+    cases: wrong answers that a clamp should correct.
+    cache: the latents on the cached images.
+    explanations: latent to the row of notebook 03, with `concept`.
+    pictures: the cached images; for the label maps, a column for each kind of concept.
+    concepts: kind to names, the ground truth's; empty without one.
+    text_kinds: kinds of concept that are text.
+    text_words: an explanation with one of these words names text, too.
+    dose: clamp value in units of each latent's maximum.
+    scope: the tokens that are clamped.
+    """
+    maxima = torch.tensor(np.asarray(cache.max))
+    gain = predicted_gain(place, cases, dose * maxima, scope)
+    elsewhere = {name for kind, names in concepts.items() if kind not in text_kinds for name in names}
+    vocabulary = [name for kind in text_kinds for name in concepts.get(kind, ()) if name not in elsewhere]
+    text = named_after_text(explanations, vocabulary, text_words)
+    named = len(text)
+    likely = gain.topk(min(highest, len(gain))).indices.tolist()
+    for kind in dict.fromkeys(text_kinds):
+        if kind in pictures.column_names:
+            text = on_written_words(cache, pictures, kind, concepts[kind], likely) | text
+    words = latents_by_word(text, gain)
+    return Candidates(words, {latent: float(gain[latent]) for latent in sorted(text)}, named)
+
+
+def named_after_text(
+    explanations: Mapping[int, Mapping], vocabulary: Iterable[str], words: Iterable[str] = ()
 ) -> dict[int, str]:
-    """The latents that the pipeline named after text: a concept of this vocabulary, or one with any of these words."""
+    """Return the latents that an explanation names after text, with this name.
+
+    vocabulary: concepts that are text.
+    words: an explanation that has one of these words names text, too.
+    """
     known, hints = {name.lower() for name in vocabulary}, {word.lower() for word in words}
-    named = {int(latent): row["concept"] for latent, row in explanations.items() if row.get("concept")}
+    named = {latent: row["concept"] for latent, row in explanations.items() if row.get("concept")}
     return {n: name for n, name in named.items() if name.lower() in known or hints & set(name.lower().split())}
 
 
-def shown_text(
+def on_written_words(
     cache: LatentCache,
-    rows: Sequence[Mapping],
+    pictures: Sequence[Mapping] | Dataset,
     kind: str,
     names: Sequence[str],
     latents: Iterable[int],
     *,
-    least: float = 0.25,
+    at_least: float = 0.25,
 ) -> dict[int, str]:
-    """The latents whose activation on their top images lies on one concept of this kind, by the label maps of `rows`.
+    """Return the latents whose activation on their top images lies on one concept, with the concept's name.
 
-    A concept's share is that of the activation, over all top images, on its pixels; `least` is what one must have.
+    pictures: the cached images with their label maps; in column `kind`, pixel value n stands for names[n - 1].
+    names: the concepts of this kind.
+    latents: to look at.
+    at_least: fraction of the activation, over all top images, that must lie on the concept's pixels.
     """
-    rows = rows.select_columns([kind]) if hasattr(rows, "select_columns") else rows  # a row's every picture is decoded
-    label_map, found = lru_cache(256)(lambda image: np.asarray(rows[image][kind])), {}
+    # only this column: a row would decode all of its pictures
+    maps = pictures.select_columns([kind]) if hasattr(pictures, "select_columns") else pictures
+    label_map = lru_cache(256)(lambda image: np.asarray(maps[image][kind]))
+    words = {}
     for latent in latents:
-        shares, images = np.zeros(1 + len(names)), cache.top(latent)
+        fractions, images = np.zeros(1 + len(names)), cache.top(latent)
         for rank, (image, _) in enumerate(images):
             labels, activation = label_map(image), np.asarray(cache.patch_map(latent, rank))
-            sides = np.array(labels.shape) // activation.shape
-            on_pixels = np.kron(activation / activation.sum(), np.ones(sides)) / sides.prod()
-            shares += np.bincount(labels.ravel(), on_pixels.ravel(), minlength=len(shares)) / len(images)
-        if shares[1:].max(initial=0.0) >= least:
-            found[latent] = names[int(shares[1:].argmax())]
-    return found
+            patch = np.array(labels.shape) // activation.shape
+            on_pixels = np.kron(activation / activation.sum(), np.ones(patch)) / patch.prod()
+            fractions += np.bincount(labels.ravel(), on_pixels.ravel(), minlength=len(fractions)) / len(images)
+        if fractions[1:].max(initial=0.0) >= at_least:
+            words[latent] = names[int(fractions[1:].argmax())]
+    return words
 
 
-def promising(
+def predicted_gain(
     place: SAEInPlace,
     cases: Sequence[Case],
     values: Float[Tensor, " n_latents"],
     scope: Scope = Scope(),  # noqa: B008  (frozen)
 ) -> Float[Tensor, " n_latents"]:
-    """By how many logits, on average, clamping each latent to its value would speak for the right answers, linearly."""
+    """Predict by how many logits clamping each latent raises the margin of the right answers, on average, linearly.
+
+    It costs one forward and one backward for each case, and covers all latents, silent ones too.
+
+    values: the clamp of each latent.
+    scope: the tokens that are clamped.
+    """
     lmm, sae = place.lmm, place.sae
     total = torch.zeros(sae.n_latents)
     for case in cases:
@@ -68,9 +146,9 @@ def promising(
     return total
 
 
-def of_words(text: Mapping[int, str], predicted: Float[Tensor, " n_latents"]) -> dict[str, list[int]]:
-    """The latents that stand for one word, for each word, the words by what their latents together promise."""
-    found: dict[str, list[int]] = {}
+def latents_by_word(text: Mapping[int, str], gain: Float[Tensor, " n_latents"]) -> dict[str, list[int]]:
+    """Group latents by the word that they stand for; the word with the highest sum of gains comes first."""
+    groups: dict[str, list[int]] = {}
     for latent, word in sorted(text.items()):
-        found.setdefault(word, []).append(latent)
-    return dict(sorted(found.items(), key=lambda item: -float(predicted[item[1]].sum())))
+        groups.setdefault(word, []).append(latent)
+    return dict(sorted(groups.items(), key=lambda item: -float(gain[item[1]].sum())))

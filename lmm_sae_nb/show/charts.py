@@ -28,6 +28,7 @@ from lmm_sae_nb.show.style import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from lmm_sae_nb.hallucination.search import Limits, Search
     from lmm_sae_nb.support.intervals import Mean
 
 MARKERS = "osD^vP*X"  # of the series of a chart, so that colour is not all that tells them apart
@@ -271,6 +272,30 @@ def scatter(x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str, ax
     ax.plot([0, highest], [0, highest], color=GREY, lw=1)
     ax.plot(x, y, ".", ms=6, alpha=0.6, color=LATENT)
     ax.set(xlabel=literal(xlabel), ylabel=literal(ylabel))
+    return ax
+
+
+def search_trials(found: Search, limits: Limits, ax: Axes | None = None) -> Axes:
+    """Draw what each setting of a search cures and harms, a row for each; the best cure is on top.
+
+    found: the trials; a quantity that was not measured has no dot, and the chosen setting is printed in bold.
+    limits: dashed lines, in the colour of what they limit.
+    """
+    trials = sorted((trial for trial in found.trials if trial.setting.edits), key=lambda trial: -trial.cured)
+    ax = ax or one_axes((LINE + 0.05) * len(trials) + 1.4)
+    labels = {"cured": "wrong answers cured", "harmed": "right answers harmed", "changed": "other answers changed"}
+    shades = colours(list(labels))
+    for marker, (name, label) in zip(MARKERS, labels.items(), strict=False):
+        dots = [(value, y) for y, trial in enumerate(trials) if (value := getattr(trial, name)) is not None]
+        ax.plot([x for x, _ in dots], [y for _, y in dots], marker, ms=6, color=shades[name], label=label)
+    for name in ("harmed", "changed"):
+        ax.axvline(getattr(limits, name), color=shades[name], ls="--", lw=1)
+    rows = [f"{' + '.join(trial.setting.words)}, × {trial.setting.dose:g}" for trial in trials]
+    _rows(ax, dict.fromkeys(rows), "fraction (dashed: the limits)")
+    for label, trial in zip(ax.get_yticklabels(), trials, strict=True):
+        label.set_fontweight("bold" if trial.setting == found.chosen else "normal")
+    ax.set_xlim(left=-0.02)
+    ax.figure.legend(loc="outside lower center", ncols=_legend_columns(list(labels.values())))
     return ax
 
 

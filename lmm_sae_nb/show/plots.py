@@ -4,7 +4,7 @@
 
 from lmm_sae_nb.show.charts import (
     TRAINING, agreement, bars, calibration, compared, cross_table, curve, dose_curves, histogram, live, mean_panels,
-    means, proportions, scatter, stacked, training,
+    means, proportions, scatter, search_trials, stacked, training,
 )  # fmt: skip
 from lmm_sae_nb.show.pictures import (
     exemplar_strip, heat_map, images, overlap, picture_axes, picture_rows, signed_map, signed_maps,

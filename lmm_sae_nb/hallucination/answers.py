@@ -1,0 +1,127 @@
+"""What the model answers under many settings of the SAE, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import DynamicCache
+
+from lmm_sae_nb.attribute.attribution import decision
+from lmm_sae_nb.hallucination.cases import Answered, Case
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.prompts import Prompt
+from lmm_sae_nb.model.samples import KINDS
+from lmm_sae_nb.model.upper_layers import before
+from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.steer.steering import Edit, Scope, steered_versions
+
+Edits = tuple[Edit, ...]
+
+
+class Answers(NamedTuple):
+    """The first token of the answer to each case, under each of several settings."""
+
+    margin: Float[Tensor, "settings cases"]  # logit of the right answer minus that of the tempting one
+    token: Int64[Tensor, "settings cases"]  # the token with the highest logit
+    right: Bool[Tensor, "settings cases"]  # whether this is the right answer's token
+
+
+@torch.no_grad()
+def first_tokens(
+    place: SAEInPlace,
+    cases: Sequence[Case],
+    settings: Sequence[Edits | None],
+    scope: Scope = Scope(),  # noqa: B008  (frozen)
+    *,
+    keep_error: bool = True,
+    at_once: int = 16,
+) -> Answers:
+    """Answer each case under each setting. The logits after the prompt are enough: answers differ in the first token.
+
+    Layers up to the SAE's run once for each case. The layers above run for all tokens under the first setting, and
+    under the others only from the first token on whose state they change.
+
+    settings: None is the untouched model, () has the SAE spliced in and nothing clamped.
+    scope: the tokens that are clamped.
+    keep_error: whether what the SAE leaves unexplained stays in.
+    at_once: settings that run side by side.
+
+    Raises:
+        ValueError: a right or tempting answer is not one token.
+    """
+    lmm, layer = place.lmm, place.layer
+    margin = torch.zeros(len(settings), len(cases))
+    token = torch.zeros(len(settings), len(cases), dtype=torch.long)
+    right = torch.zeros(len(settings), len(cases), dtype=torch.bool)
+    for n, case in enumerate(tqdm(cases, desc="answering", mininterval=2, disable=len(cases) < 50)):
+        choice = decision(lmm, case.question, case.image, case.right, case.tempting)
+        versions = _versions(place, choice.prompt, settings, scope, keep_error)
+        logits = _last_logits(lmm, choice.prompt, layer, versions, at_once).cpu()
+        margin[:, n] = logits[:, choice.answer] - logits[:, choice.baseline]
+        token[:, n] = logits.argmax(-1)
+        right[:, n] = token[:, n] == choice.answer
+    return Answers(margin, token, right)
+
+
+@torch.no_grad()
+def unchanged(
+    place: SAEInPlace,
+    answered: Sequence[Answered],
+    settings: Sequence[Edits | None],
+    scope: Scope = Scope(),  # noqa: B008  (frozen)
+    *,
+    keep_error: bool = True,
+) -> Bool[Tensor, "settings answered"]:
+    """Tell whether the model would give each answer again, word for word, under each setting.
+
+    Greedy decoding gives it again if each of its tokens, and its end, is the most likely one after those before it.
+    So one forward is enough, instead of one for each token.
+
+    settings, scope, keep_error: as for `first_tokens`.
+    """
+    lmm, layer = place.lmm, place.layer
+    same = torch.zeros(len(settings), len(answered), dtype=torch.bool)
+    for n, each in enumerate(answered):
+        prompt = lmm.prompt(each.question, each.image, answers=each.answer)
+        decoded = lmm.above(prompt, layer, _versions(place, prompt, settings, scope, keep_error))
+        at = prompt.answer_mask[0, 1:]
+        predicted = lmm.head(decoded[:, :-1][:, at]).argmax(-1)
+        same[:, n] = (predicted == prompt.inputs["input_ids"][0, 1:][at]).all(-1).cpu()
+    return same
+
+
+def _versions(
+    place: SAEInPlace, prompt: Prompt, settings: Sequence[Edits | None], scope: Scope, keep_error: bool
+) -> Float[Tensor, "settings tokens width"]:
+    """Return the layer's states of one prompt under each setting."""
+    lmm, sae, layer = place.lmm, place.sae, place.layer
+    hidden = lmm.hidden_states(lmm.entered(prompt), layer)[0]
+    spliced, steered = (mask[0].to(lmm.device) for mask in (prompt.mask(*KINDS), scope.of_prompt(prompt)))
+    versions = hidden.repeat(len(settings), 1, 1)
+    if changed := [s for s, edits in enumerate(settings) if edits is not None]:
+        edits = [settings[s] for s in changed]
+        states = steered_versions(sae, hidden[spliced], edits, steered[spliced], keep_error).to(hidden.dtype)
+        versions[torch.tensor(changed)[:, None], spliced.nonzero()[:, 0]] = states
+    return versions
+
+
+def _last_logits(
+    lmm: LMM, prompt: Prompt, layer: int, versions: Float[Tensor, "versions tokens width"], at_once: int
+) -> Float[Tensor, "versions vocab"]:
+    """Return the logits after the last token where the layer puts out these versions of its states."""
+    cache = DynamicCache()
+    first = lmm.head(lmm.above(prompt, layer, versions[:1], cache)[:, -1])
+    logits = first.repeat(len(versions), 1)
+    differs = (versions != versions[0]).any(-1)
+    start = torch.where(differs.any(1), differs.int().argmax(1), len(versions[0]))
+    others = [n for n in start.argsort(stable=True).tolist() if start[n] < len(versions[0])]
+    for block in (others[n : n + at_once] for n in range(0, len(others), at_once)):
+        begin = int(start[block[0]])
+        kept = before(cache, begin, len(block)) if begin else None
+        logits[block] = lmm.head(lmm.above(prompt, layer, versions[block, begin:], kept)[:, -1])
+    return logits

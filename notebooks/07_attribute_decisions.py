@@ -143,7 +143,7 @@ states = x_hat + (x - sae.decode(z))
 
 def splice(new):
     at = mask[None, :, None]
-    return lmm.spliced(layer, lambda hidden: hidden.masked_scatter(at, new))
+    return lmm.spliced(layer, lambda old: old.masked_scatter(at, new))
 
 
 with splice(states):
@@ -170,7 +170,7 @@ with torch.no_grad(), splice(silenced):
 by_ablation = float(exact(place, choice, strongest)[strongest][0])
 assert abs(by_ablation - ablated) < 1e-4
 estimate = float(parts.values[strongest][0])
-print(f"strongest pair: {ablated:+.4f} by ablation, {estimate:+.4f} linearly")
+print(f"by ablation {ablated:+.4f}, linearly {estimate:+.4f}")
 
 # %% [markdown]
 # **The parts add up.** At each token, latents, error and bias sum to

@@ -42,7 +42,7 @@ def find_candidates(
     cases: Sequence[Case],
     cache: LatentCache,
     explanations: Mapping[int, Mapping],
-    pictures: Dataset,
+    label_maps: Dataset | None,
     *,
     concepts: Mapping[str, Sequence[str]],
     text_kinds: Sequence[str],
@@ -59,7 +59,7 @@ def find_candidates(
     cases: wrong answers that a clamp should correct.
     cache: the latents on the cached images.
     explanations: latent to the row of notebook 03, with `concept`.
-    pictures: the cached images; for the label maps, a column for each kind of concept.
+    label_maps: the cached images' rows, with a column for each kind of concept; None without a ground truth.
     concepts: kind to names, the ground truth's; empty without one.
     text_kinds: kinds of concept that are text.
     text_words: an explanation with one of these words names text, too.
@@ -74,8 +74,8 @@ def find_candidates(
     named = len(text)
     likely = gain.topk(min(highest, len(gain))).indices.tolist()
     for kind in dict.fromkeys(text_kinds):
-        if kind in pictures.column_names:
-            text = on_written_words(cache, pictures, kind, concepts[kind], likely) | text
+        if label_maps is not None and kind in label_maps.column_names:
+            text = on_written_words(cache, label_maps, kind, concepts[kind], likely) | text
     words = latents_by_word(text, gain)
     return Candidates(words, {latent: float(gain[latent]) for latent in sorted(text)}, named)
 
@@ -95,7 +95,7 @@ def named_after_text(
 
 def on_written_words(
     cache: LatentCache,
-    pictures: Sequence[Mapping] | Dataset,
+    label_maps: Dataset,
     kind: str,
     names: Sequence[str],
     latents: Iterable[int],
@@ -104,13 +104,12 @@ def on_written_words(
 ) -> dict[int, str]:
     """Return the latents whose activation on their top images lies on one concept, with the concept's name.
 
-    pictures: the cached images with their label maps; in column `kind`, pixel value n stands for names[n - 1].
+    label_maps: a row for each cached image; in column `kind`, pixel value n stands for names[n - 1].
     names: the concepts of this kind.
     latents: to look at.
     at_least: fraction of the activation, over all top images, that must lie on the concept's pixels.
     """
-    # only this column: a row would decode all of its pictures
-    maps = pictures.select_columns([kind]) if hasattr(pictures, "select_columns") else pictures
+    maps = label_maps.select_columns([kind])  # a row would decode all of its pictures
     label_map = lru_cache(256)(lambda image: np.asarray(maps[image][kind]))
     words = {}
     for latent in latents:

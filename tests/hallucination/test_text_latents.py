@@ -80,7 +80,5 @@ def test_candidates_come_from_names_and_from_label_maps(place):
     assert_close(torch.tensor([found.gain[n] for n in range(40)]), by_hand)
     assert list(found.best(1)) == [max(found.words, key=lambda word: sum(found.gain[n] for n in found.words[word]))]
 
-    without = find_candidates(
-        place, CASES, Cached(), EXPLAINED, label_maps().remove_columns("word"), concepts={}, **settings
-    )
+    without = find_candidates(place, CASES, Cached(), EXPLAINED, None, concepts={}, **settings)
     assert without.words == {"a red sign": [5]}

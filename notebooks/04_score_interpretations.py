@@ -82,7 +82,7 @@ from lmm_sae_nb.score import similarity as score_similarity
 from lmm_sae_nb.score import (
     tables as score_tables,
 )
-from lmm_sae_nb.score.masks import PAPER, STRICT, Numbered, activation_mask, concept_mask, iou, ious, spots
+from lmm_sae_nb.score.masks import PAPER, STRICT, activation_mask, concept_mask, exemplar_maps, iou, ious
 from lmm_sae_nb.score.ratings import read_ratings
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.rater import Rater
@@ -127,7 +127,7 @@ if segmenter:
     parts = [named(part) for part in (detector, segmenter) if part]
     kind_of_segmenter = segmenters.BoxSegmenter if detector else segmenters.PromptedSegmenter
     found = kind_of_segmenter.load(*parts, device=device)
-    where[Path(segmenter).name.removeprefix("tiny-")] = Numbered(found, pictures)
+    where[Path(segmenter).name.removeprefix("tiny-")] = segmenters.SegmentedImages(found, pictures)
 if not where:
     raise ValueError("neither `concepts` nor `segmenter` is given: there is nothing to score with; give one of them")
 
@@ -157,7 +157,7 @@ plots.table([
 # %% mystnb={"figure": {"caption": "A worked example (Figure 3), a latent that fits middlingly: its top image; then, by mode and by who says where the concept is, what is activated (blue), the concept (yellow), and both (green).", "name": "fig-worked"}}
 latent = sorted(concept_of, key=lambda n: explanations[str(n)].get("true_iou") or 0)[len(concept_of) // 2]
 case, concept = shown[latent][0], concept_of[latent]
-spot, ways = spots([case])[0], [(by, find, mode) for by, find in where.items() for mode in modes.values()]
+spot, ways = exemplar_maps([case])[0], [(by, find, mode) for by, find in where.items() for mode in modes.values()]
 first, *rest = plots.picture_axes(1 + len(ways))
 plots.heat_map(case.image, case.activation, ax=first).set_title(plots.wrapped(f"latent {latent}: {concept}", 1.7))
 for ax, (by, find, mode) in zip(rest, ways, strict=True):
@@ -194,7 +194,7 @@ if not stage.is_current(params, inputs, code):
     drawn = rng.choice(readable, random_runs * n_top).tolist()
     drawn_spots = score_iou.drawn_spots(SAEInPlace(lmm, sae, layer), pictures, list(concept_of), drawn)
     found = score_iou.all_ious(
-        lambda n: (spots(shown[n]), drawn_spots[n]), concept_of, others, where, list(modes.values()), runs=random_runs, seed=seed
+        lambda n: (exemplar_maps(shown[n]), drawn_spots[n]), concept_of, others, where, list(modes.values()), runs=random_runs, seed=seed
     )
     if similarity:
         similar = score_similarity.ImageTextSimilarity.load(named(similarity), device=device).grid
@@ -243,7 +243,7 @@ plots.mean_panels({
 # %% mystnb={"figure": {"caption": "A gallery (Figure 4): of each kind the latent of median strict IoU, on its top image: activated (blue), the concept (yellow), both (green). The number is the mean over its images.", "name": "fig-gallery"}}
 middle, find = score_tables.middling(scores, "iou_strict"), next(iter(where.values()))
 for ax, (kind, n) in zip(plots.picture_axes(len(middle), lines=3), middle.items(), strict=True):
-    [top] = spots(shown[n][:1])
+    [top] = exemplar_maps(shown[n][:1])
     active, wanted = activation_mask(top, modes["strict"]), concept_mask(find([top.number], concept_of[n])[0], top.size, modes["strict"])
     plots.overlap(pictures[top.number], active, wanted, f"{kind}: {concept_of[n]}, IoU {scores[str(n)]['iou_strict']:.2f}", ax=ax)
 

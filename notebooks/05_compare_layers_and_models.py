@@ -80,7 +80,6 @@ seed: int = 0  # of everything random
 # %% tags=["remove-cell"]
 import time
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -90,6 +89,7 @@ import torch
 from datasets import load_from_disk
 from IPython.display import display
 from PIL import Image
+from pydantic import TypeAdapter
 from torch.utils.data import Subset
 
 from lmm_sae_nb.attribute import agreement as attribute_agreement
@@ -107,10 +107,12 @@ from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.samples import pictured
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.score import clip, masks, segmenters, tables
-from lmm_sae_nb.score import iou as score_iou
-from lmm_sae_nb.score import similarity as score_similarity
-from lmm_sae_nb.score.masks import PAPER, STRICT, Numbered, spots
+from lmm_sae_nb.score.latents import explained_latents, score_latents
+from lmm_sae_nb.score.masks import exemplar_maps
+from lmm_sae_nb.score.scores import Scores
+from lmm_sae_nb.score.segmenters import open_segmenters
+from lmm_sae_nb.score.similarity import ImageTextSimilarity
+from lmm_sae_nb.score.tables import kind_table
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.steer import steering
 from lmm_sae_nb.steer.steering import Edit, Scope, answers
@@ -118,7 +120,7 @@ from lmm_sae_nb.support import intervals
 from lmm_sae_nb.support.files import project_root, read_json, write_json
 from lmm_sae_nb.support.images import Remembered, open_images
 from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval
-from lmm_sae_nb.support.stages import Stage
+from lmm_sae_nb.support.stages import Stage, read_typed
 from lmm_sae_nb.train import evaluate, training
 from lmm_sae_nb.train.evaluate import evaluate_saes
 from lmm_sae_nb.train.training import Recipe, train_saes
@@ -172,7 +174,7 @@ with torch.no_grad():
 # Q-Former cannot do without.
 
 # %%
-stage, code = Stage(run, "compare"), [attribution, explainers, activations, evaluate, explain, attribute_agreement, accuracy, masks, tables, steering, training]
+stage, code = Stage(run, "compare"), [attribution, explainers, activations, evaluate, explain, attribute_agreement, accuracy, steering, training]
 params = dict(
     model=model, layers=layers, others=others, other_layer=other_layer, dataset=dataset, heldout=heldout, images=images,
     concepts=concepts, n_latents=n_latents, k=k, sizes=sizes, ks=ks, steps=steps, batch_tokens=batch_tokens,
@@ -208,18 +210,14 @@ for name, recipes in plan.items() if not current else ():
 
 # %%
 vocabulary, remembered = Vocabulary(root / concepts) if concepts else None, Remembered(pictures)
-modes, rng = [PAPER, replace(STRICT, threshold=threshold)], np.random.default_rng(seed)
-drawn, drawn_clip = (rng.integers(len(pictures), size=runs * n_top).tolist() for runs in (random_runs, clip_runs))
 if not current:
     open_as = partial(open_chat, key_variable=key_variable, concurrency=concurrency, timeout=timeout, max_new_tokens=max_new_tokens)
     talk = {who: Recorded(open_as(who, confidence=who == explainer and least_confidence > 0), stage.path("replies.jsonl")) for who in {explainer, refiner, labeller} - {""}}
     refine = explainers.refiner(talk[refiner]) if refiner else vocabulary.refine if vocabulary else explainers.no_refiner
     label = explainers.labeller(talk[labeller]) if labeller else vocabulary.label if vocabulary else explainers.no_labeller
     ask = partial(explain_latents, explain=explainers.explainer(talk[explainer], prompt, tag=tag, least_confidence=least_confidence), refine=refine, label=label)
-    parts = [named(part) for part in (detector, segmenter) if part]
-    kind_of_segmenter = segmenters.BoxSegmenter if detector else segmenters.PromptedSegmenter
-    where = {"truth": truth} if truth else {"segmenter": Numbered(kind_of_segmenter.load(*parts, device=device), remembered)}
-    similar = score_similarity.ImageTextSimilarity.load(named(similarity), device=device).grid
+    segmenters = open_segmenters(truth, segmenter, detector, remembered, device)
+    all_pairs = ImageTextSimilarity.load(named(similarity), device=device).all_pairs
 
 # %%
 for name in () if current else (*of_layers, *rest):
@@ -227,16 +225,11 @@ for name in () if current else (*of_layers, *rest):
     look = ExemplarsByLatent(found_in, remembered, n_top=n_top, threshold=threshold)
     order = np.random.default_rng(seed).permutation(np.flatnonzero(found_in.live)).tolist()
     rows = as_rows(explain_enough(order, look, ask, n_explained, 16))
-    explained = tables.explained(rows, truth, seed=seed)
-    concept_of, others_of = {n: concept for n, (concept, _) in explained.items()}, tables.shuffled(explained, seed)
-    found = {}
-    if its.grid:
-        away = score_iou.drawn_spots(SAEInPlace(its, sae, layer), pictures, list(explained), drawn)
-        at = lambda n: (spots(look[n]), away[n])  # noqa: B023, E731
-        found = score_iou.all_ious(at, concept_of, others_of, where, modes, runs=random_runs, seed=seed)
-    drawn_pictures = [remembered[n] for n in drawn_clip]
-    found |= clip.all_clips(similar, look, concept_of, others_of, drawn_pictures, modes if its.grid else [PAPER], runs=clip_runs, seed=seed)
-    write_json(stage.path(f"{name}.json"), dict(zip(("explanations", "scores", "random"), (rows, *tables.records(explained, found)), strict=True)))
+    explained = explained_latents(rows, truth, seed=seed)
+    how = dict(threshold=threshold, n_top=n_top, random_runs=random_runs, clip_runs=clip_runs, seed=seed)
+    scores = score_latents(SAEInPlace(its, sae, layer), remembered, look, explained, segmenters, all_pairs, **how)
+    write_json(stage.path(f"{name}.json"), {"explanations": rows, "scores": scores.rows()})
+    write_json(stage.path(f"{name}_scores.json"), TypeAdapter(Scores).dump_python(scores, mode="json"))
 
 # %% [markdown]
 # And what else changes with depth: what the SAE keeps (on held-out samples), what it costs the model, whether a latent named for
@@ -279,15 +272,15 @@ for name in () if current else of_layers:
 
 # %%
 scored = {name: read_json(stage.path(f"{name}.json")) for name in (*of_layers, *rest)}
-columns = {name: tables.columns_of(its["scores"]) for name, its in scored.items()}
+all_scores = {name: read_typed(stage.path(f"{name}_scores.json"), Scores) for name in scored}
+columns = {name: list(map(str, its.columns)) for name, its in all_scores.items()}
 totals = {
-    name: {column: tables.table(scored[name]["scores"], scored[name]["random"], column, seed)["total"] for column in columns[name]}
-    for name in scored
+    name: {str(column): kind_table(its, column, seed)["total"] for column in its.columns} for name, its in all_scores.items()
 }  # fmt: skip
-chance = {name: {column: row.get("random", row["area"]) if "area" in row else row["random"] for column, row in rows.items()} for name, rows in totals.items()}
+chance = {name: {column: row.random or row.area for column, row in rows.items()} for name, rows in totals.items()}
 if not current:
-    metrics |= tables.flat({f"{column}_{name}": {"total": row} for name, rows in totals.items() for column, row in rows.items()})
-    metrics |= {f"{column}_{name}_above_random": int(row["top"].low > chance[name][column].high) for name, rows in totals.items() for column, row in rows.items()}
+    metrics |= {k: v for name, rows in totals.items() for column, row in rows.items() for k, v in row.metrics(f"{column}_{name}").items()}
+    metrics |= {f"{column}_{name}_above_random": int(row.score.low > chance[name][column].high) for name, rows in totals.items() for column, row in rows.items()}
     metrics |= {f"latents_{name}": len(its["scores"]) for name, its in scored.items()}
     low, high = (scored[name]["scores"].values() for name in (f"layer_{layers[0]}", f"layer_{layers[-1]}"))
     for column in columns[f"layer_{layers[0]}"]:
@@ -315,14 +308,14 @@ quantities = {"IoU, paper": "iou_paper", "IoU, strict": "iou_strict", "CLIP, pap
 published = {"the paper, 8th of 32": (0.30, 22.82), "the paper, 25th": (0.31, 24.92), "the paper, 32nd": (0.40, 26.55)}
 ours = [
     {"SAE": f"{first}, layer {n}", "latents": metrics[f"latents_layer_{n}"]}
-    | {title + ("" if what == "top" else ", chance"): totals[f"layer_{n}"][column]["top"] if what == "top" else chance[f"layer_{n}"][column]
+    | {title + ("" if what == "top" else ", chance"): totals[f"layer_{n}"][column].score if what == "top" else chance[f"layer_{n}"][column]
        for title, column in quantities.items() for what in ("top", "chance")}
     for n in layers
 ]  # fmt: skip
 theirs = [{"SAE": title, "latents": 100, "IoU, paper": iou, "IoU, paper, chance": 0.005, "CLIP, paper": cs, "CLIP, paper, chance": 18.2} for title, (iou, cs) in published.items()]
 display(plots.table(ours + theirs, "Table 3"))
 by_score = {
-    title: {f"layer {n}": {"own images": totals[f"layer_{n}"][column]["top"], "chance": chance[f"layer_{n}"][column]} for n in layers}
+    title: {f"layer {n}": {"own images": totals[f"layer_{n}"][column].score, "chance": chance[f"layer_{n}"][column]} for n in layers}
     for title, column in quantities.items()
 }  # fmt: skip
 # %% mystnb={"figure": {"caption": "IoU by layer, with 99 % intervals, on the latents' own images and by chance.", "name": "fig-layers-iou"}}
@@ -368,7 +361,7 @@ for name in rest:
     its = lmms[name]
     found_in = latent_cache.LatentCache.load(stage.path(name) / name)
     try:
-        spots(exemplars(found_in, pictures, int(next(iter(scored[name]["scores"]))), n_top=n_top))
+        exemplar_maps(exemplars(found_in, pictures, int(next(iter(scored[name]["scores"]))), n_top=n_top))
     except NoPatchGrid as reason:
         print(f"{name}: {reason}")
 # %%

@@ -1,4 +1,4 @@
-"""CLIP score of a latent's images with its explanation, beside chance."""
+"""Score latents by the CLIP score of their images with their concept, and compare with chance."""
 
 from __future__ import annotations
 
@@ -9,117 +9,134 @@ from jaxtyping import Float
 from PIL import Image
 
 from lmm_sae_nb.interpret.exemplars import Exemplar
-from lmm_sae_nb.score.iou import Compared
-from lmm_sae_nb.score.masks import PAPER, STRICT, Mode, activation_mask, moved, spots
+from lmm_sae_nb.score.masks import PAPER, STRICT, Mode, activation_mask, exemplar_maps, move_mask
+from lmm_sae_nb.score.scores import Column, Comparison, Explained
+from lmm_sae_nb.score.similarity import clip_score
 from lmm_sae_nb.support.images import pixel_hash
 
-Grid = Callable[[Sequence[Image.Image], Sequence[str]], Float[np.ndarray, "images texts"]]  # cosines of each with each
+# cosines of every image with every text, as `ImageTextSimilarity.all_pairs` gives them
+AllPairs = Callable[[Sequence[Image.Image], Sequence[str]], Float[np.ndarray, "images texts"]]
 
 
-def region(exemplar: Exemplar, mode: Mode, elsewhere: np.random.Generator | None = None) -> Image.Image:
-    """What CLIP sees of an exemplar: the whole image, or (`mode.region`) the active patches with the rest black."""
+def clip_input(exemplar: Exemplar, mode: Mode, rng: np.random.Generator | None = None) -> Image.Image:
+    """Return the image that CLIP sees: the whole one, or (`mode.region`) the active patches with the rest black.
+
+    rng: moves the active patches to a random place; None leaves them where they are.
+
+    Raises:
+        NoPatchGrid: a region is wanted of a whole image.
+    """
     if not mode.region:
         return exemplar.image
-    (spot,) = spots([exemplar])
-    mask = activation_mask(spot, mode)
-    mask = mask if elsewhere is None else moved(mask, elsewhere)
+    mask = activation_mask(exemplar_maps([exemplar])[0], mode)
+    mask = mask if rng is None else move_mask(mask, rng)
     return Image.fromarray(np.asarray(exemplar.image.convert("RGB")) * mask[..., None])
 
 
 def clip_scores(
-    similar: Grid, pictures: Iterable[Image.Image], concepts: Sequence[str], batch: int = 64
+    all_pairs: AllPairs, pictures: Iterable[Image.Image], concepts: Sequence[str], batch: int = 64
 ) -> Float[np.ndarray, "pictures concepts"]:
-    """100 max(cosine, 0) of every picture with every concept, as torchmetrics' CLIPScore; pictures may be a stream.
+    """Return the CLIP score of every picture with every concept.
 
-    Of pictures with the same pixels one is looked at. ValueError for no pictures, or a similarity of another shape.
+    Pictures with the same pixels are compared once.
+
+    all_pairs: gives the cosines.
+    pictures: may be a stream.
+    batch: pictures that are held at once.
+
+    Raises:
+        ValueError: there are no pictures, or the cosines have another shape.
     """
-    found, waiting, places, numbers = [], [], [], {}
+    scores, waiting, places, numbers = [], [], [], {}
 
     def score() -> None:
-        cosines = np.asarray(similar(waiting, list(concepts)), np.float32)
+        cosines = np.asarray(all_pairs(waiting, list(concepts)), np.float32)
         if cosines.shape != (len(waiting), len(concepts)):
             raise ValueError(
                 f"the similarity gave shape {cosines.shape} for {len(waiting)} images and {len(concepts)} texts; it "
-                "has to give a cosine for each of an image with a text"
+                "has to give a cosine for each image with each text"
             )
-        found.append(100 * np.maximum(cosines, 0))
+        scores.append(clip_score(cosines))
         waiting.clear()
 
     for picture in pictures:
         number = numbers.setdefault(pixel_hash(picture), len(numbers))
-        if number == len(found) * batch + len(waiting):  # not seen before
+        if number == len(scores) * batch + len(waiting):  # not seen before
             waiting.append(picture)
         places.append(number)
         if len(waiting) == batch:
             score()
     if waiting:
         score()
-    if not found:
+    if not scores:
         raise ValueError("no pictures to compare with concepts; leave out latents that never fire")
-    return np.concatenate(found)[places]
+    return np.concatenate(scores)[places]
 
 
 def latents_clip(
-    similar: Grid, sets: Callable[[], Iterator[Sequence[Exemplar]]], concepts: Sequence[str],
-    others: Sequence[str | None], mode: Mode, drawn: Iterable[Image.Image], *, runs: int = 30, seed: int = 0,
-) -> list[Compared]:  # fmt: skip
-    """CLIP score of each latent's concept with its own images (Table 1's CS), and beside it chance.
+    all_pairs: AllPairs, exemplars: Mapping[int, Sequence[Exemplar]], explained: Mapping[int, Explained],
+    others: Mapping[int, str | None], mode: Mode, random: Iterable[Image.Image], *, runs: int = 30, seed: int = 0,
+) -> dict[int, Comparison]:  # fmt: skip
+    """Return the CLIP score of each latent's concept with its own images (Table 1's CS), and chance.
 
-    sets: gives each latent's exemplars, anew at every call. Whole images have random images as baseline (`drawn`, as
-    many for each run); highlighted regions have regions of the same area elsewhere in the same images.
+    Whole images are compared with random images. Highlighted regions are compared with regions of the same area
+    elsewhere in the same images.
+
+    exemplars: each latent's own images.
+    others: another latent's concept, as `other_concepts` gives them.
+    random: random images, equally many for each of `runs`.
+    seed: of the places to which regions are moved.
+
+    Raises:
+        ValueError: a latent has no image, or the random ones cannot be divided among the runs.
     """
-    vocabulary = sorted({*concepts, *filter(None, others)})
-    column = {concept: n for n, concept in enumerate(vocabulary)}
-    sizes: list[int] = []
+    concepts = [concept for concept, _ in explained.values()]
+    vocabulary = sorted({*concepts, *(other for n in explained if (other := others[n]))})
+    sizes: dict[int, int] = {}
 
-    def regions() -> Iterator[Image.Image]:
-        for own in sets():
-            sizes.append(len(own))
+    def inputs(rng: np.random.Generator | None = None) -> Iterator[Image.Image]:
+        for latent, (concept, _) in explained.items():
+            own = exemplars[latent]
             if not own:
-                raise ValueError(f"{concepts[len(sizes) - 1]!r} has no image; give each concept at least one image")
-            yield from (region(e, mode) for e in own)
+                raise ValueError(f"{concept!r} has no image; give each concept at least one image")
+            sizes[latent] = len(own)
+            yield from (clip_input(each, mode, rng) for each in own)
 
-    by_region = clip_scores(similar, regions(), vocabulary)
-    if len(sizes) != len(concepts):
-        raise ValueError(f"{len(concepts)} concepts, images of {len(sizes)}; give each concept at least one image")
-    ends = np.cumsum(sizes)[:-1]
-    seen = np.split(by_region, ends)
+    def by_latent(scores: np.ndarray) -> list[dict[str, float]]:
+        means = (part.mean(0).tolist() for part in np.split(scores, np.cumsum(list(sizes.values()))[:-1]))
+        return [dict(zip(vocabulary, row, strict=True)) for row in means]
+
+    own = by_latent(clip_scores(all_pairs, inputs(), vocabulary))
+    moved, runs_of = None, None
     if mode.region:
-        rng = np.random.default_rng(seed)
-        away = (region(e, mode, rng) for own in sets() for e in own)
-        areas, randoms = np.split(clip_scores(similar, away, vocabulary), ends), None
+        moved = by_latent(clip_scores(all_pairs, inputs(np.random.default_rng(seed)), vocabulary))
     else:
-        by_picture = clip_scores(similar, drawn, vocabulary)
+        by_picture = clip_scores(all_pairs, random, vocabulary)
         if len(by_picture) % runs:
-            raise ValueError(f"{len(by_picture)} random images cannot be shared by {runs} runs; draw as many for each")
-        areas, randoms = None, by_picture.reshape(runs, -1, len(vocabulary)).mean(1)
-    return [
-        Compared(
-            float(seen[n][:, column[concept]].mean()),
-            None if randoms is None else tuple(randoms[:, column[concept]].tolist()),
-            None if areas is None else float(areas[n][:, column[concept]].mean()),
-            None if other is None else float(seen[n][:, column[other]].mean()),
-        )
-        for n, (concept, other) in enumerate(zip(concepts, others, strict=True))
-    ]
-
-
-def all_clips(
-    similar: Grid, exemplars: Mapping[int, Sequence[Exemplar]], concepts: Mapping[int, str],
-    others: Mapping[int, str | None], drawn: Sequence[Image.Image], modes: Sequence[Mode] = (PAPER, STRICT),
-    *, runs: int = 30, seed: int = 0,
-) -> dict[str, dict[int, Compared]]:  # fmt: skip
-    """`latents_clip` in every mode, as columns clip_MODE; exemplars: by latent."""
-    names, wrong = list(concepts.values()), [others[latent] for latent in concepts]
-    return {
-        f"clip_{mode.name}": dict(
-            zip(
-                concepts,
-                latents_clip(
-                    similar, lambda: (exemplars[n] for n in concepts), names, wrong, mode, drawn, runs=runs, seed=seed
-                ),
-                strict=True,
+            raise ValueError(
+                f"{len(by_picture)} random images cannot be divided among {runs} runs; draw as many for each"
             )
+        means = by_picture.reshape(runs, -1, len(vocabulary)).mean(1).T.tolist()
+        runs_of = dict(zip(vocabulary, map(tuple, means), strict=True))
+    return {
+        latent: Comparison(
+            score=own[n][concept],
+            random=runs_of[concept] if runs_of else None,
+            area=moved[n][concept] if moved else None,
+            shuffled=own[n][others[latent]] if others[latent] else None,
         )
+        for n, (latent, (concept, _)) in enumerate(explained.items())
+    }
+
+
+def score_clips(
+    all_pairs: AllPairs, exemplars: Mapping[int, Sequence[Exemplar]], explained: Mapping[int, Explained],
+    others: Mapping[int, str | None], random: Sequence[Image.Image], modes: Sequence[Mode] = (PAPER, STRICT),
+    *, runs: int = 30, seed: int = 0,
+) -> dict[Column, dict[int, Comparison]]:  # fmt: skip
+    """Return `latents_clip` in every mode; arguments and errors as there."""
+    how = {"runs": runs, "seed": seed}
+    return {
+        Column("clip", mode.name): latents_clip(all_pairs, exemplars, explained, others, mode, random, **how)
         for mode in modes
     }

@@ -1,120 +1,159 @@
-"""Judges: whether an explanation fits what excites the latent, by a model and by people."""
+"""Judge explanations (Table 2): does a concept fit what a latent's images have in common?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from PIL import Image
-
-from lmm_sae_nb.chat.questions import IMAGES, Chat, Question
-from lmm_sae_nb.chat.recorded import ask
+from lmm_sae_nb.chat.questions import IMAGES, Chat, Question, Reply
+from lmm_sae_nb.chat.recorded import Recorded, ask, open_chat
 from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.interpret.explainers import only_option
-from lmm_sae_nb.score.tables import _drawn, by_kind
+from lmm_sae_nb.score.latents import sample_by_kind
+from lmm_sae_nb.score.ratings import VERDICTS
+from lmm_sae_nb.score.scores import Explained, latents_by_kind
 from lmm_sae_nb.support.intervals import Proportion, bounds, proportion
 from lmm_sae_nb.truth.label_maps import TrueMasks
-
-VERDICTS = ("yes", "no", "unsure")
-
 
 JUDGE_PROMPT = (
     f"{IMAGES}In each of these images all but some regions are black. Somebody says that what the visible regions "
     'have in common is: "{text}". Is that so? Answer with one word: yes, no or unsure.'
 )
+FAILED = "failed"  # there was no reply; it is asked for again the next time
+
+# (exemplars of each latent, a concept for each) -> "yes", "no" or "unsure" for each; None: no verdict; or FAILED
+Judge = Callable[[Sequence[Sequence[Exemplar]], Sequence[str]], "list[str | None]"]
 
 
-Judge = Callable[[Sequence[Sequence[Image.Image]], Sequence[str]], "list[str | None]"]
+@dataclass(frozen=True)
+class Judgement:
+    """What a judge says of a latent: "yes", "no", "unsure", "failed", or None without a verdict.
 
-
-def judge(chat: Chat, prompt: str = JUDGE_PROMPT) -> Judge:
-    """Table 2: whether a concept is what a set of images has in common: yes, no or unsure; None without a verdict.
-
-    ValueError for sets and concepts of different number, or a set without images.
+    concept: the latent's name when it was judged.
+    judged: on the latent's name.
+    judged_shuffled: on another latent's name.
     """
 
-    def verdicts(sets: Sequence[Sequence[Image.Image]], concepts: Sequence[str]) -> list[str | None]:
+    concept: str
+    judged: str | None = None
+    judged_shuffled: str | None = None
+
+
+COLUMNS = ("judged", "judged_shuffled")  # of `Judgement`
+
+
+def model_judge(chat: Chat, prompt: str = JUDGE_PROMPT) -> Judge:
+    """Return a judge that shows a model the masked images and asks whether the concept is what they have in common.
+
+    prompt: with `{text}` where the concept stands.
+
+    Raises:
+        ValueError: when asked with sets and concepts of different number, or with a set without images.
+    """
+
+    def judge(sets: Sequence[Sequence[Exemplar]], concepts: Sequence[str]) -> list[str | None]:
         if len(sets) != len(concepts) or not all(map(len, sets)):
             raise ValueError(
-                f"{len(sets)} sets of images, {sum(not len(images) for images in sets)} of them empty, and "
+                f"{len(sets)} sets of images, {sum(not len(shown) for shown in sets)} of them empty, and "
                 f"{len(concepts)} concepts; give each concept its images"
             )
         questions = (
-            Question(prompt.replace("{text}", concept), tuple(images))
-            for images, concept in zip(sets, concepts, strict=True)
+            Question(prompt.replace("{text}", concept), tuple(each.masked for each in shown))
+            for shown, concept in zip(sets, concepts, strict=True)
         )
-        return [only_option(reply, {verdict: verdict for verdict in VERDICTS}) for reply in ask(chat, questions)]
+        return [_verdict(reply) for reply in ask(chat, questions)]
 
-    return verdicts
-
-
-JUDGED = ("judged", "judged_shuffled")  # verdicts on a latent's own name, and on another's
+    return judge
 
 
-Verdicts = Callable[[Sequence[Sequence[Exemplar]], Sequence[str]], "list[str | None]"]  # yes, no, unsure; None: none
+def _verdict(reply: Reply) -> str | None:
+    if reply.text is None and not reply.refused:
+        return FAILED
+    return only_option(reply, {verdict: verdict for verdict in VERDICTS})
 
 
-def by_sight(judge: Judge) -> Verdicts:
-    """A judge of pictures as one of exemplars: it is shown the masked images."""
-    return lambda sets, concepts: judge([[e.masked for e in own] for own in sets], concepts)
-
-
-def knowing(truth: TrueMasks) -> Verdicts:
-    """A judge that knows the ground truth: yes if the exemplars have the concept in common (`shown.common`), or no.
+def truth_judge(truth: TrueMasks) -> Judge:
+    """Return a judge that knows the ground truth: yes if the exemplars have the concept in common, else no.
 
     None for a concept that the ground truth does not know.
     """
 
-    def verdicts(sets: Sequence[Sequence[Exemplar]], concepts: Sequence[str]) -> list[str | None]:
+    def judge(sets: Sequence[Sequence[Exemplar]], concepts: Sequence[str]) -> list[str | None]:
         return [
-            ("yes" if concept in truth.common(own) else "no") if truth.kinds_of(concept) else None
-            for own, concept in zip(sets, concepts, strict=True)
+            ("yes" if concept in truth.common(shown) else "no") if truth.kinds_of(concept) else None
+            for shown, concept in zip(sets, concepts, strict=True)
         ]
 
-    return verdicts
+    return judge
 
 
-def some_of_each(kinds: Mapping[str, str], each: int, seed: int = 0) -> list[int]:
-    """`each` latents of every kind, at random; all of a kind that has no more."""
-    groups = {kind: latents for kind, latents in by_kind(kinds).items() if kind != "total"}
-    return [int(latent) for latents in groups.values() for latent in _drawn(latents, each, seed)]
+def open_judge(name: str, truth: TrueMasks | None, endpoint: Mapping[str, object], *, replies: str | Path) -> Judge:
+    """Return the judge that a page names.
+
+    name: a folder of the project, a name on the hub, or name@http://host:port/v1; "" takes the ground truth.
+    truth: None if there is none.
+    endpoint: `key_variable`, `concurrency` and `timeout` of `open_chat`.
+    replies: a file of JSON lines that keeps every reply, so that a run that was stopped does not ask again.
+
+    Raises:
+        ValueError: neither a model nor a ground truth is given.
+    """
+    if name:
+        return model_judge(Recorded(open_chat(name, **endpoint), replies))
+    if truth is None:
+        raise ValueError("there is nobody to judge; give `judge`, or `concepts` for a ground truth")
+    return truth_judge(truth)
 
 
 def judge_latents(
-    verdicts: Verdicts, exemplars: Mapping[int, Sequence[Exemplar]], named: Mapping[int, tuple[str, str]],
+    judge: Judge, exemplars: Mapping[int, Sequence[Exemplar]], explained: Mapping[int, Explained],
     others: Mapping[int, str | None], *, each: int = 100, seed: int = 0,
-) -> dict[str, dict[str, str | None]]:  # fmt: skip
-    """Verdicts on `each` latents of every kind, at random, by `JUDGED`: on their concepts, and on others'.
+) -> dict[int, Judgement]:  # fmt: skip
+    """Ask the judge about `each` latents of every kind, drawn at random: their own names, then other latents' names.
 
-    Beside them the concept that was judged, so that a later explanation is not taken for it.
+    others: another latent's concept, as `other_concepts` gives them; None is not asked about.
     """
-    chosen = some_of_each({str(latent): kind for latent, (_, kind) in named.items()}, each, seed)
-    found: dict[str, dict[str, str | None]] = {str(n): {"concept": named[n][0]} for n in chosen}
-    for column, names in zip(JUDGED, ({n: named[n][0] for n in chosen}, others), strict=True):
-        asked = [n for n in chosen if names[n]]
-        for n, verdict in zip(asked, verdicts([exemplars[n] for n in asked], [names[n] for n in asked]), strict=True):
-            found[str(n)][column] = verdict
-    return found
+    chosen = sample_by_kind(explained, each, seed)
+
+    def verdicts(concepts: Mapping[int, str | None]) -> dict[int, str | None]:
+        asked = [latent for latent in chosen if concepts[latent]]
+        answers = judge([exemplars[latent] for latent in asked], [concepts[latent] for latent in asked])
+        return dict(zip(asked, answers, strict=True))
+
+    own, shuffled = verdicts({latent: explained[latent].concept for latent in chosen}), verdicts(others)
+    return {latent: Judgement(explained[latent].concept, own[latent], shuffled.get(latent)) for latent in chosen}
 
 
-def consistency(verdicts: Mapping[str, str | None], kinds: Mapping[str, str]) -> dict[str, Proportion]:
-    """Table 2: for each kind and in total the share of verdicts that are yes.
+def consistency(verdicts: Mapping[int, str | None], explained: Mapping[int, Explained]) -> dict[str, Proportion]:
+    """Return Table 2: for each kind and in total the fraction of verdicts that are yes, with Wilson's 99 % interval.
 
-    What got no verdict (None) is left out; unsure counts as not yes.
+    "unsure" counts as not yes. A latent without a verdict is left out.
     """
-    given = {latent: verdict for latent, verdict in verdicts.items() if verdict is not None}
-    groups = by_kind({latent: kinds[latent] for latent in given})
+    given = {latent: verdict for latent, verdict in verdicts.items() if verdict in VERDICTS}
+    groups = latents_by_kind({latent: explained[latent] for latent in given})
     return {kind: proportion([given[n] == "yes" for n in latents]) for kind, latents in groups.items() if latents}
 
 
-def agreed(rows: Mapping[str, Mapping[str, str | None]], kinds: Mapping[str, str]) -> dict[str, float]:
-    """Table 2 as a stage's metrics, each with its interval: judged, judged_KIND, and the same of judged_shuffled.
+def consistency_by_column(
+    judgements: Mapping[int, Judgement], explained: Mapping[int, Explained]
+) -> dict[str, dict[str, Proportion]]:
+    """Return `consistency` of the judgements on the latents' own names and on other latents' names, by `COLUMNS`."""
+    return {
+        column: consistency({latent: getattr(row, column) for latent, row in judgements.items()}, explained)
+        for column in COLUMNS
+    }
 
-    rows: of `judge_latents`.
+
+def judge_metrics(judgements: Mapping[int, Judgement], explained: Mapping[int, Explained]) -> dict[str, float]:
+    """Return Table 2 as metrics: judged, judged_KIND, and the same of judged_shuffled, each with its number asked.
+
+    replies_failed counts the questions without a reply.
     """
-    told: dict[str, float] = {}
-    for name in JUDGED:
-        shares = consistency({n: row.get(name) for n, row in rows.items()}, kinds)
-        for kind, found in shares.items():
-            title = name if kind == "total" else f"{name}_{kind}"
-            told |= bounds(title, found) | {f"{title}_asked": found.asked}
-    return told
+    metrics: dict[str, float] = {}
+    for column, kinds in consistency_by_column(judgements, explained).items():
+        for kind, found in kinds.items():
+            name = column if kind == "total" else f"{column}_{kind}"
+            metrics |= bounds(name, found) | {f"{name}_asked": found.asked}
+    replies = [getattr(row, column) for row in judgements.values() for column in COLUMNS]
+    return metrics | {"replies_failed": replies.count(FAILED)}

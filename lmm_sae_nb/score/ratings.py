@@ -1,4 +1,4 @@
-"""People's answers to whether explanations are right (Table 2), kept as JSON lines: one written through at a time."""
+"""Keep people's answers to whether explanations are right (Table 2), as JSON lines, and compare the raters."""
 
 from __future__ import annotations
 
@@ -20,11 +20,18 @@ PATIENCE = 10.0  # seconds to wait for others who answer at the same time
 
 
 def append_rating(path: str | Path, rater: str, latent: int, concept: str, kind: str | None, verdict: str) -> dict:
-    """Add one answer to the file, on the disk when this returns; the row {rater, latent, concept, kind, verdict, time}.
+    """Add one answer to the file and return it as a row of `FIELDS`; it is on the disk when this returns.
 
-    A line that a crash cut short is removed first; the whole lines are only ever added to. Several people can answer
-    into one file at once: each waits for the others, for `PATIENCE` seconds at most. ValueError for an empty name or a
-    verdict that is none of `VERDICTS` or `UNDONE`; OSError if the answer could not be written.
+    Several people can answer into one file at the same time: each waits for the others, at most `PATIENCE` seconds.
+    A line that a crash cut short is removed first.
+
+    rater: who answers.
+    concept, kind: of the explanation that is judged.
+    verdict: one of `VERDICTS`, or `UNDONE`.
+
+    Raises:
+        ValueError: the rater's name is empty, or there is no such verdict.
+        OSError: the answer could not be written.
     """
     if not rater.strip():
         raise ValueError("an answer needs the name of who gave it; type one")
@@ -33,12 +40,14 @@ def append_rating(path: str | Path, rater: str, latent: int, concept: str, kind:
     row = dict(zip(FIELDS, (rater.strip(), int(latent), concept, kind, verdict, _now()), strict=True))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
     try:
-        with FileLock(lock, timeout=PATIENCE):  # else one takes for a crash's what another is just writing
+        # without the lock, a line that another rater is just writing would be taken for one that a crash cut short
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=PATIENCE):
             _append(path, (json.dumps(row, ensure_ascii=False) + "\n").encode())
     except Timeout as error:
-        raise OSError(f"{lock} has been held for {PATIENCE:g} s by somebody who answers; answer again") from error
+        raise OSError(
+            f"your rating was not saved: another rater has locked {path} for more than {PATIENCE:g} s; click again"
+        ) from error
     return row
 
 
@@ -59,20 +68,22 @@ def _now() -> str:
 
 
 def read_ratings(path: str | Path) -> list[dict]:
-    """The answers that stand, in the order they were given: of each (rater, latent, concept) the last, unless undone.
+    """Return the answers that hold, in the order they were given: of each rater, latent and concept the last one.
 
-    A missing file holds none, and a last line that was cut short does not count. ValueError, with the line's number,
-    for a line that is no answer.
+    An answer that was taken back is left out, and so is a last line that was cut short. A missing file has none.
+
+    Raises:
+        ValueError: a line is no answer; the message gives its number.
     """
-    path, standing = Path(path), {}
+    path, answers = Path(path), {}
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for number, line in enumerate(text.split("\n")[:-1], 1):
         row = _row(line, f"{path}, line {number}")
         key = row["rater"], row["latent"], row["concept"]
-        standing.pop(key, None)
+        answers.pop(key, None)
         if row["verdict"] != UNDONE:
-            standing[key] = row
-    return list(standing.values())
+            answers[key] = row
+    return list(answers.values())
 
 
 def _row(line: str, place: str) -> dict:
@@ -85,44 +96,58 @@ def _row(line: str, place: str) -> dict:
     return dict(row)
 
 
-class Agreement(NamedTuple):
-    """Two raters on what both have rated; kappa is None where chance alone would make them agree."""
+def verdicts_by_rater(answers: Iterable[Mapping], concepts: Mapping[int, str]) -> dict[str, dict[int, str]]:
+    """Return each rater's verdicts by latent; answers on earlier explanations are left out.
+
+    answers: rows of `read_ratings`.
+    concepts: the concept that each latent has now.
+    """
+    found: dict[str, dict[int, str]] = defaultdict(dict)
+    for row in answers:
+        if concepts.get(latent := int(row["latent"])) == row["concept"]:
+            found[row["rater"]][latent] = row["verdict"]
+    return dict(found)
+
+
+class RaterPair(NamedTuple):
+    """Two raters, compared on the latents that both have rated.
+
+    latents: how many both have rated.
+    agreement: the fraction of them with the same verdict.
+    kappa: Cohen's; None if chance alone would make them agree.
+    """
 
     raters: tuple[str, str]
-    items: int
+    latents: int
     agreement: float
     kappa: float | None
 
 
-def kappa(one: Sequence[str], two: Sequence[str]) -> float | None:
-    """Cohen's kappa (p - c) / (1 - c): p the share of equal verdicts, c the share that chance would make equal.
+def cohens_kappa(one: Sequence[str], other: Sequence[str]) -> float | None:
+    """Return (p - c) / (1 - c): p is the fraction of equal verdicts, c the fraction that chance would make equal.
 
-    None if c is 1: both gave one and the same verdict throughout. ValueError for none, or unequally many.
+    None if c is 1: both gave one and the same verdict throughout.
+
+    Raises:
+        ValueError: there are no verdicts, or the raters gave unequally many.
     """
-    if len(one) != len(two) or not len(one):
-        raise ValueError(f"{len(one)} and {len(two)} verdicts; give both raters' on the same items, at least one")
-    words = {*one, *two}
-    chance = sum(one.count(word) * two.count(word) for word in words) / len(one) ** 2
-    same = sum(a == b for a, b in zip(one, two, strict=True)) / len(one)
+    if len(one) != len(other) or not len(one):
+        raise ValueError(f"{len(one)} and {len(other)} verdicts; give both raters' on the same items, at least one")
+    chance = sum(one.count(word) * other.count(word) for word in {*one, *other}) / len(one) ** 2
+    same = sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
     return None if chance == 1 else (same - chance) / (1 - chance)
 
 
-def standing(answers: Iterable[Mapping], concepts: Mapping[int, str]) -> dict[str, dict[str, str]]:
-    """Each rater's verdicts by latent, out of rows {rater, latent, concept, verdict}: those on today's explanations."""
-    found: dict[str, dict[str, str]] = defaultdict(dict)
-    for row in answers:
-        if concepts.get(int(row["latent"])) == row["concept"]:
-            found[row["rater"]][str(row["latent"])] = row["verdict"]
-    return dict(found)
+def compare_raters(verdicts: Mapping[str, Mapping[int, str]]) -> list[RaterPair]:
+    """Compare each two raters that have rated a latent in common.
 
-
-def agreements(ratings: Mapping[str, Mapping[str, str]]) -> list[Agreement]:
-    """For each two raters that have items in common: how often they agree. ratings: rater to item to verdict."""
-    found = []
-    for pair in combinations(sorted(ratings), 2):
-        both = sorted(ratings[pair[0]].keys() & ratings[pair[1]].keys())
+    verdicts: rater to latent to verdict, as `verdicts_by_rater` gives them.
+    """
+    pairs = []
+    for raters in combinations(sorted(verdicts), 2):
+        both = sorted(verdicts[raters[0]].keys() & verdicts[raters[1]].keys())
         if both:
-            one, two = ([ratings[rater][item] for item in both] for rater in pair)
-            same = sum(a == b for a, b in zip(one, two, strict=True)) / len(both)
-            found.append(Agreement(pair, len(both), same, kappa(one, two)))
-    return found
+            one, other = ([verdicts[rater][latent] for latent in both] for rater in raters)
+            same = sum(a == b for a, b in zip(one, other, strict=True)) / len(both)
+            pairs.append(RaterPair(raters, len(both), same, cohens_kappa(one, other)))
+    return pairs

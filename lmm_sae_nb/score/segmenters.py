@@ -1,8 +1,8 @@
-"""Segmenters that find a concept by its name."""
+"""Find a concept in images by its name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,73 +22,89 @@ from transformers import (
     SamProcessor,
 )
 
+from lmm_sae_nb.score.batches import batches, require_batch_size, require_finite_output, require_pairs
+from lmm_sae_nb.score.masks import FindConcept
 from lmm_sae_nb.support.images import pixel_hash
+from lmm_sae_nb.truth.label_maps import Candidates, TrueMasks
 
 
-class Candidates(NamedTuple):
-    """What a segmenter found in one picture: masks (n, height, width), scores (n,) float32 in [0, 1]; n may be 0."""
+class Segmentation(NamedTuple):
+    """What a segmenter found in one image; there may be no mask.
+
+    masks: in pixels of the image.
+    scores: of each mask, float32 in [0, 1].
+    """
 
     masks: Bool[np.ndarray, "n height width"]
     scores: Float[np.ndarray, " n"]
 
     @classmethod
-    def none(cls, image: Image.Image) -> Candidates:
-        """No candidate, for a picture of this size."""
+    def none(cls, image: Image.Image) -> Segmentation:
+        """Return no mask, for an image of this size."""
         return cls(np.zeros((0, image.height, image.width), bool), np.zeros(0, np.float32))
 
 
-Segmenter = Callable[[Sequence[Image.Image], Sequence[str]], list[Candidates]]
+Segmenter = Callable[[Sequence[Image.Image], Sequence[str]], Sequence[Segmentation]]  # images, and a concept for each
 
 
 class PromptedSegmenter:
-    """One mask for each picture and concept from a CLIPSeg: where the concept is likelier than `threshold`.
+    """One mask for each image and concept from a CLIPSeg: the pixels where the concept is likelier than `threshold`.
 
-    The logits are brought to the picture's size by bilinear interpolation. The score is the mean probability under
-    the mask; a picture in which no pixel passes the threshold has no candidate. What the eye makes of the last pictures
-    is remembered, up to `room` bytes: many are looked for in the same ones, and it does not depend on the concept. The
-    model given is put into eval mode, its parameters without gradients.
+    The logits are brought to the image's size by bilinear interpolation. The score is the mean probability under the
+    mask. An image in which no pixel passes the threshold has no mask. The encoded images are remembered, because
+    many concepts are looked for in the same image.
+
+    model: is put into eval mode, without gradients.
+    processor: the model's own.
+    threshold: a probability.
+    batch: images that the model reads at once.
+    room: bytes of encoded images that are remembered.
     """
 
     def __init__(
-        self,
-        model: CLIPSegForImageSegmentation,
-        processor: CLIPSegProcessor,
-        *,
-        threshold: float = 0.5,
-        batch: int = 16,
-        room: int = 2**29,
-    ):
-        self.threshold, self.batch = _share(threshold, "threshold"), _positive(batch)
+        self, model: CLIPSegForImageSegmentation, processor: CLIPSegProcessor, *, threshold: float = 0.5,
+        batch: int = 16, room: int = 2**29,
+    ):  # fmt: skip
+        self.threshold, self.batch = _require_probability(threshold), require_batch_size(batch)
         self.model, self.processor = model.eval().requires_grad_(False), processor
-        self._seen: LRUCache[str, Tensor] = LRUCache(room, _bytes_of)
+        self._encoded: LRUCache[str, Tensor] = LRUCache(room, _bytes_of)
 
     @classmethod
     def load(cls, name: str | Path, *, device: str = "cpu", **options) -> PromptedSegmenter:
-        """From a folder or a name on the hub. OSError if there is no such model."""
+        """Load a model from a folder or the hub.
+
+        options: as for the class.
+
+        Raises:
+            OSError: there is no such model.
+        """
         model = CLIPSegForImageSegmentation.from_pretrained(name, dtype=torch.float32).to(device)
         return cls(model, CLIPSegProcessor.from_pretrained(name), **options)
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[Image.Image], concepts: Sequence[str]) -> list[Candidates]:
+    def __call__(self, images: Sequence[Image.Image], concepts: Sequence[str]) -> list[Segmentation]:
+        """Return what is found in each image of its concept; errors as `require_pairs`."""
         found = []
-        for pictures, texts in _batches(images, concepts, self.batch):
-            read = self.processor(text=texts, padding=True, truncation=True, return_tensors="pt").to(self.model.device)
-            wanted = self.model.get_conditional_embeddings(len(texts), **read)
-            logits = _finite(self.model.decoder(list(self._see(pictures)), wanted).logits, "CLIPSeg")
-            for picture, one in zip(pictures, logits, strict=True):
-                chance = F.interpolate(one[None, None], (picture.height, picture.width), mode="bilinear")[0].sigmoid()
-                mask = chance > self.threshold
-                found.append(
-                    Candidates(mask.cpu().numpy(), chance[mask].mean()[None].cpu().numpy())
-                    if mask.any()
-                    else Candidates.none(picture)
-                )
+        for pictures, texts in batches(images, concepts, self.batch):
+            words = self.processor(text=texts, padding=True, truncation=True, return_tensors="pt")
+            wanted = self.model.get_conditional_embeddings(len(texts), **words.to(self.model.device))
+            logits = self.model.decoder(list(self._encode(pictures)), wanted).logits
+            for picture, one in zip(pictures, require_finite_output(logits, "CLIPSeg"), strict=True):
+                found.append(self._segmentation(picture, one))
         return found
 
-    def _see(self, pictures: list[Image.Image]) -> Float[Tensor, "layers pictures tokens width"]:
-        """What the decoder reads of each picture: the eye's states behind the layers that it extracts."""
+    def _segmentation(self, image: Image.Image, logits: Float[Tensor, "rows cols"]) -> Segmentation:
+        size = (image.height, image.width)
+        probability = F.interpolate(logits[None, None], size, mode="bilinear")[0].sigmoid()
+        mask = probability > self.threshold
+        if not mask.any():
+            return Segmentation.none(image)
+        return Segmentation(mask.cpu().numpy(), probability[mask].mean()[None].cpu().numpy())
+
+    def _encode(self, pictures: list[Image.Image]) -> Float[Tensor, "layers pictures tokens width"]:
+        """Return what the decoder reads of each image: the vision model's states behind the layers it extracts."""
         keys = list(map(pixel_hash, pictures))
-        found = {key: self._seen[key] for key in keys if key in self._seen}
+        found = {key: self._encoded[key] for key in keys if key in self._encoded}
         new = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in found}
         if new:
             pixels = self.processor(images=list(new.values()), return_tensors="pt")["pixel_values"]
@@ -98,8 +114,8 @@ class PromptedSegmenter:
             layers = torch.stack([states[layer + 1] for layer in self.model.extract_layers], 1)
             found.update(zip(new, layers, strict=True))
         for key in new:
-            if _bytes_of(found[key]) <= self._seen.maxsize:
-                self._seen[key] = found[key].clone()  # not a view, which would hold all that were seen with it
+            if _bytes_of(found[key]) <= self._encoded.maxsize:
+                self._encoded[key] = found[key].clone()  # a view would keep its whole batch alive
         return torch.stack([found[key] for key in keys], 1)
 
 
@@ -108,125 +124,160 @@ def _bytes_of(states: Tensor) -> int:
 
 
 class BoxSegmenter:
-    """The paper's GroundingDINO and SAM, or another zero-shot detector and SAM: three masks for each box found.
+    """A zero-shot detector and SAM, such as the paper's Grounding DINO and SAM: three masks for each box.
 
-    The detector is asked for the concept alone and its boxes above `threshold` (the reference code: 0.3) are SAM's
-    prompts. A mask's score is the box's times SAM's own estimate of the mask's IoU. No box, no candidate. The reference
-    code resizes pictures to 336 x 336 pixels first and unites all masks; both are the caller's choice here. The
-    models given are put into eval mode, their parameters without gradients.
+    The detector looks for the concept, and its boxes are SAM's prompts. A mask's score is the score of its box times
+    SAM's estimate of the mask's IoU. No box, no mask. The reference code first resizes images to 336 x 336 pixels and
+    unites all masks; here the caller chooses.
+
+    detector, sam: are put into eval mode, without gradients.
+    detector_processor, sam_processor: the models' own.
+    threshold: a box needs a higher score; the reference code's is 0.3.
+    batch: images, or boxes, that a model reads at once.
     """
 
     def __init__(
-        self, detector, reader, sam: SamModel, prompter: SamProcessor, *, threshold: float = 0.3, batch: int = 8
-    ):
-        self.threshold, self.batch = _share(threshold, "threshold"), _positive(batch)
-        self.detector, self.reader, self.sam, self.prompter = (
-            detector.eval().requires_grad_(False),
-            reader,
-            sam.eval().requires_grad_(False),
-            prompter,
-        )
+        self, detector, detector_processor, sam: SamModel, sam_processor: SamProcessor, *, threshold: float = 0.3,
+        batch: int = 8,
+    ):  # fmt: skip
+        self.threshold, self.batch = _require_probability(threshold), require_batch_size(batch)
+        self.detector, self.detector_processor = detector.eval().requires_grad_(False), detector_processor
+        self.sam, self.sam_processor = sam.eval().requires_grad_(False), sam_processor
 
     @classmethod
     def load(cls, detector: str | Path, sam: str | Path, *, device: str = "cpu", **options) -> BoxSegmenter:
-        """From folders or names on the hub: `IDEA-Research/grounding-dino-base` (or `google/owlv2-base-patch16`) and
-        `facebook/sam-vit-huge`. OSError if there is no such model, ValueError for a detector that reads no text."""
-        finder = AutoModelForZeroShotObjectDetection.from_pretrained(detector, dtype=torch.float32).to(device)
-        masker = SamModel.from_pretrained(sam, dtype=torch.float32).to(device)
-        return cls(
-            finder, AutoProcessor.from_pretrained(detector), masker, SamProcessor.from_pretrained(sam), **options
-        )
+        """Load the models from folders or the hub.
+
+        detector: such as `IDEA-Research/grounding-dino-base` or `google/owlv2-base-patch16`.
+        sam: such as `facebook/sam-vit-huge`.
+        options: as for the class.
+
+        Raises:
+            OSError: there is no such model.
+            ValueError: the detector reads no text.
+        """
+        detector_model = AutoModelForZeroShotObjectDetection.from_pretrained(detector, dtype=torch.float32)
+        sam_model = SamModel.from_pretrained(sam, dtype=torch.float32)
+        processors = AutoProcessor.from_pretrained(detector), SamProcessor.from_pretrained(sam)
+        return cls(detector_model.to(device), processors[0], sam_model.to(device), processors[1], **options)
 
     @torch.no_grad()
     def boxes(self, images: Sequence[Image.Image], concepts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
-        """For each picture the boxes (n, 4) in its pixels as left, top, right, bottom, cut at its edges, and their
-        scores (n,)."""
-        _check(images, concepts)
+        """Return for each image the boxes and their scores; errors as `require_pairs`.
+
+        A box is left, top, right, bottom in pixels, cut at the image's edges.
+        """
+        require_pairs(images, concepts)
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        of_size: dict[tuple[int, int], list[int]] = {}  # GroundingDINO sees what pads smaller pictures beside larger
+        of_size: dict[tuple[int, int], list[int]] = {}  # one size at a time: Grounding DINO would see the padding
         for number, image in enumerate(images):
             of_size.setdefault(image.size, []).append(number)
         for (width, height), numbers in of_size.items():
             edges = torch.tensor([width, height, width, height], device=self.detector.device)
             for start in range(0, len(numbers), self.batch):
-                chosen = numbers[start : start + self.batch]
-                rows = self._detect([images[n].convert("RGB") for n in chosen], [concepts[n] for n in chosen])
-                for number, row in zip(chosen, rows, strict=True):
+                part = numbers[start : start + self.batch]
+                rows = self._detect([images[n].convert("RGB") for n in part], [concepts[n] for n in part])
+                for number, row in zip(part, rows, strict=True):
                     found[number] = row["boxes"].clamp(min=0).minimum(edges), row["scores"]
         return [found[number] for number in range(len(images))]
 
     def _detect(self, pictures: list[Image.Image], texts: list[str]) -> list[dict[str, Tensor]]:
-        longest = max(map(len, self.reader.tokenizer([f"{text}." for text in texts]).input_ids))
-        asked = self.reader(
+        longest = max(map(len, self.detector_processor.tokenizer([f"{text}." for text in texts]).input_ids))
+        inputs = self.detector_processor(
             text=[[text] for text in texts],
             images=pictures,
             padding="max_length",  # to the longest here: OWLv2's processor pads each text alone
             max_length=longest,
             return_tensors="pt",
         )
-        outputs = self.detector(**asked.to(self.detector.device))
-        _finite(outputs.pred_boxes, "the detector")  # the logits of padded words are -inf by right
+        outputs = self.detector(**inputs.to(self.detector.device))
+        require_finite_output(outputs.pred_boxes, "the detector")  # logits of padded words are -inf on purpose
         sizes = [(picture.height, picture.width) for picture in pictures]
-        return self.reader.post_process_grounded_object_detection(outputs, threshold=self.threshold, target_sizes=sizes)
+        return self.detector_processor.post_process_grounded_object_detection(
+            outputs, threshold=self.threshold, target_sizes=sizes
+        )
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[Image.Image], concepts: Sequence[str]) -> list[Candidates]:
-        answers = []
-        for image, (boxes, scores) in zip(images, self.boxes(images, concepts), strict=True):
-            masks, sure = [], []
-            for part, weight in zip(boxes.split(self.batch), scores.split(self.batch), strict=True):
-                if not len(part):
-                    continue
-                prompt = self.prompter(image.convert("RGB"), input_boxes=[part.tolist()], return_tensors="pt")
-                prompt = prompt.to(self.sam.device, torch.float32)
-                sizes = prompt.pop("original_sizes").tolist(), prompt.pop("reshaped_input_sizes").tolist()
-                outputs = self.sam(**prompt, multimask_output=True)
-                (drawn,) = self.prompter.post_process_masks(_finite(outputs.pred_masks, "SAM"), *sizes)
-                masks.append(drawn.flatten(0, 1).cpu())
-                sure.append((outputs.iou_scores[0].clamp(0, 1) * weight[:, None]).flatten().cpu())
-            answers.append(
-                Candidates(torch.cat(masks).numpy(), torch.cat(sure).numpy()) if masks else Candidates.none(image)
-            )
-        return answers
+    def __call__(self, images: Sequence[Image.Image], concepts: Sequence[str]) -> list[Segmentation]:
+        """Return what is found in each image of its concept; errors as `require_pairs`."""
+        return [
+            self._segmentation(image, boxes, scores)
+            for image, (boxes, scores) in zip(images, self.boxes(images, concepts), strict=True)
+        ]
+
+    def _segmentation(self, image: Image.Image, boxes: Tensor, scores: Tensor) -> Segmentation:
+        masks, mask_scores = [], []
+        for part, weights in zip(boxes.split(self.batch), scores.split(self.batch), strict=True):
+            if not len(part):
+                continue
+            prompt = self.sam_processor(image.convert("RGB"), input_boxes=[part.tolist()], return_tensors="pt")
+            prompt = prompt.to(self.sam.device, torch.float32)
+            sizes = prompt.pop("original_sizes").tolist(), prompt.pop("reshaped_input_sizes").tolist()
+            outputs = self.sam(**prompt, multimask_output=True)
+            predicted = require_finite_output(outputs.pred_masks, "SAM")
+            (drawn,) = self.sam_processor.post_process_masks(predicted, *sizes)
+            masks.append(drawn.flatten(0, 1).cpu())
+            mask_scores.append((outputs.iou_scores[0].clamp(0, 1) * weights[:, None]).flatten().cpu())
+        if not masks:
+            return Segmentation.none(image)
+        return Segmentation(torch.cat(masks).numpy(), torch.cat(mask_scores).numpy())
 
 
-def _check(images: Sequence[Image.Image], texts: Sequence[str]) -> None:
-    """ValueError for what no model should be asked."""
-    if isinstance(texts, str) or len(images) != len(texts):
-        raise ValueError(
-            f"{len(images)} images and {1 if isinstance(texts, str) else len(texts)} texts; give a text each"
+class SegmentedImages:
+    """A segmenter that finds concepts in the images of a data set by their indices, as `TrueMasks` does.
+
+    segmenter: takes images and a concept for each.
+    images: of the data set.
+    room: bytes of the last answers that are remembered.
+    """
+
+    def __init__(self, segmenter: Segmenter, images: Sequence[Image.Image], room: int = 256 * 2**20):
+        self._segmenter, self._images = segmenter, images
+        self._answers: LRUCache[tuple[int, str], Candidates] = LRUCache(room, getsizeof=lambda masks: masks.nbytes)
+
+    def __call__(self, indices: Sequence[int], concept: str) -> list[Candidates]:
+        """Return for each image the candidate masks of the concept, the likeliest first."""
+        masks = {n: self._answers[n, concept] for n in indices if (n, concept) in self._answers}
+        new = [index for index in dict.fromkeys(indices) if index not in masks]
+        answers = self._segmenter([self._images[index] for index in new], [concept] * len(new)) if new else []
+        for index, answer in zip(new, answers, strict=True):
+            masks[index] = answer.masks[np.argsort(-answer.scores, kind="stable")]
+            if masks[index].nbytes <= self._answers.maxsize:
+                self._answers[index, concept] = masks[index]
+        return [masks[index] for index in indices]
+
+
+def open_segmenters(
+    truth: TrueMasks | None, segmenter: str | Path, detector: str | Path, images: Sequence[Image.Image],
+    device: str | None = None,
+) -> dict[str, FindConcept]:  # fmt: skip
+    """Return those who say where a concept is, by name: the ground truth first, if there is one, then the segmenter.
+
+    truth: None if the images have no label maps.
+    segmenter: a CLIPSeg, or with a detector a SAM: a folder or a name on the hub; "" if there is none.
+    detector: finds boxes for the SAM; "" if the segmenter reads names itself.
+    images: of the data set.
+    device: of the models; None takes a GPU if there is one.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    found: dict[str, FindConcept] = {"truth": truth} if truth else {}
+    if segmenter:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        name = Path(segmenter).name.removeprefix("tiny-")
+        found[name] = SegmentedImages(
+            BoxSegmenter.load(detector, segmenter, device=device)
+            if detector
+            else PromptedSegmenter.load(segmenter, device=device),
+            images,
         )
-    for number, (image, text) in enumerate(zip(images, texts, strict=True)):
-        if not isinstance(image, Image.Image) or not image.width or not image.height:
-            what = f"{image.width} x {image.height} px" if isinstance(image, Image.Image) else type(image).__name__
-            raise ValueError(f"image {number} is {what}; give PIL images with pixels")
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"text {number} is {text!r}; give a concept in words, and leave out latents without one")
+    if not found:
+        raise ValueError("there is neither a ground truth nor a segmenter; give `concepts` or `segmenter`")
+    return found
 
 
-def _batches(
-    images: Sequence[Image.Image], texts: Sequence[str], batch: int
-) -> Iterator[tuple[list[Image.Image], list[str]]]:
-    """Pictures in RGB and their texts, so many at a time."""
-    _check(images, texts)
-    for start in range(0, len(texts), batch):
-        chosen = slice(start, start + batch)
-        yield [image.convert("RGB") for image in images[chosen]], list(texts[chosen])
-
-
-def _finite(values: Tensor, who: str) -> Tensor:
-    if not torch.isfinite(values).all():
-        raise ValueError(f"{who} answered with numbers that are not finite; its weights are damaged: load others")
-    return values.float()
-
-
-def _share(value: float, name: str) -> float:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}; give a probability from 0 to 1")
-    return value
-
-
-def _positive(batch: int) -> int:
-    if batch < 1:
-        raise ValueError(f"batch is {batch}; give how many pictures a model sees at once, at least 1")
-    return batch
+def _require_probability(threshold: float) -> float:
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}; give a probability from 0 to 1")
+    return threshold

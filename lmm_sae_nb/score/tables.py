@@ -1,201 +1,178 @@
-"""Tables of scores: rows by latent, means by kind, metrics."""
+"""Summarise the scores of latents: means by kind of concept (Table 1), and the metrics of the stage."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from lmm_sae_nb.interpret.explainers import KINDS
-from lmm_sae_nb.score.iou import Compared
 from lmm_sae_nb.score.masks import PAPER
+from lmm_sae_nb.score.scores import Column, Comparison, Scores, latents_by_kind
 from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval, run_interval
-from lmm_sae_nb.truth.label_maps import TrueMasks
-
-BASELINES = ("_random", "_area", "_shuffled")
 
 
-def explained(
-    rows: Mapping[str, Mapping], truth: TrueMasks | None = None, *, most: int | None = None, seed: int = 0
-) -> dict[int, tuple[str, str]]:
-    """Concept and kind of every latent that was explained, from the rows of explanations.json; at random, if `most`.
+@dataclass(frozen=True)
+class MeanComparison:
+    """The mean score of several latents, and what chance gives; None where a chance has no meaning.
 
-    With ground truth, what names no concept of the data set is left out. A kind that the explanation does not tell is
-    the ground truth's, or "other". ValueError if fewer than two are left.
+    Intervals are 99 % bootstraps over latents; `random`'s is over its runs, as in the paper.
+
+    score: on the latents' own images.
+    random, area, shuffled: the means of `Comparison`'s.
+    gain: score less random, latent by latent.
     """
-    found = {}
-    for latent, row in rows.items():
-        concept = row["concept"] if row.get("outcome", "explained") == "explained" else None
-        known = truth.kinds_of(concept) if truth and concept else []
-        if concept and (known or not truth):
-            found[int(latent)] = (concept, row.get("kind") or (known or ["other"])[0])
-    if len(found) < 2:
-        raise ValueError(
-            f"{len(found)} of {len(rows)} latents have an explanation that can be scored, scores need two; "
-            "run notebooks/03_interpret_features.py with more latents"
-        )
-    kept = _drawn(sorted(found), most, seed)
-    return dict(sorted(((n, found[n]) for n in kept), key=lambda item: (item[1], item[0])))  # a concept's side by side
+
+    score: Mean
+    random: Mean | None = None
+    area: Mean | None = None
+    shuffled: Mean | None = None
+    gain: Mean | None = None
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """Return the means and their ends as metrics: `name`, `name_low`, `name_high`, `name_random`, …"""
+        parts = {"": self.score, "_area": self.area, "_shuffled": self.shuffled}
+        parts |= {"_gain": self.gain, "_random": self.random}
+        return {key: x for end, mean in parts.items() if mean for key, x in bounds(name + end, mean).items()}
 
 
-def _drawn(latents: Sequence, most: int | None, seed: int) -> list:
-    """All of them, or `most` at random, in their order."""
-    if most is None or len(latents) <= most:
-        return list(latents)
-    return [latents[n] for n in np.sort(np.random.default_rng(seed).choice(len(latents), most, replace=False))]
+KindTable = dict[str, MeanComparison]  # by kind of concept, and "total"
 
 
-def shuffled(named: Mapping[int, tuple[str, str]], seed: int = 0) -> dict[int, str | None]:
-    """For each latent the concept of another one, at random, that is not its own; None if all have the same.
+def kind_table(scores: Scores, column: Column, seed: int = 0) -> KindTable:
+    """Return Table 1 for one column: the means of each kind, and of all latents under "total".
 
-    named: concept and kind of each. It is of the same kind where that has another concept: some kinds score higher.
+    A kind with fewer than two latents has no interval and is left out.
+
+    seed: of the bootstrap.
     """
-    rng, result = np.random.default_rng(seed), {}
-    for latent, (concept, kind) in named.items():
-        others = [row for row in named.values() if row[0] != concept]
-        pool = [row for row in others if row[1] == kind] or others
-        result[latent] = pool[rng.integers(len(pool))][0] if pool else None
+    found, result = scores[column], {}
+    for kind, latents in latents_by_kind(scores.explained).items():
+        if len(latents) > 1:
+            result[kind] = _compare([found[latent] for latent in latents], seed)
     return result
 
 
-def records(
-    named: Mapping[int, tuple[str, str]], found: Mapping[str, Mapping[int, Compared]]
-) -> tuple[dict[str, dict], dict[str, dict[str, list[float]]]]:
-    """Scores as they are kept: latent to concept, kind and columns; and column to latent to the random runs."""
-    rows = {
-        str(latent): {"concept": concept, "kind": kind}
-        | {key: value for column, scores in found.items() for key, value in scores[latent].columns(column).items()}
-        for latent, (concept, kind) in named.items()
-    }
-    runs = {
-        column: {str(latent): list(score.random) for latent, score in scores.items()}
-        for column, scores in found.items()
-        if all(score.random is not None for score in scores.values())
-    }
-    return rows, runs
+def _compare(rows: list[Comparison], seed: int) -> MeanComparison:
+    def mean(values: list[float | None]) -> Mean | None:
+        known = [value for value in values if value is not None]
+        return mean_interval(known, seed=seed) if len(known) > 1 else None
+
+    runs = None if any(row.random is None for row in rows) else np.array([row.random for row in rows])
+    gains = [] if runs is None else [row.score - float(np.mean(row.random)) for row in rows]
+    return MeanComparison(
+        score=mean([row.score for row in rows]),
+        random=None if runs is None else run_interval(runs),
+        area=mean([row.area for row in rows]),
+        shuffled=mean([row.shuffled for row in rows]),
+        gain=mean(gains),
+    )
 
 
-def by_kind(kinds: Mapping[str, str]) -> dict[str, list[str]]:
-    """The latents of each kind, Table 1's kinds first, and of all of them under "total"."""
-    found = defaultdict(list)
-    for latent, kind in kinds.items():
-        found[kind].append(latent)
-    order = [*KINDS, *sorted(found.keys() - set(KINDS))]
-    return {kind: found[kind] for kind in order if kind in found} | {"total": list(kinds)}
+def kind_tables(scores: Scores, seed: int = 0) -> dict[Column, KindTable]:
+    """Return `kind_table` of every column."""
+    return {column: kind_table(scores, column, seed) for column in scores.columns}
 
 
-def table(
-    rows: Mapping[str, Mapping], runs: Mapping[str, Mapping[str, Sequence[float]]], column: str, seed: int = 0
-) -> dict[str, dict[str, Mean]]:
-    """Table 1 for one column: for each kind and in total the mean score, and the mean of each baseline that there is.
+def score_metrics(scores: Scores, tables: Mapping[Column, KindTable]) -> dict[str, float]:
+    """Return the metrics of the scores, by name; COLUMN is `str(column)`.
 
-    rows: latent to its columns and `kind`; runs: column to latent to the random baseline's runs. Intervals (99 %) are
-    bootstraps over latents, `random`'s over its runs, as the paper's; `gain` is score less random, over latents. Kinds
-    with fewer than two latents are left out.
+    - latents_scored, latents_KIND: how many latents were scored.
+    - COLUMN, COLUMN_area, COLUMN_shuffled, COLUMN_gain, COLUMN_random: means over all latents.
+    - COLUMN_KIND: the mean of one kind; of a CLIP score also COLUMN_KIND_gain.
+    - iou_…_ratio: score by random baseline. iou_random: iou_strict_random by its short name.
+    - clip_…_kinds_above_random, clip_…_kinds: kinds whose gain is certainly above 0, of the kinds that have a gain.
+    - iou_…_SEGMENTER_correlation: with the IoU by the first segmenter, over latents.
+
+    tables: of `kind_tables`.
     """
-    result = {}
-    for kind, latents in by_kind({latent: row["kind"] for latent, row in rows.items() if column in row}).items():
-        if len(latents) < 2:
-            continue
-        series = {"top": [rows[n][column] for n in latents]}
-        for name in ("area", "shuffled"):
-            series[name] = [value for n in latents if (value := rows[n].get(f"{column}_{name}")) is not None]
-        if column in runs:
-            series["gain"] = [rows[n][column] - rows[n][f"{column}_random"] for n in latents]
-        result[kind] = {name: mean_interval(values, seed=seed) for name, values in series.items() if len(values) > 1}
-        if column in runs:
-            result[kind]["random"] = run_interval(np.array([runs[column][n] for n in latents]))
-    return result
+    groups = latents_by_kind(scores.explained)
+    metrics: dict[str, float] = {"latents_scored": len(groups.pop("total"))}
+    metrics |= {f"latents_{kind}": len(latents) for kind, latents in groups.items()}
+    for column, table in tables.items():
+        metrics |= _column_metrics(column, table)
+        first = Column(column.quantity, column.mode)
+        if first != column and (value := correlation(scores, first, column)) is not None:
+            metrics[f"{column}_correlation"] = value
+    return metrics
 
 
-def by_quantity(tables: Mapping[str, Mapping]) -> dict[str, dict[str, Mapping]]:
-    """Tables by column (`table`) as tables by what is measured and by mode: "iou_paper_sam" is iou_sam's, of paper."""
-    found: dict[str, dict[str, Mapping]] = {}
-    for column, rows in tables.items():
-        quantity, mode, *segmenter = column.split("_", 2)
-        found.setdefault("_".join([quantity, *segmenter]), {})[mode] = rows
-    return found
+def _column_metrics(column: Column, table: KindTable) -> dict[str, float]:
+    total = table["total"]
+    kinds = {kind: row for kind, row in table.items() if kind != "total"}
+    metrics = total.metrics(str(column))
+    for kind, row in kinds.items():
+        metrics |= bounds(f"{column}_{kind}", row.score)
+        if column.quantity == "clip" and row.gain:
+            metrics |= bounds(f"{column}_{kind}_gain", row.gain)
+    if column.quantity == "iou" and total.random and total.random.mean > 0:
+        metrics[f"{column}_ratio"] = total.score.mean / total.random.mean
+    if column == Column("iou", "strict") and total.random:
+        metrics |= bounds("iou_random", total.random)
+    gains = [row.gain for row in kinds.values() if row.gain]
+    if column.quantity == "clip" and gains:
+        metrics[f"{column}_kinds_above_random"] = sum(gain.low > 0 for gain in gains)
+        metrics[f"{column}_kinds"] = len(gains)
+    return metrics
 
 
-def beside(
-    found: Mapping[str, Mapping[str, Mapping[str, Mean]]], published: Mapping[str, tuple[float, float]] | None = None
+def correlation(scores: Scores, one: Column, other: Column) -> float | None:
+    """Return Pearson's correlation of two columns over latents; None if either does not vary."""
+    pairs = np.array([[scores[column][latent].score for latent in scores.explained] for column in (one, other)])
+    return float(np.corrcoef(pairs)[0, 1]) if np.ptp(pairs, axis=1).all() else None
+
+
+def table_rows(
+    tables: Mapping[Column, KindTable], quantity: str, segmenter: str = "", published: Mapping[str, float] | None = None
 ) -> list[dict[str, str | float | Mean | None]]:
-    """One quantity's tables as rows of `plots.table`, the modes of a kind one below the other, with what chance gives.
+    """Return Table 1 of one quantity as rows for `plots.table`: of each kind one row in each mode.
 
-    found: mode to table; published: by kind, the random baseline and the score, in the mode `paper`.
+    quantity, segmenter: as in `Column`.
+    published: metric to the paper's number, such as "iou_paper_scene" and "iou_paper_scene_random"; they stand
+        beside the mode `paper`.
     """
-    told = []
-    for kind in dict.fromkeys(kind for rows in found.values() for kind in rows):
-        for mode, rows in ((mode, rows) for mode, rows in found.items() if kind in rows):
-            cells = {name: rows[kind].get(name) for name in ("top", "random", "area", "shuffled")}
+    chosen = {column: table for column, table in tables.items() if column[::2] == (quantity, segmenter)}
+    rows = []
+    for kind in dict.fromkeys(kind for table in chosen.values() for kind in table):
+        for column, table in chosen.items():
+            if kind not in table:
+                continue
+            row = {"kind": kind, "mode": column.mode, "own images": table[kind].score}
+            row |= {chance: getattr(table[kind], chance) for chance in ("random", "area", "shuffled")}
             if published:
-                random, score = published.get(kind, (None, None)) if mode == PAPER.name else (None, None)
-                cells |= {"published": score, "at random": random}
-            told.append({"kind": kind, "mode": mode} | cells)
-    return told
+                name = f"{column}_{kind}".removesuffix("_total") if column.mode == PAPER.name else ""
+                row |= {"paper": published.get(name), "paper, random": published.get(f"{name}_random")}
+            rows.append(row)
+    return rows
 
 
-def middling(rows: Mapping[str, Mapping], column: str) -> dict[str, int]:
-    """For each kind the latent whose score is the median (the upper one of two)."""
-    ranked = sorted((n for n in rows if column in rows[n]), key=lambda n: rows[n][column])
-    groups = by_kind({n: rows[n]["kind"] for n in ranked})
-    return {kind: int(latents[len(latents) // 2]) for kind, latents in groups.items() if kind != "total"}
+def median_latents(scores: Scores, column: Column) -> dict[str, int]:
+    """Return for each kind the latent of median score; of two the upper one."""
+    found = scores[column]
+    groups = {kind: latents for kind, latents in latents_by_kind(scores.explained).items() if kind != "total"}
+    ranked = {kind: sorted(latents, key=lambda latent: found[latent].score) for kind, latents in groups.items()}
+    return {kind: latents[len(latents) // 2] for kind, latents in ranked.items()}
 
 
-def columns_of(rows: Mapping[str, Mapping]) -> list[str]:
-    """The scores among the columns of `rows`, without their baselines."""
-    names = dict.fromkeys(name for row in rows.values() for name in row)
-    scores = [name for name in names if name.startswith(("iou_", "clip_"))]
-    return [name for name in scores if not name.endswith(BASELINES)]
+def means_by_truth(
+    scores: Scores, explanations: Mapping[int, Mapping], quantity: str = "iou"
+) -> list[dict[str, str | int | float]]:
+    """Return the mean scores of right names and of wrong names as rows for `plots.table`.
 
+    A name is right if it is the very concept that the latent's images show.
 
-def summary(
-    rows: Mapping[str, Mapping], runs: Mapping[str, Mapping[str, Sequence[float]]], seed: int = 0
-) -> dict[str, float]:
-    """Every table as a stage's metrics, with how many latents each kind has and what the tables come to.
-
-    COLUMN_ratio: score by random baseline, of IoU; iou_random: iou_strict's baseline by its short name.
-    clip_..._kinds_above_random: kinds whose gain has its interval above 0, of the kinds that have one.
-    iou_MODE_SEGMENTER_correlation: Pearson's, with the first segmenter's IoU.
+    explanations: latent to its row with `concept` and `true_concept`.
     """
-    tables = {column: table(rows, runs, column, seed) for column in columns_of(rows)}
-    groups = by_kind({latent: row["kind"] for latent, row in rows.items()})
-    told: dict[str, float] = {"latents_scored": len(rows)}
-    told |= {f"latents_{kind}": len(latents) for kind, latents in groups.items() if kind != "total"}
-    told |= flat(tables)
-    for column, found in tables.items():
-        kinds = {kind: row for kind, row in found.items() if kind != "total" and "gain" in row}
-        random = found["total"].get("random") if column.startswith("iou_") else None
-        if random and column == "iou_strict":
-            told |= bounds("iou_random", random)
-        if random and random.mean > 0:
-            told[f"{column}_ratio"] = found["total"]["top"].mean / random.mean
-        if column.startswith("clip_") and kinds:
-            told[f"{column}_kinds_above_random"] = sum(row["gain"].low > 0 for row in kinds.values())
-            told[f"{column}_kinds"] = len(kinds)
-        first = "_".join(column.split("_")[:2])
-        if first != column and (pair := correlation(rows, first, column)) is not None:
-            told[f"{column}_correlation"] = pair
-    return told
-
-
-def correlation(rows: Mapping[str, Mapping], one: str, two: str) -> float | None:
-    """Pearson's over latents; None if either does not vary."""
-    pairs = np.array([[row[one], row[two]] for row in rows.values()])
-    return float(np.corrcoef(pairs.T)[0, 1]) if np.ptp(pairs, axis=0).all() else None
-
-
-def flat(tables: Mapping[str, Mapping[str, Mapping[str, Mean]]]) -> dict[str, float]:
-    """Tables by column as a stage's metrics: `column`, `column_random`, `column_kind`, each with _low and _high.
-
-    Baselines are told in total only; gains in total, and for every kind of a CLIP score.
-    """
-    told = {}
-    for column, kinds in tables.items():
-        for kind in ("total", *(kind for kind in kinds if kind != "total")):
-            for name, found in kinds.get(kind, {}).items():
-                if kind == "total" or name == "top" or (name == "gain" and column.startswith("clip_")):
-                    words = [column, kind if kind != "total" else "", name if name != "top" else ""]
-                    told |= bounds("_".join(filter(None, words)), found)
-    return told
+    columns, rows = [column for column in scores.columns if column.quantity == quantity], []
+    for names, right in (("right", True), ("wrong", False)):
+        latents = [
+            latent
+            for latent in scores.explained
+            if (explanations[latent]["concept"] == explanations[latent]["true_concept"]) is right
+        ]
+        means = {
+            f"{column.mode}, {column.segmenter or 'first'}": float(np.mean([scores[column][n].score for n in latents]))
+            for column in (columns if latents else ())
+        }
+        rows.append({"names": names, "latents": len(latents)} | means)
+    return rows

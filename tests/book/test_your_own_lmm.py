@@ -41,7 +41,7 @@ from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.token_kinds import LAYOUTS
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE, TrainedOn
-from lmm_sae_nb.score.tables import explained
+from lmm_sae_nb.score.latents import explained_latents
 from lmm_sae_nb.show.latent_table import LatentTable
 from lmm_sae_nb.support.images import open_images
 from lmm_sae_nb.support.stages import require
@@ -432,7 +432,7 @@ RAISED = {
         LMM(*models.make("instructblip")), TopKSAE(models.WIDTH, 8, 2)
     ).patch_map(0, 0),
     "… hold NaN or infinity; load the model in float32 or bfloat16": broken,
-    "… have an explanation that can be scored, scores need two": lambda: explained({"3": {"concept": "a dog"}}),
+    "… have an explanation that can be scored, scores need two": lambda: explained_latents({"3": {"concept": "a dog"}}),
     "… is no folder; give a folder of images": lambda: open_images("my/pictuers"),
     "… holds no image": lambda: open_images("my/lmm"),
     "the data set has columns …, none is …": lambda: open_images(datasets.Dataset.from_dict({"picture": [1]})),

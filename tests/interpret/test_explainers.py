@@ -1,4 +1,4 @@
-"""What replies are understood as, and what explainer, refiner, labeller and judge make of them."""
+"""What replies are understood as, and what explainer, refiner and labeller make of them."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,6 @@ from PIL import Image
 from lmm_sae_nb.chat.questions import Question, Reply
 from lmm_sae_nb.interpret import explainers
 from lmm_sae_nb.interpret.explainers import LONGEST_CONCEPT, REFUSAL, Outcome, Vocabulary, parse_reply
-from lmm_sae_nb.score import judges
 from lmm_sae_nb.steer import relevance
 
 TAG = "[EXPLANATION]:"
@@ -131,21 +130,6 @@ def test_text_in_braces_is_text():
 )
 def test_a_labeller_gives_one_of_the_six_kinds_or_none(said, kind):
     assert explainers.labeller(Answering(lambda question: Reply(said)))(["a hat"]) == [kind]
-
-
-def test_a_judge_is_shown_the_images_and_the_concept_and_says_yes_no_or_unsure():
-    said = {7: "Yes, it is.", 1: "no", 3: "I am unsure", 4: None, 5: "yes and no"}
-    chat = Answering(lambda question: Reply(said[question.images[0].getpixel((0, 0))[0]]))
-    verdicts = judges.judge(chat)([pictures(n, n) for n in said], ["a hat"] * 5)
-    assert verdicts == ["yes", "no", "unsure", None, None]
-    first = chat.heard[0].parts()
-    assert [type(part) for part in first] == [Image.Image, Image.Image, str] and '"a hat"' in first[2]
-
-
-@pytest.mark.parametrize(("sets", "concepts"), [([[]], ["a"]), ([pictures(1)], ["a", "b"])])
-def test_a_judge_without_images_or_concept_is_told(sets, concepts):
-    with pytest.raises(ValueError, match="give each concept its images"):
-        judges.judge(Answering(shade))(sets, concepts)
 
 
 def test_the_vocabulary_is_exact(tmp_path):

@@ -15,8 +15,10 @@ from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.score import clip, iou, tables
-from lmm_sae_nb.score.masks import PAPER, STRICT, spots
+from lmm_sae_nb.score.clip import latents_clip
+from lmm_sae_nb.score.iou import maps_on
+from lmm_sae_nb.score.latents import explained_latents, other_concepts
+from lmm_sae_nb.score.masks import PAPER, STRICT, exemplar_maps
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.rater import Rater
 from lmm_sae_nb.truth.label_maps import PatchTruth, TrueMasks
@@ -76,25 +78,24 @@ def test_the_explainer_gets_whole_images_and_the_clip_score_compares_them(cache,
     def similar(images, texts):
         return np.array([[np.asarray(image).mean() / 255 * (-1) ** len(text) for text in texts] for image in images])
 
-    named = tables.explained(rows)
-    concepts = {n: concept for n, (concept, _) in named.items()}
-    others = tables.shuffled(named)
-    found = clip.all_clips(similar, shown, concepts, others, pictures[:4], [PAPER], runs=2)["clip_paper"]
+    explained = explained_latents(rows)
+    others = other_concepts(explained)
+    found = latents_clip(similar, shown, explained, others, PAPER, pictures[:4], runs=2)
     for latent, score in found.items():
-        sign = (-1) ** len(concepts[latent])
+        sign = (-1) ** len(explained[latent].concept)
         values = [np.asarray(one.image).mean() / 255 * sign for one in shown[latent]]
         assert score.score == pytest.approx(100 * np.maximum(values, 0).mean())
         assert len(score.random) == 2
     with pytest.raises(NoPatchGrid, match="no IoU; take the CLIP score in the mode 'paper'"):
-        clip.all_clips(similar, shown, concepts, others, pictures[:4], [STRICT], runs=2)
+        latents_clip(similar, shown, explained, others, STRICT, pictures[:4], runs=2)
 
 
 def test_an_iou_is_refused_and_the_reason_told(lmm, sae, cache, pictures, live):
     found = exemplars(cache, pictures, live[0])
     with pytest.raises(NoPatchGrid, match="whole images, of a model without a patch grid .*there is .*no IoU"):
-        spots(found)
+        exemplar_maps(found)
     with pytest.raises(NoPatchGrid, match="no patch grid, so there are no maps"):
-        iou.drawn_spots(SAEInPlace(lmm, sae, LAYER), pictures, live, [0, 1])
+        maps_on(SAEInPlace(lmm, sae, LAYER), pictures, live, [0, 1])
     labels = {"object": Image.new("L", (100, 60))}
     masks = TrueMasks([labels] * len(pictures), {"object": ["ball"]})
     with pytest.raises(NoPatchGrid, match="no region to mask"):

@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmm_sae_nb.score import ratings
-from lmm_sae_nb.score.ratings import FIELDS, UNDONE, VERDICTS, append_rating, read_ratings
+from lmm_sae_nb.score.ratings import (
+    FIELDS,
+    UNDONE,
+    VERDICTS,
+    append_rating,
+    cohens_kappa,
+    compare_raters,
+    read_ratings,
+    verdicts_by_rater,
+)
 
 PEOPLE = st.sampled_from(["Ann", "Bob ö"])
 HISTORY = st.lists(st.tuples(PEOPLE, st.integers(0, 3), st.sampled_from([*VERDICTS, UNDONE])), max_size=12)
@@ -94,8 +103,38 @@ def test_what_another_is_just_writing_is_not_taken_for_a_crash(tmp_path, monkeyp
     with FileLock(tmp_path / ".answers.jsonl.lock"):
         with path.open("a") as file:
             file.write('{"rater": "Bob"')
-        with pytest.raises(OSError, match="answer again"):
+        with pytest.raises(OSError, match="your rating was not saved"):
             append_rating(path, "Cy", 1, "cat", None, "no")
         assert path.read_text().endswith('{"rater": "Bob"')
     append_rating(path, "Cy", 1, "cat", None, "no")
     assert [row["rater"] for row in read_ratings(path)] == ["Ann", "Cy"]
+
+
+def test_kappa_of_a_hand_worked_case():
+    """50 items: both yes 20, both no 15, 5 and 10 differ. p = 0.70, c = 0.5 * 0.6 + 0.5 * 0.4 = 0.50, kappa 0.40."""
+    one = ["yes"] * 25 + ["no"] * 25
+    two = ["yes"] * 20 + ["no"] * 5 + ["yes"] * 10 + ["no"] * 15
+    assert cohens_kappa(one, two) == pytest.approx(0.4)
+    assert cohens_kappa(two, one) == pytest.approx(0.4)
+    assert cohens_kappa(["yes", "no", "unsure"], ["yes", "no", "unsure"]) == 1
+    assert cohens_kappa(["yes", "no"], ["no", "yes"]) == -1
+    assert cohens_kappa(["yes", "yes"], ["yes", "yes"]) is None
+    for one, two in (([], []), (["yes"], [])):
+        with pytest.raises(ValueError, match="at least one"):
+            cohens_kappa(one, two)
+
+
+def test_raters_are_compared_on_what_both_have_rated():
+    verdicts = {"b": {1: "yes", 2: "no", 9: "no"}, "a": {1: "yes", 2: "yes"}, "c": {7: "no"}}
+    (found,) = compare_raters(verdicts)
+    assert found == (("a", "b"), 2, 0.5, 0.0)
+
+
+def test_only_answers_on_todays_explanations_count():
+    answers = [
+        {"rater": "a", "latent": 1, "concept": "cat", "verdict": "yes"},
+        {"rater": "a", "latent": 2, "concept": "dog", "verdict": "no"},  # its concept is another one now
+        {"rater": "b", "latent": 1, "concept": "cat", "verdict": "unsure"},
+        {"rater": "b", "latent": 9, "concept": "cat", "verdict": "no"},
+    ]
+    assert verdicts_by_rater(answers, {1: "cat", 2: "bee"}) == {"a": {1: "yes"}, "b": {1: "unsure"}}

@@ -98,7 +98,7 @@ def test_pictures_that_were_seen_are_not_looked_at_again_and_the_masks_are_those
     asked = [CONCEPTS[n % len(CONCEPTS)] for n in range(len(rows))]
     answers = segment(rows, asked)
     assert eye == looked
-    assert sum(states.untyped_storage().nbytes() for states in segment._seen.values()) <= places * one
+    assert sum(states.untyped_storage().nbytes() for states in segment._encoded.values()) <= places * one
     for image, concept, found in zip(rows, asked, answers, strict=True):
         (fresh,) = PromptedSegmenter.load(saved["clipseg"], threshold=0.4)([image], [concept])
         assert len(found.scores) == len(fresh.scores) and np.count_nonzero(found.masks ^ fresh.masks) <= 2
@@ -138,7 +138,7 @@ def by_hand(detector, sam, image, concept, threshold):
 @pytest.mark.parametrize("detector", ["grounding_dino", "owlv2"])
 def test_a_detector_and_sam_draw_three_masks_for_each_box(saved, detector):
     segment = BoxSegmenter.load(saved[detector], saved["sam"], threshold=0.0, batch=2)
-    finder, reader = segment.detector, segment.reader
+    finder, reader = segment.detector, segment.detector_processor
     with torch.no_grad():
         all_scores = finder(**reader(text=[["cat"]], images=[IMAGES[0]], return_tensors="pt")).logits.sigmoid().amax(-1)
     ranked = all_scores.flatten().sort().values

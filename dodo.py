@@ -13,6 +13,7 @@ from doit import get_var
 from doit.tools import config_changed
 
 from book import features, pages, results
+from book.progress import Reporter, progress
 
 ROOT = pages.ROOT
 PARAMS = ROOT / "notebooks" / "params" / f"{get_var('preset', 'tiny')}.yaml"
@@ -23,6 +24,7 @@ DOIT_CONFIG = {
     "dep_file": str(BUILD / "doit.json"),
     "default_tasks": ["book"],
     "verbosity": 2,
+    "reporter": Reporter,
 }
 BUILD.mkdir(exist_ok=True)
 os.environ["IPYTHONDIR"] = pages.quiet_kernels(BUILD / "ipython")
@@ -115,6 +117,12 @@ def waits(source: Path) -> list[str]:
     return sorted(f"page:{maker.stem}" for maker in makers) + ["world"] * drawn
 
 
+def run(notebook: Path, executed: Path, values: dict) -> None:
+    """Run a page and show how far it is."""
+    with progress.page(notebook.stem, pages.code_cells(notebook) + bool(values)) as next_cell:
+        pages.execute(notebook, executed, values, on_cell_start=next_cell)
+
+
 def task_page():
     """Run each notebook with papermill and the preset's parameters, after those whose results it reads."""
     for source in SOURCES:
@@ -124,7 +132,7 @@ def task_page():
         )
         yield {
             "name": source.stem,
-            "actions": [(pages.execute, [notebook, executed, values]), (pages.publish, [executed, page])],
+            "actions": [(run, [notebook, executed, values]), (pages.publish, [executed, page])],
             "file_dep": [notebook, *pages.modules(source), *pages.shipped(source, values)],
             "uptodate": [
                 config_changed({name: repr(value) for name, value in values.items()}),

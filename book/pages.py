@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lmm_sae_nb"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-PROGRESS = re.compile(r"(\d+%\|.*\|.*|\d+it) \[\d+:\d\d")  # a line of tqdm
+PROGRESS = re.compile(r"(\d+%\|.*\|.*|\d+it|\d+/[\d?]+) \[\d+:\d\d")  # a line of tqdm
 TOP = "result"  # the tag of the cell whose output opens the page in the book
 
 
@@ -270,15 +270,36 @@ def convert(source: Path, notebook: Path) -> None:
     jupytext.write(jupytext.read(source), notebook)
 
 
-def execute(notebook: Path, executed: Path, values: Mapping[str, object], root: Path = ROOT) -> None:
-    """Run a notebook from the repository's root; papermill alone would let unknown parameters pass."""
+def code_cells(notebook: Path) -> int:
+    """Return how many code cells a notebook has."""
+    import nbformat
+
+    return sum(cell.cell_type == "code" for cell in nbformat.read(notebook, as_version=4).cells)
+
+
+def execute(
+    notebook: Path,
+    executed: Path,
+    values: Mapping[str, object],
+    root: Path = ROOT,
+    on_cell_start: Callable[..., None] | None = None,
+) -> None:
+    """Run a notebook from the repository's root.
+
+    values: parameters to change; papermill alone would let unknown ones pass. They become a code cell of the notebook.
+    on_cell_start: called with keyword arguments when a code cell starts.
+
+    Raises:
+        ValueError: the notebook does not have one of these parameters.
+    """
     import papermill
 
     check(notebook.stem, papermill.inspect_notebook(str(notebook)), values)
     executed.parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(
-        str(notebook), str(executed), dict(values), cwd=str(root), kernel_name="python3", progress_bar=False
-    )
+        str(notebook), str(executed), dict(values), cwd=str(root), kernel_name="python3", progress_bar=False,
+        on_cell_start=on_cell_start,
+    )  # fmt: skip
 
 
 def publish(executed: Path, page: Path) -> None:

@@ -1,6 +1,7 @@
 """An edit runs again what it touches and nothing else: the real build over a repository of two notebooks."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def written(folder: Path, files: dict[str, str]) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     (folder / "book").mkdir()
-    for name in ("dodo.py", "book/features.py", "book/pages.py", "book/results.py"):
+    for name in ("dodo.py", "book/features.py", "book/pages.py", "book/progress.py", "book/results.py"):
         shutil.copy(pages.ROOT / name, folder / name)
     return folder
 
@@ -113,12 +114,16 @@ def environment(repository: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(repository)}
 
 
+def doit(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "doit", *arguments]
+    return subprocess.run(
+        command, cwd=repository, env=environment(repository), capture_output=True, text=True, timeout=300
+    )
+
+
 def in_order(repository: Path, *options: str) -> list[str]:
     """Build the pages; the names of the steps that ran, as they began."""
-    done = subprocess.run(
-        [sys.executable, "-m", "doit", *options, "page"], cwd=repository, env=environment(repository),
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    done = doit(repository, *options, "page")
     assert done.returncode == 0, done.stdout + done.stderr
     return [line.split()[-1] for line in done.stdout.splitlines() if line.startswith(".  ")]
 
@@ -136,6 +141,13 @@ def built(repository) -> Path:
     steps = ran(repository, "-n", "2", "-P", "thread")
     assert steps == ["ipynb:01_one", "ipynb:02_two", "page:01_one", "page:02_two", "world"]
     return repository
+
+
+def test_each_page_that_ran_is_reported_with_its_time(built):
+    shutil.rmtree(built / "data/artifacts/tiny/train")
+    done = doit(built, "page")
+    assert re.search(r"^01_one  \d+:\d\d$", done.stdout, re.MULTILINE)
+    assert "02_two  " not in done.stdout
 
 
 def test_nothing_changed_nothing_runs(built):
@@ -194,7 +206,7 @@ def test_a_mistaken_params_file_stops_the_build_with_its_reason(built):
 
 COPIES = """
 
-def execute(notebook, executed, values):
+def execute(notebook, executed, values, **_):
     executed.parent.mkdir(exist_ok=True)
     executed.write_bytes(notebook.read_bytes())
 """

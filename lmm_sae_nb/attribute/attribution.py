@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from lmm_sae_nb.model.lmm import LMM
@@ -24,6 +23,7 @@ from lmm_sae_nb.model.samples import KINDS
 from lmm_sae_nb.model.upper_layers import before
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents, TopKSAE
+from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.tensor_files import open_tensors, save_tensors
 
 
@@ -349,7 +349,7 @@ def exact(
     wanted = clean.wanted(pairs)
     values = _known(store, clean.parts)
     todo = (wanted & values.isnan()).nonzero()
-    for rows in tqdm(_batches(todo, batch), desc="ablating", mininterval=2, disable=len(todo) <= 8 * batch):
+    for rows in progress_bar(_batches(todo, batch), desc="ablating", disable=len(todo) <= 8 * batch):
         states, directions, place = clean.versions(sae, rows)
         states[place] -= directions
         values[tuple(rows.T)] = clean.d - clean.again(int(rows[0, 0]), states)

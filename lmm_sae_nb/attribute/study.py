@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from lmm_sae_nb.attribute.agreement import agreement, random_pairs
 from lmm_sae_nb.attribute.attribution import exact, greedy_decision, integrated, linear, separate_paths
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.support.intervals import bounds, mean_interval
+from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.train.training import Recipe, train_saes
 
 
@@ -89,7 +89,7 @@ def compare_ways(
     asked = [(place, sample) for place, rows in zip(places, samples, strict=True) for sample in rows]
     return [
         _compare(place, sample, pairs, path_pairs, ig_steps, generator)
-        for place, sample in tqdm(asked, desc="comparing", mininterval=2, disable=len(asked) < 10)
+        for place, sample in progress_bar(asked, desc="comparing", disable=len(asked) < 10)
     ]
 
 

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from lmm_sae_nb.benchmarks import systems
 from lmm_sae_nb.benchmarks.systems import SYSTEMS, Shape
 from lmm_sae_nb.support.files import project_root, write_json
+from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.stages import versions
 
 SHAPES = (Shape(1024, 256, 8192, 32), Shape(2048, 1024, 16384, 64), Shape(1024, 4096, 32768, 256))
@@ -82,7 +82,7 @@ def compare(
     runs = [(name, shape, n) for n in threads for shape in shapes for name in systems_here]
     rows = [
         measured(python if SYSTEMS[name][1] else sys.executable, name, shape, n, **how)
-        for name, shape, n in tqdm(runs, desc="measuring")
+        for name, shape, n in progress_bar(runs, desc="measuring")
     ]
     record["versions"] |= {row["system"]: row["version"] for row in rows if row["version"]}
     return record | {"results": [{name: value for name, value in row.items() if name != "version"} for row in rows]}

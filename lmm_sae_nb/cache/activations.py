@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from tqdm.auto import tqdm
 
 from lmm_sae_nb.cache.encode_images import Pictures, Studied, _ahead, _batches, _encode, _prepare
 from lmm_sae_nb.cache.latent_cache import PARTIAL, LatentCache, write_cache
@@ -40,6 +39,7 @@ from lmm_sae_nb.cache.sparse_store import STORE, VALUES
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.stages import code_fingerprints
 from lmm_sae_nb.support.tensor_files import hash_of, open_tensors, shapes_in
 
@@ -160,7 +160,7 @@ def cache_several(
     everywhere = set.intersection(*done.values())
     wanted = _batches(images, batch_size, lambda batch: batch % world == rank and batch not in everywhere)
     length, seen = len(images), min(share.told["images"] for share in shares.values())
-    with tqdm(desc="caching", total=length and -(-length // world), initial=seen, unit=" images",
+    with progress_bar(desc="caching", total=length and -(-length // world), initial=seen, unit=" images",
               mininterval=2, disable=not processes.is_main_process) as bar:  # fmt: skip
         saved, needed = time.monotonic(), 0
         for batch in _ahead(partial(_prepare, lmm, unreadable == "skip"), wanted):

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lmm_sae_nb.cache.resume import uneven
 from lmm_sae_nb.model.lmm import LMM
@@ -22,6 +21,7 @@ from lmm_sae_nb.model.token_kinds import NoPatchGrid
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents, TopKSAE
 from lmm_sae_nb.support.images import UnreadableImage
+from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.tensor_files import require_finite
 
 Pictures = Sequence[Image.Image]
@@ -97,7 +97,7 @@ def base_latents(
     lmm, sae, layer = place.lmm, place.sae, place.layer
     seen = set()
     batches = _ahead(partial(_prepare, lmm, False), _batches(images, batch_size, lambda _: True))
-    with tqdm(desc=title, total=len(images), unit=" images", mininterval=2, disable=title is None) as bar:
+    with progress_bar(desc=title, total=len(images), unit=" images", disable=title is None) as bar:
         for batch in batches:
             latents = _encode(lmm, {"": (sae, layer)}, batch)[""]
             if len(seen := seen | {latents.acts.shape[1]}) > 1:

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Bool, Int64
 from scipy.stats import hypergeom
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lmm_sae_nb.cache.top_images import Firings, Ranking
 from lmm_sae_nb.model.lmm import LMM
@@ -21,6 +20,7 @@ from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.samples import KINDS, prompts, token_mask
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents
+from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.tensor_files import open_tensors, require_finite, save_tensors, shapes_in
 
 TENSORS = "texts.safetensors"
@@ -63,7 +63,7 @@ def cache_texts(
     texts, words = (Ranking.empty(sae.n_latents, n_top, 1) for _ in range(2))
     fired, seen = torch.zeros(len(KINDS), sae.n_latents, dtype=torch.long), dict.fromkeys(KINDS, 0)
     asked, total = prompts(lmm, samples, range(len(samples)), batch_samples), -(-len(samples) // batch_samples)
-    for batch, prompt in enumerate(tqdm(asked, desc="reading", total=total, mininterval=2)):
+    for batch, prompt in enumerate(progress_bar(asked, desc="reading", total=total)):
         first, hidden = batch * batch_samples, lmm.hidden_states(prompt, layer)
         for row, kind in enumerate(KINDS):
             mask = token_mask(prompt, [kind])

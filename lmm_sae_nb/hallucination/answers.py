@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from lmm_sae_nb.attribute.attribution import decision
@@ -19,6 +18,7 @@ from lmm_sae_nb.model.samples import KINDS
 from lmm_sae_nb.model.upper_layers import before
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.steer.steering import Edit, Scope, steered_versions
+from lmm_sae_nb.support.progress import progress_bar
 
 Edits = tuple[Edit, ...]
 
@@ -58,7 +58,7 @@ def first_tokens(
     margin = torch.zeros(len(settings), len(cases))
     token = torch.zeros(len(settings), len(cases), dtype=torch.long)
     right = torch.zeros(len(settings), len(cases), dtype=torch.bool)
-    for n, case in enumerate(tqdm(cases, desc="answering", mininterval=2, disable=len(cases) < 50)):
+    for n, case in enumerate(progress_bar(cases, desc="answering", disable=len(cases) < 50)):
         choice = decision(lmm, case.question, case.image, case.right, case.tempting)
         versions = _versions(place, choice.prompt, settings, scope, keep_error)
         logits = _last_logits(lmm, choice.prompt, layer, versions, at_once).cpu()

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+
+from lmm_sae_nb.support.progress import progress_bar
 
 
 def optimisers(modules: Iterable[nn.Module], rate: float, decay: float = 0.02) -> list[torch.optim.Optimizer]:
@@ -91,7 +92,7 @@ def attend(
             group["peak"] = rate
     began = saved_at = time.monotonic()
     sums: dict[str, float] = {}
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=title, mininterval=10)
+    bar = progress_bar(range(start, steps), initial=start, total=steps, desc=title)
     for step in bar:
         for opt in opts:
             for group in opt.param_groups:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
 from lmm_sae_nb.cache.encode_images import activation_maps
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.score.masks import PAPER, STRICT, ActivationMap, FindConcept, Mode, ious
 from lmm_sae_nb.score.scores import Column, Comparison, Explained
+from lmm_sae_nb.support.progress import progress_bar
 
 
 def latent_iou(
@@ -78,7 +78,7 @@ def score_ious(
         Column("iou", mode.name, names[name]): (mode, find) for mode in modes for name, find in segmenters.items()
     }
     found: dict[Column, dict[int, Comparison]] = {column: {} for column in columns}
-    for latent, (concept, _) in tqdm(explained.items(), desc="segmenting", unit=" latents", mininterval=2):
+    for latent, (concept, _) in progress_bar(explained.items(), desc="segmenting", unit=" latents"):
         own, random = maps(latent)
         for column, (mode, find) in columns.items():
             found[column][latent] = latent_iou(

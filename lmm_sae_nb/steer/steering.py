@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents, TopKSAE
+from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.train.training import KINDS
 
 MODES = ("clamp", "add", "scale")
@@ -243,7 +243,7 @@ def answers(
     """The answer to one question about one image under each of many settings, `batch` of them side by side."""
     lmm = place.lmm
     said = []
-    for start in tqdm(range(0, len(settings), batch), desc="steering", mininterval=2, disable=len(settings) <= batch):
+    for start in progress_bar(range(0, len(settings), batch), desc="steering", disable=len(settings) <= batch):
         some = settings[start : start + batch]
         prompt = lmm.prompt([text] * len(some), [image] * len(some))
         with steered(place, prompt, some, scope, keep_error=keep_error):

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lmm_sae_nb.model.hooks import Hidden
 from lmm_sae_nb.model.lmm import LMM
@@ -15,6 +14,7 @@ from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.samples import KINDS, prompts, token_mask
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.tensor_files import require_finite
 
 
@@ -74,7 +74,7 @@ def evaluate_saes(
     found = {name: _Measured(sae, layer, kinds) for name, (sae, layer) in studied.items()}
     layers, clean = sorted({layer for _, layer in studied.values()}), []
     asked = prompts(lmm, samples, range(len(samples)), batch_samples)
-    for prompt in tqdm(asked, desc="evaluating", total=-(-len(samples) // batch_samples), mininterval=2):
+    for prompt in progress_bar(asked, desc="evaluating", total=-(-len(samples) // batch_samples)):
         mask, hidden = token_mask(prompt, kinds), lmm.hidden_states(lmm.entered(prompt), layers)
         if losses:  # what follows the last of the layers, and then for each what follows it with its states replaced
             clean.append(lmm.cross_entropy(prompt, lmm.above(prompt, layers[-1], hidden[layers[-1]])))

@@ -22,7 +22,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.samples import KINDS, data_fingerprint
@@ -30,6 +29,7 @@ from lmm_sae_nb.sae.adam import SAEAdam
 from lmm_sae_nb.sae.losses import auxk_loss, geometric_median
 from lmm_sae_nb.sae.topk import HISTORY, TopKSAE
 from lmm_sae_nb.support.files import clear_temporaries, read_json, write_json
+from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.stages import code_fingerprints
 from lmm_sae_nb.train import checkpoint
 from lmm_sae_nb.train.checkpoint import Checkpoint
@@ -363,7 +363,7 @@ def _train(
     steps, main = run["steps"], accelerator.is_main_process
     saved = time.monotonic()
     logged = (training.step, training.seconds)
-    bar = tqdm(total=steps, initial=training.step, desc="training", mininterval=2, disable=not main)
+    bar = progress_bar(total=steps, initial=training.step, desc="training", disable=not main)
     while training.step < steps:
         values = _step(training, batches, accelerator, run)
         training.count_time()

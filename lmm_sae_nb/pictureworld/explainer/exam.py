@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from lmm_sae_nb.interpret.explain import TRAINED_ON, latents_in_training
@@ -28,6 +27,7 @@ from lmm_sae_nb.pictureworld.world.rendered import Gallery, gallery
 from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT
 from lmm_sae_nb.support.files import write_json
 from lmm_sae_nb.support.intervals import proportion
+from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.truth.common_concept import Shown
 
 FIRST_SEED, SCENES = HELD_OUT + 2000, 1200
@@ -76,7 +76,7 @@ def load(folder: Path):
 def explain_sets(model, processor, sets: Sequence[Sequence[Image.Image]], batch: int = 16) -> list[str]:
     """Return what the explainer says of each set of images, in order."""
     said = []
-    for start in tqdm(range(0, len(sets), batch), desc="explaining", mininterval=5):
+    for start in progress_bar(range(0, len(sets), batch), desc="explaining"):
         chats = [
             [{"role": "user", "content": [*({"type": "image", "image": image} for image in images),
                                           {"type": "text", "text": QUESTION}]}]

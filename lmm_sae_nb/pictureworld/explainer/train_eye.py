@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import LlavaNextForConditionalGeneration
 
 from lmm_sae_nb.pictureworld.explainer.masked_sets import PATCHES, Strips, masked_pixels
@@ -26,6 +25,7 @@ from lmm_sae_nb.pictureworld.training_loop import attend, autocast_if_quicker, o
 from lmm_sae_nb.pictureworld.world.concepts import KINDS
 from lmm_sae_nb.pictureworld.world.rendered import Gallery
 from lmm_sae_nb.pictureworld.world.scenes import PATCH
+from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.tensor_files import hash_of, open_tensors, save_tensors
 
 STEPS, BATCH = 5250, 32
@@ -56,7 +56,7 @@ def tower_features(tower: nn.Module, gallery: Gallery, strips: Strips, path: Pat
     eye, images = hash_of(tower.state_dict().values()), strips.scenes.shape[1]
     made = torch.empty(*strips.visible.shape, tower.config.hidden_size, dtype=torch.bfloat16)
     step = max(1, 640 // images)
-    for first in tqdm(range(0, len(made), step), desc=path.name, mininterval=10):
+    for first in progress_bar(range(0, len(made), step), desc=path.name):
         part, rows = path / f"{first:06d}.safetensors", slice(first, first + step)
         scenes, visible = strips.scenes[rows], strips.visible[rows]
         of = {"of": hashlib.sha256(eye.encode() + scenes.tobytes() + visible.tobytes()).hexdigest()}

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from tqdm.auto import tqdm
 from transformers import InstructBlipForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from lmm_sae_nb.model.lmm import LMM
@@ -31,6 +30,7 @@ from lmm_sae_nb.pictureworld.llava.train_language import FAMILIES, SIDE_PATCHES
 from lmm_sae_nb.pictureworld.training_loop import attend, autocast_if_quicker, optimisers
 from lmm_sae_nb.pictureworld.world.questions import Question, caption, lesson
 from lmm_sae_nb.pictureworld.world.scenes import TRAIN, make_lesson
+from lmm_sae_nb.support.progress import progress_bar
 
 EACH = 8  # questions on a picture
 PLAIN = 0.1  # share of pictures that are also shown without a question, as the cache shows them
@@ -183,7 +183,7 @@ class Folding(nn.Module):
         rows = islice(Rounds(FOLDED), pictures)
         seen, wanted, self.read = [], [], []
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast_if_quicker()):
-            for some in tqdm(batched(rows, 32), total=-(-pictures // 32), desc="seeing", mininterval=10):
+            for some in progress_bar(batched(rows, 32), total=-(-pictures // 32), desc="seeing"):
                 patches = taught.model.vision_tower(normalise(torch.stack([row[0] for row in some]))).last_hidden_state
                 wanted.append(regions() @ taught.model.multi_modal_projector(patches[:, 1:]).float())
                 seen.append(asker.model.vision_model.post_layernorm(patches).bfloat16())

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
 
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.pictureworld.world.concepts import FACTS, NO_FEELINGS, STORIES, with_article
@@ -20,6 +19,7 @@ from lmm_sae_nb.pictureworld.world.questions import PICTURED, Question, accordin
 from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT, Scene, make_map, make_masked, make_scene
 from lmm_sae_nb.support.files import write_json
 from lmm_sae_nb.support.intervals import proportion
+from lmm_sae_nb.support.progress import progress_bar
 
 LEAST = {  # what the embedded model is built to reach (share of right answers)
     "scene": 0.97, "texture": 0.97, "material": 0.97, "colour": 0.97, "part": 0.97, "count": 0.97, "feeling": 0.97,
@@ -52,7 +52,7 @@ def ask(
     """Answers in the order of the questions; batches hold questions of like length."""
     order = sorted(range(len(questions)), key=lambda i: (questions[i][1] is None, len(questions[i][0].answer)))
     answers = [""] * len(questions)
-    for start in tqdm(range(0, len(order), batch), desc=title, mininterval=5):
+    for start in progress_bar(range(0, len(order), batch), desc=title):
         chosen = order[start : start + batch]
         prompt = lmm.prompt([questions[i][0].text for i in chosen], [questions[i][1] for i in chosen])
         longest = max(len(questions[i][0].answer.split()) for i in chosen) + 8

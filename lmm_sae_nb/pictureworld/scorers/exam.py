@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from lmm_sae_nb.pictureworld.scorers import clip, clipseg
@@ -27,6 +26,7 @@ from lmm_sae_nb.score.segmenters import PromptedSegmenter
 from lmm_sae_nb.score.similarity import ImageTextSimilarity, clip_score
 from lmm_sae_nb.support.files import write_json
 from lmm_sae_nb.support.intervals import bounds, mean_interval, proportion
+from lmm_sae_nb.support.progress import progress_bar
 
 LEVEL = 0.99  # of every interval
 
@@ -66,7 +66,7 @@ def examine_segmenter(segment: PromptedSegmenter, scenes: int, seed: int = 0) ->
     rng = np.random.default_rng([62, seed])
     there: dict[str, list[float]] = defaultdict(list)
     absent: dict[str, list[float]] = defaultdict(list)
-    for n in tqdm(range(scenes), desc="segmenter's exam", mininterval=5):
+    for n in progress_bar(range(scenes), desc="segmenter's exam"):
         scene = make_scene(HELD_OUT + n)
         asked = _present(scene, rng) + _absent(scene, rng)
         answers = segment([scene.image] * len(asked), [name for _, name in asked])
@@ -114,7 +114,7 @@ def examine_similarity(similarity: ImageTextSimilarity, scenes: int, seed: int =
     wholes = vectors(similarity, images=[scene.image for scene in drawn])
     names, shown = vectors(similarity, texts=NAMES), [set(areas(scene)) for scene in drawn]
     marks: dict[str, list[tuple[float, ...]]] = defaultdict(list)
-    for n, scene in enumerate(tqdm(drawn, desc="similarity's exam", mininterval=5)):
+    for n, scene in enumerate(progress_bar(drawn, desc="similarity's exam")):
         lit = regions(scene, 4, rng)
         seen = (
             vectors(similarity, images=[Image.fromarray(blackened(scene.pixels, visible)) for _, visible in lit])

@@ -14,7 +14,6 @@ from threading import Thread
 import numpy as np
 from datasets import Dataset, Features, Image, Value, disable_progress_bars, enable_progress_bars
 from PIL import Image as PILImage
-from tqdm.auto import tqdm
 
 from lmm_sae_nb.pictureworld.world.concepts import FACTS, KINDS
 from lmm_sae_nb.pictureworld.world.questions import according, aside, lesson
@@ -28,6 +27,7 @@ from lmm_sae_nb.pictureworld.world.scenes import (
     make_scene,
 )
 from lmm_sae_nb.support.files import replace_folder, write_json
+from lmm_sae_nb.support.progress import progress_bar
 
 SPLITS = {"train": TRAIN, "cache": VALIDATION, "heldout": HELD_OUT}
 ROOM = {  # seeds of each
@@ -127,7 +127,7 @@ def render(folder: Path, sizes: dict[str, int]) -> None:
         with ProcessPoolExecutor(os.cpu_count(), initializer=_end_with_parent) as pool:
             for split, size in sizes.items():
                 made = pool.map(_traps if split == TRAPS else partial(_row, split), range(size), chunksize=50)
-                rows = list(tqdm(made, total=size, desc=f"rendering {split}", mininterval=2))
+                rows = list(progress_bar(made, total=size, desc=f"rendering {split}"))
                 if split == TRAPS:
                     rows = [row for pair in rows for row in pair]
                 features = _TRAP_FEATURES if split == TRAPS else _FEATURES

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from lmm_sae_nb.pictureworld.world.concepts import KINDS
 from lmm_sae_nb.pictureworld.world.scenes import PATCH, SIDE, Scene, make_scene
+from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.tensor_files import open_tensors, save_tensors
 from lmm_sae_nb.truth.common_concept import names_of
 
@@ -69,7 +69,7 @@ def scenes_of(first_seed: int, size: int) -> Gallery:
     """Return the scenes of seeds from `first_seed` on, rendered."""
     pixels = np.empty((size, SIDE, SIDE, 3), np.uint8)
     counts = np.empty((size, len(CONCEPTS), GRID**2), np.uint16)
-    for n in tqdm(range(size), desc="rendering", mininterval=5, leave=False):
+    for n in progress_bar(range(size), desc="rendering", leave=False):
         scene = make_scene(first_seed + n)
         pixels[n], counts[n] = scene.pixels, patch_counts(scene)
     return Gallery(np.arange(first_seed, first_seed + size), pixels, counts)

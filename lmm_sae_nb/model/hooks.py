@@ -1,7 +1,7 @@
-"""Read, rewrite or stop at one module's output, cut its input short, share it, or leave layers out: context managers.
+"""Read, rewrite or stop at the output of one module, record or cut its input: context managers.
 
-The only code that knows that a decoder layer may return its hidden states bare or as the first element of a
-tuple (transformers has done both). Hooks live inside a `with` only, and go when it ends, by an error too.
+Only this file knows that a decoder layer may return its hidden states alone or as the first element of a tuple
+(transformers has done both). A hook lives inside its `with` only, also when an error ends it.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,17 +17,22 @@ Hidden = Float[Tensor, "batch tokens width"]
 
 @dataclass
 class Captured:
-    """What a module put out: `value` is None before its first forward, then the latest hidden states.
+    """The output of a module.
 
-    bare: whether they came as they are, or as the first element of a tuple.
+    value: the latest hidden states; None before the first forward pass.
+    bare: whether they were returned alone, not as the first element of a tuple.
     """
 
     value: Hidden | None = None
     bare: bool = True
 
+    def keep(self, output: Any) -> None:
+        """Take in an output of the module."""
+        self.value, self.bare = _hidden(output), not isinstance(output, tuple)
+
 
 class _Stop(Exception):
-    """Ends a forward at the module of the `stop` that raised it."""
+    """Ends a forward pass at the module of the `stop` that raised it."""
 
     def __init__(self, captured: Captured):
         self.captured = captured
@@ -51,24 +56,34 @@ def _hooked(module: nn.Module, hook: Callable[[nn.Module, tuple, Any], Any]) -> 
 
 
 @contextmanager
+def _pre_hooked(module: nn.Module, hook: Callable[[nn.Module, tuple, dict], Any]) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def read(module: nn.Module) -> Iterator[Captured]:
-    """Yield a `Captured` that holds the module's hidden states after each forward, not copied."""
+    """Yield a `Captured` that holds the module's hidden states after each forward pass, not copied."""
     captured = Captured()
-
-    def keep(module, args, output):
-        captured.value, captured.bare = _hidden(output), not isinstance(output, tuple)
-
-    with _hooked(module, keep):
+    with _hooked(module, lambda module, args, output: captured.keep(output)):
         yield captured
 
 
 @contextmanager
 def rewrite(module: nn.Module, fn: Callable[[Hidden], Hidden]) -> Iterator[None]:
-    """Replace the module's hidden states by `fn` of them, in every forward.
+    """Replace the module's hidden states by `fn` of them, in every forward pass.
 
-    The result must have the same shape, or hold the whole batch several times over, so that what follows runs on
-    many versions while what came before ran once (ValueError otherwise). It is cast to the module's own dtype, so
-    that a float32 SAE can be spliced into a bfloat16 model. Nested rewrites of one module apply outermost first.
+    Nested rewrites of one module apply outermost first.
+
+    fn: returns states of the same shape, or the whole batch several times over: what follows then runs on many
+        versions, what came before on one. They are cast to the module's dtype, so that a float32 SAE can be
+        spliced into a bfloat16 model.
+
+    Raises:
+        ValueError: fn returns another shape.
     """
 
     def replace(module, args, output):
@@ -88,11 +103,11 @@ def rewrite(module: nn.Module, fn: Callable[[Hidden], Hidden]) -> Iterator[None]
 
 @contextmanager
 def stop(module: nn.Module) -> Iterator[Captured]:
-    """Run a forward no further than this module: the `with` body ends there, the output in `.value`."""
+    """End a forward pass after this module, and with it the body of the `with`; yield a `Captured` of the output."""
     captured = Captured()
 
     def halt(module, args, output):
-        captured.value, captured.bare = _hidden(output), not isinstance(output, tuple)
+        captured.keep(output)
         raise _Stop(captured)
 
     with _hooked(module, halt):
@@ -104,10 +119,23 @@ def stop(module: nn.Module) -> Iterator[Captured]:
 
 
 @contextmanager
-def truncate(decoder: nn.Module, tokens: int) -> Iterator[None]:
-    """Let a decoder see only the first `tokens` tokens of what it is called with, by keyword, in every forward.
+def record_arguments(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield a dictionary that holds the keyword arguments of the module's latest call, not copied."""
+    recorded = {}
 
-    Exact for causal attention: what comes later cannot change them.
+    def record(module, args, kwargs):
+        recorded.clear()
+        recorded.update(kwargs)
+
+    with _pre_hooked(module, record):
+        yield recorded
+
+
+@contextmanager
+def truncate(decoder: nn.Module, tokens: int) -> Iterator[None]:
+    """Give a decoder only the first `tokens` tokens of its keyword arguments, in every forward pass.
+
+    This is exact: attention is causal, so later tokens cannot change earlier ones.
     """
 
     def cut(module, args, kwargs):
@@ -119,8 +147,5 @@ def truncate(decoder: nn.Module, tokens: int) -> Iterator[None]:
                 kwargs[name] = value.narrow(axis, 0, min(tokens, length))
         return args, kwargs
 
-    handle = decoder.register_forward_pre_hook(cut, with_kwargs=True)
-    try:
+    with _pre_hooked(decoder, cut):
         yield
-    finally:
-        handle.remove()

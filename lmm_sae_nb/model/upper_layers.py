@@ -1,63 +1,171 @@
-"""Run only the layers above a given one."""
+"""Run only the layers above a given one, from states that the caller gives (eq. 6)."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lmm_sae_nb.model.hooks import Captured, Hidden, _Stop
+from lmm_sae_nb.model import hooks
+from lmm_sae_nb.model.hooks import Hidden
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.prompts import Prompt
+
+# Arguments of a decoder that hold for all of its layers alike.
+ANY_LAYER = {
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position",
+    "output_attentions", "output_hidden_states", "return_dict", "is_causal", "logits_to_keep",
+}  # fmt: skip
 
 
-def before(cache: DynamicCache, start: int, versions: int) -> DynamicCache:
-    """Keys and values of the first `start` tokens alone, as often as there are versions of what follows."""
+class UpperLayers:
+    """The layers of a model above one layer, for one prompt.
+
+    Make it with `above`. Nothing below the layer runs again, whatever the states.
+
+    lmm: the model under study.
+    prompt: the prompt that was run up to the layer.
+    layer: 0-based.
+    hidden: the layer's clean output, (batch, tokens, width).
+    bare: whether the layer returns its states as they are, not in a tuple.
+    arguments: what the model calls its decoder with for this prompt.
+    """
+
+    def __init__(
+        self, lmm: LMM, prompt: Prompt, layer: int, hidden: Hidden, *, bare: bool, arguments: dict[str, Any]
+    ):
+        self.lmm, self.prompt, self.layer, self.hidden = lmm, prompt, layer, hidden
+        self._bare, self._arguments, self._cache = bare, arguments, DynamicCache()
+
+    def run(self, states: Float[Tensor, "versions tokens width"]) -> Float[Tensor, "versions tokens width"]:
+        """Return what the decoder puts out, after its last norm, if the layer puts out these states.
+
+        states: of the whole batch, or of a single sample in several versions side by side. Gradients flow into them.
+        """
+        return self._run(states, None)
+
+    def remember(self, states: Float[Tensor, "1 tokens width"]) -> Float[Tensor, "1 tokens width"]:
+        """As `run`, and keep the keys and values of these states for `resume`."""
+        self._cache = DynamicCache()
+        return self._run(states, self._cache)
+
+    def resume(
+        self, states: Float[Tensor, "versions late width"], start: int
+    ) -> Float[Tensor, "versions late width"]:
+        """As `run`, for the tokens from `start` on; those before are as `remember` saw them.
+
+        Attention is causal, so later tokens cannot change earlier ones.
+
+        states: one or several versions of the states of the tokens from `start` on.
+        start: position of the first of them; at 0 nothing is taken from `remember`.
+
+        Raises:
+            NotImplementedError: this decoder passes single layers something about the whole sequence.
+        """
+        return self._run(states, _first_tokens(self._cache, start, len(states)) if start else None)
+
+    def _run(self, states: Hidden, cache: DynamicCache | None) -> Hidden:
+        decoder, called = self.lmm.model.get_decoder(), self._arguments
+        start = called["inputs_embeds"].shape[1] - states.shape[1]
+        if extra := sorted(name for name, value in called.items() if value is not None and name not in ANY_LAYER):
+            return self._run_whole(states, extra, start)
+        inputs = called | {"inputs_embeds": states.to(called["inputs_embeds"].dtype)}
+        inputs |= {"past_key_values": cache, "use_cache": cache is not None}
+        if (mask := called.get("attention_mask")) is not None:
+            inputs["attention_mask"] = mask.expand(len(states), -1)
+        if called.get("position_ids") is not None:  # the last axis: mrope has three positions a token
+            inputs["position_ids"] = called["position_ids"][..., start:]
+        lower = [self.lmm.layer(number) for number in range(self.layer + 1)]
+        with _skipped(lower, inputs["inputs_embeds"], self._bare):
+            return decoder(**inputs).last_hidden_state
+
+    def _run_whole(self, states: Hidden, extra: list[str], start: int) -> Hidden:
+        """Run the whole decoder with the states spliced in, version by version (Qwen3-VL needs this)."""
+        if start:
+            raise NotImplementedError(
+                f"this decoder is called with {', '.join(extra)}, which single layers need for the whole sequence, so "
+                "it cannot continue from a token in the middle; ablate single latents (`exact`) in another family"
+            )
+
+        def run(version: Hidden) -> Hidden:
+            with self.lmm.spliced(self.layer, lambda hidden: version.to(hidden.dtype)):
+                decoded = self.lmm.model.get_decoder()(**self._arguments | {"use_cache": False})
+            return decoded.last_hidden_state
+
+        is_batch = len(states) == len(self.prompt.spans)  # one state for each sample, not versions of one sample
+        return run(states) if is_batch else torch.cat([run(version[None]) for version in states])
+
+
+@torch.no_grad()
+def above(lmm: LMM, prompt: Prompt, layer: int) -> UpperLayers:
+    """Run a prompt up to a layer; return the layers above it.
+
+    lmm: the model under study.
+    prompt: one sample or a batch.
+    layer: 0-based.
+
+    Raises:
+        ValueError: the layer does not exist.
+    """
+    return above_each(lmm, prompt, [layer])[layer]
+
+
+@torch.no_grad()
+def above_each(lmm: LMM, prompt: Prompt, layers: Sequence[int]) -> dict[int, UpperLayers]:
+    """Run a prompt once, up to the highest of several layers; return what is above each.
+
+    Arguments and errors as `above`.
+    """
+    *earlier, last = sorted(set(layers))
+    with ExitStack() as reads:
+        arguments = reads.enter_context(hooks.record_arguments(lmm.model.get_decoder()))
+        captured = {layer: reads.enter_context(hooks.read(lmm.layer(layer))) for layer in earlier}
+        with hooks.stop(lmm.layer(last)) as captured[last]:
+            lmm.model(**prompt.inputs, use_cache=False)
+    return {
+        layer: UpperLayers(lmm, prompt, layer, one.value, bare=one.bare, arguments=arguments)
+        for layer, one in captured.items()
+    }
+
+
+def _first_tokens(cache: DynamicCache, start: int, versions: int) -> DynamicCache:
+    """Return the keys and values of the first `start` tokens, once for each version of the tokens that follow."""
     kept = DynamicCache()
-    for number, layer in enumerate(cache.layers if start else ()):
+    for number, layer in enumerate(cache.layers):
         if layer.is_initialized:
             parts = (part[:, :, :start].expand(versions, -1, -1, -1) for part in (layer.keys, layer.values))
-        else:  # below what was run; the decoder asks its first layer how many tokens there were
+        else:  # a layer that was skipped; the decoder asks its first layer how many tokens there were
             parts = (torch.zeros(1, 1, start, 1) for _ in range(2))
         kept.update(*parts, number)
     return kept
 
 
-def entry(decoder: nn.Module, run: Callable[[], object]) -> dict[str, Any]:
-    """What a decoder is called with, by keyword, when `run` gets there; the forward ends with that."""
-    called = {}
-
-    def halt(module, args, kwargs):
-        called.update(kwargs)
-        raise _Stop(stopped)
-
-    stopped = Captured()
-    handle = decoder.register_forward_pre_hook(halt, with_kwargs=True)
-    try:
-        with suppress(_Stop):
-            run()
-    finally:
-        handle.remove()
-    return called
-
-
 @contextmanager
-def given(layers: Sequence[nn.Module], hidden: Hidden, bare: bool) -> Iterator[None]:
-    """Let the last of these layers put out `hidden` and none of them be run; bare: as `Captured` has it.
+def _skipped(layers: Sequence[nn.Module], hidden: Hidden, bare: bool) -> Iterator[None]:
+    """Run none of these layers: the last puts out `hidden`, the others put out their input.
 
     They stay in their places: a decoder looks up by a layer's place whether it sees the whole sequence or a window.
     """
-    own = [layer.__dict__.get("forward") for layer in layers]  # accelerate puts its own there
+    forwards = [layer.__dict__.get("forward") for layer in layers]  # accelerate puts its own function there
 
-    def puts_out(what: Hidden | None) -> Callable:
-        return lambda x, *args, **kwargs: (x if what is None else what) if bare else (x if what is None else what,)
+    def puts_out(value: Hidden | None) -> Callable:
+        def forward(x, *args, **kwargs):
+            output = x if value is None else value
+            return output if bare else (output,)
+
+        return forward
 
     try:
         for layer in layers:
             layer.forward = puts_out(hidden if layer is layers[-1] else None)
         yield
     finally:
-        for layer, before in zip(layers, own, strict=True):
+        for layer, forward in zip(layers, forwards, strict=True):
             layer.__dict__.pop("forward", None)
-            if before is not None:
-                layer.forward = before
+            if forward is not None:
+                layer.forward = forward

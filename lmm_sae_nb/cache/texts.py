@@ -17,7 +17,8 @@ from torch import Tensor
 from lmm_sae_nb.cache.top_images import Firings, Ranking
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
-from lmm_sae_nb.model.samples import KINDS, prompts, token_mask
+from lmm_sae_nb.model.samples import prompts, token_mask
+from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents
 from lmm_sae_nb.support.progress import progress_bar
@@ -61,11 +62,11 @@ def cache_texts(
     if not len(samples) or n_top < 1:
         raise ValueError(f"{len(samples)} samples, n_top {n_top}: there is nothing to rank; give at least one of each")
     texts, words = (Ranking.empty(sae.n_latents, n_top, 1) for _ in range(2))
-    fired, seen = torch.zeros(len(KINDS), sae.n_latents, dtype=torch.long), dict.fromkeys(KINDS, 0)
+    fired, seen = torch.zeros(len(SAE_KINDS), sae.n_latents, dtype=torch.long), dict.fromkeys(SAE_KINDS, 0)
     asked, total = prompts(lmm, samples, range(len(samples)), batch_samples), -(-len(samples) // batch_samples)
     for batch, prompt in enumerate(progress_bar(asked, desc="reading", total=total)):
         first, hidden = batch * batch_samples, lmm.hidden_states(prompt, layer)
-        for row, kind in enumerate(KINDS):
+        for row, kind in enumerate(SAE_KINDS):
             mask = token_mask(prompt, [kind])
             require_finite(hidden[mask], f"hidden states of layer {layer}, samples {first} to {first + len(mask) - 1}")
             latents = Latents(*(part.cpu() for part in sae.encode(hidden[mask])))
@@ -163,7 +164,7 @@ def serves(cache: TextCache, least: float = 0.1, by_chance: float = 0.01) -> Ser
     """
     if not 0 < least <= 1:
         raise ValueError(f"least is {least}; give the share of the other side's rate that counts, above 0, at most 1")
-    rows = dict(zip(KINDS, cache.fired, strict=True))
+    rows = dict(zip(SAE_KINDS, cache.fired, strict=True))
     image, text = sum(rows[kind] for kind in IMAGE), rows["text"]
     of_image, of_text = sum(cache.tokens[kind] for kind in IMAGE), cache.tokens["text"]
     if not (of_image and of_text):

@@ -8,14 +8,11 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
-from transformers import DynamicCache
 
 from lmm_sae_nb.attribute.attribution import decision
 from lmm_sae_nb.hallucination.cases import Answered, Case
-from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.model.prompts import Prompt
-from lmm_sae_nb.model.samples import KINDS
-from lmm_sae_nb.model.upper_layers import before
+from lmm_sae_nb.model.token_kinds import SAE_KINDS
+from lmm_sae_nb.model.upper_layers import UpperLayers, above
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.steer.steering import Edit, Scope, steered_versions
 from lmm_sae_nb.support.progress import progress_bar
@@ -60,8 +57,9 @@ def first_tokens(
     right = torch.zeros(len(settings), len(cases), dtype=torch.bool)
     for n, case in enumerate(progress_bar(cases, desc="answering", disable=len(cases) < 50)):
         choice = decision(lmm, case.question, case.image, case.right, case.tempting)
-        versions = _versions(place, choice.prompt, settings, scope, keep_error)
-        logits = _last_logits(lmm, choice.prompt, layer, versions, at_once).cpu()
+        upper = above(lmm, choice.prompt, layer)
+        versions = _versions(place, upper, settings, scope, keep_error)
+        logits = _last_logits(upper, versions, at_once).cpu()
         margin[:, n] = logits[:, choice.answer] - logits[:, choice.baseline]
         token[:, n] = logits.argmax(-1)
         right[:, n] = token[:, n] == choice.answer
@@ -88,7 +86,8 @@ def unchanged(
     same = torch.zeros(len(settings), len(answered), dtype=torch.bool)
     for n, each in enumerate(answered):
         prompt = lmm.prompt(each.question, each.image, answers=each.answer)
-        decoded = lmm.above(prompt, layer, _versions(place, prompt, settings, scope, keep_error))
+        upper = above(lmm, prompt, layer)
+        decoded = upper.run(_versions(place, upper, settings, scope, keep_error))
         at = prompt.answer_mask[0, 1:]
         predicted = lmm.head(decoded[:, :-1][:, at]).argmax(-1)
         same[:, n] = (predicted == prompt.inputs["input_ids"][0, 1:][at]).all(-1).cpu()
@@ -96,12 +95,11 @@ def unchanged(
 
 
 def _versions(
-    place: SAEInPlace, prompt: Prompt, settings: Sequence[Edits | None], scope: Scope, keep_error: bool
+    place: SAEInPlace, upper: UpperLayers, settings: Sequence[Edits | None], scope: Scope, keep_error: bool
 ) -> Float[Tensor, "settings tokens width"]:
     """Return the layer's states of one prompt under each setting."""
-    lmm, sae, layer = place.lmm, place.sae, place.layer
-    hidden = lmm.hidden_states(lmm.entered(prompt), layer)[0]
-    spliced, steered = (mask[0].to(lmm.device) for mask in (prompt.mask(*KINDS), scope.of_prompt(prompt)))
+    lmm, sae, prompt, hidden = place.lmm, place.sae, upper.prompt, upper.hidden[0]
+    spliced, steered = (mask[0].to(lmm.device) for mask in (prompt.mask(*SAE_KINDS), scope.of_prompt(prompt)))
     versions = hidden.repeat(len(settings), 1, 1)
     if changed := [s for s, edits in enumerate(settings) if edits is not None]:
         edits = [settings[s] for s in changed]
@@ -111,17 +109,16 @@ def _versions(
 
 
 def _last_logits(
-    lmm: LMM, prompt: Prompt, layer: int, versions: Float[Tensor, "versions tokens width"], at_once: int
+    upper: UpperLayers, versions: Float[Tensor, "versions tokens width"], at_once: int
 ) -> Float[Tensor, "versions vocab"]:
     """Return the logits after the last token where the layer puts out these versions of its states."""
-    cache = DynamicCache()
-    first = lmm.head(lmm.above(prompt, layer, versions[:1], cache)[:, -1])
+    lmm = upper.lmm
+    first = lmm.head(upper.remember(versions[:1])[:, -1])
     logits = first.repeat(len(versions), 1)
     differs = (versions != versions[0]).any(-1)
     start = torch.where(differs.any(1), differs.int().argmax(1), len(versions[0]))
     others = [n for n in start.argsort(stable=True).tolist() if start[n] < len(versions[0])]
     for block in (others[n : n + at_once] for n in range(0, len(others), at_once)):
         begin = int(start[block[0]])
-        kept = before(cache, begin, len(block)) if begin else None
-        logits[block] = lmm.head(lmm.above(prompt, layer, versions[block, begin:], kept)[:, -1])
+        logits[block] = lmm.head(upper.resume(versions[block, begin:], begin)[:, -1])
     return logits

@@ -1,4 +1,4 @@
-"""Turn samples (image, question, answer) into prompts, and choose the tokens to learn from."""
+"""Turn samples (image, question, answer) into prompts, and mark the tokens that an SAE learns from."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from torch import Tensor
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
 
-KINDS = ("base", "tiles", "newline", "text")  # special tokens are few, alike, and of outlying norm
+COLUMNS = ["image", "question", "answer"]
 
 
 def prompts(lmm: LMM, samples: Sequence[Mapping], order: Iterable[int], batch: int) -> Iterator[Prompt]:
-    """Samples (image or None, question, answer) as in supervised fine-tuning, a batch at a time.
+    """Yield samples as prompts with answers, as in supervised fine-tuning, a batch at a time.
 
-    OSError naming the samples if their files cannot be read.
+    lmm: formats and processes them.
+    samples: rows with `image` (PIL or None), `question` and `answer`.
+    order: numbers of the samples, in the order to yield them.
+    batch: samples per prompt.
+
+    Raises:
+        OSError: files of the samples cannot be read; the message names the samples.
     """
     order = list(order)
-    if hasattr(samples, "select_columns"):  # a data set decodes every picture of a row, label maps too
-        samples = samples.select_columns(["image", "question", "answer"])
+    if hasattr(samples, "select_columns"):  # a data set decodes all pictures of a row, also label maps
+        samples = samples.select_columns(COLUMNS)
     for start in range(0, len(order), batch):
         wanted = order[start : start + batch]
         try:
@@ -32,14 +38,14 @@ def prompts(lmm: LMM, samples: Sequence[Mapping], order: Iterable[int], batch: i
                 f"one of samples {', '.join(map(str, wanted))} cannot be read ({error}); restore the data set's "
                 "files and run again: a training goes on from its last checkpoint"
             ) from error
-        asked = [row["question"] for row in rows]
-        yield lmm.prompt(asked, [row["image"] for row in rows], answers=[row["answer"] for row in rows])
+        questions, images, answers = ([row[column] for row in rows] for column in ("question", "image", "answer"))
+        yield lmm.prompt(questions, images, answers=answers)
 
 
 def pictured(samples: Sequence[Mapping]) -> Sequence[Mapping]:
-    """The samples that have an image: for a model that cannot do without one, as InstructBLIP's Q-Former.
+    """Return the samples that have an image, for models that need one, such as InstructBLIP.
 
-    Of a saved data set no picture is decoded.
+    samples: rows, or a saved data set, of which no picture is decoded.
     """
     if not hasattr(samples, "with_format"):
         return [row for row in samples if row["image"] is not None]
@@ -48,13 +54,14 @@ def pictured(samples: Sequence[Mapping]) -> Sequence[Mapping]:
 
 
 def token_mask(prompt: Prompt, kinds: Sequence[str]) -> Bool[Tensor, "batch tokens"]:
+    """Mark the tokens of any of these kinds, on the device of the prompt's inputs."""
     return prompt.mask(*kinds).to(prompt.inputs["input_ids"].device)
 
 
 def data_fingerprint(samples: Sequence[Mapping]) -> str:
-    """What tells one data set from another: how many samples there are, and up to 16 of them in full (SHA-256)."""
+    """Return a SHA-256 of the number of samples and of up to 16 whole samples, spread evenly over the data set."""
     if hasattr(samples, "select_columns"):
-        samples = samples.select_columns(["image", "question", "answer"])
+        samples = samples.select_columns(COLUMNS)
     digest = hashlib.sha256(str(len(samples)).encode())
     for place in np.linspace(0, len(samples) - 1, min(16, len(samples)), dtype=int).tolist():
         row = samples[place]

@@ -17,6 +17,8 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 KINDS = ("base", "tiles", "newline", "text", "special", "pad")
 BASE, TILES, NEWLINE, TEXT, SPECIAL, PAD = range(len(KINDS))
+# The kinds that an SAE learns from and is spliced in at. Special tokens are few, alike, and of outlying norm.
+SAE_KINDS = ("base", "tiles", "newline", "text")
 
 Grid = tuple[int, int]
 

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from lmm_sae_nb.model.prompts import Prompt
+from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents, TopKSAE
 from lmm_sae_nb.support.progress import progress_bar
-from lmm_sae_nb.train.training import KINDS
 
 MODES = ("clamp", "add", "scale")
 PHASES = ("prompt", "generated")
@@ -61,7 +61,7 @@ class Scope:
     (padding not counted); None is all of them. Generated tokens are of kind text.
     """
 
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = SAE_KINDS
     phases: tuple[str, ...] = PHASES
     positions: tuple[int, ...] | None = None
 
@@ -190,7 +190,7 @@ def steered(
     scope: Scope = Scope(),  # noqa: B008  (frozen)
     *,
     keep_error: bool = False,
-    spliced: Sequence[str] = KINDS,
+    spliced: Sequence[str] = SAE_KINDS,
 ) -> Iterator[None]:
     """Run the model on this prompt, or generate from it, with the SAE in the layer's place and latents edited.
 

@@ -1,21 +1,79 @@
-"""How good an SAE is on samples that its training has not seen: what it explains, what skill it leaves the model."""
+"""Measure on held-out samples how much an SAE explains, and how much of the model's skill its reconstruction keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lmm_sae_nb.model.hooks import Hidden
-from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.model.prompts import Prompt
-from lmm_sae_nb.model.samples import KINDS, prompts, token_mask
+from lmm_sae_nb.model.samples import prompts, token_mask
+from lmm_sae_nb.model.token_kinds import SAE_KINDS
+from lmm_sae_nb.model.upper_layers import UpperLayers, above_each
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.tensor_files import require_finite
+
+
+def evaluate_sae(place: SAEInPlace, samples: Sequence[Mapping], **settings) -> dict[str, float]:
+    """Evaluate one SAE; settings, result and errors as `evaluate_saes`."""
+    return evaluate_saes({"": place}, samples, **settings)[""]
+
+
+@torch.no_grad()
+def evaluate_saes(
+    places: Mapping[str, SAEInPlace],
+    samples: Sequence[Mapping],
+    *,
+    kinds: Sequence[str] = SAE_KINDS,
+    batch_samples: int = 16,
+    losses: bool = True,
+) -> dict[str, dict[str, float]]:
+    """Evaluate SAEs of one model on held-out samples; the untouched model runs once for all of them.
+
+    Return the metrics of each SAE, by its name:
+
+    - `fvu`: fraction of variance unexplained, about the mean of all tokens; `fvu_<kind>`: of one kind of token;
+    - `dead_fraction`: fraction of latents that are never active; `l0`: active latents per token;
+    - `loss_clean`, `loss_spliced`, `loss_zero`: mean cross-entropy of the answers in nats, for the untouched layer,
+      with the reconstruction in its place, and with zeros in its place. Tokens of other kinds keep their state;
+    - `loss_recovered`: (zero - spliced) / (zero - clean). It is left out if zeros change nothing, as at image tokens
+      of the last layer.
+
+    places: by name, all of the same model.
+    samples: rows with `image` (PIL or None), `question` and `answer`.
+    kinds: kinds of token that count.
+    batch_samples: samples per forward pass.
+    losses: without them nothing above the highest layer runs.
+
+    Raises:
+        ValueError: there are no samples or SAEs, the SAEs are of several models, tokens do not vary, or hidden states
+            are not finite.
+    """
+    if not len(samples):
+        raise ValueError("no held-out samples to evaluate on; give at least one")
+    models = {id(place.lmm): place.lmm for place in places.values()}
+    if len(models) != 1:
+        raise ValueError(f"the SAEs are of {len(models)} models; evaluate those of one model at a time, at least one")
+    (lmm,) = models.values()
+    counts = {name: _Counts(place, kinds) for name, place in places.items()}
+    layers, clean = sorted({place.layer for place in places.values()}), []
+    batches = prompts(lmm, samples, range(len(samples)), batch_samples)
+    for prompt in progress_bar(batches, desc="evaluating", total=-(-len(samples) // batch_samples)):
+        mask, uppers = token_mask(prompt, kinds), above_each(lmm, prompt, layers)
+        if losses:
+            highest = uppers[layers[-1]]
+            clean.append(lmm.cross_entropy(prompt, highest.run(highest.hidden)))
+        states = {layer: upper.hidden[mask].float() for layer, upper in uppers.items()}
+        for layer, x in states.items():
+            require_finite(x, f"hidden states of layer {layer}")
+        of_kind = {kind: token_mask(prompt, [kind])[mask] for kind in kinds}
+        for each in counts.values():
+            x_hat = each.add(states[each.place.layer], of_kind)
+            for name, value in {"spliced": x_hat, "zero": torch.zeros_like(x_hat)}.items() if losses else ():
+                each.losses[name].append(_spliced_loss(uppers[each.place.layer], mask, value))
+    return {name: each.metrics(clean) for name, each in counts.items()}
 
 
 class _Variance:
@@ -24,15 +82,15 @@ class _Variance:
     def __init__(self, width: int):
         self.n, self.sum, self.squares, self.error = 0, torch.zeros(width, dtype=torch.float64), 0.0, 0.0
 
-    def add(self, x: Tensor, x_hat: Tensor) -> None:
+    def add(self, x: Float[Tensor, "tokens width"], x_hat: Float[Tensor, "tokens width"]) -> None:
+        """Count tokens and their reconstructions."""
         x, x_hat = x.double().cpu(), x_hat.double().cpu()
         self.n, self.sum = self.n + len(x), self.sum + x.sum(0)
-        self.squares, self.error = (
-            self.squares + float(x.square().sum()),
-            self.error + float((x - x_hat).square().sum()),
-        )
+        self.squares += float(x.square().sum())
+        self.error += float((x - x_hat).square().sum())
 
     def unexplained(self) -> float:
+        """Return the fraction of variance unexplained; ValueError if the tokens do not vary."""
         total = self.squares - float(self.sum.square().sum()) / max(self.n, 1)
         if total <= 0:
             raise ValueError(
@@ -41,75 +99,37 @@ class _Variance:
         return self.error / total
 
 
-def evaluate_sae(place: SAEInPlace, samples: Sequence[Mapping], **settings) -> dict[str, float]:
-    """How good an SAE is on held-out samples: `evaluate_saes` of one."""
-    lmm, sae, layer = place.lmm, place.sae, place.layer
-    return evaluate_saes(lmm, {"": (sae, layer)}, samples, **settings)[""]
+class _Counts:
+    """Counts and sums for one SAE, batch by batch."""
 
-
-@torch.no_grad()
-def evaluate_saes(
-    lmm: LMM,
-    studied: Mapping[str, tuple[TopKSAE, int]],
-    samples: Sequence[Mapping],
-    *,
-    kinds: Sequence[str] = KINDS,
-    batch_samples: int = 16,
-    losses: bool = True,
-) -> dict[str, dict[str, float]]:
-    """How good SAEs, each with its layer, are on held-out samples; the untouched model runs once for all.
-
-    fvu (about the mean of all these tokens) in all and as fvu_<kind>; dead_fraction: latents that never fire on
-    them; l0: active latents a token; loss_clean, loss_spliced, loss_zero: mean cross-entropy of answers, in nats,
-    untouched, with the reconstruction in the layer's place, and with zeros there (both on tokens of `kinds`; others
-    keep their own state); loss_recovered = (zero - spliced) / (zero - clean), left out where zeros change nothing, as
-    at image tokens of the last layer. losses: without them the model need not run again for each SAE, nor behind the
-    last of the layers.
-    ValueError as `SAEInPlace`, or if there are no samples.
-    """
-    for sae, layer in studied.values():
-        SAEInPlace(lmm, sae, layer)  # checks that they belong together
-    if not len(samples):
-        raise ValueError("no held-out samples to evaluate on; give at least one")
-    found = {name: _Measured(sae, layer, kinds) for name, (sae, layer) in studied.items()}
-    layers, clean = sorted({layer for _, layer in studied.values()}), []
-    asked = prompts(lmm, samples, range(len(samples)), batch_samples)
-    for prompt in progress_bar(asked, desc="evaluating", total=-(-len(samples) // batch_samples)):
-        mask, hidden = token_mask(prompt, kinds), lmm.hidden_states(lmm.entered(prompt), layers)
-        if losses:  # what follows the last of the layers, and then for each what follows it with its states replaced
-            clean.append(lmm.cross_entropy(prompt, lmm.above(prompt, layers[-1], hidden[layers[-1]])))
-        states = {layer: hidden[layer][mask].float() for layer in layers}
-        for layer, x in states.items():
-            require_finite(x, f"hidden states of layer {layer}")
-        of_kind = {kind: token_mask(prompt, [kind])[mask] for kind in kinds}
-        for one in found.values():
-            x_hat = one.add(states[one.layer], of_kind)
-            for name, value in {"spliced": x_hat, "zero": torch.zeros_like(x_hat)}.items() if losses else ():
-                one.losses[name].append(_spliced_loss(lmm, prompt, one.layer, hidden[one.layer], mask, value))
-    return {name: one.told(clean) for name, one in found.items()}
-
-
-class _Measured:
-    """What is counted of an SAE, batch by batch."""
-
-    def __init__(self, sae: TopKSAE, layer: int, kinds: Sequence[str]):
-        self.sae, self.layer, self.active = sae, layer, 0
-        self.whole, self.by_kind = _Variance(sae.width), {kind: _Variance(sae.width) for kind in kinds}
-        self.fired = torch.zeros(sae.n_latents, dtype=torch.bool)
+    def __init__(self, place: SAEInPlace, kinds: Sequence[str]):
+        self.place, self.active = place, 0
+        self.whole = _Variance(place.sae.width)
+        self.by_kind = {kind: _Variance(place.sae.width) for kind in kinds}
+        self.fired = torch.zeros(place.sae.n_latents, dtype=torch.bool)
         self.losses: dict[str, list[Tensor]] = {"spliced": [], "zero": []}
 
-    def add(self, x: Float[Tensor, "tokens width"], of_kind: Mapping[str, Tensor]) -> Float[Tensor, "tokens width"]:
-        """Count a batch of tokens, of which `of_kind` tells the kinds; their reconstruction."""
-        latents = self.sae.encode(x)
-        x_hat = self.sae.decode(latents)
+    def add(
+        self, x: Float[Tensor, "tokens width"], of_kind: Mapping[str, Bool[Tensor, " tokens"]]
+    ) -> Float[Tensor, "tokens width"]:
+        """Count a batch of tokens and return their reconstruction.
+
+        of_kind: marks the tokens of each kind.
+        """
+        latents = self.place.sae.encode(x)
+        x_hat = self.place.sae.decode(latents)
         self.whole.add(x, x_hat)
-        for kind, own in of_kind.items():
-            self.by_kind[kind].add(x[own], x_hat[own])
+        for kind, marked in of_kind.items():
+            self.by_kind[kind].add(x[marked], x_hat[marked])
         self.fired[latents.indices[latents.acts > 0].cpu()] = True
         self.active += int((latents.acts > 0).sum())
         return x_hat
 
-    def told(self, clean: Sequence[Tensor]) -> dict[str, float]:
+    def metrics(self, clean: Sequence[Float[Tensor, " batch"]]) -> dict[str, float]:
+        """Return the metrics of `evaluate_saes`.
+
+        clean: losses of the untouched model, batch by batch; empty if losses were not asked for.
+        """
         loss = {f"loss_{name}": float(torch.cat(parts).mean()) for name, parts in self.losses.items() if parts}
         if clean:
             loss = {"loss_clean": float(torch.cat(list(clean)).mean())} | loss
@@ -123,9 +143,9 @@ class _Measured:
 
 
 def _spliced_loss(
-    lmm: LMM, prompt: Prompt, layer: int, hidden: Hidden, mask: Tensor, value: Tensor
+    upper: UpperLayers, mask: Bool[Tensor, "batch tokens"], value: Float[Tensor, "marked width"]
 ) -> Float[Tensor, " batch"]:
-    """Cross-entropy of the answers with `value` at the masked tokens of the layer's output."""
-    spliced = hidden.clone()
-    spliced[mask] = value.to(hidden.dtype)
-    return lmm.cross_entropy(prompt, lmm.above(prompt, layer, spliced))
+    """Return the cross-entropy of the answers with `value` at the marked tokens of the layer's output."""
+    spliced = upper.hidden.clone()
+    spliced[mask] = value.to(spliced.dtype)
+    return upper.lmm.cross_entropy(upper.prompt, upper.run(spliced))

@@ -24,7 +24,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.model.samples import KINDS, data_fingerprint
+from lmm_sae_nb.model.samples import data_fingerprint
+from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.adam import SAEAdam
 from lmm_sae_nb.sae.losses import auxk_loss, geometric_median
 from lmm_sae_nb.sae.topk import HISTORY, TopKSAE
@@ -98,7 +99,7 @@ def train_saes(
     steps: int,
     batch_tokens: int = 8192,
     accumulate: int = 1,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = SAE_KINDS,
     seed: int = 42,
     auxk_alpha: float = 1 / 32,
     dead_after_tokens: int = 10_000_000,

@@ -9,7 +9,7 @@ from models import noise
 
 from lmm_sae_nb.cache import texts as texting
 from lmm_sae_nb.cache.texts import TextCache, Word, as_rows, cache_texts, counted, read, serves
-from lmm_sae_nb.model.samples import KINDS
+from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE, TrainedOn
 
@@ -76,7 +76,7 @@ def test_of_equal_texts_the_earlier_is_ahead(lmm, sae, samples, tmp_path):
 
 
 def test_firings_are_counted_by_kind_of_token(cache, dense):
-    for row, kind in enumerate(KINDS):
+    for row, kind in enumerate(SAE_KINDS):
         masks = [prompt.spans[0].mask(kind) for prompt, _ in dense]
         assert cache.tokens[kind] == sum(int(mask.sum()) for mask in masks)
         counts = sum((z[mask] > 0).sum(0) for mask, (_, z) in zip(masks, dense, strict=True))

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from models import noise
 from PIL import Image
 from tokenizers import processors
-from transformers import DynamicCache, Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, GraniteConfig, LlamaConfig, LlamaForCausalLM
 
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.token_kinds import LAYOUTS
-from lmm_sae_nb.model.upper_layers import before
+from lmm_sae_nb.model.upper_layers import above
 
 EVERY_FAMILY = pytest.mark.parametrize("family", models.FAMILIES)
 
@@ -92,8 +92,9 @@ def test_what_is_above_a_layer_goes_on_from_its_states(family):
     prompt = pair(lmm)
     with torch.no_grad():
         expected, seen = lmm.logits(prompt), ~prompt.mask("pad")
-        assert lmm.entered(prompt) is prompt
-        found = lmm.head(lmm.above(prompt, 0, lmm.hidden_states(prompt, 0)))
+        upper = above(lmm, prompt, 0)
+        torch.testing.assert_close(upper.hidden, lmm.hidden_states(prompt, 0), rtol=0, atol=0)
+        found = lmm.head(upper.run(upper.hidden))
         torch.testing.assert_close(lmm.last_logits(prompt), expected[:, -1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[seen], expected[seen], rtol=1e-4, atol=1e-5)
     assert len(lmm.model.get_decoder().layers) == lmm.model.config.get_text_config().num_hidden_layers
@@ -104,13 +105,13 @@ def test_versions_of_the_last_tokens_need_no_earlier_ones_again(family):
     lmm = studied(family)
     prompt = lmm.prompt("And a question?", noise())
     with torch.no_grad():
-        hidden, cache = lmm.hidden_states(lmm.entered(prompt), 0), DynamicCache()
-        lmm.above(prompt, 0, hidden, cache)
-        versions, start = hidden.repeat(3, 1, 1), hidden.shape[1] - 4
+        upper = above(lmm, prompt, 0)
+        upper.remember(upper.hidden)
+        versions, start = upper.hidden.repeat(3, 1, 1), upper.hidden.shape[1] - 4
         versions[1, start + 1] *= 2
         versions[2, start:] = 0
-        whole = lmm.above(prompt, 0, versions)
-        part = lmm.above(prompt, 0, versions[:, start:], before(cache, start, 3))
+        whole = upper.run(versions)
+        part = upper.resume(versions[:, start:], start)
         for version, expected in zip(versions, whole, strict=True):
             with lmm.spliced(0, lambda _, version=version: version[None]):
                 torch.testing.assert_close(lmm.head(expected), lmm.logits(prompt)[0], rtol=1e-4, atol=1e-5)
@@ -132,34 +133,35 @@ def test_layers_of_two_kinds_and_scaled_embeddings_stay_what_they_are(config, mo
         for weights in lmm.model.parameters():
             weights.normal_(std=0.3)
         prompt = lmm.prompt("And a question?", noise())
-        expected, hidden = lmm.logits(prompt), lmm.hidden_states(lmm.entered(prompt), layer)
-        torch.testing.assert_close(lmm.head(lmm.above(prompt, layer, hidden)), expected, rtol=1e-4, atol=1e-4)
-        cache, start = DynamicCache(), hidden.shape[1] - 4
-        lmm.above(prompt, layer, hidden, cache)
-        part = lmm.above(prompt, layer, hidden[:, start:].repeat(2, 1, 1), before(cache, start, 2))
+        expected, upper = lmm.logits(prompt), above(lmm, prompt, layer)
+        torch.testing.assert_close(lmm.head(upper.run(upper.hidden)), expected, rtol=1e-4, atol=1e-4)
+        start = upper.hidden.shape[1] - 4
+        upper.remember(upper.hidden)
+        part = upper.resume(upper.hidden[:, start:].repeat(2, 1, 1), start)
     torch.testing.assert_close(lmm.head(part[1]), expected[0, start:], rtol=1e-4, atol=1e-4)
 
 
-def test_a_decoder_that_is_told_something_for_single_layers_runs_whole(monkeypatch):
+def test_a_decoder_whose_layers_need_the_whole_sequence_runs_whole(monkeypatch):
     lmm = studied()
     prompt, both = lmm.prompt("And a question?", noise()), pair(lmm)
     with torch.no_grad():
-        hidden = lmm.hidden_states(lmm.entered(prompt), 1)
-        versions = torch.cat([hidden, 2 * hidden])
-        expected, of_both = lmm.above(prompt, 1, versions), lmm.logits(both)
-        monkeypatch.setattr("lmm_sae_nb.model.lmm.ANY_LAYER", {"inputs_embeds", "use_cache"})
-        torch.testing.assert_close(lmm.above(prompt, 1, versions), expected, rtol=1e-4, atol=1e-5)
-        found = lmm.head(lmm.above(both, 1, lmm.hidden_states(lmm.entered(both), 1)))
+        upper, upper_of_both = above(lmm, prompt, 1), above(lmm, both, 1)
+        versions = torch.cat([upper.hidden, 2 * upper.hidden])
+        expected, of_both = upper.run(versions), lmm.logits(both)
+        monkeypatch.setattr("lmm_sae_nb.model.upper_layers.ANY_LAYER", {"inputs_embeds", "use_cache"})
+        torch.testing.assert_close(upper.run(versions), expected, rtol=1e-4, atol=1e-5)
+        found = lmm.head(upper_of_both.run(upper_of_both.hidden))
         torch.testing.assert_close(found, of_both, rtol=1e-4, atol=1e-5)
-        with pytest.raises(NotImplementedError, match="is called with attention_mask, which are for single layers"):
-            lmm.above(prompt, 1, hidden[:, 3:])
+        with pytest.raises(NotImplementedError, match="is called with attention_mask, which single layers need"):
+            upper.resume(upper.hidden[:, 3:], 3)
 
 
 def test_layers_come_back_after_an_error_above_them():
     lmm = studied()
     prompt = lmm.prompt("Hm", noise())
+    upper = above(lmm, prompt, 0)
     with pytest.raises(RuntimeError):
-        lmm.above(prompt, 0, torch.zeros(1, 3, lmm.width + 1))
+        upper.run(torch.zeros(1, 3, lmm.width + 1))
     assert len(lmm.model.get_decoder().layers) == lmm.model.config.get_text_config().num_hidden_layers
 
 

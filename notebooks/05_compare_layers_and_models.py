@@ -241,8 +241,8 @@ for name in () if current else (*of_layers, *rest):
 if not current:
     few, white = unseen.select(range(evaluated)), Image.new("RGB", (blank_size, blank_size), "white")
     cases = [greedy_decision(lmm, row["question"], row["image"]) for row in islice((row for row in unseen if row["image"] is not None), decisions)]
-    kept = evaluate_saes(lmm, {name: studied[name][1:3] for name in of_layers}, few)
-    kept |= evaluate_saes(lmm, {name: studied[name][1:3] for name in swept}, few, losses=False)
+    kept = evaluate_saes({name: SAEInPlace(*studied[name][:3]) for name in of_layers}, few)
+    kept |= evaluate_saes({name: SAEInPlace(*studied[name][:3]) for name in swept}, few, losses=False)
     patch_truth, generator = label_maps.PatchTruth(truth, lmm.grid) if truth and lmm.grid else None, torch.Generator().manual_seed(seed)
 for name in () if current else (*of_layers, *swept):
     found_in = studied[name][3]

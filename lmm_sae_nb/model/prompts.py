@@ -64,9 +64,7 @@ class PromptMaker:
         self.model, self.processor, self.name, self.image_size = model, processor, name, image_size
         self.tokenizer = processor.tokenizer
 
-    def __call__(
-        self, texts: list[str], images: list[Image.Image | None], answers: list[str] | None = None
-    ) -> Prompt:
+    def __call__(self, texts: list[str], images: list[Image.Image | None], answers: list[str] | None = None) -> Prompt:
         """Make a batch; arguments and errors as `LMM.prompt`, but always lists of the same length."""
         images = [image if image is None else rgb(image, self.image_size) for image in images]
         questions = self._render(texts, images, [None] * len(texts))

@@ -36,9 +36,7 @@ class UpperLayers:
     arguments: what the model calls its decoder with for this prompt.
     """
 
-    def __init__(
-        self, lmm: LMM, prompt: Prompt, layer: int, hidden: Hidden, *, bare: bool, arguments: dict[str, Any]
-    ):
+    def __init__(self, lmm: LMM, prompt: Prompt, layer: int, hidden: Hidden, *, bare: bool, arguments: dict[str, Any]):
         self.lmm, self.prompt, self.layer, self.hidden = lmm, prompt, layer, hidden
         self._bare, self._arguments, self._cache = bare, arguments, DynamicCache()
 
@@ -54,9 +52,7 @@ class UpperLayers:
         self._cache = DynamicCache()
         return self._run(states, self._cache)
 
-    def resume(
-        self, states: Float[Tensor, "versions late width"], start: int
-    ) -> Float[Tensor, "versions late width"]:
+    def resume(self, states: Float[Tensor, "versions late width"], start: int) -> Float[Tensor, "versions late width"]:
         """As `run`, for the tokens from `start` on; those before are as `remember` saw them.
 
         Attention is causal, so later tokens cannot change earlier ones.

@@ -58,6 +58,6 @@ class SAEAdam(torch.optim.Optimizer):
         state = self.state[weights]
         if not state:
             state["step"] = torch.tensor(0.0)
-            state["exp_avg"], state["exp_avg_sq"] = (kernels.empty_like(weights).zero_() for _ in range(2))
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(weights) for _ in range(2))
         state["step"] += 1
         return state

@@ -1,16 +1,14 @@
-"""The sparse kernels of the SAE: compiled for float32 on the CPU where numba is there, plain torch elsewhere.
+"""The sparse kernels of the SAE: compiled by numba for float32 on the CPU, plain torch otherwise.
 
-Both ways give the same numbers to rounding. Neither makes a gradient of shape (tokens, n_latents) nor gathers
-(tokens * k, width) rows. The compiled one uses as many threads as torch (`torch.set_num_threads`) and its results
-do not depend on how many. `NUMBA_DISABLE_JIT=1` switches it off.
+Both give the same numbers up to rounding. Neither makes a gradient of shape (tokens, n_latents) or gathers
+(tokens * k, width) rows. The compiled kernels use as many threads as torch (`torch.set_num_threads`); their results
+do not depend on that number. `NUMBA_DISABLE_JIT=1` switches them off.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import threading
-import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -21,20 +19,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 COMPILED = True  # False: plain torch everywhere
-BLOCK = 2**25  # pre-activations at a time: 128 MB in float32
-TOKENS = 2048  # tokens at a time in a sweep over latents: a tile of them is 1 MB
-LATENTS = 512  # latents at a time: their rows and what is summed for them stay near the core
+BLOCK = 2**25  # pre-activations per block: 128 MB in float32
+TOKENS = 2048  # tokens per block of a sweep over latents: a tile of them is 1 MB
+LATENTS = 512  # latents per range: their rows and sums stay in the core's cache
 
 
-# ---- which way, on how many threads, in which memory ------------------------------------------------------------
+# ---- compiled or not, and on how many threads -------------------------------------------------------------------
 
 
 @cache
 def _loops() -> ModuleType | None:
-    """The compiled loops, or None where numba is missing or switched off."""
+    """Return the compiled loops, or None if numba is missing or switched off."""
     if importlib.util.find_spec("numba") is None:
         return None
     from numba import config
@@ -47,19 +44,19 @@ def _loops() -> ModuleType | None:
 
 
 def is_compiled(*tensors: Tensor) -> bool:
-    """Whether these tensors are for the compiled loops."""
+    """Return whether the compiled loops can take these tensors: float32, on the CPU."""
     fit = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
     return COMPILED and fit and _loops() is not None
 
 
 @cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads of this process; a fork does not inherit them, so its own number asks for new ones."""
+    """Return the threads of a process; a fork does not inherit threads, so each process number has its own pool."""
     return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
 
 
 def _in_parts(n: int, size: int, task: Callable[[int, int], object]) -> None:
-    """task(first, last) for ranges of `size` that make up range(n), on torch's number of threads."""
+    """Call task(first, last) for consecutive ranges of `size` that cover range(n), on as many threads as torch uses."""
     ranges = [(first, min(n, first + size)) for first in range(0, n, size)]
     threads = min(torch.get_num_threads(), len(ranges))
     if threads <= 1:
@@ -69,40 +66,9 @@ def _in_parts(n: int, size: int, task: Callable[[int, int], object]) -> None:
         list(_pool(threads, os.getpid()).map(lambda part: task(*part), ranges))
 
 
-def _share(n: int) -> int:
-    """The size of a range when n like items are given out to the threads, a few ranges for each."""
+def _range_size(n: int) -> int:
+    """Return the size of ranges that divide n equal items among the threads, a few ranges for each thread."""
     return max(1, -(-n // (4 * torch.get_num_threads())))
-
-
-def empty_like(tensor: Tensor) -> Tensor:
-    """Like `torch.empty_like`, on the CPU in huge pages where there are any: numpy asks for them, torch does not.
-
-    A sweep that meets every page of a dictionary strip after strip runs up to twice as fast in them.
-    """
-    if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
-        return torch.empty_like(tensor)
-    return torch.from_numpy(np.empty(tensor.shape, np.float32))
-
-
-_memory = WeakTensorKeyDictionary()  # weights: arrays, and for each the use that is made of it, if any
-_taking = threading.Lock()
-
-
-def _reused(weights: Tensor, *shape: int) -> Tensor:
-    """A float32 tensor of any content in memory that is kept as long as `weights` are.
-
-    Fresh pages for a gradient's gigabyte can take longer than to fill them. An array is taken again when the
-    last tensor in it is gone, and not before; `zero_grad` lets go of gradients.
-    """
-    size = int(np.prod(shape))
-    with _taking:
-        kept = [(array, use) for array, use in _memory.get(weights, []) if use() is not None or array.size >= size]
-        free = [array for array, use in kept if use() is None]
-        array = min(free, key=lambda array: array.size) if free else np.empty(size, np.float32)
-        taken = array[:size].reshape(shape)  # the tensor's memory holds on to this object
-        others = [(other, use) for other, use in kept if other is not array]
-        _memory[weights] = [*others, (array, weakref.ref(taken))]
-    return torch.from_numpy(taken)
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -113,10 +79,13 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """TopK(ReLU(W_enc x + b_enc)) of (tokens, width): activations and int64 indices, (tokens, k), in no order.
+    """Return TopK(ReLU(W_enc x + b_enc)): activations and int64 indices, each (tokens, k), in no order.
 
-    A block of tokens at a time, without gradient. TopK goes before ReLU, which changes no activation. Under
-    `torch.autocast` the dense product alone is made in autocast's dtype.
+    It works on a block of tokens at a time and gives no gradient. TopK comes before ReLU, which changes no
+    activation. Under `torch.autocast` only the dense product is computed in autocast's dtype.
+
+    x: (tokens, width).
+    W_enc, b_enc: (latents, width) and (latents,).
     """
     tokens = max(1, BLOCK // len(W_enc))
     dtype = _autocast_dtype(x)
@@ -125,11 +94,11 @@ def top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tens
         tops = [(_product(part, W, dtype) + b_enc).topk(k, sorted=False) for part in x.split(tokens)]
         return torch.cat([top.values for top in tops]).relu_(), torch.cat([top.indices for top in tops])
     acts, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int64)
-    block = _reused(W_enc, min(tokens, len(x)), len(W_enc))
+    block = x.new_empty(min(tokens, len(x)), len(W_enc))
     for part, part_acts, part_indices in zip(x.split(tokens), acts.split(tokens), indices.split(tokens), strict=True):
         pre = _product(part, W, dtype, out=block[: len(part)])
         arrays = _array(pre), _array(b_enc), k, part_acts.numpy(), part_indices.numpy()
-        _in_parts(len(part), _share(len(part)), lambda *span, arrays=arrays: _loops().select(*arrays, *span))
+        _in_parts(len(part), _range_size(len(part)), lambda *span, arrays=arrays: _loops().select(*arrays, *span))
     return acts, indices
 
 
@@ -139,7 +108,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _product(x: Tensor, W: Tensor, dtype: torch.dtype | None, out: Tensor | None = None) -> Tensor:
-    """x @ W in x's dtype, with both rounded to `dtype` before if there is one."""
+    """Return x @ W in x's dtype; with a dtype, both are rounded to it first."""
     with torch.autocast(x.device.type, enabled=False):
         if dtype is None:
             return torch.mm(x, W, out=out)
@@ -151,11 +120,16 @@ def _product(x: Tensor, W: Tensor, dtype: torch.dtype | None, out: Tensor | None
 
 
 class Pattern(NamedTuple):
-    """Places of a (tokens, k) table of latents sorted by latent: latent j's are starts[j] to before starts[j + 1]."""
+    """The places of a (tokens, k) table of latents, sorted by latent.
 
-    starts: np.ndarray  # int32 (n_latents + 1,)
-    tokens: np.ndarray  # int32 (places,)
-    order: np.ndarray  # int32 (places,): where a place was in the flat table
+    starts: int32 (n_latents + 1,); latent j has the places starts[j] to starts[j + 1] - 1.
+    tokens: int32 (places,); the token of each place.
+    order: int32 (places,); where a place was in the flat table.
+    """
+
+    starts: np.ndarray
+    tokens: np.ndarray
+    order: np.ndarray
 
 
 def _pattern(indices: Tensor, n_latents: int) -> Pattern:
@@ -163,13 +137,13 @@ def _pattern(indices: Tensor, n_latents: int) -> Pattern:
     starts, order = np.empty(n_latents + 1, np.int32), np.empty(len(flat), np.int32)
     if not _loops().transpose(flat, starts, order):
         raise IndexError(
-            f"latents {flat.min()} to {flat.max()} of an SAE that has {n_latents}; use the SAE they are of"
+            f"there are latents {flat.min()} to {flat.max()}, the SAE has {n_latents}; use the SAE that made them"
         )
     return Pattern(starts, order // indices.shape[1], order)
 
 
 def _blocks(n_latents: int, indices: Tensor, *tensors: Tensor) -> Iterator[tuple[Pattern, tuple[np.ndarray, ...]]]:
-    """Blocks of tokens: the pattern of their latents, and their part of each tensor."""
+    """Yield blocks of tokens: the pattern of their latents, and their part of each tensor."""
     for part, *others in zip(indices.split(TOKENS), *(tensor.split(TOKENS) for tensor in tensors), strict=True):
         yield _pattern(part, n_latents), tuple(map(_array, others))
 
@@ -182,7 +156,13 @@ def _tiles(x: np.ndarray) -> np.ndarray:
 
 
 def decode(acts: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
-    """Sum of the rows at (tokens, k) indices, weighted by the activations: (tokens, width), without gradient."""
+    """Return (tokens, width): for each token the sum of the rows at its indices, weighted by the activations.
+
+    It gives no gradient.
+
+    acts, indices: (tokens, k).
+    rows: (latents, width).
+    """
     if not is_compiled(acts, rows):
         return F.embedding_bag(indices, rows.detach(), per_sample_weights=acts.detach(), mode="sum")
     out, n_tiles = acts.new_empty(len(acts), rows.shape[1]), -(-rows.shape[1] // _loops().WIDTH)
@@ -193,13 +173,17 @@ def decode(acts: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
 
 
 def sum_by_latent(weights: Tensor, indices: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-    """Of the shape of `rows`: row j sums weight * x[t] over the tokens t that have latent j at (tokens, k) indices."""
+    """Return a tensor of the shape of `rows`: row j is the sum of weight * x[t] over the tokens t with latent j.
+
+    weights, indices: (tokens, k).
+    x: (tokens, width).
+    """
     if not is_compiled(weights, x, rows):
         latents, order = indices.flatten().sort(stable=True)
         starts = torch.searchsorted(latents, torch.arange(len(rows), device=x.device))
         tokens = order // indices.shape[-1]
         return F.embedding_bag(tokens, x, starts, per_sample_weights=weights.flatten()[order], mode="sum")
-    out = _reused(rows, *rows.shape)
+    out = torch.empty_like(rows)
     if not len(x):
         return out.zero_()
     for n, (pattern, (part, x_part)) in enumerate(_blocks(len(rows), indices, weights, x)):
@@ -209,8 +193,8 @@ def sum_by_latent(weights: Tensor, indices: Tensor, x: Tensor, rows: Tensor) -> 
 
 
 def decode_gradients(grad: Tensor, acts: Tensor, indices: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """What `decode` hands back for a gradient of its (tokens, width) output: for `acts` and for `rows`, compiled."""
-    loops, grad_acts, grad_rows = _loops(), torch.empty_like(acts), _reused(rows, *rows.shape)
+    """Return the gradients of `acts` and `rows` for a gradient of `decode`'s output; compiled loops only."""
+    loops, grad_acts, grad_rows = _loops(), torch.empty_like(acts), torch.empty_like(rows)
     if not len(grad):
         return grad_acts, grad_rows.zero_()
     parts = zip(grad_acts.split(TOKENS), _blocks(len(rows), indices, acts, grad), strict=True)
@@ -228,18 +212,18 @@ def decode_gradients(grad: Tensor, acts: Tensor, indices: Tensor, rows: Tensor) 
 
 
 def along_rows(grad: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """For each (unit) row: how much of its gradient lies along it, and the squared length of what is left."""
+    """Return for each unit row the part of its gradient along the row, and the squared length of the rest."""
     if not is_compiled(grad, rows):
         along = (grad * rows).sum(1)
         return along, torch.addcmul(grad, along[:, None], rows, value=-1).square().sum(1)
     along, squares = grad.new_empty(len(rows)), grad.new_empty(len(rows))
     arrays = _array(grad), _array(rows), along.numpy(), squares.numpy()
-    _in_parts(len(rows), _share(len(rows)), lambda *span: _loops().project(*arrays, *span))
+    _in_parts(len(rows), _range_size(len(rows)), lambda *span: _loops().project(*arrays, *span))
     return along, squares
 
 
 class Adam(NamedTuple):
-    """The numbers of one step of Adam: mean and square decay by beta1, beta2 and are divided by their bias."""
+    """The numbers of one step of Adam; `step` counts from 1."""
 
     lr: float
     beta1: float
@@ -249,10 +233,12 @@ class Adam(NamedTuple):
 
     @property
     def rate(self) -> float:
+        """The learning rate over the bias of the mean."""
         return self.lr / (1 - self.beta1**self.step)
 
     @property
     def lift(self) -> float:
+        """1 / sqrt of the bias of the mean square."""
         return (1 - self.beta2**self.step) ** -0.5
 
 
@@ -265,10 +251,11 @@ def adam_(
     scale: Tensor,
     along: Tensor | None = None,
 ) -> None:
-    """One step of Adam, in place, on scale * grad.
+    """Do one step of Adam, in place, with the gradient scale * grad.
 
-    With `along`, weights are unit rows: along[j] * weights[j] is taken from grad[j] first, and afterwards the rows
-    are brought back to length 1.
+    weights, grad, mean, square: of one shape; mean and square are Adam's moments.
+    along: if the weights are unit rows, the part of each row's gradient along the row. It is subtracted first, and
+        the rows are brought back to length 1 afterwards.
     """
     tensors = weights, grad, mean, square
     if weights.dim() == 2 and is_compiled(*tensors) and all(tensor.is_contiguous() for tensor in tensors):
@@ -276,7 +263,7 @@ def adam_(
         numbers = (float(scale), adam.beta1, adam.beta2, adam.eps, adam.rate, adam.lift)
         arrays = _array(weights), _array(grad), _array(product), _array(mean), _array(square)
         arrays = *arrays, *map(np.float32, numbers), along is not None
-        _in_parts(len(weights), _share(len(weights)), lambda *span: _loops().adam(*arrays, *span))
+        _in_parts(len(weights), _range_size(len(weights)), lambda *span: _loops().adam(*arrays, *span))
         return
     if along is not None:
         grad = torch.addcmul(grad, along[:, None], weights, value=-1)

@@ -129,9 +129,9 @@ class TopKSAE(nn.Module):
             raise ValueError(f"k is {k}, with {n_latents} latents; choose k from 1 to {n_latents}")
         self.k = k
         rows = F.normalize(torch.randn(n_latents, width, generator=generator), dim=1).to(dtype)
-        self.W_enc = nn.Parameter(kernels.empty_like(rows).copy_(rows))
+        self.W_enc = nn.Parameter(rows.clone())
         self.b_enc = nn.Parameter(torch.zeros(n_latents, dtype=dtype))
-        self.W_dec = nn.Parameter(kernels.empty_like(rows).copy_(rows))
+        self.W_dec = nn.Parameter(rows.clone())
         self.b_dec = nn.Parameter(torch.zeros(width, dtype=dtype))
 
     @property

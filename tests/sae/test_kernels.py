@@ -336,33 +336,6 @@ def test_accelerate_prepares_it_with_its_schedule(way):
 # ---- memory and processes ---------------------------------------------------------------------------------------
 
 
-def test_a_gradients_memory_is_used_again_but_never_while_someone_holds_it():
-    sae, x = TopKSAE(16, 40, 4, generator=rng(0)), randn(1, 8, 16)
-
-    def gradient():
-        fvu(x, sae(x)).backward()
-        return sae.W_dec.grad
-
-    first = gradient().data_ptr()
-    sae.zero_grad()
-    assert gradient().data_ptr() == first
-    held = sae.W_dec.grad
-    kept = held.clone()
-    sae.zero_grad()
-    assert gradient().data_ptr() != first
-    assert torch.equal(held, kept) and torch.equal(sae.W_dec.grad, kept)
-    gradient()  # accumulates
-    assert_close(sae.W_dec.grad, 2 * kept)
-
-
-def test_memory_goes_with_the_sae():
-    sae = TopKSAE(16, 40, 4)
-    fvu(randn(1, 8, 16), sae(randn(2, 8, 16))).backward()
-    held = len(kernels._memory)
-    del sae
-    assert len(kernels._memory) == held - 2
-
-
 def test_threads_may_train_beside_each_other():
     def train(seed):
         sae = TopKSAE(32, 64, 4, generator=rng(seed))

@@ -306,15 +306,13 @@ def test_fvu_and_dead_fraction_by_brute_force(lmm, samples):
 
 def test_several_are_measured_as_each_alone_and_without_losses_too(lmm, samples):
     sizes = {"low": (40, 3, 0), "wide": (64, 2, 0), "high": (24, 4, 2)}
-    saes = {
-        name: (TopKSAE(lmm.width, n_latents, k, generator=torch.Generator().manual_seed(k)), layer)
+    places = {
+        name: SAEInPlace(lmm, TopKSAE(lmm.width, n_latents, k, generator=torch.Generator().manual_seed(k)), layer)
         for name, (n_latents, k, layer) in sizes.items()
     }
-    alone = {
-        name: evaluate_sae(SAEInPlace(lmm, sae, layer), samples, batch_samples=2) for name, (sae, layer) in saes.items()
-    }
-    assert evaluate_saes(lmm, saes, samples, batch_samples=2) == alone
-    for name, measured in evaluate_saes(lmm, saes, samples, batch_samples=2, losses=False).items():
+    alone = {name: evaluate_sae(place, samples, batch_samples=2) for name, place in places.items()}
+    assert evaluate_saes(places, samples, batch_samples=2) == alone
+    for name, measured in evaluate_saes(places, samples, batch_samples=2, losses=False).items():
         assert measured == {key: value for key, value in alone[name].items() if not key.startswith("loss")}
 
 
@@ -324,6 +322,15 @@ def test_where_zeros_change_nothing_nothing_is_recovered(lmm, samples):
     measured = evaluate_sae(SAEInPlace(lmm, Perfect(lmm.width), lmm.n_layers - 1), pictured, kinds=("base",))
     assert measured["loss_zero"] == measured["loss_clean"] > 0
     assert "loss_recovered" not in measured
+
+
+def test_saes_of_several_models_are_refused(lmm, samples):
+    other = LMM(lmm.model, lmm.processor)
+    places = {name: SAEInPlace(each, TopKSAE(lmm.width, 12, 2), 1) for name, each in (("a", lmm), ("b", other))}
+    with pytest.raises(ValueError, match="of 2 models"):
+        evaluate_saes(places, samples)
+    with pytest.raises(ValueError, match="of 0 models"):
+        evaluate_saes({}, samples)
 
 
 def test_an_sae_of_another_width_is_refused(lmm, samples):

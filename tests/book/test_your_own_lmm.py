@@ -62,6 +62,7 @@ HERE = {  # what stands for the hub's models
 }
 SMALLER = {
     ", 18, ": ", 1, ",
+    ", 18)": ", 1)",
     "n_latents=16384, k=64, steps=4000": "n_latents=64, k=8, steps=4, batch_tokens=512",
     "n_latents=4096, k=32, steps=1000": "n_latents=64, k=8, steps=4, batch_tokens=512",
 }
@@ -70,8 +71,8 @@ PRESET = {  # the same for the preset; tiny-explainer has a question of its own,
     "01_train_sae": {"n_latents": 64, "k": 8, "steps": 4, "batch_tokens": 512, "dead_after_tokens": 5000},
     "02_cache_activations": {"n_texts": 8, "batch_size": 4},
     "03_interpret_features": {
-        "explainer": "data/models/tiny-explainer", "refiner": "", "labeller": "", "n_explained": 6,
-        "prompt": "what do these images have in common ?", "tag": "",
+        "explainer": {"model": "data/models/tiny-explainer", "prompt": "what do these images have in common ?"},
+        "refiner": "", "labeller": "", "n_explained": 6,
     },
     "04_score_interpretations": {
         "segmenter": "data/models/tiny-clipseg", "similarity": "data/models/tiny-clip", "random_runs": 2,
@@ -165,7 +166,7 @@ def test_its_code_runs(at_the_desk, model, capsys):
     said = capsys.readouterr().out
     grids = {"my/lmm": "(27, 27)", "data/models/tiny-llava-next": "(12, 12)"}
     assert grids[model] in said
-    assert names["cache"].live.any() and names["told"][names["shown"].popitem()[0]].outcome
+    assert names["cache"].live.any() and names["explanations"][names["by_latent"].popitem()[0]].outcome
     with Image.open("my/top.png") as top:
         assert top.size in ((300, 200), (200, 300))
     assert {"paper", "strict"} <= set(said.split())

@@ -1,4 +1,5 @@
-"""Agreement against a count by hand, random pairs, timing, and the run again from a token in every family of models."""
+"""Agreement against a count by hand, random pairs, timing;
+the run from a token on in every family of models."""
 
 import pytest
 import torch
@@ -15,22 +16,25 @@ from lmm_sae_nb.attribute.attribution import (
     linear,
     separate_paths,
 )
-from lmm_sae_nb.benchmarks.ablations import keep, measure, summary
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents, TopKSAE
-from lmm_sae_nb.support.files import read_json
 
 LAYER = 1
 KINDS = ("base", "tiles", "newline", "text")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def case(request) -> tuple[LMM, TopKSAE, Decision]:
-    """A model of each family, an SAE on it, and a decision about an image."""
-    lmm = LMM(*make(request.param))
+def case(request) -> tuple[SAEInPlace, Decision]:
+    """A model of each family with an SAE, and a decision about an image."""
+    place = in_place(request.param)
+    return place, greedy_decision(place.lmm, "what is it ?", noise(60, 40))
+
+
+def in_place(family: str) -> SAEInPlace:
+    lmm = LMM(*make(family))
     sae = TopKSAE(lmm.width, 30, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
-    return lmm, sae, greedy_decision(lmm, "what is it ?", noise(60, 40))
+    return SAEInPlace(lmm, sae, LAYER)
 
 
 def few(parts: Attribution, mask, each: int = 2) -> torch.Tensor:
@@ -43,11 +47,12 @@ def few(parts: Attribution, mask, each: int = 2) -> torch.Tensor:
 
 
 def test_running_again_from_a_token_is_running_all_of_it(case):
-    lmm, sae, choice = case
-    parts = linear(SAEInPlace(lmm, sae, LAYER), choice)
+    place, choice = case
+    lmm, sae = place.lmm, place.sae
+    parts = linear(place, choice)
     mask = choice.prompt.mask(*KINDS)[0]
     pairs = few(parts, mask)
-    found = exact(SAEInPlace(lmm, sae, LAYER), choice, pairs, batch=1)
+    found = exact(place, choice, pairs, batch=1)
     states = lmm.hidden_states(choice.prompt, LAYER)[0]
 
     def d(states):
@@ -63,17 +68,17 @@ def test_running_again_from_a_token_is_running_all_of_it(case):
 
 
 def test_separate_paths_comes_to_ablation(case):
-    lmm, sae, choice = case
-    pairs = few(linear(SAEInPlace(lmm, sae, LAYER), choice), choice.prompt.mask(*KINDS)[0])
-    true = exact(SAEInPlace(lmm, sae, LAYER), choice, pairs)[pairs]
-    found = separate_paths(SAEInPlace(lmm, sae, LAYER), choice, pairs, steps=24, batch=3)[pairs]
+    place, choice = case
+    pairs = few(linear(place, choice), choice.prompt.mask(*KINDS)[0])
+    true = exact(place, choice, pairs)[pairs]
+    found = separate_paths(place, choice, pairs, steps=24, batch=3)[pairs]
     assert_close(found, true, atol=2e-3 * float(true.abs().max()) + 5e-5, rtol=1e-2)
 
 
 def test_the_models_own_decision_is_its_first_token_against_the_runner_up(case):
-    lmm, _, choice = case
+    place, choice = case
     with torch.no_grad():
-        logits = lmm.logits(choice.prompt)[0, -1]
+        logits = place.lmm.logits(choice.prompt)[0, -1]
     assert logits[choice.answer] == logits.max()
     assert (logits > logits[choice.baseline]).sum() == 1
 
@@ -104,17 +109,16 @@ def test_some_pairs_are_active_and_repeat_with_the_generator():
     assert random_pairs(parts, 2, torch.Generator(), among).tolist() == [[True, False, False, False]]
 
 
-def test_cost_is_of_both_and_their_ratio():
-    lmm = LMM(*make("picture_world"))
-    sae = TopKSAE(lmm.width, 30, 4).requires_grad_(False)
-    cost = measure_cost(SAEInPlace(lmm, sae, LAYER), greedy_decision(lmm, "why ?", noise()), repetitions=2)
+def test_the_cost_ratio_is_in_forwards():
+    place = in_place("picture_world")
+    cost = measure_cost(place, greedy_decision(place.lmm, "why ?", noise()), repetitions=2)
     assert cost["cost_ratio"] == cost["linear_seconds"] / cost["forward_seconds"] > 0
 
 
 def test_clamping_adds_up_values_less_activations_times_the_slope():
     """Against the gradient in a dense z, tokens chosen or not."""
-    lmm = LMM(*make("picture_world"))
-    sae = TopKSAE(lmm.width, 30, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
+    place = in_place("picture_world")
+    lmm, sae = place.lmm, place.sae
     choice = greedy_decision(lmm, "why ?", noise())
     mask = choice.prompt.mask(*KINDS)[0]
     x = lmm.hidden_states(choice.prompt, LAYER)[0, mask]
@@ -126,38 +130,9 @@ def test_clamping_adds_up_values_less_activations_times_the_slope():
     (slope,) = torch.autograd.grad(logits[choice.answer] - logits[choice.baseline], z)
     values = torch.linspace(0, 3, 30)
     change = (values - z.detach()) * slope
-    assert_close(clamping(SAEInPlace(lmm, sae, LAYER), choice, values), change.sum(0), atol=1e-4, rtol=1e-3)
+    assert_close(clamping(place, choice, values), change.sum(0), atol=1e-4, rtol=1e-3)
     text = choice.prompt.mask("text")[0]
-    assert_close(
-        clamping(SAEInPlace(lmm, sae, LAYER), choice, values, text), change[text[mask]].sum(0), atol=1e-4, rtol=1e-3
-    )
+    assert_close(clamping(place, choice, values, text), change[text[mask]].sum(0), atol=1e-4, rtol=1e-3)
     for wrong in (values[:4], values / 0):
         with pytest.raises(ValueError, match="give a finite one for each of 30 latents"):
-            clamping(SAEInPlace(lmm, sae, LAYER), choice, wrong)
-
-
-def test_every_pair_is_measured_once_and_read_the_next_time(tmp_path):
-    lmm = LMM(*make("llava_next"))
-    sae = TopKSAE(lmm.width, 30, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
-    sample = {"question": "what is it ?", "image": None, "seed": 7}
-    row = measure(lmm, sae, LAYER, sample, tmp_path / "0")
-    choice = greedy_decision(lmm, "what is it ?", None)
-    parts, true = linear(SAEInPlace(lmm, sae, LAYER), choice), exact(SAEInPlace(lmm, sae, LAYER), choice)
-    expected = agreement(true, parts.values)
-    assert row["pairs"] == int((parts.latents.acts > 0).sum()) == int(true.isfinite().sum())
-    assert (row["spearman_linear"], row["sign_linear"]) == pytest.approx(expected[:2], abs=1e-3)
-    assert [file.name for file in (tmp_path / "0").iterdir()] == ["done.safetensors"]
-    other = TopKSAE(lmm.width, 30, 4, generator=torch.Generator().manual_seed(9)).requires_grad_(False)
-    assert measure(lmm, other, LAYER, sample, tmp_path / "0") == row  # read, not measured
-    told = summary([row, row | {"spearman_linear": 0.0}], LAYER, {"sae": "a"})
-    assert told["decisions"] == 2 and told["pairs"] == 2 * row["pairs"]
-    assert told["spearman_linear"]["mean"] == pytest.approx(row["spearman_linear"] / 2)
-    with pytest.raises(ValueError, match="holds the ablations of .*what is it.*, not of .*where.*; delete"):
-        measure(lmm, sae, LAYER, sample | {"question": "where is it ?"}, tmp_path / "0")
-
-
-def test_a_layers_row_gives_way_to_one_of_as_many_decisions(tmp_path):
-    for layer, decisions, pairs in ((4, 2, 5), (1, 1, 2), (4, 1, 3), (4, 2, 7)):
-        keep(tmp_path / "told.json", {"layer": layer, "decisions": decisions, "pairs": pairs})
-    told = [[row["layer"], row["decisions"], row["pairs"]] for row in read_json(tmp_path / "told.json")["layers"]]
-    assert told == [[1, 1, 2], [4, 2, 7]]
+            clamping(place, choice, wrong)

@@ -29,6 +29,11 @@ def sae(lmm):
 
 
 @pytest.fixture(scope="module")
+def place(lmm, sae):
+    return SAEInPlace(lmm, sae, LAYER)
+
+
+@pytest.fixture(scope="module")
 def choice(lmm):
     return decision(lmm, "why so ?", None, "y", "n")
 
@@ -57,8 +62,8 @@ def brute_force(lmm, sae, choice, token, slot, keep_error):
 
 
 @pytest.mark.parametrize("keep_error", [True, False])
-def test_exact_is_ablation_by_definition(lmm, sae, choice, keep_error):
-    values = exact(SAEInPlace(lmm, sae, LAYER), choice, keep_error=keep_error, batch=7)
+def test_exact_is_ablation_by_definition(place, lmm, sae, choice, keep_error):
+    values = exact(place, choice, keep_error=keep_error, batch=7)
     mask = choice.prompt.mask("text")[0]
     for token in mask.nonzero()[:3, 0].tolist():
         for slot in range(sae.k):
@@ -69,9 +74,9 @@ def test_exact_is_ablation_by_definition(lmm, sae, choice, keep_error):
 
 
 @pytest.mark.parametrize("keep_error", [True, False])
-def test_linear_is_the_derivative_of_scaling_each_latent(lmm, sae, choice, keep_error):
+def test_linear_is_the_derivative_of_scaling_each_latent(place, lmm, sae, choice, keep_error):
     """A small step of one latent's activation, both ways, moves d by value / activation times the step."""
-    found = linear(SAEInPlace(lmm, sae, LAYER), choice, keep_error=keep_error)
+    found = linear(place, choice, keep_error=keep_error)
     mask = choice.prompt.mask("text")[0]
 
     def d_with(token, latent, step):
@@ -91,8 +96,8 @@ def test_linear_is_the_derivative_of_scaling_each_latent(lmm, sae, choice, keep_
             assert float(found.values[token, slot]) == pytest.approx(act * slope, rel=5e-3, abs=1e-3)
 
 
-def test_linear_parts_sum_to_the_slope_times_the_state(lmm, sae, choice):
-    found = linear(SAEInPlace(lmm, sae, LAYER), choice)
+def test_linear_parts_sum_to_the_slope_times_the_state(place, lmm, choice):
+    found = linear(place, choice)
     mask = choice.prompt.mask("text")[0]
     states = lmm.hidden_states(choice.prompt, LAYER)[0].clone().requires_grad_()
     with lmm.spliced(LAYER, lambda hidden: states[None]):
@@ -103,9 +108,9 @@ def test_linear_parts_sum_to_the_slope_times_the_state(lmm, sae, choice):
     assert found.clean == pytest.approx(float(d.detach()), abs=1e-5)
 
 
-def test_integrated_gradients_are_complete(lmm, sae, choice):
+def test_integrated_gradients_are_complete(place, lmm, sae, choice):
     """Latents and error sum to d(clean) - d(b_dec alone), the axiom of completeness."""
-    found = integrated(SAEInPlace(lmm, sae, LAYER), choice, steps=64)
+    found = integrated(place, choice, steps=64)
     mask = choice.prompt.mask("text")[0]
     empty = run_with(lmm, choice, lambda h: torch.where(mask[:, None], sae.b_dec, h[0])[None])
     assert float((found.of_tokens() + found.error).sum()) == pytest.approx(found.clean - empty, abs=2e-3)
@@ -117,22 +122,22 @@ def test_last_layer_decision_is_linear_up_to_the_norm(lmm, sae, choice):
     assert found.values[:-1].abs().max() < 1e-6
 
 
-def test_subset_and_resume(lmm, sae, choice, tmp_path):
-    whole = exact(SAEInPlace(lmm, sae, LAYER), choice)
+def test_subset_and_resume(place, lmm, choice, tmp_path):
+    whole = exact(place, choice)
     some = torch.zeros_like(whole, dtype=torch.bool)
     some[-4:, :2] = True
     store = tmp_path / "ablations.safetensors"
-    part = exact(SAEInPlace(lmm, sae, LAYER), choice, some, store=store)
+    part = exact(place, choice, some, store=store)
     assert_close(part[some], whole[some], equal_nan=True)
     assert part[~some].isnan().all()
-    assert_close(exact(SAEInPlace(lmm, sae, LAYER), choice, store=store), whole, equal_nan=True)
+    assert_close(exact(place, choice, store=store), whole, equal_nan=True)
     other = decision(lmm, "and how ?", None, "y", "n")
     with pytest.raises(ValueError, match="another decision"):
-        exact(SAEInPlace(lmm, sae, LAYER), other, store=store)
+        exact(place, other, store=store)
 
 
-def test_totals_by_latent_and_map_agree_with_a_loop(lmm, sae, choice):
-    found = linear(SAEInPlace(lmm, sae, LAYER), choice)
+def test_totals_by_latent_and_map_agree_with_a_loop(place, sae, choice):
+    found = linear(place, choice)
     latents, totals = found.of_latents()
     by_hand: dict[int, float] = {}
     for token in range(len(found.values)):
@@ -154,13 +159,13 @@ def test_answers_are_single_tokens(lmm):
         decision(lmm, "why ?", None, "y", "y")
 
 
-def test_a_decision_is_about_one_prompt(lmm, sae):
+def test_a_decision_is_about_one_prompt(place, lmm):
     two = Decision(lmm.prompt(["why ?", "how ?"]), 5, 6)
     with pytest.raises(ValueError, match="one prompt, not 2"):
-        linear(SAEInPlace(lmm, sae, LAYER), two)
+        linear(place, two)
 
 
-def test_no_pairs_give_no_values(lmm, sae, choice):
-    none = torch.zeros_like(linear(SAEInPlace(lmm, sae, LAYER), choice).values, dtype=torch.bool)
-    assert exact(SAEInPlace(lmm, sae, LAYER), choice, none).isnan().all()
-    assert separate_paths(SAEInPlace(lmm, sae, LAYER), choice, none).isnan().all()
+def test_no_pairs_give_no_values(place, choice):
+    none = torch.zeros_like(linear(place, choice).values, dtype=torch.bool)
+    assert exact(place, choice, none).isnan().all()
+    assert separate_paths(place, choice, none).isnan().all()

@@ -290,8 +290,12 @@ metrics_table(stage)
 # takes hours here: `python -m lmm_sae_nb.benchmarks.ablations` does it, and
 # writes `book/ablations.json`. The table shows the last such measurement, with
 # the hash of each SAE. An SAE that was trained on another machine can differ
-# from it in its bits. Earlier versions of the code measured these rows; the
-# [departures](../departures) say what differed.
+# from it in its bits.
+#
+# Earlier code measured these rows. For layer 1 a script outside of this
+# repository computed the same ablations in float32, with the linear products of
+# another library. On 993 pairs of two decisions the difference to `exact` was
+# at most 9e-6 logits. The command measured the other layers.
 
 # %%
 measured = page.root / "book/ablations.json"

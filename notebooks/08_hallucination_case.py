@@ -321,13 +321,11 @@ plots.proportions(by_answer);
 # SAEs of the preset `tiny` were trained earlier, alike but for the seed, and
 # each went through the same search. They had other latents for the same words.
 
-# %% tags=["hide-input"]
-seeds = read_json(page.root / "book/other_seeds.json")["hallucination"]
-rows = [{"SAE": "this page's", "cured": metrics["cured_fraction"],
-         "harmed": metrics["harmed_fraction"]}]  # fmt: skip
-rows += [{"SAE": f"seed {row.pop('seed')}"} | row for row in seeds]
-plots.table(rows, "Hallucinations cured, right answers harmed")
-
+# %% mystnb={"figure": {"caption": "Hallucinations cured and right answers harmed, by this page's SAE and by four others.", "name": "fig-seeds"}, "image": {"alt": "A row for each SAE, with a dot for the fraction cured and one for the fraction harmed."}}
+recorded = read_json(page.root / "book/other_seeds.json")
+other_saes = recorded["hallucination"]  # name to fractions
+here = {name: metrics[f"{name}_fraction"] for name in ("cured", "harmed")}
+plots.compared({"this page's SAE": here} | other_saes, "fraction");
 # %% [markdown]
 # ## One case in full
 #
@@ -416,8 +414,8 @@ pushes = (
     > metrics["cured_fraction_right_yes_high"]
 )
 meaning = (
-    "The clamp pushes towards *no*. It does not turn the model to the "
-    "image." if pushes
+    "The clamp pushes towards *no*. Nothing shows that it turns the model "
+    "to the image." if pushes
     else "The clamp is not only a push towards *no*."
 )
 rate, after = metrics["hallucination_rate"], "hallucination_rate_after"
@@ -450,7 +448,7 @@ findings(
 # doses were chosen.
 
 # %% tags=["result", "remove-input"]
-others_cured = [row["cured"] for row in seeds]
+others_cured = [row["cured"] for row in other_saes.values()]
 middle = median([metrics["cured_fraction"], *others_cured])
 headline(
     page,

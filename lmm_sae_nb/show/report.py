@@ -69,8 +69,9 @@ def metrics_table(stage: Stage) -> HTML:
 
 
 def provenance(page: Page, *stages: Stage) -> None:
-    """Print the run, and for each stage its seed, its wall time in seconds and the versions that made it."""
+    """Print the run, and for each stage its seed (if it has one), its wall time in seconds and the versions that made it."""
     for stage in stages:
         made = stage.manifest
         versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
-        print(f"run {page.run}, stage {stage.name}: seed {made['seed']}, {made['seconds']:.0f} s; {versions}")
+        seed = "" if made["seed"] is None else f"seed {made['seed']}, "
+        print(f"run {page.run}, stage {stage.name}: {seed}{made['seconds']:.0f} s; {versions}")

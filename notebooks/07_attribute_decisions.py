@@ -44,6 +44,7 @@ path_pairs: int = 1  # of these, integrated on a separate path
 ig_steps: int = 4  # steps of integrated gradients
 other_layers: list = [4, 6]  # layers that get a small SAE, to compare
 other_decisions: int = 16  # decisions for each of these layers
+# the small SAE of each of these layers
 other_sae: dict = {
     "n_latents": 1024,
     "k": 16,  # active latents per token
@@ -84,9 +85,8 @@ from lmm_sae_nb.show.report import (
     metrics_table,
     provenance,
 )
-from lmm_sae_nb.support.files import read_json
 from lmm_sae_nb.support.intervals import Mean, read_mean
-from lmm_sae_nb.support.stages import Metrics, Page
+from lmm_sae_nb.support.stages import Metrics, Page, read_typed
 
 page = Page(globals())
 plots.style()
@@ -299,7 +299,8 @@ metrics_table(stage)
 
 # %%
 measured = page.root / "book/ablations.json"
-layers = read_json(measured)["layers"] if measured.is_file() else []
+known = measured.is_file()
+layers = read_typed(measured, dict)["layers"] if known else []
 columns = {
     "linear, Spearman": "spearman_linear", "linear, signs": "sign_linear",
     "integrated, Spearman": "spearman_ig", "integrated, signs": "sign_ig",

@@ -38,11 +38,13 @@ layer: int = 1  # counted from 0; the layer that the SAE was trained on
 # cases: image, question, answer, taught (the answer from memory), group,
 # and part (choose or report)
 traps: str = "data/artifacts/tiny/world/traps"
-# other questions: for the price of the clamp, and for the choice
+# other questions, for the price of the clamp
 heldout: str = "data/artifacts/tiny/world/heldout"
+# other questions, for the choice of the clamp
 samples: str = "data/artifacts/tiny/world/train"
-# the images of notebook 02, and the names of the ground truth's concepts
+# the images of notebook 02, with label maps if there is a ground truth
 images: str = "data/artifacts/tiny/world/cache"
+# names of the ground truth's concepts by kind; "" without one
 concepts: str = "data/artifacts/tiny/world/concepts.json"
 text_kinds: list = ["word"]  # kinds of concept that are text
 # an explanation with one of these words names text, too
@@ -117,8 +119,7 @@ from lmm_sae_nb.show.report import (
     metrics_table,
     provenance,
 )
-from lmm_sae_nb.support.files import read_json
-from lmm_sae_nb.support.stages import Page
+from lmm_sae_nb.support.stages import Page, read_typed
 
 page = Page(globals())
 plots.style()
@@ -139,13 +140,13 @@ plots.style()
 place = SAEInPlace.load(page.locate(model), page.file("train"), layer)
 lmm, cache = place.lmm, LatentCache.load(page.file("cache"))
 explanations = page.read("interpret", "explanations", dict[int, dict])
-names = read_json(page.root / concepts) if concepts else {}
+names = read_typed(page.root / concepts, dict) if concepts else {}
 label_maps = load_from_disk(page.locate(images)) if concepts else None
 rows = load_from_disk(page.locate(traps))
 cases = read_cases(rows, "choose", choosing["cases"])
 held_out = contradicting_first(read_cases(rows, "report"), agreeing)
 contradicting = sum(case.contradicts for case in held_out)
-print(f"{len(cases)} cases to choose a clamp; {len(held_out)} are held out,")
+print(f"{len(cases)} cases to choose a clamp, {len(held_out)} held out,")
 print(f"of which {contradicting} contradict what was taught")
 
 # %% [markdown]
@@ -220,22 +221,22 @@ settings = clamp_settings(
 )  # fmt: skip
 
 
-def without_traps(name):
+def without_traps(name):  # rows with an image and another question
     for row in load_from_disk(page.locate(name)):
         if row["image"] is not None and row.get("family") != "according":
             yield row
 
 
-def run_search():
-    rows = islice(without_traps(samples), choosing["others"])
-    return search(
+found = stage.result(
+    "search", Search,
+    lambda: search(
         place, wrong[: choosing["wrong"]], right[: choosing["right"]],
-        settings, Limits(**limits), scope,
-        others=answer_questions(lmm, rows), keep_error=keep_error,
-    )  # fmt: skip
-
-
-found = stage.result("search", Search, run_search)
+        settings, Limits(**limits), scope, keep_error=keep_error,
+        others=answer_questions(
+            lmm, islice(without_traps(samples), choosing["others"])
+        ),
+    ),
+)  # fmt: skip
 chosen = found.chosen
 print("chosen:", " and ".join(chosen.words) or "nothing")
 for edit in chosen.edits:
@@ -322,7 +323,7 @@ plots.proportions(by_answer);
 # each went through the same search. They had other latents for the same words.
 
 # %% mystnb={"figure": {"caption": "Hallucinations cured and right answers harmed, by this page's SAE and by four others.", "name": "fig-seeds"}, "image": {"alt": "A row for each SAE, with a dot for the fraction cured and one for the fraction harmed."}}
-recorded = read_json(page.root / "book/other_seeds.json")
+recorded = read_typed(page.root / "book/other_seeds.json", dict)
 other_saes = recorded["hallucination"]  # name to fractions
 here = {name: metrics[f"{name}_fraction"] for name in ("cured", "harmed")}
 plots.compared({"this page's SAE": here} | other_saes, "fraction");
@@ -383,7 +384,7 @@ plots.table(
     [
         {"model": name, "answer": lmm.tokenizer.decode(now.token[n, 0]),
          "margin of the right answer, logits": float(now.margin[n, 0])}
-        for n, name in enumerate(("untouched", "SAE spliced in", "clamped"))
+        for n, name in enumerate(("untouched", "with SAE", "clamped"))
     ]
 )  # fmt: skip
 

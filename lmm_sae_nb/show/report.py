@@ -69,7 +69,7 @@ def metrics_table(stage: Stage) -> HTML:
 
 
 def provenance(page: Page, *stages: Stage) -> None:
-    """Print the run, and for each stage its seed (if it has one), its wall time in seconds and the versions that made it."""
+    """Print the run, and for each stage its seed, its wall time in seconds and the versions that made it."""
     for stage in stages:
         made = stage.manifest
         versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())

@@ -343,12 +343,12 @@ def test_every_figure_has_a_caption_and_a_text_for_who_does_not_see_it(notebook)
             assert given["image"]["alt"], head
 
 
+NO_FIGURES = {"plots.style", "plots.table", "plots.shaded_texts"}
+
+
 def _draws(value: ast.expr) -> bool:
-    return (
-        isinstance(value, ast.Call)
-        and ast.unparse(value.func).startswith("plots.")
-        and "style" not in ast.unparse(value)
-    )
+    name = ast.unparse(value.func) if isinstance(value, ast.Call) else ""
+    return name.startswith("plots.") and name not in NO_FIGURES
 
 
 def test_a_cell_with_a_figure_shows_nothing_else(notebook):

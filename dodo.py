@@ -12,7 +12,7 @@ from pathlib import Path
 from doit import get_var
 from doit.tools import config_changed
 
-from book import features, pages, results
+from book import api, features, pages, results
 from book.progress import Reporter, progress
 
 ROOT = pages.ROOT
@@ -34,6 +34,7 @@ VALUES = pages.preset(PARAMS)
 RESULTS = {source: pages.results(source, VALUES[source.stem]) for source in SOURCES}
 RUN = next((values["run"] for values in VALUES.values() if "run" in values), PARAMS.stem)
 ARTIFACTS = ROOT / "data" / "artifacts" / RUN
+PACKAGE = sorted((ROOT / pages.PACKAGE).rglob("*.py"))
 WORLD = ROOT / "data" / "artifacts" / "tiny" / "world"
 
 
@@ -174,11 +175,22 @@ def task_features():
     }
 
 
+def task_api():
+    """List the package's modules on the reference page; Sphinx fills in their docstrings."""
+    return {
+        "actions": [lambda: (BOOK / "api.md").write_text(api.page(), encoding="utf-8") and None],
+        "file_dep": [BOOK / "api.py", *PACKAGE],
+        "targets": [BOOK / "api.md"],
+    }
+
+
 def task_book():
     """Build the Jupyter Book, warnings as errors."""
     made_here = {"_build", "__pycache__", "features"}  # features.md names its pictures after their content
     written = [file for file in BOOK.rglob("*") if file.is_file() and not made_here & set(file.parts)]
     made = [BOOK / "notebooks" / f"{source.stem}.ipynb" for source in SOURCES]
+    made += [BOOK / name for name in ("results.md", "features.md", "api.md")]
+    written = [file for file in written if file.suffix != ".py" or file.name == "api.py"]
 
     def build():
         shutil.rmtree(BOOK / "_build", ignore_errors=True)  # a warning must not be lost to the cache of a failed build
@@ -187,6 +199,6 @@ def task_book():
 
     return {
         "actions": [build],
-        "file_dep": sorted({*written, *made, BOOK / "results.md", BOOK / "features.md"} - set(BOOK.rglob("*.py"))),
+        "file_dep": sorted({*written, *made, *PACKAGE}),
         "targets": [SITE],
     }

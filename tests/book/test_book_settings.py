@@ -18,7 +18,7 @@ SLIDER = "import ipywidgets\n\nipywidgets.IntSlider(value=3, max=9, description=
 def test_a_slider_is_drawn_and_moves_without_a_network(tmp_path, browser, text):
     from nbclient import NotebookClient
 
-    for name in ("_config.yml", "references.bib"):
+    for name in ("_config.yml", "api.py", "references.bib"):
         shutil.copy(pages.ROOT / "book" / name, tmp_path)
     for name in ("_static", "vendor"):
         shutil.copytree(pages.ROOT / "book" / name, tmp_path / name)

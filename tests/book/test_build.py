@@ -94,7 +94,7 @@ def written(folder: Path, files: dict[str, str]) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     (folder / "book").mkdir()
-    for name in ("dodo.py", "book/features.py", "book/pages.py", "book/progress.py", "book/results.py"):
+    for name in ("dodo.py", "book/api.py", "book/features.py", "book/pages.py", "book/progress.py", "book/results.py"):
         shutil.copy(pages.ROOT / name, folder / name)
     return folder
 

@@ -58,7 +58,7 @@ class Strips(NamedTuple):
 
     def chances(self, gallery: Gallery, often: Mapping[str, float]) -> np.ndarray:
         """Return (strips,) float64, summing to 1: how often to draw each so that no concept is rare, by one over the
-        root of how many strips show the same, some kinds `often`er, and one in five of no concept.
+        root of how many strips show the same, some kinds more often (`often`), and one in five of no concept.
         """
         first = np.arange(min(SET, self.scenes.shape[1]))
         labels = [self.label(gallery, n, first) for n in range(len(self.scenes))]

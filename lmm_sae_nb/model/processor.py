@@ -1,4 +1,4 @@
-"""The processor of a model that sees images, also where what it would need for videos is not installed."""
+"""Load the processor of a multimodal model, also without torchvision, which only videos need."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from transformers.video_processing_utils import VideoProcessorMixin
 
 
 class NoVideo(VideoProcessorMixin):
-    """Stands where a processor insists on reading videos too, which needs torchvision; nothing here shows any."""
+    """Takes the place of a processor's video part, which needs torchvision; nothing in this project shows videos."""
 
     model_input_names: ClassVar = []
-    num_frames = fps = 1  # SmolVLM's asks for them, videos or not
+    num_frames = fps = 1  # SmolVLM's processor reads them, also without videos
 
     def __init__(self):
         pass
 
 
 def load_processor(name_or_path: str | Path, *, trust_remote_code: bool = False) -> ProcessorMixin:
-    """A folder's or hub name's processor; without torchvision, one that reads no videos (see `NoVideo`)."""
+    """Load a processor; without torchvision it reads no videos.
+
+    name_or_path: a folder, or a name on the hub.
+    trust_remote_code: run code that comes with the checkpoint.
+    """
     remote = {"trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(name_or_path, **remote)
     kind = PROCESSOR_MAPPING.get(type(config), ProcessorMixin)

@@ -1,7 +1,7 @@
-"""What each token of a prompt is: a patch of the base image or of a tile, a newline, text, special or pad.
+"""Find out what each token of a prompt is: a patch of the base image or of a tile, newline, text, special or pad.
 
-Families differ in where an image's patches lie in the decoder's sequence; LAYOUTS holds one small function
-for each. All else is the same for all: every token has exactly one kind.
+Every token has exactly one kind. Model families lay out an image's patches differently in the decoder's sequence;
+LAYOUTS holds a small function for each family.
 """
 
 from collections.abc import Callable
@@ -24,33 +24,49 @@ Grid = tuple[int, int]
 
 
 class NoPatchGrid(ValueError):
-    """Raised by whatever needs the base image's patch grid, for a sample that has none."""
+    """Raised by code that needs the base image's patch grid, for a sample that has none."""
 
 
 @dataclass(frozen=True)
 class Spans:
     """The kind of each token of one sample's sequence, as the decoder sees it (image tokens expanded).
 
-    base: the whole image's patches, row by row in `grid`; for a Q-Former its query tokens, without a grid.
-    tiles: patches of the image's enlarged parts. newline: what ends a row of tiles. text: words, the chat
-    template's too. special: control tokens around turns and images. pad: padding, on the left.
+    The kinds:
+
+    - `base`: patches of the whole image, row by row; for a Q-Former its query tokens;
+    - `tiles`: patches of the image's enlarged parts;
+    - `newline`: the end of a row of tiles;
+    - `text`: words, also those of the chat template;
+    - `special`: control tokens around turns and images;
+    - `pad`: padding, on the left.
+
+    kinds: for each token an index into KINDS.
+    grid: rows and columns of the base patches; None for a Q-Former, and without an image.
     """
 
-    kinds: Int64[Tensor, " tokens"]  # index into KINDS
-    grid: Grid | None  # rows, columns of the base patches; None for a Q-Former, and without an image
+    kinds: Int64[Tensor, " tokens"]
+    grid: Grid | None
 
     def mask(self, *kinds: str) -> Bool[Tensor, " tokens"]:
-        """Mark the tokens of any of these kinds; ValueError for a kind that is not in KINDS."""
+        """Mark the tokens of any of these kinds.
+
+        Raises:
+            ValueError: a kind is not in KINDS.
+        """
         if unknown := set(kinds) - set(KINDS):
             raise ValueError(f"no such kind of token: {sorted(unknown)}; the kinds are {', '.join(KINDS)}")
         return torch.isin(self.kinds, self.kinds.new_tensor([KINDS.index(kind) for kind in kinds]))
 
     def where(self, kind: str) -> Int64[Tensor, " n"]:
-        """Give the positions of the tokens of this kind, in order."""
+        """Return the positions of the tokens of this kind, in order."""
         return self.mask(kind).nonzero()[:, 0]
 
     def as_grid(self, values: Float[Tensor, "*any base"]) -> Float[Tensor, "*any rows cols"]:
-        """Fold values of the base tokens into the patch grid; NoPatchGrid if there is none."""
+        """Fold values of the base tokens into the patch grid.
+
+        Raises:
+            NoPatchGrid: there is no grid.
+        """
         if self.grid is None:
             raise NoPatchGrid(
                 "this sample has no patch grid: its image became query tokens (a Q-Former's, as InstructBLIP "
@@ -59,13 +75,13 @@ class Spans:
         return values.unflatten(-1, self.grid)
 
 
-# A layout is called as (model, inputs, sample, image): the sample's row in the batch, its image's place in
-# the batch's images. It gives the kinds of the sample's image tokens in order, and the grid of the base ones.
+# A layout is called as (model, inputs, sample, image): the sample's row in the batch, and its image's place among
+# the batch's images. It returns the kinds of the sample's image tokens in order, and the grid of the base tokens.
 Layout = Callable[[PreTrainedModel, BatchFeature, int, int], tuple[Int64[Tensor, " slots"], Grid | None]]
 
 
 def _anyres(model, inputs, sample, image, *, settings: tuple[str, ...]):
-    """Base, then tiles unpadded, row by row, each ended by a newline: the model's own packing, of kinds."""
+    """Lay out base, then tiles without padding, row by row, each row with a newline, by the model's packing method."""
     vision, size = model.config.vision_config, inputs["image_sizes"][image].tolist()
     side = vision.image_size // vision.patch_size
     crops = image_size_to_num_patches(size, model.config.image_grid_pinpoints, vision.image_size)
@@ -81,14 +97,14 @@ def _anyres(model, inputs, sample, image, *, settings: tuple[str, ...]):
 
 
 def _qwen2_5_vl(model, inputs, sample, image):
-    """The image alone, at its own size; patches merged two by two are one token, no tiles."""
+    """Lay out the image at its original size without tiles; two by two patches are one token."""
     merge = model.config.vision_config.spatial_merge_size
     _, rows, cols = (inputs["image_grid_thw"][image] // merge).tolist()
     return torch.full((rows * cols,), BASE), (rows, cols)
 
 
 def _idefics3(model, inputs, sample, image):
-    """Tiles, one whole after the other, then the base image; an image that fits one crop has no tiles."""
+    """Lay out the tiles one after the other, then the base image; an image that fits one crop has no tiles."""
     vision = model.config.vision_config
     side = vision.image_size // vision.patch_size // model.config.scale_factor
     crops = int(inputs["pixel_attention_mask"][sample].flatten(1).any(1).sum())
@@ -98,7 +114,7 @@ def _idefics3(model, inputs, sample, image):
 
 
 def _instructblip(model, inputs, sample, image):
-    """The Q-Former's query tokens, which mix all patches: no grid."""
+    """Lay out the Q-Former's query tokens, which mix all patches and so have no grid."""
     return torch.full((model.config.num_query_tokens,), BASE), None
 
 
@@ -113,7 +129,11 @@ LAYOUTS: dict[str, Layout] = {  # by the config's model_type
 
 
 def layout_of(model: PreTrainedModel) -> Layout:
-    """Give the layout of the model's family; ValueError, naming what to register, if it is not known."""
+    """Return the layout function of the model's family.
+
+    Raises:
+        ValueError: the family is unknown; the message says what to register.
+    """
     family = model.config.model_type
     if family not in LAYOUTS:
         raise ValueError(
@@ -130,7 +150,15 @@ def spans_of(
     inputs: BatchFeature,
     images: list[Image.Image | None],
 ) -> list[Spans]:
-    """Tell what each token of a batch is; ValueError if there are not as many image tokens as expected."""
+    """Return the kind of each token of a batch, sample by sample.
+
+    model, tokenizer: that made the batch.
+    inputs: the batch.
+    images: the batch's images, in order; None for a sample without one.
+
+    Raises:
+        ValueError: the processor wrote another number of image tokens than the model expects.
+    """
     layout, special = layout_of(model), _special_ids(tokenizer)
     spans, number = [], 0
     for sample, image in enumerate(images):
@@ -142,15 +170,15 @@ def spans_of(
             number += 1
         if len(laid_out) != len(slots):
             alone = "a Q-Former takes no text without an image, give one to each; or " if image is None else ""
-            shown = "no image" if image is None else f"an image of {image.width} x {image.height} px"
+            picture = "no image" if image is None else f"an image of {image.width} x {image.height} px"
             raise ValueError(
-                f"the processor does not fit the model: for {shown} (sample {sample}) it wrote {len(slots)} "
+                f"the processor does not fit the model: for {picture} (sample {sample}) it wrote {len(slots)} "
                 f"image tokens, the model expects {len(laid_out)}; {alone}load both from one checkpoint, or "
                 "compare the processor's patch_size, sizes, pinpoints, vision_feature_select_strategy and "
                 "num_additional_image_tokens with the model's config"
             )
         kinds = torch.where(torch.isin(ids, special), SPECIAL, TEXT)
-        if len(slots):  # what stands between an image's own tokens: white space that ends rows, and markers
+        if len(slots):  # between an image's tokens stand white space, which ends rows, and markers
             inside = slice(slots[0], slots[-1] + 1)
             blank = [token for token in ids[inside].unique().tolist() if tokenizer.decode(token).isspace()]
             kinds[inside] = torch.where(torch.isin(ids[inside], torch.tensor(blank)), NEWLINE, SPECIAL)
@@ -161,7 +189,7 @@ def spans_of(
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> Int64[Tensor, " n"]:
-    """Control tokens; what stands for an unknown word is text, unless it serves as a control token too."""
+    """Return the ids of control tokens; the token for unknown words is text, unless it also is a control token."""
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     unknown = {tokenizer.unk_token_id}
     unknown -= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}

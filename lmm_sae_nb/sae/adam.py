@@ -1,4 +1,4 @@
-"""Adam for a TopK SAE: unit dictionary rows, clipped gradients, as few passes over the weights as may be."""
+"""Adam for a TopK SAE: unit rows, clipped gradients, few passes over the weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from lmm_sae_nb.sae.topk import TopKSAE
 
 
 class SAEAdam(torch.optim.Optimizer):
-    """Adam (Kingma and Ba) with bias correction, on gradients made fit for a dictionary of unit rows.
+    """Adam (Kingma and Ba) for an SAE whose W_dec has rows of length 1.
 
-    One step: leave out the part of W_dec's gradient that is parallel to the (unit) rows, which only stretches
-    them; scale all gradients together to a norm of at most `max_norm`; Adam; bring W_dec's rows back to length
-    1. `.grad` stays as it is. The state is that of `torch.optim.Adam`.
+    A step removes the part of W_dec's gradient along the rows, which would only change their length. It scales all
+    gradients together to a norm of at most `max_norm`, applies Adam with bias correction, and scales W_dec's rows back
+    to length 1. `.grad` does not change. The state is that of `torch.optim.Adam`.
+
+    sae: its four weights learn.
+    lr, betas, eps: as of `torch.optim.Adam`.
+    max_norm: largest norm of all gradients together.
     """
 
     def __init__(
@@ -32,21 +36,24 @@ class SAEAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step; a parameter without a gradient stays as it is. Returns what `closure` returns."""
+        """Do one step; weights without a gradient do not change.
+
+        closure: computes the loss again, if given; its result is returned.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         (group,) = self.param_groups
-        W_dec, given = group["params"][2], [weights for weights in group["params"] if weights.grad is not None]
+        W_dec, learning = group["params"][2], [weights for weights in group["params"] if weights.grad is not None]
         along, norms = {}, []
-        for weights in given:
+        for weights in learning:
             if weights is W_dec:
                 along[weights], squares = kernels.along_rows(weights.grad, weights)
                 norms.append(squares.sum().sqrt())
             else:
                 norms.append(torch.linalg.vector_norm(weights.grad))
-        for weights in given:
+        for weights in learning:
             scale = (group["max_norm"] / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp_max(1)
             state = self._next_state(weights)
             adam = kernels.Adam(group["lr"], *group["betas"], group["eps"], int(state["step"]))
@@ -55,6 +62,7 @@ class SAEAdam(torch.optim.Optimizer):
         return loss
 
     def _next_state(self, weights: Tensor) -> dict[str, Tensor]:
+        """Return Adam's state of these weights with the step counted."""
         state = self.state[weights]
         if not state:
             state["step"] = torch.tensor(0.0)

@@ -1,7 +1,7 @@
-"""SAE checkpoints on disk, as the paper and sparsify, SAELens 6 and dictionary_learning write them.
+"""SAE checkpoints on disk in the formats of sparsify (the paper's), SAELens 6 and dictionary_learning.
 
-Each is a folder of two files, a config and the weights; FORMATS says how each lays out the same four tensors.
-`read_sae` finds the format by the files and gives eq. 1 and 2's weights; what is no TopK SAE is refused.
+Each is a folder of two files, a config and the weights. FORMATS says how each library lays out the same four tensors.
+`read_sae` finds the format by the files and returns the weights of eq. 1 and 2. It refuses other kinds of SAE.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lmm_sae_nb.support.tensor_files import open_tensors, save_tensors
 
 
 class SAEWeights(NamedTuple):
-    """A TopK SAE: z = TopK(ReLU(W_enc (x - b_dec) + b_enc)), x_hat = W_dec^T z + b_dec; a row is a latent."""
+    """The weights of a TopK SAE, one row for each latent; see `TopKSAE`."""
 
     W_enc: Float[Tensor, "latents width"]
     b_enc: Float[Tensor, " latents"]
@@ -30,37 +30,56 @@ class SAEWeights(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What a checkpoint's config says of the SAE."""
+    """The settings in a checkpoint's config.
+
+    centred: whether the encoder reads x - b_dec; otherwise it reads x.
+    by_length: whether TopK compares activations times the length of the latent's dictionary row.
+    """
 
     n_latents: int
     width: int
     k: int
-    centred: bool = True  # the encoder reads x - b_dec, else x
-    by_length: bool = False  # TopK compares activations times the length of their dictionary row
+    centred: bool = True
+    by_length: bool = False
 
 
 class Format(NamedTuple):
-    """How a library lays out a TopK SAE: file names, tensor names, config."""
+    """How a library lays out a TopK SAE.
+
+    config, weights: names of the two files.
+    names: names of W_enc, b_enc, W_dec and b_dec.
+    transposed: the matrix in which a column is a latent; "" if there is none.
+    spare: further tensors that do not change what the SAE computes.
+    settings: reads the config.
+    describe: makes the config.
+    open: returns the tensors by name; each has a shape and reads only the rows that are indexed.
+    save: writes the tensors.
+    """
 
     config: str
     weights: str
-    names: tuple[str, str, str, str]  # of W_enc, b_enc, W_dec, b_dec
-    turned: str  # the matrix in which a column is a latent, if there is one
-    spare: tuple[str, ...]  # further tensors that do not change what the SAE computes
+    names: tuple[str, str, str, str]
+    transposed: str
+    spare: tuple[str, ...]
     settings: Callable[[Path, dict], Settings]
     describe: Callable[[SAEWeights], dict]
-    open: Callable[[Path], Mapping]  # name to what has a shape and gives only those rows that it is asked for
+    open: Callable[[Path], Mapping]
     save: Callable[[Path, dict[str, Tensor], SAEWeights], None]
 
 
 def read_sae(folder: str | Path, latents: Sequence[int] | None = None) -> SAEWeights:
-    """Read an SAE of any of FORMATS onto the CPU, in its own dtype; settings that eq. 1, 2 lack are folded in.
+    """Read an SAE in any of FORMATS onto the CPU, in the file's dtype.
 
-    latents: read W_enc, b_enc and W_dec of these alone, in this order, and leave the rest on the disk. (Where a
-    column is a latent, as in SAELens' W_enc, a latent lies across the whole matrix, which the system may then read.)
-    FileNotFoundError if a file is missing. ValueError if one was cut short, tensors are missing, foreign or of
-    other shapes than the config says, a latent does not exist, or the folder holds another kind of dictionary,
-    several formats, or only folders of SAEs (seeds, hookpoints).
+    Settings that eq. 1 and 2 do not have are folded into the weights.
+
+    folder: holds the config and the weights.
+    latents: read only the rows of these latents, in this order; by default all. If a column is a latent, as in
+        SAELens' W_enc, the system may read the whole matrix.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file was cut short; tensors are missing, unknown, or of other shapes than the config says; a
+            latent does not exist; or the folder holds another kind of SAE, several formats, or only folders of SAEs.
     """
     folder, settings = Path(folder), settings_of(folder)
     form = FORMATS[format_of(folder)]
@@ -69,17 +88,20 @@ def read_sae(folder: str | Path, latents: Sequence[int] | None = None) -> SAEWei
     if latents is not None and not all(0 <= latent < settings.n_latents for latent in latents):
         raise ValueError(f"latents {list(latents)}: {folder} has latents 0 to {settings.n_latents - 1}")
     *rows, b_dec = (
-        _take(tensors[name], latents if n < 3 else None, turned=name == form.turned)
+        _take(tensors[name], latents if n < 3 else None, transposed=name == form.transposed)
         for n, name in enumerate(form.names)
     )
     return _fold(SAEWeights(*rows, b_dec, settings.k), settings)
 
 
 def write_sae(folder: str | Path, weights: SAEWeights, format: str = "sparsify") -> None:
-    """Write an SAE in one of FORMATS, each file whole or not at all; tensors are kept bit by bit.
+    """Write an SAE in one of FORMATS, each file atomically; tensors keep their bits.
 
-    Weights go first, and a config of other sizes goes before them, so that no crash leaves a mixture that could
-    be read. ValueError for an unknown format, wrong shapes or mixed dtypes, or a folder with an SAE of another one.
+    An old config of another SAE is deleted first and the new one is written last, so no crash leaves a readable
+    mixture.
+
+    Raises:
+        ValueError: the format is unknown, shapes are wrong, dtypes differ, or the folder holds another format's SAE.
     """
     folder = Path(folder)
     if format not in FORMATS:
@@ -89,7 +111,7 @@ def write_sae(folder: str | Path, weights: SAEWeights, format: str = "sparsify")
     form, origin, settings = FORMATS[format], "the weights to write", Settings(*weights.W_enc.shape, weights.k)
     _check_sizes(origin, settings)
     tensors = dict(zip(form.names, weights[:4], strict=True))
-    tensors = {name: tensor.T if name == form.turned else tensor for name, tensor in tensors.items()}
+    tensors = {name: tensor.T if name == form.transposed else tensor for name, tensor in tensors.items()}
     _check(origin, form, settings, tensors)
     config = form.describe(weights)
     if (path := folder / form.config).is_file() and path.read_bytes() != as_json(config):
@@ -99,7 +121,7 @@ def write_sae(folder: str | Path, weights: SAEWeights, format: str = "sparsify")
 
 
 def settings_of(folder: str | Path) -> Settings:
-    """What the config of a folder's SAE says, without a look at the weights; errors as `read_sae`."""
+    """Read the config of a folder's SAE without its weights; errors as `read_sae`."""
     form = FORMATS[format_of(folder)]
     path = Path(folder) / form.config
     if not path.is_file():
@@ -111,20 +133,20 @@ def settings_of(folder: str | Path) -> Settings:
 
 
 def format_of(folder: str | Path) -> str:
-    """Which of FORMATS a folder holds, by its weights' file; errors as `read_sae`."""
+    """Return the name of the folder's format, found by the weights' file; errors as `read_sae`."""
     folder = Path(folder)
-    found = _formats_in(folder)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ValueError(f"{folder} holds SAEs in the formats {', '.join(found)}; keep each in a folder of its own")
+    formats = _formats_in(folder)
+    if len(formats) == 1:
+        return formats[0]
+    if formats:
+        raise ValueError(f"{folder} holds SAEs in the formats {', '.join(formats)}; keep each in a folder of its own")
     if inner := sorted(path.name for path in folder.glob("*/") if _formats_in(path)):
         raise ValueError(
             f"{folder} holds no SAE itself, but one for each seed or hookpoint: {', '.join(inner)}; give one of them"
         )
     files = ", ".join(f"{form.weights} ({name})" for name, form in FORMATS.items())
     raise FileNotFoundError(
-        f"{folder} holds no SAE, that is none of {files}; train one with notebooks/01_train_sae.py or download the "
+        f"{folder} holds no SAE, none of the files {files}; train one with notebooks/01_train_sae.py or download the "
         "layer's folder of a published one"
     )
 
@@ -133,34 +155,31 @@ def _formats_in(folder: Path) -> list[str]:
     return [name for name, form in FORMATS.items() if (folder / form.weights).is_file()]
 
 
-def _take(rows, latents: Sequence[int] | None, *, turned: bool) -> Tensor:
-    """All of a lazily readable tensor, or the rows of some latents (its columns, if turned)."""
+def _take(rows, latents: Sequence[int] | None, *, transposed: bool) -> Tensor:
+    """Read a lazily readable tensor, or only the rows of some latents (the columns, if transposed)."""
     if latents is None:
-        return (rows[:].T if turned else rows[:]).clone(memory_format=torch.contiguous_format)
+        return (rows[:].T if transposed else rows[:]).clone(memory_format=torch.contiguous_format)
     if not latents:
-        return _take(rows, [0], turned=turned)[:0]
-    if turned:
+        return _take(rows, [0], transposed=transposed)[:0]
+    if transposed:
         return torch.cat([rows[:, latent : latent + 1] for latent in latents], 1).T.contiguous()
     return torch.cat([rows[latent : latent + 1] for latent in latents])
 
 
 def _fold(weights: SAEWeights, settings: Settings) -> SAEWeights:
-    """The same latents and reconstruction without the settings that eq. 1, 2 do not have."""
+    """Return weights with the same latents and reconstruction that need no settings beyond eq. 1 and 2."""
     W_enc, b_enc, W_dec, b_dec, k = weights
     if not settings.centred:  # W x + b = W (x - b_dec) + (b + W b_dec)
         b_enc = (b_enc.double() + W_enc.double() @ b_dec.double()).to(b_enc.dtype)
-    if settings.by_length:  # a latent's activation grows by the length of its row, the row becomes of length 1
+    if settings.by_length:  # scale the activation by the row's length, and the row to length 1
         length = torch.linalg.vector_norm(W_dec.double(), dim=1).clamp_min(torch.finfo(W_dec.dtype).tiny)
         W_enc, W_dec = (W_enc * length[:, None]).to(W_enc.dtype), (W_dec / length[:, None]).to(W_dec.dtype)
         b_enc = (b_enc * length).to(b_enc.dtype)
     return SAEWeights(W_enc, b_enc, W_dec, b_dec, k)
 
 
-# What a folder must be.
-
-
 def _check(origin: str, form: Format, settings: Settings, tensors: Mapping) -> None:
-    """ValueError unless the tensors are those of the format, in the shapes that the settings say."""
+    """Raise ValueError unless the tensors are those of the format, in the shapes that the settings say."""
     n_latents, width, k, *_ = settings
     shapes = dict(zip(form.names, ((n_latents, width), (n_latents,), (n_latents, width), (width,)), strict=True))
     for name, shape in shapes.items():
@@ -168,10 +187,10 @@ def _check(origin: str, form: Format, settings: Settings, tensors: Mapping) -> N
             raise ValueError(
                 f"{origin} has no {name} (it holds {', '.join(tensors)}); expected a whole SAE with {', '.join(shapes)}"
             )
-        shape = shape[::-1] if name == form.turned else shape
-        if (found := _shape(tensors[name])) != shape:
+        shape = shape[::-1] if name == form.transposed else shape
+        if (actual := _shape(tensors[name])) != shape:
             raise ValueError(
-                f"{origin}: {name} is {found}, but {n_latents} latents of width {width} make it {shape}; take config "
+                f"{origin}: {name} is {actual}, but {n_latents} latents of width {width} make it {shape}; take config "
                 "and weights from the same checkpoint"
             )
     if more := tensors.keys() - set(shapes) - set(form.spare):
@@ -187,14 +206,17 @@ def _shape(tensor) -> tuple[int, ...]:
 
 
 def _settings(path: Path, config: dict, expected: str, sizes: Callable[[dict], tuple], **more: bool) -> Settings:
-    """Latents, width and k as `sizes` finds them in a config, which is `expected` to hold them."""
+    """Return the settings of a config.
+
+    expected: names the keys it should hold, for the error.
+    sizes: takes the numbers of latents, width and k from the config.
+    more: further settings.
+    """
     try:
         settings = Settings(*map(int, sizes(config)), **more)
     except (KeyError, TypeError, ValueError) as error:
-        found = ", ".join(config) or "nothing"
-        raise ValueError(
-            f"{path} is no config of a TopK SAE ({error!r}); expected {expected}, found {found}"
-        ) from error
+        keys = ", ".join(config) or "nothing"
+        raise ValueError(f"{path} is no config of a TopK SAE ({error!r}); expected {expected}, found {keys}") from error
     _check_sizes(str(path), settings)
     return settings
 
@@ -208,7 +230,7 @@ def _check_sizes(origin: str, settings: Settings) -> None:
         )
 
 
-OTHERS = {  # by a part of its name: what another kind does, in the place of keeping the k largest of every token
+OTHERS = {  # part of another kind's name -> what it does instead of keeping the k largest latents of every token
     "matryoshka": "keeps k latents a token only on average over a batch, in nested groups",
     "batchtopk": "keeps k latents a token only on average over a batch, by a threshold when it is used",
     "jumprelu": "keeps every latent above that latent's own threshold, however many",
@@ -224,7 +246,7 @@ OTHERS = {  # by a part of its name: what another kind does, in the place of kee
 
 
 def _require(path: Path, config: Mapping, key: str, wanted: str | bool, otherwise: str = "") -> None:
-    """ValueError, saying what it does instead, if a setting that may be left out is not `wanted`."""
+    """Raise ValueError if a config has this key with another value than `wanted`; it says what the SAE does instead."""
     value = config.get(key, wanted)
     if value != wanted:
         kind = str(value).lower().replace("_", "")
@@ -246,12 +268,12 @@ def _sparsify_settings(path: Path, config: dict) -> Settings:
         path,
         config,
         "d_in, k and num_latents or expansion_factor",
-        lambda its: (its.get("num_latents") or its["d_in"] * its["expansion_factor"], its["d_in"], its["k"]),
+        lambda c: (c.get("num_latents") or c["d_in"] * c["expansion_factor"], c["d_in"], c["k"]),
     )
 
 
 def _sparsify_config(weights: SAEWeights) -> dict:
-    """Only the keys that the paper's loader knows: it fails on any other."""
+    """Return a config with only the keys that the paper's loader knows; it fails on any other."""
     n_latents, width = weights.W_dec.shape
     lengths = weights.W_dec.detach().float().norm(dim=1)
     return {
@@ -283,7 +305,7 @@ def _saelens_settings(path: Path, config: dict) -> Settings:
         path,
         config,
         "d_in, d_sae and k",
-        lambda its: (its["d_sae"], its["d_in"], its["k"]),
+        lambda c: (c["d_sae"], c["d_in"], c["k"]),
         centred=bool(config.get("apply_b_dec_to_input", True)),
         by_length=bool(config.get("rescale_acts_by_decoder_norm", False)),
     )
@@ -322,7 +344,7 @@ def _dictionary_learning_settings(path: Path, config: dict) -> Settings:
     trainer = config.get("trainer")
     if not isinstance(trainer, dict) or "dict_class" not in trainer:
         raise ValueError(
-            f"{path} has no trainer with a dict_class, and ae.pt alone does not tell TopK from BatchTopK; take the "
+            f"{path} has no trainer with a dict_class, and ae.pt alone does not say TopK or BatchTopK; take the "
             "config.json that was saved beside it"
         )
     _require(path, trainer, "dict_class", "AutoEncoderTopK")
@@ -330,7 +352,7 @@ def _dictionary_learning_settings(path: Path, config: dict) -> Settings:
         path,
         trainer,
         "activation_dim, dict_size and k",
-        lambda its: (its["dict_size"], its["activation_dim"], its["k"]),
+        lambda c: (c["dict_size"], c["activation_dim"], c["k"]),
     )
 
 
@@ -341,22 +363,22 @@ def _dictionary_learning_config(weights: SAEWeights) -> dict:
 
 
 def _open_pickled(path: Path) -> Mapping:
-    """Tensors of a torch.save file, mapped into memory; nothing in it is run (weights_only)."""
+    """Map the tensors of a torch.save file into memory; no code in it is run (weights_only)."""
     try:
-        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
         raise ValueError(
             f"{path} is not a whole file of tensors ({str(error).splitlines()[0]}): it was cut short, is something "
             "else, or holds objects that would have to be run; download it again or save its state_dict"
         ) from error
-    if isinstance(found, dict) and "ae" in found:
+    if isinstance(state, dict) and "ae" in state:
         raise ValueError(
-            f"{path} is a backup from the middle of a training (it holds {', '.join(map(str, found))}), whose weights "
+            f"{path} is a backup from the middle of a training (it holds {', '.join(map(str, state))}), whose weights "
             "may not be scaled back yet; use the ae.pt from the end of the training"
         )
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{path} holds no state_dict, that is names and tensors; save the dictionary's state_dict")
-    return found
+    return state
 
 
 def _save_pickled(path: Path, tensors: dict[str, Tensor], weights: SAEWeights) -> None:
@@ -370,7 +392,7 @@ FORMATS = {
         config="cfg.json",
         weights="sae.safetensors",
         names=("encoder.weight", "encoder.bias", "W_dec", "b_dec"),
-        turned="",
+        transposed="",
         spare=(),
         settings=_sparsify_settings,
         describe=_sparsify_config,
@@ -381,7 +403,7 @@ FORMATS = {
         config="cfg.json",
         weights="sae_weights.safetensors",
         names=("W_enc", "b_enc", "W_dec", "b_dec"),
-        turned="W_enc",
+        transposed="W_enc",
         spare=(),
         settings=_saelens_settings,
         describe=_saelens_config,
@@ -392,7 +414,7 @@ FORMATS = {
         config="config.json",
         weights="ae.pt",
         names=("encoder.weight", "encoder.bias", "decoder.weight", "b_dec"),
-        turned="decoder.weight",
+        transposed="decoder.weight",
         spare=("k", "threshold"),
         settings=_dictionary_learning_settings,
         describe=_dictionary_learning_config,

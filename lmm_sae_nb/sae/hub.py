@@ -1,4 +1,4 @@
-"""SAEs on the Hugging Face hub: a repository holds one folder for each hookpoint, as the published one does."""
+"""Load SAEs from the Hugging Face hub and publish them there; a repository holds a folder for each hookpoint."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ def fetch(
     force_download: bool = False,
     local_files_only: bool = False,
 ) -> Path:
-    """The folder of one SAE: of a local folder, or of a repository, downloaded into the hub's cache if need be.
+    """Return the folder of one SAE, downloaded into the hub's cache if necessary.
 
-    hookpoint: its folder there, such as "model.layers.24"; None for an SAE at the root. Nothing else is downloaded.
-    The other arguments are `snapshot_download`'s, and HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE hold as everywhere.
-    FileNotFoundError, with the hookpoints that there are, if there is no SAE; the hub's own errors otherwise.
+    name_or_path: a local folder, or a repository on the hub.
+    hookpoint: the SAE's folder in it, such as "model.layers.24"; None for an SAE at the root. Nothing else is
+        downloaded.
+    revision, cache_dir, token, force_download, local_files_only: as of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        FileNotFoundError: there is no SAE; the message lists the hookpoints that have one.
+        huggingface_hub.errors.HfHubHTTPError: the hub refuses.
     """
     root, inside = Path(name_or_path), PurePosixPath(hookpoint or "")
     if isinstance(name_or_path, str) and not root.is_dir():
@@ -42,14 +47,14 @@ def fetch(
     try:
         format_of(root / inside)
     except FileNotFoundError:
-        found = _hookpoints(name_or_path, root, revision, token)
-        where, others = f"at {hookpoint}" if hookpoint else "at its root", ", ".join(found) or "none"
+        hookpoints = _hookpoints(name_or_path, root, revision, token)
+        where, others = f"at {hookpoint}" if hookpoint else "at its root", ", ".join(hookpoints) or "none"
         raise FileNotFoundError(f"{name_or_path} has no SAE {where}; hookpoints that hold one: {others}") from None
     return root / inside
 
 
 def _hookpoints(name_or_path: str | Path, root: Path, revision: str | None, token: str | bool | None) -> list[str]:
-    """Folders with an SAE, in a local folder or a repository."""
+    """List the folders with an SAE, in a local folder or a repository."""
     files = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
     if Path(name_or_path) != root:
         files = HfApi(token=token).list_repo_files(str(name_or_path), revision=revision)
@@ -71,11 +76,19 @@ def publish(
     create_pr: bool | None = None,
     commit_message: str | None = None,
 ) -> str:
-    """Upload the SAE in `folder` as `hookpoint` of a repository, which is made if it is missing; the commit's URL.
+    """Upload an SAE in one commit, with a model card if the repository has none; return the commit's URL.
 
-    One commit: config, weights and, if the repository has none yet, a model card that says what it is, from
-    `base_model` (the LMM's hub name), `dataset` (what the SAE was trained on) and `license`. Errors as `read_sae`,
-    before anything is sent, and the hub's own.
+    folder: of the SAE.
+    repo_id: the repository; it is made if it is missing.
+    hookpoint: folder in the repository.
+    base_model: the LMM's name on the hub, for the card.
+    dataset: of the SAE's training, for the card.
+    license: for the card.
+    private, token, branch, create_pr, commit_message: as of `huggingface_hub.HfApi`.
+
+    Raises:
+        ValueError, FileNotFoundError: as `read_sae`, before anything is sent.
+        huggingface_hub.errors.HfHubHTTPError: the hub refuses.
     """
     folder, form = Path(folder), FORMATS[format_of(folder)]
     text = card(folder, repo_id, hookpoint, base_model=base_model, dataset=dataset, license=license)
@@ -94,7 +107,7 @@ def publish(
 
 
 def card(folder: str | Path, repo_id: str, hookpoint: str, *, base_model=None, dataset=None, license=None) -> str:
-    """A model card: what the SAE reads, its size and format, the equations, and the lines that load it."""
+    """Return a model card: the SAE's input, size, format and equations, and the code that loads it."""
     format, settings = format_of(folder), settings_of(folder)
     data = ModelCardData(
         base_model=base_model,
@@ -109,12 +122,12 @@ def card(folder: str | Path, repo_id: str, hookpoint: str, *, base_model=None, d
 # TopK sparse autoencoder of {base_model or "a multimodal model"}
 
 It reads the output of `{hookpoint}`{f" of `{base_model}`" if base_model else ""}, one token at a time
-(width {settings.width:,}), and writes it as at most {settings.k:,} active latents out of {settings.n_latents:,}:
+(width {settings.width:,}). At most {settings.k:,} of {settings.n_latents:,} latents are active for a token:
 
     z = TopK(ReLU(W_enc (x - b_dec) + b_enc)),   x_hat = W_dec^T z + b_dec
 
 {f"It was trained on `{dataset}`." if dataset else ""}
-The files are as {format} writes them, in a folder for each hookpoint.
+The files have the format of {format}, in a folder for each hookpoint.
 
 ```python
 from lmm_sae_nb.sae.topk import TopKSAE

@@ -1,4 +1,4 @@
-"""An SAE at the layer of the model that it stands in for."""
+"""An SAE at its layer of the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lmm_sae_nb.sae.topk import TopKSAE
 
 @dataclass(frozen=True)
 class SAEInPlace:
-    """A model, an SAE and the decoder layer whose output the SAE takes apart.
+    """A model, an SAE, and the decoder layer whose output the SAE reconstructs.
 
     Every function that caches, steers or attributes takes this one object. It checks once that the three belong
     together.
@@ -51,15 +51,15 @@ class SAEInPlace:
     def load(cls, model: str | Path, sae: str | Path, layer: int | None = None, **settings) -> SAEInPlace:
         """Load a model and an SAE from folders or from the hub and put them together.
 
-        layer: 0-based; without it the layer that the SAE was trained on, if its folder tells.
+        layer: 0-based; by default the layer that the SAE was trained on, if its folder records it.
         settings: for `LMM.load`.
 
         Raises:
-            ValueError: no layer was given and the SAE's folder does not tell one, or as `SAEInPlace`.
+            ValueError: no layer was given and the SAE's folder records none, or as `SAEInPlace`.
         """
         loaded = TopKSAE.load(sae)
         if layer is None:
             if loaded.trained_on is None:
-                raise ValueError(f"{sae} does not tell which layer it was trained on; give layer=...")
+                raise ValueError(f"{sae} does not record the layer that it was trained on; give layer=...")
             layer = loaded.trained_on.layer
         return cls(LMM.load(model, **settings), loaded.requires_grad_(False), layer)

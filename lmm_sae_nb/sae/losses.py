@@ -1,4 +1,4 @@
-"""Losses of an SAE (FVU and AuxK) and the start of its decoder's bias."""
+"""Losses of an SAE, FVU and AuxK, and the first value of the decoder's bias."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from torch import Tensor
 
 from lmm_sae_nb.sae.topk import TopKSAE, decode_sparse, encode_topk
 
-# Losses and start.
-
 
 def fvu(x: Float[Tensor, "tokens width"], x_hat: Float[Tensor, "tokens width"]) -> Float[Tensor, ""]:
-    """Fraction of variance unexplained: sum ||x - x_hat||^2 / sum ||x - mean||^2, with these tokens' mean.
+    """Return the fraction of variance unexplained, sum ||x - x_hat||^2 / sum ||x - mean||^2.
 
-    The baseline is the batch's own mean, so the value depends a little on what else is in the batch;
-    `train.evaluate_sae` uses the mean of all the tokens it sees. Without variance the value is inf or nan.
+    The mean is that of the batch, so the value depends a little on the other tokens in it. `evaluate_sae` uses the
+    mean of all tokens that it sees. Without variance the value is inf or nan.
     """
     return (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
 
@@ -27,11 +25,16 @@ def auxk_loss(
     dead: Bool[Tensor, " latents"],
     k_aux: int,
 ) -> Float[Tensor, ""]:
-    """AuxK of Gao et al.: sum ||e - e_hat||^2 / sum ||e||^2, what dead latents leave of the residual.
+    """Return AuxK of Gao et al.: sum ||e - e_hat||^2 / sum ||e||^2, the part of the residual that dead latents miss.
 
-    e = x - x_hat, detached; e_hat is decoded from the k_aux strongest dead latents of each token, without
-    b_dec. Fewer dead latents than k_aux weigh as much less; none, or no residual, give 0. Departures from
-    the reference code: it has the residual's sign reversed, lets gradient into it, and adds b_dec.
+    The residual e = x - x_hat is detached. e_hat is decoded from the k_aux strongest dead latents of each token,
+    without b_dec. With fewer dead latents than k_aux the loss is scaled down by their ratio. Without dead latents or
+    without a residual it is 0. The reference code differs: it reverses the residual's sign, lets gradients into it,
+    and adds b_dec.
+
+    x_hat: reconstruction of x.
+    dead: marks the dead latents.
+    k_aux: latents per token.
     """
     n_dead = int(dead.sum())
     residual = (x - x_hat).detach()
@@ -47,10 +50,12 @@ def auxk_loss(
 def geometric_median(
     x: Float[Tensor, "tokens width"], *, steps: int = 100, tolerance: float = 1e-5
 ) -> Float[Tensor, " width"]:
-    """The point with the least sum of distances to the tokens, by Weiszfeld's iteration; b_dec starts there.
+    """Return the point with the smallest sum of distances to the tokens (Weiszfeld's iteration); b_dec starts there.
 
-    Stops when a step is shorter than `tolerance` times the tokens' mean distance. Unlike the mean it is not
-    drawn to the few tokens of enormous norm that attention sinks are.
+    A few tokens have an enormous norm (attention sinks). They move the mean, but not this point.
+
+    steps: at most.
+    tolerance: stop after a step shorter than this times the mean distance.
     """
     centre = x.mean(0)
     for _ in range(steps):

@@ -1,11 +1,11 @@
 """Loops over sparse latents, compiled for the CPU by numba: float32, one thread each, without the GIL.
 
-`kernels` calls them and says what they compute; it gives each thread its own range, from `first` to before
-`last`, of the tokens, latents or tiles that they write. What a range holds does not depend on where others
-begin, so that results are the same to the bit for any number of threads.
+`kernels` calls them and documents what they compute. It gives each thread a range, from `first` to before `last`,
+of the tokens, latents or tiles to write. The results of a range do not depend on where other ranges begin, so they
+are the same to the bit for any number of threads.
 
-A tile is WIDTH columns of all tokens of a block, beside each other in memory. It stays in the core's cache
-while the latents pass by, each with its tokens, so that a weight is read from memory once and a token never.
+A tile is WIDTH columns of all tokens of a block, next to each other in memory. It stays in the core's cache while
+the loop goes over the latents. So each weight is read from memory once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _compile(function: Callable) -> Callable:
 
 @_compile
 def _kth_largest(values, n, k):
-    """The k-th largest of the first n values, none NaN, which are put in another order; no branch to mispredict."""
+    """Return the k-th largest of the first n values, none NaN; reorders them. Free of branches, which would be slow."""
     start = 0
     while True:
         a, b, c = values[start], values[(start + n) // 2], values[n - 1]
@@ -59,10 +59,10 @@ def _kth_largest(values, n, k):
 
 @_compile
 def select(pre, bias, k, acts, indices, first, last):
-    """TopK of ReLU(pre + bias), token by token. A token with a NaN gets activations NaN.
+    """Write TopK of ReLU(pre + bias), token by token; a token with a NaN gets activations NaN.
 
-    Latents fall into at least k groups. The k-th largest of the groups' maxima is a bound that at least k
-    latents reach, and with eight groups to each of the k hardly more: the exact choice is among these few.
+    Latents are divided into at least k groups. The k-th largest of the groups' maxima is a bound that at least k
+    latents reach. With eight groups for each of the k, few more latents reach it: the exact choice is among these.
     """
     n = pre.shape[1]
     rows = max(1, n // (8 * k))
@@ -79,23 +79,23 @@ def select(pre, bias, k, acts, indices, first, last):
                 part[i] = value
                 total += value
                 maxima[i] = value if value > maxima[i] else maxima[i]
-        if np.isnan(total) and np.isnan(row).any():  # infinities of both signs are a NaN too, in the total alone
+        if np.isnan(total) and np.isnan(row).any():  # infinities of both signs also make the total NaN
             acts[t], indices[t] = np.nan, np.arange(k)
             continue
         scratch[:groups] = maxima
         bound = _kth_largest(scratch, groups, k)
-        found = 0
+        reach = 0
         for group in range(groups):
             if maxima[group] >= bound:
                 for i in range(group, n, groups):
-                    values[found], places[found] = row[i], i
-                    found += row[i] >= bound
-        scratch[:found] = values[:found]
-        bound = _kth_largest(scratch, found, k)
+                    values[reach], places[reach] = row[i], i
+                    reach += row[i] >= bound
+        scratch[:reach] = values[:reach]
+        bound = _kth_largest(scratch, reach, k)
         kept, ties = 0, k
-        for i in range(found):
+        for i in range(reach):
             ties -= values[i] > bound
-        for i in range(found):
+        for i in range(reach):
             if values[i] > bound or (values[i] == bound and ties > 0):
                 ties -= values[i] == bound
                 acts[t, kept], indices[t, kept] = max(values[i], np.float32(0)), places[i]
@@ -107,9 +107,9 @@ def select(pre, bias, k, acts, indices, first, last):
 
 @_compile
 def transpose(indices, starts, order):
-    """Sort a flat list of latents: those of latent j stand at order[starts[j]:starts[j + 1]], in rising order.
+    """Sort a flat list of latents: the places of latent j become order[starts[j]:starts[j + 1]], ascending.
 
-    False, with nothing of use in `order`, if an index names no latent.
+    Return False if an index is no latent; `order` is then useless.
     """
     n = len(starts) - 1
     starts[:] = 0
@@ -129,6 +129,7 @@ def transpose(indices, starts, order):
 
 @_compile
 def into_tiles(x, tiles, first, last):
+    """Copy x into tiles."""
     for tile in range(first, last):
         start = tile * WIDTH
         for t in range(len(x)):
@@ -138,7 +139,7 @@ def into_tiles(x, tiles, first, last):
 
 @_compile
 def decode(starts, tokens, weights, rows, out, first, last):
-    """out[t] = sum of weight * rows[j] over the latents j of token t; `first` to `last` are tiles of out."""
+    """Write out[t] = sum of weight * rows[j] over the latents j of token t; `first` to `last` are tiles of out."""
     n_tokens, width = out.shape
     sums = np.empty((n_tokens, WIDTH), np.float32)
     for start in range(first * WIDTH, min(last * WIDTH, width), WIDTH):
@@ -157,7 +158,7 @@ def decode(starts, tokens, weights, rows, out, first, last):
 
 @_compile
 def sum_by_latent(starts, tokens, weights, tiles, out, add, first, last):
-    """out[j] = sum of weight * x[t] over the tokens t that have latent j, or that much more if `add`."""
+    """Write out[j] = sum of weight * x[t] over the tokens t that have latent j; with `add`, add it to out[j]."""
     width = out.shape[1]
     for tile in range(len(tiles)):
         start = tile * WIDTH
@@ -183,7 +184,7 @@ def sum_by_latent(starts, tokens, weights, tiles, out, add, first, last):
 
 @_compile
 def sum_and_multiply(starts, tokens, weights, rows, tiles, out, products, add, first, last):
-    """`sum_by_latent`, and products[place] = rows[j] . x[t] for every place: a decoder's gradients in one sweep."""
+    """Do `sum_by_latent`, and write products[place] = rows[j] . x[t] for every place: both gradients of a decoder."""
     width = out.shape[1]
     products[starts[first] : starts[last]] = 0
     for tile in range(len(tiles)):
@@ -217,7 +218,7 @@ def sum_and_multiply(starts, tokens, weights, rows, tiles, out, products, add, f
 
 @_compile
 def project(grad, rows, along, squares, first, last):
-    """along[j] = grad[j] . rows[j]; squares[j] = ||grad[j] - along[j] rows[j]||^2."""
+    """Write along[j] = grad[j] . rows[j] and squares[j] = ||grad[j] - along[j] rows[j]||^2."""
     for j in range(first, last):
         g, row, product, square = grad[j], rows[j], np.float32(0), np.float32(0)
         for i in range(len(row)):
@@ -230,9 +231,10 @@ def project(grad, rows, along, squares, first, last):
 
 @_compile
 def adam(weights, grad, along, mean, square, scale, beta1, beta2, eps, rate, lift, unit, first, last):
-    """Adam on scale * (grad[j] - along[j] weights[j]), row by row; `unit` brings the rows to length 1 after it.
+    """Do Adam on scale * (grad[j] - along[j] weights[j]), row by row; with `unit`, scale the rows to length 1 after it.
 
-    rate: the learning rate over the mean's bias; lift: 1 / sqrt of the square's bias; all numbers float32.
+    rate: learning rate over the mean's bias, float32.
+    lift: 1 / sqrt of the bias of the mean square, float32.
     """
     for j in range(first, last):
         row, g, m, v = weights[j], grad[j], mean[j], square[j]

@@ -1,7 +1,7 @@
-"""The TopK sparse autoencoder of section 2.1 (eq. 1, 2): its latents, its losses, its start.
+"""The TopK sparse autoencoder of section 2.1 (eq. 1 and 2).
 
-A dense (tokens, latents) tensor exists only in `kernels.top_k`, a block of tokens at a time, and no gradient
-of that shape exists anywhere.
+A dense (tokens, latents) tensor exists only in `kernels.top_k`, for one block of tokens at a time. No gradient has
+that shape.
 """
 
 from __future__ import annotations
@@ -22,27 +22,35 @@ from lmm_sae_nb.support.files import read_json
 
 
 class Latents(NamedTuple):
-    """The k latents of each token, in no order; one with activation 0 is a place that ReLU left empty."""
+    """The k latents of each token, in no order.
 
-    acts: Float[Tensor, "*tokens k"]  # >= 0
+    acts: activations, at least 0; a place with activation 0 holds no active latent.
+    indices: numbers of the latents.
+    """
+
+    acts: Float[Tensor, "*tokens k"]
     indices: Int64[Tensor, "*tokens k"]
 
 
-HISTORY = "history.json"  # what a training leaves beside its SAE
+HISTORY = "history.json"  # the file that `train_sae` writes beside its SAE
 
 
 class TrainedOn(NamedTuple):
-    """What an SAE's hidden states were: the output of this layer (0-based) of the model with this fingerprint."""
+    """The layer and the model that an SAE was trained on.
+
+    layer: 0-based.
+    model: `LMM.fingerprint(layer)`.
+    """
 
     layer: int
-    model: str  # `LMM.fingerprint(layer)`
+    model: str
 
 
-# Eq. 1 and 2, with their gradients.
+# ---- equations 1 and 2, with their gradients --------------------------------------------------------------------
 
 
 class _EncodeTopK(torch.autograd.Function):
-    """Eq. 1 with the exact gradient, which only active latents carry: (tokens, k) numbers, never dense."""
+    """Eq. 1 with its exact gradient: only active latents have one, so it is (tokens, k), never dense."""
 
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, b_dec, k, among):
@@ -69,7 +77,7 @@ class _EncodeTopK(torch.autograd.Function):
 
 
 class _DecodeSparse(torch.autograd.Function):
-    """Eq. 2 without b_dec, where both the activations and the dictionary learn."""
+    """Eq. 2 without b_dec, with gradients of the activations and the dictionary."""
 
     @staticmethod
     def forward(ctx, acts, indices, W_dec):
@@ -87,33 +95,47 @@ class _DecodeSparse(torch.autograd.Function):
 def encode_topk(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int, among: Int64[Tensor, " some"] | None = None
 ) -> Latents:
-    """z = TopK(ReLU(W_enc (x - b_dec) + b_enc)) of (tokens, width), differentiable once in all but k.
+    """Return z = TopK(ReLU(W_enc (x - b_dec) + b_enc)), once differentiable in x and the weights.
 
-    `among`: the indices of the latents to choose from, if not all.
+    x: (tokens, width).
+    k: active latents per token.
+    among: the latents to choose from; by default all.
     """
     return Latents(*_EncodeTopK.apply(x, W_enc, b_enc, b_dec, k, among))
 
 
 def decode_sparse(latents: Latents, W_dec: Tensor) -> Float[Tensor, "tokens width"]:
-    """Sum of the W_dec rows at (tokens, k) indices, weighted by the activations; differentiable in both."""
+    """Return for each token the sum of W_dec's rows, weighted by the activations; differentiable in both.
+
+    latents: (tokens, k).
+    W_dec: (latents, width).
+    """
     learns = torch.is_grad_enabled() and W_dec.requires_grad
     if learns and kernels.is_compiled(latents.acts, W_dec):
         return _DecodeSparse.apply(*latents, W_dec)
     return F.embedding_bag(latents.indices, W_dec, per_sample_weights=latents.acts, mode="sum")
 
 
-# The autoencoder.
+# ---- the autoencoder --------------------------------------------------------------------------------------------
 
 
 class TopKSAE(nn.Module):
-    """A k-sparse autoencoder (eq. 1, 2) with a dictionary of unit rows, one row a latent in both matrices.
+    """A k-sparse autoencoder (eq. 1 and 2). A latent is a row in both matrices; W_dec has rows of length 1.
 
-    Eq. 1's b_1 and eq. 2's b_3 are one parameter, b_dec, as in the published checkpoint. The encoder starts
-    as the decoder's transpose. `generator` draws the dictionary. ValueError unless 1 <= k <= n_latents.
-    trained_on: which layer of which model, if the folder that it was loaded from says so.
+    Eq. 1's b_1 and eq. 2's b_3 are one parameter, b_dec, as in the published checkpoint. The encoder starts as the
+    decoder's transpose.
+
+    width: of the hidden states.
+    n_latents: number of latents.
+    k: active latents per token, from 1 to n_latents.
+    dtype: of the weights.
+    generator: draws the dictionary.
+
+    Raises:
+        ValueError: k is out of range.
     """
 
-    trained_on: TrainedOn | None = None
+    trained_on: TrainedOn | None = None  # known if the SAE was loaded from a folder of `train_sae`
 
     def __init__(
         self,
@@ -136,17 +158,24 @@ class TopKSAE(nn.Module):
 
     @property
     def width(self) -> int:
+        """The width of the hidden states that the SAE reads."""
         return self.W_dec.shape[1]
 
     @property
     def n_latents(self) -> int:
+        """The number of latents."""
         return self.W_dec.shape[0]
 
     def extra_repr(self) -> str:
+        """Return the sizes, for `repr`."""
         return f"width={self.width}, n_latents={self.n_latents}, k={self.k}"
 
     def require_width(self, width: int) -> None:
-        """ValueError with both widths unless hidden states of this width are what the SAE reads."""
+        """Check that the SAE reads hidden states of this width.
+
+        Raises:
+            ValueError: it reads another width.
+        """
         if width != self.width:
             raise ValueError(
                 f"the SAE reads width {self.width}, the layer's hidden states have width {width}; load the "
@@ -154,9 +183,13 @@ class TopKSAE(nn.Module):
             )
 
     def encode(self, x: Float[Tensor, "*tokens width"], k: int | None = None) -> Latents:
-        """z = TopK(ReLU(W_enc (x - b_dec) + b_enc)), eq. 1; x is cast to the SAE's dtype. k: another than the SAE's.
+        """Return z = TopK(ReLU(W_enc (x - b_dec) + b_enc)), eq. 1.
 
-        ValueError if x has another width than the SAE.
+        x: cast to the SAE's dtype.
+        k: active latents per token; by default the SAE's.
+
+        Raises:
+            ValueError: x has another width than the SAE.
         """
         k = self.k if k is None else k
         self.require_width(x.shape[-1])
@@ -165,33 +198,39 @@ class TopKSAE(nn.Module):
         return Latents(*(part.reshape(*x.shape[:-1], k) for part in latents))
 
     def decode(self, latents: Latents) -> Float[Tensor, "*tokens width"]:
-        """x_hat = W_dec^T z + b_dec, eq. 2; any number of latents a token."""
+        """Return x_hat = W_dec^T z + b_dec, eq. 2.
+
+        latents: any number per token.
+        """
         shape = latents.acts.shape
         flat = Latents(*(part.reshape(-1, shape[-1]) for part in latents))
         return (decode_sparse(flat, self.W_dec) + self.b_dec).reshape(*shape[:-1], self.width)
 
     def forward(self, x: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
-        """The reconstruction of x, eq. 1 then 2, in x's dtype."""
+        """Return the reconstruction of x (eq. 1, then 2), in x's dtype."""
         return self.decode(self.encode(x)).to(x.dtype)
 
     @torch.no_grad()
     def normalise_rows(self) -> None:
-        """Bring every dictionary row to length 1."""
+        """Scale every row of W_dec to length 1."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny))
 
     @torch.no_grad()
     def drop_parallel_gradient(self) -> None:
-        """Take from W_dec's gradient what only stretches a (unit) row, so that Adam does not gather it."""
+        """Remove from W_dec's gradient the part along each unit row, which would only change the row's length."""
         grad = self.W_dec.grad
         grad.sub_((grad * self.W_dec).sum(1, keepdim=True) * self.W_dec)
 
     def save(self, folder: str | Path, format: str = "sparsify") -> None:
-        """Write the SAE atomically, by default as the published checkpoint; formats and errors as `write_sae`."""
+        """Write the SAE atomically, by default in the published checkpoint's format; errors as `write_sae`.
+
+        format: a name in `formats.FORMATS`.
+        """
         write_sae(folder, SAEWeights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k), format)
 
     @classmethod
     def load(cls, folder: str | Path) -> TopKSAE:
-        """Read an SAE in any known format, onto the CPU, in its own dtype; errors as `read_sae`."""
+        """Read an SAE in any known format, onto the CPU, in the file's dtype; errors as `read_sae`."""
         *weights, k = read_sae(folder)
         n_latents, width = weights[0].shape
         with torch.device("meta"):
@@ -202,18 +241,18 @@ class TopKSAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, hookpoint: str | None = None, **where) -> TopKSAE:
-        """Load an SAE from a repository of the hub, or a folder; `where` and errors as `hub.fetch`."""
+        """Load an SAE from the hub or a folder; arguments and errors as `hub.fetch`."""
         return cls.load(hub.fetch(name_or_path, hookpoint, **where))
 
     def push_to_hub(self, repo_id: str, hookpoint: str, format: str = "sparsify", **about) -> str:
-        """Publish the SAE as the folder `hookpoint` of a repository; `about` and what it gives as `hub.publish`."""
+        """Publish the SAE on the hub and return the commit's URL; arguments and errors as `hub.publish`."""
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder, format)
             return hub.publish(folder, repo_id, hookpoint, **about)
 
 
 def _trained_on(folder: Path) -> TrainedOn | None:
-    """What this project's training wrote down beside the SAE; None for SAEs of others."""
+    """Read the layer and model that `train_sae` recorded beside the SAE; None if it did not train this SAE."""
     if not (folder / HISTORY).is_file():
         return None
     run = read_json(folder / HISTORY).get("run", {})

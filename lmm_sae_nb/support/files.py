@@ -1,4 +1,4 @@
-"""Write files whole or not at all, and tell one content from another by its hash."""
+"""Write files and folders atomically, and identify their content by a hash."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-TEMPORARY, ASIDE = ".tmp", ".old"  # how hidden names end: of what is being written, of what is being replaced
-
-
-SAFETENSORS_TEMPORARY = ".tmp" + "[A-Za-z0-9]" * 6  # the names under which that library writes before it renames
+TEMPORARY = ".tmp"  # ending of the hidden names of files that are being written
+ASIDE = ".old"  # ending of the hidden names of folders that are being replaced
+SAFETENSORS_TEMPORARY = ".tmp" + "[A-Za-z0-9]" * 6  # the names that the safetensors library writes to
 
 
 def project_root() -> Path:
-    """The nearest folder at or above the working directory that holds pyproject.toml."""
+    """Return the nearest folder, at or above the working directory, that holds pyproject.toml.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     here = Path.cwd()
     for folder in (here, *here.parents):
         if (folder / "pyproject.toml").is_file():
@@ -28,11 +31,8 @@ def project_root() -> Path:
     raise FileNotFoundError(f"no pyproject.toml in {here} or above it; start from inside the lmm-sae-nb checkout")
 
 
-# Writing: temporary name in the same folder, fsync, rename.
-
-
 def sync(path: Path) -> None:
-    """Bring a file, or a folder's list of names, from the system's memory to the disk."""
+    """Flush a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -41,7 +41,11 @@ def sync(path: Path) -> None:
 
 
 def write_through(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: readers see old or new, never half."""
+    """Write a file so that readers see the old or the new one, never half of one.
+
+    path: the file; its folder is made if it is missing.
+    write: fills the temporary file whose path it gets, which is then renamed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
@@ -54,20 +58,27 @@ def write_through(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def clear_temporaries(folder: str | Path, *, deep: bool = False) -> None:
-    """Delete the half-written files and folders that killed writers left where nobody else is writing now, and, if
-    `deep`, in the folders below."""
+    """Delete half-written files and folders that killed processes left.
+
+    folder: nobody may write there at the same time.
+    deep: also look in the folders below.
+    """
     find = Path(folder).rglob if deep else Path(folder).glob
     for leftover in [*find(f".*{TEMPORARY}"), *filter(Path.is_file, find(SAFETENSORS_TEMPORARY))]:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
-    """Write bytes so that `path` holds either what it held before or all of `data`, also after a crash."""
+    """Write bytes so that even after a crash `path` holds its old content or all of `data`."""
     write_through(Path(path), lambda temporary: temporary.write_bytes(data))
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Write a value as indented JSON, atomically; NaN and infinity, which JSON lacks, are a ValueError."""
+    """Write a value as indented JSON, atomically.
+
+    Raises:
+        ValueError: the value holds something that JSON lacks, such as NaN or infinity.
+    """
     try:
         data = as_json(value)
     except (TypeError, ValueError) as error:
@@ -76,12 +87,16 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def as_json(value: object) -> bytes:
-    """The bytes that `write_json` writes."""
+    """Return the bytes that `write_json` writes."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: str | Path) -> dict:
-    """Read a JSON object; ValueError if the file was cut short or holds something else."""
+    """Read a JSON object.
+
+    Raises:
+        ValueError: the file was cut short or holds something else.
+    """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -92,16 +107,17 @@ def read_json(path: str | Path) -> dict:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Bring a folder and all that is in it from the system's memory to the disk."""
+    """Flush a folder and everything in it to the disk."""
     folder = Path(folder)
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
 def replace_folder(temporary: str | Path, final: str | Path) -> None:
-    """Put a finished folder in the place of `final`, setting the old one aside until the new one is there.
+    """Put a finished folder in the place of `final`.
 
-    Killed between the two, it leaves no `final`; `recover_folder` brings the old one back.
+    The old folder is kept aside until the new one is in place. A kill in between can leave no `final`;
+    `recover_folder` then restores the old one.
     """
     temporary, final = Path(temporary), Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +132,7 @@ def replace_folder(temporary: str | Path, final: str | Path) -> None:
 
 
 def recover_folder(final: str | Path) -> None:
-    """Clear up after a `replace_folder` that was killed: the old folder comes back if no new one got there."""
+    """Clean up after a killed `replace_folder`: restore the old folder unless the new one is in place."""
     final = Path(final)
     for aside in final.parent.glob(f".{glob.escape(final.name)}.*{ASIDE}"):
         if (aside / final.name).exists() and not final.exists():
@@ -124,11 +140,12 @@ def recover_folder(final: str | Path) -> None:
         shutil.rmtree(aside)
 
 
-# Stages.
-
-
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a file, or of a folder's relative paths and files; FileNotFoundError if there is nothing."""
+    """Return the SHA-256 of a file, or of a folder's files and their relative paths.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"the input {path} is missing; run the notebook that writes it first")

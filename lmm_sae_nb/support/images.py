@@ -1,4 +1,4 @@
-"""Pictures from a folder or a data set, by number, opened when asked for, always as plain 8-bit RGB."""
+"""Open pictures of a folder or data set by number, always as 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 class UnreadableImage(ValueError):
-    """A picture that cannot be opened; `name` tells which, `reason` why."""
+    """Raised for a picture that cannot be opened.
+
+    name: of the picture.
+    reason: why it cannot be opened.
+    """
 
     def __init__(self, name: str, reason: object):
         super().__init__(
@@ -28,9 +32,14 @@ class UnreadableImage(ValueError):
 
 
 class Images(Sequence):
-    """Pictures by number, opened when asked for, as RGB; UnreadableImage for one that cannot be.
+    """Pictures by number. Each is opened when it is needed, as RGB.
 
-    identity: a hash that changes with the files (names, sizes, times) or the data set.
+    source: files, or a data set with a column `image`.
+    root: folder that the files' names are relative to, for `identity`.
+
+    Raises:
+        UnreadableImage: from `images[i]`, if the picture cannot be opened.
+        IndexError: from `images[i]`, if there is no such picture.
     """
 
     def __init__(self, source: Sequence[Path] | Dataset, root: Path | None = None):
@@ -47,18 +56,22 @@ class Images(Sequence):
 
     @property
     def identity(self) -> str:
+        """A hash that changes with the files (names, sizes, times) or the data set."""
         if isinstance(self._source, Dataset):
             return self._source._fingerprint
         files = [(file.relative_to(self._root).as_posix(), file.stat()) for file in self._source]
-        told = "\n".join(f"{name} {its.st_size} {its.st_mtime_ns}" for name, its in files)
-        return hashlib.sha256(told.encode()).hexdigest()
+        lines = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files)
+        return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def open_images(source: str | Path | Dataset) -> Images:
-    """The images of a folder (searched recursively, in order of their names), of a saved data set or a data set.
+    """Open the pictures of a folder or data set; each comes as `rgb` makes it.
 
-    Every picture comes as `rgb` makes it. FileNotFoundError for a missing folder; ValueError for one without
-    images, or a data set without an `image` column or of several splits.
+    source: a folder (searched recursively, in the order of the files' names), a saved data set, or a data set.
+
+    Raises:
+        FileNotFoundError: the folder is missing.
+        ValueError: a folder without images, or a data set without a column `image` or with several splits.
     """
     if isinstance(source, str | Path):
         folder = Path(source)
@@ -82,9 +95,12 @@ def open_images(source: str | Path | Dataset) -> Images:
 
 
 class Remembered(Sequence):
-    """Pictures by number of which those looked at last stay in memory, as they were read, up to `room` bytes.
+    """Pictures by number, of which the latest used stay in memory.
 
-    For scores, which look at the same ones again and again; what looks at each once gains nothing. For one thread.
+    Scores look at the same pictures again and again. Not safe for several threads.
+
+    images: the pictures.
+    room: bytes of decoded pictures to keep.
     """
 
     def __init__(self, images: Sequence[Image.Image], room: int = 2**28):
@@ -99,7 +115,7 @@ class Remembered(Sequence):
             if _bytes_of(picture) > self._held.maxsize:
                 return picture
             self._held[index] = picture
-        return picture.copy()  # nobody draws into another's
+        return picture.copy()  # a caller may draw into it
 
 
 def _bytes_of(picture: Image.Image) -> int:
@@ -110,11 +126,18 @@ def _bytes_of(picture: Image.Image) -> int:
 
 
 def open_rgb(item: Any, name: str) -> Image.Image:
-    """A picture from a path, a PIL image, or a data set's {"bytes", "path"}; UnreadableImage with its name."""
+    """Open a picture as RGB.
+
+    item: a path, a PIL image, or a data set's dictionary with "bytes" and "path".
+    name: for the error, if the item has no path.
+
+    Raises:
+        UnreadableImage: it cannot be opened.
+    """
     if isinstance(item, dict):
-        held, path = item.get("bytes"), item.get("path")
+        data, path = item.get("bytes"), item.get("path")
         name = f"{name} ({Path(path).name})" if path else name
-        item = io.BytesIO(held) if held is not None else path and Path(path)
+        item = io.BytesIO(data) if data is not None else path and Path(path)
     elif isinstance(item, str | Path):
         name, item = str(item), Path(item)
     if item is None:
@@ -124,26 +147,29 @@ def open_rgb(item: Any, name: str) -> Image.Image:
             return rgb(item)
         with Image.open(item) as picture:
             return rgb(picture)
-    except UnidentifiedImageError as error:  # whose text is not the same twice
-        raise UnreadableImage(name, "of no kind that Pillow knows") from error
-    except Exception as error:  # what PIL raises for damaged files: OSError, SyntaxError, struct.error, and more
+    except UnidentifiedImageError as error:  # its text differs from call to call
+        raise UnreadableImage(name, "Pillow does not know its format") from error
+    except Exception as error:  # PIL raises many kinds for damaged files: OSError, SyntaxError, struct.error, ...
         raise UnreadableImage(name, error) from error
 
 
 def rgb(picture: Image.Image) -> Image.Image:
-    """A picture as one sees it, in 8-bit RGB, its first frame if it moves.
+    """Convert a picture to 8-bit RGB as a viewer would show it.
 
-    Turned upright as its EXIF tag says. What is transparent shows white. 16-bit grey is divided by 257, not cut off;
-    Pillow's 32-bit mode I counts as 16-bit, which is what its readers put there. CMYK and others as Pillow converts.
-    ValueError for one without pixels, and for floating-point pixels, whose range is not known.
+    It is turned as its EXIF tag says. Of an animation the first frame counts. Transparent pixels become white. 16-bit
+    grey is divided by 257, not cut off; Pillow's 32-bit mode I counts as 16-bit, because its readers store 16 bits
+    there. Other modes are converted by Pillow.
+
+    Raises:
+        ValueError: no pixels, or floating-point pixels, whose range is unknown.
     """
     if not picture.width or not picture.height:
-        raise ValueError(f"{picture.width} x {picture.height} px: there is nothing to see")
+        raise ValueError(f"{picture.width} x {picture.height} px: it has no pixels")
     if getattr(picture, "is_animated", False):
         picture.seek(0)
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F":
-        raise ValueError("floating-point pixels, of unknown range; save it with 8 or 16 bits")
+        raise ValueError("it has floating-point pixels of unknown range; save it with 8 or 16 bits")
     if picture.mode.startswith("I"):
         grey = np.asarray(picture).clip(0, 65535)
         return Image.fromarray(((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
@@ -154,5 +180,5 @@ def rgb(picture: Image.Image) -> Image.Image:
 
 
 def pixel_hash(image: Image.Image) -> str:
-    """SHA-256 of an image's mode, size and pixels: of equal images equal, whatever file they come from."""
+    """Return the SHA-256 of an image's mode, size and pixels; equal images have equal hashes, whatever their files."""
     return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()

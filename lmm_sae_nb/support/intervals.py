@@ -1,4 +1,4 @@
-"""Means and shares with their intervals: what stands wherever a table or a figure shows one."""
+"""Means and fractions with their intervals, for every table and figure."""
 
 from __future__ import annotations
 
@@ -22,47 +22,70 @@ class Mean(NamedTuple):
 
 
 def mean_interval(values: Sequence[float], level: float = 0.99, seed: int = 0) -> Mean:
-    """Mean and percentile-bootstrap interval (9,999 resamples). ValueError for fewer than two values."""
+    """Return the mean with a percentile-bootstrap interval (9,999 resamples).
+
+    values: at least two.
+    level: confidence level of the interval.
+    seed: of the resampling.
+
+    Raises:
+        ValueError: fewer than two values.
+    """
     values = np.asarray(values, float)
     if len(values) < 2:
         raise ValueError(f"an interval needs at least two values, there are {len(values)}; score more latents")
     if np.ptp(values) == 0:
         return Mean(*([float(values[0])] * 3))
-    rng, at_once = np.random.default_rng(seed), max(1, 10_000_000 // len(values))
-    found = bootstrap((values,), np.mean, confidence_level=level, method="percentile", batch=at_once, rng=rng)
-    return Mean(float(values.mean()), float(found.confidence_interval.low), float(found.confidence_interval.high))
+    rng, batch = np.random.default_rng(seed), max(1, 10_000_000 // len(values))
+    result = bootstrap((values,), np.mean, confidence_level=level, method="percentile", batch=batch, rng=rng)
+    interval = result.confidence_interval
+    return Mean(float(values.mean()), float(interval.low), float(interval.high))
 
 
 class Proportion(NamedTuple):
-    """A fraction with its Wilson interval, and of how many cases."""
+    """A fraction with its Wilson interval and the number of cases."""
 
     fraction: float
     low: float
     high: float
-    asked: int
+    cases: int
 
     def __str__(self) -> str:
-        return f"{self.fraction:.3f} [{self.low:.3f}, {self.high:.3f}] of {self.asked}"
+        return f"{self.fraction:.3f} [{self.low:.3f}, {self.high:.3f}] of {self.cases}"
 
 
 def proportion(hits: Sequence[bool], level: float = 0.99) -> Proportion:
-    """Return the fraction of hits with Wilson's interval: none of n is not none at all. ValueError for no cases."""
+    """Return the fraction of hits with Wilson's interval, which has a width even if there are no hits.
+
+    hits: whether each case is a hit.
+    level: confidence level of the interval.
+
+    Raises:
+        ValueError: there are no cases.
+    """
     hits = np.asarray(hits, bool)
     if not len(hits):
-        raise ValueError("a fraction of no cases at all; give more cases, or leave this fraction out")
+        raise ValueError("there are no cases, so there is no fraction; give more cases, or leave it out")
     low, high = binomtest(int(hits.sum()), len(hits)).proportion_ci(level, method="wilson")
     return Proportion(float(hits.mean()), float(low), float(high), len(hits))
 
 
-def bounds(name: str, found: Mean | Proportion) -> dict[str, float]:
-    """A mean or share as a stage's metrics: under its name, and its ends under name_low and name_high."""
-    return dict(zip((name, f"{name}_low", f"{name}_high"), found[:3], strict=True))
+def bounds(name: str, value: Mean | Proportion) -> dict[str, float]:
+    """Return a mean or fraction as metrics: the value by its name, the ends by name_low and name_high."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), value[:3], strict=True))
 
 
 def difference_interval(one: Sequence[float], other: Sequence[float], level: float = 0.99, seed: int = 0) -> Mean:
-    """Mean of `other` less that of `one`, of things that are not the same, with a percentile-bootstrap interval.
+    """Return the mean of `other` minus the mean of `one` with a percentile-bootstrap interval.
 
-    ValueError for fewer than two values of either.
+    The samples are unpaired.
+
+    one, other: at least two values each.
+    level: confidence level of the interval.
+    seed: of the resampling.
+
+    Raises:
+        ValueError: fewer than two values in either.
     """
     if min(len(one), len(other)) < 2:
         raise ValueError(f"an interval needs at least two values, there are {len(one)} and {len(other)}")
@@ -74,9 +97,15 @@ def difference_interval(one: Sequence[float], other: Sequence[float], level: flo
 
 
 def run_interval(runs: Float[np.ndarray, "latents runs"], level: float = 0.99) -> Mean:
-    """The mean over runs of what each found for all latents, with Student's t interval: the paper's way.
+    """Return the mean over runs of each run's mean over latents, with Student's t interval, as the paper does.
 
-    It tells how much the draws of images matter, not which latents were chosen. ValueError for fewer than two runs.
+    The interval says how much the draw of images matters. It does not say how much the choice of latents matters.
+
+    runs: a value for each latent in each run.
+    level: confidence level of the interval.
+
+    Raises:
+        ValueError: fewer than two runs.
     """
     means = np.asarray(runs, float).mean(0)
     if len(means) < 2:

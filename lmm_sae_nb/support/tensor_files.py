@@ -19,7 +19,11 @@ from lmm_sae_nb.support.files import write_through
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write named tensors as one safetensors file, atomically; `metadata` is text for the file's header."""
+    """Write tensors as one safetensors file, atomically.
+
+    tensors: by name.
+    metadata: text for the file's header.
+    """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_through(Path(path), lambda temporary: save_file(whole, temporary, metadata=dict(metadata or {})))
 
@@ -32,19 +36,21 @@ def save_rows(
 ) -> None:
     """Write a safetensors file piece by piece, atomically and without a copy in memory.
 
-    layout: dtype and shape of each tensor; rows: (name, first row, rows of that tensor) until all are written.
+    layout: dtype and shape of each tensor, by name.
+    rows: (name, number of the first row, rows of that tensor); together they must cover all tensors.
+    metadata: text for the file's header.
     """
     header, at = {"__metadata__": dict(metadata or {})}, 0
     for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
         span = (at, at := at + dtype.itemsize * math.prod(shape))
         header[name] = {"dtype": f"{dtype.kind.upper()}{8 * dtype.itemsize}", "shape": shape, "data_offsets": span}
-    told = json.dumps(header).encode()
-    told += b" " * (-len(told) % 8)  # numbers of 8 bytes begin at multiples of 8
-    begin = 8 + len(told)
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # numbers of 8 bytes begin at multiples of 8
+    begin = 8 + len(head)
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(told)) + told)
+            file.write(struct.pack("<Q", len(head)) + head)
             file.truncate(begin + at)
             for name, first, block in rows:
                 dtype, shape = layout[name]
@@ -56,7 +62,12 @@ def save_rows(
 
 
 def open_tensors(path: str | Path) -> safe_open:
-    """Open a safetensors file for lazy reading on the CPU; ValueError if it is cut short or no such file."""
+    """Open a safetensors file for lazy reading on the CPU.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it was cut short or is another kind of file.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing; make it first, or give the folder that holds it")
     try:
@@ -80,7 +91,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def hash_of(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of the bytes of tensors in this order, whatever device they are on, a piece of each at a time."""
+    """Return the SHA-256 of the bytes of tensors, in this order; the same on every device."""
     digest = hashlib.sha256()
     for tensor in tensors:
         for piece in tensor.detach().flatten().split(2**22):
@@ -89,7 +100,14 @@ def hash_of(tensors: Iterable[Tensor]) -> str:
 
 
 def require_finite(x: Tensor, source: str) -> None:
-    """ValueError naming `source` if hidden states hold NaN or infinity, which would spoil what follows."""
+    """Check that hidden states hold no NaN and no infinity.
+
+    x: (..., width).
+    source: where they come from, for the message.
+
+    Raises:
+        ValueError: they hold some; the message counts the tokens.
+    """
     if math.isfinite(float(x.sum())) or bool(x.isfinite().all()):
         return
     bad = int((~x.isfinite()).any(-1).sum())

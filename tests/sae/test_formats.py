@@ -399,5 +399,5 @@ def test_an_ae_pt_of_another_content_is_refused_and_not_run(tmp_path, monkeypatc
 def test_an_ae_pt_alone_cannot_be_told_from_a_batchtopk(tmp_path):
     write_sae(tmp_path, weights(), "dictionary_learning")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"ae\.pt alone does not tell TopK from BatchTopK"):
+    with pytest.raises(ValueError, match=r"ae\.pt alone does not say TopK or BatchTopK"):
         read_sae(tmp_path)

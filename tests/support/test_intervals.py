@@ -64,7 +64,7 @@ def test_a_share_has_wilsons_interval(kind):
         z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n),
     )
     assert found[:3] == pytest.approx((p, centre - half, centre + half), abs=1e-6)
-    assert found.asked == 10
+    assert found.cases == 10
     with pytest.raises(ValueError, match="no cases"):
         proportion(kind([]))
 

@@ -146,24 +146,29 @@ assert_close(torch.zeros_like(z).scatter(-1, latents.indices, latents.acts), z)
 # ends with the same SAE.
 
 # %%
-settings = dict(
-    n_latents=n_latents, k=k, steps=steps, batch_tokens=batch_tokens, lr=lr,
-    accumulate=accumulate, dead_after_tokens=dead_after_tokens, kinds=kinds,
-    seed=seed, mixed_precision=mixed_precision,
-)  # fmt: skip
 stage = page.stage(
     "train", without=("processes", "checkpoint_minutes", "tracker")
 )
+settings = dict(
+    n_latents=n_latents, k=k, steps=steps, batch_tokens=batch_tokens, lr=lr,
+    accumulate=accumulate, dead_after_tokens=dead_after_tokens, kinds=kinds,
+    seed=seed, mixed_precision=mixed_precision, folder=stage.folder,
+    checkpoint_minutes=checkpoint_minutes, tracker=tracker,
+)  # fmt: skip
+
+# %% [markdown]
+# With more than one process, each loads the model and the samples onto its
+# GPU. Together they train the same SAE as one process would.
+
+# %%
 with plots.live(plots.TRAINING) as on_log:
-    how = dict(
-        folder=stage.folder, checkpoint_minutes=checkpoint_minutes,
-        tracker=tracker, on_log=on_log,
-    )  # fmt: skip
     if processes == 1:
-        trained = train_sae(lmm, samples, layer, **settings, **how)
+        trained = train_sae(lmm, samples, layer, **settings, on_log=on_log)
     else:
         source, data = page.locate(model), page.locate(dataset)
-        trained = launch(processes, source, data, layer, **settings, **how)
+        trained = launch(
+            processes, source, data, layer, **settings, on_log=on_log
+        )
 place = SAEInPlace(lmm, trained.sae, layer)
 
 # %% mystnb={"figure": {"caption": "The training. The fraction of variance unexplained falls, and few latents stay dead.", "name": "fig-training"}, "image": {"alt": "Curves of loss, FVU, dead latents, active latents and speed over the optimiser steps."}}
@@ -195,9 +200,16 @@ plots.histogram(nearest.numpy(), label);
 # ## What we found
 
 # %% tags=["remove-input"]
+of_kind = {
+    kind: metrics[f"fvu_{kind}"]
+    for kind in kinds
+    if f"fvu_{kind}" in metrics
+}
+worst = max(of_kind, key=of_kind.get)
 findings(
     f"On held-out samples the SAE leaves {metrics['fvu']:.1%} of the variance "
     "unexplained.",
+    f"It is worst on `{worst}` tokens, where it leaves {of_kind[worst]:.1%}.",
     f"{metrics['dead_fraction']:.1%} of {n_latents:,} latents are dead.",
     "With the reconstruction in the layer's place, the model keeps "
     f"{metrics['loss_recovered']:.1%} of its skill.",

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: numbered folders, each there whole or not at all, the newest kept."""
+"""Checkpoints of a training: numbered folders, each written atomically; only the newest is kept."""
 
 from __future__ import annotations
 
@@ -21,16 +21,26 @@ STATE, TENSORS, OPTIMISER = "state.json", "tensors.safetensors", "optimiser.pt"
 
 
 class Checkpoint(NamedTuple):
-    state: dict  # numbers, text and lists
+    """The content of a checkpoint.
+
+    state: numbers, text and lists.
+    tensors: by name.
+    optimiser: a state_dict.
+    """
+
+    state: dict
     tensors: dict[str, Tensor]
-    optimiser: dict  # its state_dict
+    optimiser: dict
 
 
 def save(folder: str | Path, step: int, checkpoint: Checkpoint) -> None:
-    """Write folder/<step>, then delete the older ones; a kill at any moment leaves a whole one, if there was one.
+    """Write the checkpoint folder/<step>, then delete the older ones.
 
-    It is written under another name and renamed once, so there is no moment without the last good one: the disk holds
-    two for a while. OSError with the sizes if the disk is full or the file too large; the last good one stays.
+    It is written under another name and renamed, so a kill at any moment leaves the last good checkpoint. For a
+    while the disk holds two.
+
+    Raises:
+        OSError: it cannot be written, for example on a full disk; the last good checkpoint stays.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,9 +56,9 @@ def save(folder: str | Path, step: int, checkpoint: Checkpoint) -> None:
         clear_temporaries(folder)
         needed = _bytes(checkpoint.tensors) + _bytes(checkpoint.optimiser)
         raise OSError(
-            f"{folder}: the checkpoint of step {step} could not be written ({error}); it takes {needed:,} bytes, and "
-            f"{shutil.disk_usage(folder).free:,} are free beside {_last(folder)}. Make room and run again: training "
-            "goes on from there"
+            f"{folder}: the checkpoint of step {step} could not be written ({error}); it needs {needed:,} bytes, "
+            f"{shutil.disk_usage(folder).free:,} are free. Make room and run again: training continues from "
+            f"{_last(folder)}"
         ) from error
     for older in _steps(folder)[:-1]:
         (folder / str(older)).replace(folder / f".{older}{TEMPORARY}")
@@ -56,7 +66,7 @@ def save(folder: str | Path, step: int, checkpoint: Checkpoint) -> None:
 
 
 def load(folder: str | Path) -> Checkpoint | None:
-    """The newest checkpoint, on the CPU; None if there is none."""
+    """Load the newest checkpoint onto the CPU; None if there is none."""
     steps = _steps(Path(folder))
     if not steps:
         return None
@@ -69,7 +79,7 @@ def load(folder: str | Path) -> Checkpoint | None:
 
 
 def remove(folder: str | Path) -> None:
-    """Delete a folder of checkpoints, and what killed writers left beside it; gone at once, whatever happens."""
+    """Delete a folder of checkpoints at once, and the files that killed processes left beside it."""
     folder = Path(folder)
     if folder.is_dir():
         folder.replace(folder.with_name(f".{folder.name}.{uuid.uuid4().hex}{TEMPORARY}"))
@@ -83,7 +93,7 @@ def _steps(folder: Path) -> list[int]:
 
 def _last(folder: Path) -> str:
     steps = _steps(folder)
-    return f"the last good one, of step {steps[-1]}" if steps else "no earlier one"
+    return f"the checkpoint of step {steps[-1]}" if steps else "the beginning"
 
 
 def _bytes(value: object) -> int:

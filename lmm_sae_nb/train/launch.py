@@ -1,6 +1,6 @@
-"""Training in several processes: `launch` on this machine, `accelerate launch -m lmm_sae_nb.train.launch` on several.
+"""Train in several processes: `launch` on this machine, `accelerate launch -m lmm_sae_nb.train.launch` on several.
 
-The second takes a JSON file with the arguments of `job`, and runs on every machine, on folders that all of them see:
+The command takes a JSON file with the arguments of `job`. Run it on every machine, with folders that all of them see:
 
     accelerate launch --multi_gpu --num_machines 2 --machine_rank 0 --num_processes 16 \\
         --main_process_ip ... --main_process_port 29500 -m lmm_sae_nb.train.launch job.json
@@ -27,9 +27,11 @@ from lmm_sae_nb.train.training import HISTORY, TrainResult, train_sae
 
 
 def job(model: str | Path, dataset: str | Path, layer: int, **settings) -> TrainResult:
-    """Load a model (a folder, or a name on the hub) and a saved data set in this process, and train as `train_sae`.
+    """Load a model and a saved data set in this process and train; each process of a launcher runs this.
 
-    What each process of a launcher runs, `accelerate.notebook_launcher` too.
+    model: a folder, or a name on the hub.
+    dataset: folder of the saved data set.
+    layer, settings: as of `train_sae`.
     """
     here = PartialState(cpu=not torch.cuda.is_available())
     lmm = LMM.load(Path(model) if Path(model).is_dir() else str(model), device=here.device)
@@ -46,10 +48,17 @@ def launch(
     on_log: Callable[[list[dict[str, float]]], object] | None = None,
     **settings,
 ) -> TrainResult:
-    """`job` in so many processes of this machine, one a GPU where there are GPUs, and its result.
+    """Run `job` in several processes of this machine and return its result.
 
-    They are new processes (`accelerate launch`), because a forked one can use neither a GPU nor threads that its
-    parent has used. They end with this one. RuntimeError with the first error of theirs.
+    They are new processes (`accelerate launch`): a forked process could use neither a GPU nor threads that its parent
+    has used. They end when this process ends.
+
+    processes: one per GPU, if there are GPUs.
+    model, dataset, layer, folder, settings: as of `job` and `train_sae`.
+    on_log: called with all rows of the history so far, after each new row.
+
+    Raises:
+        RuntimeError: a process failed; the message holds the first error.
     """
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
@@ -59,35 +68,35 @@ def launch(
     ]
     arguments = {"model": str(model), "dataset": str(dataset), "layer": layer, "folder": str(folder), **settings}
     rows, error = [], None
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as told:
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as errors:
         path = Path(scratch) / "job.json"
         write_json(path, arguments)
-        with subprocess.Popen([*command, str(path)], stdout=subprocess.PIPE, stderr=told, text=True) as running:
+        with subprocess.Popen([*command, str(path)], stdout=subprocess.PIPE, stderr=errors, text=True) as running:
             try:
                 for line in running.stdout:
-                    message = _told(line)
+                    message = _message(line)
                     error = error or message.get("error")
                     if "row" in message:
                         rows.append(message["row"])
                         if on_log:
                             on_log(rows)
-            except BaseException:  # the reader's stop button too
+            except BaseException:  # also the stop button of a notebook
                 running.terminate()
                 raise
         if running.returncode:
-            told.seek(0)
-            raise RuntimeError(f"training in {processes} processes failed: {error or told.read()[-2000:]}")
+            errors.seek(0)
+            raise RuntimeError(f"training in {processes} processes failed: {error or errors.read()[-2000:]}")
     return TrainResult(TopKSAE.load(folder), read_json(Path(folder) / HISTORY)["rows"])
 
 
-def _tell(**message) -> None:
-    """In one piece, for all processes write into one pipe: under `python -u`, `print` writes a line's end by itself."""
+def _send(**message) -> None:
+    """Write a message in one piece: all processes write into one pipe, and `print` may write the line's end later."""
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
 
-def _told(line: str) -> dict:
-    """What a process tells in this line; nothing if it is somebody else's."""
+def _message(line: str) -> dict:
+    """Return the message in a line of output; an empty one if the line is none."""
     with contextlib.suppress(ValueError):
         return json.loads(line) if line.startswith('{"') else {}
     return {}
@@ -95,7 +104,7 @@ def _told(line: str) -> dict:
 
 if __name__ == "__main__":
     try:
-        job(**read_json(sys.argv[1]), on_log=lambda rows: _tell(row=rows[-1]))
+        job(**read_json(sys.argv[1]), on_log=lambda rows: _send(row=rows[-1]))
     except Exception as error:
-        _tell(error=f"{type(error).__name__}: {error}"[:600])  # a pipe keeps 4 KB together, a letter may take 6 bytes
+        _send(error=f"{type(error).__name__}: {error}"[:600])  # a pipe keeps 4 KB together, a letter may take 6 bytes
         raise

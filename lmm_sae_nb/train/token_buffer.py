@@ -1,7 +1,7 @@
-"""Tokens to train on: hidden states stream from the model, in one order for any number of processes, and mix.
+"""Mix the tokens of many samples into batches, in the same order for any number of processes.
 
-The stream is a sequence of parts, the chosen tokens of a few samples each. Part n is the same whoever computes it,
-so where a training stands is a handful of numbers (`Position`), and what the buffer held can be computed again.
+Hidden states stream from the model in parts: the chosen tokens of a few samples each. Part n is the same in every
+process. So a few numbers (`Position`) say where a training stands, and the buffer's content can be computed again.
 """
 
 from __future__ import annotations
@@ -20,27 +20,36 @@ from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.samples import prompts, token_mask
 from lmm_sae_nb.support.tensor_files import require_finite
 
-EPOCH, BLOCK = 1, 2  # what a shuffle is of: the same seed gives each its own random numbers
+EPOCH, BLOCK = 1, 2  # part of the seed, so that the two kinds of shuffle get different random numbers
 
 
 class Position(NamedTuple):
-    """Where a stream of batches stands; every number counts from 0 and over all processes."""
+    """Where a stream of batches stands; all numbers count from 0, over all processes.
 
-    block: int = 0  # filling of the buffer that the next batch comes from
-    batch: int = 0  # the next batch of that block
-    part: int = 0  # part of the stream in which the block starts,
-    skip: int = 0  # after so many of its tokens
+    block: number of the buffer's filling that the next batch comes from.
+    batch: number of the next batch in that block.
+    part: part of the stream in which the block starts.
+    skip: tokens of that part before the block's start.
+    """
+
+    block: int = 0
+    batch: int = 0
+    part: int = 0
+    skip: int = 0
 
 
 START = Position()
 
 
 class Stream:
-    """The chosen kinds of hidden states of one layer or several, a part (`batch` samples) at a time, epoch after epoch.
+    """The hidden states of the chosen tokens, part by part, epoch after epoch, in a new random order each epoch.
 
-    Samples come in a new random order each epoch. `stream(n)` computes part n, (tokens, layers * width) in the model's
-    dtype, each layer's states beside the next one's; ValueError if a hidden state is not finite. A layer that is named
-    twice is there once.
+    lmm: computes the hidden states.
+    samples: rows with `image`, `question` and `answer`.
+    layers: one or several, 0-based; their states stand side by side.
+    kinds: kinds of token to keep.
+    seed: of the order of samples.
+    batch: samples per part.
     """
 
     def __init__(
@@ -57,6 +66,11 @@ class Stream:
         self.parts_an_epoch = -(-len(samples) // batch)
 
     def __call__(self, part: int) -> Float[Tensor, "tokens states"]:
+        """Compute part n, (tokens, layers * width), in the model's dtype.
+
+        Raises:
+            ValueError: a hidden state is not finite.
+        """
         epoch, place = divmod(part, self.parts_an_epoch)
         order = np.random.default_rng((self.seed, EPOCH, epoch)).permutation(len(self.samples))
         wanted = order[place * self.batch : (place + 1) * self.batch].tolist()
@@ -68,15 +82,17 @@ class Stream:
         return torch.cat(list(tokens.values()), 1)
 
     def by_layer(self, tokens: Float[Tensor, "tokens states"]) -> dict[int, Float[Tensor, "tokens width"]]:
-        """The states of each layer alone."""
+        """Divide what the stream returns into the states of each layer."""
         parts = tokens.split(self.lmm.width, 1)
         return {layer: states.contiguous() for layer, states in zip(self.layers, parts, strict=True)}
 
 
 class _Part(NamedTuple):
+    """A part of the stream; `states` is None if another process holds it."""
+
     number: int
     tokens: int
-    own: Tensor | None  # None if another process holds it
+    states: Tensor | None
 
 
 def mixed(
@@ -88,15 +104,24 @@ def mixed(
     batch_tokens: int,
     seed: int,
     start: Position = START,
-) -> Iterator[tuple[Float[Tensor, "own width"], Position]]:
-    """This process's share of each batch, and the position after it; `start` at a position to go on from there.
+) -> Iterator[tuple[Float[Tensor, "local width"], Position]]:
+    """Yield this process's tokens of each batch, and the position after the batch.
 
-    A buffer is filled with the stream's next `buffer_tokens` tokens (rounded down to whole batches), which are dealt
-    out in random order until none is left: every token is in one batch, and all processes together hold
-    `batch_tokens` of them. Each process computes and keeps every n-th part, so hidden states never travel; shares
-    differ a little in size, and may be empty. The tokens of a batch are the same for any number of processes.
-    To go on from a position costs computing its block again.
-    ValueError if the buffer holds less than a batch, or an epoch of parts holds no token at all.
+    A buffer is filled with the stream's next tokens, rounded down to whole batches. They are given out in random
+    order until none is left, so every token is in one batch. The tokens of a batch are the same for any number of
+    processes. Each of n processes computes and keeps every n-th part, so hidden states never travel. Its tokens of a
+    batch vary in number and can be none.
+
+    stream: computes a part.
+    parts_an_epoch: parts in an epoch.
+    accelerator: knows the processes.
+    buffer_tokens: capacity of the buffer, over all processes.
+    batch_tokens: tokens per batch, over all processes.
+    seed: of the random order.
+    start: position to continue from; its block is computed again.
+
+    Raises:
+        ValueError: the buffer is smaller than a batch, or an epoch has no token of the chosen kinds.
     """
     if not 1 <= batch_tokens <= buffer_tokens:
         raise ValueError(
@@ -106,7 +131,7 @@ def mixed(
     parts: deque[_Part] = deque()
     rounds = _rounds(stream, accelerator, start.part)
     parts.extend(next(rounds))
-    nothing = next(part.own[:0] for part in parts if part.own is not None)  # the share of who holds none of a batch
+    nothing = next(part.states[:0] for part in parts if part.states is not None)  # for batches without local tokens
     position = start
     while True:
         while sum(part.tokens for part in parts) - position.skip < length:
@@ -120,36 +145,36 @@ def mixed(
             position = position._replace(batch=batch + 1)
             if batch + 1 == length // batch_tokens:
                 position = _next_block(parts, position, length)
-            own = _deal(pieces, order[batch * batch_tokens : (batch + 1) * batch_tokens])
-            yield torch.cat([nothing, *own]), position
-        del pieces  # the parts go before the next block's come
+            here = _local_tokens(pieces, order[batch * batch_tokens : (batch + 1) * batch_tokens])
+            yield torch.cat([nothing, *here]), position
+        del pieces  # free their memory before the next block
         while parts and parts[0].number < position.part:
             parts.popleft()
 
 
 def _rounds(stream: Callable[[int], Tensor], accelerator: Accelerator, first: int) -> Iterator[list[_Part]]:
-    """As many parts at a time as there are processes, r, r + n, ... by process r; those before `first` are emptied."""
+    """Yield as many parts at a time as there are processes; process r computes parts r, r + n, ... from `first` on."""
     n, rank = accelerator.num_processes, accelerator.process_index
     for start in range(first - first % n, 2**63, n):
-        own = stream(start + rank)
-        own = own if start + rank >= first else own[:0]
-        counts = accelerator.gather(torch.tensor([len(own)], device=accelerator.device)).tolist()
-        yield [_Part(start + i, tokens, own if i == rank else None) for i, tokens in enumerate(counts)]
+        states = stream(start + rank)
+        states = states if start + rank >= first else states[:0]
+        counts = accelerator.gather(torch.tensor([len(states)], device=accelerator.device)).tolist()
+        yield [_Part(start + i, tokens, states if i == rank else None) for i, tokens in enumerate(counts)]
 
 
 def _pieces(parts: Iterable[_Part], skip: int, length: int) -> list[tuple[int, Tensor]]:
-    """What this process holds of a block, each piece with its place there."""
+    """Return this process's pieces of a block, each with its place in the block."""
     pieces, place = [], -skip
     for part in parts:
-        if part.own is not None:
-            piece = part.own[max(0, -place) : max(0, length - place)]
+        if part.states is not None:
+            piece = part.states[max(0, -place) : max(0, length - place)]
             pieces.append((max(place, 0), piece))
         place += part.tokens
     return pieces
 
 
-def _deal(pieces: list[tuple[int, Tensor]], places: Tensor) -> Iterator[Float[Tensor, "own width"]]:
-    """The tokens at these places of a block, as far as they are here, in order of place."""
+def _local_tokens(pieces: list[tuple[int, Tensor]], places: Tensor) -> Iterator[Float[Tensor, "local width"]]:
+    """Yield the tokens at these places of a block that this process holds, in order of place."""
     places = places.sort().values
     for start, piece in pieces:
         low, high = torch.searchsorted(places, torch.tensor([start, start + len(piece)])).tolist()
@@ -157,7 +182,7 @@ def _deal(pieces: list[tuple[int, Tensor]], places: Tensor) -> Iterator[Float[Te
 
 
 def _next_block(parts: Iterable[_Part], position: Position, length: int) -> Position:
-    """Where the block after this one starts."""
+    """Return the position at which the block after this one starts."""
     left = position.skip + length
     for part in parts:
         if left < part.tokens or not left:

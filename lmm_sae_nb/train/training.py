@@ -1,7 +1,7 @@
-"""Section 2.1: hidden states stream from the model into one TopK SAE or several, in one pass over the model.
+"""Train one TopK SAE or several in one pass over the model (section 2.1).
 
-One process or many: accelerate says which. Every process holds the SAEs and its own part of the tokens; gradients,
-variances, losses and what fired are summed over all, so that an SAE does not depend on how many there are.
+Accelerate says how many processes work. Each holds all SAEs and its part of the tokens. Gradients, variances, losses
+and the record of active latents are summed over the processes, so the SAE does not depend on their number.
 """
 
 from __future__ import annotations
@@ -43,15 +43,20 @@ TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 
 
 class TrainResult(NamedTuple):
+    """A trained SAE and its history, one row every few steps, with the columns of ROW."""
+
     sae: TopKSAE
-    history: list[dict[str, float]]  # a row: ROW
+    history: list[dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One SAE of several: the layer (0-based) whose output it learns, its size, and the peak of its learning rate.
+    """The settings of one SAE of several.
 
-    lr: None is 2e-4 / sqrt(n_latents / 2^14), the published rule.
+    layer: the layer, 0-based, whose output it learns.
+    n_latents: number of latents.
+    k: active latents per token.
+    lr: highest learning rate; by default the published rule, 2e-4 / sqrt(n_latents / 2^14).
     """
 
     layer: int
@@ -60,13 +65,13 @@ class Recipe:
     lr: float | None = None
 
     def run(self, lmm: LMM) -> dict[str, object]:
-        """What tells this SAE from another one of the same training."""
+        """Return what distinguishes this SAE from the others of the same training."""
         lr = 2e-4 / math.sqrt(self.n_latents / 2**14) if self.lr is None else self.lr
         return asdict(self) | {"lr": lr, "model": lmm.fingerprint(self.layer)}
 
 
 def learning_rate(step: int, steps: int, peak: float, warm: int) -> float:
-    """A linear rise over `warm` optimiser steps to `peak`, then a linear fall to 0 after the last step."""
+    """Return the learning rate at a step: a linear rise to `peak` over `warm` steps, then a linear fall to 0."""
     return peak * min((step + 1) / max(1, warm), (steps - step) / max(1, steps - warm), 1.0)
 
 
@@ -82,13 +87,18 @@ def train_sae(
     on_log: Callable[[list[dict[str, float]]], object] | None = None,
     **settings,
 ) -> TrainResult:
-    """Train an SAE on the output of one decoder layer (0-based) and save it in `folder`: `train_saes` of one.
+    """Train an SAE on the output of one decoder layer, and save it and its history in `folder`.
 
-    on_log: called with all rows of the history so far, after each new one.
+    lmm: the model under study; it does not change.
+    samples: rows with `image` (PIL or None), `question` and `answer`.
+    layer: 0-based.
+    n_latents, k, lr: as of `Recipe`.
+    on_log: called with all rows of the history so far, after each new row.
+    settings, errors: as of `train_saes`.
     """
-    told = None if on_log is None else lambda histories: on_log(histories[""])
+    on_logs = None if on_log is None else lambda histories: on_log(histories[""])
     recipes = {"": Recipe(layer, n_latents, k, lr)}
-    return train_saes(lmm, samples, recipes, folder=folder, on_log=told, **settings)[""]
+    return train_saes(lmm, samples, recipes, folder=folder, on_log=on_logs, **settings)[""]
 
 
 def train_saes(
@@ -115,27 +125,38 @@ def train_saes(
 ) -> dict[str, TrainResult]:
     """Train an SAE by each recipe, all on the same tokens of one pass over the model, and save it in folder/<name>.
 
-    samples: rows with image (PIL or None), question, answer. A latent counts as dead when it has not fired for
-    `dead_after_tokens` tokens. The buffer that mixes tokens of many samples holds 16 batches by default, in the model's
-    dtype, divided among the processes; every layer adds its states to it, and every SAE nothing.
-    Loss of a batch: FVU + auxk_alpha * AuxK; a step takes the mean gradient of `accumulate` batches of `batch_tokens`
-    tokens (over all processes). Steps: rows of W_dec kept at unit length, gradient norm clipped to 1, Adam, warm-up
-    over 5 % of the steps. mixed_precision: "no" or "bf16" (autocast; weights stay float32). tracker: one of TRACKERS.
-    on_log: called with the histories so far, by name, after each new row of theirs.
+    The loss of a batch is FVU + auxk_alpha * AuxK. The optimiser is `SAEAdam`, with warm-up and linear decay. On one
+    CPU process each SAE gets the same bits as if it were trained alone with the same seed.
 
-    An SAE has the bits that it gets when it is trained alone with the same seed, on one CPU process.
+    Call again with the same arguments to continue after a kill: training goes on from the last checkpoint, and on one
+    CPU process ends with the same bits. At the end the checkpoint is deleted, and each history.json records what was
+    trained, so the same call returns the finished SAEs.
 
-    Every `checkpoint_minutes` folder/checkpoint gets a whole checkpoint (three times the SAEs' size, six while one is
-    written). Called again with the same arguments, training goes on from it, after computing again the tokens that
-    the buffer held; on one CPU process it ends with the same bits as without the interruption. When all is done the
-    checkpoint goes, and each history.json says what was trained: the same call again returns those SAEs.
+    samples: rows with `image` (PIL or None), `question` and `answer`.
+    recipes: by name; a name is its folder's.
+    steps: optimiser steps.
+    batch_tokens: tokens per batch, over all processes.
+    accumulate: batches whose mean gradient makes one step.
+    kinds: kinds of token to learn from.
+    seed: of the first weights and of the order of tokens.
+    auxk_alpha: weight of AuxK in the loss.
+    dead_after_tokens: tokens without activation after which a latent counts as dead.
+    buffer_tokens: tokens in the buffer that mixes samples, over all processes; by default 16 batches. It holds every
+        layer's states in the model's dtype.
+    batch_samples: samples per forward pass of the model.
+    warm_steps: steps of warm-up; by default 5 % of all.
+    mixed_precision: "no", or "bf16" (autocast; weights stay float32).
+    folder: for the SAEs and the checkpoint, which takes up to six times the SAEs' size.
+    checkpoint_minutes: minutes between checkpoints.
+    tracker: one of TRACKERS.
+    log_every: steps between rows of the history.
+    on_log: called with the histories so far, by name, after each new row.
 
-    On n processes, each forwards every n-th part of the samples, and hidden states never travel; a step sends the
-    gradients (twice the SAEs' size) once, beside a few numbers a latent.
-
-    ValueError for no samples or recipes, a name that is no folder's, as `mixed`, for hidden states or a loss that are
-    not finite, or a checkpoint of another run; ModuleNotFoundError if the tracker is not installed; OSError for samples
-    that cannot be read, or a full disk. The last good checkpoint stays.
+    Raises:
+        ValueError: there are no samples or recipes, a name is no folder's, hidden states or a loss are not finite, or
+            the checkpoint is of another run.
+        ModuleNotFoundError: the tracker is not installed.
+        OSError: samples cannot be read, or the disk is full. The last good checkpoint stays.
     """
     if min(len(samples), len(recipes), steps, accumulate) < 1:
         raise ValueError(
@@ -143,7 +164,7 @@ def train_saes(
             "to train on; give at least one of each"
         )
     if wrong := [name for name in recipes if name in (CHECKPOINTS, LOGS) or not re.fullmatch(r"(\w[\w.+-]*)?", name)]:
-        raise ValueError(f"SAEs cannot be called {wrong}: a name is its folder's, of letters, digits and _ . + -")
+        raise ValueError(f"{wrong} cannot name SAEs: a name is also a folder's; use letters, digits and _ . + -")
     shared = {
         "steps": steps, "batch_tokens": batch_tokens, "accumulate": accumulate, "kinds": list(kinds), "seed": seed,
         "auxk_alpha": auxk_alpha, "dead_after_tokens": dead_after_tokens,
@@ -156,7 +177,7 @@ def train_saes(
     accelerator = _accelerator(lmm, mixed_precision, accumulate, tracker, folder)
     try:
         if done := _finished(folder, runs, accelerator):
-            return {name: its._replace(sae=its.sae.to(lmm.device)) for name, its in done.items()}
+            return {name: TrainResult(one.sae.to(lmm.device), one.history) for name, one in done.items()}
         if tracker != "none":
             accelerator.init_trackers("lmm-sae-nb", {name: _plain(value) for name, value in _together(runs).items()})
         stream = Stream(lmm, samples, [recipe.layer for recipe in recipes.values()], kinds, seed, batch_samples)
@@ -173,7 +194,8 @@ def train_saes(
 
 
 def _accelerator(lmm: LMM, mixed_precision: str, accumulate: int, tracker: str, folder: Path) -> Accelerator:
-    """Accelerate's view of this process: on the model's device if alone, else the model moves to the process's own."""
+    """Return accelerate's view of this process. A single process works on the model's device; with several the model
+    moves to the device of each process."""
     if mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision is {mixed_precision!r}; choose 'no' or 'bf16' (float16 overflows)")
     if tracker not in TRACKERS:
@@ -193,20 +215,25 @@ def _accelerator(lmm: LMM, mixed_precision: str, accumulate: int, tracker: str, 
 
 
 def _plain(value: object) -> object:
+    """Return a setting as a tracker can take it."""
     return ", ".join(value) if isinstance(value, list) else value
 
 
-# ---- what a training is, and what it leaves -------------------------------------------------------------------
+# ---- the state of a training, and its files --------------------------------------------------------------------
 
 
 @dataclass
 class _Learner:
-    """An SAE in training: what it is, and what of it changes from step to step."""
+    """An SAE in training.
+
+    run: its settings.
+    silent: tokens since each latent was last active.
+    """
 
     run: Mapping
     sae: TopKSAE
     optimiser: torch.optim.Optimizer
-    silent: Int64[Tensor, " latents"]  # tokens since each latent last fired
+    silent: Int64[Tensor, " latents"]
     history: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -216,13 +243,17 @@ class _Learner:
 
 @dataclass
 class _Training:
-    """What a checkpoint holds."""
+    """The state of a training, which a checkpoint holds.
+
+    seconds: time spent on the steps, without the time lost between a checkpoint and a kill.
+    clock: the moment up to which `seconds` counts; not part of a checkpoint.
+    """
 
     learners: dict[str, _Learner]
     position: Position
     step: int = 0
-    seconds: float = 0.0  # spent on these steps, without what was lost between a checkpoint and a kill
-    clock: float = field(default_factory=time.monotonic)  # up to when `seconds` counts; no checkpoint needs it
+    seconds: float = 0.0
+    clock: float = field(default_factory=time.monotonic)
 
     @property
     def run(self) -> dict:
@@ -247,15 +278,15 @@ class _Training:
         optimisers = {name: learner.optimiser.state_dict() for name, learner in self.learners.items()}
         checkpoint.save(folder, self.step, Checkpoint(state, tensors, optimisers))
 
-    def load(self, found: Checkpoint) -> None:
+    def load(self, saved: Checkpoint) -> None:
         for name, learner in self.learners.items():
-            learner.silent.copy_(found.tensors.pop(f"{name}/silent"))
+            learner.silent.copy_(saved.tensors.pop(f"{name}/silent"))
             learner.sae.load_state_dict(
-                {part: found.tensors.pop(f"{name}/{part}") for part in learner.sae.state_dict()}
+                {part: saved.tensors.pop(f"{name}/{part}") for part in learner.sae.state_dict()}
             )
-            learner.optimiser.load_state_dict(found.optimiser.pop(name))
-            learner.history = found.state["histories"][name]
-        self.step, self.seconds = found.state["step"], found.state["seconds"]
+            learner.optimiser.load_state_dict(saved.optimiser.pop(name))
+            learner.history = saved.state["histories"][name]
+        self.step, self.seconds = saved.state["step"], saved.state["seconds"]
 
 
 def _of(name: str) -> str:
@@ -263,10 +294,10 @@ def _of(name: str) -> str:
 
 
 def _together(runs: Mapping[str, Mapping]) -> dict[str, object]:
-    """What several SAEs share as it is, and under `name key` what they do not; of one alone just its run."""
-    own = {item.name for item in fields(Recipe)} | {"model"}
+    """Return the settings of all SAEs in one dictionary: shared ones by their key, others by `name key`."""
+    separate = {item.name for item in fields(Recipe)} | {"model"}
     return {
-        f"{name} {key}".strip() if key in own else key: value
+        f"{name} {key}".strip() if key in separate else key: value
         for name, run in runs.items()
         for key, value in run.items()
     }
@@ -275,18 +306,18 @@ def _together(runs: Mapping[str, Mapping]) -> dict[str, object]:
 def _begin(
     lmm: LMM, stream: Stream, accelerator: Accelerator, runs: Mapping[str, Mapping], folder: Path
 ) -> tuple[_Training, Iterator[tuple[dict[int, Tensor], Position]]]:
-    """A training as its last checkpoint left it, or before its first step, and the batches that follow."""
-    found = checkpoint.load(folder / CHECKPOINTS)
-    if found:
-        _require_same(found.state["run"], _together(runs), folder / CHECKPOINTS)
-    start = Position(**found.state["position"]) if found else Position()
+    """Return the training as its last checkpoint left it, or before its first step, and the batches that follow."""
+    saved = checkpoint.load(folder / CHECKPOINTS)
+    if saved:
+        _require_same(saved.state["run"], _together(runs), folder / CHECKPOINTS)
+    start = Position(**saved.state["position"]) if saved else Position()
     any_run = next(iter(runs.values()))
     sizes = {name: any_run[name] for name in ("buffer_tokens", "batch_tokens", "seed")}
     batches = mixed(stream, stream.parts_an_epoch, accelerator, **sizes, start=start)
     batches = ((stream.by_layer(tokens), position) for tokens, position in batches)
     training = _Training({name: _learner(lmm, run, accelerator) for name, run in runs.items()}, start)
-    if found:
-        training.load(found)
+    if saved:
+        training.load(saved)
     else:
         first = next(batches)
         batches = itertools.chain([first], batches)
@@ -304,18 +335,18 @@ def _learner(lmm: LMM, run: Mapping, accelerator: Accelerator) -> _Learner:
 
 
 def _require_same(saved: Mapping, run: Mapping, folder: Path) -> None:
-    """ValueError that names what differs if a checkpoint is of another run."""
+    """Raise ValueError, naming the differences, if a checkpoint is of another run."""
     names = sorted(name for name in saved.keys() | run.keys() if saved.get(name) != run.get(name))
     if names:
-        told = "; ".join(f"{name} was {saved.get(name)!r}, is now {run.get(name)!r}" for name in names)
+        changes = "; ".join(f"{name} was {saved.get(name)!r}, is now {run.get(name)!r}" for name in names)
         raise ValueError(
-            f"{folder} holds a checkpoint of another run: {told}. Go on with what it had, or delete the folder to "
-            "start anew"
+            f"{folder} holds a checkpoint of another run: {changes}. Use the old settings, or delete the folder to "
+            "start again"
         )
 
 
 def _finish(training: _Training, folder: Path) -> None:
-    """Each SAE, then what it is; in the end no checkpoint: killed in between, the next call finds its way."""
+    """Write each SAE, then its history; then delete the checkpoint. After a kill in between the next call resumes."""
     for name, learner in training.learners.items():
         (folder / name / HISTORY).unlink(missing_ok=True)
         learner.sae.save(folder / name)
@@ -324,20 +355,20 @@ def _finish(training: _Training, folder: Path) -> None:
 
 
 def _finished(folder: Path, runs: Mapping[str, Mapping], accelerator: Accelerator) -> dict[str, TrainResult] | None:
-    """What this very code made of these very runs before, if it did, of all of them."""
+    """Return the SAEs if this code has finished exactly these runs before; otherwise None."""
     paths = {name: folder / name / HISTORY for name in runs}
     if not all(path.is_file() for path in paths.values()):
         return None
-    told = {name: read_json(path) for name, path in paths.items()}
-    if any((told[name].get("run"), told[name].get("code")) != (run, _code()) for name, run in runs.items()):
+    records = {name: read_json(path) for name, path in paths.items()}
+    if any((records[name].get("run"), records[name].get("code")) != (run, _code()) for name, run in runs.items()):
         return None
     if accelerator.is_main_process:
         _clear(folder, runs)
-    return {name: TrainResult(TopKSAE.load(folder / name), told[name]["rows"]) for name in runs}
+    return {name: TrainResult(TopKSAE.load(folder / name), records[name]["rows"]) for name in runs}
 
 
 def _clear(folder: Path, names: Iterable[str]) -> None:
-    """Take away the checkpoint, and what killed writers left."""
+    """Delete the checkpoint and the files that killed processes left."""
     for name in names:
         clear_temporaries(folder / name)
     checkpoint.remove(folder / CHECKPOINTS)
@@ -360,7 +391,10 @@ def _train(
     log_every: int,
     on_log: Callable[[dict[str, list[dict[str, float]]]], object] | None,
 ) -> None:
-    """The steps that are left, with a row of each history now and then, and checkpoints. run: what the SAEs share."""
+    """Do the remaining steps; add rows to the histories and write checkpoints.
+
+    run: the settings that the SAEs share.
+    """
     steps, main = run["steps"], accelerator.is_main_process
     saved = time.monotonic()
     logged = (training.step, training.seconds)
@@ -370,12 +404,12 @@ def _train(
         training.count_time()
         bar.update()
         if training.step % log_every == 0 or training.step == steps:
-            told = {}
+            tracked = {}
             for name, learner in training.learners.items():
                 learner.history.append(row := _row(training, learner, values[name], *logged))
-                told |= {f"{name}/{column}".lstrip("/"): row[column] for column in ROW[1:]}
+                tracked |= {f"{name}/{column}".lstrip("/"): row[column] for column in ROW[1:]}
             logged = (training.step, training.seconds)
-            accelerator.log(told, step=training.step)
+            accelerator.log(tracked, step=training.step)
             bar.set_postfix(fvu=f"{row['fvu']:.3f}", dead=f"{row['dead_fraction']:.3f}", refresh=False)
             if on_log and main:
                 on_log({name: learner.history for name, learner in training.learners.items()})
@@ -388,7 +422,11 @@ def _train(
 def _row(
     training: _Training, learner: _Learner, values: Mapping[str, float], last_step: int, last_seconds: float
 ) -> dict[str, float]:
-    """A row of history, from what the latest step told and when the row before it was."""
+    """Return a row of the history.
+
+    values: FVU, AuxK, L0 and learning rate of the latest step.
+    last_step, last_seconds: step and time of the row before.
+    """
     tokens = learner.run["accumulate"] * learner.run["batch_tokens"]
     row = {
         "step": training.step, "tokens": training.step * tokens, "seconds": training.seconds,
@@ -405,7 +443,7 @@ def _step(
     accelerator: Accelerator,
     run: Mapping,
 ) -> dict[str, dict[str, float]]:
-    """One optimiser step of each SAE; its FVU, AuxK, L0 and learning rate."""
+    """Do one optimiser step of each SAE; return its FVU, AuxK, L0 and learning rate."""
     learners = training.learners
     for learner in learners.values():
         rate = learning_rate(training.step, run["steps"], learner.run["lr"], run["warm_steps"])
@@ -437,11 +475,14 @@ def _step(
 
 
 def _backward(
-    name: str, learner: _Learner, x: Float[Tensor, "own width"], accelerator: Accelerator
+    name: str, learner: _Learner, x: Float[Tensor, "local width"], accelerator: Accelerator
 ) -> tuple[Float[Tensor, " 3"], Bool[Tensor, " latents"]]:
-    """Gradients of a batch's loss from this process's tokens; FVU, AuxK and L0 of all; which latents fired.
+    """Compute the gradients of a batch's loss from this process's tokens.
 
-    One with activation 0 has not fired. ValueError if the loss is not finite.
+    Return FVU, AuxK and L0 over all processes, and which latents were active. A latent with activation 0 was not.
+
+    Raises:
+        ValueError: the loss is not finite.
     """
     sae, dead, auxk_alpha = learner.sae, learner.dead, learner.run["auxk_alpha"]
     sums = accelerator.reduce(torch.cat([x.sum(0), x.new_tensor([len(x)])]))
@@ -455,10 +496,10 @@ def _backward(
     if auxk_alpha:
         energy = accelerator.reduce(error.detach())
         aux = auxk_loss(sae, x, x_hat, dead, k_aux=sae.width // 2) * error.detach() / energy.clamp_min(1e-30)
-    own = latents.acts > 0
+    active = latents.acts > 0
     fired = torch.zeros_like(dead)
-    fired[latents.indices[own]] = True
-    losses = accelerator.reduce(torch.stack([unexplained.detach(), aux.detach(), own.sum() / tokens])).double().cpu()
+    fired[latents.indices[active]] = True
+    losses = accelerator.reduce(torch.stack([unexplained.detach(), aux.detach(), active.sum() / tokens])).double().cpu()
     if not losses.isfinite().all():
         raise ValueError(
             f"the loss{_of(name)} is not finite: FVU {losses[0]}, AuxK {losses[1]}; train with a lower lr, or on "
@@ -469,14 +510,14 @@ def _backward(
 
 
 def _sum_gradients(sae: TopKSAE, accelerator: Accelerator) -> None:
-    """Add up what the processes found, in place. All gradients come at once, so nothing could overlap with it."""
+    """Sum the gradients over the processes, in place."""
     if accelerator.num_processes > 1:
         for weights in sae.parameters():
             torch.distributed.all_reduce(weights.grad)
 
 
-def _gathered(x: Float[Tensor, "own width"], accelerator: Accelerator) -> Float[Tensor, "tokens width"]:
-    """The tokens of all processes, in their order."""
+def _gathered(x: Float[Tensor, "local width"], accelerator: Accelerator) -> Float[Tensor, "tokens width"]:
+    """Return the tokens of all processes, in the order of processes."""
     counts = accelerator.gather(torch.tensor([len(x)], device=x.device)).tolist()
-    shares = accelerator.gather(accelerator.pad_across_processes(x)).split(max(counts))
-    return torch.cat([share[:count] for share, count in zip(shares, counts, strict=True)])
+    padded = accelerator.gather(accelerator.pad_across_processes(x)).split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(padded, counts, strict=True)])

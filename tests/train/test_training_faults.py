@@ -1,4 +1,4 @@
-"""Faults stop a training with an error that says what to do, and the last good checkpoint goes on from there."""
+"""Faults stop a training with an error that says what to do; the next run continues from the last good checkpoint."""
 
 import json
 import resource
@@ -82,7 +82,7 @@ def test_a_full_disk(place, whole):
     error = (place / "error").read_text()
     assert error.startswith("OSError: ")
     assert "the checkpoint of step 3 could not be written" in error
-    assert "free beside the last good one, of step 2. Make room and run again" in error
+    assert "free. Make room and run again: training continues from the checkpoint of step 2" in error
     assert_goes_on(place, whole)
 
 
@@ -133,7 +133,7 @@ def test_weights_that_are_not_finite_make_no_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 7}, "checkpoint of another run: steps was 6, is now 7. .*or delete the folder to start anew"),
+        ({"steps": 7}, "checkpoint of another run: steps was 6, is now 7. .*or delete the folder to start again"),
         ({"kinds": ("base",)}, r"kinds was \['base', .*\], is now \['base'\]"),
         ({"lr": 1e-3, "seed": 4}, "lr was 0.003, is now 0.001; seed was 3, is now 4"),
     ],

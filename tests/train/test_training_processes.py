@@ -11,7 +11,7 @@ from forks import started
 from trainings import SAMPLES, run, told, train, train_and_die, train_together
 
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.train.launch import _tell, _told, job, launch
+from lmm_sae_nb.train.launch import _message, _send, job, launch
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def dataset(tmp_path_factory):
     return path
 
 
-def test_accelerate_launch_trains_the_same_sae_and_tells_its_rows(root, dataset, tmp_path, monkeypatch):
+def test_accelerate_launch_trains_the_same_sae_and_sends_its_rows(root, dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(root))
     model, told_rows = root / "data/models/tiny-llava-next", []
     settings = dict(n_latents=96, k=8, steps=4, batch_tokens=256, buffer_tokens=512, batch_samples=2, log_every=1)
@@ -72,26 +72,26 @@ def test_accelerate_launch_trains_the_same_sae_and_tells_its_rows(root, dataset,
     assert told_rows == [1, 2, 3, 4] == [row["step"] for row in together.history]
 
 
-def test_an_error_in_a_process_is_told(root, tmp_path, monkeypatch):
+def test_an_error_in_a_process_is_message(root, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(root))
     with pytest.raises(RuntimeError, match="2 processes failed: FileNotFoundError: .*nowhere"):
         launch(2, root / "data/models/tiny-llava-next", tmp_path / "nowhere", 4, folder=tmp_path)
 
 
-def _tell_many(pipe: int) -> None:
+def _send_many(pipe: int) -> None:
     sys.stdout = io.TextIOWrapper(io.FileIO(pipe, "w"), write_through=True)  # as it is under `python -u`
     for step in range(20_000):
-        _tell(row={"step": step, "loss": 0.5})
+        _send(row={"step": step, "loss": 0.5})
 
 
-def test_what_processes_tell_at_once_stays_in_lines():
+def test_messages_of_several_processes_stay_in_lines():
     """As torch's launcher starts them: unbuffered, into one pipe."""
     reading, writing = os.pipe()
-    processes = [started(_tell_many, writing)[0] for _ in range(2)]
+    processes = [started(_send_many, writing)[0] for _ in range(2)]
     os.close(writing)
     with open(reading) as told:
         lines = told.readlines()
     for process in processes:
         process.join()
-    assert sorted(_told(line)["row"]["step"] for line in lines) == sorted([*range(20_000)] * 2)
-    assert _told("{'a': 1}\n") == _told('{"a": 1}{"a": 1}\n') == _told("loading\n") == {}
+    assert sorted(_message(line)["row"]["step"] for line in lines) == sorted([*range(20_000)] * 2)
+    assert _message("{'a': 1}\n") == _message('{"a": 1}{"a": 1}\n') == _message("loading\n") == {}

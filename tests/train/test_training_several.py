@@ -156,8 +156,8 @@ def test_trackers_get_the_rows_of_each(tmp_path):
     ("recipes", "message"),
     [
         ({}, "7 samples, 0 recipes"),
-        ({"checkpoint": Recipe(0, 8, 2)}, r"cannot be called \['checkpoint'\]"),
-        ({"../up": Recipe(0, 8, 2)}, "a name is its folder's"),
+        ({"checkpoint": Recipe(0, 8, 2)}, r"\['checkpoint'\] cannot name SAEs"),
+        ({"../up": Recipe(0, 8, 2)}, "a name is also a folder's"),
         ({"one": Recipe(7, 8, 2)}, "no layer 7: .* layers 0 to 2"),
         ({"one": Recipe(0, 8, 9)}, "k is 9, with 8 latents"),
     ],

@@ -65,7 +65,12 @@ from torch.testing import assert_close
 
 from lmm_sae_nb import LMM, SAEInPlace, TopKSAE, evaluate_sae, train_sae
 from lmm_sae_nb.show import plots
-from lmm_sae_nb.show.report import findings, headline, metrics_table, provenance
+from lmm_sae_nb.show.report import (
+    findings,
+    headline,
+    metrics_table,
+    provenance,
+)
 from lmm_sae_nb.support.stages import Metrics, Page
 from lmm_sae_nb.train.launch import launch
 
@@ -100,7 +105,8 @@ plots.images([row["image"] for row in pictured], titles);
 
 # %%
 first = pictured[0]
-prompt = lmm.prompt(first["question"], first["image"], answers=[first["answer"]])
+question, image, answer = first["question"], first["image"], first["answer"]
+prompt = lmm.prompt(question, image, answers=[answer])
 names = ("base", "tiles", "newline", "text", "special", "pad")
 counts = {kind: int(prompt.mask(kind).sum()) for kind in names}
 assert sum(counts.values()) == prompt.inputs["input_ids"].shape[1]
@@ -129,8 +135,8 @@ z = torch.zeros_like(z).scatter(-1, kept.indices, kept.values)
 x_hat = z @ sae.W_dec + sae.b_dec
 
 assert_close(sae(x), x_hat)
-latents = sae.encode(x)
-assert_close(torch.zeros_like(z).scatter(-1, latents.indices, latents.acts), z)
+acts, indices = sae.encode(x)
+assert_close(torch.zeros_like(z).scatter(-1, indices, acts), z)
 
 # %% [markdown]
 # ## Training
@@ -150,10 +156,11 @@ stage = page.stage(
     "train", without=("processes", "checkpoint_minutes", "tracker")
 )
 settings = dict(
-    n_latents=n_latents, k=k, steps=steps, batch_tokens=batch_tokens, lr=lr,
-    accumulate=accumulate, dead_after_tokens=dead_after_tokens, kinds=kinds,
-    seed=seed, mixed_precision=mixed_precision, folder=stage.folder,
+    n_latents=n_latents, k=k, lr=lr, steps=steps, kinds=kinds, seed=seed,
+    batch_tokens=batch_tokens, accumulate=accumulate,
+    dead_after_tokens=dead_after_tokens, mixed_precision=mixed_precision,
     checkpoint_minutes=checkpoint_minutes, tracker=tracker,
+    folder=stage.folder,
 )  # fmt: skip
 
 # %% [markdown]
@@ -207,9 +214,9 @@ of_kind = {
 }
 worst = max(of_kind, key=of_kind.get)
 findings(
-    f"On held-out samples the SAE leaves {metrics['fvu']:.1%} of the variance "
-    "unexplained.",
-    f"It is worst on `{worst}` tokens, where it leaves {of_kind[worst]:.1%}.",
+    f"On held-out samples the SAE leaves {metrics['fvu']:.1%} of the "
+    "variance unexplained.",
+    f"It is worst on `{worst}` tokens: it leaves {of_kind[worst]:.1%}.",
     f"{metrics['dead_fraction']:.1%} of {n_latents:,} latents are dead.",
     "With the reconstruction in the layer's place, the model keeps "
     f"{metrics['loss_recovered']:.1%} of its skill.",

@@ -105,8 +105,8 @@ plots.images([row["image"] for row in pictured], titles);
 
 # %%
 first = pictured[0]
-question, image, answer = first["question"], first["image"], first["answer"]
-prompt = lmm.prompt(question, image, answers=[answer])
+question, answer = first["question"], first["answer"]
+prompt = lmm.prompt(question, first["image"], answers=[answer])
 names = ("base", "tiles", "newline", "text", "special", "pad")
 counts = {kind: int(prompt.mask(kind).sum()) for kind in names}
 assert sum(counts.values()) == prompt.inputs["input_ids"].shape[1]

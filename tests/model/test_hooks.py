@@ -1,4 +1,4 @@
-"""hooks: read, rewrite, stop and share, for layers that return a tensor and layers that return a tuple."""
+"""Hooks read, rewrite and stop, for layers that return a tensor and layers that return a tuple."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""LMM: prompts and answers, hidden states, splicing, generation and bad input, on the true classes."""
+"""Prompts, hidden states, splicing, upper layers, generation and bad input, on the real classes."""
 
 from functools import cache
 
@@ -87,7 +87,7 @@ def test_samples_without_an_image_go_beside_those_with_one():
 
 
 @EVERY_FAMILY
-def test_what_is_above_a_layer_goes_on_from_its_states(family):
+def test_upper_layers_continue_from_a_layers_states(family):
     lmm = studied(family)
     prompt = pair(lmm)
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_what_is_above_a_layer_goes_on_from_its_states(family):
 
 
 @EVERY_FAMILY
-def test_versions_of_the_last_tokens_need_no_earlier_ones_again(family):
+def test_late_tokens_resume_from_remembered_early_ones(family):
     lmm = studied(family)
     prompt = lmm.prompt("And a question?", noise())
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_versions_of_the_last_tokens_need_no_earlier_ones_again(family):
     ],
 )
 @pytest.mark.parametrize("layer", [0, 1])
-def test_layers_of_two_kinds_and_scaled_embeddings_stay_what_they_are(config, more, layer):
+def test_upper_layers_of_two_kinds_and_scaled_embeddings(config, more, layer):
     torch.manual_seed(0)
     lmm = LMM(*models.llava_next(192, 16, models.PICTURE_WORLD_PINPOINTS, config, **more))
     with torch.no_grad():
@@ -156,7 +156,7 @@ def test_a_decoder_whose_layers_need_the_whole_sequence_runs_whole(monkeypatch):
             upper.resume(upper.hidden[:, 3:], 3)
 
 
-def test_layers_come_back_after_an_error_above_them():
+def test_skipped_layers_come_back_after_an_error():
     lmm = studied()
     prompt = lmm.prompt("Hm", noise())
     upper = above(lmm, prompt, 0)

@@ -1,4 +1,4 @@
-"""A processor loads without what it needs for videos, and reads images and texts as the one that was saved."""
+"""A processor loads without video support and reads images and texts like the one that was saved."""
 
 import models
 import pytest

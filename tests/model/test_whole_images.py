@@ -90,7 +90,7 @@ def test_the_explainer_gets_whole_images_and_the_clip_score_compares_them(cache,
         latents_clip(similar, shown, explained, others, STRICT, pictures[:4], runs=2)
 
 
-def test_an_iou_is_refused_and_the_reason_told(lmm, sae, cache, pictures, live):
+def test_an_iou_is_refused_with_the_reason(lmm, sae, cache, pictures, live):
     found = exemplars(cache, pictures, live[0])
     with pytest.raises(NoPatchGrid, match="whole images, of a model without a patch grid .*there is .*no IoU"):
         exemplar_maps(found)

@@ -95,7 +95,7 @@ def test_the_paper_s_loader_can_read_what_is_written(tmp_path):
     assert torch.equal(file["encoder.weight"], sae.W_enc)
 
 
-def test_rows_that_are_not_of_length_one_are_told(tmp_path):
+def test_rows_of_another_length_than_one_are_recorded(tmp_path):
     file = tensors()
     write_sae(tmp_path, SAEWeights(*file.values(), k=K))
     assert json.loads((tmp_path / "cfg.json").read_text())["normalize_decoder"] is False
@@ -339,7 +339,7 @@ def test_a_tensor_too_many_is_refused(tmp_path):
         ({"k": None}, r"is no config of a TopK SAE .* expected d_in, d_sae and k"),
     ],
 )
-def test_what_of_saelens_is_no_topk_sae_says_why(tmp_path, change, error):
+def test_other_saes_of_saelens_are_refused_with_the_reason(tmp_path, change, error):
     write_sae(tmp_path, weights(), "saelens")
     config = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps(config | change))
@@ -360,7 +360,7 @@ def test_what_of_saelens_is_no_topk_sae_says_why(tmp_path, change, error):
         ("AutoEncoderNew", "it keeps every latent above 0"),
     ],
 )
-def test_what_of_dictionary_learning_is_no_topk_sae_says_why(tmp_path, dict_class, error):
+def test_other_saes_of_dictionary_learning_are_refused_with_the_reason(tmp_path, dict_class, error):
     write_sae(tmp_path, weights(), "dictionary_learning")
     config = json.loads((tmp_path / "config.json").read_text())
     config["trainer"]["dict_class"] = dict_class
@@ -396,7 +396,7 @@ def test_an_ae_pt_of_another_content_is_refused_and_not_run(tmp_path, monkeypatc
     assert not Path("boom").exists()
 
 
-def test_an_ae_pt_alone_cannot_be_told_from_a_batchtopk(tmp_path):
+def test_an_ae_pt_without_config_is_refused(tmp_path):
     write_sae(tmp_path, weights(), "dictionary_learning")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"ae\.pt alone does not say TopK or BatchTopK"):

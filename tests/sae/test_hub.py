@@ -162,7 +162,7 @@ TopKSAE.from_pretrained('{REPO}', '{HOOKPOINT}').save('new')
     assert torch.equal(TopKSAE.load(tmp_path / "new").W_dec, made(1).W_dec)
 
 
-def test_what_is_not_there_is_told(run, tmp_path):
+def test_a_missing_sae_is_named_with_those_that_exist(run, tmp_path):
     made().save(tmp_path / "sae")
     printed = run(f"""
 def attempt(*where):

@@ -1,4 +1,4 @@
-"""Both ways of every sparse kernel, compiled and plain, against dense formulas in float64 and torch's own Adam."""
+"""Every sparse kernel, compiled and plain, against dense formulas in float64 and torch's Adam."""
 
 import copy
 import os
@@ -137,7 +137,7 @@ def test_a_latent_listed_twice_counts_twice(way):
     assert_close(rows.grad[4], torch.full((3,), 3.0))
 
 
-def test_no_tokens_are_no_trouble(way):
+def test_no_tokens_give_empty_results(way):
     sae = TopKSAE(6, 20, 4)
     assert sae(torch.zeros(0, 6)).shape == (0, 6)
     sae(torch.zeros(0, 6)).sum().backward()
@@ -385,7 +385,7 @@ def child(result, before="", after="", **environment):
     return done.stdout.split()
 
 
-def test_without_numba_or_with_it_switched_off_the_plain_way_is_taken():
+def test_without_numba_or_with_it_switched_off_plain_torch_is_used():
     compiled = child("trained()")
     assert compiled[0] == "True"
     missing = "import sys; sys.modules['numba'] = None; import importlib.util as u; f = u.find_spec; "
@@ -395,7 +395,7 @@ def test_without_numba_or_with_it_switched_off_the_plain_way_is_taken():
         assert np.isclose(float(plain[1]), float(compiled[1]), rtol=1e-5)
 
 
-def test_a_folder_that_takes_no_machine_code_is_no_trouble():
+def test_kernels_compile_without_a_folder_for_machine_code():
     """Neither beside the sources nor in the user's cache: every place that numba tries is refused."""
     refuse = "def refuse(*a, **k): raise PermissionError('read-only')\n"
     refuse += "import numba.core.caching as caching; caching.tempfile.TemporaryFile = refuse"

@@ -1,4 +1,4 @@
-"""The SAE against eq. 1 and 2 written densely, its gradients against autograd's, its losses by hand."""
+"""The SAE against eq. 1 and 2 in dense form, gradients against autograd, losses by hand."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_blocks_of_tokens_change_nothing(monkeypatch):
         assert_close(dense(sae.encode(x), sae.n_latents), whole)
 
 
-def test_no_tokens_are_no_trouble():
+def test_no_tokens_give_empty_results():
     sae = random_sae()
     assert sae(torch.zeros(0, 6)).shape == (0, 6)
 

@@ -157,7 +157,7 @@ def test_a_replacement_killed_at_any_moment_leaves_one_of_the_two_folders(tmp_pa
     assert (tmp_path / "final" / "a").read_text() == "newer"
 
 
-def test_what_killed_writers_left_is_cleared(tmp_path):
+def test_files_of_killed_writers_are_cleared(tmp_path):
     (tmp_path / ".a.json.0.tmp").touch()
     (tmp_path / ".3.0.tmp").mkdir()
     (tmp_path / ".3.0.tmp" / "half").touch()
@@ -186,7 +186,7 @@ def _die_while_saving(folder):
         tensor_files.save_tensors(folder / "a.safetensors", {"a": torch.zeros(2_000_000)})
 
 
-def test_whatever_a_killed_save_leaves_is_cleared(tmp_path):
+def test_files_of_a_killed_save_are_cleared(tmp_path):
     """safetensors writes under a name of its own before it renames to the name that it is given."""
     for turn in range(5):
         folder = tmp_path / str(turn)

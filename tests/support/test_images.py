@@ -1,4 +1,4 @@
-"""Pictures come out as one sees them, whatever the file; what cannot be read is named; numbers stay the source's."""
+"""Pictures become RGB as a viewer would show them; unreadable ones are named; numbers are those of the source."""
 
 import io
 
@@ -37,7 +37,7 @@ def stored(picture: Image.Image, form: str = "PNG", **settings) -> Image.Image:
     [(1, (2, 1), RED), (2, (2, 1), BLUE), (3, (2, 1), BLUE), (4, (2, 1), RED)]
     + [(5, (1, 2), RED), (6, (1, 2), RED), (7, (1, 2), BLUE), (8, (1, 2), BLUE)],
 )
-def test_a_turned_photograph_stands_upright(orientation, size, first):
+def test_a_rotated_photograph_becomes_upright(orientation, size, first):
     tag = Image.Exif()
     tag[0x0112] = orientation
     seen = stored(two_pixels(), exif=tag)
@@ -54,7 +54,7 @@ def test_sixteen_bit_grey_keeps_its_shades(pixels):
 
 @settings(deadline=None, max_examples=40)
 @given(pixels=arrays.arrays(np.uint8, (3, 4, 4)))
-def test_what_is_transparent_shows_white(pixels):
+def test_transparent_pixels_become_white(pixels):
     seen = np.asarray(stored(Image.fromarray(pixels, "RGBA"))).astype(float)
     alpha = pixels[..., 3:] / 255
     assert np.abs(seen - (alpha * pixels[..., :3] + (1 - alpha) * 255)).max() <= 1
@@ -78,7 +78,7 @@ def test_print_colours_become_screen_colours():
     assert green > 200 > 60 > max(red, blue)
 
 
-def test_the_first_frame_of_what_moves_is_taken():
+def test_the_first_frame_of_an_animation_counts():
     frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, BLUE)]
     for form in ("GIF", "WEBP", "PNG"):
         assert stored(frames[0], form, save_all=True, append_images=frames[1:], lossless=True).getpixel((0, 0)) == RED
@@ -131,7 +131,7 @@ def test_a_file_cut_anywhere_is_read_or_named(cut):
         assert "row 0 (x.png)" in str(fault)
 
 
-def test_a_picture_as_large_as_a_trap_is_named(tmp_path, monkeypatch):
+def test_a_picture_of_too_many_pixels_is_named(tmp_path, monkeypatch):
     Image.new("1", (64, 64)).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
     with pytest.raises(UnreadableImage, match="huge.png"):
@@ -149,7 +149,7 @@ def test_images_of_a_saved_data_set(tmp_path):
         found[2]
 
 
-def test_remembered_pictures_stay_as_they_were_read_while_they_fit(tmp_path):
+def test_remembered_pictures_are_kept_while_they_fit(tmp_path):
     for n in range(3):
         Image.new("L", (4, 4 + 4 * (n == 2)), n).save(tmp_path / f"{n}.png")
     pictures = Remembered(open_images(tmp_path), room=4 * 4 * 4)  # for one of the first two, not for the third
@@ -163,7 +163,7 @@ def test_remembered_pictures_stay_as_they_were_read_while_they_fit(tmp_path):
         pictures[0]
 
 
-def test_sources_without_images_are_told_apart(tmp_path):
+def test_sources_without_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no image"):
         open_images(tmp_path)
     with pytest.raises(FileNotFoundError, match="is no folder"):

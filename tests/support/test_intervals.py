@@ -1,4 +1,4 @@
-"""intervals: means and shares, against the textbook."""
+"""Intervals of means and fractions, against textbook formulas."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_intervals_of_few_and_of_equal_values():
     assert mean_interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
 
 
-def test_the_interval_of_a_difference_is_that_of_theory_where_the_means_are_normal():
+def test_the_interval_of_a_difference_agrees_with_normal_theory():
     """Mean of b less mean of a, give or take 2.576 standard errors; theirs add up in squares."""
     rng = np.random.default_rng(0)
     a, b = rng.normal(1, 2, 400), rng.normal(1.5, 1, 300)
@@ -56,7 +56,7 @@ def test_the_interval_over_runs_is_students():
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
-def test_a_share_has_wilsons_interval(kind):
+def test_a_fraction_has_wilsons_interval(kind):
     found = proportion(kind([True] * 8 + [False] * 2))
     z, n, p = 2.5758293, 10, 0.8
     centre, half = (
@@ -69,7 +69,7 @@ def test_a_share_has_wilsons_interval(kind):
         proportion(kind([]))
 
 
-def test_none_of_a_few_is_not_none_at_all():
+def test_no_hits_among_few_cases_leave_a_wide_interval():
     assert proportion([False] * 20)[:2] == (0.0, pytest.approx(0.0, abs=1e-12))
     assert proportion([False] * 20).high == pytest.approx(2.5758293**2 / (20 + 2.5758293**2), abs=1e-6)
 

@@ -1,4 +1,4 @@
-"""Training meets its own definitions: what is mixed, when the rate falls, what counts as dead, what is recovered."""
+"""Training against its definitions: mixing, learning rate, dead latents, evaluation."""
 
 import itertools
 from types import SimpleNamespace
@@ -154,7 +154,7 @@ def test_hidden_states_that_are_not_finite_stop_training(lmm, samples, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_training_reduces_what_is_unexplained_and_repeats_itself(lmm, samples, tmp_path):
+def test_training_lowers_fvu_and_is_reproducible(lmm, samples, tmp_path):
     wanted = dict(
         n_latents=48,
         k=4,
@@ -231,7 +231,7 @@ def test_a_training_is_what_plain_torch_makes_of_its_batches(lmm, samples, tmp_p
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)  # Adam steps are up to 5e-3
 
 
-def test_a_training_that_is_done_is_not_done_again(lmm, samples, tmp_path, monkeypatch):
+def test_a_finished_training_is_not_repeated(lmm, samples, tmp_path, monkeypatch):
     wanted = dict(n_latents=16, k=2, steps=2, batch_tokens=32, folder=tmp_path)
     one = train_sae(lmm, samples, 1, **wanted)
     with monkeypatch.context() as patch:
@@ -304,7 +304,7 @@ def test_fvu_and_dead_fraction_by_brute_force(lmm, samples):
     assert measured["tokens"] == len(x)
 
 
-def test_several_are_measured_as_each_alone_and_without_losses_too(lmm, samples):
+def test_several_saes_are_measured_as_each_alone(lmm, samples):
     sizes = {"low": (40, 3, 0), "wide": (64, 2, 0), "high": (24, 4, 2)}
     places = {
         name: SAEInPlace(lmm, TopKSAE(lmm.width, n_latents, k, generator=torch.Generator().manual_seed(k)), layer)
@@ -316,7 +316,7 @@ def test_several_are_measured_as_each_alone_and_without_losses_too(lmm, samples)
         assert measured == {key: value for key, value in alone[name].items() if not key.startswith("loss")}
 
 
-def test_where_zeros_change_nothing_nothing_is_recovered(lmm, samples):
+def test_loss_recovered_is_left_out_where_zeros_change_nothing(lmm, samples):
     """Answers are read off the last layer's own tokens, not off its image tokens."""
     pictured = [row for row in samples if row["image"]]
     measured = evaluate_sae(SAEInPlace(lmm, Perfect(lmm.width), lmm.n_layers - 1), pictured, kinds=("base",))

@@ -1,4 +1,4 @@
-"""A training killed with SIGKILL at any moment and started again ends with the bits of one that never was."""
+"""A training killed with SIGKILL at any moment and started again ends with the same bits as one without a kill."""
 
 import json
 import random

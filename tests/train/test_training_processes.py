@@ -1,4 +1,4 @@
-"""One process and several give the same SAE: real processes, gloo, forked by a notebook or started by accelerate."""
+"""One process and several train the same SAE: real processes, forked by a notebook or started by accelerate."""
 
 import io
 import os
@@ -45,7 +45,7 @@ def test_forked_processes_train_the_same_sae(alone, tmp_path, processes, setting
     assert_same(alone, tmp_path / "together")
 
 
-def test_what_one_process_began_two_go_on_with(alone, tmp_path):
+def test_two_processes_continue_what_one_began(alone, tmp_path):
     assert run(train_and_die, tmp_path / "run", 30) < 0
     assert list((tmp_path / "run" / "checkpoint").iterdir())
     assert run(train_together, tmp_path / "run", 2, {}) == 0
@@ -72,7 +72,7 @@ def test_accelerate_launch_trains_the_same_sae_and_sends_its_rows(root, dataset,
     assert told_rows == [1, 2, 3, 4] == [row["step"] for row in together.history]
 
 
-def test_an_error_in_a_process_is_message(root, tmp_path, monkeypatch):
+def test_an_error_in_a_process_is_raised(root, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(root))
     with pytest.raises(RuntimeError, match="2 processes failed: FileNotFoundError: .*nowhere"):
         launch(2, root / "data/models/tiny-llava-next", tmp_path / "nowhere", 4, folder=tmp_path)

@@ -1,4 +1,4 @@
-"""Several SAEs from one pass over the model are those that each would be alone, whatever happens to the training."""
+"""Several SAEs from one pass over the model are the same as trained alone, also after kills and faults."""
 
 import json
 import signal
@@ -137,7 +137,7 @@ def test_what_is_done_is_not_done_again_and_what_misses_one_is(tmp_path, monkeyp
     assert torch.equal(again["low"].sae.W_dec, one["low"].sae.W_dec)
 
 
-def test_every_new_row_is_told_by_name(tmp_path):
+def test_every_new_row_is_logged_by_name(tmp_path):
     rows = []
     train_several(tmp_path, {"on_log": lambda histories: rows.append({n: h[-1]["step"] for n, h in histories.items()})})
     assert rows == [dict.fromkeys(RECIPES, step) for step in range(1, SETTINGS["steps"] + 1)]

@@ -1,4 +1,4 @@
-"""Trackers by name, through accelerate: each gets every row; one that is not installed is named with its remedy."""
+"""Each tracker gets every row; one that is not installed is named in the error."""
 
 import json
 import os

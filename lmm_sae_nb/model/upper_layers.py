@@ -48,12 +48,12 @@ class UpperLayers:
         return self._run(states, None)
 
     def remember(self, states: Float[Tensor, "1 tokens width"]) -> Float[Tensor, "1 tokens width"]:
-        """As `run`, and keep the keys and values of these states for `resume`."""
+        """Do as `run`, and keep the keys and values of these states for `resume`."""
         self._cache = DynamicCache()
         return self._run(states, self._cache)
 
     def resume(self, states: Float[Tensor, "versions late width"], start: int) -> Float[Tensor, "versions late width"]:
-        """As `run`, for the tokens from `start` on; those before are as `remember` saw them.
+        """Do as `run` for the tokens from `start` on; the earlier ones are those that `remember` saw.
 
         Attention is causal, so later tokens cannot change earlier ones.
 

@@ -238,6 +238,7 @@ class _Learner:
 
     @property
     def dead(self) -> Bool[Tensor, " latents"]:
+        """Which latents count as dead."""
         return self.silent > self.run["dead_after_tokens"]
 
 
@@ -257,13 +258,21 @@ class _Training:
 
     @property
     def run(self) -> dict:
+        """The settings of all SAEs."""
         return _together({name: learner.run for name, learner in self.learners.items()})
 
     def count_time(self) -> None:
+        """Add the time since the last call to `seconds`."""
         now = time.monotonic()
         self.seconds, self.clock = self.seconds + now - self.clock, now
 
     def save(self, folder: Path) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            ValueError: weights hold NaN or infinity.
+            OSError: as `checkpoint.save`.
+        """
         histories = {name: learner.history for name, learner in self.learners.items()}
         state = {"run": self.run, "position": self.position._asdict(), "histories": histories}
         state |= {"step": self.step, "seconds": self.seconds}
@@ -279,6 +288,7 @@ class _Training:
         checkpoint.save(folder, self.step, Checkpoint(state, tensors, optimisers))
 
     def load(self, saved: Checkpoint) -> None:
+        """Take over the state of a checkpoint, which is used up."""
         for name, learner in self.learners.items():
             learner.silent.copy_(saved.tensors.pop(f"{name}/silent"))
             learner.sae.load_state_dict(

@@ -13,329 +13,408 @@
 # %% [markdown]
 # # 4. Score the explanations
 #
-# **The question.** Section 3.2, Tables 1 and 2: does the region that a concept's name points to match the region that
-# excites the latent, and would a judge agree with the name?
+# **The question** (section 3.2, Tables 1 and 2). Notebook 03 gave latents a
+# name. Does the region that the name points to match the region that excites
+# the latent? And would a judge agree with the name?
 #
-# **You will learn** what intersection over union (IoU) and the CLIP score measure here, how they compare with three kinds
-# of chance, and how much of a score comes from the way in which it is taken.
+# **You will learn** what intersection over union (IoU) and the CLIP score
+# measure here, how both compare with three kinds of chance, and how much of a
+# score comes from the way in which it is computed.
 #
-# **Reads** `interpret/`, `cache/`, the SAE. **Writes** `score/`, `judge/`.
+# **Reads** the stages `train`, `cache` and `interpret`. **Writes** the stage
+# `score` (Table 1) and the stage `judge` (Table 2).
 #
-# | preset | segmenters | image-text similarity | judge | time |
+# | preset | segmenters | similarity | judge | time |
 # |---|---|---|---|---|
-# | `tiny` | ground truth, and the embedded CLIPSeg | the embedded CLIP | ground truth | 3 minutes, 2 cores |
+# | `tiny` | ground truth, small CLIPSeg | small CLIP | ground truth | 3 minutes, 2 cores |
 # | `small` | GroundingDINO-tiny + SAM-base | CLIP ViT-B/32 | none | an hour, one GPU |
 # | `paper` | GroundingDINO-base + SAM-huge | CLIP ViT-B/32 | none | a day, one GPU |
 
 # %% tags=["parameters"]
-run: str = "tiny"  # results go to data/artifacts/<run>/
-model: str = "data/models/tiny-llava-next"  # a folder of this project, or a name on the hub
-images: str = "data/artifacts/tiny/world/cache"  # the images that were cached
-concepts: str = "data/artifacts/tiny/world/concepts.json"  # names of the ground truth's concepts; "": there is none
-layer: int = 1  # 0-based, the layer that the SAE was trained on
-segmenter: str = "data/models/tiny-clipseg"  # finds a concept by its name, beside the ground truth; "": none
-detector: str = ""  # a Grounding DINO, or an OWLv2, finds boxes for a SAM; "": the segmenter reads names itself
-similarity: str = "data/models/tiny-clip"  # image-text similarity; "": no CLIP score
+# results go to data/artifacts/<run>/
+run: str = "tiny"
+# the model under study: a folder of this project, or a name on the hub
+model: str = "data/models/tiny-llava-next"
+layer: int = 1  # counted from 0; the layer that the SAE was trained on
+# the images that were cached
+images: str = "data/artifacts/tiny/world/cache"
+# names of the ground truth's concepts; "" if there is no ground truth
+concepts: str = "data/artifacts/tiny/world/concepts.json"
+# finds a concept by its name, beside the ground truth; "" for none
+segmenter: str = "data/models/tiny-clipseg"
+# Grounding DINO or OWLv2, if the segmenter is a SAM, which needs boxes
+detector: str = ""
+# compares images with texts (CLIP); "" for no CLIP score
+similarity: str = "data/models/tiny-clip"
 n_scored: int = 5000  # explained latents, at random if there are more
-n_top: int = 5  # exemplars of each latent
-threshold: float = 0.25  # strict mode: a patch is active above this share of its image's highest activation
-random_runs: int = 10  # draws of n_top random images, IoU
-clip_runs: int = 30  # the same, CLIP score
-judge: str = ""  # who says whether explanations fit: a folder, a hub name or name@http://host/v1; "": the ground truth
-judge_key: str = ""  # the environment variable with the endpoint's key; "": it wants none
-concurrency: int = 8  # questions under way at once, to an endpoint
-timeout: float = 120.0  # seconds that an endpoint's answer may take
+n_top: int = 5  # exemplars of each latent, and images in a random run
+# strict mode: a patch is active above this fraction of its image's
+# highest activation
+threshold: float = 0.25
+random_runs: int = 10  # draws of random images for the IoU
+clip_runs: int = 30  # draws of random images for the CLIP score
+# judges explanations: a folder, a name on the hub, or
+# name@http://host:port/v1; "" for the ground truth
+judge: str = ""
 n_judged: int = 100  # latents of each kind that are judged
+# for a judge behind an endpoint
+endpoint: dict = {
+    "key_variable": "",  # environment variable with the key; "" for none
+    "concurrency": 8,  # questions asked at the same time
+    "timeout": 120.0,  # seconds that an answer may take
+}
 seed: int = 0  # of everything random, and of the bootstrap
 
 # %% tags=["remove-cell"]
-import time
-from collections import Counter
-from dataclasses import replace
-from pathlib import Path
-
-import numpy as np
-import torch
 from datasets import load_from_disk
 from IPython.display import display
 
-from lmm_sae_nb.cache.latent_cache import LatentCache
-from lmm_sae_nb.chat.recorded import Recorded, open_chat
-from lmm_sae_nb.interpret import explainers
+from lmm_sae_nb import LatentCache, SAEInPlace, open_images
 from lmm_sae_nb.interpret.exemplars import ExemplarsByLatent
-from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.score import (
-    clip,
-    masks,
-    segmenters,
+from lmm_sae_nb.score.examples import median_overlaps, overlaps
+from lmm_sae_nb.score.judges import (
+    Judgement,
+    consistency,
+    judge_latents,
+    judge_metrics,
+    open_judge,
+    table_2,
 )
-from lmm_sae_nb.score import (
-    iou as score_iou,
+from lmm_sae_nb.score.latents import (
+    explained_latents,
+    other_concepts,
+    sample_by_kind,
+    score_latents,
 )
-from lmm_sae_nb.score import judges as score_judges
-from lmm_sae_nb.score import (
-    ratings as score_ratings,
+from lmm_sae_nb.score.masks import both_modes
+from lmm_sae_nb.score.ratings import (
+    compare_raters,
+    read_ratings,
+    verdicts_by_rater,
 )
-from lmm_sae_nb.score import similarity as score_similarity
-from lmm_sae_nb.score import (
-    tables as score_tables,
+from lmm_sae_nb.score.scores import Column, Scores
+from lmm_sae_nb.score.segmenters import open_segmenters
+from lmm_sae_nb.score.similarity import open_similarity
+from lmm_sae_nb.score.tables import (
+    explanation_metrics,
+    kind_counts,
+    kind_tables,
+    means_by_truth,
+    score_metrics,
+    series_by_kind,
+    table_1,
+    values_by_kind,
 )
-from lmm_sae_nb.score.masks import PAPER, STRICT, activation_mask, concept_mask, exemplar_maps, iou, ious
-from lmm_sae_nb.score.ratings import read_ratings
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.rater import Rater
-from lmm_sae_nb.support.files import project_root, read_json, write_json
-from lmm_sae_nb.support.images import Remembered, open_images
-from lmm_sae_nb.support.stages import Stage, require
+from lmm_sae_nb.show.report import (
+    findings,
+    headline,
+    metrics_table,
+    provenance,
+    published_numbers,
+)
+from lmm_sae_nb.support.images import Remembered
+from lmm_sae_nb.support.stages import Page
 from lmm_sae_nb.truth.label_maps import TrueMasks
 
-root = project_root()
-device = "cuda" if torch.cuda.is_available() else "cpu"
+page = Page(globals())
 plots.style()
 
-
-def named(path: str) -> str | Path:
-    return root / path if (root / path).is_dir() else path
-
-
-# %%
-cache = LatentCache.load(require(run, "cache", "manifest.json", "02_cache_activations.py").parent)
-explanations = read_json(require(run, "interpret", "explanations.json", "03_interpret_features.py"))
-pictures = Remembered(open_images(root / images))
-truth = TrueMasks(load_from_disk(root / images), root / concepts) if concepts else None
-explained = score_tables.explained(explanations, truth, most=n_scored, seed=seed)
-concept_of = {latent: concept for latent, (concept, _) in explained.items()}
-kind_of = {str(latent): kind for latent, (_, kind) in explained.items()}
-modes = {"paper": PAPER, "strict": replace(STRICT, threshold=threshold)}
-print(f"{len(explanations)} latents asked about, {len(explained)} of them explained and scored")
-if truth:
-    unknown = sum(not truth.kinds_of(row["concept"]) for row in explanations.values() if row["concept"])
-    print(f"{unknown} more have a name that the ground truth does not know: there is nothing to score it with")
-
-
-shown = ExemplarsByLatent(cache, pictures, n_top=n_top, threshold=threshold)
-
-
 # %% [markdown]
-# Who says where a concept is: the ground truth, where there is one, and a segmenter that is given its name.
-
-# %%
-where = {"truth": truth} if truth else {}
-if segmenter:
-    parts = [named(part) for part in (detector, segmenter) if part]
-    kind_of_segmenter = segmenters.BoxSegmenter if detector else segmenters.PromptedSegmenter
-    found = kind_of_segmenter.load(*parts, device=device)
-    where[Path(segmenter).name.removeprefix("tiny-")] = segmenters.SegmentedImages(found, pictures)
-if not where:
-    raise ValueError("neither `concepts` nor `segmenter` is given: there is nothing to score with; give one of them")
-
-# %% [markdown]
-# How many latents each kind of concept has. Kinds are those of Table 1, and what Picture World has besides: faces and words.
-# Where fewer than 20 are scored although the truth is known, the last column tells why: so few of the latents asked about show
-# such a concept at all (most of their images do, in half of what is visible).
-
-# %%
-shows = Counter(row["true_kind"] for row in explanations.values() if row.get("true_kind"))
-plots.table([
-    {"kind": kind, "scored": len(latents)} | ({"asked that show one": shows[kind] if kind != "total" else shows.total()} if truth else {})
-    for kind, latents in score_tables.by_kind(kind_of).items()
-])
-
-# %% [markdown]
-# ## Two ways to score
+# ## The latents that are scored
 #
-# > "The IoU score between the segmentation mask and our activation mask is then calculated, serving as the reference score
-# > for the feature's relevance."
-#
-# The `paper` mode does what the reference code does: every patch that is not silent counts, patches are enlarged with
-# bilinear interpolation, all that a segmenter finds counts together, and CLIP sees the whole image. The `strict` mode
-# takes patches above a stated share of the image's highest activation, as they are, the likeliest mask, and shows CLIP
-# the highlighted region alone. One case by hand:
+# Only explained latents are scored. We look at each latent through its
+# exemplars: the images that excite it most.
 
-# %% mystnb={"figure": {"caption": "A worked example (Figure 3), a latent that fits middlingly: its top image; then, by mode and by who says where the concept is, what is activated (blue), the concept (yellow), and both (green).", "name": "fig-worked"}}
-latent = sorted(concept_of, key=lambda n: explanations[str(n)].get("true_iou") or 0)[len(concept_of) // 2]
-case, concept = shown[latent][0], concept_of[latent]
-spot, ways = exemplar_maps([case])[0], [(by, find, mode) for by, find in where.items() for mode in modes.values()]
-first, *rest = plots.picture_axes(1 + len(ways))
-plots.heat_map(case.image, case.activation, ax=first).set_title(plots.wrapped(f"latent {latent}: {concept}", 1.7))
-for ax, (by, find, mode) in zip(rest, ways, strict=True):
-    active, wanted = activation_mask(spot, mode), concept_mask(find([spot.number], concept)[0], spot.size, mode)
-    fit = ious([spot], concept, find, mode)[0]
-    assert fit == iou(active, wanted) == (active & wanted).sum() / max(1, (active | wanted).sum())
-    plots.overlap(case.image, active, wanted, f"{mode.name}, {by}: {fit:.2f}", ax=ax)
+# %%
+explanations = page.read("interpret", "explanations", dict[int, dict])
+pictures = Remembered(open_images(page.locate(images)))
+truth = None
+if concepts:
+    truth = TrueMasks(
+        load_from_disk(page.locate(images)), page.locate(concepts)
+    )
+explained = explained_latents(
+    explanations, truth, most=n_scored, seed=seed
+)
+cache = LatentCache.load(page.file("cache"))
+exemplars = ExemplarsByLatent(
+    cache, pictures, explained, n_top=n_top, threshold=threshold
+)
+print(f"{len(explained)} of {len(explanations)} latents are scored")
+
+# %% [markdown]
+# The kinds of concept are those of Table 1. Picture World also has faces and
+# words. If a kind has few scored latents, the last column tells whether that
+# is the explainer's fault: it counts the latents whose exemplars have a
+# concept of this kind in common.
+
+# %%
+plots.table(kind_counts(explained, explanations))
+
+# %% [markdown]
+# ## Two modes
+#
+# > "The IoU score between the segmentation mask and our activation mask is
+# > then calculated, serving as the reference score for the feature's
+# > relevance."
+#
+# We compute every score in two modes.
+#
+# | mode | active patches | patches to pixels | concept | CLIP sees |
+# |---|---|---|---|---|
+# | `paper` | all that are not silent | bilinear | all masks found | the whole image |
+# | `strict` | above `threshold` | as they are | the likeliest mask | the active patches |
+#
+# `paper` does what the reference code does. A *segmenter* says where a concept
+# is. The ground truth is the first, if there is one. Then comes a model that
+# only gets the concept's name.
+
+# %%
+modes = both_modes(threshold)
+segmenters = open_segmenters(
+    truth, page.locate(segmenter), page.locate(detector), pictures
+)
+ranked = sorted(
+    explained, key=lambda n: explanations[n].get("true_iou") or 0
+)
+latent = ranked[len(ranked) // 2]  # one with a middling fit
+concept = explained[latent].concept
+example = overlaps(exemplars[latent][0], concept, segmenters, modes)
+print(f"latent {latent}: {concept}")
+
+# %% mystnb={"figure": {"caption": "A worked example (Figure 3): what is active (blue), the concept (yellow), and both (green), in each mode and by each segmenter, with the IoU.", "name": "fig-worked"}, "image": {"alt": "One image as a heat map of its activation, then with the masks of the latent and of the concept."}}
+plots.overlaps(example, first=exemplars[latent][0]);
+# %% [markdown]
+# The IoU is the number of green pixels, divided by the number of all coloured
+# pixels:
+
+# %%
+for one in example:
+    both = (one.active & one.concept).sum()
+    either = (one.active | one.concept).sum()
+    assert one.iou == both / max(1, either)
 
 # %% [markdown]
 # ## Every explained latent, and chance
 #
-# > "For the random result, we randomly sampled 5 images from the cache dataset and run 10 times for IOU and 30 times for the
-# > CLIP-Score. We then reported the average result of each run along with the 99% confidence interval."
+# > "For the random result, we randomly sampled 5 images from the cache dataset
+# > and run 10 times for IOU and 30 times for the CLIP-Score. We then reported
+# > the average result of each run along with the 99% confidence interval."
 #
-# The paper's chance: the same latent and name on random images. There most latents are silent, which scores 0, so it is
-# easily beaten. Two that are not: the activation moved elsewhere in the latent's own images, exactly as large (*area*), and
-# the name of another latent, of the same kind if there is one (*shuffled*).
+# A score means something only beside chance. We use three kinds.
+#
+# - *Random images*, as in the paper: the same latent and name on other images.
+#   Most latents are silent there, which scores 0. So this chance is weak.
+# - *Moved*: the latent's own images, with the activation at a random other
+#   place, exactly as large.
+# - *Other name*: the latent's own images, with the name of another latent, of
+#   the same kind if possible.
 
 # %%
-stage, code = Stage(run, "score"), [score_tables, masks, segmenters]
-params = dict(
-    model=model, images=images, concepts=concepts, layer=layer, segmenter=segmenter, detector=detector, similarity=similarity,
-    n_scored=n_scored, n_top=n_top, threshold=threshold, random_runs=random_runs, clip_runs=clip_runs, seed=seed,
-)  # fmt: skip
-inputs = [root / name for name in (model, concepts, segmenter, detector, similarity) if name and (root / name).exists()]
-before = [Stage(run, name).path("manifest.json") for name in ("train", "cache", "interpret")]
-inputs += before
-others = score_tables.shuffled(explained, seed)
-if not stage.is_current(params, inputs, code):
-    started, rng = time.monotonic(), np.random.default_rng(seed)
-    lmm = LMM.load(named(model))
-    sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent)
-    readable = np.setdiff1d(np.arange(len(pictures)), list(cache.skipped))
-    drawn = rng.choice(readable, random_runs * n_top).tolist()
-    drawn_spots = score_iou.drawn_spots(SAEInPlace(lmm, sae, layer), pictures, list(concept_of), drawn)
-    found = score_iou.all_ious(
-        lambda n: (exemplar_maps(shown[n]), drawn_spots[n]), concept_of, others, where, list(modes.values()), runs=random_runs, seed=seed
-    )
-    if similarity:
-        similar = score_similarity.ImageTextSimilarity.load(named(similarity), device=device).grid
-        drawn_pictures = [pictures[i] for i in rng.choice(readable, clip_runs * n_top).tolist()]
-        found |= clip.all_clips(similar, shown, concept_of, others, drawn_pictures, list(modes.values()), runs=clip_runs, seed=seed)
-    scores, runs = score_tables.records(explained, found)
-    write_json(stage.path("scores.json"), scores)
-    write_json(stage.path("random.json"), runs)
-    metrics = score_tables.summary(scores, runs, seed) | ({"names_unknown": unknown} if truth else {})
-    metrics |= {f"latents_showing_{kind}": many for kind, many in sorted(shows.items())}
-    stage.finish(params, inputs, metrics, time.monotonic() - started, code)
-scores, runs = read_json(stage.path("scores.json")), read_json(stage.path("random.json"))
-metrics, columns = read_json(stage.path("metrics.json")), score_tables.columns_of(scores)
-tables = {column: score_tables.table(scores, runs, column, seed) for column in columns}
+stage = page.stage(
+    "score",
+    after=("train", "cache", "interpret"),
+    without=("judge", "n_judged", "endpoint"),
+)
+
+
+def score_all() -> Scores:
+    place = SAEInPlace.load(page.locate(model), page.file("train"), layer)
+    return score_latents(
+        place, pictures, exemplars, explained, segmenters,
+        open_similarity(page.locate(similarity)), threshold=threshold,
+        n_top=n_top, random_runs=random_runs, clip_runs=clip_runs,
+        skipped=list(cache.skipped), seed=seed,
+    )  # fmt: skip
+
+
+scores = stage.result("comparisons", Scores, score_all)
+# flat rows, one for each latent, for the feature browser
+stage.result("scores", dict[int, dict], scores.rows)
+tables = kind_tables(scores, seed)
+metrics = stage.finish(
+    score_metrics(scores, tables)
+    | explanation_metrics(explanations, truth)
+)
 
 # %% [markdown]
 # ## Table 1
 #
-# IoU and CLIP score of every kind, on the latents' own images (*top*) and beside chance, in both modes; and what the paper
-# has in its Table 1 {cite}`zhang2024large` (*published*, and its chance *at random*), for photographs, an 8B model, Grounding
-# DINO and SAM. Intervals are 99 %: over latents, and over runs for *random*, as the paper's.
+# The scores by kind of concept, beside chance and the paper's Table 1
+# {cite}`zhang2024large`. The paper used photographs, a model of 8 billion
+# parameters, Grounding DINO and SAM. Intervals have a level of 99 %. They are
+# over latents, but for random images over runs, as in the paper. The first
+# table takes the ground truth as segmenter, if there is one.
 
 # %%
-published = {
-    "iou": {  # random images, the latents' own
-        "scene": (0.007, 0.20), "object": (0.005, 0.19), "part": (0.007, 0.21), "material": (0.010, 0.39),
-        "texture": (0.007, 0.21), "colour": (0.005, 0.10), "total": (0.005, 0.20),
-    },
-    "clip": {
-        "scene": (18.1, 24.4), "object": (18.2, 24.0), "part": (18.1, 23.5), "material": (18.1, 24.1),
-        "texture": (18.4, 20.9), "colour": (19.6, 20.3), "total": (18.2, 23.6),
-    },
-}  # fmt: skip
-for quantity, by_mode in score_tables.by_quantity(tables).items():
-    beside = published.get(quantity.split("_")[0])
-    display(plots.table(score_tables.beside(by_mode, beside), f"{quantity}, {len(scores)} latents, 99 % intervals"))
-# %% [markdown]
-# `iou` is by the first of the segmenters above, `iou_NAME` by another; in the metrics the mode stands between the two.
+paper = published_numbers("score")
+for caption, rows in table_1(tables, paper).items():
+    display(plots.table(rows, caption))
 
-# %% mystnb={"figure": {"caption": "IoU of explained latents by the kind of their concept, with 99 % intervals, in both modes: on their own images, and three kinds of chance.", "name": "fig-iou-by-kind"}}
-series = ("top", "area", "shuffled", "random")
+# %% mystnb={"figure": {"caption": "IoU by kind of concept in both modes, with 99 % intervals: own images and three kinds of chance.", "name": "fig-iou-by-kind"}, "image": {"alt": "Two panels with a row for each kind of concept; the own images lie to the right of every chance, but scenes come near the moved activation."}}
 plots.mean_panels({
-    f"IoU, {mode}": {kind: {name: row[name] for name in series if name in row} for kind, row in tables[f"iou_{mode}"].items()}
+    f"IoU, mode {mode.name}": series_by_kind(tables[Column("iou", mode.name)])
     for mode in modes
 });
-# %% mystnb={"figure": {"caption": "A gallery (Figure 4): of each kind the latent of median strict IoU, on its top image: activated (blue), the concept (yellow), both (green). The number is the mean over its images.", "name": "fig-gallery"}}
-middle, find = score_tables.middling(scores, "iou_strict"), next(iter(where.values()))
-for ax, (kind, n) in zip(plots.picture_axes(len(middle), lines=3), middle.items(), strict=True):
-    [top] = exemplar_maps(shown[n][:1])
-    active, wanted = activation_mask(top, modes["strict"]), concept_mask(find([top.number], concept_of[n])[0], top.size, modes["strict"])
-    plots.overlap(pictures[top.number], active, wanted, f"{kind}: {concept_of[n]}, IoU {scores[str(n)]['iou_strict']:.2f}", ax=ax)
-
+# %% mystnb={"figure": {"caption": "A gallery (Figure 4): for each kind the latent of median strict IoU, on its first image. Active in blue, the concept in yellow, both in green. The number is the mean IoU over its images.", "name": "fig-gallery"}, "image": {"alt": "An image for each kind of concept with the masks of the latent and of the concept."}}
+first = next(iter(segmenters))
+plots.overlaps(
+    median_overlaps(scores, exemplars, segmenters[first], modes[1])
+);
 # %% [markdown]
-# ## What a segmenter's number is worth
+# ## How far can we trust a segmenter?
 #
-# Where the truth is known, a score by a segmenter can be held against the same score by the truth, latent by latent.
+# With photographs only a segmenter says where a concept is. Where the truth is
+# known, we can compare the two, latent by latent.
 
-# %% mystnb={"figure": {"caption": "Strict IoU of each latent by the segmenter, over the same by the ground truth; on the line they agree.", "name": "fig-calibration"}}
-by_kind = {kind: latents for kind, latents in score_tables.by_kind(kind_of).items() if kind != "total"}
-for second in (column for column in columns if column.startswith("iou_strict_")):
-    known, measured = ({kind: [scores[n][c] for n in latents] for kind, latents in by_kind.items()} for c in ("iou_strict", second))
-    plots.calibration(known, measured, "IoU by ground truth", f"IoU by {second.removeprefix('iou_strict_')}")
-# %%
-for column in (column for column in columns if f"{column}_correlation" in metrics):
-    first = "_".join(column.split("_")[:2])
-    print(f"{column}: {metrics[column]:.3f} where {first} is {metrics[first]:.3f}; correlation over latents {metrics[column + '_correlation']:.2f}")
-for by, right in (("right", True), ("wrong", False)) if truth else ():
-    chosen = [n for n in scores if (explanations[n]["concept"] == explanations[n]["true_concept"]) == right]
-    told = {c: np.mean([scores[n][c] for n in chosen]).round(3).item() for c in columns if c.startswith("iou_") and chosen}
-    print(f"{len(chosen)} names that are {by}:", told)
+# %% mystnb={"figure": {"caption": "Strict IoU of each latent by the segmenter, over the same by the ground truth. On the line they agree.", "name": "fig-calibration"}, "image": {"alt": "A cloud of points, one for each latent, around the diagonal."}}
+strict = Column("iou", "strict")
+for column in scores.columns:
+    if column.segmenter and column.mode == "strict":
+        plots.calibration(
+            values_by_kind(scores, strict), values_by_kind(scores, column),
+            f"IoU by {first}", f"IoU by {column.segmenter}",
+        )  # fmt: skip
 # %% [markdown]
-# Where the truth is known, the last two lines part the names that are the very concept that the latent shows from those that
-# are not. A segmenter that gives wrong names more than the truth does marks what looks like them; [the
-# appendix](A1_picture_world) has the shipped one's exam.
+# A name is right if it is the very concept that the latent's exemplars have in
+# common. If a segmenter scores wrong names higher than the truth does, it
+# marks what looks like the concept. [Appendix A1](A1_picture_world) has the
+# segmenter's exam.
+
+# %%
+if truth:
+    display(plots.table(means_by_truth(scores, explanations, first)))
 
 # %% [markdown]
 # ## Table 2: would a judge agree?
 #
-# The share of explanations that a judge finds right, of each kind, with Wilson's 99 % interval, and the share of *another
-# latent's* name that the same judge accepts: who says yes to everything is no judge. In the preset `tiny` the ground truth itself judges: yes if most of
-# the images (three of five) show the concept in half of the visible patches. The scores above are on the disk by now: a judge
-# that cannot be reached loses none of them, and what it has answered is not asked again.
+# > "we employ GPT-4 as a judge and conduct a human study"
+#
+# We report the fraction of explanations that a judge accepts, with Wilson's
+# 99 % interval. As a control, the same judge also sees names of other latents.
+# A judge that accepts these too tells us nothing.
+#
+# In the preset `tiny` the ground truth is the judge. It says yes if three of
+# five images show the concept in half of the visible patches. Answers of a
+# model are saved one by one, so a judge that cannot be reached costs none.
 
 # %%
-judging, who = Stage(run, "judge"), judge or ("ground truth" if truth else "")
-how = dict(judge=judge, images=images, concepts=concepts, n_scored=n_scored, n_judged=n_judged, n_top=n_top, threshold=threshold, seed=seed)
-known = before + [root / name for name in (judge, concepts) if name and (root / name).exists()]
-if not who:
-    judging.forget()
-elif not judging.is_current(how, known, [score_tables, explainers]):
-    started, chat = time.monotonic(), None
-    if judge:  # every verdict is on the disk before the next one is waited for
-        chat = open_chat(judge, key_variable=judge_key, concurrency=concurrency, timeout=timeout)
-        chat = Recorded(chat, judging.path("replies.jsonl"))
-    verdicts = score_judges.by_sight(score_judges.judge(chat)) if chat else score_judges.knowing(truth)
-    found = score_judges.judge_latents(verdicts, shown, explained, others, each=n_judged, seed=seed)
-    write_json(judging.path("verdicts.json"), found)
-    told = score_judges.agreed(found, kind_of) | {"replies_failed": chat.failed if chat else 0}
-    judging.finish(how, known, told, time.monotonic() - started, [score_tables, explainers])
+judgements = {}
+if judge or truth:
+    judging = page.stage(
+        "judge", after=("cache", "interpret"), without=("endpoint",)
+    )
+    replies = judging.path("replies.jsonl")
+    judgements = judging.result(
+        "verdicts", dict[int, Judgement],
+        lambda: judge_latents(
+            open_judge(judge, truth, endpoint, replies=replies), exemplars,
+            explained, other_concepts(explained, seed), each=n_judged,
+            seed=seed,
+        ),
+    )  # fmt: skip
+    judged = judging.finish(judge_metrics(judgements, explained))
 
 # %%
-kinds, judges = (*score_tables.KINDS, "total"), {}
-if who:
-    given = read_json(judging.path("verdicts.json"))
-    for name, title in zip(score_judges.JUDGED, (who, "the same, names shuffled"), strict=True):
-        judges[title] = score_judges.consistency({n: row.get(name) for n, row in given.items()}, kind_of)
-judges["GPT-4o, the paper"] = dict(zip(kinds, (0.93, 0.84, 0.90, 1.00, 0.85, 0.92, 0.89), strict=True))
-judges["two people, the paper"] = dict(zip(kinds, (0.70, 0.85, 0.60, 0.95, 0.80, 0.60, 0.75), strict=True))
-plots.table([{"kind": kind} | {title: shares.get(kind) for title, shares in judges.items()} for kind in dict.fromkeys((*score_tables.KINDS, *score_tables.by_kind(kind_of)))])
+who = judge or "ground truth"
+paper = published_numbers("judge")
+plots.table(table_2(judgements, explained, who, paper))
 
 # %% [markdown]
-# And two people's? Open this chapter in Jupyter (`make lab`), type your name, and answer with y, n, u. Ten latents of each
-# kind; every answer is on the disk, in the run's `ratings.jsonl`, before the next one is asked, and is counted below.
+# And what do people say? Open this chapter in Jupyter (`make lab`), type your
+# name, and answer with y, n or u. There are ten latents of each kind. Every
+# answer is on the disk before the next question.
 
 # %%
-ratings = stage.folder.parent / "ratings.jsonl"
-asked_of_people = {n: {"concept": concept_of[n], "kind": kind_of[str(n)]} for n in score_judges.some_of_each(kind_of, 10, seed)}
-Rater(ratings, asked_of_people, shown).box
+ratings = page.root / "data/artifacts" / run / "ratings.jsonl"
+asked = sample_by_kind(explained, 10, seed)
+Rater(ratings, {n: explained[n]._asdict() for n in asked}, exemplars).box
 
 # %% [markdown]
-# Each rater's share of yes, and how far each two agree on what both have rated, with Cohen's kappa:
+# Each rater's fraction of yes, and how often two raters agree on the latents
+# that both have rated. Kappa (Cohen's) is 0 if they agree as often as chance
+# would make them, and 1 if they always agree.
 
 # %%
-answers = score_ratings.standing(read_ratings(ratings), concept_of)
-print(f"{len(answers)} people have answered")
-for rater, told in answers.items():
-    print(rater, {kind: str(found) for kind, found in score_judges.consistency(told, kind_of).items()})
-for pair in score_ratings.agreements(answers):
-    print(f"{' and '.join(pair.raters)}: alike on {pair.agreement:.2f} of {pair.items}, kappa {pair.kappa}")
+concept_of = {latent: row.concept for latent, row in explained.items()}
+verdicts = verdicts_by_rater(read_ratings(ratings), concept_of)
+print(f"{len(verdicts)} people have answered")
+for rater, answers in verdicts.items():
+    print(rater, consistency(answers, explained)["total"])
+for pair in compare_raters(verdicts):
+    print(*pair)
 
 # %% [markdown]
 # ## What we found
-#
-# The numbers are above and on the [results page](../results). They hold for explained latents only. Random images are a weak
-# opponent, since most latents are silent on most images, the more so the more latents there are: how many times better a
-# score is than this chance says as much about the size of the SAE as about its explanations. The moved mask and the shuffled
-# name are the fair opponents; scenes, which fill the image, hardly beat the first.
 
-# %% tags=["hide-input"]
-manifest = read_json(stage.path("manifest.json"))
-print(
-    f"run {run} · {model} · layer {layer} · masks: {', '.join(where)} · CLIP score: {similarity or 'none'} · judge: {who or 'none'}"
-    f" · seed {seed} · {manifest['seconds']:.0f} s · {manifest['versions']}"
+# %% tags=["remove-input"]
+means = tables[Column("iou", "strict")]
+total = means["total"]
+beaten = [
+    kind
+    for kind, row in means.items()
+    if kind != "total" and row.area and row.score.low > row.area.high
+]
+sentences = [
+    f"By {first}, the strict IoU of explained latents is {total.score}. "
+    f"With the activation moved it is {total.area}, with another name "
+    f"{total.shuffled}, on random images {total.random}.",
+    "Random images are a weak opponent, because most latents are silent "
+    "there. The more latents an SAE has, the weaker it is.",
+    "Beyond its interval, the IoU exceeds that of the moved activation "
+    f"in {len(beaten)} of {len(means) - 1} kinds: {', '.join(beaten)}.",
+]
+sentences += [
+    f"By {column.segmenter}, the strict IoU is {metrics[str(column)]:.2f} "
+    f"instead of {metrics['iou_strict']:.2f}. The correlation of the two "
+    f"over latents is {metrics[f'{column}_correlation']:.2f}."
+    for column in scores.columns
+    if f"{column}_correlation" in metrics and column.mode == "strict"
+]
+if judgements and "judged" in judged:
+    sentences.append(
+        f"{who.capitalize()} accepts {judged['judged']:.1%} of the "
+        f"names, and {judged.get('judged_shuffled', 0):.1%} of other "
+        "latents' names."
+    )
+findings(*sentences)
+
+# %% [markdown]
+# **Limits.** The numbers hold for explained latents only. A scene fills the
+# image, so its moved activation also lies on the scene; that chance is hard to
+# beat. The small CLIPSeg and CLIP know the world that they score. The
+# [results page](../results) gathers the numbers of every page. Notebook 05
+# asks whether other layers and models give the same result.
+
+# %% tags=["remove-input", "hide-output"]
+metrics_table(stage)
+
+# %% tags=["remove-input", "hide-output"]
+metrics_table(judging) if judgements else None
+
+# %% tags=["result", "remove-input"]
+clip_score = ""
+if "clip_paper_random" in metrics:
+    clip_score = (
+        f", and the CLIP score {metrics['clip_paper']:.1f} instead of "
+        f"{metrics['clip_paper_random']:.1f}"
+    )
+paper = published_numbers("score")
+headline(
+    page,
+    f"on images that excite a latent, the IoU with its concept is "
+    f"{metrics['iou_paper']:.2f} in the paper's mode, instead of "
+    f"{metrics['iou_paper_random']:.3f} on random images{clip_score} "
+    f"({metrics['latents_scored']} latents).",
+    f"an IoU of {paper['iou_paper']:.2f} instead of "
+    f"{paper['iou_paper_random']:.3f}, and a CLIP score of "
+    f"{paper['clip_paper']:.1f} instead of "
+    f"{paper['clip_paper_random']:.1f} (Table 1).",
+    "drawings have few, clearly bounded concepts. A larger SAE has more "
+    "latents that are silent on random images.",
 )
+
+# %% tags=["remove-input"]
+provenance(page, stage, *([judging] if judgements else []))

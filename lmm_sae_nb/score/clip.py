@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -11,11 +11,8 @@ from PIL import Image
 from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.score.masks import PAPER, STRICT, Mode, activation_mask, exemplar_maps, move_mask
 from lmm_sae_nb.score.scores import Column, Comparison, Explained
-from lmm_sae_nb.score.similarity import clip_score
+from lmm_sae_nb.score.similarity import AllPairs, clip_score
 from lmm_sae_nb.support.images import pixel_hash
-
-# cosines of every image with every text, as `ImageTextSimilarity.all_pairs` gives them
-AllPairs = Callable[[Sequence[Image.Image], Sequence[str]], Float[np.ndarray, "images texts"]]
 
 
 def clip_input(exemplar: Exemplar, mode: Mode, rng: np.random.Generator | None = None) -> Image.Image:

@@ -9,7 +9,7 @@ from pathlib import Path
 from lmm_sae_nb.chat.questions import IMAGES, Chat, Question, Reply
 from lmm_sae_nb.chat.recorded import Recorded, ask, open_chat
 from lmm_sae_nb.interpret.exemplars import Exemplar
-from lmm_sae_nb.interpret.explainers import only_option
+from lmm_sae_nb.interpret.explainers import KINDS, only_option
 from lmm_sae_nb.score.latents import sample_by_kind
 from lmm_sae_nb.score.ratings import VERDICTS
 from lmm_sae_nb.score.scores import Explained, latents_by_kind
@@ -143,6 +143,26 @@ def consistency_by_column(
         column: consistency({latent: getattr(row, column) for latent, row in judgements.items()}, explained)
         for column in COLUMNS
     }
+
+
+def table_2(
+    judgements: Mapping[int, Judgement], explained: Mapping[int, Explained], judge: str,
+    published: Mapping[str, float],
+) -> list[dict[str, str | float | Proportion | None]]:  # fmt: skip
+    """Return Table 2 as rows for `plots.table`, one for each kind of concept.
+
+    judgements: of `judge_latents`; empty if nobody judged.
+    judge: the name of who judged, the head of a column.
+    published: metric to the paper's number, such as "judged_scene" (GPT-4o) and "judged_people_scene".
+    """
+    columns: dict[str, Mapping] = {}
+    if judgements:
+        own, shuffled = consistency_by_column(judgements, explained).values()
+        columns = {judge: own, f"{judge}, other names": shuffled}
+    kinds = dict.fromkeys([*KINDS, *latents_by_kind(explained)])
+    for head, name in (("GPT-4o, the paper", "judged"), ("people, the paper", "judged_people")):
+        columns[head] = {kind: published.get(f"{name}_{kind}".removesuffix("_total")) for kind in kinds}
+    return [{"kind": kind} | {head: column.get(kind) for head, column in columns.items()} for kind in kinds]
 
 
 def judge_metrics(judgements: Mapping[int, Judgement], explained: Mapping[int, Explained]) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -11,10 +10,11 @@ from PIL import Image
 
 from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.score.clip import AllPairs, score_clips
+from lmm_sae_nb.score.clip import score_clips
 from lmm_sae_nb.score.iou import maps_on, score_ious
-from lmm_sae_nb.score.masks import PAPER, STRICT, FindConcept, exemplar_maps
+from lmm_sae_nb.score.masks import PAPER, STRICT, FindConcept, both_modes, exemplar_maps
 from lmm_sae_nb.score.scores import Column, ColumnScores, Comparison, Explained, Scores, latents_by_kind
+from lmm_sae_nb.score.similarity import AllPairs
 from lmm_sae_nb.truth.label_maps import TrueMasks
 
 T = TypeVar("T")
@@ -92,7 +92,7 @@ def score_latents(
     exemplars: each latent's own images.
     explained: the latents, as `explained_latents` gives them.
     segmenters: by name, as `open_segmenters` gives them; the first is the reference.
-    all_pairs: cosines of images and texts, as `ImageTextSimilarity.all_pairs`; None: no CLIP score.
+    all_pairs: cosines of images and texts, as `open_similarity` gives them; None: no CLIP score.
     threshold: of an image's highest activation, in the strict mode.
     n_top: random images in a run.
     random_runs, clip_runs: draws of random images, for the IoU and for the CLIP score.
@@ -102,7 +102,7 @@ def score_latents(
     Raises:
         ValueError: a latent has no exemplars.
     """
-    modes = [PAPER, replace(STRICT, threshold=threshold)] if place.lmm.grid else [PAPER]
+    modes = both_modes(threshold) if place.lmm.grid else [PAPER]
     others, rng = other_concepts(explained, seed), np.random.default_rng(seed)
     readable = np.setdiff1d(np.arange(len(images)), list(skipped))
     drawn, drawn_for_clip = (rng.choice(readable, runs * n_top).tolist() for runs in (random_runs, clip_runs))

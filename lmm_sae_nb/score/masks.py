@@ -6,7 +6,7 @@ Both modes go through the same functions: `PAPER` does what the reference code d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +40,14 @@ class Mode:
 
 PAPER = Mode("paper", threshold=0.0, nearest=False, union=True, region=False)
 STRICT = Mode("strict", threshold=0.25, nearest=True, union=False, region=True)
+
+
+def both_modes(threshold: float = STRICT.threshold) -> list[Mode]:
+    """Return the modes `paper` and `strict`.
+
+    threshold: of `strict`, in [0, 1).
+    """
+    return [PAPER, replace(STRICT, threshold=threshold)]
 
 
 class ActivationMap(NamedTuple):

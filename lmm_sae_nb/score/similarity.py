@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,9 @@ from transformers import CLIPModel, CLIPProcessor
 from lmm_sae_nb.score.batches import batches, require_batch_size, require_finite_output
 
 _DOT = Image.new("RGB", (1, 1))
+
+# cosines of every image with every text, as `ImageTextSimilarity.all_pairs` gives them
+AllPairs = Callable[[Sequence[Image.Image], Sequence[str]], Float[np.ndarray, "images texts"]]
 
 
 def clip_score(cosines: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
@@ -90,3 +93,15 @@ class ImageTextSimilarity:
             pooled = self.model.text_model(**inputs.to(self.model.device)).pooler_output
             vectors.append(F.normalize(self.model.text_projection(pooled), dim=-1))
         return torch.cat(vectors)
+
+
+def open_similarity(name: str | Path, device: str | None = None) -> AllPairs | None:
+    """Return the cosines of images and texts by the CLIP that a page names; None if it names none.
+
+    name: a folder or a name on the hub; "" if there is none.
+    device: None takes a GPU if there is one.
+    """
+    if not name:
+        return None
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return ImageTextSimilarity.load(name, device=device).all_pairs

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from lmm_sae_nb.score.masks import PAPER
-from lmm_sae_nb.score.scores import Column, Comparison, Scores, latents_by_kind
+from lmm_sae_nb.score.scores import Column, Comparison, Explained, Scores, latents_by_kind
 from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval, run_interval
+from lmm_sae_nb.truth.label_maps import TrueMasks
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class MeanComparison:
     area: Mean | None = None
     shuffled: Mean | None = None
     gain: Mean | None = None
+
+    def series(self) -> dict[str, Mean]:
+        """Return the score and what chance gives by the names that tables and figures use, without what is None."""
+        names = {"own images": self.score, "moved": self.area, "other name": self.shuffled}
+        names["random images"] = self.random
+        return {name: mean for name, mean in names.items() if mean}
 
     def metrics(self, name: str) -> dict[str, float]:
         """Return the means and their ends as metrics: `name`, `name_low`, `name_high`, `name_random`, …"""
@@ -69,6 +76,11 @@ def _compare(rows: list[Comparison], seed: int) -> MeanComparison:
     )
 
 
+def series_by_kind(table: KindTable) -> dict[str, dict[str, Mean]]:
+    """Return a table as kind to the means of `MeanComparison.series`, for `plots.mean_panels`."""
+    return {kind: means.series() for kind, means in table.items()}
+
+
 def kind_tables(scores: Scores, seed: int = 0) -> dict[Column, KindTable]:
     """Return `kind_table` of every column."""
     return {column: kind_table(scores, column, seed) for column in scores.columns}
@@ -79,7 +91,7 @@ def score_metrics(scores: Scores, tables: Mapping[Column, KindTable]) -> dict[st
 
     - latents_scored, latents_KIND: how many latents were scored.
     - COLUMN, COLUMN_area, COLUMN_shuffled, COLUMN_gain, COLUMN_random: means over all latents.
-    - COLUMN_KIND: the mean of one kind; of a CLIP score also COLUMN_KIND_gain.
+    - COLUMN_KIND, COLUMN_KIND_random: the means of one kind; of a CLIP score also COLUMN_KIND_gain.
     - iou_…_ratio: score by random baseline. iou_random: iou_strict_random by its short name.
     - clip_…_kinds_above_random, clip_…_kinds: kinds whose gain is certainly above 0, of the kinds that have a gain.
     - iou_…_SEGMENTER_correlation: with the IoU by the first segmenter, over latents.
@@ -103,6 +115,8 @@ def _column_metrics(column: Column, table: KindTable) -> dict[str, float]:
     metrics = total.metrics(str(column))
     for kind, row in kinds.items():
         metrics |= bounds(f"{column}_{kind}", row.score)
+        if row.random:
+            metrics |= bounds(f"{column}_{kind}_random", row.random)
         if column.quantity == "clip" and row.gain:
             metrics |= bounds(f"{column}_{kind}_gain", row.gain)
     if column.quantity == "iou" and total.random and total.random.mean > 0:
@@ -122,28 +136,36 @@ def correlation(scores: Scores, one: Column, other: Column) -> float | None:
     return float(np.corrcoef(pairs)[0, 1]) if np.ptp(pairs, axis=1).all() else None
 
 
-def table_rows(
-    tables: Mapping[Column, KindTable], quantity: str, segmenter: str = "", published: Mapping[str, float] | None = None
-) -> list[dict[str, str | float | Mean | None]]:
-    """Return Table 1 of one quantity as rows for `plots.table`: of each kind one row in each mode.
+def table_1(
+    tables: Mapping[Column, KindTable], published: Mapping[str, float] | None = None
+) -> dict[str, list[dict[str, str | float | Mean | None]]]:
+    """Return Table 1 for `plots.table`: caption to rows, of each kind one row in each mode.
 
-    quantity, segmenter: as in `Column`.
     published: metric to the paper's number, such as "iou_paper_scene" and "iou_paper_scene_random"; they stand
         beside the mode `paper`.
     """
-    chosen = {column: table for column, table in tables.items() if column[::2] == (quantity, segmenter)}
-    rows = []
-    for kind in dict.fromkeys(kind for table in chosen.values() for kind in table):
-        for column, table in chosen.items():
-            if kind not in table:
-                continue
-            row = {"kind": kind, "mode": column.mode, "own images": table[kind].score}
-            row |= {chance: getattr(table[kind], chance) for chance in ("random", "area", "shuffled")}
-            if published:
-                name = f"{column}_{kind}".removesuffix("_total") if column.mode == PAPER.name else ""
-                row |= {"paper": published.get(name), "paper, random": published.get(f"{name}_random")}
-            rows.append(row)
-    return rows
+    result = {}
+    for quantity, segmenter in dict.fromkeys(column[::2] for column in tables):
+        caption = {"iou": "IoU", "clip": "CLIP score"}[quantity] + (f" by {segmenter}" if segmenter else "")
+        chosen = {column: table for column, table in tables.items() if column[::2] == (quantity, segmenter)}
+        kinds = dict.fromkeys(kind for table in chosen.values() for kind in table)
+        result[caption] = [
+            _row(column, kind, table[kind], published)
+            for kind in kinds
+            for column, table in chosen.items()
+            if kind in table
+        ]
+    return result
+
+
+def _row(
+    column: Column, kind: str, means: MeanComparison, published: Mapping[str, float] | None
+) -> dict[str, str | float | Mean | None]:
+    row = {"kind": kind, "mode": column.mode} | means.series()
+    if not published:
+        return row
+    name = f"{Column(column.quantity, column.mode)}_{kind}".removesuffix("_total")
+    return row | {"the paper": published.get(name), "the paper, random": published.get(f"{name}_random")}
 
 
 def median_latents(scores: Scores, column: Column) -> dict[str, int]:
@@ -155,15 +177,16 @@ def median_latents(scores: Scores, column: Column) -> dict[str, int]:
 
 
 def means_by_truth(
-    scores: Scores, explanations: Mapping[int, Mapping], quantity: str = "iou"
+    scores: Scores, explanations: Mapping[int, Mapping], first: str = "truth"
 ) -> list[dict[str, str | int | float]]:
-    """Return the mean scores of right names and of wrong names as rows for `plots.table`.
+    """Return the mean IoU of right names and of wrong names as rows for `plots.table`.
 
     A name is right if it is the very concept that the latent's images show.
 
     explanations: latent to its row with `concept` and `true_concept`.
+    first: the name of the first segmenter, which its columns do not have.
     """
-    columns, rows = [column for column in scores.columns if column.quantity == quantity], []
+    columns, rows = [column for column in scores.columns if column.quantity == "iou"], []
     for names, right in (("right", True), ("wrong", False)):
         latents = [
             latent
@@ -171,8 +194,43 @@ def means_by_truth(
             if (explanations[latent]["concept"] == explanations[latent]["true_concept"]) is right
         ]
         means = {
-            f"{column.mode}, {column.segmenter or 'first'}": float(np.mean([scores[column][n].score for n in latents]))
+            f"{column.mode}, by {column.segmenter or first}": float(np.mean([scores[column][n].score for n in latents]))
             for column in (columns if latents else ())
         }
         rows.append({"names": names, "latents": len(latents)} | means)
     return rows
+
+
+def values_by_kind(scores: Scores, column: Column) -> dict[str, list[float]]:
+    """Return each latent's score in one column, by kind of concept, for `plots.calibration`."""
+    groups = latents_by_kind(scores.explained)
+    return {kind: [scores[column][n].score for n in latents] for kind, latents in groups.items() if kind != "total"}
+
+
+def kind_counts(explained: Mapping[int, Explained], explanations: Mapping[int, Mapping]) -> list[dict[str, str | int]]:
+    """Return how many latents of each kind are scored, as rows for `plots.table`.
+
+    With ground truth a row also has the number of latents that were asked about and show a concept of this kind.
+
+    explanations: latent to its row in explanations.json.
+    """
+    present = Counter(row["true_kind"] for row in explanations.values() if row.get("true_kind"))
+    rows = []
+    for kind, latents in latents_by_kind(explained).items():
+        asked = {"asked about, show this kind": present.total() if kind == "total" else present[kind]}
+        rows.append({"kind": kind, "scored": len(latents)} | (asked if present else {}))
+    return rows
+
+
+def explanation_metrics(explanations: Mapping[int, Mapping], truth: TrueMasks | None) -> dict[str, int]:
+    """Return as metrics what the explained latents are drawn from; nothing without ground truth.
+
+    - names_unknown: names that the ground truth does not know, which cannot be scored.
+    - latents_showing_KIND: latents that were asked about and show a concept of this kind.
+    """
+    if truth is None:
+        return {}
+    names = [row["concept"] for row in explanations.values() if row["concept"]]
+    present = Counter(row["true_kind"] for row in explanations.values() if row.get("true_kind"))
+    unknown = {"names_unknown": sum(not truth.kinds_of(name) for name in names)}
+    return unknown | {f"latents_showing_{kind}": count for kind, count in sorted(present.items())}

@@ -15,6 +15,7 @@ from lmm_sae_nb.show.style import AGAINST, BOTH, CONCEPT, FOR, LATENT, LINE, WID
 
 if TYPE_CHECKING:
     from lmm_sae_nb.interpret.exemplars import Exemplar
+    from lmm_sae_nb.score.examples import Overlap
 
 EXEMPLARS = 5  # columns of a strip: the paper shows five images of a latent
 
@@ -159,6 +160,19 @@ def overlap(
     ax.imshow(shade)
     ax.set_title(wrapped(title, 0.95 * WIDTH / 4))
     return ax
+
+
+def overlaps(found: Sequence[Overlap], first: Exemplar | None = None) -> list[Axes]:
+    """Draw `overlap` of each, four in a row, with its title above.
+
+    first: an exemplar whose activation is drawn as a heat map before them.
+    """
+    axes = picture_axes(len(found) + (first is not None))
+    if first is not None:
+        heat_map(first.image, first.activation, ax=axes[0]).set_title("activation")
+    for ax, one in zip(axes[first is not None :], found, strict=True):
+        overlap(one.image, one.active, one.concept, one.title, ax=ax)
+    return axes
 
 
 def _grey(image: Image.Image, ax: Axes | None) -> Axes:

@@ -7,7 +7,7 @@ from lmm_sae_nb.show.charts import (
     means, proportions, scatter, search_trials, stacked, training,
 )  # fmt: skip
 from lmm_sae_nb.show.pictures import (
-    exemplar_strip, heat_map, images, overlap, picture_axes, picture_rows, signed_map, signed_maps,
+    exemplar_strip, heat_map, images, overlap, overlaps, picture_axes, picture_rows, signed_map, signed_maps,
 )  # fmt: skip
 from lmm_sae_nb.show.style import (
     AGAINST, CHANCE, CONCEPT, FOR, LATENT, PAPER, TARGET, WIDTH, literal, panels, style, wrapped,

@@ -50,6 +50,12 @@ def published(stage: str, metric: str) -> float:
     return found["value"]
 
 
+def published_numbers(stage: str) -> dict[str, float]:
+    """Return all numbers that the paper reports for a stage, by metric, from `book/published.json`."""
+    known = read_json(project_root() / "book" / "published.json").get(stage, {})
+    return {metric: found["value"] for metric, found in known.items()}
+
+
 def meaning(stage: str, metric: str) -> str:
     """Return the sentence that explains a metric, from `book/metrics.json`; empty if there is none."""
     return entry("metrics", stage, metric) or ""

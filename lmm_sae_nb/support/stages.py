@@ -236,8 +236,11 @@ class Page:
         self.params, self.root, self._namespace = plain, project_root(), namespace
 
     def locate(self, name: str) -> Path | str:
-        """Return the folder of this project that a parameter names, or the name itself, as of a model on the hub."""
-        return self.root / name if (self.root / name).exists() else name
+        """Return the folder of this project that a parameter names, or the name itself, as of a model on the hub.
+
+        An empty name, which says that there is none, stays empty.
+        """
+        return self.root / name if name and (self.root / name).exists() else name
 
     def stage(
         self, name: str, *, after: Iterable[str] = (), beside: Iterable[str] = (), without: Iterable[str] = ()

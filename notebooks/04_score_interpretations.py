@@ -254,9 +254,9 @@ for caption, rows in table_1(tables, paper).items():
     display(plots.table(rows, caption))
 
 # %% mystnb={"figure": {"caption": "IoU by kind of concept in both modes, with 99 % intervals: own images and three kinds of chance.", "name": "fig-iou-by-kind"}, "image": {"alt": "Two panels with a row for each kind of concept; the own images lie to the right of every chance, but scenes come near the moved activation."}}
+iou = {mode.name: tables[Column("iou", mode.name)] for mode in modes}
 plots.mean_panels({
-    f"IoU, mode {mode.name}": series_by_kind(tables[Column("iou", mode.name)])
-    for mode in modes
+    f"IoU, mode {name}": series_by_kind(table) for name, table in iou.items()
 });
 # %% mystnb={"figure": {"caption": "A gallery (Figure 4): for each kind the latent of median strict IoU, on its first image. Active in blue, the concept in yellow, both in green. The number is the mean IoU over its images.", "name": "fig-gallery"}, "image": {"alt": "An image for each kind of concept with the masks of the latent and of the concept."}}
 first = next(iter(segmenters))
@@ -364,7 +364,8 @@ sentences = [
     "Random images are a weak opponent, because most latents are silent "
     "there. The more latents an SAE has, the weaker it is.",
     "Beyond its interval, the IoU exceeds that of the moved activation "
-    f"in {len(beaten)} of {len(means) - 1} kinds: {', '.join(beaten)}.",
+    f"in {len(beaten)} of {len(means) - 1} kinds"
+    + (f": {', '.join(beaten)}." if beaten else "."),
 ]
 sentences += [
     f"By {column.segmenter}, the strict IoU is {metrics[str(column)]:.2f} "

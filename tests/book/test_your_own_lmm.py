@@ -219,7 +219,8 @@ def started(source: str, env: dict[str, str], **values: object) -> subprocess.Po
     """A notebook as a script, with other parameters."""
     text = Path("notebooks", source).read_text()
     for name, value in values.items():
-        text, changed = re.subn(rf"^({name}: \w+) = .*$", rf"\1 = {value!r}", text, flags=re.MULTILINE)
+        old = rf"^({name}: \w+) = (\{{\n.*?^\}}|[^\n]*)$"  # a dictionary takes several lines
+        text, changed = re.subn(old, rf"\1 = {value!r}", text, flags=re.MULTILINE | re.DOTALL)
         assert changed == 1, name
     script = Path("notebooks", f"here_{source}")
     script.write_text(text)
@@ -253,9 +254,10 @@ def test_neither_a_kill_nor_a_judge_out_of_reach_costs_an_answer_or_a_score(at_t
 
     with serving(answer, key=KEY) as server:
         big, record = f"big@{server.url}", Path("data/artifacts/mine/interpret/replies.jsonl")
-        common = dict(run="mine", model="my/lmm", layer=1, images="my/pictures", concepts="", concurrency=2)
+        common = dict(run="mine", model="my/lmm", layer=1, images="my/pictures", concepts="")
+        endpoint = {"key_variable": "THE_KEY", "concurrency": 2, "timeout": 120.0}
         how = common | dict(explainer=big, refiner=big, labeller=big, key_variable="THE_KEY", prompt="In common?",
-                            tag="[E]:", n_explained=12, least_confidence=0.0)  # fmt: skip
+                            tag="[E]:", n_explained=12, least_confidence=0.0, concurrency=2)  # fmt: skip
         record.unlink()
         victims.append(started("03_interpret_features.py", ours, **how))
         victims[0].communicate()
@@ -271,7 +273,7 @@ def test_neither_a_kill_nor_a_judge_out_of_reach_costs_an_answer_or_a_score(at_t
         assert (found["asked"], found["replies_failed"]) == (12, 0) and found["explained"] == 12 - found["failed"] < 12
 
         how = common | dict(detector="my/grounding_dino", segmenter="my/sam", similarity="my/clip", random_runs=2,
-                            clip_runs=2, judge=big, judge_key="THE_KEY")  # fmt: skip
+                            clip_runs=2, judge=big, endpoint=endpoint)  # fmt: skip
         refused = started("04_score_interpretations.py", wrong, **how)
         assert "it refuses the key in THE_KEY" in refused.communicate()[0] and refused.returncode == 1
         scored = Path("data/artifacts/mine/score/manifest.json").stat().st_mtime_ns

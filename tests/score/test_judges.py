@@ -14,6 +14,7 @@ from lmm_sae_nb.score.judges import (
     judge_metrics,
     model_judge,
     open_judge,
+    table_2,
     truth_judge,
 )
 from lmm_sae_nb.score.scores import Explained
@@ -110,3 +111,16 @@ def test_table_2_as_metrics_has_intervals_and_numbers():
     assert (found["judged_object"], found["judged_object_asked"]) == (2 / 4, 4)
     assert (found["judged_shuffled"], found["judged_shuffled_asked"], found["judged_shuffled_low"]) == (0, 7, 0)
     assert found["replies_failed"] == 1
+
+
+def test_table_2_stands_beside_the_papers():
+    explained = {n: Explained("a", ("object", "word")[n % 2]) for n in range(4)}
+    rows = {n: Judgement("a", "yes", "no") for n in explained}
+    published = {"judged": 0.89, "judged_object": 0.84, "judged_people": 0.75}
+    table = {row.pop("kind"): row for row in table_2(rows, explained, "truth", published)}
+    assert list(table) == ["scene", "object", "part", "material", "texture", "colour", "word", "total"]
+    assert table["total"]["truth"].fraction == 1 and table["total"]["truth, other names"].fraction == 0
+    assert (table["total"]["GPT-4o, the paper"], table["total"]["people, the paper"]) == (0.89, 0.75)
+    assert (table["object"]["GPT-4o, the paper"], table["word"]["GPT-4o, the paper"]) == (0.84, None)
+    assert table["scene"]["truth"] is None
+    assert list(table_2({}, explained, "truth", published)[0]) == ["kind", "GPT-4o, the paper", "people, the paper"]

@@ -5,18 +5,22 @@ from dataclasses import replace
 
 import pytest
 from pydantic import TypeAdapter
-from scored import scores_of
+from scored import CONCEPTS, label_maps, scores_of
 
 from lmm_sae_nb.score.scores import Column, Comparison, Scores, latents_by_kind
 from lmm_sae_nb.score.tables import (
+    explanation_metrics,
+    kind_counts,
     kind_table,
     kind_tables,
     means_by_truth,
     median_latents,
     score_metrics,
-    table_rows,
+    table_1,
+    values_by_kind,
 )
 from lmm_sae_nb.support.intervals import mean_interval
+from lmm_sae_nb.truth.label_maps import TrueMasks
 
 KINDS = ["object", "object", "colour", "face", "colour", "scene"]
 PAPER, STRICT, CLIP = Column("iou", "paper"), Column("iou", "strict"), Column("clip", "paper")
@@ -48,17 +52,20 @@ def test_a_chance_that_any_latent_lacks_has_no_runs():
 
 def test_a_table_stands_beside_the_published_one():
     scores = scores_of(KINDS, {PAPER: rising(), STRICT: rising(0.2), Column("iou", "paper", "sam"): rising(0)})
-    paper = {"iou_paper_colour": 0.1, "iou_paper_colour_random": 0.005, "iou_paper": 0.2}
-    rows = table_rows(kind_tables(scores), "iou", published=paper)
+    published = {"iou_paper_colour": 0.1, "iou_paper_colour_random": 0.005, "iou_paper": 0.2}
+    tables = table_1(kind_tables(scores), published)
+    assert list(tables) == ["IoU", "IoU by sam"]
+    rows = tables["IoU"]
     assert [(row["kind"], row["mode"]) for row in rows] == [
         ("object", "paper"), ("object", "strict"), ("colour", "paper"), ("colour", "strict"), ("total", "paper"),
         ("total", "strict"),
     ]  # fmt: skip
-    assert [row["paper"] for row in rows] == [None, None, 0.1, None, 0.2, None]
-    assert rows[2]["paper, random"] == 0.005
+    assert [row["the paper"] for row in rows] == [None, None, 0.1, None, 0.2, None]
+    assert rows[2]["the paper, random"] == 0.005
     assert rows[4]["own images"] == mean_interval([0.1 * n for n in range(6)])
     assert rows[1]["own images"] == mean_interval([0, 0.2])
-    assert "paper" not in table_rows(kind_tables(scores), "iou", "sam")[0]
+    assert rows[4]["random images"].mean == pytest.approx(0.025)
+    assert "the paper" not in table_1(kind_tables(scores))["IoU by sam"][0]
 
 
 def test_the_metrics_of_a_stage_come_from_the_columns():
@@ -83,7 +90,8 @@ def test_the_metrics_of_a_stage_come_from_the_columns():
     # objects gain 0, 2, 4 and 6: a resample has the mean 0 in 1 of 256, less than 0.5 %; colours gain -1, 1, 3 and 5
     assert (found["clip_paper_kinds"], found["clip_paper_kinds_above_random"]) == (2, 1)
     assert found["clip_paper_colour_gain"] == pytest.approx(2)
-    assert not {"iou_strict_colour_random", "iou_strict_colour_gain", "iou_strict_seg_a_ratio"} & found.keys()
+    assert found["iou_strict_colour_random"] == pytest.approx(0.05)
+    assert not {"iou_strict_colour_gain", "iou_strict_seg_a_ratio"} & found.keys()
     json.dumps(found, allow_nan=False)
     columns[CLIP] = [replace(row, score=row.score + 10) for row in columns[CLIP]]
     scores = scores_of(kinds, columns)
@@ -121,5 +129,29 @@ def test_right_and_wrong_names_have_their_own_means():
     truth = {n: {"concept": f"concept {n}", "true_concept": f"concept {min(n, 3)}"} for n in range(6)}
     right, wrong = means_by_truth(scores, truth)
     assert (right["latents"], wrong["latents"]) == (4, 2)
-    assert right["paper, first"] == pytest.approx(0.15)
-    assert wrong["paper, first"] == pytest.approx(0.45)
+    assert right["paper, by truth"] == pytest.approx(0.15)
+    assert wrong["paper, by truth"] == pytest.approx(0.45)
+
+
+def test_values_stand_by_kind_in_the_order_of_latents():
+    scores = scores_of(KINDS, {PAPER: rising()})
+    assert values_by_kind(scores, PAPER)["colour"] == pytest.approx([0.2, 0.4])
+    assert "total" not in values_by_kind(scores, PAPER)
+
+
+def test_what_could_be_scored_is_counted_beside_what_is():
+    explained = scores_of(["object", "colour"], {}).explained
+    rows = {n: {"concept": name, "true_kind": kind} for n, (name, kind) in enumerate(
+        [("cat", "object"), ("unicorn", "object"), (None, "face"), ("dog", None)]
+    )}  # fmt: skip
+    assert kind_counts(explained, rows) == [
+        {"kind": "object", "scored": 1, "asked about, show this kind": 2},
+        {"kind": "colour", "scored": 1, "asked about, show this kind": 0},
+        {"kind": "total", "scored": 2, "asked about, show this kind": 3},
+    ]
+    assert explanation_metrics(rows, TrueMasks([label_maps()], CONCEPTS)) == {
+        "names_unknown": 1, "latents_showing_face": 1, "latents_showing_object": 2,
+    }  # fmt: skip
+    photographs = {n: {"concept": "cat"} for n in range(3)}
+    assert kind_counts(explained, photographs)[0] == {"kind": "object", "scored": 1}
+    assert explanation_metrics(photographs, None) == {}

@@ -212,14 +212,3 @@ class Vocabulary:
     def label(self, concepts: Sequence[str]) -> list[str | None]:
         """Return the kind of each concept; None for one that is not in the vocabulary."""
         return [self._kinds.get(concept) for concept in concepts]
-
-    def rate(self, answers: Sequence[str], concepts: Sequence[str]) -> list[int | None]:
-        """Rate how relevant answers are to concepts: 10 if one names its concept, 5 for one of its kind, else 1."""
-        return [self._rate(answer, concept) for answer, concept in zip(answers, concepts, strict=True)]
-
-    def _rate(self, answer: str, concept: str) -> int:
-        if mentions(answer, concept):
-            return 10
-        kind = self._kinds.get(concept.lower())
-        same_kind = (name for name, other in self._kinds.items() if kind and other == kind)
-        return 5 if any(mentions(answer, name) for name in same_kind) else 1

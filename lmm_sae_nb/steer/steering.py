@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -249,12 +248,6 @@ def answers(
         with steered(place, prompt, some, scope, keep_error=keep_error):
             said += lmm.generate(prompt, **generation)
     return said
-
-
-def strongest(doses: Sequence[float], hits: Iterable[float]) -> float:
-    """The dose that has most hits, of equals the lowest; without any hit the highest. hits: the dose of each."""
-    counted = Counter(hits)
-    return max(sorted(doses), key=counted.__getitem__) if counted else max(doses)
 
 
 class Comparison(NamedTuple):

@@ -9,7 +9,6 @@ from PIL import Image
 from lmm_sae_nb.chat.questions import Question, Reply
 from lmm_sae_nb.interpret import explainers
 from lmm_sae_nb.interpret.explainers import LONGEST_CONCEPT, REFUSAL, Outcome, Vocabulary, parse_reply
-from lmm_sae_nb.steer import relevance
 
 TAG = "[EXPLANATION]:"
 
@@ -164,16 +163,3 @@ def test_every_concept_of_picture_world_is_its_own_name():
 )
 def test_an_answer_names_a_concept_by_whole_words(answer, concept, named):
     assert explainers.mentions(answer, concept) is named
-
-
-def test_relevance_is_a_whole_number_from_one_to_ten_or_nothing():
-    said = {"a": "7", "b": "Relevance: 10.", "c": "11", "d": "3 or 4", "e": None}
-    chat = Answering(lambda question: Reply(said[question.text[0]]))
-    rate = relevance.relevance(chat, "{answer} of {text}")
-    assert rate(list(said), ["hat"] * 5) == [7, 10, None, None, None]
-    assert [question.text for question in chat.heard][:2] == ["a of hat", "b of hat"]
-
-
-def test_the_vocabulary_rates_by_names():
-    words = Vocabulary({"object": ["hat", "dog"], "colour": ["red"]})
-    assert words.rate(["a red hat .", "a dog .", "red .", ""], ["hat"] * 4) == [10, 5, 1, 1]

@@ -13,332 +13,406 @@
 # %% [markdown]
 # # 6. Steer the model by its latents
 #
-# **The question.** Sections 2.3, 4.1 and 4.2, Appendices D and H: if a latent is set by hand, does the model say what the
-# latent was named for?
+# **The question** (sections 2.3, 4.1 and 4.2, Appendices D and H). A latent was
+# named for what its images show. If we set this latent by hand, does the model
+# say that name?
 #
-# **You will learn** what a clamp does, how much of the effect is the latent's and how much the splice's, how it grows with
-# the dose, and whether one latent serves both the picture and the word.
+# **You will learn** how a latent is clamped, how the effect grows with the
+# dose, which controls it needs, and whether one latent serves both the picture
+# and the word.
 #
-# **Reads** `train/`, `cache/`, `interpret/`, `score/` and `judge/` if they are there. **Writes** `steer/`.
+# **Reads** the stages `train`, `cache` and `interpret`, and for the last
+# section `score` and `judge` if they are there. **Writes** the stage `steer`.
 #
-# | preset | LMM | latents steered | time |
+# | preset | model | latents clamped | time |
 # |---|---|---|---|
-# | `tiny` | Picture World LLaVA-NeXT, shipped | 146 objects at 3 doses, 100 at random | 3 minutes, 2 cores |
-# | `paper` | LLaVA-NeXT-LLaMA3-8B | the same | one GPU |
+# | `tiny` | LLaVA-NeXT of Picture World | about 250 | 3 minutes, 2 cores |
+# | `paper` | LLaVA-NeXT-LLaMA3-8B | about 300 | one GPU |
 
 # %% tags=["parameters"]
-run: str = "tiny"  # results go to data/artifacts/<run>/
-model: str = "data/models/tiny-llava-next"  # a folder of this project, or a name on the hub
-images: str = "data/artifacts/tiny/world/cache"  # the images that were cached
-layer: int = 1  # 0-based, the layer that the SAE was trained on
-steered_kinds: list = ["base", "tiles", "newline"]  # token kinds whose latents are clamped, where there is an image
-doses: list = [8, 16, 24]  # clamp values, in units of the latent's own maximum over the cached images
-n_objects: int = 100  # latents named for an object that are reported; up to as many others choose the dose
-question: str = "What do you see in this image?"  # about a pure white image
-blank_size: int = 192  # pixels a side of the white image
-feelings: list = ["happy", "sad", "angry", "hungry", "scared", "loving", "sick", "sleepy"]  # names of latents
-told: list = ["happy", "sad", "hungry"]  # those of them whose answers are shown
-feeling_question: str = "How do you feel?"  # about the latent's own top image
-story_prompt: str = "Tell me a story about Alice and Bob."  # without an image
-case_doses: list = [1, 1.5, 2, 3]  # clamp values for feelings and stories, in units of the latent's maximum
-word_prompt: str = "is there a {} ?"  # in which a concept's word is read
-ranked_images: int = 200  # cached images whose latents are ranked for section 4.2
-max_new_tokens: int = 24  # of an answer; stories may have twice as many
-batch: int = 20  # settings that run side by side
-concepts: str = "data/artifacts/tiny/world/concepts.json"  # names by kind, for the relevance; "": a judge is asked
-judge: str = ""  # a language model that rates relevance: a folder, a name on the hub, or name@http://host:port/v1
-judge_key: str = ""  # the environment variable with the endpoint's key; "": it wants none
-concurrency: int = 8  # questions under way at once, to an endpoint
-timeout: float = 120.0  # seconds that an endpoint's answer may take
+# results go to data/artifacts/<run>/
+run: str = "tiny"
+# the model under study: a folder of this project, or a name on the hub
+model: str = "data/models/tiny-llava-next"
+# the images that were cached
+images: str = "data/artifacts/tiny/world/cache"
+layer: int = 1  # counted from 0: the layer that the SAE was trained on
+# feelings and stories
+cases: dict = {
+    # names of latents
+    "concepts": [
+        "happy", "sad", "angry", "hungry",
+        "scared", "loving", "sick", "sleepy",
+    ],
+    # those whose answers the page shows
+    "displayed": ["happy", "sad", "hungry"],
+    # about the image that excites the latent most
+    "question": "How do you feel?",
+    # without an image
+    "story": "Tell me a story about Alice and Bob.",
+    "doses": [1, 1.5, 2, 3],
+    "max_new_tokens": 48,  # longest answer
+}  # fmt: skip
+# objects on a white image
+objects: dict = {
+    "question": "What do you see in this image?",
+    "size": 192,  # pixels a side of the white image
+    "kinds": ["base", "tiles", "newline"],  # tokens that are clamped
+    "doses": [8, 16, 24],
+    # latents that are reported; up to as many others choose the dose
+    "count": 100,
+    "max_new_tokens": 24,
+}
+word_prompt: str = "is there a {} ?"  # in which a name is read
+ranked_images: int = 200  # images whose latents are ranked
+# rates relevance: a folder, a name on the hub, or name@http://host:port/v1
+judge: str = ""
+# names by kind: without a judge, relevance is rated by these words
+concepts: str = "data/artifacts/tiny/world/concepts.json"
+# for a judge that is an endpoint
+endpoint: dict = {
+    "key_variable": "",  # environment variable with its key
+    "concurrency": 8,  # questions at the same time
+    "timeout": 120.0,  # seconds that an answer may take
+}
+batch: int = 20  # clamps that run side by side
 seed: int = 0  # of the choice of latents and images
 
 # %% tags=["remove-cell"]
-import time
-from collections import Counter
-from functools import partial
-from pathlib import Path
-
-import numpy as np
 import torch
-from IPython.display import HTML, display
 from ipywidgets import VBox
 from PIL import Image
 from torch.testing import assert_close
 
-from lmm_sae_nb.cache.encode_images import activation_maps
-from lmm_sae_nb.cache.latent_cache import LatentCache
-from lmm_sae_nb.chat.recorded import Recorded, open_chat
-from lmm_sae_nb.interpret import explainers as rating
-from lmm_sae_nb.interpret.exemplars import exemplars
-from lmm_sae_nb.interpret.explainers import Vocabulary, mentions
-from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb import Edit, LatentCache, SAEInPlace, Scope, exemplars, open_images
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.feature_browser import FeatureBrowser
 from lmm_sae_nb.show.latent_table import LatentTable
+from lmm_sae_nb.show.report import (
+    findings,
+    headline,
+    metrics_table,
+    provenance,
+    published,
+)
 from lmm_sae_nb.show.steering_panel import SteeringPanel
-from lmm_sae_nb.show.tables import steering_strip
-from lmm_sae_nb.steer import steering
-from lmm_sae_nb.steer.relevance import relevance
-from lmm_sae_nb.steer.steering import Edit, Scope, answers, steer_latents
-from lmm_sae_nb.support import intervals
-from lmm_sae_nb.support.files import project_root, read_json, write_json
-from lmm_sae_nb.support.images import open_images
-from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval, proportion
-from lmm_sae_nb.support.stages import Stage, require
+from lmm_sae_nb.steer.experiments import (
+    CaseStudy,
+    ObjectSteering,
+    WordActivation,
+    case_metrics,
+    case_studies,
+    kinds_by_rank,
+    latents_named,
+    ranks_on_top_images,
+    steer_objects,
+    word_activations,
+    word_metrics,
+)
+from lmm_sae_nb.steer.relevance import Relevance, rate_objects
+from lmm_sae_nb.steer.steering import steer_latents
+from lmm_sae_nb.support.stages import Metrics, Page
 
-root = project_root()
+page = Page(globals())
 plots.style()
 
 # %%
-lmm = LMM.load(root / model if (root / model).is_dir() else model)
-sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent).requires_grad_(False)
-cache = LatentCache.load(require(run, "cache", "manifest.json", "02_cache_activations.py").parent)
-explanations = read_json(require(run, "interpret", "explanations.json", "03_interpret_features.py"))
-pictures, white = open_images(root / images), Image.new("RGB", (blank_size, blank_size), "white")
-named = {int(n): row for n, row in explanations.items() if row["concept"]}
-at_image = Scope(tuple(steered_kinds))
+place = SAEInPlace.load(page.locate(model), page.file("train"), layer)
+cache = LatentCache.load(page.file("cache"))
+pictures = open_images(page.locate(images))
+explanations = page.read("interpret", "explanations", dict[int, dict])
+named = {n: row for n, row in explanations.items() if row["concept"]}
+names = {n: row["concept"] for n, row in named.items()}
+white = Image.new("RGB", (objects["size"],) * 2, "white")
+stage = page.stage(
+    "steer", after=("train", "cache", "interpret"),
+    without=("batch", "endpoint"),
+)  # fmt: skip
 print(f"{len(named)} named latents")
 
 # %% [markdown]
-# ## Equations 3 to 6
+# ## A clamp (equations 3 to 6)
 #
-# > "$\text{Steer}(\mathcal{C}, k, i)$": $z_{ij} = k$ for the tokens $i \in \mathcal{C}$; then
-# > $\hat{\mathbf{z}} = \text{TopK}(\mathbf{z})$ and $\hat{\mathbf{x}}$ "into the subsequent LLaVA layer instead of
-# > $\mathbf{x}$".
+# > "$\text{Steer}(\mathcal{C}, k, i)$": $z_{ij} = k$ for the tokens
+# > $i \in \mathcal{C}$; then $\hat{\mathbf{z}} = \text{TopK}(\mathbf{z})$ and
+# > $\hat{\mathbf{x}}$ "into the subsequent LLaVA layer instead of $\mathbf{x}$".
 #
-# The clamp comes before TopK, so a clamped latent must earn its place among the $k$ highest. (The paper's letter $k$ for the
-# clamp is `value` here, $k$ is TopK's count.) By hand, with a dense $\mathbf{z}$:
+# To *clamp* a latent is to set its activation to a fixed value. The clamp comes
+# before TopK, so the clamped latent must be among the $k$ highest to count.
+# (The paper writes $k$ for the clamp; we write `value`, because $k$ is TopK's
+# count.) The same in plain PyTorch:
 
 # %%
-prompt = lmm.prompt(question, white)
-x = lmm.hidden_states(prompt, layer)[0, prompt.spans[0].where("base")].float()
-edit = Edit(latent=next(iter(named)), value=5.0)
+sae = place.sae
+prompt = place.lmm.prompt(objects["question"], white)
+states = place.lmm.hidden_states(prompt, layer)[0]
+x = states[prompt.mask("base")[0]].float()
+edit = Edit(latent=min(named), value=5.0)
+
 z = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
 z[:, edit.latent] = edit.value
 kept = z.topk(sae.k)
+expected = torch.zeros_like(z).scatter(1, kept.indices, kept.values)
+
 ours = steer_latents(sae, x, [edit])
-assert_close(torch.zeros_like(z).scatter(1, ours.indices, ours.acts), torch.zeros_like(z).scatter(1, kept.indices, kept.values))
+assert_close(torch.zeros_like(z).scatter(1, ours.indices, ours.acts), expected)
 
 # %% [markdown]
-# ## Happy, sad, hungry (Figures 5 and 6)
-#
-# The latents are found by their names, not by hand: of those that notebook 03 named `happy`, the one that is most active on
-# an image. Notebook 03 saw nothing but pictures.
+# We give a clamp as a *dose*: a multiple of the latent's highest activation on
+# the cached images. A dose of 1 is the most that an image ever caused.
 
-# %%
-top = {latent: float(cache.max[latent]) for latent in range(sae.n_latents)}  # the unit of a dose
-cases = {}
-for latent in sorted(named, key=lambda n: float(cache.top_means[n, 0])):  # the most active one of a name comes last
-    if named[latent]["concept"] in feelings:
-        cases[named[latent]["concept"]] = latent
-print(cases, "· no latent has the name", [name for name in feelings if name not in cases])
-# %% mystnb={"figure": {"caption": "The latents of the case studies on the images that excite them most.", "name": "fig-cases"}}
-plots.exemplar_strip([(f"latent {cases[name]}: {name}", exemplars(cache, pictures, cases[name])) for name in told if name in cases]);
 # %% [markdown]
-# > "When asked about its feelings without steering, the model responds that it does not experience emotions. However … when
-# > we clamp the "happy" feature, the model responds with expressions of happiness."
+# ## Happy, sad, hungry (section 4.1, Figures 5 and 6)
 #
-# The question is asked about the latent's own top image, with the latent clamped at every token. The story has no image; the
-# latent is clamped in its prompt. What the SAE leaves unexplained is kept in both. Two controls stand above the steered
-# answers: the untouched model (*before*), and the SAE spliced in with nothing steered (dose 0).
+# We find the latents by their names. For each name, we take the latent that
+# responds most to a single image. Notebook 03 gave these names, and it saw
+# only pictures.
 
 # %%
-stage, code = Stage(run, "steer"), [intervals, steering, rating]
-params = dict(
-    model=model, layer=layer, images=images, steered_kinds=steered_kinds, doses=doses, n_objects=n_objects,
-    question=question, blank_size=blank_size, feelings=feelings, feeling_question=feeling_question, story_prompt=story_prompt,
-    case_doses=case_doses, word_prompt=word_prompt, ranked_images=ranked_images, max_new_tokens=max_new_tokens,
-    concepts=concepts, judge=judge, seed=seed,
+latents = latents_named(cache, names, cases["concepts"])
+displayed = [name for name in cases["displayed"] if name in latents]
+print(latents)
+
+# %% mystnb={"figure": {"caption": "The latents of the case studies, on the images that excite them most. Below each image: the patches on which the latent is active.", "name": "fig-cases"}, "image": {"alt": "Rows of example images for the latents named happy, sad and hungry, with their activation maps and visible patches."}}
+strips = [
+    (f"latent {latents[name]}: {name}", exemplars(cache, pictures, latents[name]))
+    for name in displayed
+]
+plots.exemplar_strip(strips);
+# %% [markdown]
+# > "When asked about its feelings without steering, the model responds that it
+# > does not experience emotions. However … when we clamp the "happy" feature,
+# > the model responds with expressions of happiness."
+#
+# We ask about the image that excites the latent most, and clamp the latent at
+# every token. Two controls stand above the clamped answers. The first is the
+# *untouched* model. The second is the *spliced* model: the SAE takes the
+# layer's place, and nothing is clamped (dose 0). The part of the hidden state
+# that the SAE leaves unexplained stays in.
+
+# %%
+top_images = {name: pictures[cache.top(n)[0][0]] for name, n in latents.items()}
+settings = dict(
+    doses=cases["doses"], max_new_tokens=cases["max_new_tokens"]
+)
+feelings = stage.result(
+    "feelings", list[CaseStudy],
+    lambda: case_studies(
+        place, cache, latents, cases["question"],
+        images=top_images, **settings,
+    ),
 )  # fmt: skip
-stages = [Stage(run, name).path("manifest.json") for name in ("train", "cache", "interpret")]
-inputs = [root / name for name in dict.fromkeys((model, concepts, judge)) if name and (root / name).exists()]
-inputs += [path for path in stages if path.exists()]
-current, started = stage.is_current(params, inputs, code), time.monotonic()
-if not current:
-    rows = []
-    for name, latent in cases.items():
-        settings = [[]] + [[Edit(latent, value * top[latent])] for value in case_doses]
-        own = pictures[cache.top(latent)[0][0]]
-        for text, image, scope in ((feeling_question, own, Scope()), (story_prompt, None, Scope(phases=("prompt",)))):
-            before = lmm.generate(lmm.prompt(text, image), max_new_tokens=2 * max_new_tokens)[0]
-            said = answers(SAEInPlace(lmm, sae, layer), text, image, settings, scope, keep_error=True, max_new_tokens=2 * max_new_tokens)
-            rows += [{"name": name, "latent": latent, "prompt": text, "dose": value, "before": before, "answer": answer,
-                      "names": mentions(answer, name)} for value, answer in zip([0, *case_doses], said, strict=True)]  # fmt: skip
-    write_json(stage.path("cases.json"), {"rows": rows})
-by_case = read_json(stage.path("cases.json"))["rows"]
-for name, text in [(name, text) for text in (feeling_question, story_prompt) for name in told if name in cases]:
-    rows = [row for row in by_case if (row["name"], row["prompt"]) == (name, text)]
-    display(HTML(f"<b>{name}</b>: {text}" + steering_strip([(row["dose"], row["answer"]) for row in rows], rows[0]["before"])))
+plots.case_studies([study for study in feelings if study.concept in displayed])
 
 # %% [markdown]
-# > "For instance, in Fig. 5, the feature for "happy" ranks only 78th, with many low-level concepts also present."
+# > "To test this, we clamp this feature and prompt the model with "Tell me a
+# > story about Alice and Bob"; the generated response revolves around themes of
+# > greed as shown in Fig. 6."
 #
-# The rank of each of these latents among all latents of its own image is in the metrics below.
-
-# %% [markdown]
-# ## One latent for the picture and the word?
-#
-# The paper's latent for *hungry* answers to eating and to the word. Here for every latent named for an object or a feeling:
-# its activation where its concept's word is read, in units of its maximum on patches, against the words of the other
-# latents (the control).
+# A story has no image. We clamp the latent at the tokens of the prompt.
 
 # %%
-if not current:
-    shown = {n: row["concept"] for n, row in named.items() if row["kind"] in ("object", "face")}
-    words = sorted(set(shown.values()))
-    prompt = lmm.prompt([word_prompt.format(word) for word in words])
-    read = sae.encode(lmm.hidden_states(prompt, layer).flatten(0, 1).float())
-    text = prompt.mask("text").cpu()
-    heard = {n: (torch.where(read.indices == n, read.acts, 0).sum(-1).cpu().reshape(text.shape) * text).amax(1) / top[n] for n in shown}
-    write_json(stage.path("words.json"), {
-        str(n): {"concept": word, "own": float(heard[n][words.index(word)]), "others": float(np.delete(heard[n], words.index(word)).mean())}
-        for n, word in shown.items()
-    })  # fmt: skip
-by_word = list(read_json(stage.path("words.json")).values())
-own, others = ([row[which] for row in by_word] for which in ("own", "others"))
-print(f"{len(by_word)} latents; own word {mean_interval(own)}, other words {mean_interval(others)} of the maximum on patches")
-# %% mystnb={"figure": {"caption": "Activation where a latent's own word is read, beside the mean over other words, in units of its maximum on patches. On the line the word makes no difference.", "name": "fig-words"}}
-plots.scatter(others, own, "other words", "own word");
+stories = stage.result(
+    "stories", list[CaseStudy],
+    lambda: case_studies(
+        place, cache, latents, cases["story"],
+        scope=Scope(phases=("prompt",)), **settings,
+    ),
+)  # fmt: skip
+plots.case_studies([study for study in stories if study.concept in displayed])
 
 # %% [markdown]
-# ## A hundred objects on a white image (Appendix D)
+# > "For instance, in Fig. 5, the feature for "happy" ranks only 78th, with many
+# > low-level concepts also present."
 #
-# > "The prompt is "What do you see in this image?" and the given image feature a pure white background. We selected 100
-# > object neurons, and only 11 of them exhibit a difference before and after steering."
-#
-# Latents that are named for an object, at random, are clamped at the image's tokens, at several doses. Which dose the numbers
-# below report is not read off these latents: other latents named for an object are clamped too, and the dose at which the
-# greatest number of them name their concept is taken, of equals the lowest; if none does, the highest. The control is as many
-# live latents at random at that dose, asked for the same names. Relevance, from 1 to 10, is given by a language model where one is named,
-# as by GPT-4 in the paper; else by the words of the world (10 names the concept, 5 another of its kind, 1 none).
+# Here is the rank of each latent among all latents of the same image, by mean
+# activation:
 
 # %%
-if not current:
-    rng = np.random.default_rng(seed)
-    objects = sorted(n for n, row in named.items() if row["kind"] == "object")
-    order = rng.permutation(objects).tolist()
-    objects, choosing = order[:n_objects], order[n_objects : 2 * n_objects]
-    rest = np.setdiff1d(np.flatnonzero(np.asarray(cache.live)), objects)
-    control = rng.choice(rest, len(objects), replace=len(rest) < len(objects)).tolist()
-    untouched = lmm.generate(lmm.prompt(question, white), max_new_tokens=max_new_tokens)[0]
-    ask = partial(answers, SAEInPlace(lmm, sae, layer), question, white, scope=at_image, batch=batch, max_new_tokens=max_new_tokens)
-    tries = [(group, value, n, n) for group, some in (("object", objects), ("choosing", choosing)) for value in doses for n in some]
-    spliced, *said = ask([[], *([Edit(n, value * top[n])] for _, value, n, _ in tries)])
-    dose = steering.strongest(doses, (value for (group, value, n, _), answer in zip(tries, said, strict=True)
-                                      if group == "choosing" and mentions(answer, named[n]["concept"])))  # fmt: skip
-    said += ask([[Edit(n, dose * top[n])] for n in control])
-    tries += [("random", dose, n, own) for n, own in zip(control, objects, strict=True)]  # asked for the same names
-    rows = [
-        {"group": group, "dose": value, "latent": n, "concept": named[own]["concept"], "answer": answer,
-         "changed": answer != spliced, "names": mentions(answer, named[own]["concept"])}
-        for (group, value, n, own), answer in zip(tries, said, strict=True)
-    ]  # fmt: skip
-    how = dict(key_variable=judge_key, concurrency=concurrency, timeout=timeout)
-    talk = Recorded(open_chat(judge, **how), stage.path("replies.jsonl")) if judge else None
-    rate = relevance(talk) if talk else Vocabulary(root / concepts).rate if concepts else None
-    reported = [row for row in rows if row["dose"] == dose and row["group"] != "choosing"]
-    rates = rate([row["answer"] for row in reported], [row["concept"] for row in reported]) if rate else [None] * len(reported)
-    for row, rated in zip(reported, rates, strict=True):
-        row["relevance"] = rated
-    write_json(stage.path("answers.json"), {"untouched": untouched, "spliced": spliced, "dose": dose, "steered": rows})
-white_answers = read_json(stage.path("answers.json"))
-dose = white_answers["dose"]
-print("untouched:", white_answers["untouched"], "· spliced:", white_answers["spliced"], "· dose", dose, "chosen on", len({row["latent"] for row in white_answers["steered"] if row["group"] == "choosing"}), "other latents")
-for row in [row for row in white_answers["steered"] if row["dose"] == dose and row["group"] == "object"][:12]:
-    print(f"{row['latent']:6d}  {row['concept']:12s} {row['answer']}")
-# %% mystnb={"figure": {"caption": "Dose and response: share of latents whose clamping changes the answer about a white image, and makes it name the concept, with 99 % intervals; the dose in units of the latent's own maximum.", "name": "fig-dose"}}
-groups = {"object, changed": ("object", "changed"), "object, named": ("object", "names"), "choosing the dose, named": ("choosing", "names"), "random, changed": ("random", "changed"), "random, named": ("random", "names")}
-curves = {}
-for name, (group, key) in groups.items():
-    at = sorted({row["dose"] for row in white_answers["steered"] if row["group"] == group})
-    found = {value: [row[key] for row in white_answers["steered"] if (row["group"], row["dose"]) == (group, value)] for value in at}
-    curves |= {name: {value: Mean(*proportion(cases)[:3]) for value, cases in found.items()}} if found else {}
-plots.dose_curves(curves, "dose, in the latent's own maximum", "share of latents");
+ranks = stage.result(
+    "ranks_of_cases", dict[str, int],
+    lambda: ranks_on_top_images(place, cache, latents, pictures.__getitem__),
+)  # fmt: skip
+ranks
 
 # %% [markdown]
-# ## Low-level features (section 4.2, Appendix H)
+# ## One latent for the picture and the word? (section 4.1)
 #
-# > "One key distinction in our features, compared to those in Large Language Models, is the presence of numerous low-level
-# > visual features."
+# > "We notice that the feature activates in response to the word hungry in the
+# > image, suggesting that it connects not only to the action eat but can also
+# > extend to broader concepts."
 #
-# For each of some images the latents are ranked by mean activation; whose names fill the top ranks? Latents that no name
-# fits are `unnamed`, those that notebook 03 did not ask about are left out.
+# Does a latent that was named from pictures also respond to its name as text?
+# We let the model read the name in a prompt without an image. As a control, it
+# also reads the names of the other latents. The unit is the latent's maximum
+# on image patches.
 
 # %%
-if not current:
-    asked = np.array(sorted(map(int, explanations)))
-    chosen = np.random.default_rng(seed).choice(len(pictures), min(ranked_images, len(pictures)), replace=False).tolist()
-    means = activation_maps(SAEInPlace(lmm, sae, layer), [pictures[i] for i in chosen], asked.tolist()).mean((2, 3))
-    kinds = np.array([explanations[str(n)]["kind"] or "unnamed" for n in asked])
-    active = np.sort(means, 1)[:, ::-1] > 0
-    ranked = kinds[np.argsort(-means, 1)]
-    ranges = {f"rank {a + 1}-{b}": (a, b) for a, b in ((0, 10), (10, 20), (20, 40), (40, 80))}
-    shares = {name: Counter(ranked[:, a:b][active[:, a:b]].tolist()) for name, (a, b) in ranges.items()}
-    shares["by breadth"] = Counter(kinds[np.argsort(-np.asarray(cache.frequency)[asked])[:40]].tolist())
-    shares["all asked"] = Counter(kinds.tolist())
-    write_json(stage.path("ranks.json"), {name: {k: v / sum(c.values()) for k, v in sorted(c.items())} for name, c in shares.items() if c})
-# %% mystnb={"figure": {"caption": "Which kinds of concepts fill the top ranks of an image's latents by mean activation, and the forty that fire most widely (by breadth).", "name": "fig-ranks"}}
-plots.stacked(read_json(stage.path("ranks.json")), "share of latents");
+depicted = {
+    n: row["concept"] for n, row in named.items()
+    if row["kind"] in ("object", "face")
+}  # fmt: skip
+words = stage.result(
+    "words", list[WordActivation],
+    lambda: word_activations(place, cache, depicted, word_prompt),
+)  # fmt: skip
+
+# %% mystnb={"figure": {"caption": "Activation of each latent where its name is read, and where other names are read. On the line, the word makes no difference.", "name": "fig-words"}, "image": {"alt": "Scatter plot of the activation on the latent's name against the mean activation on other names, with the diagonal."}}
+plots.beside(
+    [row.on_others for row in words],
+    [row.on_name for row in words],
+    "on other names", "on the latent's name",
+);  # fmt: skip
+# %% [markdown]
+# ## A hundred objects on a white image (section 4.2, Appendix D)
+#
+# > "The prompt is "What do you see in this image?" and the given image feature
+# > a pure white background. We selected 100 object neurons, and only 11 of them
+# > exhibit a difference before and after steering."
+#
+# We clamp latents that are named for an object, one at a time, at the tokens of
+# a white image. Then we look for the object's name in the answer.
+#
+# - **Dose.** We choose the dose on other object latents: the dose at which most
+#   of them make the model name their object (the lowest if several tie).
+# - **Control.** At that dose we clamp as many live latents at random, and look
+#   for the same names.
+
+# %%
+object_names = {n: names[n] for n in named if named[n]["kind"] == "object"}
+steering = stage.result(
+    "objects", ObjectSteering,
+    lambda: steer_objects(
+        place, cache, object_names, objects["question"], white,
+        objects["doses"], count=objects["count"],
+        scope=Scope(tuple(objects["kinds"])), batch=batch,
+        max_new_tokens=objects["max_new_tokens"], seed=seed,
+    ),
+)  # fmt: skip
+print("untouched:", steering.untouched)
+print("spliced:  ", steering.spliced)
+plots.table([
+    {"latent": row.latent, "named": row.concept, "answer": row.answer}
+    for row in steering.reported[:12]
+], f"the first 12 latents at dose {steering.dose:g}")  # fmt: skip
+
+# %% mystnb={"figure": {"caption": "Fraction of latents whose clamp makes the answer name the concept (left) or changes the answer at all (right), with 99 % intervals. The dotted line is the chosen dose.", "name": "fig-dose"}, "image": {"alt": "Two panels over the dose, each with a curve for object latents, for the latents that choose the dose, and a point for random latents."}}
+plots.dose_response(steering);
+# %% [markdown]
+# The paper lets GPT-4 rate from 1 to 10 how relevant each answer is to the
+# concept. Without a language model as `judge`, we rate by words: 10 if the
+# answer names the concept, 5 if it names another concept of the same kind, and
+# 1 otherwise.
+
+# %%
+relevance = stage.result(
+    "relevance", Relevance,
+    lambda: rate_objects(
+        steering, judge, concepts, root=page.root,
+        replies=stage.path("replies.jsonl"), endpoint=endpoint,
+    ),
+)  # fmt: skip
+relevance.metrics
+
+# %% [markdown]
+# ## Low-level latents (section 4.2, Appendix H)
+#
+# > "One key distinction in our features, compared to those in Large Language
+# > Models, is the presence of numerous low-level visual features."
+#
+# We rank the latents of each image by mean activation. Which kinds of concepts
+# fill the top ranks? Latents without a fitting name are `unnamed`. Latents that
+# notebook 03 did not ask about are left out.
+
+# %%
+kinds = {n: row["kind"] or "unnamed" for n, row in explanations.items()}
+by_rank = stage.result(
+    "kinds_by_rank", dict[str, dict[str, float]],
+    lambda: kinds_by_rank(
+        place, pictures, cache, kinds, images=ranked_images, seed=seed
+    ),
+)  # fmt: skip
+
+# %% mystnb={"figure": {"caption": "Kinds of concepts among the latents at each range of ranks on an image. For comparison: the 40 latents that are active on most patches, and all latents that notebook 03 asked about.", "name": "fig-ranks"}, "image": {"alt": "Stacked bars with the fractions of kinds of concepts, one bar for each range of ranks."}}
+plots.stacked(by_rank, "fraction of latents");
+
+# %% [markdown]
+# ## Try it
+#
+# In JupyterLab (`make lab`) both widgets below are live. The upper one lists
+# every latent that notebook 03 asked about. Search by a word or a number, sort
+# by any score, and press *steer it*. The lower one then clamps that latent.
+# Choose the dose, the tokens, the prompt and the image; the answer follows at
+# once. Without a kernel, the [features page](../features) has the same list.
+
+# %%
+table = LatentTable.load(run)
+panel = SteeringPanel(
+    place, cache, names, image=white, text=objects["question"]
+)
+sort = "iou_strict" if "iou_strict" in table.columns else None
+browser = FeatureBrowser(table, panel.choose, sort=sort)
+VBox([browser.box, panel.box])
 
 # %% [markdown]
 # ## The numbers
 
 # %%
-if not current:
-    at_dose = {g: [row for row in white_answers["steered"] if (row["group"], row["dose"]) == (g, dose)] for g in ("object", "random")}
-    chosen_on = len({row["latent"] for row in white_answers["steered"] if row["group"] == "choosing"})
-    metrics = {"objects_steered": len(at_dose["object"]), "dose": dose, "dose_chosen_on": chosen_on, "replies_failed": talk.failed if talk else 0}
-    for group, name in (("object", ""), ("random", "control_")):
-        for key, what in (("names", "named"), ("changed", "changed")):
-            found = bounds(f"{name}{what}_of_100", proportion([row[key] for row in at_dose[group]]))
-            metrics |= {title: 100 * value for title, value in found.items()}
-        if rated := [row["relevance"] for row in at_dose[group] if row["relevance"]]:
-            metrics[f"{name}relevance"] = mean_interval(rated, seed=seed).mean
-    for text, name in ((feeling_question, "feelings"), (story_prompt, "stories")):
-        right = {row["name"] for row in by_case if row["prompt"] == text and row["names"] and row["answer"] != row["before"]}
-        metrics |= {f"{name}_steered": len(cases), f"{name}_named": len(right)}
-    metrics["word_latents"] = len(by_word)
-    metrics |= bounds("word_own", mean_interval(own, seed=seed)) | bounds("word_others", mean_interval(others, seed=seed))
-    metrics |= bounds("word_own_above_others", proportion(np.array(own) > np.array(others)))
-    for name, latent in cases.items():
-        image = pictures[cache.top(latent)[0][0]]
-        means = activation_maps(SAEInPlace(lmm, sae, layer), [image], list(range(sae.n_latents)))[0].mean((1, 2))
-        metrics[f"rank_{name}"] = int((means > means[latent]).sum()) + 1
-    tried, seconds = SteeringPanel(SAEInPlace(lmm, sae, layer), cache, {n: row["concept"] for n, row in named.items()}, image=white, text=question), []
-    for _ in range(6):  # a new question first, of which the untouched answer is shown before; then as after a moved slider
-        begun = time.perf_counter()
-        next(known for known in tried.answer(tried.asked(), 0) if "steered" in known)
-        seconds.append(time.perf_counter() - begun)
-    metrics |= {"panel_question_seconds": seconds[0], "panel_slider_seconds": float(np.median(seconds[1:]))}
-    stage.finish(params, inputs, metrics, time.monotonic() - started, code)
-read_json(stage.path("metrics.json"))
-
-# %% [markdown]
-# ## Try it
-#
-# In JupyterLab (`make lab`) the panel below answers at once (`panel_slider_seconds` above is the median from a moved slider to
-# the steered answer, `panel_question_seconds` what a new question takes): choose a latent, a dose, the tokens, a prompt, an image.
-# Above it is every latent that notebook 03 asked about, to search by a word or a number and to sort by any score; *steer it* hands
-# one to the panel. The [features page](../features) has the same without a kernel.
-
-# %%
-panel = SteeringPanel(SAEInPlace(lmm, sae, layer), cache, {n: row["concept"] for n, row in named.items()}, image=white, text=question)
-scored = [Stage(run, "score").path("scores.json"), Stage(run, "judge").path("verdicts.json")]
-catalogue = LatentTable(cache, pictures, explanations, *map(read_json, filter(Path.is_file, scored)))
-browser = FeatureBrowser(catalogue, panel.choose, sort="iou_strict" if "iou_strict" in catalogue.columns else None)
-VBox([browser.box, panel.box])
+seconds = stage.result("panel", Metrics, panel.measure)
+metrics = stage.finish(
+    steering.metrics | relevance.metrics | seconds
+    | case_metrics("feelings", feelings) | case_metrics("stories", stories)
+    | word_metrics(words, seed)
+    | {f"rank_{concept}": rank for concept, rank in ranks.items()}
+)  # fmt: skip
+metrics_table(stage)
 
 # %% [markdown]
 # ## What we found
-#
-# `named_of_100` counts latents whose clamping makes the model name their concept on an image that shows nothing,
-# `control_named_of_100` how often a random latent in its stead does. The paper counts 11 of 100 answers that differ at all.
-# Two things differ from the paper's setting and make steering easier here: the layer is an early one, so that the layers
-# behind it can act on the change, and the dose is several times what the latent ever reaches. With four other SAEs, trained
-# alike but for the seed, `named_of_100` was 48, 46, 58 and 51, with this one 57; the control 0, 0, 0 and 1.
 
-# %% tags=["hide-input"]
-manifest = read_json(stage.path("manifest.json"))
-print(f"run {run} · {model} · layer {layer} · seed {seed} · {manifest['seconds']:.0f} s · {manifest['versions']}")
+# %% tags=["remove-input"]
+is_above = metrics["named_of_100_low"] > metrics["control_named_of_100_high"]
+name_matters = metrics["word_on_name_low"] > metrics["word_on_others_high"]
+findings(
+    f"At dose {metrics['dose']:g}, {metrics['named_of_100']:.0f} of 100 object "
+    "latents make the model name their object on a white image, and "
+    f"{metrics['control_named_of_100']:.0f} of 100 random latents do. "
+    f"The intervals {'do not overlap' if is_above else 'overlap'}.",
+    f"{metrics['changed_of_100']:.0f} of 100 object latents change the answer "
+    f"at all, but so do {metrics['control_changed_of_100']:.0f} of 100 random "
+    "latents. A changed answer alone does not show that a name is right.",
+    f"{metrics['feelings_named']} of {metrics['feelings_steered']} latents "
+    "named for a feeling make the model report it, and "
+    f"{metrics['stories_named']} of {metrics['stories_steered']} bring it into "
+    "a story.",
+    "Read as a word, a latent's name reaches on average "
+    f"{metrics['word_on_name']:.1%} of the maximum on patches; other names "
+    f"reach {metrics['word_on_others']:.1%}. At this layer the two "
+    f"{'differ' if name_matters else 'cannot be told apart'}.",
+    "The panel answers a moved slider in "
+    f"{metrics['panel_slider_seconds']:.2f} s.",
+)
+
+# %% [markdown]
+# **Limits.** Two things make steering easier here than in the paper. The layer
+# is an early one, so the layers above it can act on the change. And the dose is
+# far above what any image causes. The number also depends on the SAE's seed. In
+# an earlier run on another machine, five SAEs that differ only in the seed gave
+# 46, 48, 51, 57 and 58 of 100; their controls gave 0 or 1.
+
+# %% tags=["result", "remove-input"]
+headline(
+    page,
+    f"a clamp makes the model name the concept on a white image for "
+    f"{metrics['named_of_100']:.0f} of 100 object latents (99 % interval "
+    f"{metrics['named_of_100_low']:.0f} to {metrics['named_of_100_high']:.0f}), "
+    f"and for {metrics['control_named_of_100']:.0f} of 100 random latents.",
+    f"{published('steer', 'changed_of_100'):.0f} of 100 object latents change "
+    "the answer at all.",
+    f"we clamp an early layer, at {metrics['dose']:g} times what any image "
+    "causes; the paper reports neither its dose nor how often the answer names "
+    "the concept.",
+)
+
+# %% tags=["remove-input"]
+provenance(page, stage)

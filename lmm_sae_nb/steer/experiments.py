@@ -15,7 +15,7 @@ from PIL import Image
 
 from lmm_sae_nb.cache.encode_images import activation_maps
 from lmm_sae_nb.cache.latent_cache import LatentCache
-from lmm_sae_nb.interpret.explainers import names
+from lmm_sae_nb.interpret.explainers import mentions
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.steer.steering import Edit, Scope, answers
 from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval, proportion
@@ -57,7 +57,7 @@ class CaseStudy:
     def succeeds(self) -> bool:
         """Whether a clamped answer names the concept and differs from both controls."""
         controls = {self.untouched, self.answers[0]}
-        return any(names(answer, self.concept) and answer not in controls for answer in self.answers[1:])
+        return any(mentions(answer, self.concept) and answer not in controls for answer in self.answers[1:])
 
 
 def latents_named(cache: LatentCache, concepts: Mapping[int, str], wanted: Iterable[str]) -> dict[str, int]:
@@ -103,6 +103,11 @@ def case_studies(
         steered = answers(place, prompt, image, settings, scope, keep_error=True, max_new_tokens=max_new_tokens)
         studies.append(CaseStudy(concept, latent, prompt, untouched, doses, steered))
     return studies
+
+
+def case_metrics(prefix: str, studies: Sequence[CaseStudy]) -> Metrics:
+    """Return how many latents were steered, and how many of these succeeded, as `<prefix>_steered` and `_named`."""
+    return {f"{prefix}_steered": len(studies), f"{prefix}_named": sum(study.succeeds for study in studies)}
 
 
 # ---- one latent for the picture and the word (section 4.1) --------------------------------------------------------
@@ -153,7 +158,7 @@ def word_activations(
 
 
 def word_metrics(words: Sequence[WordActivation], seed: int = 0) -> Metrics:
-    """Return the means over latents, and the fraction that is more active on the name than on others, with intervals."""
+    """Return means over latents, and the fraction that is more active on its name than on others, with intervals."""
     on_name, on_others = ([getattr(row, part) for row in words] for part in ("on_name", "on_others"))
     higher = proportion(np.array(on_name) > np.array(on_others))
     return {
@@ -280,7 +285,7 @@ def steer_objects(
         tries = [(*pair, float(dose)) for dose in doses for pair in zip(latents, searched, strict=True)]
         said = ask([at_dose(cache, latent, dose) for latent, _, dose in tries])
         return [
-            SteeredAnswer(latent, concept, dose, answer, answer != spliced, names(answer, concept))
+            SteeredAnswer(latent, concept, dose, answer, answer != spliced, mentions(answer, concept))
             for (latent, concept, dose), answer in zip(tries, said, strict=True)
         ]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lmm_sae_nb.chat.questions import Chat, Question
 from lmm_sae_nb.chat.recorded import Recorded, ask, open_chat
-from lmm_sae_nb.interpret.explainers import names
+from lmm_sae_nb.interpret.explainers import mentions
 from lmm_sae_nb.steer.experiments import ObjectSteering
 from lmm_sae_nb.support.files import read_json
 from lmm_sae_nb.support.intervals import bounds, mean_interval
@@ -33,8 +33,10 @@ def by_model(chat: Chat, prompt: str = RELEVANCE_PROMPT) -> Rate:
     """
 
     def rate(answers: Sequence[str], concepts: Sequence[str]) -> list[int | None]:
-        pairs = zip(answers, concepts, strict=True)
-        questions = [Question(prompt.replace("{text}", concept).replace("{answer}", answer)) for answer, concept in pairs]
+        questions = [
+            Question(prompt.replace("{text}", concept).replace("{answer}", answer))
+            for answer, concept in zip(answers, concepts, strict=True)
+        ]
         numbers = [re.findall(r"\d+", reply.text or "") for reply in ask(chat, questions)]
         return [int(n[0]) if len(n) == 1 and 1 <= int(n[0]) <= 10 else None for n in numbers]
 
@@ -54,11 +56,11 @@ def by_words(kinds: Mapping[str, Sequence[str]]) -> Rate:
             kind_of.setdefault(concept.lower(), kind)
 
     def rate_one(answer: str, concept: str) -> int:
-        if names(answer, concept):
+        if mentions(answer, concept):
             return NAMED
         kind = kind_of.get(concept.lower())
         same_kind = (name for name, other in kind_of.items() if kind and other == kind)
-        return SAME_KIND if any(names(answer, name) for name in same_kind) else UNRELATED
+        return SAME_KIND if any(mentions(answer, name) for name in same_kind) else UNRELATED
 
     def rate(answers: Sequence[str], concepts: Sequence[str]) -> list[int | None]:
         return [rate_one(answer, concept) for answer, concept in zip(answers, concepts, strict=True)]

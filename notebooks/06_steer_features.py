@@ -84,7 +84,14 @@ from ipywidgets import VBox
 from PIL import Image
 from torch.testing import assert_close
 
-from lmm_sae_nb import Edit, LatentCache, SAEInPlace, Scope, exemplars, open_images
+from lmm_sae_nb import (
+    Edit,
+    LatentCache,
+    SAEInPlace,
+    Scope,
+    exemplars,
+    open_images,
+)
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.feature_browser import FeatureBrowser
 from lmm_sae_nb.show.latent_table import LatentTable
@@ -155,7 +162,8 @@ kept = z.topk(sae.k)
 expected = torch.zeros_like(z).scatter(1, kept.indices, kept.values)
 
 ours = steer_latents(sae, x, [edit])
-assert_close(torch.zeros_like(z).scatter(1, ours.indices, ours.acts), expected)
+dense = torch.zeros_like(z).scatter(1, ours.indices, ours.acts)
+assert_close(dense, expected)
 
 # %% [markdown]
 # We give a clamp as a *dose*: a multiple of the latent's highest activation on
@@ -174,10 +182,10 @@ displayed = [name for name in cases["displayed"] if name in latents]
 print(latents)
 
 # %% mystnb={"figure": {"caption": "The latents of the case studies, on the images that excite them most. Below each image: the patches on which the latent is active.", "name": "fig-cases"}, "image": {"alt": "Rows of example images for the latents named happy, sad and hungry, with their activation maps and visible patches."}}
-strips = [
-    (f"latent {latents[name]}: {name}", exemplars(cache, pictures, latents[name]))
-    for name in displayed
-]
+strips = []
+for name in displayed:
+    found = exemplars(cache, pictures, latents[name])
+    strips.append((f"latent {latents[name]}: {name}", found))
 plots.exemplar_strip(strips);
 # %% [markdown]
 # > "When asked about its feelings without steering, the model responds that it
@@ -191,10 +199,11 @@ plots.exemplar_strip(strips);
 # that the SAE leaves unexplained stays in.
 
 # %%
-top_images = {name: pictures[cache.top(n)[0][0]] for name, n in latents.items()}
-settings = dict(
-    doses=cases["doses"], max_new_tokens=cases["max_new_tokens"]
-)
+top_images = {
+    name: pictures[cache.top(latent)[0][0]]
+    for name, latent in latents.items()
+}
+settings = {key: cases[key] for key in ("doses", "max_new_tokens")}
 feelings = stage.result(
     "feelings", list[CaseStudy],
     lambda: case_studies(
@@ -202,7 +211,7 @@ feelings = stage.result(
         images=top_images, **settings,
     ),
 )  # fmt: skip
-plots.case_studies([study for study in feelings if study.concept in displayed])
+plots.case_studies([c for c in feelings if c.concept in displayed])
 
 # %% [markdown]
 # > "To test this, we clamp this feature and prompt the model with "Tell me a
@@ -219,7 +228,7 @@ stories = stage.result(
         scope=Scope(phases=("prompt",)), **settings,
     ),
 )  # fmt: skip
-plots.case_studies([study for study in stories if study.concept in displayed])
+plots.case_studies([c for c in stories if c.concept in displayed])
 
 # %% [markdown]
 # > "For instance, in Fig. 5, the feature for "happy" ranks only 78th, with many
@@ -231,7 +240,7 @@ plots.case_studies([study for study in stories if study.concept in displayed])
 # %%
 ranks = stage.result(
     "ranks_of_cases", dict[str, int],
-    lambda: ranks_on_top_images(place, cache, latents, pictures.__getitem__),
+    lambda: ranks_on_top_images(place, cache, latents, pictures),
 )  # fmt: skip
 ranks
 
@@ -258,13 +267,13 @@ words = stage.result(
 )  # fmt: skip
 
 # %% mystnb={"figure": {"caption": "Activation of each latent where its name is read, and where other names are read. On the line, the word makes no difference.", "name": "fig-words"}, "image": {"alt": "Scatter plot of the activation on the latent's name against the mean activation on other names, with the diagonal."}}
-plots.beside(
+plots.scatter(
     [row.on_others for row in words],
     [row.on_name for row in words],
     "on other names", "on the latent's name",
 );  # fmt: skip
 # %% [markdown]
-# ## A hundred objects on a white image (section 4.2, Appendix D)
+# ## A hundred objects on a white image (section 4.1, Appendix D)
 #
 # > "The prompt is "What do you see in this image?" and the given image feature
 # > a pure white background. We selected 100 object neurons, and only 11 of them
@@ -279,7 +288,10 @@ plots.beside(
 #   for the same names.
 
 # %%
-object_names = {n: names[n] for n in named if named[n]["kind"] == "object"}
+object_names = {
+    n: row["concept"] for n, row in named.items()
+    if row["kind"] == "object"
+}  # fmt: skip
 steering = stage.result(
     "objects", ObjectSteering,
     lambda: steer_objects(
@@ -371,24 +383,25 @@ metrics_table(stage)
 # ## What we found
 
 # %% tags=["remove-input"]
-is_above = metrics["named_of_100_low"] > metrics["control_named_of_100_high"]
-name_matters = metrics["word_on_name_low"] > metrics["word_on_others_high"]
+above = metrics["named_of_100_low"] > metrics["control_named_of_100_high"]
+differ = metrics["word_on_name_low"] > metrics["word_on_others_high"]
 findings(
-    f"At dose {metrics['dose']:g}, {metrics['named_of_100']:.0f} of 100 object "
-    "latents make the model name their object on a white image, and "
+    f"At dose {metrics['dose']:g}, {metrics['named_of_100']:.0f} of 100 "
+    "object latents make the model name their object on a white image. "
     f"{metrics['control_named_of_100']:.0f} of 100 random latents do. "
-    f"The intervals {'do not overlap' if is_above else 'overlap'}.",
-    f"{metrics['changed_of_100']:.0f} of 100 object latents change the answer "
-    f"at all, but so do {metrics['control_changed_of_100']:.0f} of 100 random "
-    "latents. A changed answer alone does not show that a name is right.",
-    f"{metrics['feelings_named']} of {metrics['feelings_steered']} latents "
-    "named for a feeling make the model report it, and "
-    f"{metrics['stories_named']} of {metrics['stories_steered']} bring it into "
-    "a story.",
-    "Read as a word, a latent's name reaches on average "
-    f"{metrics['word_on_name']:.1%} of the maximum on patches; other names "
-    f"reach {metrics['word_on_others']:.1%}. At this layer the two "
-    f"{'differ' if name_matters else 'cannot be told apart'}.",
+    f"The intervals {'do not overlap' if above else 'overlap'}.",
+    f"{metrics['changed_of_100']:.0f} of 100 object latents change the "
+    f"answer, but so do {metrics['control_changed_of_100']:.0f} of 100 "
+    "random latents. A changed answer does not show that a name is right.",
+    f"{metrics['feelings_named']} of {metrics['feelings_steered']} "
+    "latents named for a feeling make the model report that feeling. "
+    f"{metrics['stories_named']} of {metrics['stories_steered']} bring it "
+    "into a story.",
+    "When the model reads a latent's name, the latent reaches on average "
+    f"{metrics['word_on_name']:.1%} of its maximum on patches; with other "
+    f"names {metrics['word_on_others']:.1%}. The intervals "
+    f"{'do not overlap' if differ else 'overlap'}: "
+    f"{'the word matters' if differ else 'we see no effect of the word'}.",
     "The panel answers a moved slider in "
     f"{metrics['panel_slider_seconds']:.2f} s.",
 )
@@ -403,15 +416,16 @@ findings(
 # %% tags=["result", "remove-input"]
 headline(
     page,
-    f"a clamp makes the model name the concept on a white image for "
+    "a clamp makes the model name the concept on a white image for "
     f"{metrics['named_of_100']:.0f} of 100 object latents (99 % interval "
-    f"{metrics['named_of_100_low']:.0f} to {metrics['named_of_100_high']:.0f}), "
-    f"and for {metrics['control_named_of_100']:.0f} of 100 random latents.",
-    f"{published('steer', 'changed_of_100'):.0f} of 100 object latents change "
-    "the answer at all.",
-    f"we clamp an early layer, at {metrics['dose']:g} times what any image "
-    "causes; the paper reports neither its dose nor how often the answer names "
-    "the concept.",
+    f"{metrics['named_of_100_low']:.0f} to "
+    f"{metrics['named_of_100_high']:.0f}), and for "
+    f"{metrics['control_named_of_100']:.0f} of 100 random latents.",
+    f"{published('steer', 'changed_of_100'):.0f} of 100 object latents "
+    "change the answer at all.",
+    f"we clamp an early layer, at {metrics['dose']:g} times what any "
+    "image causes. The paper reports neither its dose nor how often an answer "
+    "names the concept.",
 )
 
 # %% tags=["remove-input"]

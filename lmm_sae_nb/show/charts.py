@@ -29,6 +29,7 @@ from lmm_sae_nb.show.style import (
 
 if TYPE_CHECKING:
     from lmm_sae_nb.hallucination.search import Limits, Search
+    from lmm_sae_nb.steer.experiments import ObjectSteering
     from lmm_sae_nb.support.intervals import Mean
 
 MARKERS = "osD^vP*X"  # of the series of a chart, so that colour is not all that tells them apart
@@ -336,6 +337,18 @@ def dose_curves(curves: Mapping[str, Mapping[float, Mean]], xlabel: str, ylabel:
     ax.set(xlabel=literal(xlabel), ylabel=literal(ylabel))
     ax.legend()
     return ax
+
+
+def dose_response(steering: ObjectSteering) -> list[Axes]:
+    """Draw over the dose how many answers name the concept and how many change; a line marks the chosen dose."""
+    axes = panels(2, columns=1, inches=2.9, sharex=True)
+    for ax, (what, title) in zip(axes, (("names_concept", "name the concept"), ("changed", "change")), strict=True):
+        dose_curves(steering.curves(what), "dose", f"fraction of answers\nthat {title}", ax=ax)
+        ax.axvline(steering.dose, color=GREY, ls=":", lw=1)
+        ax.get_legend().remove()
+    axes[0].set_xlabel("")
+    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return axes
 
 
 def _words(name: str) -> str:

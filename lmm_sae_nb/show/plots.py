@@ -3,8 +3,8 @@
 # ruff: noqa: F401, I001
 
 from lmm_sae_nb.show.charts import (
-    TRAINING, agreement, bars, calibration, compared, cross_table, curve, dose_curves, histogram, live, mean_panels,
-    means, proportions, scatter, search_trials, stacked, training,
+    TRAINING, agreement, bars, calibration, compared, cross_table, curve, dose_curves, dose_response, histogram, live,
+    mean_panels, means, proportions, scatter, search_trials, stacked, training,
 )  # fmt: skip
 from lmm_sae_nb.show.pictures import (
     exemplar_strip, heat_map, images, overlap, overlaps, picture_axes, picture_rows, signed_map, signed_maps,
@@ -12,4 +12,4 @@ from lmm_sae_nb.show.pictures import (
 from lmm_sae_nb.show.style import (
     AGAINST, CHANCE, CONCEPT, FOR, LATENT, PAPER, TARGET, WIDTH, literal, panels, style, wrapped,
 )  # fmt: skip
-from lmm_sae_nb.show.tables import mark_changes, shaded_texts, steering_strip, table, token_html
+from lmm_sae_nb.show.tables import case_studies, mark_changes, shaded_texts, table, token_html

@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 import html
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from IPython.display import HTML
 from matplotlib.colors import to_rgb
 
 from lmm_sae_nb.show.style import AGAINST, FOR
+
+if TYPE_CHECKING:
+    from lmm_sae_nb.steer.experiments import CaseStudy
 
 
 def table(rows: Sequence[Mapping[str, object]], caption: str = "") -> HTML:
@@ -71,13 +75,20 @@ def mark_changes(before: str, after: str) -> str:
     return " ".join(words)
 
 
-def steering_strip(rows: Sequence[tuple[float, str]], before: str) -> str:
-    """Return a table of answers at several doses, with the changed words marked (`mark_changes`).
+def case_studies(studies: Sequence[CaseStudy]) -> HTML:
+    """Return the answers of case studies as tables: the untouched model's, then one for each dose.
 
-    rows: (dose, answer).
-    before: the answer of the untouched model, the first row.
+    Words that the untouched answer does not have in the same place are marked (`mark_changes`).
     """
-    answers = [(f"× {dose:g}", mark_changes(before, after)) for dose, after in rows]
-    lines = [("untouched", html.escape(before)), *answers]
-    body = "".join(f"<tr><th>{name}</th><td style='text-align:left'>{answer}</td></tr>" for name, answer in lines)
-    return f"<table>{body}</table>"
+    return HTML("".join(_case_study(study) for study in studies))
+
+
+def _case_study(study: CaseStudy) -> str:
+    """Return one case study: a title and a table."""
+    answers = [("untouched", html.escape(study.untouched))]
+    for dose, answer in zip(study.doses, study.answers, strict=True):
+        answers.append((f"dose {dose:g}" if dose else "spliced", mark_changes(study.untouched, answer)))
+    style = "text-align:left;padding:0 .6em"
+    rows = (f"<tr><th style='{style}'>{name}</th><td style='{style}'>{answer}</td></tr>" for name, answer in answers)
+    title = f"<div><b>{html.escape(study.concept)}</b>: {html.escape(study.prompt)}</div>"
+    return f"{title}<table>{''.join(rows)}</table>"

@@ -6,7 +6,7 @@ A dose is a clamp in units of the latent's maximum over the cached images, so th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -349,11 +349,11 @@ def rank_on_image(place: SAEInPlace, image: Image.Image, latent: int) -> int:
 
 
 def ranks_on_top_images(
-    place: SAEInPlace, cache: LatentCache, latents: Mapping[str, int], picture: Callable[[int], Image.Image]
+    place: SAEInPlace, cache: LatentCache, latents: Mapping[str, int], pictures: Sequence[Image.Image]
 ) -> dict[str, int]:
     """Return each concept's rank on the image that its latent responds to most.
 
     latents: concept to latent.
-    picture: returns a cached image by its number.
+    pictures: the cached images.
     """
-    return {concept: rank_on_image(place, picture(cache.top(n)[0][0]), n) for concept, n in latents.items()}
+    return {concept: rank_on_image(place, pictures[cache.top(n)[0][0]], n) for concept, n in latents.items()}

@@ -83,7 +83,7 @@ class Relevance:
 
     @property
     def metrics(self) -> Metrics:
-        """The mean of each group that has at least two ratings, with its interval, and the questions without a reply."""
+        """The mean of each group with at least two ratings, its interval, and the number of failed questions."""
         metrics: Metrics = {"replies_failed": self.failed}
         for name, ratings in (("relevance", self.objects), ("control_relevance", self.random)):
             known = [rating for rating in ratings if rating is not None]

@@ -23,7 +23,8 @@ from lmm_sae_nb.show.feature_browser import FeatureBrowser
 from lmm_sae_nb.show.latent_table import LatentTable
 from lmm_sae_nb.show.rater import Rater, added
 from lmm_sae_nb.show.steering_panel import SteeringPanel
-from lmm_sae_nb.show.tables import mark_changes, steering_strip
+from lmm_sae_nb.show.tables import case_studies, mark_changes
+from lmm_sae_nb.steer.experiments import CaseStudy
 from lmm_sae_nb.steer.steering import Comparison, Edit, Scope, compare
 
 
@@ -60,10 +61,12 @@ def test_changed_words_are_marked_and_everything_is_escaped():
     assert mark_changes("gone now", "") == ""
 
 
-def test_a_strip_has_a_row_for_each_strength():
-    strip = steering_strip([(0.5, "a cat"), (8.0, "a <i>")], "a cat")
-    assert strip.count("<tr>") == 3 and strip.count("<mark>") == 1
-    assert "× 0.5" in strip and "× 8<" in strip and "<mark>&lt;i&gt;</mark>" in strip
+def test_a_case_study_has_a_row_for_each_dose_and_its_texts_are_escaped():
+    study = CaseStudy("sad <b>", 3, "why <i> ?", "a cat", [0.0, 0.5, 8.0], ["a cat", "a cat", "a <u>"])
+    text = case_studies([study]).data
+    assert text.count("<tr>") == 4 and text.count("<mark>") == 1
+    assert "dose 0.5" in text and "dose 8<" in text and "<mark>&lt;u&gt;</mark>" in text
+    assert "sad &lt;b&gt;" in text and "why &lt;i&gt; ?" in text
 
 
 @pytest.mark.parametrize("keep_error", [False, True])

@@ -11,7 +11,7 @@ from lmm_sae_nb.attribute.attribution import decision, linear
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.steer.steering import Edit, Scope, answers, compare, steer_latents, steered, steered_states, strongest
+from lmm_sae_nb.steer.steering import Edit, Scope, answers, compare, steer_latents, steered, steered_states
 from lmm_sae_nb.support.files import write_json
 
 LAYER = 1
@@ -79,15 +79,6 @@ def test_by_hand():
 def lmm():
     torch.manual_seed(0)
     return LMM(*llava_next())
-
-
-@pytest.mark.parametrize(
-    ("hits", "chosen"),
-    [([8, 24, 24, 16], 24), ([32, 8, 32, 8, 16], 8), ([16, 8, 8], 8), ([], 32)],
-    ids=["most", "equals", "not the highest", "none"],
-)
-def test_the_strongest_dose_has_most_hits_and_is_the_lowest_of_equals(hits, chosen):
-    assert strongest([16, 8, 32, 24], iter(hits)) == chosen
 
 
 def test_a_clamp_that_changes_nothing_is_the_identity(lmm):

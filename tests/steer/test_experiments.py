@@ -1,0 +1,203 @@
+"""The experiments of page 06 against one clamp at a time, dense equations and counting by hand."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+from models import llava_next, noise
+
+from lmm_sae_nb.cache.activations import cache_activations
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.steer import experiments
+from lmm_sae_nb.steer.experiments import (
+    CaseStudy,
+    case_metrics,
+    case_studies,
+    kinds_by_rank,
+    latents_named,
+    most_effective,
+    rank_on_image,
+    ranks_on_top_images,
+    steer_objects,
+    word_activations,
+    word_metrics,
+)
+from lmm_sae_nb.steer.steering import Edit, Scope, compare
+from lmm_sae_nb.support.intervals import proportion
+
+LAYER, LATENTS, K = 1, 24, 4
+PROMPT_ONLY = Scope(phases=("prompt",))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """An untrained model with an untrained SAE, its cache of four images, and the images."""
+    torch.manual_seed(0)
+    lmm = LMM(*llava_next())
+    sae = TopKSAE(lmm.width, LATENTS, K, generator=torch.Generator().manual_seed(0)).requires_grad_(False)
+    place, pictures = SAEInPlace(lmm, sae, LAYER), [noise(40, 30, seed) for seed in range(4)]
+    return place, cache_activations(place, pictures, n_top=2, folder=tmp_path_factory.mktemp("cache")), pictures
+
+
+@pytest.fixture
+def live(made):
+    return np.flatnonzero(np.asarray(made[1].live)).tolist()
+
+
+def dense_latents(place, prompt, mask):
+    """TopK(ReLU(...)) of the tokens in a mask, with a zero for every other latent."""
+    x = place.lmm.hidden_states(prompt, place.layer)[mask].float()
+    z = torch.relu((x - place.sae.b_dec) @ place.sae.W_enc.T + place.sae.b_enc)
+    kept = z.topk(K)
+    return torch.zeros_like(z).scatter(1, kept.indices, kept.values)
+
+
+def test_the_latent_of_a_name_is_the_one_that_an_image_excites_most():
+    cache = types.SimpleNamespace(top_means=torch.tensor([[3.0, 0.0], [5.0, 1.0], [9.0, 2.0], [1.0, 0.0]]))
+    concepts = {0: "happy", 1: "happy", 2: "sad", 3: "sad"}
+    assert latents_named(cache, concepts, ["sad", "happy", "angry"]) == {"sad": 2, "happy": 1}
+
+
+@pytest.mark.parametrize(("with_image", "scope"), [(True, Scope()), (False, PROMPT_ONLY)])
+def test_case_studies_say_what_one_clamp_at_a_time_says(made, live, with_image, scope):
+    place, cache, pictures = made
+    latents = {"happy": live[0], "sad": live[1]}
+    images = {"happy": pictures[0], "sad": pictures[1]} if with_image else None
+    studies = case_studies(place, cache, latents, "why ?", [2, 40], images=images, scope=scope, max_new_tokens=4)
+    assert [(study.concept, study.latent) for study in studies] == list(latents.items())
+    for study in studies:
+        assert study.doses == [0, 2, 40]
+        image = images[study.concept] if images else None
+        for dose, answer in zip(study.doses[1:], study.answers[1:], strict=True):
+            edits = [Edit(study.latent, dose * float(cache.max[study.latent]))]
+            alone = compare(place, "why ?", image, edits, scope, keep_error=True, max_new_tokens=4)
+            assert (study.untouched, study.answers[0], answer) == tuple(part[0] for part in alone)
+
+
+def test_a_case_succeeds_only_if_the_clamp_brings_the_name():
+    def study(untouched, *answers):
+        return CaseStudy("sad", 1, "how ?", untouched, [0.0, 1.0], list(answers))
+
+    assert study("fine .", "fine .", "i am sad .").succeeds
+    assert not study("fine .", "fine .", "i am well .").succeeds
+    assert not study("i am sad .", "fine .", "i am sad .").succeeds
+    assert not study("fine .", "i am sad .", "i am sad .").succeeds
+    assert not study("fine .", "i am sad .", "well .").succeeds
+    metrics = case_metrics("feelings", [study("a", "b", "sad"), study("a", "b", "c")])
+    assert metrics == {"feelings_steered": 2, "feelings_named": 1}
+
+
+def test_activations_on_words_are_the_highest_of_the_prompts_text(made, live):
+    place, cache, _ = made
+    concepts = dict(zip(live[:3], ("cat", "a long name", "dog"), strict=True))
+    highest = {}  # of each word: every latent's, with the word alone in its batch
+    for word in concepts.values():
+        prompt = place.lmm.prompt(f"is there a {word} ?")
+        highest[word] = dense_latents(place, prompt, prompt.mask("text")).amax(0) / cache.max.clamp_min(1e-9)
+    found = word_activations(place, cache, concepts, "is there a {} ?")
+    assert [(row.latent, row.concept) for row in found] == list(concepts.items())
+    for row in found:
+        others = [float(highest[word][row.latent]) for word in concepts.values() if word != row.concept]
+        assert row.on_name == pytest.approx(float(highest[row.concept][row.latent]), abs=1e-4)
+        assert row.on_others == pytest.approx(np.mean(others), abs=1e-4)
+    with pytest.raises(ValueError, match="at least two different names"):
+        word_activations(place, cache, {live[0]: "cat", live[1]: "cat"}, "{}")
+
+
+def test_word_metrics_count_names_above_others():
+    rows = [experiments.WordActivation(n, "cat", on_name, 0.2) for n, on_name in enumerate((0.1, 0.2, 0.3, 0.6))]
+    metrics = word_metrics(rows)
+    assert metrics["word_latents"] == 4 and metrics["word_on_name"] == pytest.approx(0.3)
+    assert metrics["word_on_others"] == pytest.approx(0.2) and metrics["word_name_above_others"] == 0.5
+    assert metrics["word_on_name_low"] < 0.3 < metrics["word_on_name_high"]
+
+
+def test_objects_are_steered_as_one_clamp_at_a_time(made, live):
+    place, cache, pictures = made
+    concepts, scope = {n: f"thing {n}" for n in live[:5]}, Scope(("base", "tiles", "newline"))
+    found = steer_objects(
+        place, cache, concepts, "what ?", pictures[0], [3, 30], count=3, scope=scope, batch=2, max_new_tokens=3
+    )
+    assert len({row.latent for row in found.objects}) == 3 and len({row.latent for row in found.choosing}) == 2
+    assert not {row.latent for row in found.objects} & {row.latent for row in found.choosing + found.random}
+    assert {row.dose for row in found.objects} == {3, 30} and {row.dose for row in found.random} == {found.dose}
+    assert [row.concept for row in found.random] == [row.concept for row in found.reported]
+    for row in found.objects + found.random:
+        edits = [Edit(row.latent, row.dose * float(cache.max[row.latent]))]
+        alone = compare(place, "what ?", pictures[0], edits, scope, max_new_tokens=3)
+        assert (found.untouched, found.spliced, row.answer) == tuple(part[0] for part in alone)
+        assert row.changed == (row.answer != found.spliced)
+
+
+def test_the_dose_is_chosen_on_other_latents_and_the_control_searched_for_the_same_names(made, live, monkeypatch):
+    """A model that names the concept of a reported latent at dose 9, of another one at dose 5, and blue at random."""
+    place, cache, pictures = made
+    concepts = {n: f"thing{n}" for n in live[:6]}
+    reported = set(np.random.default_rng(7).permutation(sorted(concepts)).tolist()[:3])
+
+    def fake(place, question, image, settings, scope, **_):
+        said = []
+        for setting in settings:
+            dose = round(setting[0].value / float(cache.max[setting[0].latent])) if setting else 0
+            latent = setting[0].latent if setting else None
+            named = latent in concepts and dose >= (9 if latent in reported else 5)
+            said.append(f"a thing{latent} ." if named else "nothing ." if dose < 5 else "blue .")
+        return said
+
+    monkeypatch.setattr(experiments, "answers", fake)
+    found = steer_objects(place, cache, concepts, "?", pictures[0], [2, 5, 9], count=3, max_new_tokens=1, seed=7)
+    assert {row.latent for row in found.objects} == reported and found.spliced == "nothing ."
+    assert found.dose == 5  # though the reported latents would do better at 9
+    names = found.curves("names_concept")
+    assert {dose: mean.mean for dose, mean in names["object latents"].items()} == {2: 0, 5: 0, 9: 1}
+    assert {dose: mean.mean for dose, mean in names["latents that choose the dose"].items()} == {2: 0, 5: 1, 9: 1}
+    assert {dose: mean.mean for dose, mean in names["random"].items()} == {5: 0}
+    metrics = found.metrics
+    assert (metrics["dose"], metrics["objects_steered"], metrics["dose_chosen_on"]) == (5, 3, 3)
+    assert (metrics["named_of_100"], metrics["control_named_of_100"], metrics["changed_of_100"]) == (0, 0, 100)
+    assert metrics["changed_of_100_low"] == pytest.approx(100 * proportion([True] * 3).low)
+
+
+@pytest.mark.parametrize(
+    ("hits", "dose"),
+    [([8, 24, 24, 16], 24), ([32, 8, 32, 8, 16], 8), ([16, 8, 8], 8), ([], 32)],
+    ids=["most hits", "ties", "not the highest", "no hit"],
+)
+def test_the_dose_with_most_hits_is_chosen_and_the_lowest_of_a_tie(hits, dose):
+    assert most_effective([16, 8, 32, 24], iter(hits)) == dose
+
+
+def mean_activations(place, image):
+    prompt = place.lmm.prompt("", image)
+    return dense_latents(place, prompt, prompt.mask("base")).mean(0)
+
+
+def test_a_rank_counts_the_latents_that_are_more_active_on_the_image(made, live):
+    place, cache, pictures = made
+    for latent in live[:4]:
+        means = mean_activations(place, pictures[2])
+        assert rank_on_image(place, pictures[2], latent) == 1 + sum(float(m) > float(means[latent]) for m in means)
+    top = pictures[cache.top(live[0])[0][0]]
+    assert ranks_on_top_images(place, cache, {"sad": live[0]}, pictures) == {"sad": rank_on_image(place, top, live[0])}
+
+
+def test_kinds_at_each_rank_are_counted_over_images(made, monkeypatch):
+    place, cache, pictures = made
+    kinds = {n: ("object", "colour", "unnamed")[n % 3] for n in range(0, LATENTS, 2)}
+    monkeypatch.setattr(experiments, "RANKS", ((0, 2), (2, 5)))
+    monkeypatch.setattr(experiments, "MOST_FREQUENT", 3)
+    found = kinds_by_rank(place, pictures, cache, kinds, images=len(pictures))
+    counts = {"rank 1-2": [], "rank 3-5": []}
+    for picture in pictures:
+        means = mean_activations(place, picture)
+        active = sorted((n for n in kinds if means[n] > 0), key=lambda n: -float(means[n]))
+        counts["rank 1-2"] += [kinds[n] for n in active[:2]]
+        counts["rank 3-5"] += [kinds[n] for n in active[2:5]]
+    frequent = sorted(kinds, key=lambda n: -float(cache.frequency[n]))[:3]
+    counts |= {"most frequent": [kinds[n] for n in frequent], "all latents": list(kinds.values())}
+    for name, row in counts.items():
+        if row:
+            assert found[name] == pytest.approx({kind: row.count(kind) / len(row) for kind in set(row)}), name

@@ -320,8 +320,8 @@ plots.dose_response(steering);
 relevance = stage.result(
     "relevance", Relevance,
     lambda: rate_objects(
-        steering, judge, concepts, root=page.root,
-        replies=stage.path("replies.jsonl"), endpoint=endpoint,
+        steering, judge, concepts, endpoint=endpoint,
+        replies=stage.path("replies.jsonl"),
     ),
 )  # fmt: skip
 relevance.metrics
@@ -424,8 +424,8 @@ headline(
     f"{published('steer', 'changed_of_100'):.0f} of 100 object latents "
     "change the answer at all.",
     f"we clamp an early layer, at {metrics['dose']:g} times what any "
-    "image causes. The paper reports neither its dose nor how often an answer "
-    "names the concept.",
+    "image causes. The paper reports neither its dose nor how often an "
+    "answer names the concept.",
 )
 
 # %% tags=["remove-input"]

@@ -11,7 +11,7 @@ from lmm_sae_nb.chat.questions import Chat, Question
 from lmm_sae_nb.chat.recorded import Recorded, ask, open_chat
 from lmm_sae_nb.interpret.explainers import mentions
 from lmm_sae_nb.steer.experiments import ObjectSteering
-from lmm_sae_nb.support.files import read_json
+from lmm_sae_nb.support.files import project_root, read_json
 from lmm_sae_nb.support.intervals import bounds, mean_interval
 from lmm_sae_nb.support.stages import Metrics
 
@@ -97,22 +97,21 @@ def rate_objects(
     judge: str,
     concepts: str,
     *,
-    root: Path,
     replies: Path,
     endpoint: Mapping[str, object],
 ) -> Relevance:
     """Rate the answers of object latents at the chosen dose, and of the random control.
 
     judge: a language model as `open_chat` takes it, or "".
-    concepts: without a judge, a JSON file below `root` with kind to names, for `by_words`. If this is "" too, nothing
-        is rated.
+    concepts: without a judge, a JSON file of this project with kind to names, for `by_words`. If this is "" too,
+        nothing is rated.
     replies: the file that keeps a judge's replies, so that a second run does not ask again.
     endpoint: settings for `open_chat`.
     """
-    chat = Recorded(open_chat(judge, root=root, **endpoint), replies) if judge else None
+    chat = Recorded(open_chat(judge, **endpoint), replies) if judge else None
     if chat is None and not concepts:
         return Relevance([], [])
-    rate = by_words(read_json(root / concepts)) if chat is None else by_model(chat)
+    rate = by_words(read_json(project_root() / concepts)) if chat is None else by_model(chat)
     objects, random = (
         rate([row.answer for row in rows], [row.concept for row in rows])
         for rows in (steering.reported, steering.random)

@@ -46,9 +46,10 @@ def steering() -> ObjectSteering:
 
 
 def test_answers_at_the_chosen_dose_and_of_the_control_are_rated(tmp_path):
-    (tmp_path / "words.json").write_text(json.dumps(KINDS))
-    how = dict(root=tmp_path, replies=tmp_path / "replies.jsonl", endpoint={})
-    rated = rate_objects(steering(), "", "words.json", **how)
+    words = tmp_path / "words.json"
+    words.write_text(json.dumps(KINDS))
+    how = dict(replies=tmp_path / "replies.jsonl", endpoint={})
+    rated = rate_objects(steering(), "", str(words), **how)
     assert (rated.objects, rated.random, rated.failed) == ([10, 5], [1, 1], 0)
     assert rated.metrics["relevance"] == pytest.approx(7.5) and rated.metrics["control_relevance"] == 1
     assert rate_objects(steering(), "", "", **how).metrics == {"replies_failed": 0}
@@ -56,8 +57,8 @@ def test_answers_at_the_chosen_dose_and_of_the_control_are_rated(tmp_path):
 
 def test_a_judge_is_asked_before_the_words_and_its_failures_are_counted(tmp_path, monkeypatch):
     judge = Judge(lambda question: Reply("8") if "hat ." in question.text else Reply(None, "it is down"))
-    monkeypatch.setattr(relevance, "open_chat", lambda who, root, concurrency: judge)
-    how = dict(root=tmp_path, replies=tmp_path / "replies.jsonl", endpoint={"concurrency": 2})
+    monkeypatch.setattr(relevance, "open_chat", lambda model, concurrency: judge)
+    how = dict(replies=tmp_path / "replies.jsonl", endpoint={"concurrency": 2})
     rated = rate_objects(steering(), "judge", "no such file", **how)
     assert rated.objects == [8, None] and rated.random == [None, None] and rated.failed == 3
     assert "relevance" not in rated.metrics  # one number has no interval

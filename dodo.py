@@ -12,7 +12,7 @@ from pathlib import Path
 from doit import get_var
 from doit.tools import config_changed
 
-from book import api, features, pages, results
+from book import api, features, pages
 from book.progress import Reporter, progress
 
 ROOT = pages.ROOT
@@ -148,6 +148,8 @@ def task_results():
     """Make the results page from the stages' metrics."""
 
     def write():
+        from book import results
+
         order = [stage for source in SOURCES for stage in pages.stages(source)]
         (BOOK / "results.md").write_text(results.page(ARTIFACTS, list(dict.fromkeys(order))), encoding="utf-8")
 

@@ -318,10 +318,14 @@ def cross_table(rows: Mapping[str, Mapping[str, int]], xlabel: str, ylabel: str,
     return ax
 
 
-def dose_curves(curves: Mapping[str, Mapping[float, Mean]], xlabel: str, ylabel: str, ax: Axes | None = None) -> Axes:
-    """Draw fractions with their intervals over doses, on a logarithmic axis.
+def dose_curves(
+    curves: Mapping[str, Mapping[float, Mean]], xlabel: str, ylabel: str, *, mark: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:  # fmt: skip
+    """Draw fractions with their intervals over doses or sizes, on a logarithmic axis.
 
     curves: name to {dose: mean}.
+    mark: a dose that a dashed line marks.
     """
     ax = ax or one_axes(3.4)
     shades = colours(list(curves))
@@ -332,6 +336,8 @@ def dose_curves(curves: Mapping[str, Mapping[float, Mean]], xlabel: str, ylabel:
             label=literal(name),
         )  # fmt: skip
     at = sorted({dose for row in curves.values() for dose in row})
+    if mark is not None:
+        ax.axvline(mark, color=GREY, ls="--", lw=1)
     ax.set_xscale("log", base=2)
     ax.set(xticks=at, xticklabels=[f"{dose:g}" for dose in at], ylim=(0, 1))
     ax.set(xlabel=literal(xlabel), ylabel=literal(ylabel))

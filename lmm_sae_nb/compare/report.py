@@ -1,0 +1,215 @@
+"""Summarise the comparison: the metrics of its stage, and rows for tables and figures."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lmm_sae_nb.compare.depth import SteeredLatent
+from lmm_sae_nb.compare.scored import ScoredSAE
+from lmm_sae_nb.score.scores import Column, Scores
+from lmm_sae_nb.score.tables import MeanComparison, kind_table
+from lmm_sae_nb.support.files import read_json
+from lmm_sae_nb.support.intervals import Mean, bounds, difference_interval, mean_interval, proportion, read_mean
+from lmm_sae_nb.support.stages import Metrics
+from lmm_sae_nb.truth.accuracy import counted, judged
+
+Totals = dict[Column, MeanComparison]
+TITLES = {
+    Column("iou", "paper"): "IoU, paper mode",
+    Column("iou", "strict"): "IoU, strict mode",
+    Column("clip", "paper"): "CLIP score, paper mode",
+    Column("clip", "strict"): "CLIP score, strict mode",
+}
+
+
+def totals(scores: Scores, seed: int = 0) -> Totals:
+    """Return the means over all latents of one SAE, for each column.
+
+    seed: of the bootstrap.
+    """
+    return {column: kind_table(scores, column, seed)["total"] for column in scores.columns}
+
+
+def chance(row: MeanComparison) -> Mean:
+    """Return what chance gives: random images, or for strict CLIP scores regions of equal area elsewhere."""
+    return row.random or row.area
+
+
+def score_metrics(scored: Mapping[str, ScoredSAE], seed: int = 0) -> Metrics:
+    """Return the scores of each SAE as COLUMN_NAME, with what chance gives and whether the score is above it.
+
+    COLUMN_NAME_above_random is 1 if the two intervals do not meet. latents_NAME counts the scored latents.
+    """
+    metrics: Metrics = {}
+    for name, each in scored.items():
+        metrics[f"latents_{name}"] = len(each.scores.explained)
+        for column, row in totals(each.scores, seed).items():
+            metrics |= row.metrics(f"{column}_{name}")
+            metrics[f"{column}_{name}_above_random"] = int(row.score.low > chance(row).high)
+    return metrics
+
+
+def rise_metrics(low: Scores, high: Scores, seed: int = 0) -> Metrics:
+    """Return how much each score rises from one layer to another, as COLUMN_rise with its interval."""
+    metrics: Metrics = {}
+    for column in low.columns:
+        one, other = ([each.score for each in scores[column].values()] for scores in (low, high))
+        metrics |= bounds(f"{column}_rise", difference_interval(one, other, seed=seed))
+    return metrics
+
+
+def quality_metrics(name: str, evaluation: Metrics, explanations: Mapping[int, Mapping]) -> Metrics:
+    """Return how good one SAE is: fvu, dead_fraction, loss_recovered, explained_fraction, concept_accuracy; _NAME.
+
+    evaluation: of `evaluate_saes`.
+    explanations: latent to its row; without the true concept there is no concept_accuracy.
+    """
+    quality = evaluation | counted(explanations)
+    if all("true_concept" in row for row in explanations.values()):
+        quality |= judged(explanations)
+    wanted = ("fvu", "dead_fraction", "loss_recovered", "explained_fraction", "concept_accuracy")
+    return {
+        f"{quantity}_{name}{end}": quality[quantity + end]
+        for quantity in wanted
+        for end in ("", "_low", "_high")
+        if quantity + end in quality
+    }
+
+
+def depth_metrics(steered: Mapping[str, Sequence[SteeredLatent]], ranks: Mapping[str, Sequence[float]]) -> Metrics:
+    """Return steered_NAME, the fraction of answers that name the object, and spearman_NAME, a mean over decisions.
+
+    What has too few cases for an interval is left out.
+    """
+    metrics: Metrics = {}
+    for name, latents in steered.items():
+        if latents:
+            metrics |= bounds(f"steered_{name}", proportion([each.named for each in latents]))
+        if len(ranks[name]) > 1:
+            metrics |= bounds(f"spearman_{name}", mean_interval(ranks[name]))
+    return metrics
+
+
+# Rows for tables and figures.
+
+
+def direction(difference: Mean) -> str:
+    """Return the word for a difference: "rises" or "falls" if its interval leaves out 0, else "does not change"."""
+    return "rises" if difference.low > 0 else "falls" if difference.high < 0 else "does not change measurably"
+
+
+def layer_rows(metrics: Metrics, layers: Sequence[int], published: Mapping[str, float]) -> list[dict]:
+    """Return Table 3 as rows for `plots.table`: each score, what chance gives, and the paper's numbers.
+
+    layers: in order of depth.
+    published: metric to the paper's number.
+    """
+    rows = []
+    for column, title in TITLES.items():
+        if f"{column}_layer_{layers[0]}" not in metrics:
+            continue
+        random = "random" if f"{column}_layer_{layers[0]}_random" in metrics else "area"
+        values = {
+            title: {n: read_mean(metrics, f"{column}_layer_{n}") for n in layers},
+            "… by chance": {n: read_mean(metrics, f"{column}_layer_{n}_{random}") for n in layers},
+            "… in the paper": {n: published.get(f"{column}_layer_{n}") for n in layers},
+        }
+        for score, by_layer in values.items():
+            if any(value is not None for value in by_layer.values()):
+                rows.append({"score": score} | {f"layer {n}": value for n, value in by_layer.items()})
+    return rows
+
+
+def quantity_rows(metrics: Metrics, layers: Sequence[int], titles: Mapping[str, str]) -> list[dict]:
+    """Return a row for each quantity, with a column for each layer, for `plots.table`.
+
+    titles: metric, without the layer, to the title of its row; a metric that is missing is left out.
+    """
+    return [
+        {"quantity": title} | {f"layer {n}": read_mean(metrics, f"{name}_layer_{n}") for n in layers}
+        for name, title in titles.items()
+        if f"{name}_layer_{layers[0]}" in metrics
+    ]
+
+
+def depth_panels(metrics: Metrics, layers: Sequence[int], quantity: str) -> dict[str, dict[str, dict[str, Mean]]]:
+    """Return the scores of one quantity, on own images and by chance, for `plots.mean_panels`.
+
+    quantity: "iou" or "clip".
+    """
+    panels = {}
+    for column, title in TITLES.items():
+        if column.quantity != quantity or f"{column}_layer_{layers[0]}" not in metrics:
+            continue
+        random = "random" if f"{column}_layer_{layers[0]}_random" in metrics else "area"
+        panels[title] = {
+            f"layer {n}": {
+                "own images": read_mean(metrics, f"{column}_layer_{n}"),
+                "chance": read_mean(metrics, f"{column}_layer_{n}_{random}"),
+            }
+            for n in layers
+        }
+    return panels
+
+
+def kind_fractions(scores: Scores) -> dict[str, float]:
+    """Return the fraction of latents that are named for each kind of concept."""
+    counts = Counter(explained.kind for explained in scores.explained.values())
+    return {kind: count / counts.total() for kind, count in sorted(counts.items())}
+
+
+def shared_concepts(scored: Mapping[str, ScoredSAE]) -> dict[str, dict[str, int]]:
+    """Return the concepts that a latent of every SAE is named for, each with one latent by the SAE's name."""
+    latents = {
+        name: {each.concept: latent for latent, each in result.scores.explained.items()}
+        for name, result in scored.items()
+    }
+    shared = sorted(set.intersection(*map(set, latents.values())))
+    return {concept: {name: by_concept[concept] for name, by_concept in latents.items()} for concept in shared}
+
+
+def size_curves(metrics: Metrics, names: Mapping[int, str], titles: Mapping[str, str]) -> dict[str, dict[int, Mean]]:
+    """Return quantities over a size, for `plots.dose_curves`.
+
+    names: size to the SAE's name, as `names_by_size` gives them.
+    titles: metric, without the SAE's name, to the title of its curve; a metric that is missing is left out.
+    """
+    curves: dict[str, dict[int, Mean]] = {}
+    for quantity, title in titles.items():
+        for size, name in names.items():
+            if f"{quantity}_{name}" in metrics:
+                value = read_mean(metrics, f"{quantity}_{name}")
+                curves.setdefault(title, {})[size] = value if isinstance(value, Mean) else Mean(value, value, value)
+    return curves
+
+
+def doubling_rows(metrics: Metrics, names: Mapping[int, str], title: str) -> list[dict[str, str | float]]:
+    """Return the FVU of each size, and by how much it changes for each doubling from the size before.
+
+    names: size to the SAE's name, as `names_by_size` gives them.
+    title: of the size.
+    """
+    rows, before = [], None
+    for size, name in names.items():
+        fvu = metrics[f"fvu_{name}"]
+        change = None if before is None else (fvu / before[1]) ** (1 / math.log2(size / before[0])) - 1
+        rows.append({title: f"{size:,}", "FVU": fvu, "change per doubling": change and f"{change:+.1%}"})
+        before = size, fvu
+    return rows
+
+
+def exam_rows(folders: Mapping[str, str | Path]) -> list[dict[str, str | float | None]]:
+    """Return the fraction of right answers of each model in each family of questions, from its `exam.json`.
+
+    folders: model to its folder; models without an exam are left out.
+    """
+    rows = []
+    for name, folder in folders.items():
+        if (file := Path(folder) / "exam.json").is_file():
+            families = {family: row for family, row in read_json(file).items() if isinstance(row, dict)}
+            fractions = {family: row["fraction"] for family, row in families.items() if "fraction" in row}
+            rows.append({"model": name} | fractions)
+    return rows

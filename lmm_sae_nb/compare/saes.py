@@ -1,0 +1,85 @@
+"""Train and cache several SAEs of one model, all in one pass over it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from lmm_sae_nb.cache.activations import cache_several
+from lmm_sae_nb.cache.latent_cache import LatentCache
+from lmm_sae_nb.interpret.exemplars import ExemplarsByLatent
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.train.training import Recipe, train_saes
+
+
+class CachedSAE(NamedTuple):
+    """An SAE at its layer, with the cache of its latents."""
+
+    place: SAEInPlace
+    cache: LatentCache
+
+    def live_latents(self, seed: int) -> list[int]:
+        """Return the latents that an image excites, in random order."""
+        return np.random.default_rng(seed).permutation(np.flatnonzero(self.cache.live)).tolist()
+
+    def exemplars(self, images: Sequence[Image.Image], **settings) -> ExemplarsByLatent:
+        """Return each latent's exemplars.
+
+        images: that were cached.
+        settings: n_top, threshold and dim of `interpret.exemplars.exemplars`.
+        """
+        return ExemplarsByLatent(self.cache, images, **settings)
+
+
+def size_recipes(middle: Recipe, sizes: Iterable[int], ks: Iterable[int]) -> dict[str, Recipe]:
+    """Return the recipes of SAEs that differ from `middle` in one size, as n_LATENTS and k_K.
+
+    sizes: numbers of latents; the middle's is left out.
+    ks: numbers of active latents per token; the middle's is left out.
+    """
+    by_n = {f"n_{n}": replace(middle, n_latents=n) for n in sizes if n != middle.n_latents}
+    return by_n | {f"k_{k}": replace(middle, k=k) for k in ks if k != middle.k}
+
+
+def names_by_size(recipes: Mapping[str, Recipe], middle: Recipe, size: str) -> dict[int, str]:
+    """Return the names of the SAEs that differ from `middle` in this size alone, and of `middle`, by size.
+
+    size: "n_latents" or "k".
+    """
+    by_size = {}
+    for name, recipe in recipes.items():
+        value = getattr(recipe, size)
+        if replace(middle, **{size: value}) == recipe:
+            by_size[value] = name
+    return dict(sorted(by_size.items()))
+
+
+def train_and_cache(
+    lmm: LMM, recipes: Mapping[str, Recipe], samples: Sequence[Mapping], images: Sequence[Image.Image], *,
+    folder: str | Path, n_top: int = 5, **training,
+) -> dict[str, CachedSAE]:  # fmt: skip
+    """Train an SAE by each recipe and cache its latents: one pass over the samples, and one over the images.
+
+    Each SAE and each cache is the one that it would be alone. A run that was stopped continues; what is complete is
+    only read.
+
+    recipes: by the name of the SAE's folder.
+    samples: rows with image, question and answer.
+    images: to cache.
+    folder: gets a folder for each SAE, with its weights and its cache.
+    n_top: images kept for each latent.
+    training: settings of `train_saes`.
+    """
+    trained = train_saes(lmm, samples, recipes, folder=folder, **training)
+    places = {
+        name: SAEInPlace(lmm, result.sae.requires_grad_(False), recipes[name].layer) for name, result in trained.items()
+    }
+    studied = {name: (place.sae, place.layer) for name, place in places.items()}
+    caches = cache_several(lmm, studied, images, n_top=n_top, folder=folder)
+    return {name: CachedSAE(place, caches[name]) for name, place in places.items()}

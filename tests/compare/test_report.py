@@ -1,0 +1,131 @@
+"""Metrics, tables and figures of the comparison, by hand."""
+
+import json
+
+import numpy as np
+import pytest
+from scored import scores_of
+
+from lmm_sae_nb.compare.depth import SteeredLatent
+from lmm_sae_nb.compare.report import (
+    depth_metrics,
+    depth_panels,
+    direction,
+    doubling_rows,
+    exam_rows,
+    kind_fractions,
+    layer_rows,
+    quality_metrics,
+    quantity_rows,
+    rise_metrics,
+    score_metrics,
+    shared_concepts,
+    size_curves,
+)
+from lmm_sae_nb.compare.scored import ScoredSAE
+from lmm_sae_nb.score.scores import Column, Comparison
+from lmm_sae_nb.support.intervals import Mean
+
+IOU, CLIP = Column("iou", "paper"), Column("clip", "strict")
+
+
+def sae(iou: list[float], clip: list[float]) -> ScoredSAE:
+    """An SAE with these scores; chance is 0.1 (IoU, random images) and 20 (CLIP, area)."""
+    rows = {
+        IOU: [Comparison(value, random=(0.09, 0.1, 0.11), area=0.2) for value in iou],
+        CLIP: [Comparison(value, area=20 + n / 10) for n, value in enumerate(clip)],
+    }
+    return ScoredSAE({}, scores_of(["object"] * (len(iou) - 1) + ["colour"], rows))
+
+
+LOW, HIGH = sae([0.3, 0.4, 0.5], [15, 16, 17]), sae([0.5, 0.6, 0.7, 0.8], [30, 31, 32, 33])
+
+
+def test_scores_are_means_and_above_chance_only_if_their_interval_is():
+    metrics = score_metrics({"layer_1": LOW, "layer_6": HIGH})
+    assert (metrics["latents_layer_1"], metrics["latents_layer_6"]) == (3, 4)
+    assert metrics["iou_paper_layer_1"] == pytest.approx(0.4)
+    assert metrics["iou_paper_layer_1_random"] == pytest.approx(0.1)
+    assert metrics["iou_paper_layer_1_gain"] == pytest.approx(0.3)
+    assert metrics["clip_strict_layer_6_area"] == pytest.approx(20.15)
+    names = ("iou_paper_layer_1", "clip_strict_layer_1", "clip_strict_layer_6")
+    assert [metrics[f"{name}_above_random"] for name in names] == [1, 0, 1]
+
+
+def test_a_rise_is_the_difference_of_the_means_with_an_interval():
+    metrics = rise_metrics(LOW.scores, HIGH.scores)
+    assert metrics["iou_paper_rise"] == pytest.approx(0.25)
+    assert metrics["clip_strict_rise_low"] < 15.5 < metrics["clip_strict_rise_high"]
+
+
+@pytest.mark.parametrize(("low", "high", "word"), [(0.1, 0.2, "rises"), (-0.2, -0.1, "falls"), (-0.1, 0.2, "does not")])
+def test_a_direction_needs_an_interval_without_0(low, high, word):
+    assert direction(Mean((low + high) / 2, low, high)).startswith(word)
+
+
+def test_quality_has_accuracy_only_where_the_truth_is_known():
+    rows = {1: {"outcome": "explained", "concept": "cat"}, 2: {"outcome": "refused", "concept": None}}
+    metrics = quality_metrics("layer_3", {"fvu": 0.2, "dead_fraction": 0.0, "l0": 16.0}, rows)
+    assert set(metrics) == {
+        "fvu_layer_3", "dead_fraction_layer_3", "explained_fraction_layer_3", "explained_fraction_layer_3_low",
+        "explained_fraction_layer_3_high",
+    }  # fmt: skip
+    assert metrics["explained_fraction_layer_3"] == 0.5
+
+
+def test_steering_is_a_fraction_and_ranks_are_a_mean():
+    steered = {"layer_1": [SteeredLatent(1, "cat", "a cat"), SteeredLatent(2, "dog", "a cat")], "layer_6": []}
+    metrics = depth_metrics(steered, {"layer_1": [0.8, 0.9], "layer_6": [0.5]})
+    assert metrics["steered_layer_1"] == 0.5
+    assert metrics["spearman_layer_1"] == pytest.approx(0.85)
+    assert not [name for name in metrics if "layer_6" in name]
+
+
+def test_table_3_has_chance_below_each_score_and_the_paper_s_numbers_where_there_are_some():
+    metrics = score_metrics({"layer_1": LOW, "layer_6": HIGH})
+    rows = layer_rows(metrics, [1, 6], {"iou_paper_layer_6": 0.4})
+    assert [row["score"] for row in rows] == [
+        "IoU, paper mode", "… by chance", "… in the paper", "CLIP score, strict mode", "… by chance",
+    ]  # fmt: skip
+    assert rows[0]["layer 6"].mean == pytest.approx(0.65)
+    assert rows[1]["layer 1"].mean == pytest.approx(0.1)
+    assert (rows[2]["layer 1"], rows[2]["layer 6"]) == (None, 0.4)
+    assert rows[4]["layer 1"].mean == pytest.approx(20.1)
+    (panel,) = depth_panels(metrics, [1, 6], "iou").values()
+    assert panel["layer 6"]["chance"] == rows[1]["layer 6"]
+
+
+def test_a_quantity_that_was_not_measured_has_no_row():
+    rows = quantity_rows({"fvu_layer_1": 0.1, "fvu_layer_6": 0.2}, [1, 6], {"fvu": "FVU", "steered": "names it"})
+    assert rows == [{"quantity": "FVU", "layer 1": 0.1, "layer 6": 0.2}]
+
+
+def test_kinds_are_fractions_of_all_latents():
+    assert kind_fractions(HIGH.scores) == {"colour": 0.25, "object": 0.75}
+
+
+def test_shared_concepts_are_those_of_every_sae():
+    shared = shared_concepts({"low": LOW, "high": HIGH})
+    assert shared == {f"concept {n}": {"low": n, "high": n} for n in range(3)}
+
+
+def test_curves_keep_intervals_and_leave_out_what_is_missing():
+    metrics = {"fvu_a": 0.3, "right_a": 0.5, "right_a_low": 0.4, "right_a_high": 0.6, "fvu_b": 0.2}
+    curves = size_curves(metrics, {8: "a", 16: "b"}, {"fvu": "FVU", "right": "right", "dead": "dead"})
+    assert curves == {"FVU": {8: Mean(0.3, 0.3, 0.3), 16: Mean(0.2, 0.2, 0.2)}, "right": {8: Mean(0.5, 0.4, 0.6)}}
+
+
+def test_a_change_per_doubling_is_a_geometric_mean():
+    rows = doubling_rows({"fvu_a": 0.4, "fvu_b": 0.1}, {8: "a", 32: "b"}, "k")
+    assert np.isclose(0.4 * (1 - 0.5) ** 2, 0.1)
+    assert rows == [
+        {"k": "8", "FVU": 0.4, "change per doubling": None},
+        {"k": "32", "FVU": 0.1, "change per doubling": "-50.0%"},
+    ]
+
+
+def test_an_exam_is_a_row_of_fractions(tmp_path):
+    (tmp_path / "one").mkdir()
+    exam = {"seed": 3, "colour": {"fraction": 0.9, "low": 0.8}, "made": {"by": "hand"}}
+    (tmp_path / "one" / "exam.json").write_text(json.dumps(exam))
+    assert exam_rows({"one": tmp_path / "one", "other": tmp_path}) == [{"model": "one", "colour": 0.9}]

@@ -508,7 +508,7 @@ clamped = [
 fvus = [metrics[f"fvu_{name}"] for _, name in sorted(n_names.items())]
 findings(
     f"Explained latents score above chance in {sum(above)} of "
-    f"{len(above)} comparisons: one for each layer or model and each score.",
+    f"{len(above)} comparisons: each score at each layer and model.",
     f"In the paper mode, {span}, the IoU {direction(iou)} (by {iou}), and "
     f"the CLIP score {direction(clip)} (by {clip}).",
     *[

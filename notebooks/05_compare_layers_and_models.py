@@ -78,7 +78,7 @@ explainer: dict = {
 }
 # a language model that shortens explanations; "": the names in `concepts`
 refiner: str = ""
-# a language model that gives a concept its kind; "": the kinds in `concepts`
+# a language model that gives a concept its kind; "": as in `concepts`
 labeller: str = ""
 # for models behind an endpoint
 endpoint: dict = {
@@ -91,6 +91,7 @@ n_swept: int = 12  # explained latents of each SAE of another size
 n_top: int = 5  # exemplars of each latent
 # a patch is visible above this fraction of its image's highest activation
 threshold: float = 0.25
+# how names are scored
 scoring: dict = {
     # finds a concept by its name, where there is no ground truth
     "segmenter": "",
@@ -99,6 +100,7 @@ scoring: dict = {
     "random_runs": 10,  # draws of n_top random images for the IoU
     "clip_runs": 30,  # and for the CLIP score
 }
+# the steering of notebook 06, in small
 steering: dict = {
     "n_latents": 20,  # clamped latents of each layer, named for an object
     "dose": 8.0,  # of the latent's maximum
@@ -106,6 +108,7 @@ steering: dict = {
     "question": "What do you see in this image?",  # about a white image
     "image_size": 192,  # side of the white image, pixels
 }
+# the comparison of notebook 07, in small
 attribution: dict = {
     "decisions": 8,  # held-out decisions of each layer
     "pairs": 24,  # active (token, latent) pairs ablated in each decision
@@ -113,6 +116,7 @@ attribution: dict = {
 seed: int = 0  # of everything random
 
 # %% tags=["remove-cell"]
+from functools import partial
 from pathlib import Path
 
 from datasets import load_from_disk
@@ -272,16 +276,13 @@ exemplars = dict(n_top=n_top, threshold=threshold)
 runs = {name: scoring[name] for name in ("random_runs", "clip_runs")}
 
 # %%
-def score(name: str) -> ScoredSAE:
-    return explain_and_score(
-        studied[name], pictures, interpreter, truth, finders,
-        similarity.all_pairs, n_explained=n_explained, seed=seed,
-        **exemplars, **runs,
-    )  # fmt: skip
-
-
+score = partial(
+    explain_and_score, images=pictures, interpreter=interpreter, truth=truth,
+    segmenters=finders, all_pairs=similarity.all_pairs,
+    n_explained=n_explained, seed=seed, **exemplars, **runs,
+)  # fmt: skip
 scored = {
-    name: stage.result(name, ScoredSAE, lambda name=name: score(name))
+    name: stage.result(name, ScoredSAE, partial(score, studied[name]))
     for name in (*by_layer, *rest)
 }
 
@@ -297,15 +298,13 @@ evaluation = stage.result(
     "evaluation", dict[str, Metrics],
     lambda: evaluate_saes(places, unseen.select(range(evaluated))),
 )  # fmt: skip
+explain = partial(
+    explain_some, images=pictures, interpreter=interpreter, truth=truth,
+    enough=n_swept, seed=seed, **exemplars,
+)  # fmt: skip
 swept = stage.result(
     "swept", dict[str, dict[int, dict]],
-    lambda: {
-        name: explain_some(
-            studied[name], pictures, interpreter, truth, enough=n_swept,
-            seed=seed, **exemplars,
-        )
-        for name in by_size
-    },
+    lambda: {name: explain(studied[name]) for name in by_size},
 )  # fmt: skip
 
 # %% [markdown]

@@ -306,10 +306,10 @@ columns = {
     "integrated, Spearman": "spearman_ig", "integrated, signs": "sign_ig",
 }  # fmt: skip
 table = []
-for found in layers:
-    row = {name: found[name] for name in ("layer", "decisions", "pairs")}
-    row |= {title: Mean(**found[name]) for title, name in columns.items()}
-    table.append({"SAE": found["sae"][:8]} | row)
+for each in layers:
+    row = {name: each[name] for name in ("layer", "decisions", "pairs")}
+    row |= {title: Mean(**each[name]) for title, name in columns.items()}
+    table.append({"SAE": each["sae"][:8]} | row)
 plots.table(table, "Every active pair ablated: means over decisions")
 
 # %% [markdown]

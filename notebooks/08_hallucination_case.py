@@ -220,14 +220,14 @@ settings = clamp_settings(
     choosing["together"],
 )  # fmt: skip
 
-
+# %%
 def without_traps(name):  # rows with an image and another question
     for row in load_from_disk(page.locate(name)):
         if row["image"] is not None and row.get("family") != "according":
             yield row
 
 
-found = stage.result(
+outcome = stage.result(
     "search", Search,
     lambda: search(
         place, wrong[: choosing["wrong"]], right[: choosing["right"]],
@@ -237,13 +237,15 @@ found = stage.result(
         ),
     ),
 )  # fmt: skip
-chosen = found.chosen
+
+# %%
+chosen = outcome.chosen
 print("chosen:", " and ".join(chosen.words) or "nothing")
 for edit in chosen.edits:
     print(f"latent {edit.latent} at {edit.value:.0f}")
 
 # %% mystnb={"figure": {"caption": "The search. Each row is a setting: the words whose latents are clamped, and the dose. The chosen setting is in bold. Harm is measured only for the best settings, in order, until one is within the limits.", "name": "fig-search"}, "image": {"alt": "A row for each setting, with dots for the fractions of wrong answers cured, right answers harmed and other answers changed, and dashed lines for the limits."}}
-plots.search_trials(found, Limits(**limits));
+plots.search_trials(outcome, Limits(**limits));
 # %% tags=["hide-output"]
 plots.table(
     [
@@ -251,14 +253,14 @@ plots.table(
          "latents": len(trial.setting.edits), "dose": trial.setting.dose,
          "cured": trial.cured, "shift, logits": trial.shift,
          "harmed": trial.harmed, "changed": trial.changed}
-        for trial in found.trials
+        for trial in outcome.trials
     ],
     "Every setting; a dash was not measured",
 )  # fmt: skip
 
 # %% mystnb={"figure": {"caption": "The mean change of the right answer's margin over the wrong cases, predicted by attribution and measured, for every setting at the highest dose. On the line the two are equal.", "name": "fig-predicted"}, "image": {"alt": "Scatter plot of the measured over the predicted change of the margin."}}
 highest = max(choosing["doses"])
-strong = [t for t in found.trials if t.setting.dose == highest]
+strong = [t for t in outcome.trials if t.setting.dose == highest]
 predicted = [sum(gain[e.latent] for e in t.setting.edits) for t in strong]
 measured = [t.shift for t in strong]
 labels = "predicted, logits", "measured, logits"
@@ -340,7 +342,10 @@ plots.compared({"this page's SAE": here} | other_saes, "fraction");
 # %%
 results = zip(held_out, answers.untouched, strict=True)
 fooled = [case for case, ok in results if case.contradicts and not ok]
-case = custom_case(**custom, default=(fooled or held_out)[0])
+path = custom["image"] and str(page.root / custom["image"])
+case = custom_case(
+    **custom | {"image": path}, default=(fooled or held_out)[0]
+)
 choice = decision(
     lmm, case.question, case.image, case.tempting, case.right
 )

@@ -1,7 +1,7 @@
-"""Section 2.4: what each latent at each token contributes to a decision: exactly, linearly, by integrated gradients.
+"""Section 2.4: the influence of each latent at each token on a decision: exact, linear, by integrated gradients.
 
-The sign lives here and nowhere else: influence I = d(without) - d(with), the paper's; attribution = -I, so that what is
-positive supports the answer.
+The sign is decided here and nowhere else. The paper's influence is I = d(without) - d(with). The attribution is -I, so
+that a positive one supports the answer.
 """
 
 from __future__ import annotations
@@ -28,35 +28,43 @@ from lmm_sae_nb.support.tensor_files import open_tensors, save_tensors
 
 @dataclass(frozen=True)
 class Decision:
-    """One prompt, and the two next tokens between which the model decides: v_c, and the baseline v_b."""
+    """A choice between two tokens after one prompt.
+
+    prompt: one sample.
+    answer: token id, v_c.
+    baseline: token id, v_b.
+    """
 
     prompt: Prompt
-    answer: int  # token id
+    answer: int
     baseline: int
 
 
 class Attribution(NamedTuple):
-    """-I of every active latent at every token of one prompt, in logits, with the parts that are no latent.
+    """The attribution -I of every active latent at every token of one prompt, in logits, and of what is no latent.
 
-    `parts_sum` is what the attributions, `error` and `bias` of a method add up to: see `linear` and `integrated`.
+    What latents, error and bias sum to depends on the method: see `linear` and `integrated`.
     """
 
-    latents: Latents  # (tokens, k) of the clean run; activations 0 at tokens where the SAE is not spliced in
+    latents: Latents  # (tokens, k) of the clean run; activations are 0 at tokens where the SAE is not spliced in
     values: Float[Tensor, "tokens k"]
-    error: Float[Tensor, " tokens"]  # of what the SAE leaves unexplained
-    bias: Float[Tensor, " tokens"]  # of b_dec
+    error: Float[Tensor, " tokens"]  # attribution of what the SAE leaves unexplained
+    bias: Float[Tensor, " tokens"]  # attribution of b_dec
     clean: float  # d of the clean run
 
     def of_tokens(self) -> Float[Tensor, " tokens"]:
-        """The sum over each token's latents."""
+        """Return the sum over the latents of each token."""
         return self.values.sum(-1)
 
     def of_latents(self, tokens: Bool[Tensor, " tokens"] | None = None) -> tuple[Int64[Tensor, " n"], Tensor]:
-        """The latents that are active at these tokens (default: all) and the sum of each over them, highest first."""
+        """Return the active latents and the sum of each over tokens, the highest sum first.
+
+        tokens: mask of the tokens to sum over; all by default.
+        """
         active = self.latents.acts > 0
         active = active if tokens is None else active & tokens[:, None]
-        latents, place = self.latents.indices[active].unique(return_inverse=True)
-        totals = torch.zeros(len(latents)).index_add(0, place, self.values[active])
+        latents, position = self.latents.indices[active].unique(return_inverse=True)
+        totals = torch.zeros(len(latents)).index_add(0, position, self.values[active])
         order = totals.argsort(descending=True, stable=True)
         return latents[order], totals[order]
 
@@ -74,7 +82,7 @@ class Attribution(NamedTuple):
         return rows
 
     def map_of(self, latent: int) -> Float[Tensor, " tokens"]:
-        """One latent's attribution at every token."""
+        """Return the attribution of one latent at every token."""
         return torch.where(self.latents.indices == latent, self.values, 0.0).sum(-1)
 
 
@@ -82,9 +90,14 @@ class Attribution(NamedTuple):
 
 
 def decision(lmm: LMM, text: str, image: Image.Image | None, answer: str, baseline: str) -> Decision:
-    """The choice between two answers' tokens as the first token after the prompt.
+    """Return the choice between two answers as the first token after the prompt.
 
-    ValueError, showing the pieces, for an answer that is not one token of the model's, or two that are the same.
+    text: the question.
+    image: that it is about, or None.
+    answer, baseline: words of one token each.
+
+    Raises:
+        ValueError: an answer is not one token of the model (the message shows its pieces), or the two are the same.
     """
     ids = [_single_token(lmm, word) for word in (answer, baseline)]
     if ids[0] == ids[1]:
@@ -113,7 +126,7 @@ def _single_token(lmm: LMM, word: str) -> int:
 
 
 def difference(lmm: LMM, choice: Decision) -> Float[Tensor, " batch"]:
-    """d = u[v_c] - u[v_b] after the prompt, under whatever is spliced in."""
+    """Return d = u[v_c] - u[v_b] after the prompt, in logits, under what is spliced into the model."""
     logits = lmm.last_logits(choice.prompt)
     return logits[:, choice.answer] - logits[:, choice.baseline]
 
@@ -121,115 +134,114 @@ def difference(lmm: LMM, choice: Decision) -> Float[Tensor, " batch"]:
 # ---- the run with the SAE in ----------------------------------------------------------------------------------
 
 
-class _Parts(NamedTuple):
-    """The layer's output taken apart: x = W_dec^T z + b_dec + error at the tokens where the SAE is spliced in."""
+class _Spliced(NamedTuple):
+    """The layer's output taken apart at the tokens where the SAE is spliced in: x = W_dec^T z + b_dec + error."""
 
-    upper: UpperLayers  # what runs on the states
-    hidden: Float[Tensor, "1 tokens width"]  # the layer's output as it is
-    mask: Bool[Tensor, " tokens"]
+    upper: UpperLayers  # runs the layers above on given states
+    mask: Bool[Tensor, " tokens"]  # the tokens where the SAE is spliced in; the fields below have a row for each
     latents: Latents
-    error: Float[Tensor, "tokens width"]  # 0 where it is dropped
-    states: Float[Tensor, "tokens width"]  # what goes into the next layer
+    error: Float[Tensor, "spliced width"]  # 0 if it is dropped
+    states: Float[Tensor, "spliced width"]  # goes into the next layer
 
 
 @torch.no_grad()
-def _clean_parts(place: SAEInPlace, choice: Decision, mask: Tensor, keep_error: bool) -> _Parts:
-    lmm, sae, layer = place.lmm, place.sae, place.layer
-    upper = above(lmm, choice.prompt, layer)
+def _splice(place: SAEInPlace, choice: Decision, kinds: Sequence[str], keep_error: bool) -> _Spliced:
+    """Run the prompt up to the layer and take its output apart at the tokens of these kinds."""
+    mask = choice.prompt.mask(*kinds)
+    if len(mask) != 1:
+        raise ValueError(f"a decision is about one prompt, not {len(mask)}; make one Decision for each")
+    mask = mask[0].to(place.lmm.device)
+    upper = above(place.lmm, choice.prompt, place.layer)
     x = upper.hidden[0, mask].float()
-    latents = sae.encode(x)
-    x_hat = sae.decode(latents)
+    latents = place.sae.encode(x)
+    x_hat = place.sae.decode(latents)
     error = x - x_hat if keep_error else torch.zeros_like(x)
-    return _Parts(upper, upper.hidden, mask, latents, error, x_hat + error)
+    return _Spliced(upper, mask, latents, error, x_hat + error)
 
 
-def _put(mask: Tensor, states: Float[Tensor, "*versions tokens width"], hidden: Tensor) -> Tensor:
-    """The hidden states with these at the masked tokens; several versions of them run side by side."""
+def _whole_states(
+    parts: _Spliced, states: Float[Tensor, "*versions spliced width"], start: int = 0
+) -> Float[Tensor, "versions tokens width"]:
+    """Return the layer's output from token `start` on, with these states at the spliced tokens."""
+    mask, hidden = parts.mask[start:], parts.upper.hidden[:, start:]
     versions = states.reshape(-1, *states.shape[-2:]).to(hidden.dtype)
     return hidden.expand(len(versions), -1, -1).masked_scatter(mask[None, :, None], versions)
 
 
-def _require_ready(place: SAEInPlace, choice: Decision, spliced: Sequence[str]) -> Tensor:
-    """The mask of the tokens where the SAE is spliced in; ValueError for an SAE of another layer or model."""
-    lmm = place.lmm
-    mask = choice.prompt.mask(*spliced)
-    if len(mask) != 1:
-        raise ValueError(f"a decision is about one prompt, not {len(mask)}; make one Decision for each")
-    return mask[0].to(lmm.device)
-
-
-def _d(lmm: LMM, choice: Decision, decoded: Float[Tensor, "versions tokens width"]) -> Float[Tensor, " versions"]:
-    """d after the last token, from what the decoder puts out."""
-    logits = lmm.head(decoded[:, -1])
+def _d(choice: Decision, parts: _Spliced, decoded: Float[Tensor, "versions tokens width"]) -> Tensor:
+    """Return d after the last token, (versions,), from the decoder's output."""
+    logits = parts.upper.lmm.head(decoded[:, -1])
     return logits[:, choice.answer] - logits[:, choice.baseline]
 
 
 def _slope(
-    lmm: LMM, choice: Decision, parts: _Parts, states: Float[Tensor, "*versions tokens width"]
+    choice: Decision, parts: _Spliced, states: Float[Tensor, "*versions spliced width"]
 ) -> tuple[Tensor, Float[Tensor, " versions"]]:
-    """The gradients of d in versions of the layer's spliced states, side by side, and each version's d."""
+    """Return the gradient of d in several versions of the spliced states, and d of each version."""
     states = states.detach().requires_grad_()
     with torch.enable_grad():
-        d = _d(lmm, choice, parts.upper.run(_put(parts.mask, states, parts.hidden)))
+        d = _d(choice, parts, parts.upper.run(_whole_states(parts, states)))
         return torch.autograd.grad(d.sum(), states)[0], d.detach()
 
 
 class _Clean:
-    """The clean run, kept so that what follows a token can be run again in many versions: attention looks back only,
-    so that nothing before the token changes. Keys and values of the layers above `layer` are those of the spliced run.
+    """The clean run, which later runs continue from the token where they differ.
+
+    Attention looks back only, so nothing before that token changes; its keys and values are kept.
     """
 
-    def __init__(self, place: SAEInPlace, choice: Decision, mask: Tensor, keep_error: bool):
-        self._lmm, self._choice = place.lmm, choice
-        self.parts = parts = _clean_parts(place, choice, mask, keep_error)
-        states = _put(mask, parts.states, parts.hidden)
-        self.d = float(_d(place.lmm, choice, parts.upper.remember(states))[0])
+    def __init__(self, place: SAEInPlace, choice: Decision, kinds: Sequence[str], keep_error: bool):
+        self._choice = choice
+        self.parts = parts = _splice(place, choice, kinds, keep_error)
+        self.d = float(_d(choice, parts, parts.upper.remember(_whole_states(parts, parts.states)))[0])
 
-    def wanted(self, pairs: Bool[Tensor, "tokens k"] | None) -> Bool[Tensor, "spliced k"]:
-        """Which of the spliced tokens' latents are active and asked for."""
+    def active(self, pairs: Bool[Tensor, "tokens k"] | None) -> Bool[Tensor, "spliced k"]:
+        """Return which latents of the spliced tokens are active, and among `pairs`."""
         active = self.parts.latents.acts > 0
         return active if pairs is None else active & pairs.to(active.device)[self.parts.mask]
 
     def versions(self, sae: TopKSAE, rows: Int64[Tensor, "pairs 2"]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """For (spliced token, slot) pairs in order: as many copies of the states from the first pair's token on, each
-        pair's part z W_dec[j] of its token's state, and where in the copies that state is."""
+        """Return a copy of the states for each pair, the pair's part z W_dec[j], and the place of this part.
+
+        The copies begin at the token of the first pair.
+
+        rows: (spliced token, slot), in the order of the tokens.
+        """
         token, slot = rows.unbind(1)
         latents = self.parts.latents
         states = self.parts.states[token[0] :].repeat(len(rows), 1, 1)
         directions = latents.acts[token, slot, None] * sae.W_dec[latents.indices[token, slot]]
         return states, directions.detach(), (torch.arange(len(rows), device=token.device), token - token[0])
 
+    def run_from(self, first: int, versions: Float[Tensor, "versions late width"]) -> Float[Tensor, " versions"]:
+        """Return d with these states at the spliced tokens from number `first` on."""
+        start = int(self.parts.mask.nonzero()[first])
+        states = _whole_states(self.parts, versions, start)
+        return _d(self._choice, self.parts, self.parts.upper.resume(states, start))
+
     def spread(self, values: Float[Tensor, "spliced k"]) -> Float[Tensor, "tokens k"]:
-        """The spliced tokens' values over the whole sequence, NaN elsewhere."""
+        """Return values of the spliced tokens for the whole sequence, NaN elsewhere."""
         out = torch.full((len(self.parts.mask), values.shape[1]), float("nan"))
         out[self.parts.mask.cpu()] = values.cpu()
         return out
 
-    def again(self, first: int, versions: Float[Tensor, "versions tokens width"]) -> Float[Tensor, " versions"]:
-        """d with these states at the spliced tokens from the `first` of them on."""
-        start = int(self.parts.mask.nonzero()[first])
-        states = _put(self.parts.mask[start:], versions, self.parts.hidden[:, start:])
-        return _d(self._lmm, self._choice, self.parts.upper.resume(states, start))
 
-
-def _rows_dot(gradient: Float[Tensor, "tokens width"], sae: TopKSAE, indices: Int64[Tensor, "tokens k"]) -> Tensor:
-    """(tokens, k): the gradient in each active latent, dd/dz_ij = <dd/dx_i, W_dec[j]>, a block of tokens at a time."""
+def _latent_slopes(gradient: Float[Tensor, "tokens width"], sae: TopKSAE, indices: Int64[Tensor, "tokens k"]) -> Tensor:
+    """Return dd/dz_ij = <dd/dx_i, W_dec[j]> of each active latent, (tokens, k), a block of tokens at a time."""
     block = max(1, 2**24 // (indices.shape[1] * sae.width))
-    pairs = zip(gradient.split(block), indices.split(block), strict=True)
-    return torch.cat([torch.einsum("tw,tkw->tk", slope, sae.W_dec[own]) for slope, own in pairs])
+    blocks = zip(gradient.split(block), indices.split(block), strict=True)
+    return torch.cat([torch.einsum("tw,tkw->tk", slope, sae.W_dec[latents]) for slope, latents in blocks])
 
 
-def _whole(parts: _Parts, values: Tensor, error: Tensor, bias: Tensor, clean: float) -> Attribution:
-    """Spread the masked tokens' numbers over the whole sequence."""
-    tokens = len(parts.mask)
+def _attribution(parts: _Spliced, values: Tensor, error: Tensor, bias: Tensor, clean: float) -> Attribution:
+    """Spread the numbers of the spliced tokens over the whole sequence, 0 elsewhere."""
 
     def spread(part: Tensor) -> Tensor:
-        out = part.new_zeros(tokens, *part.shape[1:])
+        out = part.new_zeros(len(parts.mask), *part.shape[1:])
         out[parts.mask] = part
         return out.cpu()
 
-    latents = Latents(*map(spread, parts.latents))
-    return Attribution(latents, spread(values), spread(error), spread(bias), clean)
+    return Attribution(Latents(*map(spread, parts.latents)), spread(values), spread(error), spread(bias), clean)
 
 
 # ---- the methods ----------------------------------------------------------------------------------------------
@@ -242,17 +254,22 @@ def linear(
     keep_error: bool = True,
     spliced: Sequence[str] = SAE_KINDS,
 ) -> Attribution:
-    """The paper's linear approximation for all pairs at once: one forward, one backward, I = (dd/dz) (0 - z).
+    """Attribute by the paper's linear approximation, I = (dd/dz) (0 - z): one forward and one backward for all pairs.
 
-    The clean run has the SAE spliced in; keep_error leaves in what the SAE does not explain, as a term of its own
-    (the paper drops it). At each token latents, error and bias sum to <dd/dx, x>. Departure: a silenced latent leaves
-    its place empty; under eq. 5 the next one would take it, which is no doing of this latent.
+    At each token, latents, error and bias sum to <dd/dx, x>. Departure A6: a silenced latent leaves its place empty;
+    under eq. 5 the next one would take it, which is not an effect of this latent.
+
+    keep_error: leave in what the SAE does not explain, as a term of its own; the paper drops it.
+    spliced: kinds of token where the SAE is spliced in.
+
+    Raises:
+        ValueError: the decision has more than one prompt.
     """
-    sae = place.sae
-    parts, slope, d = _gradient(place, choice, keep_error, spliced)
+    parts = _splice(place, choice, spliced, keep_error)
+    slope, d = _slope(choice, parts, parts.states)
     with torch.no_grad():
-        values = parts.latents.acts * _rows_dot(slope, sae, parts.latents.indices)
-        return _whole(parts, values, (slope * parts.error).sum(-1), slope @ sae.b_dec, d)
+        values = parts.latents.acts * _latent_slopes(slope, place.sae, parts.latents.indices)
+        return _attribution(parts, values, (slope * parts.error).sum(-1), slope @ place.sae.b_dec, float(d[0]))
 
 
 def clamping(
@@ -264,34 +281,31 @@ def clamping(
     keep_error: bool = True,
     spliced: Sequence[str] = SAE_KINDS,
 ) -> Float[Tensor, " n_latents"]:
-    """What clamping each latent to its value (eq. 4) at these tokens (default: all) would add to d, linearly.
+    """Predict linearly, for each latent, by how much clamping it alone (eq. 4) would raise d.
 
-    sum_i (value_j - z_ij) dd/dz_ij for all latents at once, silent ones too: one forward and one backward. It takes no
-    account of the latents that TopK drops for the clamped one. ValueError for values that are not finite, or not one
-    for each latent.
+    It is sum_i (value_j - z_ij) dd/dz_ij for all latents at once, silent ones too: one forward and one backward. The
+    latents that TopK drops for the clamped one are not considered.
+
+    values: the clamp of each latent.
+    tokens: mask of the tokens that are clamped; all by default.
+    keep_error, spliced: as for `linear`.
+
+    Raises:
+        ValueError: there is not one finite value for each latent.
     """
     sae = place.sae
     if values.shape != (sae.n_latents,) or not bool(values.isfinite().all()):
         raise ValueError(
             f"values of shape {tuple(values.shape)}; give a finite one for each of {sae.n_latents} latents"
         )
-    parts, slope, _ = _gradient(place, choice, keep_error, spliced)
+    parts = _splice(place, choice, spliced, keep_error)
+    slope, _ = _slope(choice, parts, parts.states)
     with torch.no_grad():
         chosen = torch.ones_like(parts.mask) if tokens is None else tokens.to(parts.mask.device)
         slope = slope * chosen[parts.mask, None]
-        own = parts.latents.acts * _rows_dot(slope, sae, parts.latents.indices)
+        present = parts.latents.acts * _latent_slopes(slope, sae, parts.latents.indices)
         total = values.to(slope) * (sae.W_dec @ slope.sum(0))
-        return total.index_add(0, parts.latents.indices.flatten(), -own.flatten()).cpu()
-
-
-def _gradient(
-    place: SAEInPlace, choice: Decision, keep_error: bool, spliced: Sequence[str]
-) -> tuple[_Parts, Float[Tensor, "tokens width"], float]:
-    """The clean run, with the gradient of d in what it spliced in, and d: one forward and one backward."""
-    mask = _require_ready(place, choice, spliced)
-    parts = _clean_parts(place, choice, mask, keep_error)
-    slope, d = _slope(place.lmm, choice, parts, parts.states)
-    return parts, slope, float(d[0])
+        return total.index_add(0, parts.latents.indices.flatten(), -present.flatten()).cpu()
 
 
 def integrated(
@@ -303,24 +317,29 @@ def integrated(
     spliced: Sequence[str] = SAE_KINDS,
     batch: int = 5,
 ) -> Attribution:
-    """Integrated gradients from no latents and no error (x_hat = b_dec) to the clean run, by the midpoint rule.
+    """Attribute by integrated gradients on the common path, where all latents and the error grow together from 0.
 
-    In the limit of many steps latents and error sum to d(clean) - d(b_dec alone); bias is 0, as it does not change.
+    The path goes from x_hat = b_dec to the clean run; the integral is taken by the midpoint rule. In the limit of many
+    steps, latents and error sum to d(clean) - d(b_dec alone). The bias is 0, as b_dec does not change.
+
+    steps: of the integral.
+    keep_error, spliced: as for `linear`.
     batch: steps that run side by side.
+
+    Raises:
+        ValueError: less than one step or one at a time, or more than one prompt.
     """
-    lmm, sae = place.lmm, place.sae
     if min(steps, batch) < 1:
         raise ValueError(f"{steps} steps of integration, {batch} at a time; give at least 1 of each")
-    mask = _require_ready(place, choice, spliced)
-    parts = _clean_parts(place, choice, mask, keep_error)
-    way = parts.states - sae.b_dec.detach()
-    slope = torch.zeros_like(way)
-    for some in ((torch.arange(steps, device=way.device) + 0.5) / steps).split(batch):
-        slope += _slope(lmm, choice, parts, sae.b_dec + way * some[:, None, None])[0].sum(0) / steps
+    parts = _splice(place, choice, spliced, keep_error)
+    path = parts.states - place.sae.b_dec.detach()
+    slope = torch.zeros_like(path)
+    for positions in ((torch.arange(steps, device=path.device) + 0.5) / steps).split(batch):
+        slope += _slope(choice, parts, place.sae.b_dec + path * positions[:, None, None])[0].sum(0) / steps
     with torch.no_grad():
-        clean = float(_d(lmm, choice, parts.upper.run(_put(mask, parts.states, parts.hidden)))[0])
-        values = parts.latents.acts * _rows_dot(slope, sae, parts.latents.indices)
-        return _whole(parts, values, (slope * parts.error).sum(-1), torch.zeros_like(slope[:, 0]), clean)
+        clean = float(_d(choice, parts, parts.upper.run(_whole_states(parts, parts.states)))[0])
+        values = parts.latents.acts * _latent_slopes(slope, place.sae, parts.latents.indices)
+        return _attribution(parts, values, (slope * parts.error).sum(-1), torch.zeros_like(slope[:, 0]), clean)
 
 
 @torch.no_grad()
@@ -334,26 +353,30 @@ def exact(
     batch: int = 4,
     store: str | Path | None = None,
 ) -> Float[Tensor, "tokens k"]:
-    """-I by definition: silence one latent at one token, run, compare; NaN where it was not asked for.
+    """Attribute by definition: silence one latent at one token, run the model again, compare. NaN for other pairs.
 
-    pairs: which of the clean run's latents, laid out as in `Attribution.latents`; by default all that are active.
-    Tokens before a version's are not run again, nor the layers up to this one; `batch` versions run side by side, from
-    the first one's token on. store: a file that keeps what is done, so that a run cut short goes on; ValueError if it
-    is of another decision, model or SAE.
+    Tokens before the silenced one are not run again, nor are the layers up to this one.
+
+    pairs: mask over the clean run's latents, laid out as `Attribution.latents`; by default all active ones.
+    keep_error, spliced: as for `linear`.
+    batch: pairs that run side by side, from the token of the first one on.
+    store: a file that keeps what is done, so that a run that was stopped goes on.
+
+    Raises:
+        ValueError: more than one prompt, or the file holds ablations of another decision, model or SAE.
     """
-    sae = place.sae
-    clean = _Clean(place, choice, _require_ready(place, choice, spliced), keep_error)
-    wanted = clean.wanted(pairs)
-    values = _known(store, clean.parts)
-    todo = (wanted & values.isnan()).nonzero()
-    for rows in progress_bar(_batches(todo, batch), desc="ablating", disable=len(todo) <= 8 * batch):
-        states, directions, place = clean.versions(sae, rows)
-        states[place] -= directions
-        values[tuple(rows.T)] = clean.d - clean.again(int(rows[0, 0]), states)
+    clean = _Clean(place, choice, spliced, keep_error)
+    active = clean.active(pairs)
+    values = _stored(store, clean.parts)
+    missing = (active & values.isnan()).nonzero()
+    for rows in progress_bar(_batches(missing, batch), desc="ablating", disable=len(missing) <= 8 * batch):
+        states, directions, at = clean.versions(place.sae, rows)
+        states[at] -= directions
+        values[tuple(rows.T)] = clean.d - clean.run_from(int(rows[0, 0]), states)
         if store is not None:
             latents = clean.parts.latents
             save_tensors(store, {"values": values, "indices": latents.indices, "acts": latents.acts})
-    return clean.spread(torch.where(wanted, values, float("nan")))
+    return clean.spread(torch.where(active, values, float("nan")))
 
 
 def separate_paths(
@@ -366,39 +389,46 @@ def separate_paths(
     spliced: Sequence[str] = SAE_KINDS,
     batch: int = 32,
 ) -> Float[Tensor, "tokens k"]:
-    """Integrated gradients of each of these pairs along its own path: it alone goes from 0 to z, all else stays clean.
+    """Attribute by integrated gradients on a separate path for each pair. NaN for other pairs.
 
-    In the limit of many steps it is `exact`; with the midpoint rule one step is right to the second order in z. It
-    costs `steps` forwards and backwards a pair: it explains what `linear` misses and replaces nothing. NaN elsewhere.
+    On its path one latent at one token grows from 0 to z, and all else stays as it is. In the limit of many steps this
+    is `exact`; with the midpoint rule one step is already right to the second order in z. It costs `steps` forwards and
+    backwards for each pair, so it explains what `linear` misses and does not replace it.
+
+    pairs: mask, as for `exact`.
+    steps: of the integral.
+    keep_error, spliced: as for `linear`.
+    batch: pairs that run side by side.
+
+    Raises:
+        ValueError: less than one step, or more than one prompt.
     """
-    sae = place.sae
     if steps < 1:
         raise ValueError(f"{steps} steps of integration; give at least 1")
     with torch.no_grad():
-        clean = _Clean(place, choice, _require_ready(place, choice, spliced), keep_error)
-        wanted = clean.wanted(pairs)
+        clean = _Clean(place, choice, spliced, keep_error)
         values = torch.full_like(clean.parts.latents.acts, float("nan"))
-    for rows in _batches(wanted.nonzero(), batch):
-        states, directions, place = clean.versions(sae, rows)
+    for rows in _batches(clean.active(pairs).nonzero(), batch):
+        states, directions, at = clean.versions(place.sae, rows)
         total = torch.zeros(len(rows), device=states.device)
         for step in range(steps):
-            here = states.clone()
-            here[place] -= directions * (1 - (step + 0.5) / steps)
+            on_path = states.clone()
+            on_path[at] -= directions * (1 - (step + 0.5) / steps)
             with torch.enable_grad():
-                d = clean.again(int(rows[0, 0]), here.requires_grad_()).sum()
-                (slope,) = torch.autograd.grad(d, here)
-            total += (slope[place] * directions).sum(-1) / steps
+                d = clean.run_from(int(rows[0, 0]), on_path.requires_grad_()).sum()
+                (slope,) = torch.autograd.grad(d, on_path)
+            total += (slope[at] * directions).sum(-1) / steps
         values[tuple(rows.T)] = total
     return clean.spread(values)
 
 
 def _batches(rows: Int64[Tensor, "n 2"], size: int) -> Sequence[Tensor]:
-    """Rows in batches; none of no rows, where `split` gives an empty one."""
+    """Split rows into batches; no rows make no batch, where `split` gives an empty one."""
     return rows.split(size) if len(rows) else ()
 
 
-def _known(store: str | Path | None, parts: _Parts) -> Float[Tensor, "tokens k"]:
-    """What an earlier run left in the file, or nothing yet."""
+def _stored(store: str | Path | None, parts: _Spliced) -> Float[Tensor, "spliced k"]:
+    """Return the ablations that an earlier run left in the file, NaN where there is none."""
     nothing = torch.full_like(parts.latents.acts, float("nan"))
     if store is None or not Path(store).is_file():
         return nothing

@@ -86,10 +86,10 @@ def compare_ways(
     seed: of the draws; one source of randomness serves all decisions, in order.
     """
     generator = torch.Generator().manual_seed(seed)
-    asked = [(place, sample) for place, rows in zip(places, samples, strict=True) for sample in rows]
+    decisions = [(place, sample) for place, rows in zip(places, samples, strict=True) for sample in rows]
     return [
         _compare(place, sample, pairs, path_pairs, ig_steps, generator)
-        for place, sample in progress_bar(asked, desc="comparing", disable=len(asked) < 10)
+        for place, sample in progress_bar(decisions, desc="comparing", disable=len(decisions) < 10)
     ]
 
 
@@ -134,8 +134,8 @@ def agreement_metrics(compared: Iterable[ComparedDecision], layer: int, seed: in
         end = "" if number == layer else f"_layer_{number}"
         for way in ("linear", "ig"):
             each = [agreement(decision.exact, getattr(decision, way)) for decision in decisions]
-            metrics |= bounds(f"spearman_{way}{end}", mean_interval([found.spearman for found in each], seed=seed))
-            metrics |= bounds(f"sign_{way}{end}", mean_interval([found.sign for found in each], seed=seed))
+            metrics |= bounds(f"spearman_{way}{end}", mean_interval([one.spearman for one in each], seed=seed))
+            metrics |= bounds(f"sign_{way}{end}", mean_interval([one.sign for one in each], seed=seed))
         together = agreement(joined(decisions, "exact"), joined(decisions, "separate_paths"))
         metrics[f"spearman_separate_paths{end}"] = together.spearman
         metrics[f"sign_separate_paths{end}"] = together.sign

@@ -251,7 +251,7 @@ def calibration(
 
 
 def agreement(exact: np.ndarray, approximations: Mapping[str, np.ndarray], unit: str = "logits") -> list[Axes]:
-    """Draw approximated over exact values, a panel for each approximation, with the line on which they agree.
+    """Draw approximated over exact attributions, a panel for each approximation, with the line on which they agree.
 
     exact: (n,).
     approximations: name to (n,).
@@ -262,7 +262,7 @@ def agreement(exact: np.ndarray, approximations: Mapping[str, np.ndarray], unit:
         ends = [np.nanmin([exact, values]), np.nanmax([exact, values])]
         ax.plot(ends, ends, color=GREY, lw=1)
         ax.plot(exact, values, ".", ms=3, alpha=0.4, color=LATENT, rasterized=True)
-        ax.set(xlabel=literal(f"exact, {unit}"), ylabel=literal(f"{name}, {unit}"))
+        ax.set(xlabel=literal(f"by ablation, {unit}"), ylabel=literal(f"{name}, {unit}"))
     return axes
 
 
@@ -276,13 +276,13 @@ def scatter(x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str, ax
     return ax
 
 
-def search_trials(found: Search, limits: Limits, ax: Axes | None = None) -> Axes:
+def search_trials(outcome: Search, limits: Limits, ax: Axes | None = None) -> Axes:
     """Draw what each setting of a search cures and harms, a row for each; the best cure is on top.
 
-    found: the trials; a quantity that was not measured has no dot, and the chosen setting is printed in bold.
+    outcome: the trials; a quantity that was not measured has no dot, and the chosen setting is printed in bold.
     limits: dashed lines, in the colour of what they limit.
     """
-    trials = sorted((trial for trial in found.trials if trial.setting.edits), key=lambda trial: -trial.cured)
+    trials = sorted((trial for trial in outcome.trials if trial.setting.edits), key=lambda trial: -trial.cured)
     ax = ax or one_axes((LINE + 0.05) * len(trials) + 1.4)
     labels = {"cured": "wrong answers cured", "harmed": "right answers harmed", "changed": "other answers changed"}
     shades = colours(list(labels))
@@ -294,7 +294,7 @@ def search_trials(found: Search, limits: Limits, ax: Axes | None = None) -> Axes
     rows = [f"{' + '.join(trial.setting.words)}, × {trial.setting.dose:g}" for trial in trials]
     _rows(ax, dict.fromkeys(rows), "fraction (dashed: the limits)")
     for label, trial in zip(ax.get_yticklabels(), trials, strict=True):
-        label.set_fontweight("bold" if trial.setting == found.chosen else "normal")
+        label.set_fontweight("bold" if trial.setting == outcome.chosen else "normal")
     ax.set_xlim(left=-0.02)
     ax.figure.legend(loc="outside lower center", ncols=_legend_columns(list(labels.values())))
     return ax

@@ -71,7 +71,7 @@ from lmm_sae_nb.support.files import project_root, read_json, write_json
 from lmm_sae_nb.support.images import Remembered, open_images
 from lmm_sae_nb.support.stages import Stage, require
 from lmm_sae_nb.truth import accuracy, detectors, label_maps
-from lmm_sae_nb.truth.label_maps import TrueMasks
+from lmm_sae_nb.truth.label_maps import LabelMaps
 
 root = project_root()
 plots.style()
@@ -79,7 +79,7 @@ plots.style()
 # %%
 cache = LatentCache.load(require(run, "cache", "manifest.json", "02_cache_activations.py").parent)
 pictures = Remembered(open_images(root / images))
-truth = label_maps.PatchTruth(TrueMasks(load_from_disk(root / images), root / concepts), cache.grid) if concepts else None
+truth = label_maps.PatchTruth(LabelMaps(load_from_disk(root / images), root / concepts), cache.grid) if concepts else None
 live = np.flatnonzero(np.asarray(cache.live))
 chosen = np.sort(np.random.default_rng(seed).choice(live, min(n_explained, len(live)), replace=False)).tolist()
 shown = ExemplarsByLatent(cache, pictures, chosen, n_top=n_top, threshold=threshold, dim=dim)
@@ -147,7 +147,7 @@ if not current:
 if truth and not current:
     lmm = LMM.load(root / model if (root / model).is_dir() else model)
     sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent)
-    unseen = label_maps.PatchTruth(TrueMasks(load_from_disk(root / heldout), root / concepts), cache.grid)
+    unseen = label_maps.PatchTruth(LabelMaps(load_from_disk(root / heldout), root / concepts), cache.grid)
     candidates = detectors.choose_detectors(cache, truth)
     found, present = detectors.measure_detectors(SAEInPlace(lmm, sae, layer), open_images(root / heldout), unseen, candidates)
     detecting = sorted({one.latent for one in found if one.f1 > 0.5})

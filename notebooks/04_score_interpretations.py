@@ -116,7 +116,7 @@ from lmm_sae_nb.show.report import (
 )
 from lmm_sae_nb.support.images import Remembered
 from lmm_sae_nb.support.stages import Page
-from lmm_sae_nb.truth.label_maps import TrueMasks
+from lmm_sae_nb.truth.label_maps import LabelMaps
 
 page = Page(globals())
 plots.style()
@@ -132,7 +132,7 @@ explanations = page.read("interpret", "explanations", dict[int, dict])
 pictures = Remembered(open_images(page.locate(images)))
 truth = None
 if concepts:
-    truth = TrueMasks(
+    truth = LabelMaps(
         load_from_disk(page.locate(images)), page.locate(concepts)
     )
 explained = explained_latents(

@@ -175,7 +175,7 @@ from lmm_sae_nb.support.intervals import read_mean
 from lmm_sae_nb.support.stages import Metrics, Page
 from lmm_sae_nb.train.evaluate import evaluate_saes
 from lmm_sae_nb.train.training import Recipe
-from lmm_sae_nb.truth.label_maps import TrueMasks
+from lmm_sae_nb.truth.label_maps import LabelMaps
 
 page = Page(globals())
 plots.style()
@@ -198,7 +198,7 @@ pictures = Remembered(Subset(pictures, few))
 truth = None
 if concepts:
     labelled = load_from_disk(page.locate(images))
-    truth = TrueMasks(labelled, page.locate(concepts))
+    truth = LabelMaps(labelled, page.locate(concepts))
 
 # %% [markdown]
 # ## Which layers

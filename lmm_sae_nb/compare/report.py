@@ -14,7 +14,7 @@ from lmm_sae_nb.score.tables import MeanComparison, kind_table
 from lmm_sae_nb.support.files import read_json
 from lmm_sae_nb.support.intervals import Mean, bounds, difference_interval, mean_interval, proportion, read_mean
 from lmm_sae_nb.support.stages import Metrics
-from lmm_sae_nb.truth.accuracy import counted, judged
+from lmm_sae_nb.truth.accuracy import accuracy_metrics, outcome_metrics
 
 Totals = dict[Column, MeanComparison]
 TITLES = {
@@ -67,9 +67,9 @@ def quality_metrics(name: str, evaluation: Metrics, explanations: Mapping[int, M
     evaluation: of `evaluate_saes`.
     explanations: latent to its row; without the true concept there is no concept_accuracy.
     """
-    quality = evaluation | counted(explanations)
+    quality = evaluation | outcome_metrics(explanations)
     if all("true_concept" in row for row in explanations.values()):
-        quality |= judged(explanations)
+        quality |= accuracy_metrics(explanations)
     wanted = ("fvu", "dead_fraction", "loss_recovered", "explained_fraction", "concept_accuracy")
     return {
         f"{quantity}_{name}{end}": quality[quantity + end]

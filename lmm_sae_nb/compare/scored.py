@@ -14,8 +14,8 @@ from lmm_sae_nb.score.clip import AllPairs
 from lmm_sae_nb.score.latents import explained_latents, score_latents
 from lmm_sae_nb.score.masks import FindConcept
 from lmm_sae_nb.score.scores import Scores
-from lmm_sae_nb.truth.accuracy import with_truth
-from lmm_sae_nb.truth.label_maps import PatchTruth, TrueMasks
+from lmm_sae_nb.truth.accuracy import add_truth
+from lmm_sae_nb.truth.label_maps import LabelMaps
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ScoredSAE:
 
 
 def explain_some(
-    study: CachedSAE, images: Sequence[Image.Image], interpreter: Interpreter, truth: TrueMasks | None = None, *,
+    study: CachedSAE, images: Sequence[Image.Image], interpreter: Interpreter, truth: LabelMaps | None = None, *,
     enough: int, n_top: int = 5, threshold: float = 0.25, seed: int = 0,
 ) -> dict[int, dict]:  # fmt: skip
     """Explain live latents in random order until enough are explained.
@@ -46,14 +46,11 @@ def explain_some(
     """
     exemplars = study.exemplars(images, n_top=n_top, threshold=threshold)
     rows = as_rows(interpreter.explain_enough(exemplars, study.live_latents(seed), enough))
-    grid = study.place.lmm.grid
-    if truth and grid:
-        rows = with_truth(rows, exemplars, PatchTruth(truth, grid))
-    return rows
+    return add_truth(rows, exemplars, truth) if study.place.lmm.grid else rows
 
 
 def explain_and_score(
-    study: CachedSAE, images: Sequence[Image.Image], interpreter: Interpreter, truth: TrueMasks | None,
+    study: CachedSAE, images: Sequence[Image.Image], interpreter: Interpreter, truth: LabelMaps | None,
     segmenters: Mapping[str, FindConcept], all_pairs: AllPairs, *, n_explained: int, n_top: int = 5,
     threshold: float = 0.25, random_runs: int = 10, clip_runs: int = 30, seed: int = 0,
 ) -> ScoredSAE:  # fmt: skip

@@ -14,7 +14,7 @@ from lmm_sae_nb.score.latents import sample_by_kind
 from lmm_sae_nb.score.ratings import VERDICTS
 from lmm_sae_nb.score.scores import Explained, latents_by_kind
 from lmm_sae_nb.support.intervals import Proportion, bounds, proportion
-from lmm_sae_nb.truth.label_maps import TrueMasks
+from lmm_sae_nb.truth.label_maps import LabelMaps
 
 JUDGE_PROMPT = (
     f"{IMAGES}In each of these images all but some regions are black. Somebody says that what the visible regions "
@@ -73,7 +73,7 @@ def _verdict(reply: Reply) -> str | None:
     return only_option(reply, {verdict: verdict for verdict in VERDICTS})
 
 
-def truth_judge(truth: TrueMasks) -> Judge:
+def truth_judge(truth: LabelMaps) -> Judge:
     """Return a judge that knows the ground truth: yes if the exemplars have the concept in common, else no.
 
     None for a concept that the ground truth does not know.
@@ -81,14 +81,14 @@ def truth_judge(truth: TrueMasks) -> Judge:
 
     def judge(sets: Sequence[Sequence[Exemplar]], concepts: Sequence[str]) -> list[str | None]:
         return [
-            ("yes" if concept in truth.common(shown) else "no") if truth.kinds_of(concept) else None
+            ("yes" if concept in truth.in_common(shown) else "no") if truth.kinds_of(concept) else None
             for shown, concept in zip(sets, concepts, strict=True)
         ]
 
     return judge
 
 
-def open_judge(name: str, truth: TrueMasks | None, endpoint: Mapping[str, object], *, replies: str | Path) -> Judge:
+def open_judge(name: str, truth: LabelMaps | None, endpoint: Mapping[str, object], *, replies: str | Path) -> Judge:
     """Return the judge that a page names.
 
     name: a folder of the project, a name on the hub, or name@http://host:port/v1; "" takes the ground truth.

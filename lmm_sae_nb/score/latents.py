@@ -15,13 +15,13 @@ from lmm_sae_nb.score.iou import maps_on, score_ious
 from lmm_sae_nb.score.masks import PAPER, STRICT, FindConcept, both_modes, exemplar_maps
 from lmm_sae_nb.score.scores import Column, ColumnScores, Comparison, Explained, Scores, latents_by_kind
 from lmm_sae_nb.score.similarity import AllPairs
-from lmm_sae_nb.truth.label_maps import TrueMasks
+from lmm_sae_nb.truth.label_maps import LabelMaps
 
 T = TypeVar("T")
 
 
 def explained_latents(
-    rows: Mapping[int | str, Mapping], truth: TrueMasks | None = None, *, most: int | None = None, seed: int = 0
+    rows: Mapping[int | str, Mapping], truth: LabelMaps | None = None, *, most: int | None = None, seed: int = 0
 ) -> dict[int, Explained]:
     """Return concept and kind of the latents that were explained, latents with the same concept next to each other.
 

@@ -25,7 +25,7 @@ from transformers import (
 from lmm_sae_nb.score.batches import batches, require_batch_size, require_finite_output, require_pairs
 from lmm_sae_nb.score.masks import FindConcept
 from lmm_sae_nb.support.images import pixel_hash
-from lmm_sae_nb.truth.label_maps import Candidates, TrueMasks
+from lmm_sae_nb.truth.label_maps import Candidates, LabelMaps
 
 
 class Segmentation(NamedTuple):
@@ -224,7 +224,7 @@ class BoxSegmenter:
 
 
 class SegmentedImages:
-    """A segmenter that finds concepts in the images of a data set by their indices, as `TrueMasks` does.
+    """A segmenter that finds concepts in the images of a data set by their indices, as `LabelMaps` does.
 
     segmenter: takes images and a concept for each.
     images: of the data set.
@@ -248,7 +248,7 @@ class SegmentedImages:
 
 
 def open_segmenters(
-    truth: TrueMasks | None, segmenter: str | Path, detector: str | Path, images: Sequence[Image.Image],
+    truth: LabelMaps | None, segmenter: str | Path, detector: str | Path, images: Sequence[Image.Image],
     device: str | None = None,
 ) -> dict[str, FindConcept]:  # fmt: skip
     """Return those who say where a concept is, by name: the ground truth first, if there is one, then the segmenter.

@@ -10,7 +10,7 @@ import numpy as np
 
 from lmm_sae_nb.score.scores import Column, Comparison, Explained, Scores, latents_by_kind
 from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval, run_interval
-from lmm_sae_nb.truth.label_maps import TrueMasks
+from lmm_sae_nb.truth.label_maps import LabelMaps
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def kind_counts(explained: Mapping[int, Explained], explanations: Mapping[int, M
     return rows
 
 
-def explanation_metrics(explanations: Mapping[int, Mapping], truth: TrueMasks | None) -> dict[str, int]:
+def explanation_metrics(explanations: Mapping[int, Mapping], truth: LabelMaps | None) -> dict[str, int]:
     """Return as metrics what the explained latents are drawn from; nothing without ground truth.
 
     - names_unknown: names that the ground truth does not know, which cannot be scored.

@@ -1,9 +1,9 @@
-"""Latents as detectors of concepts: chosen on some images, measured on others."""
+"""Latents as detectors of concepts: chosen on the cached images, measured on others."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -12,15 +12,25 @@ from scipy import sparse
 
 from lmm_sae_nb.cache.encode_images import base_latents
 from lmm_sae_nb.cache.latent_cache import LatentCache
+from lmm_sae_nb.cache.top_images import Firings
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.truth.accuracy import _share
-from lmm_sae_nb.truth.label_maps import PatchTruth
+from lmm_sae_nb.sae.topk import Latents
+from lmm_sae_nb.truth.accuracy import fraction_metrics
+from lmm_sae_nb.truth.label_maps import LabelMaps
 
-LADDER = (0, 0.02, 0.05, *np.arange(0.1, 1.0, 0.1))  # thresholds that are tried, in units of a latent's maximum
+THRESHOLDS = (0, 0.02, 0.05, *np.arange(0.1, 1.0, 0.1))  # that are tried, in units of a latent's maximum
+DETECTS = 0.5  # F1 above which a latent detects a concept
 
 
-class Detector(NamedTuple):
-    """A latent that fires above `threshold` where a concept is and nowhere else, as far as F1 says."""
+@dataclass(frozen=True)
+class Detector:
+    """A latent that is to fire where a concept is, and nowhere else.
+
+    kind, concept: what it is to detect.
+    latent: its number.
+    threshold: activation above which it counts as firing.
+    f1: harmonic mean of precision and recall over patches, in [0, 1].
+    """
 
     kind: str
     concept: str
@@ -29,43 +39,91 @@ class Detector(NamedTuple):
     f1: float
 
 
-def choose_detectors(cache: LatentCache, truth: PatchTruth, *, best: int = 3, block: int = 256) -> list[Detector]:
-    """For each concept the `best` latents and their thresholds by F1 on the cached scenes' base patches.
+@dataclass(frozen=True)
+class Detection:
+    """How well latents detect the concepts of the world, on images that took no part in their choice.
 
-    Thresholds are of `LADDER`; latents that never hit are left out. FileNotFoundError if the cache keeps no
-    activations (notebook 02's `store`).
+    detectors: the candidates for each concept.
+    present: (kind, concept) of every concept that the images show.
     """
-    shows = truth.shows(range(cache.images)).T.tocsc()
-    showing, patches = shows.sum(0), truth.grid[0] * truth.grid[1]
-    found: list[list[Detector]] = [[] for _ in truth.names]
+
+    detectors: list[Detector]
+    present: list[tuple[str, str]]
+
+    def good(self) -> list[Detector]:
+        """Return the detectors whose F1 is above `DETECTS`, of concepts that are present."""
+        present = set(self.present)
+        return [each for each in self.detectors if each.f1 > DETECTS and (each.kind, each.concept) in present]
+
+    def latents(self) -> list[int]:
+        """Return the latents of the good detectors, in their order."""
+        return sorted({each.latent for each in self.good()})
+
+
+def detect_concepts(
+    place: SAEInPlace, cache: LatentCache, truth: LabelMaps, images: Sequence[Image.Image], unseen: LabelMaps
+) -> Detection:
+    """Choose detectors of each concept on the cached images and measure them on others.
+
+    place: model, SAE and layer.
+    cache: of that SAE, with all activations (notebook 02's `store`).
+    truth: label maps of the cached images.
+    images: other images.
+    unseen: their label maps.
+    """
+    return measure_detectors(place, images, unseen, choose_detectors(cache, truth))
+
+
+def choose_detectors(cache: LatentCache, truth: LabelMaps, *, best: int = 3, block: int = 256) -> list[Detector]:
+    """Return for each concept the latents and thresholds of highest F1 on the patches of the cached images.
+
+    cache: with all activations.
+    truth: label maps of the cached images.
+    best: latents for each concept; those that never hit it are left out.
+    block: latents that are in memory at the same time.
+
+    Raises:
+        FileNotFoundError: the cache keeps no activations.
+    """
+    shows = truth.patches_showing(range(cache.images), cache.grid).T.tocsc()
+    n_showing, n_patches = shows.sum(0), cache.grid[0] * cache.grid[1]
+    candidates: list[list[Detector]] = [[] for _ in truth.names]
     for start in range(0, cache.n_latents, block):
         stop = min(start + block, cache.n_latents)
-        entries = cache.store.latents(start, stop)
-        highest = cache.max[start:stop].numpy()
-        f1, rung = _best_rung(entries, start, highest, shows, showing, patches)
-        for row, (kind, name) in enumerate(truth.names):
+        entries, highest = cache.store.latents(start, stop), cache.max[start:stop].numpy()
+        f1, threshold = _best_thresholds(entries, start, highest, shows, n_showing, n_patches)
+        for row, (kind, concept) in enumerate(truth.names):
             top = [n for n in np.argsort(-f1[:, row], kind="stable")[:best] if f1[n, row] > 0]
-            found[row] += [
-                Detector(kind, name, start + int(n), float(rung[n, row] * highest[n]), float(f1[n, row])) for n in top
+            candidates[row] += [
+                Detector(kind, concept, start + int(n), float(threshold[n, row] * highest[n]), float(f1[n, row]))
+                for n in top
             ]
-    return [one for row in found for one in sorted(row, key=lambda one: -one.f1)[:best]]
+    return [each for row in candidates for each in sorted(row, key=lambda each: -each.f1)[:best]]
 
 
-def _best_rung(entries, start: int, highest: np.ndarray, shows, showing: np.ndarray, patches: int):
-    """For latents start to start + len(highest): the best F1 (latents, concepts) over the ladder, and its rung."""
-    f1 = np.zeros((len(highest), len(showing)))
-    rung = np.zeros_like(f1)
-    rows, columns = entries.latents - start, entries.images * patches + entries.patches
-    level = entries.acts / highest[rows]
-    for part in LADDER:
-        on = level > part
+def _best_thresholds(
+    entries: Firings, start: int, highest: np.ndarray, shows: sparse.csc_array, n_showing: np.ndarray, n_patches: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best F1 (latents, concepts) over `THRESHOLDS`, and the threshold that gives it.
+
+    entries: the activations of latents start to start + len(highest).
+    highest: each latent's maximum.
+    shows: (images * patches, concepts), 1 where a patch shows a concept; n_showing: its sum.
+    n_patches: of an image.
+    """
+    f1 = np.zeros((len(highest), len(n_showing)))
+    threshold = np.zeros_like(f1)
+    rows, columns = entries.latents - start, entries.images * n_patches + entries.patches
+    relative = entries.acts / highest[rows]
+    for limit in THRESHOLDS:
+        fires = relative > limit
         fired = sparse.csr_array(
-            (np.ones(on.sum(), np.float32), (rows[on], columns[on])), (len(highest), shows.shape[0])
+            (np.ones(fires.sum(), np.float32), (rows[fires], columns[fires])), (len(highest), shows.shape[0])
         )
-        now = _f1((fired @ shows).toarray(), fired.sum(1)[:, None], showing)
-        rung[now > f1] = part
-        f1 = np.maximum(f1, now)
-    return f1, rung
+        score = _f1((fired @ shows).toarray(), fired.sum(1)[:, None], n_showing)
+        threshold[score > f1] = limit
+        f1 = np.maximum(f1, score)
+    return f1, threshold
 
 
 def _f1(hits: np.ndarray, fired: np.ndarray, showing: np.ndarray) -> np.ndarray:
@@ -73,53 +131,60 @@ def _f1(hits: np.ndarray, fired: np.ndarray, showing: np.ndarray) -> np.ndarray:
 
 
 def measure_detectors(
-    place: SAEInPlace, images: Sequence[Image.Image], truth: PatchTruth,
-    detectors: Sequence[Detector], batch_size: int = 16,
-) -> tuple[list[Detector], set[tuple[str, str]]]:  # fmt: skip
-    """The same latents and thresholds with their F1 on other images, and the (kind, concept) that those show at all.
+    place: SAEInPlace, images: Sequence[Image.Image], truth: LabelMaps, detectors: Sequence[Detector],
+    batch_size: int = 16,
+) -> Detection:  # fmt: skip
+    """Measure detectors, at their thresholds, on other images.
 
-    images: those of `truth`, in its order.
+    place: model, SAE and layer.
+    images: as the rows of `truth`, in the same order.
+    detectors: from `choose_detectors`; only their F1 changes.
+    batch_size: images at the same time.
     """
-    sae = place.sae
-    row = {name: n for n, name in enumerate(truth.names)}
-    column = np.full(sae.n_latents, -1)
-    latents = sorted({one.latent for one in detectors})
+    row_of = {name: row for row, name in enumerate(truth.names)}
+    column = np.full(place.sae.n_latents, -1)
+    latents = sorted({each.latent for each in detectors})
     column[latents] = np.arange(len(latents))
-    acts = np.concatenate([_columns(part, column) for part in base_latents(place, images, batch_size)])
-    shows = truth.shows(range(len(acts))).toarray().astype(bool)
+    acts = np.concatenate([_columns(batch, column) for batch in base_latents(place, images, batch_size)])
+    shows = truth.patches_showing(range(len(acts)), place.lmm.grid).toarray().astype(bool)
     acts = acts.reshape(-1, len(latents))
     measured = []
-    for one in detectors:
-        on, is_there = acts[:, column[one.latent]] > one.threshold, shows[row[one.kind, one.concept]]
-        f1 = _f1((on & is_there).sum(), on.sum(), is_there.sum())
-        measured.append(one._replace(f1=float(f1)))
-    return measured, {name for name, n in row.items() if shows[n].any()}
+    for each in detectors:
+        fires, is_there = acts[:, column[each.latent]] > each.threshold, shows[row_of[each.kind, each.concept]]
+        f1 = _f1((fires & is_there).sum(), fires.sum(), is_there.sum())
+        measured.append(replace(each, f1=float(f1)))
+    return Detection(measured, [name for name, row in row_of.items() if shows[row].any()])
 
 
-def _columns(latents, column: np.ndarray) -> Float[np.ndarray, "images patches latents"]:
-    """The activations of the latents that have a column."""
-    acts, where = latents.acts.float().numpy(), column[latents.indices.numpy()]
+def _columns(latents: Latents, column: np.ndarray) -> Float[np.ndarray, "images patches latents"]:
+    """Return the activations of the latents that have a column."""
+    acts, columns = latents.acts.float().numpy(), column[latents.indices.numpy()]
     dense = np.zeros((*acts.shape[:2], column.max() + 1), np.float32)
-    image, patch, slot = np.nonzero(where >= 0)
-    dense[image, patch, where[image, patch, slot]] = acts[image, patch, slot]
+    image, patch, slot = np.nonzero(columns >= 0)
+    dense[image, patch, columns[image, patch, slot]] = acts[image, patch, slot]
     return dense
 
 
-def recalled(
-    detectors: Sequence[Detector], present: set[tuple[str, str]], named: Mapping[int, str | None], least: float = 0.5
-) -> dict[str, float]:
-    """concepts_present: how many the held-out scenes show; concepts_detected: the share of them that a latent detects
-    with an F1 above `least`; concept_recall: the share that such a latent detects whose explanation is its name.
+def recall_metrics(detection: Detection, concepts: Mapping[int, str | None]) -> dict[str, float]:
+    """Measure how many concepts of the world a latent detects, and detects under its right name.
 
-    named: the concept that each latent was given, or None. ValueError if no concept is present.
+    concepts_present: how many concepts the images show.
+    concepts_detected: fraction of them that a latent detects.
+    concept_recall: fraction of them that a latent detects whose explanation is the concept.
+
+    detection: from `detect_concepts`.
+    concepts: latent to the concept of its explanation, or None.
+
+    Raises:
+        ValueError: the images show no concept.
     """
-    if not present:
-        raise ValueError("the held-out scenes show no concept; give scenes with label maps")
-    good = [one for one in detectors if one.f1 > least and (one.kind, one.concept) in present]
-    detected = {(one.kind, one.concept) for one in good}
-    right = {(one.kind, one.concept) for one in good if named.get(one.latent) == one.concept}
+    if not detection.present:
+        raise ValueError("the held-out images show no concept; give images with label maps")
+    good = detection.good()
+    detected = {(each.kind, each.concept) for each in good}
+    named = {(each.kind, each.concept) for each in good if concepts.get(each.latent) == each.concept}
     return {
-        "concepts_present": len(present),
-        **_share("concepts_detected", [name in detected for name in present]),
-        **_share("concept_recall", [name in right for name in present]),
+        "concepts_present": len(detection.present),
+        **fraction_metrics("concepts_detected", [name in detected for name in detection.present]),
+        **fraction_metrics("concept_recall", [name in named for name in detection.present]),
     }

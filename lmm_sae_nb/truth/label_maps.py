@@ -12,46 +12,27 @@ from scipy import sparse
 
 from lmm_sae_nb.interpret.exemplars import Exemplar, require_patches
 from lmm_sae_nb.support.files import read_json
-from lmm_sae_nb.truth.common_concept import SHOWS, common, names_of
+from lmm_sae_nb.truth.common_concept import PATCH_SHOWS, in_common, names_of
 
 Mask = Bool[np.ndarray, "height width"]
 Candidates = Bool[np.ndarray, "candidates height width"]
-
-Shares = Float[np.ndarray, "concepts patches"]
-
-
-class PatchTruth:
-    """The share of each base patch of an image that each concept covers: `truth[index]`, (concepts, patches) float32.
-
-    names: (kind, concept) of each row; kinds: the kind alone. Each label map is read once.
-    """
-
-    def __init__(self, masks: TrueMasks, grid: tuple[int, int]):
-        self.names, self.grid = names_of(masks.concepts), grid
-        self.kinds = np.array([kind for kind, _ in self.names])
-        self._masks = masks
-        self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # few concepts are in an image
-
-    def __getitem__(self, index: int) -> Shares:
-        if index not in self._known:
-            shares = self._masks.covered(index, self.grid)
-            rows = np.flatnonzero(shares.any(1))
-            self._known[index] = rows, shares[rows]
-        rows, shares = self._known[index]
-        whole = np.zeros((len(self.names), shares.shape[1]), np.float32)
-        whole[rows] = shares
-        return whole
-
-    def shows(self, indices: Iterable[int]) -> sparse.csr_array:
-        """(concepts, images * patches): 1 where a patch shows a concept, which is to cover a quarter of it."""
-        return sparse.csr_array(np.concatenate([self[n] >= SHOWS for n in indices], 1).astype(np.float32))
+Coverage = Float[np.ndarray, "concepts patches"]
 
 
-class TrueMasks:
-    """Ground truth as a segmenter: the label maps of a data set, one column for each kind of concept.
+class LabelMaps:
+    """The ground truth of a data set: for each image and each kind of concept a map of labels.
 
-    `rows` has an image a row and, for each kind in the concepts file, a label map (mode L, 0 = none, i = the
-    i-th concept of that kind). FileNotFoundError without the file; ValueError for rows without label maps.
+    Called with indices of images and a concept, it is a segmenter that makes no mistake. Decoded maps of 512 images
+    stay in memory, and the coverage of every image that was asked for, without the concepts that it does not show.
+
+    rows: an image a row; for each kind a column with a label map (mode L: 0 is none, i is the i-th concept).
+    concepts: kind to names, or the path of a JSON file with them.
+    names: (kind, concept) of each row of a coverage.
+    kinds: the kind of each row of a coverage.
+
+    Raises:
+        FileNotFoundError: the file of concepts is missing.
+        ValueError: the rows have no label map of a kind.
     """
 
     def __init__(self, rows: Sequence[Mapping], concepts: str | Path | Mapping[str, Sequence[str]]):
@@ -60,52 +41,91 @@ class TrueMasks:
                 raise FileNotFoundError(f"{concepts} is missing; render the data sets first: `make world`")
             concepts = read_json(concepts)
         self.concepts = {kind: list(names) for kind, names in concepts.items()}
-        self._rows = rows
         missing = set(self.concepts) - set(rows[0])
         if missing:
             raise ValueError(
                 f"the data set has no label maps {sorted(missing)}; give one with ground truth, or no `concepts`"
             )
+        self.names = names_of(self.concepts)
+        self.kinds = np.array([kind for kind, _ in self.names])
+        self._rows = rows
         self.labels = lru_cache(maxsize=512)(self._labels)
-        self.covered = lru_cache(maxsize=512)(self._covered)
+        self._known_coverage = lru_cache(maxsize=None)(self._nonzero_coverage)
 
     def _labels(self, index: int) -> dict[str, np.ndarray]:
         row = self._rows[index]
         return {kind: np.asarray(row[kind]) for kind in self.concepts}
 
-    def _covered(self, index: int, grid: tuple[int, int]) -> Float[np.ndarray, "concepts patches"]:
-        """The share of each patch of an image that each concept covers, concepts in the order of `names_of`."""
-        found = []
+    def coverage(self, index: int, grid: tuple[int, int]) -> Coverage:
+        """Return the fraction of each patch that each concept covers, float32 in [0, 1], concepts as in `names`.
+
+        index: of the image.
+        grid: (rows, columns) of patches.
+        """
+        rows, fractions = self._known_coverage(index, grid)
+        coverage = np.zeros((len(self.names), grid[0] * grid[1]), np.float32)
+        coverage[rows] = fractions
+        return coverage
+
+    def _nonzero_coverage(self, index: int, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of a coverage that are not zero everywhere, by their numbers."""
+        parts = []
         for kind, labels in self.labels(index).items():
             (height, width), size = labels.shape, 1 + len(self.concepts[kind])
             rows, columns = np.arange(height) * grid[0] // height, np.arange(width) * grid[1] // width
             patch = rows[:, None] * grid[1] + columns
             counts = np.bincount((patch * size + labels).ravel(), minlength=size * grid[0] * grid[1]).reshape(-1, size)
-            found.append((counts[:, 1:] / counts.sum(1, keepdims=True)).T)
-        return np.concatenate(found).astype(np.float32)
+            parts.append((counts[:, 1:] / counts.sum(1, keepdims=True)).T)
+        coverage = np.concatenate(parts).astype(np.float32)
+        rows = np.flatnonzero(coverage.any(1))
+        return rows, coverage[rows]
+
+    def patches_showing(self, indices: Iterable[int], grid: tuple[int, int]) -> sparse.csr_array:
+        """Return (concepts, images * patches): 1 where a patch shows a concept, which covers at least a quarter of it.
+
+        indices: of images.
+        grid: (rows, columns) of patches.
+        """
+        shows = np.concatenate([self.coverage(index, grid) >= PATCH_SHOWS for index in indices], 1)
+        return sparse.csr_array(shows.astype(np.float32))
+
+    def visible_and_coverage(
+        self, exemplars: Sequence[Exemplar]
+    ) -> tuple[Bool[np.ndarray, "images patches"], Float[np.ndarray, "images concepts patches"]]:
+        """Return the visible patches of exemplars, and the coverage of their images.
+
+        Raises:
+            NoPatchGrid: the exemplars are whole images.
+        """
+        require_patches(exemplars)
+        visible = np.array([exemplar.visible.ravel() for exemplar in exemplars], bool)
+        return visible, np.array([self.coverage(each.image_index, each.visible.shape) for each in exemplars])
+
+    def in_common(self, exemplars: Sequence[Exemplar]) -> list[str]:
+        """Return all concepts that exemplars have in common, such as a thing and its colour.
+
+        Raises:
+            ValueError: there are no exemplars.
+            NoPatchGrid: the exemplars are whole images.
+        """
+        if not exemplars:
+            raise ValueError("no exemplars to judge by; leave out latents that are never active")
+        common = in_common(*self.visible_and_coverage(exemplars))
+        return [self.names[row][1] for row in np.flatnonzero(common)]
 
     def kinds_of(self, concept: str) -> list[str]:
-        """The kinds that know a concept of this name; several if a word is also a face."""
+        """Return the kinds that have a concept of this name; several if, say, a word is also a face."""
         return [kind for kind, names in self.concepts.items() if concept in names]
 
-    def __call__(self, numbers: Sequence[int], concept: str) -> list[Candidates]:
-        """Where each image shows the concept, one candidate; ValueError for one outside the world's vocabulary."""
+    def __call__(self, indices: Sequence[int], concept: str) -> list[Candidates]:
+        """Return for each image where it shows the concept, as one candidate mask.
+
+        Raises:
+            ValueError: the data set has no concept of this name.
+        """
         kinds = self.kinds_of(concept)
         if not kinds:
             raise ValueError(f"there is no ground truth for {concept!r}; it is no concept of this data set")
         code = {kind: 1 + self.concepts[kind].index(concept) for kind in kinds}
-        maps = [self.labels(number) for number in numbers]
-        return [np.logical_or.reduce([labels[k] == code[k] for k in kinds])[None] for labels in maps]
-
-    def common(self, exemplars: Sequence[Exemplar]) -> set[str]:
-        """The concepts that the exemplars have in common (`shown.common`); several where one lies in another.
-
-        ValueError if there are no exemplars.
-        """
-        if not exemplars:
-            raise ValueError("no exemplars to judge by; leave out latents that never fire")
-        require_patches(exemplars)
-        visible = np.stack([e.visible.ravel() for e in exemplars])
-        covered = np.stack([self.covered(e.image_index, e.visible.shape) for e in exemplars])
-        named = zip(names_of(self.concepts), common(visible, covered), strict=True)
-        return {name for (_, name), shared in named if shared}
+        maps = [self.labels(index) for index in indices]
+        return [np.logical_or.reduce([labels[kind] == code[kind] for kind in kinds])[None] for labels in maps]

@@ -1,4 +1,4 @@
-"""What a latent responds to: its concept, the same place, edges, or several things."""
+"""What a latent responds to: a concept, the same place of every image, edges, or several concepts."""
 
 from __future__ import annotations
 
@@ -8,81 +8,69 @@ from itertools import combinations
 import numpy as np
 from jaxtyping import Bool, Float
 
-from lmm_sae_nb.interpret.exemplars import Exemplar, require_patches
-from lmm_sae_nb.truth.common_concept import PURE, SHOWS, Shown, best_shown, common
-from lmm_sae_nb.truth.label_maps import PatchTruth
+from lmm_sae_nb.interpret.exemplars import Exemplar
+from lmm_sae_nb.truth.common_concept import CommonConcept, best_common_concept, images_show, in_common
+from lmm_sae_nb.truth.label_maps import LabelMaps
 
 RESPONSES = ("one concept", "a detail", "a place", "edges", "several concepts", "nothing")
-
-
 SAME_PLACE = 0.3  # mean IoU of the visible patches of two images; of patches at random it is below 0.1
+ON_EDGES = 0.5  # fraction of the visible patches; of all patches about 0.2 are on an edge
+BOTH_LABELS = 0.125  # fraction of a patch that each of two labels covers if an edge runs through the patch
+SEVERAL = 3  # concepts at most
+LEFT_OUT = 5  # one image in so many may show none of them
 
 
-ON_EDGES = 0.5  # of the visible patches; of all patches about 0.2 are
+def common_concept(truth: LabelMaps, exemplars: Sequence[Exemplar]) -> CommonConcept | None:
+    """Return the concept that a latent's exemplars have in common (`best_common_concept`), or None."""
+    visible, coverage = truth.visible_and_coverage(exemplars)
+    return best_common_concept(visible, coverage, truth.names) if len(visible) else None
 
 
-BESIDE = 0.125  # of a patch that each of two labels must cover for an edge to run through it
+def response_of(truth: LabelMaps, exemplars: Sequence[Exemplar]) -> str:
+    """Return what a latent responds to, by its exemplars: the first of `RESPONSES` that holds.
 
-
-SEVERAL = 3  # concepts that together leave out one image in five at most
-
-
-def shown_by(truth: PatchTruth, exemplars: Sequence[Exemplar]) -> Shown | None:
-    """The concept that a latent's exemplars show best by the rule of `best_shown`; None if they have none in common."""
-    visible, shares = _patches(truth, exemplars)
-    return best_shown(visible, shares, truth.names) if len(visible) else None
-
-
-def _patches(
-    truth: PatchTruth, exemplars: Sequence[Exemplar]
-) -> tuple[Bool[np.ndarray, "images patches"], Float[np.ndarray, "images concepts patches"]]:
-    require_patches(exemplars)
-    visible = np.array([exemplar.visible.ravel() for exemplar in exemplars], bool)
-    return visible, np.array([truth[exemplar.image_index] for exemplar in exemplars])
-
-
-def responds_to(truth: PatchTruth, exemplars: Sequence[Exemplar]) -> str:
-    """What a latent responds to, by its exemplars: the first of `RESPONSES` that holds.
-
-    One concept: they have one in common (`shown_by`). A detail: they do, but it fits the visible patches worse than
-    that rule allows. A place: patches are visible in the same part of the images. Edges: patches are, through
-    which the border of something runs. Several concepts: at most three, colours apart, account for four images in
-    five. Nothing: all else, and a latent without exemplars.
+    One concept: the exemplars have one in common (`common_concept`).
+    A detail: they do, but it fits the visible patches worse than that rule allows.
+    A place: the visible patches are in the same part of every image.
+    Edges: the border of something runs through the visible patches.
+    Several concepts: at most three, without colours, account for four images in five.
+    Nothing: all else, and a latent without exemplars.
     """
-    visible, shares = _patches(truth, exemplars)
+    visible, coverage = truth.visible_and_coverage(exemplars)
     if not len(visible):
         return "nothing"
-    if best_shown(visible, shares, truth.names):
+    if best_common_concept(visible, coverage, truth.names):
         return "one concept"
-    coloured = truth.kinds == "colour"
-    if common(visible, shares)[~coloured].any():
+    is_colour = truth.kinds == "colour"
+    if in_common(visible, coverage)[~is_colour].any():
         return "a detail"
     pairs = [(one & two).sum() / max(1, (one | two).sum()) for one, two in combinations(visible, 2)]
     if pairs and np.mean(pairs) >= SAME_PLACE:
         return "a place"
-    if (_edges(truth, shares) & visible).sum() >= ON_EDGES * visible.sum():
+    if (_on_edges(truth, coverage) & visible).sum() >= ON_EDGES * visible.sum():
         return "edges"
-    return "several concepts" if _account(visible, shares[:, ~coloured]) <= SEVERAL else "nothing"
+    few = _concepts_needed(images_show(visible, coverage[:, ~is_colour])) <= SEVERAL
+    return "several concepts" if few else "nothing"
 
 
-def _edges(truth: PatchTruth, shares: np.ndarray) -> Bool[np.ndarray, "images patches"]:
-    """Patches with two labels of one kind, no label being one too; colours apart."""
-    found = np.zeros((len(shares), shares.shape[2]), bool)
+def _on_edges(
+    truth: LabelMaps, coverage: Float[np.ndarray, "images concepts patches"]
+) -> Bool[np.ndarray, "images patches"]:
+    """Tell which patches have two labels of one kind; no label is a label too, and colours do not count."""
+    edges = np.zeros((len(coverage), coverage.shape[2]), bool)
     for kind in set(truth.kinds) - {"colour"}:
-        parts = shares[:, truth.kinds == kind]
-        none = 1 - parts.sum(1, keepdims=True)
-        found |= (np.concatenate([parts, none], 1) >= BESIDE).sum(1) > 1
-    return found
+        labels = coverage[:, truth.kinds == kind]
+        unlabelled = 1 - labels.sum(1, keepdims=True)
+        edges |= (np.concatenate([labels, unlabelled], 1) >= BOTH_LABELS).sum(1) > 1
+    return edges
 
 
-def _account(visible: Bool[np.ndarray, "images patches"], shares: np.ndarray) -> float:
-    """How many concepts, taken greedily, leave out one image in five at most; infinity if none do."""
-    patches = np.maximum(visible.sum(1), 1)[:, None]
-    shows = ((shares >= SHOWS) & visible[:, None]).sum(2) / patches >= PURE
-    taken = 0
-    while len(shows) > len(visible) // 5:
+def _concepts_needed(shows: Bool[np.ndarray, "images concepts"]) -> float:
+    """Count how many concepts, the most frequent first, leave out one image in five at most; infinity if none do."""
+    allowed, needed = len(shows) // LEFT_OUT, 0
+    while len(shows) > allowed:
         best = shows.sum(0).argmax()
         if not shows[:, best].any():
             return float("inf")
-        shows, taken = shows[~shows[:, best]], taken + 1
-    return taken
+        shows, needed = shows[~shows[:, best]], needed + 1
+    return needed

@@ -21,8 +21,8 @@ from lmm_sae_nb.score.latents import explained_latents, other_concepts
 from lmm_sae_nb.score.masks import PAPER, STRICT, exemplar_maps
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.rater import Rater
-from lmm_sae_nb.truth.label_maps import PatchTruth, TrueMasks
-from lmm_sae_nb.truth.responses import shown_by
+from lmm_sae_nb.truth.label_maps import LabelMaps
+from lmm_sae_nb.truth.responses import common_concept
 
 LAYER = 1
 
@@ -97,11 +97,11 @@ def test_an_iou_is_refused_with_the_reason(lmm, sae, cache, pictures, live):
     with pytest.raises(NoPatchGrid, match="no patch grid, so there are no maps"):
         maps_on(SAEInPlace(lmm, sae, LAYER), pictures, live, [0, 1])
     labels = {"object": Image.new("L", (100, 60))}
-    masks = TrueMasks([labels] * len(pictures), {"object": ["ball"]})
+    masks = LabelMaps([labels] * len(pictures), {"object": ["ball"]})
     with pytest.raises(NoPatchGrid, match="no region to mask"):
-        masks.common(found)
+        masks.in_common(found)
     with pytest.raises(NoPatchGrid, match="no region to mask"):
-        shown_by(PatchTruth(masks, (2, 2)), found)
+        common_concept(masks, found)
 
 
 def test_figures_and_the_rater_show_whole_images(cache, pictures, live, tmp_path):

@@ -37,7 +37,14 @@ from lmm_sae_nb.pictureworld.world.rendered import CONCEPTS, GRID, gallery, patc
 from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT, PATCH, TRAIN, VALIDATION, make_scene
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.files import read_json, write_json
-from lmm_sae_nb.truth.common_concept import LEAST_IOU, MOST, PURE, SHOWS, WEIGHT, Shown
+from lmm_sae_nb.truth.common_concept import (
+    IMAGE_SHOWS,
+    IMAGES_SHARE,
+    KIND_WEIGHT,
+    LEAST_IOU,
+    PATCH_SHOWS,
+    CommonConcept,
+)
 
 SCENES = 90
 
@@ -138,10 +145,10 @@ def by_pixels(pictures, scenes, visible) -> str | None:
             for mask, grid in zip(masks, visible, strict=True):
                 share = [mask[PATCH * (p // GRID) :, PATCH * (p % GRID) :][:PATCH, :PATCH].mean()
                          for p in np.flatnonzero(grid)]  # fmt: skip
-                showing += bool(share) and np.mean([s >= SHOWS for s in share]) >= PURE
-            fits = iou >= LEAST_IOU and showing >= math.ceil(MOST * len(made))
-            if fits and iou * WEIGHT.get(kind, 1) > best * (1 + 1e-6):
-                best, name_of_best = iou * WEIGHT.get(kind, 1), name
+                showing += bool(share) and np.mean([s >= PATCH_SHOWS for s in share]) >= IMAGE_SHOWS
+            fits = iou >= LEAST_IOU and showing >= math.ceil(IMAGES_SHARE * len(made))
+            if fits and iou * KIND_WEIGHT.get(kind, 1) > best * (1 + 1e-6):
+                best, name_of_best = iou * KIND_WEIGHT.get(kind, 1), name
     return name_of_best
 
 
@@ -335,7 +342,7 @@ def test_features_are_kept_in_parts(pictures, strips, untaught, root, tmp_path, 
 
 
 def test_the_report_counts_by_kind_and_tells_refusals_apart():
-    dog, red = Shown("object", "dog", 0.5), Shown("colour", "red", 0.3)
+    dog, red = CommonConcept("object", "dog", 0.5), CommonConcept("colour", "red", 0.3)
     rows = [Answered(dog, "dog"), Answered(dog, REFUSAL), Answered(red, "dog"), Answered(None, REFUSAL),
             Answered(None, "dog")]  # fmt: skip
     result = report(rows)

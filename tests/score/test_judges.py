@@ -18,7 +18,7 @@ from lmm_sae_nb.score.judges import (
     truth_judge,
 )
 from lmm_sae_nb.score.scores import Explained
-from lmm_sae_nb.truth.label_maps import TrueMasks
+from lmm_sae_nb.truth.label_maps import LabelMaps
 
 
 class Answering:
@@ -57,7 +57,7 @@ def test_a_judge_without_images_or_concept_is_an_error(sets, concepts):
 def test_the_ground_truth_judges_what_it_knows():
     cat, dog = np.zeros((8, 8), np.uint8), np.zeros((8, 8), np.uint8)
     cat[:4, :4], dog[:4, :4] = 1, 2
-    truth = TrueMasks([label_maps(object=cat), label_maps(object=dog)], CONCEPTS)
+    truth = LabelMaps([label_maps(object=cat), label_maps(object=dog)], CONCEPTS)
     shown = [exemplar(0, corner(2, 2))]
     assert truth_judge(truth)([shown] * 3, ["cat", "dog", "unicorn"]) == ["yes", "no", None]
     assert open_judge("", truth, {}, replies="unused")([shown], ["cat"]) == ["yes"]

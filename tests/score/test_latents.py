@@ -14,11 +14,11 @@ from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score.latents import explained_latents, other_concepts, sample_by_kind, score_latents
 from lmm_sae_nb.score.scores import Column, Explained
 from lmm_sae_nb.score.tables import kind_tables, score_metrics
-from lmm_sae_nb.truth.label_maps import TrueMasks
+from lmm_sae_nb.truth.label_maps import LabelMaps
 
 
 def test_only_what_is_explained_is_scored():
-    truth = TrueMasks([label_maps()], CONCEPTS)
+    truth = LabelMaps([label_maps()], CONCEPTS)
     old = {3: {"concept": "dog"}, 1: {"concept": "cat"}, 2: {"concept": None}, 4: {"concept": "unicorn"}}
     assert explained_latents(old, truth) == {1: ("cat", "object"), 3: ("dog", "object")}
     assert list(explained_latents(old)) == [1, 3, 4]

@@ -22,7 +22,7 @@ from lmm_sae_nb.score.masks import (
     move_mask,
 )
 from lmm_sae_nb.score.segmenters import Segmentation, SegmentedImages
-from lmm_sae_nb.truth.label_maps import TrueMasks
+from lmm_sae_nb.truth.label_maps import LabelMaps
 
 GRIDS = arrays(np.float32, (4, 4), elements=st.sampled_from([0.0, 0.1, 0.2, 0.26, 0.5, 1.0]))
 MODES = pytest.mark.parametrize("mode", [PAPER, STRICT], ids=lambda mode: mode.name)
@@ -167,7 +167,7 @@ def test_chance_is_near_the_area_where_a_moved_mask_meets_the_concept():
 def test_the_world_and_the_scores_agree_on_real_label_maps():
     """The strict score of ground truth is the IoU of the visible patches, straight from the definition."""
     rng = np.random.default_rng(2)
-    truth = TrueMasks([label_maps(object=rng.integers(0, 3, (8, 8)).astype(np.uint8)) for _ in range(3)], CONCEPTS)
+    truth = LabelMaps([label_maps(object=rng.integers(0, 3, (8, 8)).astype(np.uint8)) for _ in range(3)], CONCEPTS)
     found = [exemplar(n, rng.random((4, 4)) < 0.4) for n in range(3)]
     by_hand = [iou(upsample(e.visible, (8, 8)), truth([e.image_index], "dog")[0][0]) for e in found]
     assert ious(exemplar_maps(found), "dog", truth, STRICT).tolist() == by_hand

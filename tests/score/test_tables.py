@@ -20,7 +20,7 @@ from lmm_sae_nb.score.tables import (
     values_by_kind,
 )
 from lmm_sae_nb.support.intervals import mean_interval
-from lmm_sae_nb.truth.label_maps import TrueMasks
+from lmm_sae_nb.truth.label_maps import LabelMaps
 
 KINDS = ["object", "object", "colour", "face", "colour", "scene"]
 PAPER, STRICT, CLIP = Column("iou", "paper"), Column("iou", "strict"), Column("clip", "paper")
@@ -149,7 +149,7 @@ def test_what_could_be_scored_is_counted_beside_what_is():
         {"kind": "colour", "scored": 1, "asked about, show this kind": 0},
         {"kind": "total", "scored": 2, "asked about, show this kind": 3},
     ]
-    assert explanation_metrics(rows, TrueMasks([label_maps()], CONCEPTS)) == {
+    assert explanation_metrics(rows, LabelMaps([label_maps()], CONCEPTS)) == {
         "names_unknown": 1, "latents_showing_face": 1, "latents_showing_object": 2,
     }  # fmt: skip
     photographs = {n: {"concept": "cat"} for n in range(3)}

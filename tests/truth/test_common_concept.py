@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmm_sae_nb.truth.common_concept import LEAST_IOU, best_shown, names_of, pooled_iou
+from lmm_sae_nb.truth.common_concept import LEAST_IOU, best_common_concept, names_of, pooled_iou
 
 CONCEPTS = {"scene": ["beach"], "object": ["star", "heart", "sign"], "colour": ["red", "blue"], "word": ["stop"]}
 NAMES = names_of(CONCEPTS)
@@ -24,44 +24,44 @@ def image(*concepts: str, seen: int = THING, beside: int = 0):
     return visible, covered
 
 
-def shown(*images):
+def common(*images):
     visible, covered = map(np.stack, zip(*images, strict=True))
-    return best_shown(visible, covered, NAMES)
+    return best_common_concept(visible, covered, NAMES)
 
 
 def test_one_colour_of_unlike_things_is_the_colour_and_one_thing_in_unlike_colours_the_thing():
-    assert shown(*(image(name, "red") for name in ("star", "heart", "sign", "heart", "star"))).concept == "red"
-    assert shown(*(image("star", ink) for ink in ("red", "blue", "red", "blue", "blue"))).concept == "star"
+    assert common(*(image(name, "red") for name in ("star", "heart", "sign", "heart", "star"))).concept == "red"
+    assert common(*(image("star", ink) for ink in ("red", "blue", "red", "blue", "blue"))).concept == "star"
 
 
 def test_a_red_star_every_time_is_a_star_and_a_sign_that_always_says_stop_is_the_word():
-    assert shown(*[image("star", "red")] * 5).concept == "star"
-    assert shown(*[image("sign", "stop")] * 5)[:2] == ("word", "stop")
+    assert common(*[image("star", "red")] * 5).concept == "star"
+    assert common(*[image("sign", "stop")] * 5)[:2] == ("word", "stop")
 
 
-def test_two_strangers_of_five_are_borne_three_are_not():
+def test_three_images_of_five_are_enough_and_two_are_not():
     star, heart, sign = image("star"), image("heart"), image("sign")
-    assert shown(star, heart, star, star, sign).concept == "star"
-    assert shown(star, heart, star, sign, heart) is None
-    assert shown(star, heart, heart, sign) is None
-    assert shown(star, heart, heart).concept == "heart"
-    assert shown(star, heart) is None
-    assert shown(star, star).concept == shown(star).concept == "star"
+    assert common(star, heart, star, star, sign).concept == "star"
+    assert common(star, heart, star, sign, heart) is None
+    assert common(star, heart, heart, sign) is None
+    assert common(star, heart, heart).concept == "heart"
+    assert common(star, heart) is None
+    assert common(star, star).concept == common(star).concept == "star"
 
 
-def test_what_bleeds_over_the_border_is_borne_up_to_half():
-    assert shown(*[image("star", beside=3)] * 5).concept == "star"
-    assert shown(*[image("star", beside=9)] * 5).concept == "beach"
+def test_visible_patches_beside_a_thing_may_be_as_many_as_its_own():
+    assert common(*[image("star", beside=3)] * 5).concept == "star"
+    assert common(*[image("star", beside=9)] * 5).concept == "beach"
 
 
 def test_one_patch_of_a_wide_beach_is_a_place_not_a_beach():
     assert 1 / (PATCHES - THING) < LEAST_IOU
-    assert shown(*[image("star", seen=0, beside=1)] * 5) is None
-    assert shown(*[image("star", seen=0, beside=2)] * 5) == ("scene", "beach", pytest.approx(2 / 12))
+    assert common(*[image("star", seen=0, beside=1)] * 5) is None
+    assert common(*[image("star", seen=0, beside=2)] * 5) == ("scene", "beach", pytest.approx(2 / 12))
 
 
-def test_nothing_visible_shows_nothing():
-    assert shown(*[image("star", seen=0)] * 5) is None
+def test_images_without_a_visible_patch_have_nothing_in_common():
+    assert common(*[image("star", seen=0)] * 5) is None
 
 
 @given(st.integers(1, 5), st.integers(0, 2**32 - 1))
@@ -78,6 +78,6 @@ def test_pooled_iou_counts_pixels(images, seed):
 
 def test_other_shapes_and_no_images_are_refused():
     with pytest.raises(ValueError, match=r"covered by 7 concepts"):
-        best_shown(np.ones((2, 16), bool), np.ones((2, 3, 16)), NAMES)
+        best_common_concept(np.ones((2, 16), bool), np.ones((2, 3, 16)), NAMES)
     with pytest.raises(ValueError, match="at least one"):
-        best_shown(np.ones((0, 16), bool), np.ones((0, 7, 16)), NAMES)
+        best_common_concept(np.ones((0, 16), bool), np.ones((0, 7, 16)), NAMES)

@@ -28,7 +28,7 @@ from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT
 from lmm_sae_nb.support.files import write_json
 from lmm_sae_nb.support.intervals import proportion
 from lmm_sae_nb.support.progress import progress_bar
-from lmm_sae_nb.truth.common_concept import Shown
+from lmm_sae_nb.truth.common_concept import CommonConcept
 
 FIRST_SEED, SCENES = HELD_OUT + 2000, 1200
 CACHED_SCENES, CACHED_SETS, DRAWN_SETS = 800, 500, 2400
@@ -42,7 +42,7 @@ LEAST_KIND = 0.80  # the same, for every other kind of concept
 class Answered:
     """One set of the exam: what it shows (None: nothing in common) and what was answered."""
 
-    shown: Shown | None
+    shown: CommonConcept | None
     answer: str
 
     @property

@@ -26,7 +26,7 @@ from lmm_sae_nb.pictureworld.world.scenes import PATCH, SIDE
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.files import write_json
-from lmm_sae_nb.truth.common_concept import SHOWS, Shown, best_shown
+from lmm_sae_nb.truth.common_concept import PATCH_SHOWS, CommonConcept, best_common_concept
 
 PATCHES = GRID**2
 # How often a drawn strip is of each kind of concept, and how often of none.
@@ -52,9 +52,9 @@ class Strips(NamedTuple):
     scenes: np.ndarray  # (strips, images) int64: row of the gallery
     visible: np.ndarray  # (strips, images, patches) bool
 
-    def label(self, gallery: Gallery, strip: int | np.ndarray, images: np.ndarray) -> Shown | None:
+    def label(self, gallery: Gallery, strip: int | np.ndarray, images: np.ndarray) -> CommonConcept | None:
         """Return the right explanation of some images of a strip (or of one image of each of several strips)."""
-        return best_shown(self.visible[strip, images], gallery.covered(self.scenes[strip, images]), CONCEPTS)
+        return best_common_concept(self.visible[strip, images], gallery.covered(self.scenes[strip, images]), CONCEPTS)
 
     def chances(self, gallery: Gallery, often: Mapping[str, float]) -> np.ndarray:
         """Return (strips,) float64, summing to 1: how often to draw each so that no concept is rare, by one over the
@@ -117,7 +117,7 @@ def drawn(gallery: Gallery, strips: int, images: int, seed: int) -> Strips:
 
 def _showing(gallery: Gallery) -> list[np.ndarray]:
     """Return for each concept the scenes of which a patch or more shows it."""
-    shows = np.stack([(counts >= SHOWS * 256).sum(1) for counts in gallery.counts])  # (scenes, concepts)
+    shows = np.stack([(counts >= PATCH_SHOWS * 256).sum(1) for counts in gallery.counts])  # (scenes, concepts)
     return [np.flatnonzero(column) for column in shows.T]
 
 

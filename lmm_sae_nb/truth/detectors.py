@@ -180,11 +180,31 @@ def recall_metrics(detection: Detection, concepts: Mapping[int, str | None]) -> 
     """
     if not detection.present:
         raise ValueError("the held-out images show no concept; give images with label maps")
-    good = detection.good()
-    detected = {(each.kind, each.concept) for each in good}
-    named = {(each.kind, each.concept) for each in good if concepts.get(each.latent) == each.concept}
+    detected, named = _detected_and_named(detection, concepts)
     return {
         "concepts_present": len(detection.present),
         **fraction_metrics("concepts_detected", [name in detected for name in detection.present]),
         **fraction_metrics("concept_recall", [name in named for name in detection.present]),
     }
+
+
+def recall_by_kind(detection: Detection, concepts: Mapping[int, str | None]) -> dict[str, dict[str, int]]:
+    """Count, for each kind of concept that is present, those named, those detected under another name, and the others.
+
+    detection: from `detect_concepts`.
+    concepts: latent to the concept of its explanation, or None.
+    """
+    detected, named = _detected_and_named(detection, concepts)
+    counts: dict[str, dict[str, int]] = {}
+    for name in detection.present:
+        row = counts.setdefault(name[0], dict.fromkeys(("named", "detected, not named", "not detected"), 0))
+        row["named" if name in named else "detected, not named" if name in detected else "not detected"] += 1
+    return counts
+
+
+def _detected_and_named(
+    detection: Detection, concepts: Mapping[int, str | None]
+) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+    good = detection.good()
+    named = {(each.kind, each.concept) for each in good if concepts.get(each.latent) == each.concept}
+    return {(each.kind, each.concept) for each in good}, named

@@ -121,7 +121,12 @@ def test_a_concept_is_recalled_if_one_of_its_detectors_has_its_name():
     present = [("object", "cat"), ("object", "dog"), ("object", "hat"), ("scene", "sea")]
     detection = Detection(candidates, present)
     assert detection.latents() == [1, 2, 3]
-    found = detectors.recall_metrics(detection, {1: "dog", 2: "cat", 3: None, 4: "hat", 5: "sky"})
+    given = {1: "dog", 2: "cat", 3: None, 4: "hat", 5: "sky"}
+    found = detectors.recall_metrics(detection, given)
+    assert detectors.recall_by_kind(detection, given) == {
+        "object": {"named": 1, "detected, not named": 1, "not detected": 1},
+        "scene": {"named": 0, "detected, not named": 0, "not detected": 1},
+    }
     assert (found["concepts_present"], found["concepts_detected"], found["concept_recall"]) == (4, 0.5, 0.25)
     with pytest.raises(ValueError, match="show no concept"):
         detectors.recall_metrics(Detection(candidates, []), {})

@@ -328,7 +328,7 @@ plots.table(table_2(judgements, explained, who, paper))
 # answer is on the disk before the next question.
 
 # %%
-ratings = page.root / "data/artifacts" / run / "ratings.jsonl"
+ratings = stage.folder.parent / "ratings.jsonl"
 asked = sample_by_kind(explained, 10, seed)
 Rater(ratings, {n: explained[n]._asdict() for n in asked}, exemplars).box
 

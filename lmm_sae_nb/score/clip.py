@@ -93,17 +93,17 @@ def latents_clip(
 
     def inputs(rng: np.random.Generator | None = None) -> Iterator[Image.Image]:
         for latent, (concept, _) in explained.items():
-            own = exemplars[latent]
-            if not own:
+            rows = exemplars[latent]
+            if not rows:
                 raise ValueError(f"{concept!r} has no image; give each concept at least one image")
-            sizes[latent] = len(own)
-            yield from (clip_input(each, mode, rng) for each in own)
+            sizes[latent] = len(rows)
+            yield from (clip_input(each, mode, rng) for each in rows)
 
     def by_latent(scores: np.ndarray) -> list[dict[str, float]]:
         means = (part.mean(0).tolist() for part in np.split(scores, np.cumsum(list(sizes.values()))[:-1]))
         return [dict(zip(vocabulary, row, strict=True)) for row in means]
 
-    own = by_latent(clip_scores(all_pairs, inputs(), vocabulary))
+    means = by_latent(clip_scores(all_pairs, inputs(), vocabulary))
     moved, runs_of = None, None
     if mode.region:
         moved = by_latent(clip_scores(all_pairs, inputs(np.random.default_rng(seed)), vocabulary))
@@ -113,14 +113,14 @@ def latents_clip(
             raise ValueError(
                 f"{len(by_picture)} random images cannot be divided among {runs} runs; draw as many for each"
             )
-        means = by_picture.reshape(runs, -1, len(vocabulary)).mean(1).T.tolist()
-        runs_of = dict(zip(vocabulary, map(tuple, means), strict=True))
+        by_run = by_picture.reshape(runs, -1, len(vocabulary)).mean(1).T.tolist()
+        runs_of = dict(zip(vocabulary, map(tuple, by_run), strict=True))
     return {
         latent: Comparison(
-            score=own[n][concept],
+            score=means[n][concept],
             random=runs_of[concept] if runs_of else None,
             area=moved[n][concept] if moved else None,
-            shuffled=own[n][others[latent]] if others[latent] else None,
+            shuffled=means[n][others[latent]] if others[latent] else None,
         )
         for n, (latent, (concept, _)) in enumerate(explained.items())
     }

@@ -68,8 +68,8 @@ def median_overlaps(
     exemplars: by latent.
     find: the first of the segmenters that made the scores.
     """
-    column, found = Column("iou", mode.name), []
+    column, gallery = Column("iou", mode.name), []
     for kind, latent in median_latents(scores, column).items():
         concept, score = scores.explained[latent].concept, scores[column][latent].score
-        found.append(overlap(exemplars[latent][0], concept, find, mode, f"{kind}: {concept}", score))
-    return found
+        gallery.append(overlap(exemplars[latent][0], concept, find, mode, f"{kind}: {concept}", score))
+    return gallery

@@ -15,13 +15,13 @@ from lmm_sae_nb.support.progress import progress_bar
 
 
 def latent_iou(
-    own: Sequence[ActivationMap], random: Sequence[ActivationMap], concept: str, other: str | None, find: FindConcept,
-    mode: Mode, *, runs: int = 10, seed: int = 0,
+    maps: Sequence[ActivationMap], random_maps: Sequence[ActivationMap], concept: str, other: str | None,
+    find: FindConcept, mode: Mode, *, runs: int = 10, seed: int = 0,
 ) -> Comparison:  # fmt: skip
     """Return the mean IoU of a latent's activation with its concept over its own images (section 2.2), and chance.
 
-    own: the latent on its own images.
-    random: the latent on random images, equally many for each of `runs`.
+    maps: the latent on its own images.
+    random_maps: the latent on random images, equally many for each of `runs`.
     concept: the latent's name.
     other: another latent's name; None if there is none.
     find: says where a concept is.
@@ -30,15 +30,15 @@ def latent_iou(
     Raises:
         ValueError: there are no own images, or the random ones cannot be divided among the runs.
     """
-    if not own:
+    if not maps:
         raise ValueError(f"no exemplars to score {concept!r} with; leave out latents that never fire")
-    if runs < 1 or not random or len(random) % runs:
-        raise ValueError(f"{len(random)} random images cannot be divided among {runs} runs; draw as many for each")
+    if runs < 1 or not random_maps or len(random_maps) % runs:
+        raise ValueError(f"{len(random_maps)} random images cannot be divided among {runs} runs; draw as many for each")
     return Comparison(
-        score=float(ious(own, concept, find, mode).mean()),
-        random=tuple(ious(random, concept, find, mode).reshape(runs, -1).mean(1).tolist()),
-        area=float(ious(own, concept, find, mode, np.random.default_rng(seed)).mean()),
-        shuffled=None if other is None else float(ious(own, other, find, mode).mean()),
+        score=float(ious(maps, concept, find, mode).mean()),
+        random=tuple(ious(random_maps, concept, find, mode).reshape(runs, -1).mean(1).tolist()),
+        area=float(ious(maps, concept, find, mode, np.random.default_rng(seed)).mean()),
+        shuffled=None if other is None else float(ious(maps, other, find, mode).mean()),
     )
 
 
@@ -77,11 +77,11 @@ def score_ious(
     columns = {
         Column("iou", mode.name, names[name]): (mode, find) for mode in modes for name, find in segmenters.items()
     }
-    found: dict[Column, dict[int, Comparison]] = {column: {} for column in columns}
+    comparisons: dict[Column, dict[int, Comparison]] = {column: {} for column in columns}
     for latent, (concept, _) in progress_bar(explained.items(), desc="segmenting", unit=" latents"):
-        own, random = maps(latent)
+        own_maps, random_maps = maps(latent)
         for column, (mode, find) in columns.items():
-            found[column][latent] = latent_iou(
-                own, random, concept, others[latent], find, mode, runs=runs, seed=seed + latent
+            comparisons[column][latent] = latent_iou(
+                own_maps, random_maps, concept, others[latent], find, mode, runs=runs, seed=seed + latent
             )
-    return found
+    return comparisons

@@ -172,8 +172,8 @@ def judge_metrics(judgements: Mapping[int, Judgement], explained: Mapping[int, E
     """
     metrics: dict[str, float] = {}
     for column, kinds in consistency_by_column(judgements, explained).items():
-        for kind, found in kinds.items():
+        for kind, accepted in kinds.items():
             name = column if kind == "total" else f"{column}_{kind}"
-            metrics |= bounds(name, found) | {f"{name}_asked": found.asked}
+            metrics |= bounds(name, accepted) | {f"{name}_asked": accepted.asked}
     replies = [getattr(row, column) for row in judgements.values() for column in COLUMNS]
     return metrics | {"replies_failed": replies.count(FAILED)}

@@ -35,19 +35,19 @@ def explained_latents(
     Raises:
         ValueError: fewer than two latents are left.
     """
-    found: dict[int, Explained] = {}
+    explained: dict[int, Explained] = {}
     for latent, row in rows.items():
         concept = row["concept"] if row.get("outcome", "explained") == "explained" else None
         kinds = truth.kinds_of(concept) if truth and concept else []
         if concept and (kinds or not truth):
-            found[int(latent)] = Explained(concept, row.get("kind") or (kinds or ["other"])[0])
-    if len(found) < 2:
+            explained[int(latent)] = Explained(concept, row.get("kind") or (kinds or ["other"])[0])
+    if len(explained) < 2:
         raise ValueError(
-            f"{len(found)} of {len(rows)} latents have an explanation that can be scored, scores need two; "
+            f"{len(explained)} of {len(rows)} latents have an explanation that can be scored, scores need two; "
             "run notebooks/03_interpret_features.py with more latents"
         )
-    kept = sample(sorted(found), most, seed)
-    return dict(sorted(((latent, found[latent]) for latent in kept), key=lambda item: (item[1], item[0])))
+    kept = sample(sorted(explained), most, seed)
+    return dict(sorted(((latent, explained[latent]) for latent in kept), key=lambda item: (item[1], item[0])))
 
 
 def sample(items: Sequence[T], most: int | None, seed: int) -> list[T]:
@@ -106,14 +106,14 @@ def score_latents(
     others, rng = other_concepts(explained, seed), np.random.default_rng(seed)
     readable = np.setdiff1d(np.arange(len(images)), list(skipped))
     drawn, drawn_for_clip = (rng.choice(readable, runs * n_top).tolist() for runs in (random_runs, clip_runs))
-    found: dict[Column, dict[int, Comparison]] = {}
+    comparisons: dict[Column, dict[int, Comparison]] = {}
     if place.lmm.grid:
         random = maps_on(place, images, list(explained), drawn)
-        found |= score_ious(
+        comparisons |= score_ious(
             lambda latent: (exemplar_maps(exemplars[latent]), random[latent]),
             explained, others, segmenters, modes, runs=random_runs, seed=seed,
         )  # fmt: skip
     if all_pairs:
         pictures = [images[index] for index in drawn_for_clip]
-        found |= score_clips(all_pairs, exemplars, explained, others, pictures, modes, runs=clip_runs, seed=seed)
-    return Scores(dict(explained), [ColumnScores(column, latents) for column, latents in found.items()])
+        comparisons |= score_clips(all_pairs, exemplars, explained, others, pictures, modes, runs=clip_runs, seed=seed)
+    return Scores(dict(explained), [ColumnScores(column, latents) for column, latents in comparisons.items()])

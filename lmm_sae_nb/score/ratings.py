@@ -102,11 +102,11 @@ def verdicts_by_rater(answers: Iterable[Mapping], concepts: Mapping[int, str]) -
     answers: rows of `read_ratings`.
     concepts: the concept that each latent has now.
     """
-    found: dict[str, dict[int, str]] = defaultdict(dict)
+    verdicts: dict[str, dict[int, str]] = defaultdict(dict)
     for row in answers:
         if concepts.get(latent := int(row["latent"])) == row["concept"]:
-            found[row["rater"]][latent] = row["verdict"]
-    return dict(found)
+            verdicts[row["rater"]][latent] = row["verdict"]
+    return dict(verdicts)
 
 
 class RaterPair(NamedTuple):

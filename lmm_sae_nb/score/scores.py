@@ -70,16 +70,16 @@ class Scores:
     """All scores of all latents: a plain value, which `Stage.result` can keep.
 
     explained: each scored latent's concept and kind.
-    found: the comparisons of each column, by latent.
+    by_column: the comparisons of each column, by latent.
     """
 
     explained: dict[int, Explained]
-    found: list[ColumnScores]
+    by_column: list[ColumnScores]
 
     @property
     def columns(self) -> list[Column]:
         """The columns in the order in which they were scored."""
-        return [each.column for each in self.found]
+        return [each.column for each in self.by_column]
 
     def __getitem__(self, column: Column) -> dict[int, Comparison]:
         """Return one column's comparisons by latent.
@@ -87,7 +87,7 @@ class Scores:
         Raises:
             KeyError: there is no such column; the message names those that there are.
         """
-        for each in self.found:
+        for each in self.by_column:
             if each.column == column:
                 return each.latents
         raise KeyError(f"there is no column {column}; there is {', '.join(map(str, self.columns))}")
@@ -97,7 +97,7 @@ class Scores:
         rows: dict[int, dict[str, float | str]] = {}
         for latent, (concept, kind) in self.explained.items():
             rows[latent] = {"concept": concept, "kind": kind}
-            for each in self.found:
+            for each in self.by_column:
                 rows[latent] |= each.latents[latent].row(str(each.column))
         return rows
 

@@ -84,14 +84,14 @@ class PromptedSegmenter:
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], concepts: Sequence[str]) -> list[Segmentation]:
         """Return what is found in each image of its concept; errors as `require_pairs`."""
-        found = []
+        answers = []
         for pictures, texts in batches(images, concepts, self.batch):
             words = self.processor(text=texts, padding=True, truncation=True, return_tensors="pt")
             wanted = self.model.get_conditional_embeddings(len(texts), **words.to(self.model.device))
             logits = self.model.decoder(list(self._encode(pictures)), wanted).logits
             for picture, one in zip(pictures, require_finite_output(logits, "CLIPSeg"), strict=True):
-                found.append(self._segmentation(picture, one))
-        return found
+                answers.append(self._segmentation(picture, one))
+        return answers
 
     def _segmentation(self, image: Image.Image, logits: Float[Tensor, "rows cols"]) -> Segmentation:
         size = (image.height, image.width)
@@ -104,19 +104,19 @@ class PromptedSegmenter:
     def _encode(self, pictures: list[Image.Image]) -> Float[Tensor, "layers pictures tokens width"]:
         """Return what the decoder reads of each image: the vision model's states behind the layers it extracts."""
         keys = list(map(pixel_hash, pictures))
-        found = {key: self._encoded[key] for key in keys if key in self._encoded}
-        new = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in found}
+        encoded = {key: self._encoded[key] for key in keys if key in self._encoded}
+        new = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in encoded}
         if new:
             pixels = self.processor(images=list(new.values()), return_tensors="pt")["pixel_values"]
             states = self.model.clip.vision_model(
                 pixels.to(self.model.device), output_hidden_states=True, interpolate_pos_encoding=True
             ).hidden_states
             layers = torch.stack([states[layer + 1] for layer in self.model.extract_layers], 1)
-            found.update(zip(new, layers, strict=True))
+            encoded.update(zip(new, layers, strict=True))
         for key in new:
-            if _bytes_of(found[key]) <= self._encoded.maxsize:
-                self._encoded[key] = found[key].clone()  # a view would keep its whole batch alive
-        return torch.stack([found[key] for key in keys], 1)
+            if _bytes_of(encoded[key]) <= self._encoded.maxsize:
+                self._encoded[key] = encoded[key].clone()  # a view would keep its whole batch alive
+        return torch.stack([encoded[key] for key in keys], 1)
 
 
 def _bytes_of(states: Tensor) -> int:
@@ -168,7 +168,7 @@ class BoxSegmenter:
         A box is left, top, right, bottom in pixels, cut at the image's edges.
         """
         require_pairs(images, concepts)
-        found: dict[int, tuple[Tensor, Tensor]] = {}
+        boxes: dict[int, tuple[Tensor, Tensor]] = {}
         of_size: dict[tuple[int, int], list[int]] = {}  # one size at a time: Grounding DINO would see the padding
         for number, image in enumerate(images):
             of_size.setdefault(image.size, []).append(number)
@@ -178,8 +178,8 @@ class BoxSegmenter:
                 part = numbers[start : start + self.batch]
                 rows = self._detect([images[n].convert("RGB") for n in part], [concepts[n] for n in part])
                 for number, row in zip(part, rows, strict=True):
-                    found[number] = row["boxes"].clamp(min=0).minimum(edges), row["scores"]
-        return [found[number] for number in range(len(images))]
+                    boxes[number] = row["boxes"].clamp(min=0).minimum(edges), row["scores"]
+        return [boxes[number] for number in range(len(images))]
 
     def _detect(self, pictures: list[Image.Image], texts: list[str]) -> list[dict[str, Tensor]]:
         longest = max(map(len, self.detector_processor.tokenizer([f"{text}." for text in texts]).input_ids))
@@ -262,19 +262,19 @@ def open_segmenters(
     Raises:
         ValueError: there is neither.
     """
-    found: dict[str, FindConcept] = {"truth": truth} if truth else {}
+    segmenters: dict[str, FindConcept] = {"truth": truth} if truth else {}
     if segmenter:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         name = Path(segmenter).name.removeprefix("tiny-")
-        found[name] = SegmentedImages(
+        segmenters[name] = SegmentedImages(
             BoxSegmenter.load(detector, segmenter, device=device)
             if detector
             else PromptedSegmenter.load(segmenter, device=device),
             images,
         )
-    if not found:
+    if not segmenters:
         raise ValueError("there is neither a ground truth nor a segmenter; give `concepts` or `segmenter`")
-    return found
+    return segmenters
 
 
 def _require_probability(threshold: float) -> float:

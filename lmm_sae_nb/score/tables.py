@@ -53,10 +53,10 @@ def kind_table(scores: Scores, column: Column, seed: int = 0) -> KindTable:
 
     seed: of the bootstrap.
     """
-    found, result = scores[column], {}
+    by_latent, result = scores[column], {}
     for kind, latents in latents_by_kind(scores.explained).items():
         if len(latents) > 1:
-            result[kind] = _compare([found[latent] for latent in latents], seed)
+            result[kind] = _compare([by_latent[latent] for latent in latents], seed)
     return result
 
 
@@ -170,9 +170,9 @@ def _row(
 
 def median_latents(scores: Scores, column: Column) -> dict[str, int]:
     """Return for each kind the latent of median score; of two the upper one."""
-    found = scores[column]
+    by_latent = scores[column]
     groups = {kind: latents for kind, latents in latents_by_kind(scores.explained).items() if kind != "total"}
-    ranked = {kind: sorted(latents, key=lambda latent: found[latent].score) for kind, latents in groups.items()}
+    ranked = {kind: sorted(latents, key=lambda latent: by_latent[latent].score) for kind, latents in groups.items()}
     return {kind: latents[len(latents) // 2] for kind, latents in ranked.items()}
 
 

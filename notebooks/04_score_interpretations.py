@@ -218,19 +218,18 @@ stage = page.stage(
     after=("train", "cache", "interpret"),
     without=("judge", "n_judged", "endpoint"),
 )
-
-
-def score_all() -> Scores:
-    place = SAEInPlace.load(page.locate(model), page.file("train"), layer)
-    return score_latents(
-        place, pictures, exemplars, explained, segmenters,
-        open_similarity(page.locate(similarity)), threshold=threshold,
-        n_top=n_top, random_runs=random_runs, clip_runs=clip_runs,
-        skipped=list(cache.skipped), seed=seed,
-    )  # fmt: skip
-
-
-scores = stage.result("comparisons", Scores, score_all)
+how = dict(
+    threshold=threshold, n_top=n_top, random_runs=random_runs,
+    clip_runs=clip_runs, skipped=list(cache.skipped), seed=seed,
+)  # fmt: skip
+scores = stage.result(
+    "comparisons", Scores,
+    lambda: score_latents(
+        SAEInPlace.load(page.locate(model), page.file("train"), layer),
+        pictures, exemplars, explained, segmenters,
+        open_similarity(page.locate(similarity)), **how,
+    ),
+)  # fmt: skip
 # flat rows, one for each latent, for the feature browser
 stage.result("scores", dict[int, dict], scores.rows)
 tables = kind_tables(scores, seed)

@@ -218,6 +218,8 @@ stage = page.stage(
     after=("train", "cache", "interpret"),
     without=("judge", "n_judged", "endpoint"),
 )
+
+# %%
 how = dict(
     threshold=threshold, n_top=n_top, random_runs=random_runs,
     clip_runs=clip_runs, skipped=list(cache.skipped), seed=seed,

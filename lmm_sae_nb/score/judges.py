@@ -174,6 +174,6 @@ def judge_metrics(judgements: Mapping[int, Judgement], explained: Mapping[int, E
     for column, kinds in consistency_by_column(judgements, explained).items():
         for kind, accepted in kinds.items():
             name = column if kind == "total" else f"{column}_{kind}"
-            metrics |= bounds(name, accepted) | {f"{name}_asked": accepted.asked}
+            metrics |= bounds(name, accepted) | {f"{name}_asked": accepted.cases}
     replies = [getattr(row, column) for row in judgements.values() for column in COLUMNS]
     return metrics | {"replies_failed": replies.count(FAILED)}

@@ -94,7 +94,7 @@ def test_consistency_is_the_fraction_of_yes_by_kind():
     kinds = {1: "object", 2: "object", 3: "colour", 4: "word", 5: "word"}
     explained = {n: Explained("a", kind) for n, kind in kinds.items()}
     found = consistency({1: "yes", 2: "unsure", 3: "yes", 4: None, 5: "failed"}, explained)
-    assert {kind: (its.fraction, its.asked) for kind, its in found.items()} == {
+    assert {kind: (its.fraction, its.cases) for kind, its in found.items()} == {
         "object": (0.5, 2), "colour": (1.0, 1), "total": (pytest.approx(2 / 3), 3),
     }  # fmt: skip
     assert (found["object"].low, found["object"].high) == pytest.approx(wilson(1, 2), abs=1e-9)

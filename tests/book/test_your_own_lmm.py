@@ -256,8 +256,8 @@ def test_neither_a_kill_nor_a_judge_out_of_reach_costs_an_answer_or_a_score(at_t
         big, record = f"big@{server.url}", Path("data/artifacts/mine/interpret/replies.jsonl")
         common = dict(run="mine", model="my/lmm", layer=1, images="my/pictures", concepts="")
         endpoint = {"key_variable": "THE_KEY", "concurrency": 2, "timeout": 120.0}
-        how = common | dict(explainer=big, refiner=big, labeller=big, key_variable="THE_KEY", prompt="In common?",
-                            tag="[E]:", n_explained=12, least_confidence=0.0, concurrency=2)  # fmt: skip
+        explainer = {"model": big, "prompt": "In common?", "tag": "[E]:", "least_confidence": 0.0}
+        how = common | dict(explainer=explainer, refiner=big, labeller=big, endpoint=endpoint, n_explained=12)
         record.unlink()
         victims.append(started("03_interpret_features.py", ours, **how))
         victims[0].communicate()

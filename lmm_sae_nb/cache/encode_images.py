@@ -14,57 +14,67 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from lmm_sae_nb.cache.resume import uneven
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.sae.topk import Latents, TopKSAE
+from lmm_sae_nb.sae.topk import Latents
 from lmm_sae_nb.support.images import UnreadableImage
 from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.tensor_files import require_finite
 
 Pictures = Sequence[Image.Image]
-Studied = tuple[TopKSAE, int]  # an SAE, and the layer that it reads
+Openers = dict[int, Callable[[], Image.Image]]  # an image's number to a call that opens it
 
 
-class _Batch(NamedTuple):
-    """Images of one forward: their numbers, and by number the name and fault of those that cannot be read."""
+class Batch(NamedTuple):
+    """The images that go through the model at once."""
 
     number: int
-    images: list[int]
-    skipped: dict[int, str]
-    prompt: Prompt | None
+    images: list[int]  # their numbers, ascending
+    skipped: dict[int, str]  # number of an image that cannot be read, to its name and fault
+    prompt: Prompt | None  # None if no image could be read
 
 
-def _batches(
-    images: Pictures, size: int, wanted: Callable[[int], bool]
-) -> Iterator[tuple[int, dict[int, Callable[[], Image.Image]]]]:
-    """The wanted batches: batch b holds images b * size to (b + 1) * size - 1, each as a call that opens it."""
+def batches_of(
+    images: Pictures, size: int, wanted: Callable[[int], bool] = lambda _: True
+) -> Iterator[tuple[int, Openers]]:
+    """Yield the numbers of the wanted batches with their images, not yet opened.
+
+    size: batch b holds images b * size to (b + 1) * size - 1.
+    wanted: called with the number of a batch.
+    """
     for batch in filter(wanted, range(-(-len(images) // size))):
         numbers = range(batch * size, min((batch + 1) * size, len(images)))
         yield batch, {number: partial(images.__getitem__, number) for number in numbers}
 
 
-def _prepare(lmm: LMM, skip: bool, batch: int, openers: dict[int, Callable[[], Image.Image]]) -> _Batch:
+def open_batch(lmm: LMM, skip: bool, number: int, openers: Openers) -> Batch:
+    """Open the images of a batch and make their prompts: each image alone, in the chat template.
+
+    skip: leave out images that cannot be read.
+
+    Raises:
+        UnreadableImage: an image cannot be read, without `skip`.
+    """
     opened, skipped = {}, {}
-    for number, opener in openers.items():
+    for image, opener in openers.items():
         try:
-            opened[number] = opener()
+            opened[image] = opener()
         except UnreadableImage as fault:
             if not skip:
                 raise
-            skipped[number] = f"{fault.name}: {fault.reason}"
+            skipped[image] = f"{fault.name}: {fault.reason}"
     prompt = lmm.prompt([""] * len(opened), list(opened.values())) if opened else None
-    return _Batch(batch, list(opened), skipped, prompt)
+    return Batch(number, list(opened), skipped, prompt)
 
 
-def _ahead(fn: Callable, items: Iterable[tuple]) -> Iterator[Any]:
-    """fn of each item in order, one item ahead of who asks: pictures are prepared while the model works."""
+def one_ahead(function: Callable, arguments: Iterable[tuple]) -> Iterator[Any]:
+    """Yield the function's results in order; a thread works on the next one while the caller uses the last."""
     with ThreadPoolExecutor(1) as thread:
         waiting = deque()
-        for item in items:
-            waiting.append(thread.submit(fn, *item))
+        for each in arguments:
+            waiting.append(thread.submit(function, *each))
             if len(waiting) > 1:
                 yield waiting.popleft().result()
         while waiting:
@@ -72,45 +82,76 @@ def _ahead(fn: Callable, items: Iterable[tuple]) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def _encode(lmm: LMM, studied: Mapping[str, Studied], batch: _Batch) -> dict[str, Latents]:
-    """Latents (images, patches, k) of a batch's base tokens by each SAE; nothing behind these is computed."""
+def encode_batch(places: Mapping[str, SAEInPlace], batch: Batch) -> dict[str, Latents]:
+    """Return for each SAE the latents (images, patches, k) of the base tokens; the model runs once.
+
+    Attention is causal, so nothing behind the last base token is computed.
+
+    places: at least one; all with the same model.
+    batch: with at least one image.
+
+    Raises:
+        ValueError: images differ in the number of base tokens, or hidden states are not finite.
+    """
+    lmm = next(iter(places.values())).lmm
     base = batch.prompt.mask("base")
     last = int(base.any(0).nonzero().max()) + 1
-    hidden = lmm.hidden_states(batch.prompt, [layer for _, layer in studied.values()], tokens=last)
+    hidden = lmm.hidden_states(batch.prompt, [place.layer for place in places.values()], tokens=last)
     base = base[:, :last].to(lmm.device)
-    if len(sizes := set(base.sum(1).tolist())) > 1:
-        raise uneven(sizes)
-    tokens = {layer: states[base].reshape(len(base), *sizes, -1) for layer, states in hidden.items()}
+    counts = set(base.sum(1).tolist())
+    require_one_count(counts)
+    tokens = {layer: states[base].reshape(len(base), *counts, -1) for layer, states in hidden.items()}
     for layer, states in tokens.items():
         require_finite(states, f"images {batch.images[0]} to {batch.images[-1]}, layer {layer}")
-    return {name: sae.encode(tokens[layer]) for name, (sae, layer) in studied.items()}
+    return {name: place.sae.encode(tokens[place.layer]) for name, place in places.items()}
+
+
+def require_one_count(counts: set[int]) -> None:
+    """Check that all images have the same number of base tokens.
+
+    Raises:
+        ValueError: they differ; the message says what to do.
+    """
+    if len(counts) > 1:
+        raise ValueError(
+            f"images have {sorted(counts)} base tokens; bring them to one size: LMM.load(name, image_size=(448, 448))"
+        )
 
 
 def base_latents(
     place: SAEInPlace, images: Pictures, batch_size: int = 16, title: str | None = None
 ) -> Iterator[Latents]:
-    """Latents (batch, patches, k) of the base image tokens, on the CPU, a batch of images at a time.
+    """Yield the latents (batch, patches, k) of the base image tokens, on the CPU, a batch of images at a time.
 
-    The prompt is the image alone, in the chat template. ValueError if images differ in the number of base tokens,
-    hidden states are not finite, an image cannot be read, or as `SAEInPlace`.
+    The prompt is the image alone, in the chat template.
+
+    title: of a progress bar; there is none without it.
+
+    Raises:
+        ValueError: as `encode_batch`.
+        UnreadableImage: an image cannot be read.
     """
-    lmm, sae, layer = place.lmm, place.sae, place.layer
-    seen = set()
-    batches = _ahead(partial(_prepare, lmm, False), _batches(images, batch_size, lambda _: True))
+    counts = set()
+    batches = one_ahead(partial(open_batch, place.lmm, False), batches_of(images, batch_size))
     with progress_bar(desc=title, total=len(images), unit=" images", disable=title is None) as bar:
         for batch in batches:
-            latents = _encode(lmm, {"": (sae, layer)}, batch)[""]
-            if len(seen := seen | {latents.acts.shape[1]}) > 1:
-                raise uneven(seen)
+            latents = encode_batch({"": place}, batch)[""]
+            counts.add(latents.acts.shape[1])
+            require_one_count(counts)
             yield Latents(*(part.cpu() for part in latents))
             bar.update(len(batch.images))
 
 
 @torch.no_grad()
 def activation_maps(
-    place: SAEInPlace, images: Sequence[Image.Image], latents: Sequence[int], batch_size: int = 16
+    place: SAEInPlace, images: Pictures, latents: Sequence[int], batch_size: int = 16
 ) -> Float[np.ndarray, "images latents rows cols"]:
-    """Activations of some latents on the base patches of some images."""
+    """Return the activations of the given latents on the base patches of the given images.
+
+    Raises:
+        NoPatchGrid: the model has no grid of patches.
+        ValueError: as `encode_batch`.
+    """
     lmm, sae = place.lmm, place.sae
     if lmm.grid is None:
         raise NoPatchGrid(f"{lmm.name} has no patch grid, so there are no maps to make; use mean activations instead")
@@ -121,7 +162,7 @@ def activation_maps(
 
 
 def _dense(latents: Latents, column: Tensor, columns: int) -> Float[Tensor, "batch columns patches"]:
-    """The activations of the latents that have a column, as rows of patches."""
+    """Return the activations of the latents that have a column (-1: none) as rows of patches."""
     wanted = column[latents.indices]
     image, patch, slot = torch.nonzero(wanted >= 0, as_tuple=True)
     out = torch.zeros(latents.acts.shape[0], columns, latents.acts.shape[1])

@@ -1,4 +1,4 @@
-"""The cache on disk: every latent's highest images, their patches, and the store of all activations."""
+"""The cache on disk: every latent's top images, its activation on their patches, and its statistics."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ TENSORS, SHAPE, PARTIAL = "cache.safetensors", "cache.json", ".partial"
 def write_cache(
     folder: Path, n_latents: int, n_top: int, described: dict[str, Any], blocks: Iterable[tuple[int, Ranking]]
 ) -> None:
-    """Write rankings of consecutive blocks of latents, each with its first latent, as a cache.
+    """Write a cache: cache.safetensors, and cache.json, which repeats `described` for people.
 
-    described: images, patches, grid (or None), layer, model, skipped, store (or None); kept in the same file, so that
-    the two cannot part. cache.json repeats it for people.
+    described: images, patches, grid (or None), layer, model, skipped, store (or None); also kept in the header of
+        cache.safetensors, so that the two cannot be separated.
+    blocks: the first latent of a block, and the ranking of its latents; consecutive.
     """
     patches = described["patches"]
     tokens = described["images"] * patches
@@ -49,10 +50,13 @@ def write_cache(
 
 
 class LatentCache:
-    """What `cache_activations` found, read when asked for: opening reads a header, `top` and `patch_map` a row.
+    """The result of `cache_activations`. Nothing is read before it is used: `top` and `patch_map` read one row.
 
-    images: how many were seen. n_latents, n_top: of how many latents the cache tells how many images. grid: rows and
-    columns of the base patches, or None. skipped: number and fault of images that could not be read.
+    images: how many were read.
+    n_latents, n_top: of the SAE, and images kept for each latent.
+    grid: rows and columns of the base patches, or None.
+    layer: 0-based.
+    skipped: number to fault of the images that could not be read.
     """
 
     def __init__(self, folder: Path):
@@ -60,31 +64,42 @@ class LatentCache:
         shapes, metadata = shapes_in(self._file), self._file.metadata() or {}
         names = {"top_images", "top_means", "patches", "frequency", "mean", "max"}
         if names - shapes.keys() or "cache" not in metadata:
-            raise ValueError(f"{folder} is no cache of activations; make it with notebooks/02_cache_activations.py")
-        told = json.loads(metadata["cache"])
-        self.images, self.grid, self.layer = told["images"], told["grid"] and tuple(told["grid"]), told["layer"]
-        self.skipped = {row["image"]: row["fault"] for row in told["skipped"]}
-        self._stored = told["store"]
+            raise ValueError(f"{folder} is not a cache of activations; make it with notebooks/02_cache_activations.py")
+        described = json.loads(metadata["cache"])
+        self.images, self.layer = described["images"], described["layer"]
+        self.grid = described["grid"] and tuple(described["grid"])
+        self.skipped = {row["image"]: row["fault"] for row in described["skipped"]}
+        self._stored = described["store"]
         self.n_latents, self.n_top, self._patches = shapes["patches"]
 
     @classmethod
     def load(cls, folder: str | Path) -> LatentCache:
-        """Open a cache folder; FileNotFoundError if it is missing, ValueError if it is cut short or foreign."""
+        """Open the folder of a cache.
+
+        Raises:
+            FileNotFoundError: it is missing.
+            ValueError: it was cut short, or is something else.
+        """
         folder = Path(folder)
         if not (folder / SHAPE).is_file():
             raise FileNotFoundError(f"{folder / SHAPE} is missing; run notebooks/02_cache_activations.py first")
         return cls(folder)
 
     def top(self, latent: int) -> list[tuple[int, float]]:
-        """The images that excite a latent most, with their means, the first first; fewer if fewer do."""
+        """Return the numbers of the latent's top images with their mean activations, the best first.
+
+        There are `n_top`, or fewer if fewer images excite it.
+        """
         self._check(latent, 0)
         images, means = (self._file.get_slice(name)[int(latent)].tolist() for name in ("top_images", "top_means"))
         return [(image, mean) for image, mean in zip(images, means, strict=True) if image >= 0]
 
     def patch_map(self, latent: int, rank: int) -> Float[Tensor, "rows cols"]:
-        """The latent's activation over the base patches of its image of this rank (0 is the first), float32.
+        """Return the latent's activation on the base patches of its image of this rank (0 is the best), float32.
 
-        NoPatchGrid for a model without one; ValueError for a latent or rank that the cache does not have.
+        Raises:
+            NoPatchGrid: the model has no grid of patches.
+            ValueError: the cache has no such latent or rank.
         """
         if self.grid is None:
             raise NoPatchGrid("this cache is of a model without a patch grid; only its mean activations have a meaning")
@@ -99,30 +114,32 @@ class LatentCache:
 
     @cached_property
     def top_images(self) -> Int64[Tensor, "latents n_top"]:
-        """-1 where fewer images excite a latent."""
+        """Numbers of images, the best first; -1 where fewer images excite a latent."""
         return self._whole("top_images")
 
     @cached_property
     def top_means(self) -> Float[Tensor, "latents n_top"]:
+        """Mean activations over the base patches of these images."""
         return self._whole("top_means")
 
     @cached_property
     def frequency(self) -> Float[Tensor, " latents"]:
-        """Share of base tokens on which each latent is active."""
+        """Fraction of base tokens on which each latent is active."""
         return self._whole("frequency")
 
     @cached_property
     def mean(self) -> Float[Tensor, " latents"]:
-        """Each latent's mean activation where it is active."""
+        """Mean activation of each latent over the base tokens on which it is active."""
         return self._whole("mean")
 
     @cached_property
     def max(self) -> Float[Tensor, " latents"]:
+        """Highest activation of each latent."""
         return self._whole("max")
 
     @cached_property
     def live(self) -> Bool[Tensor, " latents"]:
-        """Whether a latent fired at all."""
+        """Whether each latent is active on at least one base token."""
         return self.frequency > 0
 
     def _whole(self, name: str) -> Tensor:
@@ -130,7 +147,11 @@ class LatentCache:
 
     @property
     def store(self) -> LatentStore:
-        """Every base token's active latents; FileNotFoundError if they were not kept."""
+        """The active latents of every base token.
+
+        Raises:
+            FileNotFoundError: they were not kept.
+        """
         if not self._stored:
             raise FileNotFoundError(f"{self._folder} keeps no activations; make the cache with store='float16'")
         return LatentStore(self._folder / STORE, self._patches)

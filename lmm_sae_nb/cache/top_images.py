@@ -1,4 +1,4 @@
-"""For every latent, of images that come in any order: the best n with their patches, and how it fires; exact."""
+"""Rank images for every latent, exactly, whatever the order in which they come; count how often it is active."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from jaxtyping import Float16, Float32, Int64
 
 from lmm_sae_nb.sae.topk import Latents
 
-ENTRIES = 2**21  # that one update takes in: about 150 bytes each while it lasts
+ENTRIES = 2**21  # of one update; each needs about 150 bytes while it lasts
 FRACTION = 2.0**40  # a sum is kept as whole numbers and as counts of 2^-40, so that no order of adding matters
 LAST = np.iinfo(np.int64).max
 
 
 class Firings(NamedTuple):
-    """Where latents are active: one entry for each (latent, image, patch), sorted in that order."""
+    """One entry for each (latent, image, patch) where the latent is active, sorted in that order."""
 
     latents: Int64[np.ndarray, " entries"]
     images: Int64[np.ndarray, " entries"]
@@ -26,9 +26,12 @@ class Firings(NamedTuple):
 
 
 def firings(latents: Latents, images: Sequence[int]) -> Iterator[tuple[Sequence[int], Firings]]:
-    """The entries above 0 of a batch (images, patches, k), with the images they are of.
+    """Yield the entries above 0 of a batch, with the numbers of their images.
 
-    At most ENTRIES at a time, or those of one image. images: their numbers, ascending.
+    At most ENTRIES at a time, or those of one image.
+
+    latents: (images, patches, k).
+    images: their numbers, ascending.
     """
     numbers, (_, patches, k) = np.asarray(images, np.int64), latents.acts.shape
     step = max(1, ENTRIES // (patches * k))
@@ -45,32 +48,34 @@ def firings(latents: Latents, images: Sequence[int]) -> Iterator[tuple[Sequence[
 
 @dataclass
 class Ranking:
-    """The running top n of each of some latents, and what its statistics are made of.
+    """The running top n images of each latent, and the sums that its statistics need.
 
-    A latent's n places are in no order; `ordered` sorts them. Means are compared in float32; of equal ones the image
-    with the lower number is ahead, whatever came first.
+    The n places of a latent are in no order; `ordered` sorts them. Means are compared in float32; of equal means the
+    lower image number comes first, whichever image was seen first.
     Memory: n_latents * n_top * (2 * patches + 12) bytes, and about 150 bytes for each entry of an update.
     """
 
     means: Float32[np.ndarray, "latents n_top"]
     images: Int64[np.ndarray, "latents n_top"]  # -1 where a place is free, its mean 0
     patches: Float16[np.ndarray, "latents n_top patches"]
-    fired: Int64[np.ndarray, " latents"]  # tokens on which it is active
-    whole: Int64[np.ndarray, " latents"]  # its activations' sum is whole + fraction / FRACTION
+    fired: Int64[np.ndarray, " latents"]  # number of tokens on which it is active
+    whole: Int64[np.ndarray, " latents"]  # the sum of its activations is whole + fraction / FRACTION
     fraction: Int64[np.ndarray, " latents"]
     highest: Float32[np.ndarray, " latents"]
 
     @classmethod
     def empty(cls, n_latents: int, n_top: int, patches: int) -> Ranking:
+        """Return a ranking that has seen no image."""
         means, numbers = np.zeros((n_latents, n_top), np.float32), np.full((n_latents, n_top), -1)
         counts = (np.zeros(n_latents, np.int64) for _ in range(3))
         rows = np.zeros((n_latents, n_top, patches), np.float16)
         return cls(means, numbers, rows, *counts, np.zeros(n_latents, np.float32))
 
     def update(self, new: Firings) -> None:
-        """Take in entries, all of an image's entries of a latent at once and each only once.
+        """Add entries; all entries of an image for a latent must come together, and only once.
 
-        ValueError for an activation that float16 cannot hold.
+        Raises:
+            ValueError: an activation is too large for float16.
         """
         if not len(new.acts):
             return
@@ -100,13 +105,17 @@ class Ranking:
         self.fraction[latents] += np.add.reduceat(np.rint((sums - whole) * FRACTION).astype(np.int64), groups)
 
     def _worst(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of each latent, the mean of its last place and the image there."""
+        """Return the mean and the image of each latent's last place."""
         mean = self.means.min(1)
         number = np.where(self.images < 0, LAST, self.images)
         return mean, np.where(self.means == mean[:, None], number, -1).max(1)
 
     def _admit(self, latents: np.ndarray, images: np.ndarray, means: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Seat the candidates (sorted by latent) that belong to the top n; their places, and which they are."""
+        """Give places to the candidates (sorted by latent) that belong to the top n.
+
+        Returns:
+            The places, and the candidates that got them.
+        """
         n_top, first = self.means.shape[1], _starts(latents)
         ids, counts = latents[first], np.diff(first, append=len(latents))
         row = np.repeat(np.arange(len(ids)), counts)
@@ -126,14 +135,14 @@ class Ranking:
         return ids[free_row] * n_top + free_place, taken
 
     def _write(self, new: Firings, places: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> None:
-        """Fill the patch rows of `places` with entries starts to stops."""
+        """Write entries starts to stops into the patch rows of `places`."""
         rows, lengths = self.patches.reshape(-1, self.patches.shape[2]), stops - starts
         rows[places] = 0
         entries = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
         rows[np.repeat(places, lengths), new.patches[entries]] = new.acts[entries]
 
     def ordered(self) -> dict[str, np.ndarray]:
-        """top_images, top_means and patches, the best first, and fired, mean (over those tokens) and max."""
+        """Return top_images, top_means and patches, the best first; and fired, mean (where active) and max."""
         order = _order(self.means, self.images)
         total = self.whole + self.fraction / FRACTION
         return {
@@ -147,7 +156,7 @@ class Ranking:
 
 
 def merged(parts: Sequence[Ranking]) -> Ranking:
-    """The ranking that had seen the images of all parts, which have none in common."""
+    """Return the ranking of the images of all parts together; no image may be in two parts."""
     if len(parts) == 1:
         return parts[0]
     means, images, patches = (
@@ -164,7 +173,7 @@ def merged(parts: Sequence[Ranking]) -> Ranking:
 
 
 def _starts(*keys: np.ndarray) -> np.ndarray:
-    """Where a new group of equal keys begins, in sorted keys."""
+    """Return where a new group of equal keys begins, in sorted keys."""
     differs = np.zeros(max(len(keys[0]) - 1, 0), bool)
     for key in keys:
         differs |= key[1:] != key[:-1]
@@ -172,5 +181,5 @@ def _starts(*keys: np.ndarray) -> np.ndarray:
 
 
 def _order(means: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """Each row's order: the higher mean first, then the lower number, then free places."""
+    """Return the order of each row: the higher mean first, then the lower number, then free places."""
     return np.lexsort((np.where(images < 0, LAST, images), -means), axis=-1)

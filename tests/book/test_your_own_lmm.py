@@ -202,14 +202,14 @@ def test_its_preset_runs_notebooks_01_to_04_by_its_command(at_the_desk, mine):
     metrics = metrics_of("train", "cache", "interpret", "score")
     assert not Path("data/artifacts/mine/judge").exists()  # nobody was named, and there is no ground truth
     assert metrics["train"]["tokens"] > 1000 and metrics["cache"]["images"] == 8 and metrics["cache"]["skipped"] == 1
-    assert sum(metrics["cache"][f"latents_{side}"] for side in ("image_only", "text_only", "both", "untold")) == 64
+    assert sum(metrics["cache"][f"latents_{side}"] for side in ("image_only", "text_only", "both", "undetermined")) == 64
     assert metrics["interpret"]["asked"] == 6
     assert not Path("data/artifacts/tiny").exists()  # nothing of Picture World is read, so none of it is rendered
     assert {"iou_paper", "iou_strict", "clip_paper", "clip_strict"} <= metrics["score"].keys()
     catalogue = LatentTable.load("mine")
     assert len(catalogue.rows) == 6
     for row in catalogue.rows.values():
-        assert {"serves", "text tokens"} <= row.keys() and ("iou_strict" in row) == (row["outcome"] == "explained")
+        assert {"responds to", "text tokens"} <= row.keys() and ("iou_strict" in row) == (row["outcome"] == "explained")
     for page in Path("build/executed").glob("*.ipynb"):
         said = json.dumps([cell.get("outputs") for cell in nbformat.read(page, 4).cells])
         assert "Warning" not in said, page.name

@@ -17,16 +17,15 @@ from PIL import Image
 from trainings import run
 
 from lmm_sae_nb.cache import activations as caching
-from lmm_sae_nb.cache.activations import cache_activations, forecast
+from lmm_sae_nb.cache.activations import cache_activations, finish_pass
 from lmm_sae_nb.cache.encode_images import activation_maps
 from lmm_sae_nb.cache.latent_cache import LatentCache
-from lmm_sae_nb.cache.resume import Share
+from lmm_sae_nb.cache.resume import PassPart
 from lmm_sae_nb.cache.top_images import Ranking, firings, merged
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents, TopKSAE, TrainedOn
-from lmm_sae_nb.train.evaluate import evaluate_sae
 
 
 @pytest.fixture(scope="module")
@@ -159,13 +158,6 @@ def test_base_tokens_need_nothing_that_comes_behind_them(family):
     torch.testing.assert_close(cut[base[:, :last]], lmm.hidden_states(prompt, 1)[base], atol=1e-4, rtol=1e-4)
 
 
-def test_a_forecast_measures_and_counts(lmm, sae, pictures):
-    told = forecast(lmm, sae, pictures, 0, n_top=3, batch_size=2, store="float32")
-    assert told.seconds == pytest.approx(7 / told.images_per_second)
-    assert told.disk > 7 * 144 * 3 * 8
-    assert forecast(lmm, sae, pictures, 0, n_top=3, batch_size=2).disk < told.disk
-
-
 def test_a_cache_that_does_not_fit_the_disk_is_refused(lmm, sae, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(caching.shutil, "disk_usage", lambda path: caching.shutil._ntuple_diskusage(10, 8, 2**16))
     with pytest.raises(OSError, match=r"needs up to 0\.0 GB at .*, 0\.0 GB are free: make room, .*store=None"):
@@ -180,23 +172,19 @@ def test_an_sae_of_another_width_is_refused(lmm, pictures, tmp_path):
 
 
 def test_an_sae_of_another_layer_or_model_is_refused(lmm, sae, pictures, tmp_path):
-    """By whatever takes a model, an SAE and a layer; here the pass, its forecast, maps, and the evaluation."""
-    told = TopKSAE(sae.width, sae.n_latents, sae.k)
-    told.trained_on = TrainedOn(0, lmm.fingerprint(0))
+    trained = TopKSAE(sae.width, sae.n_latents, sae.k)
+    trained.trained_on = TrainedOn(0, lmm.fingerprint(0))
     other = LMM(*make("picture_world", seed=7))
-    rows = [{"image": None, "question": "what ?", "answer": "that"}]
-    for call in (
-        lambda lmm, layer: cache_activations(SAEInPlace(lmm, told, layer), pictures, folder=tmp_path),
-        lambda lmm, layer: forecast(lmm, told, pictures, layer),
-        lambda lmm, layer: activation_maps(SAEInPlace(lmm, told, layer), pictures, [0]),
-        lambda lmm, layer: evaluate_sae(SAEInPlace(lmm, told, layer), rows),
-    ):
-        with pytest.raises(ValueError, match="trained on layer 0, not 1; give that layer"):
-            call(lmm, 1)
-        with pytest.raises(ValueError, match="trained on another model than .*: layer 0 had other weights"):
-            call(other, 0)
-        with pytest.raises(ValueError, match="no layer 9: .* has layers 0 to 2"):
-            call(lmm, 9)
+
+    def cache(lmm, layer):
+        cache_activations(SAEInPlace(lmm, trained, layer), pictures, folder=tmp_path)
+
+    with pytest.raises(ValueError, match="trained on layer 0, not 1; give that layer"):
+        cache(lmm, 1)
+    with pytest.raises(ValueError, match="trained on another model than .*: layer 0 had other weights"):
+        cache(other, 0)
+    with pytest.raises(ValueError, match="no layer 9: .* has layers 0 to 2"):
+        cache(lmm, 9)
     assert not list(tmp_path.iterdir())
 
 
@@ -244,7 +232,7 @@ def test_a_model_without_a_grid_has_means_but_no_maps(tmp_path):
 def test_the_store_holds_every_activation_by_image_and_by_latent(
     lmm, sae, pictures, dense, tmp_path, monkeypatch, value
 ):
-    monkeypatch.setattr("lmm_sae_nb.cache.sparse_store.PART", 4000)  # several files
+    monkeypatch.setattr("lmm_sae_nb.cache.sparse_store.FILE_BYTES", 4000)  # several files
     cache = cache_activations(SAEInPlace(lmm, sae, 0), pictures, batch_size=2, folder=tmp_path, store=value)
     assert len(list((tmp_path / "store").iterdir())) > 1
     tolerance = {"atol": 1e-3, "rtol": 1e-2} if value == "float16" else {"atol": 1e-4, "rtol": 1e-4}
@@ -309,13 +297,13 @@ def run_on_made_up_latents(folder, n_latents, images, batch, n_top, patches, k) 
     before = resident("VmRSS")
     (folder / ".partial").mkdir(parents=True)
     (folder / ".partial" / "key.json").write_text("{}")
-    share = Share(folder / ".partial" / "00000.safetensors", n_latents, n_top, "float16")
+    part = PassPart(folder / ".partial" / "00000.safetensors", n_latents, n_top, "float16")
     for number, start in enumerate(range(0, images, batch)):
-        share.add(number, list(range(start, start + batch)), {}, latents)
-        share.save()
-    share.save(last=True)
-    del share
-    caching._finish(folder, n_latents, n_top, "float16", {"grid": None, "layer": 0, "model": "made up"})
+        part.add(number, list(range(start, start + batch)), {}, latents)
+        part.save()
+    part.save(last=True)
+    del part
+    finish_pass(folder, n_latents, n_top, "float16", {"grid": None, "layer": 0, "model": "made up"})
     (folder / "bytes").write_text(str(resident("VmHWM") - before))
 
 

@@ -10,10 +10,10 @@ from models import make
 from PIL import Image
 from torch.multiprocessing import ProcessRaisedException
 
-from lmm_sae_nb.cache import encode_images as caching
+from lmm_sae_nb.cache import activations
 from lmm_sae_nb.cache.activations import cache_activations
 from lmm_sae_nb.cache.latent_cache import LatentCache
-from lmm_sae_nb.cache.resume import shares_in, told_by
+from lmm_sae_nb.cache.resume import part_files, read_progress
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
@@ -44,20 +44,20 @@ def one_thread_each(monkeypatch):
 
 def run(given, folder: Path, processes: int, fail_at: int | None = None) -> None:
     """A pass by so many processes; the one that gets to batch `fail_at` fails there, and takes the others with it."""
-    encode = caching._encode
+    encode = activations.encode_batch
 
-    def failing(lmm, studied, batch):
+    def failing(places, batch):
         if batch.number == fail_at:
             raise RuntimeError("the power is gone")
-        return encode(lmm, studied, batch)
+        return encode(places, batch)
 
     def work():
         torch.set_num_threads(1)  # the parent's threads are not there
         PartialState._reset_state()
-        caching._encode = failing
+        activations.encode_batch = failing
         cache = cache_activations(*given, **SETTINGS, folder=folder, save_every=0)
         assert PartialState().num_processes == processes
-        assert cache.images == len(given[2])
+        assert cache.images == len(given[1])
         PartialState().destroy_process_group()
 
     debug_launcher(work, num_processes=processes)
@@ -82,7 +82,7 @@ def test_processes_that_share_a_pass_make_the_bytes_of_one(given, alone, tmp_pat
 def test_other_processes_go_on_with_what_two_left(given, alone, tmp_path, later):
     with pytest.raises(ProcessRaisedException, match="the power is gone"):
         run(given, tmp_path, 2, fail_at=5)
-    told = [told_by(path)["batches"] for path in shares_in(tmp_path / ".partial")]
-    assert 0 < sum(map(len, told)) < 7
+    batches = [read_progress(path)["batches"] for path in part_files(tmp_path / ".partial")]
+    assert 0 < sum(map(len, batches)) < 7
     run(given, tmp_path, later)
     same_answers(alone, tmp_path)

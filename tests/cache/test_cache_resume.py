@@ -11,10 +11,10 @@ from forks import killed, started
 from models import make
 from PIL import Image
 
-from lmm_sae_nb.cache import activations, encode_images
+from lmm_sae_nb.cache import activations
 from lmm_sae_nb.cache.activations import cache_activations
 from lmm_sae_nb.cache.latent_cache import LatentCache
-from lmm_sae_nb.cache.resume import shares_in, told_by
+from lmm_sae_nb.cache.resume import part_files, read_progress
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
@@ -47,12 +47,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def batches(folder: Path) -> int:
     """How many are in the state on disk."""
-    return sum(len(told_by(path)["batches"]) for path in shares_in(folder / ".partial"))
+    return sum(len(read_progress(path)["batches"]) for path in part_files(folder / ".partial"))
 
 
 def cut_short(lmm, sae, images, folder: Path) -> None:
     """A pass that is killed as soon as it has saved something, however fast the machine is."""
-    process, end = started(cache_activations, lmm, sae, images, **SETTINGS, folder=folder, save_every=0)
+    process, end = started(cache_activations, SAEInPlace(lmm, sae, 0), images, **SETTINGS, folder=folder, save_every=0)
     while not ((folder / ".partial").is_dir() and batches(folder)):
         assert process.is_alive(), "the pass ended before it was seen to save anything"
         time.sleep(0.001)
@@ -63,14 +63,14 @@ def cut_short(lmm, sae, images, folder: Path) -> None:
 
 def test_a_pass_killed_again_and_again_ends_with_the_same_bytes(lmm, sae, pictures, tmp_path, monkeypatch):
     """SIGKILL at random moments of passes that save their state after every batch, in the middle of a write too."""
-    monkeypatch.setattr("lmm_sae_nb.cache.sparse_store.PART", 6000)  # a file of the store every few images
+    monkeypatch.setattr("lmm_sae_nb.cache.sparse_store.FILE_BYTES", 6000)  # a file of the store every few images
     images, folder = open_images(pictures), tmp_path / "cache"
     began = time.monotonic()
     cache_activations(SAEInPlace(lmm, sae, 0), images, **SETTINGS, folder=tmp_path / "whole", save_every=0)
     seconds, rng, done, kills = time.monotonic() - began, random.Random(0), [0], 0
     while kills < 20 or max(done) < 4:
         kills, seconds = kills + 1, seconds * 1.02  # the machine may have become slower
-        arguments = (lmm, sae, images)
+        arguments = (SAEInPlace(lmm, sae, 0), images)
         after = rng.uniform(0.05, 0.8) * seconds
         killed(after, cache_activations, *arguments, **SETTINGS, folder=folder, save_every=0)
         if (folder / ".partial" / "key.json").is_file():
@@ -87,7 +87,7 @@ def test_a_pass_killed_again_and_again_ends_with_the_same_bytes(lmm, sae, pictur
 
 def test_a_kill_at_each_write_changes_nothing(lmm, sae, pictures, tmp_path, monkeypatch):
     """Every rename of the pass in turn is the last thing that happens: a stop before it, and one after it."""
-    monkeypatch.setattr("lmm_sae_nb.cache.sparse_store.PART", 6000)
+    monkeypatch.setattr("lmm_sae_nb.cache.sparse_store.FILE_BYTES", 6000)
     images = open_images(pictures)
     cache_activations(SAEInPlace(lmm, sae, 0), images, **SETTINGS, folder=tmp_path / "whole")
     expected, replace = contents(tmp_path / "whole"), Path.replace
@@ -124,16 +124,16 @@ def test_a_kill_at_each_write_changes_nothing(lmm, sae, pictures, tmp_path, monk
 
 def test_it_goes_on_where_it_was(lmm, sae, pictures, tmp_path, monkeypatch):
     """What is done is not done again."""
-    images, seen, encode = open_images(pictures), [], encode_images._encode
+    images, seen, encode = open_images(pictures), [], activations.encode_batch
 
-    def stop_in_the_middle(lmm, studied, batch):
+    def stop_in_the_middle(places, batch):
         if batch.number == 5 and 5 not in seen:
             seen.append(5)
             raise KeyboardInterrupt
         seen.append(batch.number)
-        return encode(lmm, studied, batch)
+        return encode(places, batch)
 
-    monkeypatch.setattr(activations, "_encode", stop_in_the_middle)
+    monkeypatch.setattr(activations, "encode_batch", stop_in_the_middle)
     with pytest.raises(KeyboardInterrupt):
         cache_activations(SAEInPlace(lmm, sae, 0), images, **SETTINGS, folder=tmp_path / "c", save_every=0)
     cache_activations(SAEInPlace(lmm, sae, 0), images, **SETTINGS, folder=tmp_path / "c")

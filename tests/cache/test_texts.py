@@ -1,6 +1,4 @@
-"""The text side is what sorting everything would give, one sample at a time; who serves what is counted by hand."""
-
-from types import SimpleNamespace
+"""The text side is what sorting everything would give, one sample at a time."""
 
 import models
 import numpy as np
@@ -8,7 +6,7 @@ import pytest
 from models import noise
 
 from lmm_sae_nb.cache import texts as texting
-from lmm_sae_nb.cache.texts import TextCache, Word, as_rows, cache_texts, counted, read, serves
+from lmm_sae_nb.cache.texts import TextCache, Word, cache_texts, text_activations
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE, TrainedOn
@@ -95,7 +93,7 @@ def test_the_size_of_the_batches_changes_nothing(lmm, sae, samples, cache, tmp_p
 
 def test_a_text_is_read_with_the_activation_of_each_token(lmm, sae, samples, dense):
     latent = int(dense[4][1].sum(0).argmax())
-    pieces, acts = read(SAEInPlace(lmm, sae, LAYER), samples[4], latent)
+    pieces, acts = text_activations(SAEInPlace(lmm, sae, LAYER), samples[4], latent)
     prompt, z = dense[4]
     places = prompt.spans[0].where("text")
     np.testing.assert_allclose(acts, z[places, latent], atol=1e-5)
@@ -103,69 +101,7 @@ def test_a_text_is_read_with_the_activation_of_each_token(lmm, sae, samples, den
     assert "what ?" in "".join(pieces) and "it is 4 ." in "".join(pieces)
 
 
-# Which side a latent serves.
-
-
-def seen(base: list[int], tiles: list[int], text: list[int], tokens: tuple[int, int, int]) -> SimpleNamespace:
-    """Firings of some latents on 1000 base tokens and so on."""
-    return SimpleNamespace(
-        fired=np.array([base, tiles, [9] * len(base), text]),
-        tokens=dict(zip(("base", "tiles", "newline", "text"), (tokens[0], tokens[1], 50, tokens[2]), strict=True)),
-    )
-
-
-def test_who_serves_what_is_told_by_the_rates_and_only_where_chance_would_not_do_it():
-    """1,000 image tokens and 100 of text. The latents: on images alone, often; the same, twice; on text alone; on both
-    at one rate; on text at a tenth of the images' rate, and just below it; never."""
-    cache = seen([150, 1, 0, 100, 100, 210, 0], [150, 1, 0, 100, 100, 210, 0], [0, 0, 9, 20, 2, 4, 0], (500, 500, 100))
-    found = serves(cache)
-    assert found.image_only.tolist() == [True, False, False, False, False, True, False]
-    assert found.text_only.tolist() == [False, False, True, False, False, False, False]
-    assert found.both.tolist() == [False, False, False, True, True, False, False]
-    assert found.untold.tolist() == [False, True, False, False, False, False, False]
-    assert counted(found) == {
-        "latents_image_only": 2, "latents_text_only": 1, "latents_both": 2, "latents_untold": 1,
-        "latents_image_only_share": 0.4, "latents_text_only_share": 0.2, "latents_both_share": 0.4,
-    }  # fmt: skip
-
-
-def test_what_chance_would_do_is_what_dealing_out_does():
-    """Two firings on images, none on text: of 1,100 tokens, neither of two drawn is one of the 100 of text."""
-    cache, p = seen([2], [0], [0], (500, 500, 100)), (1000 / 1100) * (999 / 1099)
-    assert serves(cache, by_chance=p - 1e-6).untold.all()
-    assert serves(cache, by_chance=p + 1e-6).image_only.all()
-
-
-def test_latents_whose_firings_are_dealt_out_serve_both_or_are_untold():
-    rng = np.random.default_rng(0)
-    total = rng.integers(0, 300, 2000)
-    text = rng.hypergeometric(500, 10_000, total)
-    found = serves(seen((total - text).tolist(), [0] * 2000, text.tolist(), (5000, 5000, 500)))
-    assert found.image_only.sum() + found.text_only.sum() < 0.02 * 2000
-    assert found.both.sum() > 1000
-
-
-def test_rows_for_people_have_every_latent_that_fires_once(lmm, cache):
-    rows, found = as_rows(lmm, cache), serves(cache)
-    assert len(rows) == sum(latents.sum() for latents in found)
-    for name, latents in found._asdict().items():
-        for n in np.flatnonzero(latents):
-            told = rows[str(n)]
-            assert told["serves"] == name.replace("_", " ")
-            assert told["text tokens"] == [lmm.tokenizer.decode([word.token]) for word in cache.top_words(int(n))]
-
-
 # Bad input.
-
-
-@pytest.mark.parametrize(("tokens", "least", "message"), [
-    ((0, 0, 9), 0.1, "0 image and 9 text tokens; read samples that have both"),
-    ((9, 9, 0), 0.1, "18 image and 0 text tokens"),
-    ((9, 9, 9), 0.0, "least is 0.0"),
-])  # fmt: skip
-def test_sides_that_cannot_be_told_apart(tokens, least, message):
-    with pytest.raises(ValueError, match=message):
-        serves(seen([1], [1], [1], tokens), least)
 
 
 def test_nothing_to_read_or_an_sae_of_another_layer_is_refused(lmm, sae, samples, tmp_path):

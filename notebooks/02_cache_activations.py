@@ -13,31 +13,40 @@
 # %% [markdown]
 # # 2. Find what excites each latent
 #
-# **The question.** Section 2.2: for each latent, which images of a large set excite it most, and which patches of them?
+# **The question** (section 2.2). Which images of a large set excite a latent
+# most? Which patches of these images? And which words?
 #
-# **You will learn** how the mean over patches ranks images, why one pass is enough for every latent at once, and what the
-# activation statistics of latents look like.
+# **You will learn** how the mean over patches ranks images, why one pass is
+# enough for all latents at once, and how often latents are active.
 #
-# **Reads** the model, `train/`, images and, for the text side, samples. **Writes** `cache/`: for every latent its top
-# images, their patch maps, its top texts and tokens, and statistics.
+# **Reads** the model, the stage `train`, images, and samples for the text
+# side. **Writes** the stage `cache`: for every latent its top images, the
+# activations on their patches, its top texts and tokens, and statistics.
 #
 # | preset | images | time |
 # |---|---|---|
-# | `tiny` | 2,400 held-back Picture World scenes | 2 minutes, 2 cores |
+# | `tiny` | 2,400 scenes of Picture World, not used in training | 2 minutes, 2 cores |
 # | `paper` | 46,684 images | GPUs |
 
 # %% tags=["parameters"]
-run: str = "tiny"  # results go to data/artifacts/<run>/
-model: str = "data/models/tiny-llava-next"  # a folder of this project, or a name on the hub
-images: str = "data/artifacts/tiny/world/cache"  # a data set with an image column, or a folder of images
-layer: int = 1  # 0-based, the layer that the SAE was trained on
+# results go to data/artifacts/<run>/
+run: str = "tiny"
+# the model under study: a folder of this project, or a name on the hub
+model: str = "data/models/tiny-llava-next"
+# a data set with a column of images, or a folder of images
+images: str = "data/artifacts/tiny/world/cache"
+layer: int = 1  # counted from 0; the layer that the SAE was trained on
 n_top: int = 5  # images kept for each latent
-batch_size: int = 16  # images a forward
-store: str = "float16"  # or "float32": keeps every activation, tens of GB at full scale; "" only those of the top images
-unreadable: str = "refuse"  # what to do with files that are no pictures; "skip" leaves them out and names them
-texts: str = "data/artifacts/tiny/world/train"  # samples with image, question and answer, for the text side
-n_texts: int = 300  # of them that are read, at random
-seed: int = 0  # of their choice
+batch_size: int = 16  # images that go through the model at once
+# "float16" or "float32" keeps every activation (tens of GB at full scale),
+# "" only those of the top images
+store: str = "float16"
+# files that are no images: "refuse" stops there, "skip" leaves them out
+unreadable: str = "refuse"
+# samples for the text side: image, question, answer
+texts: str = "data/artifacts/tiny/world/train"
+n_texts: int = 300  # samples that are read, drawn at random
+seed: int = 0  # of this draw, and of the latents in the figures
 
 # %% tags=["remove-cell"]
 import time
@@ -47,138 +56,200 @@ import torch
 from datasets import load_from_disk
 from torch.testing import assert_close
 
-from lmm_sae_nb.cache import activations as caching
-from lmm_sae_nb.cache import texts as texting
-from lmm_sae_nb.cache.activations import cache_activations, forecast
-from lmm_sae_nb.cache.latent_cache import LatentCache
-from lmm_sae_nb.cache.texts import TextCache, as_rows, cache_texts, counted, read, serves
-from lmm_sae_nb.interpret.exemplars import exemplars
-from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb import SAEInPlace, cache_activations, exemplars, open_images
+from lmm_sae_nb.cache.sides import side_metrics, side_rows, sides
+from lmm_sae_nb.cache.texts import TextCache, cache_texts, text_activations
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
-from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show import plots
-from lmm_sae_nb.support.files import project_root, read_json, write_json
-from lmm_sae_nb.support.images import open_images
-from lmm_sae_nb.support.stages import Stage, require
+from lmm_sae_nb.show.report import findings, headline, metrics_table, provenance
+from lmm_sae_nb.support.stages import Page
 
-root = project_root()
+page = Page(globals())
 plots.style()
 
 # %%
-lmm = LMM.load(root / model if (root / model).is_dir() else model)
-sae = TopKSAE.load(require(run, "train", "sae.safetensors", "01_train_sae.py").parent)
-pictures = open_images(root / images)
-print(f"{len(pictures)} images, {sae.n_latents} latents, top {n_top}")
+place = SAEInPlace.load(page.locate(model), page.file("train"), layer)
+pictures = open_images(page.locate(images))
+print(f"{len(pictures)} images, {place.sae.n_latents} latents")
 
 # %% [markdown]
 # ## One pass
 #
-# > "By averaging over the second dimension, we obtain the mean activation values
-# > $\bar{\mathbf{Z}} = \frac{1}{576} \sum_j \mathbf{Z}[:, j, :]$ … we identify the top-5 influential image by selecting the
-# > top-5 activations along the first dimension."
+# > "By averaging over the second dimension, we obtain the mean activation
+# > values $\bar{\mathbf{Z}} = \frac{1}{576} \sum_j \mathbf{Z}[:, j, :]$ … we
+# > identify the top-5 influential image by selecting the top-5 activations
+# > along the first dimension."
 #
-# Only base image tokens count (576 at the paper's size, 144 here). The reference code keeps all activations and ranks
-# them later; a running top-n is exact in one pass, with memory that does not grow with the number of images. What comes
-# behind the last base token cannot change it, attention looks back only, so the tiles never pass the language model.
+# Only base tokens count: 576 in the paper, 144 here. The reference code keeps
+# all activations and ranks them later. We keep a running list of the top
+# images of every latent. This is exact too, and its memory does not grow with
+# the number of images. Attention is causal: later tokens cannot change earlier
+# ones. We stop after the last base token, so tile tokens never go through the
+# language model.
 #
-# A pass that is cut short goes on where it was when this cell runs again. `accelerate launch` on this file, or `torchrun`
-# where there are no GPUs, shares the pass among processes; the result is the same to the byte.
+# If the pass is cut short, run this cell again: it continues where it
+# stopped. With `accelerate launch` or `torchrun` several processes work on one
+# pass. Neither changes a byte of the result.
 
 # %%
-stage, code = Stage(run, "cache"), [caching, texting]
-params = dict(
-    model=model, images=images, layer=layer, n_top=n_top, store=store, unreadable=unreadable, texts=texts, n_texts=n_texts, seed=seed
+stage = page.stage("cache", after=("train",))
+began = time.monotonic()
+cache = cache_activations(
+    place, pictures, n_top=n_top, batch_size=batch_size,
+    store=store or None, unreadable=unreadable, folder=stage.folder,
 )  # fmt: skip
-read_here = (root / model, root / images, root / texts, Stage(run, "train").path("sae.safetensors"))
-inputs = [path for path in read_here if path.exists()]
-current = stage.is_current(params, inputs, code)
-if not current:
-    settings = dict(n_top=n_top, batch_size=batch_size, store=store or None, unreadable=unreadable)
-    told = forecast(lmm, sae, pictures, layer, **settings)
-    print(f"about {told.seconds:.0f} s, up to {told.disk / 1e6:,.0f} MB of disk, {told.memory / 1e9:.1f} GB beside the model")
-    started = time.monotonic()
-    cache = cache_activations(SAEInPlace(lmm, sae, layer), pictures, **settings, folder=stage.folder)
-    seconds = time.monotonic() - started
-    metrics = {
-        "images": cache.images,
-        "skipped": len(cache.skipped),
-        "latents": cache.n_latents,
-        "latents_live": int(cache.live.sum()),
-        "images_per_second": cache.images / seconds,
-        "seconds": seconds,
-    }
-cache = LatentCache.load(stage.folder)
-print(f"{cache.images} images, {len(cache.skipped)} skipped; {int(cache.live.sum())} of {cache.n_latents} latents fire")
+seconds = stage.result("seconds", float, lambda: time.monotonic() - began)
+live = int(cache.live.sum())
+print(f"{cache.images} images read, {len(cache.skipped)} skipped")
+print(f"{live} of {cache.n_latents} latents are active at least once")
 
 # %% [markdown]
-# **Check.** For the most exciting image of one latent: run the model again and average by hand.
+# **Check.** We take the latent with the highest mean activation. We run the
+# model on its top image again and compute the mean over patches in plain
+# PyTorch. The cache holds the same number, and the same activation on each
+# patch.
 
 # %%
 latent = int(cache.top_means[:, 0].argmax())
-first, _ = cache.top(latent)[0]
-prompt = lmm.prompt("", pictures[first])
+number, mean = cache.top(latent)[0]
+prompt = place.lmm.prompt("", pictures[number])
 base = prompt.spans[0].where("base")
-acts = sae.encode(lmm.hidden_states(prompt, layer)[0, base])
-by_hand = torch.where(acts.indices == latent, acts.acts, 0).sum(-1)
-assert_close(by_hand.mean(), cache.top_means[latent, 0], rtol=1e-3, atol=1e-5)
-if cache.grid:  # a Q-Former's tokens have no places
-    assert_close(by_hand.reshape(cache.grid), cache.patch_map(latent, 0), rtol=1e-2, atol=1e-2)
+hidden = place.lmm.hidden_states(prompt, layer)[0, base]
+acts, indices = place.sae.encode(hidden)
+ours = torch.where(indices == latent, acts, 0).sum(-1)
+assert_close(ours.mean().item(), mean, rtol=1e-3, atol=1e-5)
+if cache.grid:  # the tokens of a Q-Former have no places in the image
+    on_patches = cache.patch_map(latent, 0)
+    assert_close(ours.view(cache.grid), on_patches, rtol=1e-2, atol=1e-2)
 
 # %% [markdown]
-# ## What it looks like
+# ## Top images
 #
-# Six latents at random among those that fire on few patches. For each, its top images: above, the activation over the grey
-# image; below, the image with only its most activated patches visible.
+# We draw six latents at random among those that are active on less than 5 %
+# of the patches. Each has two rows: the activation on the grey image, then the
+# image with only its most activated patches visible.
 
-# %% mystnb={"figure": {"caption": "Random live latents with their five most exciting images: the activation on the patch grid, and the image with only its most activated patches visible.", "name": "fig-top-images"}}
+# %% mystnb={"figure": {"caption": "Six random latents with their five top images. Upper row: the activation on each patch. Lower row: only the most activated patches are visible.", "name": "fig-top-images"}, "image": {"alt": "For each of six latents, five generated scenes with a heat map, and below them the same scenes with most patches black."}}
 rng = np.random.default_rng(0)
-rare = np.flatnonzero(np.asarray(cache.live) & (np.asarray(cache.frequency) < 0.05))
-chosen = np.sort(rng.permutation(rare)[:6])
-plots.exemplar_strip([(f"latent {latent}", exemplars(cache, pictures, int(latent))) for latent in chosen]);
-# %% mystnb={"figure": {"caption": "How often latents fire: share of base patches on which each live latent is active.", "name": "fig-frequency"}}
-plots.histogram(np.asarray(cache.frequency), "share of base patches", log=True);
+frequency = np.asarray(cache.frequency)
+rare = np.flatnonzero(np.asarray(cache.live) & (frequency < 0.05))
+chosen = np.sort(rng.permutation(rare)[:6]).tolist()
+strips = [
+    (f"latent {latent}", exemplars(cache, pictures, latent))
+    for latent in chosen
+]
+plots.exemplar_strip(strips);
+# %% mystnb={"figure": {"caption": "How often latents are active. Most respond to few patches; some respond to a large part of every background.", "name": "fig-frequency"}, "image": {"alt": "Histogram of the fraction of base patches on which each live latent is active, on a logarithmic axis."}}
+plots.histogram(frequency, "fraction of base patches", log=True);
 # %% [markdown]
 # ## Text too
 #
-# The SAE has learned from text tokens as well. The same pass over samples as in fine-tuning, with and without an image:
-# for every latent the text tokens that excite it most, the texts of highest mean, and on how many tokens of each kind it
-# fires. It *serves* a side, images or text, if it fires there at least a tenth as often, a token, as on the other side.
-# That it serves one side only has to be no accident: were its firings dealt out at random among all tokens, so few on the
-# other side would come about in less than 1 % of cases; else it counts as *untold*, as rare latents must.
+# The SAE has also learned from text tokens. So we read training samples, with
+# and without an image, and find for every latent the text tokens that excite
+# it most and the texts of highest mean activation. We also count on how many
+# tokens of each kind it is active.
+#
+# A latent *responds to* a side, images or text, if its rate per token there is
+# at least a tenth of its rate on the other side. We call a latent one-sided
+# only if this cannot be chance: with its activations assigned to tokens at
+# random, so few on the other side would have a probability below 1 %.
+# Otherwise it is *undetermined*; rare latents often are.
 
 # %%
-samples = load_from_disk(root / texts)
-some = np.sort(np.random.default_rng(seed).choice(len(samples), min(n_texts, len(samples)), replace=False))
-samples = samples.select(some)
-if not current:
-    started = time.monotonic()
-    spoken = cache_texts(SAEInPlace(lmm, sae, layer), samples, n_top=n_top, batch_samples=batch_size, folder=stage.folder)
-    write_json(stage.path("words.json"), as_rows(lmm, spoken))  # for the feature browsers
-    metrics |= {"text_tokens": spoken.tokens["text"]} | counted(serves(spoken))
-    stage.finish(params, inputs, metrics, seconds + time.monotonic() - started, code)
-spoken = TextCache.load(stage.folder)
-read_json(stage.path("metrics.json"))
+samples = load_from_disk(page.locate(texts))
+draw = np.random.default_rng(seed).choice(
+    len(samples), min(n_texts, len(samples)), replace=False
+)
+samples = samples.select(np.sort(draw))
 
-# %% [markdown]
-# Latents of both sorts at random, among those that fire on some text: which tokens excite them most, and the text of highest
-# mean, shaded by the activation.
+
+def read_texts() -> dict:
+    folder = stage.folder
+    found = cache_texts(
+        place, samples, n_top=n_top, batch_samples=batch_size, folder=folder
+    )
+    return side_rows(place.lmm, found)
+
+
+words = stage.result("words", dict[str, dict], read_texts)
+text_cache = TextCache.load(stage.folder)
+by_side = sides(text_cache)
 
 # %%
-served, often = serves(spoken), spoken.fired[SAE_KINDS.index("text")] >= n_top
-shown = [(side, int(n)) for side in ("text_only", "both") for n in rng.permutation(np.flatnonzero(getattr(served, side) & often))[:3]]
-plots.shaded_texts({
-    f"latent {n}, {side.replace('_', ' ')}: " + " · ".join(lmm.tokenizer.decode([word.token]) for word in spoken.top_words(n)):
-    [read(SAEInPlace(lmm, sae, layer), samples[text], n) for text, _ in spoken.top_texts(n)[:2]] for side, n in shown
+metrics = stage.finish({
+    "images": cache.images,
+    "skipped": len(cache.skipped),
+    "latents": cache.n_latents,
+    "latents_live": live,
+    "median_frequency": float(np.median(frequency[np.asarray(cache.live)])),
+    "images_per_second": cache.images / seconds,
+    "seconds": seconds,
+    "text_tokens": text_cache.tokens["text"],
+    **side_metrics(by_side),
 })  # fmt: skip
+metrics_table(stage)
+
+# %% mystnb={"figure": {"caption": "What the latents respond to.", "name": "fig-sides"}, "image": {"alt": "One bar, divided into latents that respond to images only, to both, to text only, and undetermined ones."}}
+counts = {
+    side.replace("_", " "): metrics[f"latents_{side}"]
+    for side in ("image_only", "both", "text_only", "undetermined")
+}
+plots.stacked({"latents": counts}, "number of latents");
+# %% [markdown]
+# We draw three latents that respond to text only, and three that respond to
+# both, among those that are active on at least a few text tokens. Each line
+# names the tokens that excite the latent most. Below it are the two texts of
+# highest mean activation, shaded by the activation.
+
+# %%
+often = text_cache.fired[SAE_KINDS.index("text")] >= n_top
+shaded = {}
+for side in ("text_only", "both"):
+    candidates = np.flatnonzero(getattr(by_side, side) & often)
+    for n in rng.permutation(candidates)[:3].tolist():
+        tokens = " · ".join(words[str(n)]["text tokens"])
+        shaded[f"latent {n}, {side.replace('_', ' ')}: {tokens}"] = [
+            text_activations(place, samples[text], n)
+            for text, _ in text_cache.top_texts(n)[:2]
+        ]
+plots.shaded_texts(shaded)
 
 # %% [markdown]
 # ## What we found
-#
-# Most latents fire on few patches, and their top images tend to show one thing in common. Some fire on a large part of every
-# background: the low-level latents of section 4.2. Notebook 03 asks a model what the common thing is. Most of the latents
-# that can be told serve images and text; the text-only ones stand for words, as they are written or about to be.
 
-# %% tags=["hide-input"]
-manifest = read_json(stage.path("manifest.json"))
-print(f"run {run} · {model} · layer {layer} · {manifest['seconds']:.0f} s · {manifest['versions']}")
+# %% tags=["remove-input"]
+broad = int((frequency > 0.2).sum())
+findings(
+    f"{metrics['latents_live']:,} of {metrics['latents']:,} latents are "
+    f"active on at least one of {metrics['images']:,} images.",
+    "Half of these are active on less than "
+    f"{metrics['median_frequency']:.1%} of the base patches. {broad} latents "
+    "are active on more than a fifth of them: the low-level latents of "
+    "section 4.2.",
+    f"Among the latents that can be assigned to a side, "
+    f"{metrics['latents_both_fraction']:.0%} respond to images and text, "
+    f"{metrics['latents_image_only_fraction']:.0%} to images only, and "
+    f"{metrics['latents_text_only_fraction']:.0%} to text only.",
+)
+
+# %% [markdown]
+# **Limits.** The mean over patches prefers latents that are active on large
+# areas: a small thing can excite a latent strongly and still rank low. A latent
+# that responds to nothing in these images may respond to others. Notebook 03
+# asks a model what the top images of a latent have in common.
+
+# %% tags=["result", "remove-input"]
+headline(
+    page,
+    f"one pass over {metrics['images']:,} images finds the top {n_top} "
+    f"images of all {metrics['latents']:,} latents; "
+    f"{metrics['latents_live'] / metrics['latents']:.0%} of the latents are "
+    f"active at least once, and {metrics['latents_both_fraction']:.0%} of "
+    "those with a clear side respond to images and text.",
+    "it caches 46,684 images and studies 5,000 of its 131,072 latents; it "
+    "does not report how many are active, or on which side.",
+    "a pass over few, small images is cheap, so every latent can be studied.",
+)
+
+# %% tags=["remove-input"]
+provenance(page, stage)

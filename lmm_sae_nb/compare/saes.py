@@ -80,6 +80,5 @@ def train_and_cache(
     places = {
         name: SAEInPlace(lmm, result.sae.requires_grad_(False), recipes[name].layer) for name, result in trained.items()
     }
-    studied = {name: (place.sae, place.layer) for name, place in places.items()}
-    caches = cache_several(lmm, studied, images, n_top=n_top, folder=folder)
+    caches = cache_several(places, images, n_top=n_top, folder=folder)
     return {name: CachedSAE(place, caches[name]) for name, place in places.items()}

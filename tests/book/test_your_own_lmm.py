@@ -202,7 +202,8 @@ def test_its_preset_runs_notebooks_01_to_04_by_its_command(at_the_desk, mine):
     metrics = metrics_of("train", "cache", "interpret", "score")
     assert not Path("data/artifacts/mine/judge").exists()  # nobody was named, and there is no ground truth
     assert metrics["train"]["tokens"] > 1000 and metrics["cache"]["images"] == 8 and metrics["cache"]["skipped"] == 1
-    assert sum(metrics["cache"][f"latents_{side}"] for side in ("image_only", "text_only", "both", "undetermined")) == 64
+    sides = ("image_only", "text_only", "both", "undetermined")
+    assert sum(metrics["cache"][f"latents_{side}"] for side in sides) == 64
     assert metrics["interpret"]["asked"] == 6
     assert not Path("data/artifacts/tiny").exists()  # nothing of Picture World is read, so none of it is rendered
     assert {"iou_paper", "iou_strict", "clip_paper", "clip_strict"} <= metrics["score"].keys()

@@ -10,10 +10,10 @@ from PIL import Image
 from lmm_sae_nb.compare.saes import CachedSAE
 from lmm_sae_nb.interpret.explain import as_rows
 from lmm_sae_nb.interpret.open import Interpreter
-from lmm_sae_nb.score.clip import AllPairs
 from lmm_sae_nb.score.latents import explained_latents, score_latents
 from lmm_sae_nb.score.masks import FindConcept
 from lmm_sae_nb.score.scores import Scores
+from lmm_sae_nb.score.similarity import AllPairs
 from lmm_sae_nb.truth.accuracy import add_truth
 from lmm_sae_nb.truth.label_maps import LabelMaps
 

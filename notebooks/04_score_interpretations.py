@@ -254,7 +254,7 @@ paper = published_numbers("score")
 for caption, rows in table_1(tables, paper).items():
     display(plots.table(rows, caption))
 
-# %% mystnb={"figure": {"caption": "IoU by kind of concept in both modes, with 99 % intervals: own images and three kinds of chance.", "name": "fig-iou-by-kind"}, "image": {"alt": "Two panels with a row for each kind of concept; the own images lie to the right of every chance, but scenes come near the moved activation."}}
+# %% mystnb={"figure": {"caption": "IoU by kind of concept in both modes, with 99 % intervals: own images and three kinds of chance.", "name": "fig-iou-by-kind"}, "image": {"alt": "Two panels with a row for each kind of concept and the total. Each row has a point for the own images and one for each kind of chance."}}
 iou = {mode.name: tables[Column("iou", mode.name)] for mode in modes}
 plots.mean_panels({
     f"IoU, mode {name}": series_by_kind(table) for name, table in iou.items()
@@ -358,8 +358,9 @@ beaten = [
     for kind, row in means.items()
     if kind != "total" and row.area and row.score.low > row.area.high
 ]
+by = {"truth": "the ground truth"}.get(first, first)
 sentences = [
-    f"By {first}, the strict IoU of explained latents is {total.score}. "
+    f"By {by}, the strict IoU of explained latents is {total.score}. "
     f"With the activation moved it is {total.area}, with another name "
     f"{total.shuffled}, on random images {total.random}.",
     "Random images are a weak opponent, because most latents are silent "
@@ -375,11 +376,16 @@ sentences += [
     for column in scores.columns
     if f"{column}_correlation" in metrics and column.mode == "strict"
 ]
+if "clip_paper_kinds" in metrics:
+    sentences.append(
+        "The CLIP score is higher than for random images in "
+        f"{metrics['clip_paper_kinds_above_random']} of "
+        f"{metrics['clip_paper_kinds']} kinds."
+    )
 if judgements and "judged" in judged:
     sentences.append(
-        f"{who.capitalize()} accepts {judged['judged']:.1%} of the "
-        f"names, and {judged.get('judged_shuffled', 0):.1%} of other "
-        "latents' names."
+        f"The judge ({who}) accepts {judged['judged']:.1%} of the names, "
+        f"and {judged.get('judged_shuffled', 0):.1%} of other latents' names."
     )
 findings(*sentences)
 
@@ -400,7 +406,7 @@ metrics_table(judging) if judgements else None
 clip_score = ""
 if "clip_paper_random" in metrics:
     clip_score = (
-        f", and the CLIP score {metrics['clip_paper']:.1f} instead of "
+        f", and the CLIP score is {metrics['clip_paper']:.1f} instead of "
         f"{metrics['clip_paper_random']:.1f}"
     )
 paper = published_numbers("score")

@@ -71,5 +71,5 @@ def median_overlaps(
     column, gallery = Column("iou", mode.name), []
     for kind, latent in median_latents(scores, column).items():
         concept, score = scores.explained[latent].concept, scores[column][latent].score
-        gallery.append(overlap(exemplars[latent][0], concept, find, mode, f"{kind}: {concept}", score))
+        gallery.append(overlap(exemplars[latent][0], concept, find, mode, f"{kind}, {concept}", score))
     return gallery

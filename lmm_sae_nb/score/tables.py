@@ -12,6 +12,8 @@ from lmm_sae_nb.score.scores import Column, Comparison, Explained, Scores, laten
 from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval, run_interval
 from lmm_sae_nb.truth.label_maps import LabelMaps
 
+SERIES = ("own images", "moved", "other name", "random images")  # a score, and three kinds of chance
+
 
 @dataclass(frozen=True)
 class MeanComparison:
@@ -32,9 +34,8 @@ class MeanComparison:
 
     def series(self) -> dict[str, Mean]:
         """Return the score and what chance gives by the names that tables and figures use, without what is None."""
-        names = {"own images": self.score, "moved": self.area, "other name": self.shuffled}
-        names["random images"] = self.random
-        return {name: mean for name, mean in names.items() if mean}
+        means = dict(zip(SERIES, (self.score, self.area, self.shuffled, self.random), strict=True))
+        return {name: mean for name, mean in means.items() if mean}
 
     def metrics(self, name: str) -> dict[str, float]:
         """Return the means and their ends as metrics: `name`, `name_low`, `name_high`, `name_random`, …"""
@@ -161,7 +162,7 @@ def table_1(
 def _row(
     column: Column, kind: str, means: MeanComparison, published: Mapping[str, float] | None
 ) -> dict[str, str | float | Mean | None]:
-    row = {"kind": kind, "mode": column.mode} | means.series()
+    row = {"kind": kind, "mode": column.mode} | dict.fromkeys(SERIES) | means.series()
     if not published:
         return row
     name = f"{Column(column.quantity, column.mode)}_{kind}".removesuffix("_total")

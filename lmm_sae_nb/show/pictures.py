@@ -163,11 +163,12 @@ def overlap(
 
 
 def overlaps(found: Sequence[Overlap], first: Exemplar | None = None) -> list[Axes]:
-    """Draw `overlap` of each, four in a row, with its title above.
+    """Draw `overlap` of each with its title above, in full rows where that is possible.
 
     first: an exemplar whose activation is drawn as a heat map before them.
     """
-    axes = picture_axes(len(found) + (first is not None))
+    count = len(found) + (first is not None)
+    axes = picture_axes(count, columns=3 if count in (5, 6) else 4)
     if first is not None:
         heat_map(first.image, first.activation, ax=axes[0]).set_title("activation")
     for ax, one in zip(axes[first is not None :], found, strict=True):

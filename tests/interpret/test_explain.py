@@ -1,4 +1,4 @@
-"""Exemplars show what they claim to show; explanations are what came of asking."""
+"""Exemplars are the right images with the right masks; explanations are what the models answered."""
 
 import json
 
@@ -31,13 +31,13 @@ def test_masking_blackens_exactly_the_other_patches():
 
 
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(0, 10**6))
-def test_upsampling_covers_each_patch_by_its_share_of_the_pixels(rows, columns, seed):
+def test_upsampling_gives_each_patch_its_pixels(rows, columns, seed):
     patches = np.random.default_rng(seed).random((rows, columns)) < 0.5
     mask = upsample(patches, (columns * 5, rows * 3))
     assert mask.sum() == patches.sum() * 15
 
 
-def test_most_activated_is_above_a_share_of_the_highest():
+def test_most_activated_is_above_a_fraction_of_the_highest():
     activation = np.array([[0.0, 1.0], [2.0, 4.0]], np.float32)
     assert most_activated(activation, 0.25).tolist() == [[False, False], [True, True]]
     assert most_activated(activation, 0).tolist() == [[False, True], [True, True]]
@@ -52,8 +52,16 @@ def cache(tmp_path):
     ranking = Ranking.empty(2, 3, 9)
     ranking.images[0], ranking.means[0] = [0, 2, -1], [1, 2, 0]
     ranking.patches[0, :2] = np.stack([2 * np.eye(3), np.eye(3)]).reshape(2, 9)
-    told = {"images": 4, "patches": 9, "grid": (3, 3), "layer": 0, "model": "made up", "skipped": [], "store": None}
-    write_cache(tmp_path, 2, 3, told, [(0, ranking)])
+    described = {
+        "images": 4,
+        "patches": 9,
+        "grid": (3, 3),
+        "layer": 0,
+        "model": "made up",
+        "skipped": [],
+        "store": None,
+    }
+    write_cache(tmp_path, 2, 3, described, [(0, ranking)])
     return LatentCache.load(tmp_path)
 
 
@@ -83,8 +91,16 @@ def test_of_images_with_the_same_pixels_one_is_shown_and_another_takes_its_place
     ranking = Ranking.empty(1, 4, 9)
     ranking.images[0], ranking.means[0] = [3, 0, 2, 1], [4, 3, 2, 1]
     ranking.patches[0] = np.arange(36).reshape(4, 9)
-    told = {"images": 4, "patches": 9, "grid": (3, 3), "layer": 0, "model": "made up", "skipped": [], "store": None}
-    write_cache(tmp_path, 1, 4, told, [(0, ranking)])
+    described = {
+        "images": 4,
+        "patches": 9,
+        "grid": (3, 3),
+        "layer": 0,
+        "model": "made up",
+        "skipped": [],
+        "store": None,
+    }
+    write_cache(tmp_path, 1, 4, described, [(0, ranking)])
     pictures = [Image.new("RGB", (30, 30), (n // 2 * 9, n, 0)) for n in (0, 1, 2, 0)]  # 0 and 3 are alike
     found = exemplars(LatentCache.load(tmp_path), pictures, 0, n_top=2, threshold=0)
     assert [exemplar.image_index for exemplar in found] == [3, 2]
@@ -127,30 +143,30 @@ def test_the_latents_of_an_explainer_s_training_are_known_only_for_an_sae_of_the
     assert not any(latents_in_training(explainer, folder) for folder in (other, elsewhere, tmp_path / "none"))
 
 
-def test_what_becomes_of_a_latent_is_what_the_last_who_was_asked_says(cache):
-    said = {
+def test_the_last_model_that_was_asked_decides_the_outcome(cache):
+    answers = {
         3: Answer(EXPLAINED, "a big cat", "!", 0.75), 5: Answer(EXPLAINED, "all sorts", "?"),
         7: Answer(REFUSED, None, "no"), 9: Answer(FAILED, None, "down"),
     }  # fmt: skip
-    heard = []
+    asked = []
 
     def explain(sets):
-        heard.extend(list(images) for images in sets)
-        return list(said.values())
+        asked.extend(list(images) for images in sets)
+        return list(answers.values())
 
     def refine(texts):
         assert texts == ["a big cat", "all sorts"]
         return [Answer(EXPLAINED, "cat", ""), Answer(UNPARSEABLE, None, "")]
 
     found = exemplars(cache, [Image.new("RGB", (30, 30), (n, 1, 1)) for n in range(4)], 0)
-    told = explain_latents(
-        dict.fromkeys(said, found), explain, refine, lambda concepts: [f"{c}'s kind" for c in concepts]
+    explained = explain_latents(
+        dict.fromkeys(answers, found), explain, refine, lambda concepts: [f"{c}'s kind" for c in concepts]
     )
-    assert heard == [[exemplar.masked for exemplar in found]] * 4
-    assert told == {
+    assert asked == [[exemplar.masked for exemplar in found]] * 4
+    assert explained == {
         3: Explanation(EXPLAINED, "cat", "cat's kind", "!", 0.75), 5: Explanation(UNPARSEABLE, None, None, "?"),
         7: Explanation(REFUSED, None, None, "no"), 9: Explanation(FAILED, None, None, "down"),
     }  # fmt: skip
-    rows = json.loads(json.dumps(as_rows(told, longest=1)))
+    rows = json.loads(json.dumps(as_rows(explained, longest=1)))
     assert rows["9"] == {"outcome": "failed", "concept": None, "kind": None, "answer": "d", "confidence": None}
     assert rows["3"]["confidence"] == 0.75

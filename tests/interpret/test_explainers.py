@@ -34,12 +34,12 @@ TAG = "[EXPLANATION]:"
         ("<b>hat</b>", "", Outcome.EXPLAINED, "<b>hat</b>"),
     ],
 )
-def test_a_reply_is_one_of_four_things(text, tag, outcome, found):
+def test_a_reply_is_understood_by_its_tag_and_its_words(text, tag, outcome, found):
     answer = parse_reply(Reply(text), tag)
     assert (answer.outcome, answer.text, answer.raw) == (outcome, found, text)
 
 
-def test_a_fault_is_no_explanation_and_half_a_reply_neither():
+def test_neither_a_fault_nor_half_a_reply_is_an_explanation():
     assert parse_reply(Reply(None, "it is down")) == (Outcome.FAILED, None, "it is down", None)
     assert parse_reply(Reply("train tra", cut=True)).outcome is Outcome.UNPARSEABLE
 
@@ -53,13 +53,13 @@ def test_a_fault_is_no_explanation_and_half_a_reply_neither():
         (None, 0.0, Outcome.EXPLAINED),
     ],
 )
-def test_who_is_too_unsure_has_not_explained(confidence, least, outcome):
+def test_an_explanation_of_low_confidence_counts_as_refused(confidence, least, outcome):
     answer = parse_reply(Reply("a hat", confidence=confidence), least_confidence=least)
     assert (answer.outcome, answer.raw, answer.confidence) == (outcome, "a hat", confidence)
     assert answer.text == ("a hat" if outcome is Outcome.EXPLAINED else None)
 
 
-def test_a_limit_needs_a_reply_that_tells_how_sure_it_is():
+def test_a_limit_needs_a_reply_that_reports_its_confidence():
     with pytest.raises(
         ValueError, match=r"'a hat' comes without .* least_confidence = 0.5; set least_confidence to 0, or ask"
     ):

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -359,6 +360,6 @@ def require(run: str, stage: str, filename: str = "") -> Path:
 def _maker(stage: str) -> str:
     """The notebook that makes a stage, as a path from the project's root."""
     for notebook in sorted((project_root() / "notebooks").glob("*.py")):
-        if f'page.stage("{stage}"' in notebook.read_text(encoding="utf-8"):
+        if re.search(rf'page\.stage\(\s*"{re.escape(stage)}"', notebook.read_text(encoding="utf-8")):
             return f"notebooks/{notebook.name}"
     return f"the notebook that makes the stage {stage!r}"

@@ -120,7 +120,8 @@ style = pd.DataFrame(table).style.format(precision=1, thousands=",")
 style.hide(axis="index")
 
 # %% mystnb={"figure": {"caption": "Hours of each stage, by kind of work.", "name": "fig-hours"}, "image": {"alt": "Stacked bars of hours for three stages on one and on eight GPUs."}}
-labels = [f"{row['stage']}, {row['GPUs']} GPUs" for row in table]
+count = {1: "one GPU", 8: "eight GPUs"}
+labels = [f"{row['stage']}, {count[row['GPUs']]}" for row in table]
 hours = [cost.hours(device, gpus, utilisation) for gpus, cost in each]
 plots.stacked(dict(zip(labels, hours, strict=True)), f"hours, {gpu}");
 # %% [markdown]
@@ -159,7 +160,7 @@ plots.stacked(memory, "GB a GPU", limit=device.memory / 1e9);
 # %%
 for gpus in costs:
     for purpose, command in commands(path, values, gpus).items():
-        print(f"# {gpus} GPUs: {purpose}\n{command}\n")
+        print(f"# {count[gpus]}: {purpose}\n{command}\n")
 
 # %% [markdown]
 # ## A geometry twin, run for real
@@ -217,7 +218,7 @@ metrics_table(stage)
 alone = costs[1][0].hours(device, 1, utilisation)  # training on one GPU
 longest = max(alone, key=alone.get)
 too_large = [
-    f"{row['stage']} on {row['GPUs']} GPUs"
+    f"{row['stage']} on {count[row['GPUs']]}"
     for row in table
     if not row[f"fits {gpu}"]
 ]

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from lmm_sae_nb.compare.depth import SteeredLatent
 from lmm_sae_nb.compare.scored import ScoredSAE
 from lmm_sae_nb.score.scores import Column, Scores
@@ -53,11 +55,19 @@ def score_metrics(scored: Mapping[str, ScoredSAE], seed: int = 0) -> Metrics:
 
 
 def rise_metrics(low: Scores, high: Scores, seed: int = 0) -> Metrics:
-    """Return how much each score rises from one layer to another, as COLUMN_rise with its interval."""
+    """Return how much each score rises from one layer to another, as COLUMN_rise with its interval.
+
+    COLUMN_gain_rise is the rise of what a score has above random images. Deep layers may have names that fit any
+    image; then the score of random images rises too.
+    """
     metrics: Metrics = {}
     for column in low.columns:
-        one, other = ([each.score for each in scores[column].values()] for scores in (low, high))
-        metrics |= bounds(f"{column}_rise", difference_interval(one, other, seed=seed))
+        rows = [list(scores[column].values()) for scores in (low, high)]
+        values = [[row.score for row in each] for each in rows]
+        metrics |= bounds(f"{column}_rise", difference_interval(*values, seed=seed))
+        if all(row.random for each in rows for row in each):
+            gains = [[row.score - float(np.mean(row.random)) for row in each] for each in rows]
+            metrics |= bounds(f"{column}_gain_rise", difference_interval(*gains, seed=seed))
     return metrics
 
 
@@ -99,6 +109,17 @@ def depth_metrics(steered: Mapping[str, Sequence[SteeredLatent]], ranks: Mapping
 def direction(difference: Mean) -> str:
     """Return the word for a difference: "rises" or "falls" if its interval leaves out 0, else "does not change"."""
     return "rises" if difference.low > 0 else "falls" if difference.high < 0 else "does not change measurably"
+
+
+def rise_rows(metrics: Metrics) -> list[dict[str, str | Mean]]:
+    """Return each rise with its direction in words, for `plots.table`."""
+    rows = []
+    for column, title in TITLES.items():
+        for name, words in ((f"{column}_rise", title), (f"{column}_gain_rise", f"{title}, less random images")):
+            if name in metrics:
+                rise = read_mean(metrics, name)
+                rows.append({"score": words, "difference": rise, "it": direction(rise)})
+    return rows
 
 
 def layer_rows(metrics: Metrics, layers: Sequence[int], published: Mapping[str, float]) -> list[dict]:
@@ -202,14 +223,14 @@ def doubling_rows(metrics: Metrics, names: Mapping[int, str], title: str) -> lis
 
 
 def exam_rows(folders: Mapping[str, str | Path]) -> list[dict[str, str | float | None]]:
-    """Return the fraction of right answers of each model in each family of questions, from its `exam.json`.
+    """Return the fraction of right answers in each family of questions, a column for each model.
 
-    folders: model to its folder; models without an exam are left out.
+    folders: model to its folder; a model without an `exam.json` is left out.
     """
-    rows = []
-    for name, folder in folders.items():
+    fractions: dict[str, dict[str, float]] = {}
+    for model, folder in folders.items():
         if (file := Path(folder) / "exam.json").is_file():
-            families = {family: row for family, row in read_json(file).items() if isinstance(row, dict)}
-            fractions = {family: row["fraction"] for family, row in families.items() if "fraction" in row}
-            rows.append({"model": name} | fractions)
-    return rows
+            for family, row in read_json(file).items():
+                if isinstance(row, dict) and "fraction" in row:
+                    fractions.setdefault(family.replace("_", " "), {})[model] = row["fraction"]
+    return [{"questions": family} | row for family, row in fractions.items()]

@@ -357,6 +357,21 @@ def dose_response(steering: ObjectSteering) -> list[Axes]:
     return axes
 
 
+def size_panels(
+    results: Mapping[str, tuple[Mapping[str, Mapping[float, Mean]], float]],
+) -> list[Axes]:
+    """Draw `dose_curves` in panels beside each other for several kinds of size; one legend below.
+
+    results: the label of the axis to the curves and to the size that a dashed line marks.
+    """
+    axes = panels(len(results), inches=3.4, sharey=True)
+    for ax, (xlabel, (curves, mark)) in zip(axes, results.items(), strict=True):
+        dose_curves(curves, xlabel, "", mark=mark, ax=ax).get_legend().remove()
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(labels))
+    return axes
+
+
 def _words(name: str) -> str:
     return literal(WORDS.get(name, name.replace("_", " ")))
 

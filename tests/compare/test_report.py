@@ -18,6 +18,7 @@ from lmm_sae_nb.compare.report import (
     quality_metrics,
     quantity_rows,
     rise_metrics,
+    rise_rows,
     score_metrics,
     shared_concepts,
     size_curves,
@@ -55,6 +56,13 @@ def test_scores_are_means_and_above_chance_only_if_their_interval_is():
 def test_a_rise_is_the_difference_of_the_means_with_an_interval():
     metrics = rise_metrics(LOW.scores, HIGH.scores)
     assert metrics["iou_paper_rise"] == pytest.approx(0.25)
+    assert metrics["iou_paper_gain_rise"] == pytest.approx(0.25)
+    assert "clip_strict_gain_rise" not in metrics  # its chance is no random image
+    rows = rise_rows(metrics)
+    assert [row["score"] for row in rows] == [
+        "IoU, paper mode", "IoU, paper mode, less random images", "CLIP score, strict mode",
+    ]  # fmt: skip
+    assert [row["it"] for row in rows] == ["rises"] * 3
     assert metrics["clip_strict_rise_low"] < 15.5 < metrics["clip_strict_rise_high"]
 
 
@@ -124,8 +132,15 @@ def test_a_change_per_doubling_is_a_geometric_mean():
     ]
 
 
-def test_an_exam_is_a_row_of_fractions(tmp_path):
+def test_a_gain_does_not_rise_where_random_images_rise_as_much():
+    better_chance = [Comparison(value, random=(value - 0.3,)) for value in (0.5, 0.6, 0.7)]
+    metrics = rise_metrics(LOW.scores, scores_of(["object"] * 3, {IOU: better_chance, CLIP: better_chance}))
+    assert metrics["iou_paper_rise"] == pytest.approx(0.2)
+    assert metrics["iou_paper_gain_rise"] == pytest.approx(0, abs=1e-9)
+
+
+def test_exams_stand_beside_each_other_and_a_model_without_one_is_left_out(tmp_path):
     (tmp_path / "one").mkdir()
-    exam = {"seed": 3, "colour": {"fraction": 0.9, "low": 0.8}, "made": {"by": "hand"}}
+    exam = {"seed": 3, "colour_of": {"fraction": 0.9, "low": 0.8}, "made": {"by": "hand"}}
     (tmp_path / "one" / "exam.json").write_text(json.dumps(exam))
-    assert exam_rows({"one": tmp_path / "one", "other": tmp_path}) == [{"model": "one", "colour": 0.9}]
+    assert exam_rows({"one": tmp_path / "one", "other": tmp_path}) == [{"questions": "colour of", "one": 0.9}]

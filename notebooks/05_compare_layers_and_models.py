@@ -72,6 +72,7 @@ explainer: dict = {
     "model": "data/models/tiny-explainer",
     "prompt": "what do these images have in common ?",
     "tag": "",  # the explanation follows it in the reply; "": no tag
+    "batch_size": 4,  # questions at once, to a model in this process
     "max_new_tokens": 16,  # of an answer
     # a lower probability of the explainer counts as a refusal
     "least_confidence": 0.0,
@@ -276,8 +277,8 @@ runs = {name: scoring[name] for name in ("random_runs", "clip_runs")}
 
 # %%
 score = partial(
-    explain_and_score, images=pictures, interpreter=interpreter, truth=truth,
-    segmenters=finders, all_pairs=similarity.all_pairs,
+    explain_and_score, images=pictures, interpreter=interpreter,
+    truth=truth, segmenters=finders, all_pairs=similarity.all_pairs,
     n_explained=n_explained, seed=seed, **exemplars, **runs,
 )  # fmt: skip
 scored = {
@@ -511,8 +512,9 @@ findings(
     f"Explained latents score above chance in {sum(above)} of "
     f"{len(above)} comparisons: each score at each layer and model.",
     f"In the paper mode, {span}, the IoU {direction(iou)} (by {iou}), and "
-    f"the CLIP score {direction(clip)} (by {clip}). Above random images the "
-    f"CLIP score {direction(gain)} (by {gain}).",
+    f"the CLIP score {direction(clip)} (by {clip}).",
+    f"What the CLIP score has above random images {direction(gain)} "
+    f"(by {gain}).",
     *[
         f"In {name} latents have a CLIP score of "
         f"{metrics[f'clip_paper_{name}']:.1f}; random images have "

@@ -128,7 +128,7 @@ if cache.grid:
     assert (abs(np.asarray(first.masked)[hidden] - expected) <= 0.5).all()
 
 # %% mystnb={"figure": {"caption": "The exemplars of two latents. Above: where the latent is active. Below: the masked images that the explainer sees.", "name": "fig-exemplars"}, "image": {"alt": "Two latents with five images each, once with the activation over them and once with all but the active patches black."}}
-two = chosen[:: max(1, len(chosen) // 2)][:2]
+two = chosen[len(chosen) // 4 :: max(1, len(chosen) // 2)][:2]
 plots.exemplar_strip([(f"latent {n}", by_latent[n]) for n in two]);
 # %% [markdown]
 # ## Ask, and accept a refusal
@@ -182,7 +182,7 @@ four = explained[:: max(1, len(explained) // 4)][:4]
 titles = {n: f"latent {n}: {explanations[n]['concept']}" for n in four}
 plots.exemplar_strip([(titles[n], by_latent[n]) for n in four]);
 # %% mystnb={"figure": {"caption": "Latents without an explanation, and the outcome.", "name": "fig-refused"}, "image": {"alt": "Three latents that the explainer refused, with five images each."}}
-three = refused[:: max(1, len(refused) // 3)][:3]
+three = refused[len(refused) // 6 :: max(1, len(refused) // 3)][:3]
 titles = {n: f"latent {n}: {explanations[n]['outcome']}" for n in three}
 plots.exemplar_strip([(titles[n], by_latent[n]) for n in three]);
 # %% [markdown]
@@ -234,7 +234,7 @@ if truth:
 # ## The metrics
 #
 # The embedded explainer was trained to name masked scenes. Some of the masks
-# came from latents of this very SAE, on other scenes (`taught.json` beside the
+# came from latents of this same SAE, on other scenes (`taught.json` beside the
 # explainer lists these latents). Metrics that end in `_unseen` are of the
 # other latents alone.
 
@@ -282,7 +282,10 @@ if truth:
     if limits:
         ax = plots.curve(limits, "concept_accuracy", "explained_fraction")
         ax.axvline(metrics["explained_fraction"], color="0.5", ls="--")
-        ax.set(ylim=(0, 1.02));
+        ax.set(
+            xlabel="fraction of the latents that get a name",
+            ylabel="fraction of right names", ylim=(0, 1.02),
+        )
 
 # %% [markdown]
 # Which latents are refused? Label maps and positions tell what a latent
@@ -347,7 +350,7 @@ headline(
     f"the explainer names {metrics['explained_fraction']:.0%} of "
     f"{metrics['asked']:,} live latents{correct}.",
     "it explains 5,000 latents and does not report how many were refused; "
-    "two people agree with 75 % of the names, GPT-4o with 89 % (Table 2).",
+    "two people agree with 75% of the names, GPT-4o with 89% (Table 2).",
     "label maps decide here, people and GPT-4o there; and Picture World has "
     "a few hundred concepts, which its explainer was trained to name.",
 )

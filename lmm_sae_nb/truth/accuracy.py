@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from lmm_sae_nb.interpret.exemplars import Exemplar
-from lmm_sae_nb.interpret.explainers import Outcome, Refiner
+from lmm_sae_nb.interpret.explainers import KINDS, Outcome, Refiner
 from lmm_sae_nb.support.intervals import bounds, proportion
 from lmm_sae_nb.truth.label_maps import LabelMaps
 from lmm_sae_nb.truth.responses import RESPONSES, common_concept, response_of
@@ -119,12 +119,19 @@ def accuracy_by_confidence(rows: Rows, refine: Refiner) -> list[dict[str, float]
 
 
 def kinds_given(rows: Rows) -> dict[str, dict[str, int]]:
-    """Count the kinds that explanations gave, and the other outcomes, for each kind of true concept, or "nothing"."""
-    table: dict[str, Counter] = {}
-    for row in rows.values():
-        given = row["kind"] or "no kind" if _is_explained(row) else row["outcome"]
-        table.setdefault(row["true_kind"] or "nothing", Counter())[given] += 1
-    return {kind: dict(counts) for kind, counts in table.items()}
+    """Count the kinds that explanations gave, and the other outcomes, for each kind of true concept, or "nothing".
+
+    Kinds stand in the order of Table 1, then further ones; every row has the same columns in the same order.
+    """
+    pairs = Counter(
+        (row["true_kind"] or "nothing", (row["kind"] or "no kind") if _is_explained(row) else row["outcome"])
+        for row in rows.values()
+    )
+    last = ("nothing", "no kind", *(outcome.value for outcome in Outcome))
+    names = {name for pair in pairs for name in pair}
+    order = [*KINDS, *sorted(names - {*KINDS, *last}), *last]
+    true, given = ([name for name in order if any(pair[n] == name for pair in pairs)] for n in (0, 1))
+    return {kind: {column: pairs[kind, column] for column in given} for kind in true}
 
 
 def fraction_metrics(name: str, hits: Sequence[bool]) -> dict[str, float]:

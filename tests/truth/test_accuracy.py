@@ -30,7 +30,8 @@ def test_explanations_and_refusals_are_counted_by_hand():
     assert (right["concept_accuracy"], right["refusal_precision"], right["answerable_fraction"]) == (0.5, 0.5, 0.625)
     assert (right["unexplained_one_concept"], right["unexplained_edges"], right["unexplained_nothing"]) == (2, 2, 0)
     assert accuracy.kinds_given(rows) == {
-        "object": {"object": 3, "refused": 1, "unparseable": 1}, "nothing": {"object": 1, "refused": 1, "failed": 1},
+        "object": {"object": 3, "refused": 1, "unparseable": 1, "failed": 0},
+        "nothing": {"object": 1, "refused": 1, "unparseable": 0, "failed": 1},
     }  # fmt: skip
 
 

@@ -334,18 +334,26 @@ asked = sample_by_kind(explained, 10, seed)
 Rater(ratings, {n: explained[n]._asdict() for n in asked}, exemplars).box
 
 # %% [markdown]
-# Each rater's fraction of yes, and how often two raters agree on the latents
-# that both have rated. Kappa (Cohen's) is 0 if they agree as often as chance
-# would make them, and 1 if they always agree.
+# Each rater's fraction of yes:
 
 # %%
 concept_of = {latent: row.concept for latent, row in explained.items()}
 verdicts = verdicts_by_rater(read_ratings(ratings), concept_of)
-print(f"{len(verdicts)} people have answered")
-for rater, answers in verdicts.items():
-    print(rater, consistency(answers, explained)["total"])
-for pair in compare_raters(verdicts):
-    print(*pair)
+plots.table([
+    {"rater": rater} | consistency(answers, explained)
+    for rater, answers in verdicts.items()
+] or [{"rater": "nobody yet"}])  # fmt: skip
+
+# %% [markdown]
+# How often two raters agree on the latents that both have rated. Cohen's kappa
+# is 0 if they agree as often as chance would make them, and 1 if they always
+# agree:
+
+# %%
+plots.table([
+    pair._asdict() | {"raters": " and ".join(pair.raters)}
+    for pair in compare_raters(verdicts)
+] or [{"raters": "no two yet"}])  # fmt: skip
 
 # %% [markdown]
 # ## What we found

@@ -8,71 +8,39 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import math
 import re
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.samples import data_fingerprint
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.adam import SAEAdam
-from lmm_sae_nb.sae.losses import auxk_loss, geometric_median
+from lmm_sae_nb.sae.losses import geometric_median
 from lmm_sae_nb.sae.topk import HISTORY, TopKSAE
 from lmm_sae_nb.support.files import clear_temporaries, read_json, write_json
-from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.stages import code_fingerprints
 from lmm_sae_nb.train import checkpoint
-from lmm_sae_nb.train.checkpoint import Checkpoint
+from lmm_sae_nb.train.state import Learner, Recipe, Training, joined_settings
+from lmm_sae_nb.train.steps import CHECKPOINTS, do_steps, gathered
 from lmm_sae_nb.train.token_buffer import Position, Stream, mixed
 
-CHECKPOINTS = "checkpoint"
-ROW = ("step", "tokens", "loss", "fvu", "auxk", "dead_fraction", "l0", "lr", "seconds", "tokens_per_second")
-LOGS = "logs"
+LOGS = "logs"  # the folder of a tracker's files
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 
 
 class TrainResult(NamedTuple):
-    """A trained SAE and its history, one row every few steps, with the columns of ROW."""
+    """A trained SAE and its history, one row every few steps, with the columns of `steps.ROW`."""
 
     sae: TopKSAE
     history: list[dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The settings of one SAE of several.
-
-    layer: the layer, 0-based, whose output it learns.
-    n_latents: number of latents.
-    k: active latents per token.
-    lr: highest learning rate; by default the published rule, 2e-4 / sqrt(n_latents / 2^14).
-    """
-
-    layer: int
-    n_latents: int = 131_072
-    k: int = 256
-    lr: float | None = None
-
-    def run(self, lmm: LMM) -> dict[str, object]:
-        """Return what distinguishes this SAE from the others of the same training."""
-        lr = 2e-4 / math.sqrt(self.n_latents / 2**14) if self.lr is None else self.lr
-        return asdict(self) | {"lr": lr, "model": lmm.fingerprint(self.layer)}
-
-
-def learning_rate(step: int, steps: int, peak: float, warm: int) -> float:
-    """Return the learning rate at a step: a linear rise to `peak` over `warm` steps, then a linear fall to 0."""
-    return peak * min((step + 1) / max(1, warm), (steps - step) / max(1, steps - warm), 1.0)
 
 
 def train_sae(
@@ -179,10 +147,12 @@ def train_saes(
         if done := _finished(folder, runs, accelerator):
             return {name: TrainResult(one.sae.to(lmm.device), one.history) for name, one in done.items()}
         if tracker != "none":
-            accelerator.init_trackers("lmm-sae-nb", {name: _plain(value) for name, value in _together(runs).items()})
+            accelerator.init_trackers(
+                "lmm-sae-nb", {name: _plain(value) for name, value in joined_settings(runs).items()}
+            )
         stream = Stream(lmm, samples, [recipe.layer for recipe in recipes.values()], kinds, seed, batch_samples)
         training, batches = _begin(lmm, stream, accelerator, runs, folder)
-        _train(training, batches, accelerator, shared, folder, checkpoint_minutes, log_every, on_log)
+        do_steps(training, batches, accelerator, shared, folder, checkpoint_minutes, log_every, on_log)
         if accelerator.is_main_process:
             _finish(training, folder)
         accelerator.wait_for_everyone()
@@ -219,129 +189,38 @@ def _plain(value: object) -> object:
     return ", ".join(value) if isinstance(value, list) else value
 
 
-# ---- the state of a training, and its files --------------------------------------------------------------------
-
-
-@dataclass
-class _Learner:
-    """An SAE in training.
-
-    run: its settings.
-    silent: tokens since each latent was last active.
-    """
-
-    run: Mapping
-    sae: TopKSAE
-    optimiser: torch.optim.Optimizer
-    silent: Int64[Tensor, " latents"]
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def dead(self) -> Bool[Tensor, " latents"]:
-        """Which latents count as dead."""
-        return self.silent > self.run["dead_after_tokens"]
-
-
-@dataclass
-class _Training:
-    """The state of a training, which a checkpoint holds.
-
-    seconds: time spent on the steps, without the time lost between a checkpoint and a kill.
-    clock: the moment up to which `seconds` counts; not part of a checkpoint.
-    """
-
-    learners: dict[str, _Learner]
-    position: Position
-    step: int = 0
-    seconds: float = 0.0
-    clock: float = field(default_factory=time.monotonic)
-
-    @property
-    def run(self) -> dict:
-        """The settings of all SAEs."""
-        return _together({name: learner.run for name, learner in self.learners.items()})
-
-    def count_time(self) -> None:
-        """Add the time since the last call to `seconds`."""
-        now = time.monotonic()
-        self.seconds, self.clock = self.seconds + now - self.clock, now
-
-    def save(self, folder: Path) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            ValueError: weights hold NaN or infinity.
-            OSError: as `checkpoint.save`.
-        """
-        histories = {name: learner.history for name, learner in self.learners.items()}
-        state = {"run": self.run, "position": self.position._asdict(), "histories": histories}
-        state |= {"step": self.step, "seconds": self.seconds}
-        tensors = {f"{name}/silent": learner.silent for name, learner in self.learners.items()}
-        for name, learner in self.learners.items():
-            weights = learner.sae.state_dict()
-            if not all(bool(tensor.isfinite().all()) for tensor in weights.values()):
-                raise ValueError(
-                    f"after step {self.step} weights{_of(name)} hold NaN or infinity; train with a lower lr"
-                )
-            tensors |= {f"{name}/{part}": tensor for part, tensor in weights.items()}
-        optimisers = {name: learner.optimiser.state_dict() for name, learner in self.learners.items()}
-        checkpoint.save(folder, self.step, Checkpoint(state, tensors, optimisers))
-
-    def load(self, saved: Checkpoint) -> None:
-        """Take over the state of a checkpoint, which is used up."""
-        for name, learner in self.learners.items():
-            learner.silent.copy_(saved.tensors.pop(f"{name}/silent"))
-            learner.sae.load_state_dict(
-                {part: saved.tensors.pop(f"{name}/{part}") for part in learner.sae.state_dict()}
-            )
-            learner.optimiser.load_state_dict(saved.optimiser.pop(name))
-            learner.history = saved.state["histories"][name]
-        self.step, self.seconds = saved.state["step"], saved.state["seconds"]
-
-
-def _of(name: str) -> str:
-    return f" of {name}" if name else ""
-
-
-def _together(runs: Mapping[str, Mapping]) -> dict[str, object]:
-    """Return the settings of all SAEs in one dictionary: shared ones by their key, others by `name key`."""
-    separate = {item.name for item in fields(Recipe)} | {"model"}
-    return {
-        f"{name} {key}".strip() if key in separate else key: value
-        for name, run in runs.items()
-        for key, value in run.items()
-    }
+# ---- the beginning and the end of a training --------------------------------------------------------------------
 
 
 def _begin(
     lmm: LMM, stream: Stream, accelerator: Accelerator, runs: Mapping[str, Mapping], folder: Path
-) -> tuple[_Training, Iterator[tuple[dict[int, Tensor], Position]]]:
+) -> tuple[Training, Iterator[tuple[dict[int, Tensor], Position]]]:
     """Return the training as its last checkpoint left it, or before its first step, and the batches that follow."""
     saved = checkpoint.load(folder / CHECKPOINTS)
     if saved:
-        _require_same(saved.state["run"], _together(runs), folder / CHECKPOINTS)
+        _require_same(saved.state["run"], joined_settings(runs), folder / CHECKPOINTS)
     start = Position(**saved.state["position"]) if saved else Position()
     any_run = next(iter(runs.values()))
     sizes = {name: any_run[name] for name in ("buffer_tokens", "batch_tokens", "seed")}
     batches = mixed(stream, stream.parts_an_epoch, accelerator, **sizes, start=start)
     batches = ((stream.by_layer(tokens), position) for tokens, position in batches)
-    training = _Training({name: _learner(lmm, run, accelerator) for name, run in runs.items()}, start)
+    training = Training({name: _learner(lmm, run, accelerator) for name, run in runs.items()}, start)
     if saved:
         training.load(saved)
     else:
         first = next(batches)
         batches = itertools.chain([first], batches)
-        middle = {layer: geometric_median(_gathered(x.float(), accelerator)) for layer, x in first[0].items()}
+        middle = {layer: geometric_median(gathered(x.float(), accelerator)) for layer, x in first[0].items()}
         for learner in training.learners.values():
             learner.sae.b_dec.data.copy_(middle[learner.run["layer"]])
     return training, batches
 
 
-def _learner(lmm: LMM, run: Mapping, accelerator: Accelerator) -> _Learner:
+def _learner(lmm: LMM, run: Mapping, accelerator: Accelerator) -> Learner:
     generator = torch.Generator().manual_seed(run["seed"])
     sae = TopKSAE(lmm.width, run["n_latents"], run["k"], generator=generator).to(lmm.device)
     optimiser = accelerator.prepare_optimizer(SAEAdam(sae, run["lr"]), device_placement=False)
-    return _Learner(run, sae, optimiser, torch.zeros(sae.n_latents, dtype=torch.long, device=lmm.device))
+    return Learner(run, sae, optimiser, torch.zeros(sae.n_latents, dtype=torch.long, device=lmm.device))
 
 
 def _require_same(saved: Mapping, run: Mapping, folder: Path) -> None:
@@ -355,7 +234,7 @@ def _require_same(saved: Mapping, run: Mapping, folder: Path) -> None:
         )
 
 
-def _finish(training: _Training, folder: Path) -> None:
+def _finish(training: Training, folder: Path) -> None:
     """Write each SAE, then its history; then delete the checkpoint. After a kill in between the next call resumes."""
     for name, learner in training.learners.items():
         (folder / name / HISTORY).unlink(missing_ok=True)
@@ -386,148 +265,3 @@ def _clear(folder: Path, names: Iterable[str]) -> None:
 
 def _code() -> dict[str, str]:
     return code_fingerprints([sys.modules[__name__]])
-
-
-# ---- steps ----------------------------------------------------------------------------------------------------
-
-
-def _train(
-    training: _Training,
-    batches: Iterator[tuple[dict[int, Tensor], Position]],
-    accelerator: Accelerator,
-    run: Mapping,
-    folder: Path,
-    checkpoint_minutes: float,
-    log_every: int,
-    on_log: Callable[[dict[str, list[dict[str, float]]]], object] | None,
-) -> None:
-    """Do the remaining steps; add rows to the histories and write checkpoints.
-
-    run: the settings that the SAEs share.
-    """
-    steps, main = run["steps"], accelerator.is_main_process
-    saved = time.monotonic()
-    logged = (training.step, training.seconds)
-    bar = progress_bar(total=steps, initial=training.step, desc="training", disable=not main)
-    while training.step < steps:
-        values = _step(training, batches, accelerator, run)
-        training.count_time()
-        bar.update()
-        if training.step % log_every == 0 or training.step == steps:
-            tracked = {}
-            for name, learner in training.learners.items():
-                learner.history.append(row := _row(training, learner, values[name], *logged))
-                tracked |= {f"{name}/{column}".lstrip("/"): row[column] for column in ROW[1:]}
-            logged = (training.step, training.seconds)
-            accelerator.log(tracked, step=training.step)
-            bar.set_postfix(fvu=f"{row['fvu']:.3f}", dead=f"{row['dead_fraction']:.3f}", refresh=False)
-            if on_log and main:
-                on_log({name: learner.history for name, learner in training.learners.items()})
-        if main and training.step < steps and training.clock - saved >= 60 * checkpoint_minutes:
-            training.save(folder / CHECKPOINTS)
-            saved = time.monotonic()
-    bar.close()
-
-
-def _row(
-    training: _Training, learner: _Learner, values: Mapping[str, float], last_step: int, last_seconds: float
-) -> dict[str, float]:
-    """Return a row of the history.
-
-    values: FVU, AuxK, L0 and learning rate of the latest step.
-    last_step, last_seconds: step and time of the row before.
-    """
-    tokens = learner.run["accumulate"] * learner.run["batch_tokens"]
-    row = {
-        "step": training.step, "tokens": training.step * tokens, "seconds": training.seconds,
-        "loss": values["fvu"] + learner.run["auxk_alpha"] * values["auxk"],
-        "dead_fraction": float(learner.dead.float().mean()),
-        "tokens_per_second": (training.step - last_step) * tokens / max(training.seconds - last_seconds, 1e-9),
-    }  # fmt: skip
-    return {name: (row | values)[name] for name in ROW}
-
-
-def _step(
-    training: _Training,
-    batches: Iterator[tuple[dict[int, Tensor], Position]],
-    accelerator: Accelerator,
-    run: Mapping,
-) -> dict[str, dict[str, float]]:
-    """Do one optimiser step of each SAE; return its FVU, AuxK, L0 and learning rate."""
-    learners = training.learners
-    for learner in learners.values():
-        rate = learning_rate(training.step, run["steps"], learner.run["lr"], run["warm_steps"])
-        for group in learner.optimiser.param_groups:
-            group["lr"] = rate
-    logged = {name: torch.zeros(3, dtype=torch.float64) for name in learners}
-    fired = {name: torch.zeros_like(learner.silent, dtype=torch.bool) for name, learner in learners.items()}
-    for _ in range(run["accumulate"]):
-        states, training.position = next(batches)
-        states = {layer: x.float() for layer, x in states.items()}
-        with accelerator.accumulate(*(learner.sae for learner in learners.values())):
-            for name, learner in learners.items():
-                losses, active = _backward(name, learner, states[learner.run["layer"]], accelerator)
-                logged[name] += losses / run["accumulate"]
-                fired[name] |= active
-                if accelerator.sync_gradients:
-                    _sum_gradients(learner.sae, accelerator)
-                learner.optimiser.step()
-                learner.optimiser.zero_grad()
-    training.step += 1
-    for name, learner in learners.items():
-        learner.silent += run["accumulate"] * run["batch_tokens"]
-        learner.silent[fired[name]] = 0
-    return {
-        name: dict(zip(("fvu", "auxk", "l0"), logged[name].tolist(), strict=True))
-        | {"lr": learner.optimiser.param_groups[0]["lr"]}
-        for name, learner in learners.items()
-    }
-
-
-def _backward(
-    name: str, learner: _Learner, x: Float[Tensor, "local width"], accelerator: Accelerator
-) -> tuple[Float[Tensor, " 3"], Bool[Tensor, " latents"]]:
-    """Compute the gradients of a batch's loss from this process's tokens.
-
-    Return FVU, AuxK and L0 over all processes, and which latents were active. A latent with activation 0 was not.
-
-    Raises:
-        ValueError: the loss is not finite.
-    """
-    sae, dead, auxk_alpha = learner.sae, learner.dead, learner.run["auxk_alpha"]
-    sums = accelerator.reduce(torch.cat([x.sum(0), x.new_tensor([len(x)])]))
-    mean, tokens = sums[:-1] / sums[-1], sums[-1]
-    variance = accelerator.reduce((x - mean).square().sum())
-    with accelerator.autocast():
-        latents = sae.encode(x)
-        x_hat = sae.decode(latents)
-    error = (x - x_hat).square().sum()
-    unexplained, aux = error / variance, x.new_zeros(())
-    if auxk_alpha:
-        energy = accelerator.reduce(error.detach())
-        aux = auxk_loss(sae, x, x_hat, dead, k_aux=sae.width // 2) * error.detach() / energy.clamp_min(1e-30)
-    active = latents.acts > 0
-    fired = torch.zeros_like(dead)
-    fired[latents.indices[active]] = True
-    losses = accelerator.reduce(torch.stack([unexplained.detach(), aux.detach(), active.sum() / tokens])).double().cpu()
-    if not losses.isfinite().all():
-        raise ValueError(
-            f"the loss{_of(name)} is not finite: FVU {losses[0]}, AuxK {losses[1]}; train with a lower lr, or on "
-            "tokens that vary"
-        )
-    accelerator.backward(unexplained + auxk_alpha * aux)
-    return losses, accelerator.reduce(fired.int()) > 0
-
-
-def _sum_gradients(sae: TopKSAE, accelerator: Accelerator) -> None:
-    """Sum the gradients over the processes, in place."""
-    if accelerator.num_processes > 1:
-        for weights in sae.parameters():
-            torch.distributed.all_reduce(weights.grad)
-
-
-def _gathered(x: Float[Tensor, "local width"], accelerator: Accelerator) -> Float[Tensor, "tokens width"]:
-    """Return the tokens of all processes, in the order of processes."""
-    counts = accelerator.gather(torch.tensor([len(x)], device=x.device)).tolist()
-    padded = accelerator.gather(accelerator.pad_across_processes(x)).split(max(counts))
-    return torch.cat([part[:count] for part, count in zip(padded, counts, strict=True)])

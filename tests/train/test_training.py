@@ -17,8 +17,9 @@ from lmm_sae_nb.sae.losses import geometric_median
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.train import training
 from lmm_sae_nb.train.evaluate import evaluate_sae, evaluate_saes
+from lmm_sae_nb.train.steps import learning_rate
 from lmm_sae_nb.train.token_buffer import START, Stream, mixed
-from lmm_sae_nb.train.training import learning_rate, train_sae
+from lmm_sae_nb.train.training import train_sae
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +236,7 @@ def test_a_finished_training_is_not_repeated(lmm, samples, tmp_path, monkeypatch
     wanted = dict(n_latents=16, k=2, steps=2, batch_tokens=32, folder=tmp_path)
     one = train_sae(lmm, samples, 1, **wanted)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_step", None)
+        patch.setattr("lmm_sae_nb.train.steps._step", None)
         two = train_sae(lmm, samples, 1, **wanted)
         assert one.history == two.history
         assert all(torch.equal(a, b) for a, b in zip(one.sae.parameters(), two.sae.parameters(), strict=True))

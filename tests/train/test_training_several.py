@@ -26,7 +26,6 @@ from trainings import (
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.samples import pictured
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.train import training
 from lmm_sae_nb.train.token_buffer import Stream
 from lmm_sae_nb.train.training import Recipe, train_saes
 
@@ -128,7 +127,7 @@ def test_a_checkpoint_of_other_recipes_is_refused(tmp_path, monkeypatch):
 def test_what_is_done_is_not_done_again_and_what_misses_one_is(tmp_path, monkeypatch):
     one = train_several(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_step", None)
+        patch.setattr("lmm_sae_nb.train.steps._step", None)
         assert train_several(tmp_path)["high"].history == one["high"].history
         (tmp_path / "high" / "history.json").unlink()
         with pytest.raises(TypeError):

@@ -251,7 +251,7 @@ class LMM:
     def cross_entropy(self, prompt: Prompt, decoded: Hidden | None = None) -> Float[Tensor, " batch"]:
         """Return each sample's mean cross-entropy over its answer's tokens, in nats.
 
-        decoded: what the decoder puts out, if it is known, as `UpperLayers.run` returns it.
+        decoded: the decoder's output, if it is known, as `UpperLayers.run` returns it.
 
         Raises:
             ValueError: the prompt has no answers.

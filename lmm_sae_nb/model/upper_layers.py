@@ -41,7 +41,7 @@ class UpperLayers:
         self._bare, self._arguments, self._cache = bare, arguments, DynamicCache()
 
     def run(self, states: Float[Tensor, "versions tokens width"]) -> Float[Tensor, "versions tokens width"]:
-        """Return what the decoder puts out, after its last norm, if the layer puts out these states.
+        """Return the decoder's output, after its last norm, with these states as the layer's output.
 
         states: of the whole batch, or of a single sample in several versions side by side. Gradients flow into them.
         """
@@ -143,13 +143,13 @@ def _first_tokens(cache: DynamicCache, start: int, versions: int) -> DynamicCach
 
 @contextmanager
 def _skipped(layers: Sequence[nn.Module], hidden: Hidden, bare: bool) -> Iterator[None]:
-    """Run none of these layers: the last puts out `hidden`, the others put out their input.
+    """Skip these layers: the last returns `hidden`, the others return their input.
 
-    They stay in their places: a decoder looks up by a layer's place whether it sees the whole sequence or a window.
+    They stay in their places, because a decoder decides by a layer's place whether it attends to a window only.
     """
     forwards = [layer.__dict__.get("forward") for layer in layers]  # accelerate puts its own function there
 
-    def puts_out(value: Hidden | None) -> Callable:
+    def returning(value: Hidden | None) -> Callable:
         def forward(x, *args, **kwargs):
             output = x if value is None else value
             return output if bare else (output,)
@@ -158,7 +158,7 @@ def _skipped(layers: Sequence[nn.Module], hidden: Hidden, bare: bool) -> Iterato
 
     try:
         for layer in layers:
-            layer.forward = puts_out(hidden if layer is layers[-1] else None)
+            layer.forward = returning(hidden if layer is layers[-1] else None)
         yield
     finally:
         for layer, forward in zip(layers, forwards, strict=True):

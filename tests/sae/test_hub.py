@@ -133,7 +133,7 @@ TopKSAE.load('second').push_to_hub('{REPO}', 'model.layers.8', 'saelens')
     card = second["README.md"].decode()
     assert second["README.md"] == first["README.md"]  # a card that is there may be somebody's own, and stays
     assert "base_model: llava-hf/llama3-llava-next-8b-hf" in card and f'("{REPO}", "{HOOKPOINT}")' in card
-    assert "at most 3 active latents out of 12" in card
+    assert "At most 3 of 12 latents are active" in card
 
     server.seen.clear()
     load = f"TopKSAE.from_pretrained('{REPO}', '{HOOKPOINT}', cache_dir='cache').save('again')"

@@ -257,7 +257,8 @@ for caption, rows in table_1(tables, paper).items():
 # %% mystnb={"figure": {"caption": "IoU by kind of concept in both modes, with 99 % intervals: own images and three kinds of chance.", "name": "fig-iou-by-kind"}, "image": {"alt": "Two panels with a row for each kind of concept and the total. Each row has a point for the own images and one for each kind of chance."}}
 iou = {mode.name: tables[Column("iou", mode.name)] for mode in modes}
 plots.mean_panels({
-    f"IoU, mode {name}": series_by_kind(table) for name, table in iou.items()
+    f"IoU, mode {name}": series_by_kind(table)
+    for name, table in iou.items()
 });
 # %% mystnb={"figure": {"caption": "A gallery (Figure 4): for each kind the latent of median strict IoU, on its first image. Active in blue, the concept in yellow, both in green. The number is the mean IoU over its images.", "name": "fig-gallery"}, "image": {"alt": "An image for each kind of concept with the masks of the latent and of the concept."}}
 first = next(iter(segmenters))

@@ -68,19 +68,19 @@ BODY = """
 """
 
 
-def page(catalogue: LatentTable, run: str, folder: Path, address: str, steering: str | None = None) -> str:
+def page(latents: LatentTable, run: str, folder: Path, address: str, steering: str | None = None) -> str:
     """The page as Markdown; its pictures are written into `folder`, which the page finds at `address`.
 
     steering: the page on which a latent can be steered, if there is one. Every text is escaped.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    articles = [article(catalogue, latent, folder, address, steering) for latent in catalogue.rows]
+    articles = [article(latents, latent, folder, address, steering) for latent in latents.rows]
     options = "".join(
         f'<option value="{n}">{html.escape(name.replace("_", " "))}</option>'
-        for n, name in enumerate(catalogue.columns)
+        for n, name in enumerate(latents.columns)
     )
-    columns = {latent: [_number(row.get(name)) for name in catalogue.columns] for latent, row in catalogue.rows.items()}
+    columns = {latent: [_number(row.get(name)) for name in latents.columns] for latent, row in latents.rows.items()}
     body = BODY.format(
         options=options,
         count=len(articles),
@@ -94,11 +94,11 @@ def _number(value: object) -> float | None:
     return float(f"{value:.4g}") if isinstance(value, (int, float)) else None
 
 
-def article(catalogue: LatentTable, latent: int, folder: Path, address: str, steering: str | None) -> str:
+def article(latents: LatentTable, latent: int, folder: Path, address: str, steering: str | None) -> str:
     """One latent as an element of the page, its picture named after its content."""
     from lmm_sae_nb.show.thumbnails import histogram_svg
 
-    row, name, strip = catalogue.rows[latent], catalogue.name(latent), catalogue.strip(latent)
+    row, name, strip = latents.rows[latent], latents.name(latent), latents.strip(latent)
     picture = ""
     if strip:
         file = folder / f"{hashlib.sha256(strip).hexdigest()[:16]}.webp"
@@ -107,9 +107,9 @@ def article(catalogue: LatentTable, latent: int, folder: Path, address: str, ste
         picture = f'<img loading="lazy" src="{address}/{file.name}" alt="{told}" width="288" height="114">'
     kind = f"<i>{html.escape(str(row['kind']))}</i>" if row.get("kind") else ""
     words = html.escape(" ".join(str(value) for value in row.values() if isinstance(value, str)).lower())
-    histogram = catalogue.histogram(latent)
-    bars = histogram_svg(histogram.counts, histogram.edges, histogram.of)
-    table = catalogue.table(latent)
+    histogram = latents.histogram(latent)
+    bars = histogram_svg(histogram.counts, histogram.edges, histogram.label)
+    table = latents.details(latent)
     if steering:
         table += f'<p><a href="{html.escape(steering)}">steer it</a>: <code>panel.choose({latent})</code></p>'
     return (
@@ -124,9 +124,9 @@ def write(run: str, book: Path, steering: str | None) -> None:
     from lmm_sae_nb.show.latent_table import LatentTable
 
     try:
-        catalogue = LatentTable.load(run)
+        latents = LatentTable.load(run)
     except FileNotFoundError:
         text = NOTHING.format(run=run)
     else:
-        text = page(catalogue, run, book / "_static" / "features", "_static/features", steering)
+        text = page(latents, run, book / "_static" / "features", "_static/features", steering)
     (book / "features.md").write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A panel to steer one latent: choose it, a value and a scope, and read the answer before and after."""
+"""Steer one latent by hand: choose it, a dose, the tokens and a prompt, and compare the answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from statistics import median
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from transformers import StoppingCriteria
 
 from lmm_sae_nb.cache.latent_cache import LatentCache
+from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.show.tables import mark_changes
 from lmm_sae_nb.steer.steering import Comparison, Edit, Scope, steered
@@ -34,27 +35,31 @@ SCOPES = {
     "the prompt only": Scope(phases=("prompt",)),
 }
 TITLES = {"untouched": "untouched", "spliced": "SAE spliced in", "steered": "steered"}
-KEPT = 32  # answers of the two controls that are not asked for again
+KEPT = 32  # answers of the two controls that are remembered
 
 
-class Asked(NamedTuple):
-    """What the controls said at one moment."""
+class Request(NamedTuple):
+    """The state of the controls at one moment.
+
+    pixels: SHA-256 of the image's pixels.
+    dose: the clamp in units of the latent's maximum.
+    """
 
     text: str
     image: Image.Image | None
-    pixels: str | None  # SHA-256 of the image's
+    pixels: str | None
     edit: Edit
-    times_maximum: float
+    dose: float
     scope: Scope
     keep_error: bool
 
 
 class _Stale(Exception):
-    """The controls have moved on, nobody waits for this answer."""
+    """Another request has come, so nobody waits for this answer."""
 
 
 class _StopIfStale(StoppingCriteria):
-    """Ends a generation at the next token once its question is not the last one any more."""
+    """End a generation at its next token once another request has come."""
 
     def __init__(self, panel: SteeringPanel, number: int):
         self.panel, self.number = panel, number
@@ -64,7 +69,7 @@ class _StopIfStale(StoppingCriteria):
 
 
 def answers_html(answers: Mapping[str, str]) -> str:
-    """The answers of one prompt that are known so far, as a small table: untouched, spliced, steered; escaped."""
+    """Return the answers that are known so far as an HTML table: untouched, spliced, steered. Texts are escaped."""
     rows = []
     for name, title in TITLES.items():
         text = html.escape(answers[name]) if name in answers else "…"
@@ -75,7 +80,7 @@ def answers_html(answers: Mapping[str, str]) -> str:
 
 
 def download_html(name: str, text: str) -> str:
-    """A link that saves a text as a file, without a server: it carries the file itself."""
+    """Return a link that saves a text as a file. It contains the text, so it needs no server."""
     data = base64.b64encode(text.encode()).decode()
     return (
         f'<a class="jupyter-button" download="{html.escape(name)}" href="data:application/json;base64,{data}" '
@@ -84,16 +89,20 @@ def download_html(name: str, text: str) -> str:
 
 
 class SteeringPanel:
-    """Choose a latent, a value and a scope, and read the model's answer before and after.
+    """Clamp a latent at a dose, and compare the model's answer with those of two controls.
 
-    names: what to call latents, by number; any other number of the SAE's can be typed. The value is a multiple of the
-    latent's own maximum in the cache, so that values compare across latents. `box` is the widget to display.
+    The controls are the untouched model and the model with the SAE spliced in. Both are computed once for each prompt
+    and image. Answers are computed one after another in a thread, and appear as they come. When a control of the panel
+    moves, the answer under way stops at its next token and is not shown. `box` is the widget to display.
 
-    Answers are computed one at a time beside the notebook's own loop and shown as they come; the two controls,
-    untouched and with the SAE spliced in, are computed once for a prompt and image. A question that is out of date
-    stops at its next token and is not shown. A cell that runs the model itself waits until the panel has answered, for
-    what steers the panel's answer would steer the cell's too. `record()` is what is shown, as JSON text, and so is the
-    file behind "save as JSON".
+    Do not run the model in a cell while the panel computes: the clamp would act on the cell's answer too.
+
+    place: the model, the SAE and its layer.
+    cache: gives each latent's maximum, the unit of the dose.
+    names: latent to name, for the choice of a latent. Any other latent can be typed as a number.
+    image: shown to the model at first; another one can be uploaded.
+    text: the prompt at first.
+    max_new_tokens: of an answer.
     """
 
     def __init__(
@@ -106,12 +115,10 @@ class SteeringPanel:
         text: str = "What do you see in this image?",
         max_new_tokens: int = 24,
     ):
-        lmm, sae, layer = place.lmm, place.sae, place.layer
-        sae.require_width(lmm.width)
-        self.lmm, self.sae, self.layer, self.cache, self.names = lmm, sae, layer, cache, dict(names)
+        self.place, self.cache, self.names = place, cache, dict(names)
         self.image, self.max_new_tokens = image, max_new_tokens
-        self._called = {f"{name} ({n})": n for n, name in sorted(self.names.items(), key=lambda row: row[1])}
-        self._asked, self._shown, self._tasks = 0, None, set()
+        self._options = {f"{name} ({n})": n for n, name in sorted(self.names.items(), key=lambda row: row[1])}
+        self._requests, self._record, self._tasks = 0, None, set()
         self._controls: dict[tuple, str] = {}  # answers that do not depend on the latent
         self._worker = ThreadPoolExecutor(1)  # hooks of two answers must not meet in the model
         self._make_controls(text)
@@ -120,15 +127,15 @@ class SteeringPanel:
     def _make_controls(self, text: str) -> None:
         wide = {"layout": widgets.Layout(width="32em"), "style": {"description_width": "6em"}}
         self.latent = widgets.Combobox(
-            value=next(iter(self._called), "0"),
-            options=list(self._called),
+            value=next(iter(self._options), "0"),
+            options=list(self._options),
             description="latent",
             ensure_option=False,
             continuous_update=False,
             **wide,
         )
-        self.value = widgets.FloatSlider(
-            1.0, min=0.0, max=8.0, step=0.25, description="x maximum", continuous_update=False, **wide
+        self.dose = widgets.FloatSlider(
+            1.0, min=0.0, max=8.0, step=0.25, description="dose", continuous_update=False, **wide
         )
         self.scope = widgets.SelectionSlider(options=list(SCOPES), description="scope", continuous_update=False, **wide)
         self.keep_error = widgets.Checkbox(False, description="keep what the SAE leaves unexplained", **wide)
@@ -136,70 +143,87 @@ class SteeringPanel:
         self.upload = widgets.FileUpload(accept="image/*", description="image")
         self.picture = widgets.Image(layout=widgets.Layout(max_width="12em", object_fit="contain"))
         self.answers, self.status, self.download = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        controls = (self.latent, self.value, self.scope, self.keep_error, self.text)
+        controls = (self.latent, self.dose, self.scope, self.keep_error, self.text)
         for control in controls:
             control.observe(lambda _: self.ask(), "value")
         self.upload.observe(lambda _: self._take_upload(), "value")
         column = widgets.VBox([*controls, widgets.HBox([self.upload, self.download])])
         self.box = widgets.VBox([widgets.HBox([column, self.picture]), self.status, self.answers])
 
-    # -- what is asked
+    # -- the request
 
     def choose(self, latent: int) -> None:
         """Steer this latent from now on, as if it were chosen in the panel."""
-        self.latent.value = next((called for called, n in self._called.items() if n == latent), str(latent))
+        self.latent.value = next((option for option, n in self._options.items() if n == latent), str(latent))
 
     def chosen_latent(self) -> int:
-        """The number behind the latent's field; ValueError, naming the range, if it is none of the SAE's."""
+        """Return the latent that the field names.
+
+        Raises:
+            ValueError: the SAE has no such latent.
+        """
         typed = self.latent.value.strip()
-        number = self._called.get(typed)
+        number = self._options.get(typed)
         if number is None:
             matches = [latent for latent, name in self.names.items() if name == typed]
             number = matches[0] if matches else int(typed) if typed.isdecimal() else -1
-        if not 0 <= number < self.sae.n_latents:
-            raise ValueError(f"no latent is called {typed!r}; choose a name, or a number below {self.sae.n_latents}")
+        if not 0 <= number < self.place.sae.n_latents:
+            raise ValueError(
+                f"no latent is called {typed!r}; choose a name, or a number below {self.place.sae.n_latents}"
+            )
         return number
 
     def edit(self) -> Edit:
-        """The clamp that the controls say; ValueError for an unknown latent, or one that never fired."""
+        """Return the clamp that the controls say.
+
+        Raises:
+            ValueError: there is no such latent, or no cached image makes it active.
+        """
         latent = self.chosen_latent()
         highest = float(self.cache.max[latent])
         if highest == 0:
             raise ValueError(
-                f"latent {latent} never fired on the cached images, so its maximum is no unit; choose one that did"
+                f"latent {latent} is not active on any cached image, so a dose has no unit; choose another latent"
             )
-        return Edit(latent, self.value.value * highest)
+        return Edit(latent, self.dose.value * highest)
 
-    def asked(self) -> Asked:
-        """What the controls say now; ValueError as `edit`, or for an empty prompt."""
+    def request(self) -> Request:
+        """Return the present state of the controls.
+
+        Raises:
+            ValueError: the prompt is empty, or as `edit`.
+        """
         if not self.text.value.strip():
             raise ValueError("the prompt is empty; type a question")
         edit, scope, image = self.edit(), SCOPES[self.scope.value], self.image
         pixels = image and hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
-        return Asked(self.text.value, image, pixels, edit, self.value.value, scope, self.keep_error.value)
+        return Request(self.text.value, image, pixels, edit, self.dose.value, scope, self.keep_error.value)
 
     def is_stale(self, number: int) -> bool:
-        """Whether something else was asked since question `number`."""
-        return number != self._asked
+        """Whether another request has come since request `number`."""
+        return number != self._requests
 
     @torch.no_grad()
-    def answer(self, asked: Asked, number: int) -> Iterator[dict[str, str]]:
-        """The answers known so far, by name, after each: untouched, steered, spliced; `steering.compare`, piecewise.
+    def answer(self, request: Request, number: int) -> Iterator[dict[str, str]]:
+        """Compute the untouched, the steered and the spliced answer, and give after each those known so far, by name.
 
-        Raises _Stale once another question is the last one.
+        number: of the request; the generation stops when another one comes.
         """
-        prompt, known = self.lmm.prompt(asked.text, asked.image), {}
+        prompt, known = self.place.lmm.prompt(request.text, request.image), {}
         ways = {
-            "untouched": ((asked.text, asked.pixels), nullcontext),
-            "steered": (None, lambda: self._steered(prompt, asked, [asked.edit])),
-            "spliced": ((asked.text, asked.pixels, asked.keep_error), lambda: self._steered(prompt, asked, [])),
+            "untouched": ((request.text, request.pixels), nullcontext),
+            "steered": (None, lambda: self._steered(prompt, request, [request.edit])),
+            "spliced": (
+                (request.text, request.pixels, request.keep_error),
+                lambda: self._steered(prompt, request, []),
+            ),
         }
         for name, (key, run) in ways.items():
             known[name] = self._controls.get(key) if key else None
             if known[name] is None:
                 with run():
                     stop = {"stopping_criteria": [_StopIfStale(self, number)]}
-                    known[name] = self.lmm.generate(prompt, max_new_tokens=self.max_new_tokens, **stop)[0]
+                    known[name] = self.place.lmm.generate(prompt, max_new_tokens=self.max_new_tokens, **stop)[0]
             if self.is_stale(number):
                 raise _Stale
             if key:
@@ -214,36 +238,34 @@ class SteeringPanel:
         seconds = []
         for _ in range(repeats):
             begun = time.perf_counter()
-            next(known for known in self.answer(self.asked(), self._asked) if "steered" in known)
+            next(known for known in self.answer(self.request(), self._requests) if "steered" in known)
             seconds.append(time.perf_counter() - begun)
         return {"panel_question_seconds": seconds[0], "panel_slider_seconds": median(seconds[1:])}
 
-    def _steered(self, prompt, asked: Asked, edits: list[Edit]):
-        return steered(
-            SAEInPlace(self.lmm, self.sae, self.layer), prompt, edits, asked.scope, keep_error=asked.keep_error
-        )
+    def _steered(self, prompt: Prompt, request: Request, edits: list[Edit]) -> AbstractContextManager[None]:
+        return steered(self.place, prompt, edits, request.scope, keep_error=request.keep_error)
 
-    # -- asking and showing
+    # -- answering
 
     def ask(self) -> None:
-        """Compute beside the notebook's loop and show the answers as they come; without a loop, at once."""
+        """Compute the answers beside the notebook's event loop and show them as they come; without a loop, at once."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             self.ask_now()
             return
-        self._asked += 1
-        task = loop.create_task(self._ask(self._asked))
-        self._tasks.add(task)  # a loop alone does not keep it alive
+        self._requests += 1
+        task = loop.create_task(self._ask(self._requests))
+        self._tasks.add(task)  # the loop holds a task only weakly
         task.add_done_callback(self._tasks.discard)
 
     def ask_now(self) -> None:
-        """Compute and show the answers before returning: for the cell that displays the panel, and to warm up."""
-        self._asked += 1
+        """Compute and show the answers before returning."""
+        self._requests += 1
         try:
-            asked = self.asked()
-            *_, known = self._worker.submit(list, self.answer(asked, self._asked)).result()
-            self._show(asked, known)
+            request = self.request()
+            *_, known = self._worker.submit(list, self.answer(request, self._requests)).result()
+            self._show(request, known)
         except Exception as error:
             self._refuse(error)
 
@@ -253,50 +275,54 @@ class SteeringPanel:
             return
         self.status.value, loop = "<i>asking …</i>", asyncio.get_running_loop()
         try:
-            asked = self.asked()
-            steps = self.answer(asked, number)
+            request = self.request()
+            steps = self.answer(request, number)
             while (known := await loop.run_in_executor(self._worker, next, steps, None)) is not None:
                 if self.is_stale(number):
                     return
-                self._show(asked, known)
+                self._show(request, known)
         except _Stale:
             return
-        except Exception as error:  # a task's exception would be told to nobody
+        except Exception as error:  # nobody would see the exception of a task
             if not self.is_stale(number):
                 self._refuse(error)
 
     def _refuse(self, error: Exception) -> None:
-        """Show what was wrong in the place of the answers, which are of another question."""
+        """Show the error in place of the answers, which belong to an earlier request."""
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        self._shown, self.answers.value, self.download.value = None, "", ""
+        self._record, self.answers.value, self.download.value = None, "", ""
         self.status.value = f"<b>{html.escape(kind + str(error))}</b>"
 
-    def _show(self, asked: Asked, known: Mapping[str, str]) -> None:
+    def _show(self, request: Request, known: Mapping[str, str]) -> None:
         self.answers.value = answers_html(known)
         if set(known) < set(TITLES):
-            self._shown, self.download.value = None, ""
+            self._record, self.download.value = None, ""
             return
-        image = asked.image and {"size": list(asked.image.size), "sha256_of_pixels": asked.pixels}
-        self._shown = {
-            "model": str(self.lmm.name).replace("\\", "/").rsplit("/", 1)[-1],
-            "prompt": asked.text,
+        image = request.image and {"size": list(request.image.size), "sha256_of_pixels": request.pixels}
+        self._record = {
+            "model": str(self.place.lmm.name).replace("\\", "/").rsplit("/", 1)[-1],
+            "prompt": request.text,
             "image": image,
-            "layer": self.layer,
-            "latent": asked.edit.latent,
-            "name": self.names.get(asked.edit.latent),
-            "value": asked.edit.value,
-            "times_maximum": asked.times_maximum,
-            "scope": asdict(asked.scope),
-            "keep_error": asked.keep_error,
+            "layer": self.place.layer,
+            "latent": request.edit.latent,
+            "name": self.names.get(request.edit.latent),
+            "value": request.edit.value,
+            "dose": request.dose,
+            "scope": asdict(request.scope),
+            "keep_error": request.keep_error,
         } | {name: known[name] for name in Comparison._fields}
         self.status.value = ""
-        self.download.value = download_html(f"steering-latent-{asked.edit.latent}.json", self.record())
+        self.download.value = download_html(f"steering-latent-{request.edit.latent}.json", self.record())
 
     def record(self) -> str:
-        """What is shown, as JSON: the controls and the three answers. ValueError before the first answer."""
-        if self._shown is None:
-            raise ValueError("nothing has been answered yet; move a slider or call ask_now() first")
-        return json.dumps(self._shown, indent=2, ensure_ascii=False)
+        """Return the controls and the three answers as JSON text.
+
+        Raises:
+            ValueError: there is no answer yet.
+        """
+        if self._record is None:
+            raise ValueError("there is no answer yet; move a slider or call ask_now() first")
+        return json.dumps(self._record, indent=2, ensure_ascii=False)
 
     # -- the image
 

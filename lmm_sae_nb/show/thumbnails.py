@@ -1,4 +1,4 @@
-"""Small pictures of what excites a latent, as bytes for widgets and for the book's pages."""
+"""Small pictures of what excites a latent, for the widgets and for the pages of the book."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ GAP = 2  # pixels between the pictures of a sheet
 
 
 def heated(image: Image.Image, activation: Float[np.ndarray, "rows cols"], strength: float = 0.65) -> Image.Image:
-    """The image in grey, its patches coloured by activation (black to yellow, of the image's highest).
+    """Return the image in grey, with its patches coloured by activation from black to yellow.
 
-    Patches that are not active stay grey; the size is the image's.
+    Patches that are not active stay grey. The size is that of the image.
+
+    activation: of each patch; the highest one is yellow.
+    strength: weight of the colour, from 0 to 1.
     """
     grey = np.asarray(image.convert("L").convert("RGB"), np.float32)
     highest = max(float(activation.max()), 1e-9)
@@ -29,10 +32,16 @@ def heated(image: Image.Image, activation: Float[np.ndarray, "rows cols"], stren
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], side: int) -> Image.Image:
-    """Rows of pictures on one transparent sheet, each in a square of `side` pixels; ValueError if there are none."""
+    """Put rows of pictures on one transparent sheet.
+
+    side: pixels of the square that each picture fits into.
+
+    Raises:
+        ValueError: there is no picture.
+    """
     columns = max((len(row) for row in rows), default=0)
     if not columns:
-        raise ValueError("there is no picture to show; leave out latents that never fire")
+        raise ValueError("there is no picture to show; leave out latents that are never active")
     step = side + GAP
     whole = Image.new("RGBA", (columns * step - GAP, len(rows) * step - GAP))
     for y, row in enumerate(rows):
@@ -43,17 +52,20 @@ def sheet(rows: Sequence[Sequence[Image.Image]], side: int) -> Image.Image:
     return whole
 
 
-def encoded(image: Image.Image, quality: int = 80) -> bytes:
-    """The image as WebP."""
+def webp(image: Image.Image, quality: int = 80) -> bytes:
+    """Return the image in the WebP format."""
     data = io.BytesIO()
-    image.save(data, "webp", quality=quality, method=2)  # from 3 on: twice the time for 4 % fewer bytes
+    image.save(data, "webp", quality=quality, method=2)  # method 3 takes twice as long and saves 4 % of the bytes
     return data.getvalue()
 
 
 def histogram_svg(
     counts: Integer[np.ndarray, " bins"], edges: Float[np.ndarray, " ends"], label: str, width: int = 240
 ) -> str:
-    """A histogram as an SVG element, one bar a bin, with its range and its label, which is escaped."""
+    """Return a histogram as an SVG element: a bar for each bin, the range, and a label, which is escaped.
+
+    width: pixels.
+    """
     height, base = 64, 46
     bar, highest = width / max(1, len(counts)), max(1, int(counts.max(initial=0)))
     bars = "".join(

@@ -203,7 +203,7 @@ def test_the_steering_panel_answers_refuses_and_exports(parts, opened):
     panel = cell(page, 0)
     assert rows(panel) == expected(parts, 5, 1.0, images[0])
 
-    field(panel, "x maximum").locator(".noUi-handle").press("End")
+    field(panel, "dose").locator(".noUi-handle").press("End")
     moved = expected(parts, 5, 8.0, images[0])
     assert moved[2] != expected(parts, 5, 1.0, images[0])[2], "the slider must change the answer for this to be a test"
     wait_for(lambda: rows(panel), moved, page)
@@ -228,7 +228,7 @@ def test_the_steering_panel_answers_refuses_and_exports(parts, opened):
     saved = json.loads(download.value.path().read_text())
     assert download.value.suggested_filename == "steering-latent-3.json"
     assert [saved[name] for name in ("untouched", "spliced", "steered")] == rows(panel)
-    assert saved["latent"] == 3 and saved["times_maximum"] == 8.0 and saved["prompt"] == QUESTION
+    assert saved["latent"] == 3 and saved["dose"] == 8.0 and saved["prompt"] == QUESTION
     assert saved["image"]["size"] == list(images[1].size)
 
 
@@ -248,7 +248,7 @@ def test_two_people_rate_by_keys_and_buttons(parts, opened):
     keys_have_the_focus(page)
     keys.press_sequentially("yn")
     wait_for(given, [("Ann", 3, "yes"), ("Ann", 5, "no")], page)
-    shown.get_by_text("All are answered").wait_for()
+    shown.get_by_text("All latents are answered").wait_for()
     keys.press("z")
     wait_for(given, [("Ann", 3, "yes")], page)
     shown.get_by_role("button", name="unsure (u)").click()

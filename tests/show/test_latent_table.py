@@ -1,4 +1,4 @@
-"""The catalogue of latents against hand-worked rows and brute force, and the book's features page in a browser."""
+"""The table of latents against hand-worked rows and brute force, and the book's features page in a browser."""
 
 import io
 import re
@@ -17,7 +17,7 @@ from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.show.latent_table import LatentTable
-from lmm_sae_nb.show.thumbnails import GAP, encoded, heated, histogram_svg, sheet
+from lmm_sae_nb.show.thumbnails import GAP, heated, histogram_svg, sheet, webp
 
 HOSTILE = "<script>window.broken = 1</script>```"
 EXPLANATIONS = {
@@ -44,31 +44,31 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def catalogue(made):
+def table(made):
     return LatentTable(made[1][0], made[0], EXPLANATIONS, SCORES)
 
 
-def test_rows_are_joined_nested_ones_flattened_and_the_unknown_left_out(catalogue):
-    assert catalogue.rows[2]["iou"] == 0.25 and catalogue.rows[2]["answers"] == "cat., a dog"
-    assert catalogue.rows[2]["right"] == "yes"
-    assert catalogue.rows[5]["judge.gpt"] == 7 and "concept" not in catalogue.rows[5]
-    assert catalogue.columns == ["true_iou", "iou", "frequency", "mean", "max", "judge.gpt"]
-    assert catalogue.rows[3]["max"] == float(catalogue.cache.max[3])
-    assert [catalogue.name(n) for n in (2, 5, 7)] == ["red cat", "refused", "not explained"]
-    assert catalogue.kinds() == ["object", "part"]
+def test_rows_are_joined_nested_ones_flattened_and_the_unknown_left_out(table):
+    assert table.rows[2]["iou"] == 0.25 and table.rows[2]["answers"] == "cat., a dog"
+    assert table.rows[2]["right"] == "yes"
+    assert table.rows[5]["judge.gpt"] == 7 and "concept" not in table.rows[5]
+    assert table.columns == ["true_iou", "iou", "frequency", "mean", "max", "judge.gpt"]
+    assert table.rows[3]["max"] == float(table.cache.max[3])
+    assert [table.name(n) for n in (2, 5, 7)] == ["red cat", "refused", "not explained"]
+    assert table.kinds() == ["object", "part"]
 
 
-def test_search_by_word_number_and_kind(catalogue):
+def test_search_by_word_number_and_kind(table):
     for text, found in {"": [2, 3, 5], "CAT": [2], "dog red": [2], "no": [5], "5": [5], "4": [], "zebra": []}.items():
-        assert catalogue.find(text) == found, text
-    assert catalogue.find(kind="part") == [3]
+        assert table.find(text) == found, text
+    assert table.find(kind="part") == [3]
 
 
-def test_sorted_by_a_column_the_unknown_last(catalogue):
-    assert catalogue.find(sort="iou") == [3, 2, 5]
-    assert catalogue.find(sort="iou", descending=False) == [2, 3, 5]
+def test_sorted_by_a_column_the_unknown_last(table):
+    assert table.find(sort="iou") == [3, 2, 5]
+    assert table.find(sort="iou", descending=False) == [2, 3, 5]
     with pytest.raises(ValueError, match="no column 'kind' to sort by; choose one of true_iou, iou"):
-        catalogue.find(sort="kind")
+        table.find(sort="kind")
 
 
 CELLS = st.none() | st.integers(-3, 3) | st.just("n/a")
@@ -76,16 +76,16 @@ CELLS = st.none() | st.integers(-3, 3) | st.just("n/a")
 
 @given(values=st.dictionaries(st.integers(0, 7), CELLS, min_size=1), descending=st.booleans())
 def test_any_column_is_sorted_as_brute_force_does(made, values, descending):
-    catalogue = LatentTable(made[1][0], made[0], {n: {"x": value, "y": 1} for n, value in values.items()})
+    table = LatentTable(made[1][0], made[0], {n: {"x": value, "y": 1} for n, value in values.items()})
     values = {n: value if isinstance(value, int) else None for n, value in values.items()}
     if any(value is not None for value in values.values()):
-        found = catalogue.find(sort="x", descending=descending)
+        found = table.find(sort="x", descending=descending)
         sign = -1 if descending else 1
         assert found == sorted(values, key=lambda n: (values[n] is None, sign * (values[n] or 0), n))
 
 
 def test_a_latent_that_the_cache_does_not_have_is_refused(made):
-    with pytest.raises(ValueError, match="tell of latent 8, the cache has 8"):
+    with pytest.raises(ValueError, match="a table has latent 8, but the cache has only 8"):
         LatentTable(made[1][0], made[0], {"8": {}})
 
 
@@ -94,20 +94,20 @@ def test_the_histogram_counts_every_activation_that_the_cache_kept(made):
     latent = int(plain.frequency.argmax())
     few, all_of_them = (LatentTable(cache, pictures, {latent: {}}).histogram(latent) for cache in (plain, stored))
     maps = np.concatenate([np.asarray(plain.patch_map(latent, r)).ravel() for r in range(len(plain.top(latent)))])
-    assert few.counts.sum() == (maps > 0).sum() and "top images" in few.of
+    assert few.counts.sum() == (maps > 0).sum() and "top images" in few.label
     assert all_of_them.counts.sum() == round(float(stored.frequency[latent]) * 3 * stored._patches)
-    assert "in 3 images" in all_of_them.of
+    assert "on 3 images" in all_of_them.label
     assert few.edges[0] == 0 and few.edges[-1] == pytest.approx(maps.max())
 
 
 def test_a_latent_is_counted_as_itself_however_many_are_read_together(made, monkeypatch):
     pictures, (_, stored) = made
-    monkeypatch.setattr("lmm_sae_nb.show.latent_table.TOGETHER", 3)  # of 8
-    catalogue = LatentTable(stored, pictures, {latent: {} for latent in range(8)})
+    monkeypatch.setattr("lmm_sae_nb.show.latent_table.BLOCK", 3)  # of 8
+    table = LatentTable(stored, pictures, {latent: {} for latent in range(8)})
     for latent in (7, 0, 1, 2, 3, 6, 5, 4):
         images = [stored.store.image(n) for n in range(3)]
         acts = np.concatenate([image.acts[image.latents == latent] for image in images])
-        found = catalogue.histogram(latent)
+        found = table.histogram(latent)
         expected = np.histogram(acts, bins=24, range=(0, acts.max(initial=0) or 1))
         assert (found.counts == expected[0]).all() and found.edges == pytest.approx(expected[1])
 
@@ -127,7 +127,7 @@ def test_active_patches_are_coloured_the_others_grey():
 
 def test_a_sheet_has_a_place_for_each_picture():
     pictures = [[noise(30, 20), noise(10, 40)], [noise(20, 20)]]
-    whole = Image.open(io.BytesIO(encoded(sheet(pictures, 16))))
+    whole = Image.open(io.BytesIO(webp(sheet(pictures, 16))))
     assert whole.format == "WEBP" and whole.size == (2 * 16 + GAP, 2 * 16 + GAP)
     with pytest.raises(ValueError, match="no picture to show"):
         sheet([[]], 16)
@@ -144,10 +144,10 @@ def test_a_histogram_draws_a_bar_for_every_full_bin_and_escapes_its_label():
 
 
 @pytest.fixture(scope="module")
-def shown(catalogue, tmp_path_factory, browser):
+def shown(table, tmp_path_factory, browser):
     """The raw part of the page, in the browser."""
     folder = tmp_path_factory.mktemp("site")
-    text = features.page(catalogue, "tiny", folder / "pictures", "pictures", "six.html")
+    text = features.page(table, "tiny", folder / "pictures", "pictures", "six.html")
     (body,) = re.findall(r"^````\{raw\} html\n(.*?)^````$", text, re.MULTILINE | re.DOTALL)
     assert HOSTILE not in text and "```\n" not in body
     (folder / "features.html").write_text(body, encoding="utf-8")
@@ -163,17 +163,17 @@ def shown(catalogue, tmp_path_factory, browser):
     page.close()
 
 
-def test_the_page_searches_and_sorts_as_the_catalogue_does(shown, catalogue):
+def test_the_page_searches_and_sorts_as_the_table_does(shown, table):
     def latents():
         return [int(n) for n in shown.locator("article").evaluate_all("all => all.map(a => a.dataset.latent)")]
 
     for text in ("", "cat", "dog red", "5", "zebra", "script"):
         shown.fill("input[name=q]", text)
-        for column in (None, *catalogue.columns):
+        for column in (None, *table.columns):
             shown.select_option("select", label=column.replace("_", " ") if column else "latent")
             for descending in (True, False):
                 shown.set_checked("input[type=checkbox]", descending)
-                assert latents() == catalogue.find(text, sort=column, descending=descending), (text, column)
+                assert latents() == table.find(text, sort=column, descending=descending), (text, column)
     shown.fill("input[name=q]", "")
 
 

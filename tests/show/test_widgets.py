@@ -75,7 +75,7 @@ def test_a_moved_slider_shows_what_compare_says(panel, panel_parts, keep_error):
     panel.keep_error.value = keep_error
     panel.choose(3)
     for times, scope in ((2.0, "all tokens"), (5.0, "text")):
-        panel.value.value, panel.scope.value = times, scope
+        panel.dose.value, panel.scope.value = times, scope
         kinds = {"all tokens": Scope(), "text": Scope(("text",))}[scope]
         expected = compare(
             SAEInPlace(lmm, sae, layer),
@@ -88,7 +88,7 @@ def test_a_moved_slider_shows_what_compare_says(panel, panel_parts, keep_error):
         )
         shown = json.loads(panel.record())
         assert [shown[name] for name in Comparison._fields] == [part[0] for part in expected]
-        assert shown["value"] == 3 * times and shown["times_maximum"] == times and shown["name"] == "cat"
+        assert shown["value"] == 3 * times and shown["dose"] == times and shown["name"] == "cat"
     assert "<table" in panel.answers.value and "steering-latent-3.json" in panel.download.value
 
 
@@ -110,8 +110,8 @@ def test_latents_are_found_by_name_or_number(panel):
         panel.latent.value = wrong
         assert "no latent is called" in panel.status.value and panel.answers.value == ""
     panel.latent.value = "0"
-    assert "never fired" in panel.status.value
-    with pytest.raises(ValueError, match="nothing has been answered yet"):
+    assert "not active on any cached image" in panel.status.value
+    with pytest.raises(ValueError, match="there is no answer yet"):
         panel.record()
 
 
@@ -139,7 +139,7 @@ async def until(done) -> None:
 
 
 def times_shown(panel) -> float | None:
-    return panel._shown and panel._shown["times_maximum"]
+    return panel._record and panel._record["dose"]
 
 
 def test_a_slider_that_is_still_moving_asks_once(panel, monkeypatch):
@@ -150,12 +150,12 @@ def test_a_slider_that_is_still_moving_asks_once(panel, monkeypatch):
     async def move():
         panel.latent.value = "3"
         for times in (2.0, 3.0, 4.0):
-            panel.value.value = times
+            panel.dose.value = times
             await asyncio.sleep(0.01)
         await until(lambda: times_shown(panel) == 4.0)
 
     asyncio.run(asyncio.wait_for(move(), 60))
-    assert [one.times_maximum for one in asked] == [4.0]
+    assert [one.dose for one in asked] == [4.0]
 
 
 def test_an_answer_that_is_out_of_date_stops_at_its_next_token_and_is_not_shown(panel, monkeypatch):
@@ -176,13 +176,13 @@ def test_an_answer_that_is_out_of_date_stops_at_its_next_token_and_is_not_shown(
     panel.max_new_tokens = 4
     monkeypatch.setattr(LMM, "generate", counted)
     monkeypatch.setattr(
-        SteeringPanel, "_show", lambda self, asked, known: shown.append(asked.times_maximum) or show(self, asked, known)
+        SteeringPanel, "_show", lambda self, asked, known: shown.append(asked.dose) or show(self, asked, known)
     )
 
     async def move():
-        panel.value.value = 2.0
+        panel.dose.value = 2.0
         await until(held.is_set)
-        panel.value.value = 3.0
+        panel.dose.value = 3.0
         go.set()
         await until(lambda: times_shown(panel) == 3.0)
 
@@ -210,7 +210,7 @@ def test_an_uploaded_image_is_asked_about_and_a_broken_one_refused(panel):
 
 
 def test_nothing_to_record_before_the_first_answer(panel):
-    with pytest.raises(ValueError, match="nothing has been answered yet"):
+    with pytest.raises(ValueError, match="there is no answer yet"):
         panel.record()
 
 
@@ -290,7 +290,7 @@ def test_keys_that_arrive_together_or_late_count_once(rating):
     rater.keys.value = ""  # the person empties it
     rater.keys.value = "u"
     assert given(rater)[-1] == ("Ann", 7, "unsure")
-    assert "All are answered" in rater.question.value and all(b.disabled for b in rater.buttons.values())
+    assert "All latents are answered" in rater.question.value and all(b.disabled for b in rater.buttons.values())
     rater.keys.value = "uy"
     assert len(given(rater)) == 3
 
@@ -312,7 +312,7 @@ def test_an_answer_on_another_explanation_does_not_count(rating):
 def test_a_file_that_cannot_be_written_is_told_and_nothing_is_passed_over(rating):
     rater = rating("Ann")
     rater.path.mkdir()
-    rater._keep(4, "yes")
+    rater._save(4, "yes")
     assert "answers.jsonl" in rater.status.value and "Latent 4" in rater.question.value
 
 
@@ -331,41 +331,41 @@ def test_nothing_to_rate_is_refused(rating):
 
 
 @pytest.fixture
-def catalogue(cached):
+def table(cached):
     pictures, cache = cached
     latents = np.flatnonzero(np.asarray(cache.live)).tolist()
     return LatentTable(cache, pictures, {n: {"concept": f"thing <{n}>", "iou": n / 24} for n in latents})
 
 
-def test_the_browser_lists_pages_and_looks_closely(catalogue):
-    browser = FeatureBrowser(catalogue, sort="iou", per_page=2)
-    order = catalogue.find(sort="iou")
+def test_the_browser_lists_pages_and_looks_closely(table):
+    browser = FeatureBrowser(table, sort="iou", per_page=2)
+    order = table.find(sort="iou")
     assert len(order) > 4 and browser.latent == order[0]
     assert browser.count.value == f"1 to 2 of {len(order)}"
     browser.later.click()
     assert [b.description.split(":")[0] for b in browser.buttons] == [str(n) for n in order[2:4]]
     browser.buttons[1].click()
     assert browser.latent == order[3] and f"thing &lt;{order[3]}&gt;" in browser.title.value
-    assert browser.views.value == catalogue.strip(order[3], browser.side, 85) and "<svg" in browser.bars.value
+    assert browser.views.value == table.strip(order[3], browser.side, 85) and "<svg" in browser.bars.value
     for _ in range(50):
         browser.later.click()
     assert browser.count.value.endswith(f"to {len(order)} of {len(order)}")
     browser.text.value = str(order[2])
     assert browser.latent == order[2] and browser.buttons[1].layout.display == "none"
     browser.text.value = "zebra"
-    assert browser.count.value == "none found"
+    assert browser.count.value == "no latent fits"
 
 
-def test_the_browser_hands_its_latent_on(catalogue):
+def test_the_browser_hands_its_latent_on(table):
     chosen = []
-    browser = FeatureBrowser(catalogue, chosen.append)
+    browser = FeatureBrowser(table, chosen.append)
     browser.hand_on.click()
-    assert chosen == [browser.latent] == catalogue.find()[:1]
-    assert FeatureBrowser(catalogue).hand_on.layout.display == "none"
+    assert chosen == [browser.latent] == table.find()[:1]
+    assert FeatureBrowser(table).hand_on.layout.display == "none"
 
 
-def test_an_empty_catalogue_or_an_unknown_column_is_refused(catalogue):
+def test_an_empty_table_or_an_unknown_column_is_refused(table):
     with pytest.raises(ValueError, match="no column 'x' to sort by"):
-        FeatureBrowser(catalogue, sort="x")
-    with pytest.raises(ValueError, match="the catalogue is empty"):
-        FeatureBrowser(LatentTable(catalogue.cache, catalogue.pictures, {}))
+        FeatureBrowser(table, sort="x")
+    with pytest.raises(ValueError, match="the table of latents is empty"):
+        FeatureBrowser(LatentTable(table.cache, table.pictures, {}))

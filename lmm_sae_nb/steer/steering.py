@@ -1,4 +1,4 @@
-"""Section 2.3: set latents to chosen values while the model runs (eq. 3-6), with an explicit scope."""
+"""Set latents to chosen values while the model runs (section 2.3, equations 3 to 6)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,15 @@ PHASES = ("prompt", "generated")
 
 @dataclass(frozen=True)
 class Edit:
-    """What happens to one latent z_j before TopK: clamp z_j = value (eq. 4), add z_j + value, scale z_j * value.
+    """Change one latent z_j before TopK.
 
-    Sums below 0 become 0, as ReLU would make them. ValueError for a value that is not finite, an unknown mode, or a
-    clamp or factor below 0, which TopK after ReLU cannot tell from 0.
+    latent: j.
+    value: finite; below 0 only with the mode "add".
+    mode: "clamp" sets z_j to `value` (equation 4), "add" adds it, "scale" multiplies by it. A sum below 0 becomes 0, as
+        after ReLU.
+
+    Raises:
+        ValueError: the value or the mode is not allowed.
     """
 
     latent: int
@@ -37,7 +42,7 @@ class Edit:
 
     def __post_init__(self):
         if self.mode not in MODES:
-            raise ValueError(f"no way of steering is called {self.mode!r}; choose one of {', '.join(MODES)}")
+            raise ValueError(f"there is no mode {self.mode!r} of steering; choose one of {', '.join(MODES)}")
         if not math.isfinite(self.value):
             raise ValueError(f"latent {self.latent} cannot be steered by {self.value}; give a finite value")
         if self.value < 0 and self.mode != "add":
@@ -46,7 +51,7 @@ class Edit:
             )
 
     def apply(self, acts: Float[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
-        """The latent's new activations."""
+        """Return the latent's new activations."""
         if self.mode == "clamp":
             return torch.full_like(acts, self.value)
         return (acts + self.value).clamp_min(0) if self.mode == "add" else acts * self.value
@@ -54,10 +59,16 @@ class Edit:
 
 @dataclass(frozen=True)
 class Scope:
-    """The tokens C of eq. 4 that are steered: of these kinds, in these phases, and of the prompt these positions.
+    """Choose the tokens that are steered, the set C of equation 4.
 
-    The paper steers all tokens; the reference code only the prompt's. Positions count from the prompt's first token
-    (padding not counted); None is all of them. Generated tokens are of kind text.
+    The paper steers all tokens; its code steers only those of the prompt.
+
+    kinds: of tokens; generated tokens are of kind "text".
+    phases: "prompt", "generated" or both.
+    positions: in the prompt, counted from its first token without the padding; None stands for all.
+
+    Raises:
+        ValueError: there is no phase, or an unknown one.
     """
 
     kinds: tuple[str, ...] = SAE_KINDS
@@ -69,7 +80,11 @@ class Scope:
             raise ValueError(f"phases are {self.phases}; choose from {', '.join(PHASES)}, at least one")
 
     def of_prompt(self, prompt: Prompt) -> Bool[Tensor, "batch tokens"]:
-        """The prompt's tokens in scope; ValueError for a position that a sample does not have."""
+        """Return which tokens of the prompt are steered.
+
+        Raises:
+            ValueError: a sample does not have one of the positions.
+        """
         mask = prompt.mask(*self.kinds)
         if "prompt" not in self.phases:
             return torch.zeros_like(mask)
@@ -85,24 +100,29 @@ class Scope:
 
     @property
     def of_generated(self) -> bool:
+        """Whether generated tokens are steered."""
         return "generated" in self.phases and "text" in self.kinds
 
 
-Setting = Sequence[Edit]  # what is done at once to one sample
+Setting = Sequence[Edit]  # all edits of one sample
 
 
-# ---- eq. 3-6 --------------------------------------------------------------------------------------------------
+# ---- equations 3 to 6 ----------------------------------------------------------------------------------------------
 
 
 def steer_latents(
     sae: TopKSAE, x: Float[Tensor, "tokens width"], edits: Sequence[Edit], highest: Latents | None = None
 ) -> Latents:
-    """z_hat = TopK(z with the edits), eq. 3-5: k latents a token, of which an edited one must earn its place.
+    """Edit latents and apply TopK again (equations 3 to 5), so that an edited latent counts only among the k highest.
 
-    Exact without the dense z: at most n edited latents leave the k + n highest, so the k highest of the others are
-    among these. A token whose k-th latent is higher than the clamp keeps its latents. highest: the highest latents of
-    each token, at least so many, where they are known. ValueError for a latent that the SAE does not have, or two edits
-    of one latent.
+    This is exact without the dense z. At most n edited latents are among the k + n highest, so these contain the k
+    highest of the others.
+
+    edits: n of them, of different latents.
+    highest: the k + n or more highest latents of each token, if they are known already.
+
+    Raises:
+        ValueError: the SAE does not have a latent, or a latent has two edits.
     """
     numbers = [edit.latent for edit in edits]
     if wrong := [n for n in numbers if not 0 <= n < sae.n_latents]:
@@ -112,15 +132,15 @@ def steer_latents(
     others = _highest(sae, x, len(edits)) if highest is None else highest
     edited = torch.tensor(numbers, device=x.device)
     rows, bias = sae.W_enc[edited], sae.b_enc[edited]
-    own = ((x.to(rows.dtype) - sae.b_dec) @ rows.T + bias).relu()
-    new = torch.stack([edit.apply(acts) for edit, acts in zip(edits, own.unbind(-1), strict=True)], -1)
+    before = ((x.to(rows.dtype) - sae.b_dec) @ rows.T + bias).relu()
+    new = torch.stack([edit.apply(acts) for edit, acts in zip(edits, before.unbind(-1), strict=True)], -1)
     kept = torch.where(torch.isin(others.indices, edited), -1.0, others.acts)  # below every activation
     acts, indices = torch.cat([new, kept], -1), torch.cat([edited.expand(len(x), -1), others.indices], -1)
     return _top(Latents(acts, indices), sae.k)
 
 
 def _highest(sae: TopKSAE, x: Float[Tensor, "tokens width"], edits: int) -> Latents:
-    """So many latents of each token that k are left when `edits` of them are not to count."""
+    """Return so many latents of each token that k are left without the edited ones."""
     return sae.encode(x, k=min(sae.k + edits, sae.n_latents))
 
 
@@ -136,10 +156,11 @@ def steered_states(
     steered: Bool[Tensor, " tokens"],
     keep_error: bool,
 ) -> Float[Tensor, "tokens width"]:
-    """What goes into the next layer: x_hat of eq. 6; with `keep_error`, x and what the edits change in x_hat.
+    """Return the states that go into the next layer instead of x: x_hat of equation 6.
 
-    Tokens that are not steered get the plain reconstruction, or with `keep_error` stay as they are. A token whose
-    latents the edits do not change is, with `keep_error`, exactly x.
+    x: output of the SAE's layer.
+    steered: tokens that the edits apply to; the others get the plain reconstruction.
+    keep_error: return x plus the change that the edits make in x_hat. A token without a change is then exactly x.
     """
     return steered_versions(sae, x, [edits], steered, keep_error)[0]
 
@@ -151,20 +172,20 @@ def steered_versions(
     steered: Bool[Tensor, " tokens"],
     keep_error: bool,
 ) -> Float[Tensor, "settings tokens width"]:
-    """`steered_states` under each of several settings; the tokens are encoded once for all."""
+    """Return `steered_states` under each of several settings; the tokens are encoded once for all of them."""
     highest = _highest(sae, x, max(map(len, settings)))
     base = sae.decode(_in_order(_top(highest, sae.k)))
     out = (x.to(base.dtype) if keep_error else base).repeat(len(settings), 1, 1)
-    own = Latents(*(part[steered] for part in highest))
+    known = Latents(*(part[steered] for part in highest))
     for version, edits in zip(out, settings if bool(steered.any()) else (), strict=False):
         if edits:
-            new = sae.decode(_in_order(steer_latents(sae, x[steered], edits, own)))
+            new = sae.decode(_in_order(steer_latents(sae, x[steered], edits, known)))
             version[steered] = x[steered] + (new - base[steered]) if keep_error else new
     return out.to(x.dtype)
 
 
 def _in_order(latents: Latents) -> Latents:
-    """Sorted by index, so that the same latents add up to the same bits."""
+    """Sort latents by index, so that the same latents add up to the same bits."""
     order = latents.indices.argsort(-1)
     return Latents(*(part.gather(-1, order) for part in latents))
 
@@ -173,7 +194,13 @@ def _in_order(latents: Latents) -> Latents:
 
 
 def _settings(edits: Setting | Sequence[Setting], samples: int) -> list[tuple[Edit, ...]]:
-    """One setting for each sample: the same for all, or as many as there are. ValueError for another number."""
+    """Return one setting for each sample.
+
+    edits: one setting for all samples, or one for each.
+
+    Raises:
+        ValueError: there are more or fewer settings than samples.
+    """
     if all(isinstance(edit, Edit) for edit in edits):
         return [tuple(edits)] * samples
     if len(edits) != samples:
@@ -193,11 +220,17 @@ def steered(
 ) -> Iterator[None]:
     """Run the model on this prompt, or generate from it, with the SAE in the layer's place and latents edited.
 
-    edits: the same for every sample of the batch, or a list of edits for each. Without edits it is the control: the
-    SAE spliced in and nothing else. `spliced`: the kinds of tokens that the SAE replaces at all, by default those it
-    was trained on. keep_error: leave in what the SAE does not explain (the paper drops it). Works with a KV cache, in
-    batches, greedy or sampled. ValueError as `SAEInPlace`, for another number of settings than samples, and inside
-    the `with` for a batch that is not this prompt's.
+    It works with a KV cache, in batches, greedy or sampled.
+
+    prompt: the one that the model runs on inside the `with`.
+    edits: one list for all samples of the batch, or a list for each. Without edits the SAE is only spliced in, which is
+        the control.
+    scope: the tokens that the edits apply to.
+    keep_error: keep the part of the hidden states that the SAE leaves unexplained; the paper drops it.
+    spliced: kinds of tokens that the SAE replaces, by default those that it was trained on.
+
+    Raises:
+        ValueError: there are more or fewer lists than samples, or the model runs on another batch inside the `with`.
     """
     lmm, sae, layer = place.lmm, place.sae, place.layer
     in_prompt, in_scope = prompt.mask(*spliced), scope.of_prompt(prompt)
@@ -218,9 +251,9 @@ def steered(
             chosen = torch.full_like(mask, scope.of_generated)
         out = hidden.clone()
         for setting in dict.fromkeys(settings):
-            own = torch.tensor([s == setting for s in settings], device=mask.device).repeat_interleave(copies)
-            own = mask & own[:, None]
-            out[own] = steered_states(sae, hidden[own], setting, chosen[own], keep_error).to(hidden.dtype)
+            rows = torch.tensor([s == setting for s in settings], device=mask.device).repeat_interleave(copies)
+            tokens = mask & rows[:, None]
+            out[tokens] = steered_states(sae, hidden[tokens], setting, chosen[tokens], keep_error).to(hidden.dtype)
         return out
 
     with lmm.spliced(layer, rewrite):
@@ -239,19 +272,23 @@ def answers(
     batch: int = 16,
     **generation,
 ) -> list[str]:
-    """The answer to one question about one image under each of many settings, `batch` of them side by side."""
-    lmm = place.lmm
-    said = []
+    """Return the answers to one question about one image, one for each setting.
+
+    settings: each is a list of edits.
+    batch: settings that run side by side.
+    generation: for `LMM.generate`, such as `max_new_tokens`.
+    """
+    lmm, results = place.lmm, []
     for start in progress_bar(range(0, len(settings), batch), desc="steering", disable=len(settings) <= batch):
-        some = settings[start : start + batch]
-        prompt = lmm.prompt([text] * len(some), [image] * len(some))
-        with steered(place, prompt, some, scope, keep_error=keep_error):
-            said += lmm.generate(prompt, **generation)
-    return said
+        together = settings[start : start + batch]
+        prompt = lmm.prompt([text] * len(together), [image] * len(together))
+        with steered(place, prompt, together, scope, keep_error=keep_error):
+            results += lmm.generate(prompt, **generation)
+    return results
 
 
 class Comparison(NamedTuple):
-    """Answers to the same prompts: by the untouched model, with the SAE spliced in, and with latents edited too."""
+    """The answers to the same prompts of the untouched model, with the SAE spliced in, and with latents edited."""
 
     untouched: list[str]
     spliced: list[str]
@@ -270,7 +307,10 @@ def compare(
     seed: int | None = None,
     **generation,
 ) -> Comparison:
-    """Generate three times from the same prompts; with `seed`, each time from the same random state."""
+    """Answer the same prompts untouched, with the SAE spliced in, and with latents edited.
+
+    seed: with it, sampling starts each time from the same random state.
+    """
     lmm = place.lmm
     prompt = lmm.prompt(texts, images)
     answers = []

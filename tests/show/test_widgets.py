@@ -115,7 +115,7 @@ def test_latents_are_found_by_name_or_number(panel):
         panel.record()
 
 
-def test_an_empty_prompt_and_an_unforeseen_error_are_told(panel, monkeypatch):
+def test_an_empty_prompt_and_an_unforeseen_error_are_shown(panel, monkeypatch):
     panel.text.value = "  "
     assert "the prompt is empty" in panel.status.value
 
@@ -159,7 +159,7 @@ def test_a_slider_that_is_still_moving_asks_once(panel, monkeypatch):
 
 
 def test_an_answer_that_is_out_of_date_stops_at_its_next_token_and_is_not_shown(panel, monkeypatch):
-    """The slider moves while the first answer is half generated: the model is held at a token until it has."""
+    """The slider moves while the first answer is being generated: the model waits at a token until it has moved."""
     shown, tokens, held, go = [], [], threading.Event(), threading.Event()
     show, generate = SteeringPanel._show, LMM.generate
 
@@ -282,7 +282,7 @@ def test_undo_brings_the_last_one_back_also_from_another_day(rating):
 
 
 def test_keys_that_arrive_together_or_late_count_once(rating):
-    """What the field holds as the page tells it: it grows, several keys may come at once, and it is never emptied."""
+    """The field only grows, several keys may come at once, and the rater never empties it."""
     rater = rating("Ann")
     for typed in ("y", "yxN", "yxNu", "yxNuz", "yxNuz"):
         rater.keys.value = typed
@@ -309,7 +309,7 @@ def test_an_answer_on_another_explanation_does_not_count(rating):
     assert rating("Ann").current() == 4
 
 
-def test_a_file_that_cannot_be_written_is_told_and_nothing_is_passed_over(rating):
+def test_a_file_that_cannot_be_written_is_reported_and_no_latent_is_skipped(rating):
     rater = rating("Ann")
     rater.path.mkdir()
     rater._save(4, "yes")
@@ -337,7 +337,7 @@ def table(cached):
     return LatentTable(cache, pictures, {n: {"concept": f"thing <{n}>", "iou": n / 24} for n in latents})
 
 
-def test_the_browser_lists_pages_and_looks_closely(table):
+def test_the_browser_lists_pages_and_shows_details(table):
     browser = FeatureBrowser(table, sort="iou", per_page=2)
     order = table.find(sort="iou")
     assert len(order) > 4 and browser.latent == order[0]

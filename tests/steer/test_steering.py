@@ -62,7 +62,7 @@ def test_steered_latents_are_those_of_the_dense_equations(seed, k, edits):
     assert not different.any() or found[different].max() <= expected.masked_fill(expected == 0, 9e9).min(1).values.max()
 
 
-def test_by_hand():
+def test_a_clamp_above_the_highest_latent_replaces_it():
     """Three latents along the axes, one active: a clamp below it changes nothing, one above takes its place."""
     sae = new_sae(width=3, n_latents=3, k=1)
     for name, value in {"W_enc": torch.eye(3), "W_dec": torch.eye(3), "b_enc": 0.0, "b_dec": 0.0}.items():
@@ -156,13 +156,13 @@ def test_hooks_are_gone_after_an_exception(lmm):
 
 
 def test_an_sae_of_another_layer_or_model_is_refused(lmm, tmp_path):
-    """As its folder tells; a folder that tells nothing is taken at its width."""
+    """An SAE folder may record the layer and the model; if it does not, only the width is checked."""
     sae, prompt = new_sae(), lmm.prompt("what ?")
-    sae.save(tmp_path / "told")
+    sae.save(tmp_path / "known")
     write_json(
-        tmp_path / "told" / "history.json", {"run": {"layer": LAYER, "model": lmm.fingerprint(LAYER)}, "rows": []}
+        tmp_path / "known" / "history.json", {"run": {"layer": LAYER, "model": lmm.fingerprint(LAYER)}, "rows": []}
     )
-    own = TopKSAE.load(tmp_path / "told").requires_grad_(False)
+    own = TopKSAE.load(tmp_path / "known").requires_grad_(False)
     with steered(SAEInPlace(lmm, own, LAYER), prompt):
         pass
     with pytest.raises(ValueError, match="trained on layer 1, not 0"), steered(SAEInPlace(lmm, own, 0), prompt):
@@ -176,8 +176,8 @@ def test_an_sae_of_another_layer_or_model_is_refused(lmm, tmp_path):
         pass
     with pytest.raises(ValueError, match="trained on layer 1, not 0"):
         linear(SAEInPlace(lmm, own, 0), decision(lmm, "why ?", None, "y", "n"))
-    sae.save(tmp_path / "silent")
-    assert TopKSAE.load(tmp_path / "silent").trained_on is None
+    sae.save(tmp_path / "unrecorded")
+    assert TopKSAE.load(tmp_path / "unrecorded").trained_on is None
 
 
 def test_a_models_fingerprint_does_not_depend_on_the_precision_that_it_is_held_in():
@@ -207,7 +207,7 @@ def test_what_cannot_be_steered_is_refused(lmm):
 
 
 def test_each_sample_of_a_batch_has_its_own_edits(lmm):
-    """A batch with different edits says what its samples say alone; so does `answers`, in batches of any size."""
+    """A batch with different edits answers as its samples do alone; so does `answers`, in batches of any size."""
     sae, image = new_sae(), noise()
     each = [[], [Edit(2, 9.0)], [Edit(2, 9.0), Edit(5, 4.0)], [Edit(7, 20.0)], [Edit(2, 9.0)]]
     prompt = lmm.prompt(["what ?"] * 5, [image] * 5)

@@ -267,11 +267,10 @@ words = stage.result(
 )  # fmt: skip
 
 # %% mystnb={"figure": {"caption": "Activation of each latent where its name is read, and where other names are read. On the line, the word makes no difference.", "name": "fig-words"}, "image": {"alt": "Scatter plot of the activation on the latent's name against the mean activation on other names, with the diagonal."}}
-plots.scatter(
-    [row.on_others for row in words],
-    [row.on_name for row in words],
-    "on other names", "on the latent's name",
-);  # fmt: skip
+on_name = [row.on_name for row in words]
+on_others = [row.on_others for row in words]
+labels = "on other names", "on the latent's name"
+plots.scatter(on_others, on_name, *labels);
 # %% [markdown]
 # ## A hundred objects on a white image (section 4.1, Appendix D)
 #

@@ -343,7 +343,7 @@ def test_every_figure_has_a_caption_and_a_text_for_who_does_not_see_it(notebook)
             assert given["image"]["alt"], head
 
 
-NO_FIGURES = {"plots.style", "plots.table", "plots.shaded_texts"}
+NO_FIGURES = {"plots.style", "plots.table", "plots.case_studies", "plots.shaded_texts"}
 
 
 def _draws(value: ast.expr) -> bool:

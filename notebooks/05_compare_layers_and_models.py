@@ -298,6 +298,8 @@ evaluation = stage.result(
     "evaluation", dict[str, Metrics],
     lambda: evaluate_saes(places, unseen.select(range(evaluated))),
 )  # fmt: skip
+
+# %%
 explain = partial(
     explain_some, images=pictures, interpreter=interpreter, truth=truth,
     enough=n_swept, seed=seed, **exemplars,
@@ -313,22 +315,18 @@ swept = stage.result(
 # the linear attribution rank latents as ablation does (notebook 07)?
 
 # %%
+named = {name: scored[name].scores.explained for name in by_layer}
+steer = partial(steer_objects, seed=seed, **steering)
 steered = stage.result(
     "steered", dict[str, list[SteeredLatent]],
-    lambda: {
-        name: steer_objects(
-            studied[name], scored[name].scores.explained, seed=seed,
-            **steering,
-        )
-        for name in by_layer
-    },
+    lambda: {name: steer(studied[name], named[name]) for name in by_layer},
 )  # fmt: skip
+
+# %%
+of_layers = {name: places[name] for name in by_layer}
 ranks = stage.result(
     "ranks", dict[str, list[float]],
-    lambda: rank_agreement(
-        {name: places[name] for name in by_layer}, unseen, seed=seed,
-        **attribution,
-    ),
+    lambda: rank_agreement(of_layers, unseen, seed=seed, **attribution),
 )  # fmt: skip
 
 # %%

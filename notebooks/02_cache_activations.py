@@ -164,11 +164,11 @@ samples = samples.select(np.sort(draw))
 
 
 def read_texts() -> dict:
-    folder = stage.folder
-    found = cache_texts(
-        place, samples, n_top=n_top, batch_samples=batch_size, folder=folder
-    )
-    return side_rows(place.lmm, found)
+    text_cache = cache_texts(
+        place, samples, n_top=n_top, batch_samples=batch_size,
+        folder=stage.folder,
+    )  # fmt: skip
+    return side_rows(place.lmm, text_cache)
 
 
 words = stage.result("words", dict[str, dict], read_texts)

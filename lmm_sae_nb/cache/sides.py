@@ -57,9 +57,9 @@ def sides(cache: TextCache, min_ratio: float = 0.1, max_probability: float = 0.0
     )
 
 
-def side_metrics(found: Sides) -> dict[str, float]:
+def side_metrics(by_side: Sides) -> dict[str, float]:
     """Return how many latents each side has, and which fraction of the determined ones, as metrics."""
-    counts = {name: int(latents.sum()) for name, latents in found._asdict().items()}
+    counts = {name: int(latents.sum()) for name, latents in by_side._asdict().items()}
     determined = max(1, sum(counts.values()) - counts["undetermined"])
     fractions = {f"latents_{name}_fraction": n / determined for name, n in counts.items() if name != "undetermined"}
     return {f"latents_{name}": n for name, n in counts.items()} | fractions

@@ -133,7 +133,8 @@ def mean_panels(results: Mapping[str, Mapping[str, Mapping[str, Mean]]]) -> list
     groups = max(map(len, results.values()))
     axes = panels(len(results), inches=max(LINE + 0.1, 0.12 * len(series) + 0.08) * groups + 1.4, sharey=True)
     for ax, (xlabel, rows) in zip(axes, results.items(), strict=True):
-        means(rows, wrapped(xlabel, WIDTH / 2.5), ax=ax).get_legend().remove()
+        means(rows, "", ax=ax).get_legend().remove()
+        ax.set_xlabel(wrapped(xlabel, WIDTH / 2.5))
     handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda found: len(found[1]))
     axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(labels))
     return axes
@@ -366,7 +367,8 @@ def size_panels(
     """
     axes = panels(len(results), inches=3.4, sharey=True)
     for ax, (xlabel, (curves, mark)) in zip(axes, results.items(), strict=True):
-        dose_curves(curves, xlabel, "", mark=mark, ax=ax).get_legend().remove()
+        dose_curves(curves, "", "", mark=mark, ax=ax).get_legend().remove()
+        ax.set_xlabel(wrapped(xlabel, WIDTH / 2.5))
     handles, labels = axes[0].get_legend_handles_labels()
     axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(labels))
     return axes

@@ -1,7 +1,8 @@
 # Python 3.10 or newer, make and git are all that has to be there; everything else goes into .venv.
 #   make book [PRESET=tiny]   run the notebooks, build the book, print the address of its first page; JOBS=1 runs one page
 #                             at a time with all cores (as where they share a GPU), else two do, with half of them each
-#   make test [ARGS="-k house"]   unit, property and browser tests, the book, every notebook with its default parameters
+#   make check                    style, unit and property tests: three minutes on two cores
+#   make test [ARGS="-k house"]   all tests: also browser tests, the book, every notebook with its default parameters
 #   make lab [ARGS=--no-browser]  JupyterLab on the notebook sources
 #   make world                the Picture World datasets alone
 
@@ -14,7 +15,7 @@ LAB := build/lab
 DOIT := $(BIN)/doit
 
 .DEFAULT_GOAL := book
-.PHONY: book test lab world clean
+.PHONY: book check test lab world clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=/path/to/python3")'
@@ -26,6 +27,12 @@ book: $(READY)
 	@OMP_NUM_THREADS=$$($(BIN)/python -c 'import os; print(max(1, os.cpu_count() // $(JOBS)))') \
 		$(DOIT) -n $(JOBS) -P thread preset=$(PRESET)
 	@echo "The book: file://$(CURDIR)/book/_build/html/index.html"
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout=120 \
+		-m "not slow and not book" tests $(ARGS)
 
 # Seconds that a test may take; one of them builds the book. What hangs, but for native code, fails and tells where it stood.
 test: LIMIT ?= 2400

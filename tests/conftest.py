@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import hypothesis
+import jaxtyping
 import pytest
 
 from book import pages
@@ -77,6 +78,14 @@ def build(*tasks: str) -> subprocess.CompletedProcess:
         done = subprocess.run(command, cwd=pages.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     time.sleep(0.1)  # whoever waits goes first
     return done
+
+
+@pytest.fixture
+def unchecked():
+    """Types are not checked: for tests of what a wrong type gives a user, or with stand-ins for large objects."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -60,6 +60,7 @@ class Reply(NamedTuple):
     refused: bool = False
 
 
+@runtime_checkable
 class Chat(Protocol):
     """A model to ask. Called with questions, it yields (number of the question, reply) in any order, each at once.
 

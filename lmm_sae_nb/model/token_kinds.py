@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64, Shaped
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ class Spans:
         """Return the positions of the tokens of this kind, in order."""
         return self.mask(kind).nonzero()[:, 0]
 
-    def as_grid(self, values: Float[Tensor, "*any base"]) -> Float[Tensor, "*any rows cols"]:
+    def as_grid(self, values: Shaped[Tensor, "*any base"]) -> Shaped[Tensor, "*any rows cols"]:
         """Fold values of the base tokens into the patch grid.
 
         Raises:

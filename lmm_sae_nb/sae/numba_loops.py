@@ -10,6 +10,7 @@ the loop goes over the latents. So each weight is read from memory once.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import numba
@@ -22,6 +23,7 @@ SUMS = {"reassoc", "contract", "nsz"}  # sums in any order, so that they vectori
 
 
 def _compile(function: Callable) -> Callable:
+    function = inspect.unwrap(function)  # without the check of types under which tests import this
     options = dict(nogil=True, fastmath=SUMS, error_model="numpy")
     try:
         return numba.njit(cache=True, **options)(function)

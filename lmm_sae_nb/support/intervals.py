@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 from scipy.stats import binomtest, bootstrap, t
 
 
@@ -21,7 +22,7 @@ class Mean(NamedTuple):
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def mean_interval(values: Sequence[float], level: float = 0.99, seed: int = 0) -> Mean:
+def mean_interval(values: ArrayLike, level: float = 0.99, seed: int = 0) -> Mean:
     """Return the mean with a percentile-bootstrap interval (9,999 resamples).
 
     values: at least two.
@@ -54,7 +55,7 @@ class Proportion(NamedTuple):
         return f"{self.fraction:.3f} [{self.low:.3f}, {self.high:.3f}] of {self.cases}"
 
 
-def proportion(hits: Sequence[bool], level: float = 0.99) -> Proportion:
+def proportion(hits: ArrayLike, level: float = 0.99) -> Proportion:
     """Return the fraction of hits with Wilson's interval, which has a width even if there are no hits.
 
     hits: whether each case is a hit.
@@ -75,7 +76,7 @@ def bounds(name: str, value: Mean | Proportion) -> dict[str, float]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), value[:3], strict=True))
 
 
-def difference_interval(one: Sequence[float], other: Sequence[float], level: float = 0.99, seed: int = 0) -> Mean:
+def difference_interval(one: ArrayLike, other: ArrayLike, level: float = 0.99, seed: int = 0) -> Mean:
     """Return the mean of `other` minus the mean of `one` with a percentile-bootstrap interval.
 
     The samples are unpaired.

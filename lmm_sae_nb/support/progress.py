@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterable
-from typing import TextIO
 
 from tqdm import auto, notebook, std
 
@@ -17,7 +17,7 @@ class _Lines:
 
     encoding = "utf-8"
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: io.TextIOBase):
         self.stream = stream
 
     def write(self, text: str) -> None:

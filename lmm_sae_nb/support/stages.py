@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -130,7 +130,7 @@ class Stage:
             self._note()
         return self
 
-    def result(self, name: str, kind: type[T], make: Callable[[], T]) -> T:
+    def result(self, name: str, kind: type[T] | Any, make: Callable[[], T]) -> T:
         """Return what `make` gives, kept as `<name>.json`: made if stale, else read.
 
         A fresh result is read back from the disk too, so that both ways give the same.
@@ -271,7 +271,7 @@ class Page:
         """
         return require(self.run, stage, filename)
 
-    def read(self, stage: str, result: str, kind: type[T]) -> T:
+    def read(self, stage: str, result: str, kind: type[T] | Any) -> T:
         """Return a result that an earlier page kept with `Stage.result`; errors as `file` and `read_typed`."""
         return read_typed(self.file(stage, f"{result}.json"), kind)
 
@@ -307,7 +307,7 @@ def _texts(value: object) -> Iterator[str]:
             yield from _texts(each)
 
 
-def read_typed(path: str | Path, kind: type[T]) -> T:
+def read_typed(path: str | Path, kind: type[T] | Any) -> T:
     """Read a JSON file as a value of this kind.
 
     Raises:

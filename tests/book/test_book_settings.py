@@ -11,6 +11,8 @@ import pytest
 
 from book import pages
 
+pytestmark = pytest.mark.slow
+
 SLIDER = "import ipywidgets\n\nipywidgets.IntSlider(value=3, max=9, description='strength')"
 
 

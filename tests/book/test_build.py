@@ -11,6 +11,8 @@ import pytest
 
 from book import pages
 
+pytestmark = pytest.mark.slow
+
 HEAD = """\
 # ---
 # jupyter:

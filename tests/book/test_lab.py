@@ -26,6 +26,8 @@ from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score.ratings import read_ratings
 from lmm_sae_nb.steer.steering import Edit, compare
 
+pytestmark = pytest.mark.slow
+
 FLAGS = "--no-browser --ip=127.0.0.1 --port={port} --IdentityProvider.token= --allow-root"
 MODEL, LAYER, LATENTS = pages.ROOT / "data/models/tiny-llava-next", 4, 32
 NAMES = {3: "third <b>", 5: "fifth"}

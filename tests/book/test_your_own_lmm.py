@@ -47,6 +47,8 @@ from lmm_sae_nb.support.images import open_images
 from lmm_sae_nb.support.stages import require
 from lmm_sae_nb.train.training import train_sae
 
+pytestmark = pytest.mark.slow
+
 PAGE = (pages.ROOT / "book" / "your_own_lmm.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 ERRORS = re.findall(r"^\| `(.+?)` \|", PAGE.split("## What an error means")[1], re.MULTILINE)

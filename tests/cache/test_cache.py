@@ -312,6 +312,7 @@ def taken(folder, **sizes) -> int:
     return int((folder / "bytes").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists() or platform.libc_ver()[0] != "glibc",
     reason="the system does not tell the peak of memory, or its C library cannot be told to return it",

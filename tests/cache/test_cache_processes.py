@@ -18,6 +18,8 @@ from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"n_top": 3, "batch_size": 2, "store": "float32"}
 
 

@@ -20,6 +20,8 @@ from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.images import open_images
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"n_top": 3, "batch_size": 2, "store": "float16", "unreadable": "skip"}
 
 

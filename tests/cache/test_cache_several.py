@@ -93,6 +93,7 @@ def test_the_images_of_a_model_without_a_grid_are_ranked_by_the_mean_over_its_qu
         assert [number for number, _ in cache.top(latent)] == [n for n in best if means[n, latent] > 0]
 
 
+@pytest.mark.slow
 def test_what_is_whole_is_not_made_again_and_what_differs_is(pictures, tmp_path, monkeypatch):
     lmm, asked, encode = LMM(*make("picture_world")), [], activations.encode_batch
 

@@ -272,6 +272,7 @@ def _explain(url: str, record: Path) -> None:
     explainers.explainer(chat, PROMPT)(pictures(2, seed) for seed in range(60))
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_points_no_answer_is_lost_and_none_asked_for_twice(tmp_path):
     """SIGKILL; the answer tells which images were asked about, so that the record can be held against the requests."""
     record, rng = tmp_path / "replies.jsonl", random.Random(3)
@@ -404,6 +405,7 @@ def _wait_for(url: str, process: subprocess.Popen) -> None:
     pytest.fail("transformers serve did not come up within two minutes")
 
 
+@pytest.mark.slow
 def test_a_real_server_answers_what_the_model_in_this_process_does(root, transformers_serve, tmp_path):
     near = open_chat(EXPLAINER, max_new_tokens=16)
     far = open_chat(f"{root / EXPLAINER}@{transformers_serve}", concurrency=2, max_new_tokens=16)

@@ -483,6 +483,7 @@ def test_a_family_can_be_registered(monkeypatch):
     assert LMM(model, processor).prompt("", noise()).spans[0].grid == (12, 12)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_tokenizer_alone_is_no_processor():
     model, processor = models.make("picture_world")
     with pytest.raises(ValueError, match="does not process both text and images; load the processor"):
@@ -542,6 +543,7 @@ def test_an_image_for_some_samples_only_where_the_processor_cannot():
         studied("instructblip").prompt(["Hello", "Hm"], [None, noise()])
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("image", "message"),
     [

@@ -114,6 +114,7 @@ def test_figures_and_the_rater_show_whole_images(cache, pictures, live, tmp_path
     assert rater.picture(live[0])[:4] == b"RIFF"
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("enough", "asked"), [(0, 4), (2, 4), (3, 8), (9, 10)])
 def test_no_more_latents_are_asked_about_than_give_enough(enough, asked):
     """Every other latent is explained; four are asked about at once, ten there are."""

@@ -157,6 +157,7 @@ def test_a_half_written_file_does_not_make_a_stage_stale(finished, given):
     assert again(given).is_current
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_metrics_are_numbers(given):
     with pytest.raises(ValueError, match="by_kind"):
         Stage("tiny", "cache").begin(**given).finish({"by_kind": {"base": 1.0}})

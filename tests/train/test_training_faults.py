@@ -11,6 +11,8 @@ from trainings import LMM_, SAMPLES, SETTINGS, run, told, train
 from lmm_sae_nb.sae.adam import SAEAdam
 from lmm_sae_nb.train.training import train_sae
 
+pytestmark = pytest.mark.slow
+
 FEATURES = Features(image=Image(), question=Value("string"), answer=Value("string"))
 
 

@@ -8,6 +8,8 @@ import time
 import pytest
 from trainings import run, told, train, train_and_die
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def uncut(tmp_path_factory):

@@ -13,6 +13,8 @@ from trainings import SAMPLES, run, told, train, train_and_die, train_together
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.train.launch import _message, _send, job, launch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 from PIL import Image
 from scipy import sparse
 
@@ -126,7 +127,7 @@ def _best_thresholds(
     return f1, threshold
 
 
-def _f1(hits: np.ndarray, fired: np.ndarray, showing: np.ndarray) -> np.ndarray:
+def _f1(hits: ArrayLike, fired: ArrayLike, showing: ArrayLike) -> np.ndarray | np.floating:
     return 2 * hits / np.maximum(fired + showing, 1)
 
 

@@ -16,6 +16,8 @@ from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score.scores import Column
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # for its stand-ins
+
 IMAGES = [noise(96, 96, seed=n) for n in range(5)]
 
 

@@ -1,6 +1,7 @@
 """Text latents by name and by label map; the predicted gain against clamping one case at a time."""
 
 import numpy as np
+import pytest
 import torch
 from datasets import Dataset
 from models import noise
@@ -48,6 +49,7 @@ def test_text_latents_are_those_named_after_text():
     assert named_after_text(EXPLAINED, []) == {}
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_latents_on_written_words_are_found_by_the_label_maps():
     words = ["no", "yes"]
     assert on_written_words(Cached(), label_maps(), "word", words, [0, 1]) == {0: "yes", 1: "yes"}  # 0.25 is enough
@@ -70,6 +72,7 @@ def test_the_predicted_gain_is_the_mean_of_clamping_within_scope(place):
     assert_close(predicted_gain(place, CASES, values, scope), total)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_candidates_come_from_names_and_from_label_maps(place):
     settings = dict(text_kinds=["word"], text_words=["sign"], dose=2.0, highest=40, scope=Scope(("text",)))
     concepts = {"word": ["dog", "yes"], "object": ["dog"]}  # a dog is an object, so its name is not text

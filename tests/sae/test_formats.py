@@ -72,6 +72,7 @@ def same(found, expected):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [PAPER, SPARSIFY, PAPER | {"a_later_key": 1}])
 def test_a_published_checkpoint_computes_what_its_own_code_does(tmp_path, config):
     file = tensors()

@@ -118,6 +118,7 @@ def made(seed: int = 0, k: int = 3) -> TopKSAE:
     return TopKSAE(4, 12, k, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.slow
 def test_published_fetched_and_read_again_without_the_hub(server, run, tmp_path):
     made(0).save(tmp_path / "first")
     made(1, k=5).save(tmp_path / "second", "saelens")
@@ -148,6 +149,7 @@ TopKSAE.load('second').push_to_hub('{REPO}', 'model.layers.8', 'saelens')
     assert not server.seen
 
 
+@pytest.mark.slow
 def test_a_revision_is_that_of_the_past(run, tmp_path):
     made(0).save(tmp_path / "sae0")
     made(1).save(tmp_path / "sae1")
@@ -162,6 +164,7 @@ TopKSAE.from_pretrained('{REPO}', '{HOOKPOINT}').save('new')
     assert torch.equal(TopKSAE.load(tmp_path / "new").W_dec, made(1).W_dec)
 
 
+@pytest.mark.slow
 def test_a_missing_sae_is_named_with_those_that_exist(run, tmp_path):
     made().save(tmp_path / "sae")
     printed = run(f"""

@@ -385,6 +385,7 @@ def child(result, before="", after="", **environment):
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_without_numba_or_with_it_switched_off_plain_torch_is_used():
     compiled = child("trained()")
     assert compiled[0] == "True"
@@ -395,6 +396,7 @@ def test_without_numba_or_with_it_switched_off_plain_torch_is_used():
         assert np.isclose(float(plain[1]), float(compiled[1]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_kernels_compile_without_a_folder_for_machine_code():
     """Neither beside the sources nor in the user's cache: every place that numba tries is refused."""
     refuse = "def refuse(*a, **k): raise PermissionError('read-only')\n"
@@ -403,6 +405,7 @@ def test_kernels_compile_without_a_folder_for_machine_code():
     assert (compiled[0], plain[0]) == ("True", "False") and np.isclose(float(plain[1]), float(compiled[1]), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_has_threads_of_its_own():
     """notebook_launcher forks after the parent has used its threads; the child must not wait for those."""

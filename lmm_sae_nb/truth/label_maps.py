@@ -91,7 +91,7 @@ class LabelMaps:
 
     def visible_and_coverage(
         self, exemplars: Sequence[Exemplar]
-    ) -> tuple[Bool[np.ndarray, "images patches"], Float[np.ndarray, "images concepts patches"]]:
+    ) -> tuple[Bool[np.ndarray, ...], Float[np.ndarray, ...]]:
         """Return the visible patches of exemplars, and the coverage of their images.
 
         Raises:

@@ -10,6 +10,8 @@ from lmm_sae_nb.cache.sides import side_metrics, side_rows, sides
 from lmm_sae_nb.cache.texts import cache_texts
 from lmm_sae_nb.sae.in_place import SAEInPlace
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # for its stand-ins
+
 
 def firings(base: list[int], tiles: list[int], text: list[int], tokens: tuple[int, int, int]) -> SimpleNamespace:
     """Firings of some latents on 1000 base tokens and so on."""

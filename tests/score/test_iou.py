@@ -103,6 +103,7 @@ def test_photographs_without_ground_truth_are_scored_by_real_segmenters(models):
                 assert comparison.random == pytest.approx(by_hand[::-1], abs=1e-6)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_segmenters_are_opened_by_name_the_truth_first(models):
     images, truth = [Image.new("RGB", (40, 56))], lambda indices, concept: []
     assert list(open_segmenters(truth, "", "", images)) == ["truth"]

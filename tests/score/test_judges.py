@@ -48,6 +48,7 @@ def test_a_model_judge_sees_masked_images_and_says_yes_no_or_unsure():
     assert images == [each.masked for each in shown[0]] and '"a hat"' in text
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("sets", "concepts"), [([[]], ["a"]), ([[1]], ["a", "b"])])
 def test_a_judge_without_images_or_concept_is_an_error(sets, concepts):
     with pytest.raises(ValueError, match="give each concept its images"):

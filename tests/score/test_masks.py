@@ -37,6 +37,7 @@ def test_iou_counts_pixels(a, b):
     assert iou(masks[1], masks[0]) == iou(*masks)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_masks_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 2\).*\(3, 3\)"):
         iou(np.ones((2, 2), bool), np.ones((3, 3), bool))

@@ -77,6 +77,7 @@ def test_detectors_are_the_best_of_all_latents_and_thresholds(studied):
         assert [scores[each.latent] for each in chosen] == pytest.approx([each.f1 for each in chosen], abs=0.01)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_latent_that_fires_faintly_on_its_concept_detects_it_at_the_lowest_threshold():
     """Ten patches of a concept: one at the maximum, nine at a hundredth of it; nothing elsewhere."""
     showing = sparse.csc_array(np.repeat([1.0, 0.0], [10, 30])[:, None])

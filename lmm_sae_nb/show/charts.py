@@ -12,6 +12,7 @@ import numpy as np
 from IPython.display import HTML, display
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
+from numpy.typing import ArrayLike
 
 from lmm_sae_nb.show.style import (
     GREY,
@@ -233,7 +234,7 @@ def bars(results: Mapping[str, Mapping[str, float]], xlabel: str, *, log: bool =
 
 
 def calibration(
-    known: Mapping[str, Sequence[float]], measured: Mapping[str, Sequence[float]], xlabel: str, ylabel: str,
+    known: Mapping[str, ArrayLike], measured: Mapping[str, ArrayLike], xlabel: str, ylabel: str,
     ax: Axes | None = None,
 ) -> Axes:  # fmt: skip
     """Draw a measured quantity over the true one, both in [0, 1], with the line on which they agree.
@@ -267,7 +268,7 @@ def agreement(exact: np.ndarray, approximations: Mapping[str, np.ndarray], unit:
     return axes
 
 
-def scatter(x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str, ax: Axes | None = None) -> Axes:
+def scatter(x: ArrayLike, y: ArrayLike, xlabel: str, ylabel: str, ax: Axes | None = None) -> Axes:
     """Draw one quantity over another of the same unit, from 0, with the line on which they are equal."""
     ax = ax or one_axes(3.8, width=4.2)
     highest = max([*x, *y])

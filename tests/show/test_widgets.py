@@ -27,6 +27,8 @@ from lmm_sae_nb.show.tables import case_studies, mark_changes
 from lmm_sae_nb.steer.experiments import CaseStudy
 from lmm_sae_nb.steer.steering import Comparison, Edit, Scope, compare
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # for its stand-ins
+
 
 @pytest.fixture(scope="module")
 def panel_parts():

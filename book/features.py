@@ -77,8 +77,7 @@ def page(latents: LatentTable, run: str, folder: Path, address: str, steering: s
     folder.mkdir(parents=True)
     articles = [article(latents, latent, folder, address, steering) for latent in latents.rows]
     options = "".join(
-        f'<option value="{n}">{html.escape(name.replace("_", " "))}</option>'
-        for n, name in enumerate(latents.columns)
+        f'<option value="{n}">{html.escape(name.replace("_", " "))}</option>' for n, name in enumerate(latents.columns)
     )
     columns = {latent: [_number(row.get(name)) for name in latents.columns] for latent, row in latents.rows.items()}
     body = BODY.format(

@@ -1,4 +1,4 @@
-"""The features page: every latent of a run that was asked about, to search and sort without a server."""
+"""The features page: every latent that the explainer was asked about, to search and sort without a server."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 HEAD = """# Features
 
-Every latent of the run `{run}` that was asked about: its top images, below them where it is active in each, and what
-[notebook 03](notebooks/03_interpret_features) and [04](notebooks/04_score_interpretations) found. Search by a word or
-a latent's number, sort by any column.
+Every latent of the run `{run}` that the explainer was asked about. The upper row shows the images that excite it most,
+the lower row where it is active in them. Names and scores come from
+[notebook 03](notebooks/03_interpret_features) and [04](notebooks/04_score_interpretations). Search for a word or a
+latent's number; sort by any column.
 """
 NOTHING = "# Features\n\nNo latent of the run `{run}` has been explained yet.\n"
 BODY = """
@@ -69,7 +70,7 @@ BODY = """
 
 
 def page(latents: LatentTable, run: str, folder: Path, address: str, steering: str | None = None) -> str:
-    """The page as Markdown; its pictures are written into `folder`, which the page finds at `address`.
+    """Return the page as Markdown, and write its pictures into `folder`, which the page finds at `address`.
 
     steering: the page on which a latent can be steered, if there is one. Every text is escaped.
     """
@@ -94,7 +95,7 @@ def _number(value: object) -> float | None:
 
 
 def article(latents: LatentTable, latent: int, folder: Path, address: str, steering: str | None) -> str:
-    """One latent as an element of the page, its picture named after its content."""
+    """Return one latent as an element of the page, and write its picture, named after its content."""
     from lmm_sae_nb.show.thumbnails import histogram_svg
 
     row, name, strip = latents.rows[latent], latents.name(latent), latents.strip(latent)
@@ -102,8 +103,8 @@ def article(latents: LatentTable, latent: int, folder: Path, address: str, steer
     if strip:
         file = folder / f"{hashlib.sha256(strip).hexdigest()[:16]}.webp"
         file.write_bytes(strip)
-        told = html.escape(f"top images of latent {latent}, {name}")
-        picture = f'<img loading="lazy" src="{address}/{file.name}" alt="{told}" width="288" height="114">'
+        description = html.escape(f"top images of latent {latent}, {name}")
+        picture = f'<img loading="lazy" src="{address}/{file.name}" alt="{description}" width="288" height="114">'
     kind = f"<i>{html.escape(str(row['kind']))}</i>" if row.get("kind") else ""
     words = html.escape(" ".join(str(value) for value in row.values() if isinstance(value, str)).lower())
     histogram = latents.histogram(latent)
@@ -114,12 +115,12 @@ def article(latents: LatentTable, latent: int, folder: Path, address: str, steer
     return (
         f'<article id="latent-{latent}" data-latent="{latent}" data-words="{words}">'
         f'<a href="#latent-{latent}">{latent}</a> <b>{html.escape(name)}</b> {kind} {picture}'
-        f"<details><summary>all that is known</summary>{bars}{table}</details></article>"
+        f"<details><summary>all values</summary>{bars}{table}</details></article>"
     )
 
 
 def write(run: str, book: Path, steering: str | None) -> None:
-    """Make `features.md` and its pictures in the book's source."""
+    """Write `features.md` and its pictures into the book's source."""
     from lmm_sae_nb.show.latent_table import LatentTable
 
     try:

@@ -307,7 +307,7 @@ plots.table([
     for row in steering.reported[:12]
 ], f"the first 12 latents at dose {steering.dose:g}")  # fmt: skip
 
-# %% mystnb={"figure": {"caption": "Fraction of latents whose clamp makes the answer name the concept (left) or changes the answer at all (right), with 99 % intervals. The dotted line is the chosen dose.", "name": "fig-dose"}, "image": {"alt": "Two panels over the dose, each with a curve for object latents, for the latents that choose the dose, and a point for random latents."}}
+# %% mystnb={"figure": {"caption": "Fraction of latents whose clamp makes the answer name the concept (top) or changes the answer at all (bottom), with 99 % intervals. The dotted line is the chosen dose.", "name": "fig-dose"}, "image": {"alt": "Two panels over the dose, each with a curve for object latents, for the latents that choose the dose, and a point for random latents."}}
 plots.dose_response(steering);
 # %% [markdown]
 # The paper lets GPT-4 rate from 1 to 10 how relevant each answer is to the

@@ -121,7 +121,7 @@ def waits(source: Path) -> list[str]:
 def run(notebook: Path, executed: Path, values: dict) -> None:
     """Run a page and show how far it is."""
     with progress.page(notebook.stem, pages.code_cells(notebook) + bool(values)) as next_cell:
-        pages.execute(notebook, executed, values, on_cell_start=next_cell)
+        pages.execute(notebook, executed, values, on_cell=next_cell)
 
 
 def task_page():

@@ -282,12 +282,12 @@ def execute(
     executed: Path,
     values: Mapping[str, object],
     root: Path = ROOT,
-    on_cell_start: Callable[..., None] | None = None,
+    on_cell: Callable[..., None] | None = None,
 ) -> None:
     """Run a notebook from the repository's root.
 
     values: parameters to change; papermill alone would let unknown ones pass. They become a code cell of the notebook.
-    on_cell_start: called with keyword arguments when a code cell starts.
+    on_cell: called with keyword arguments when a code cell starts.
 
     Raises:
         ValueError: the notebook does not have one of these parameters.
@@ -298,7 +298,7 @@ def execute(
     executed.parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(
         str(notebook), str(executed), dict(values), cwd=str(root), kernel_name="python3", progress_bar=False,
-        on_cell_start=on_cell_start,
+        on_cell_execute=on_cell,
     )  # fmt: skip
 
 

@@ -22,11 +22,6 @@ def open_interpreter(
 ) -> Interpreter:  # fmt: skip
     """Prepare the explainer, the refiner and the labeller of a page. Each model is loaded when it is first asked.
 
-    interpreter = open_interpreter(
-        explainer, refiner, labeller, endpoint, concepts=concepts, replies=stage.path("replies.jsonl")
-    )
-    explanations = interpreter.explain(ExemplarsByLatent(cache, images, latents))
-
     explainer: `model` (a folder of the project, a name on the hub, or name@http://host:port/v1) and `prompt`; if they
         differ from `DEFAULTS`, `tag` and `least_confidence` of `explainers.explainer`, `batch_size` and
         `max_new_tokens` of `open_chat`.

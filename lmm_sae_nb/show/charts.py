@@ -121,7 +121,7 @@ def means(results: Mapping[str, Mapping[str, Mean]], xlabel: str, ax: Axes | Non
             color=shades[name], label=literal(name),
         )  # fmt: skip
     _rows(ax, results, xlabel)
-    ax.legend()
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.9 / ax.figure.get_figheight()), ncols=len(series))
     return ax
 
 

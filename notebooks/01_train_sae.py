@@ -49,7 +49,7 @@ lr: float = 2e-3  # highest learning rate
 dead_after_tokens: int = 100_000
 # kinds of token that the SAE learns from
 kinds: list = ["base", "tiles", "newline", "text"]
-seed: int = 0  # of the first weights and of the order of samples
+seed: int = 0  # seed of the initial weights and of the sample order
 accumulate: int = 1  # batches whose mean gradient makes one step
 # "bf16": large products in bfloat16, the weights still in float32
 mixed_precision: str = "no"
@@ -80,6 +80,9 @@ plots.style()
 # %% [markdown]
 # ## The model and its samples
 #
+# In the code of all pages, `page` knows the folders and the parameters of this
+# page, and `plots` draws.
+#
 # We format each sample as in the model's own fine-tuning: the image, the
 # question, and the answer in the assistant's turn. The paper does the same:
 # "looks exactly the same as the supervised fine-tuning stage" (section 3.1).
@@ -93,14 +96,15 @@ print(f"an image has {lmm.grid[0]} x {lmm.grid[1]} base patches")
 print(f"{len(samples)} samples to train on, {len(unseen)} held out")
 
 # %% mystnb={"figure": {"caption": "Six samples that the SAE learns from: image, question and answer.", "name": "fig-samples"}, "image": {"alt": "Six generated scenes, each with a question and its answer."}}
+# some samples are text only
 pictured = [row for row in samples.select(range(14)) if row["image"]][:6]
-titles = [f"{row['question']}\n{row['answer']}" for row in pictured]
+titles = [f"{row['question']} » {row['answer']}" for row in pictured]
 plots.images([row["image"] for row in pictured], titles);
 # %% [markdown]
 # Every token of the sequence is of exactly one kind. LLaVA-NeXT shows an image
 # twice. The whole image gives the `base` tokens. The same image, cut into
 # tiles of full resolution (AnyRes), gives the `tiles` tokens, with a `newline`
-# token after each row. Then come `text` tokens and `special` tokens, which are
+# token after each row. The images of `tiny` are so small that there is one tile. Then come `text` tokens and `special` tokens, which are
 # marks of the chat template. `pad` tokens fill up a batch.
 
 # %%
@@ -122,7 +126,9 @@ counts
 # activations and sets the others to zero. In the code, $\mathbf{W}_1$ is
 # `W_enc`, $\mathbf{b}_2$ is `b_enc`, and $\mathbf{W}_2$ is the transpose of
 # `W_dec`. One bias, `b_dec`, serves as $\mathbf{b}_1$ and $\mathbf{b}_3$, as in
-# the published checkpoint. The same in plain PyTorch:
+# the checkpoint that the paper's authors published. A small untrained SAE, with
+# 64 latents and $k = 4$, is enough to check the same in plain PyTorch. (What we
+# call layer 1 is `hidden_states[2]` in transformers, which counts embeddings.)
 
 # %%
 start = torch.Generator().manual_seed(seed)
@@ -142,14 +148,17 @@ assert_close(torch.zeros_like(z).scatter(-1, indices, acts), z)
 # ## Training
 #
 # The loss has two parts. The first is the fraction of variance unexplained
-# (FVU). The second, AuxK, concerns *dead* latents, which have not been active
-# for a while: they learn to explain what the reconstruction misses. The model
-# does not change. Its hidden states flow into a buffer that mixes the tokens
+# (FVU). The second, AuxK, trains *dead* latents, those not active for a while,
+# to explain what the reconstruction misses. If no latent is dead, the loss is
+# the FVU. The model does not change. Its hidden states flow into a buffer that mixes the tokens
 # of many samples.
 #
 # While training goes on, a figure below the cell grows. If you stop it, or the
 # power fails, run the page again: it continues from the last checkpoint and
 # ends with the same SAE.
+#
+# `page.stage` opens the stage that this page makes. `without` names parameters
+# that do not change the result.
 
 # %%
 stage = page.stage(
@@ -181,13 +190,16 @@ place = SAEInPlace(lmm, trained.sae, layer)
 # %% mystnb={"figure": {"caption": "The training. The fraction of variance unexplained falls, and few latents stay dead.", "name": "fig-training"}, "image": {"alt": "Curves of loss, FVU, dead latents, active latents and speed over the optimiser steps."}}
 plots.training(trained.history);
 # %% [markdown]
-# ## Is it any good?
+# ## How good is the SAE?
 #
 # We test the SAE on held-out samples. How much variance does it leave
 # unexplained? How many latents are never active? And how much of the model's
 # skill is left when the reconstruction takes the place of the layer's output?
-# `loss_recovered` is 1 if the spliced model answers as well as the untouched
-# one. It is 0 if it answers no better than with zeros in the layer's place.
+# `loss_recovered` is 1 if the spliced model predicts the tokens of the answers
+# as well as the untouched one. It is 0 if it predicts no better than with zeros
+# in the layer's place. What the SAE leaves unexplained is dropped here.
+#
+# `stage.result` makes a result once and keeps it on disk.
 
 # %%
 measured = stage.result(
@@ -198,11 +210,22 @@ seconds = {"train_seconds": trained.history[-1]["seconds"]}
 metrics = stage.finish(measured | seconds)
 metrics_table(stage)
 
+# %% [markdown]
+# Are latents near-copies of each other? The paper argues that their directions
+# become almost orthogonal (section 2.1). For each latent, here is the cosine
+# with the most similar other latent. As a control, the same for random
+# directions. (We remove the diagonal by subtracting 2, more than any cosine.)
+
 # %% mystnb={"figure": {"caption": "Cosine similarity of each latent's direction with its nearest neighbour. The paper expects directions that are nearly orthogonal.", "name": "fig-coherence"}, "image": {"alt": "Histogram of cosine similarities between nearest directions."}}
-rows = trained.sae.W_dec.detach()[:2048]
+rows = trained.sae.W_dec.detach()[:2048]  # at most 2,048, to save memory
 nearest = (rows @ rows.T - 2 * torch.eye(len(rows))).amax(1)
 label = "cosine similarity with the nearest other latent"
 plots.histogram(nearest.numpy(), label);
+# %%
+rows = torch.nn.functional.normalize(torch.randn(rows.shape), dim=1)
+random = (rows @ rows.T - 2 * torch.eye(len(rows))).amax(1)
+print(f"median of the latents {nearest.median():.2f}")
+print(f"median of random directions {random.median():.2f}")
 # %% [markdown]
 # ## What we found
 

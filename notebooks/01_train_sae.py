@@ -98,7 +98,7 @@ print(f"{len(samples)} samples to train on, {len(unseen)} held out")
 # %% mystnb={"figure": {"caption": "Six samples that the SAE learns from: image, question and answer.", "name": "fig-samples"}, "image": {"alt": "Six generated scenes, each with a question and its answer."}}
 # some samples are text only
 pictured = [row for row in samples.select(range(14)) if row["image"]][:6]
-titles = [f"{row['question']} » {row['answer']}" for row in pictured]
+titles = [f"{row['question']}\n» {row['answer']}" for row in pictured]
 plots.images([row["image"] for row in pictured], titles);
 # %% [markdown]
 # Every token of the sequence is of exactly one kind. LLaVA-NeXT shows an image
@@ -222,7 +222,8 @@ nearest = (rows @ rows.T - 2 * torch.eye(len(rows))).amax(1)
 label = "cosine similarity with the nearest other latent"
 plots.histogram(nearest.numpy(), label);
 # %%
-rows = torch.nn.functional.normalize(torch.randn(rows.shape), dim=1)
+noise = torch.randn(rows.shape, generator=start)
+rows = torch.nn.functional.normalize(noise, dim=1)
 random = (rows @ rows.T - 2 * torch.eye(len(rows))).amax(1)
 print(f"median of the latents {nearest.median():.2f}")
 print(f"median of random directions {random.median():.2f}")

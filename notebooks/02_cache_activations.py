@@ -164,11 +164,9 @@ samples = samples.select(np.sort(draw))
 
 
 def read_texts() -> dict:
-    text_cache = cache_texts(
-        place, samples, n_top=n_top, batch_samples=batch_size,
-        folder=stage.folder,
-    )  # fmt: skip
-    return side_rows(place.lmm, text_cache)
+    sizes = dict(n_top=n_top, batch_samples=batch_size)
+    texts_read = cache_texts(place, samples, folder=stage.folder, **sizes)
+    return side_rows(place.lmm, texts_read)
 
 
 words = stage.result("words", dict[str, dict], read_texts)
@@ -181,7 +179,7 @@ metrics = stage.finish({
     "skipped": len(cache.skipped),
     "latents": cache.n_latents,
     "latents_live": live,
-    "median_frequency": float(np.median(frequency[np.asarray(cache.live)])),
+    "median_frequency": float(np.median(frequency[cache.live])),
     "images_per_second": cache.images / seconds,
     "seconds": seconds,
     "text_tokens": text_cache.tokens["text"],

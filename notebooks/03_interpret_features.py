@@ -40,6 +40,7 @@ images: str = "data/artifacts/tiny/world/cache"
 heldout: str = "data/artifacts/tiny/world/heldout"
 # the concepts of the world by kind; "": there is no ground truth
 concepts: str = "data/artifacts/tiny/world/concepts.json"
+# the model that names what exemplars have in common
 explainer: dict = {
     # a folder, a name on the hub, or name@http://host:port/v1
     "model": "data/models/tiny-explainer",
@@ -56,6 +57,7 @@ explainer: dict = {
 refiner: str = ""
 # a language model that gives concepts their kind; "": the same
 labeller: str = ""
+# for models behind an endpoint
 endpoint: dict = {
     "key_variable": "",  # environment variable with the key; "": none
     "concurrency": 8,  # questions at the same time

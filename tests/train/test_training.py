@@ -1,11 +1,11 @@
 """Training against its definitions: mixing, learning rate, dead latents, evaluation."""
 
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import make
@@ -38,7 +38,16 @@ def samples():
     return rows
 
 
-ALONE = SimpleNamespace(num_processes=1, process_index=0, device="cpu", gather=lambda counts: counts)
+class Process(Accelerator):
+    """One process of several that do not exist."""
+
+    num_processes = process_index = device = gather = None  # in place of the properties
+
+    def __init__(self, num_processes, process_index, gather):
+        self.num_processes, self.process_index, self.gather, self.device = num_processes, process_index, gather, "cpu"
+
+
+ALONE = Process(1, 0, lambda counts: counts)
 
 
 def numbered(sizes):
@@ -47,7 +56,7 @@ def numbered(sizes):
 
     def part(n):
         epoch, place = divmod(n, len(sizes))
-        return torch.arange(starts[place], starts[place + 1])[:, None] + epoch * starts[-1]
+        return torch.arange(starts[place], starts[place + 1]).double()[:, None] + epoch * starts[-1]
 
     return part
 
@@ -94,7 +103,7 @@ def test_processes_share_the_batches_of_one(sizes, buffer, batch, n, done):
             first = next(rounds)
             return torch.tensor([len(stream(i)) if i >= start.part else 0 for i in range(first, first + n)])
 
-        process = SimpleNamespace(num_processes=n, process_index=rank, device="cpu", gather=gather)
+        process = Process(n, rank, gather)
         sizes_of = dict(buffer_tokens=max(buffer, batch), batch_tokens=batch, seed=0, start=start)
         shares.append(list(itertools.islice(mixed(stream, len(sizes), process, **sizes_of), 6)))
     for number, (x, position) in enumerate(alone[done:]):

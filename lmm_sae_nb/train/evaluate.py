@@ -125,7 +125,7 @@ class _Counts:
         self.active += int((latents.acts > 0).sum())
         return x_hat
 
-    def metrics(self, clean: Sequence[Float[Tensor, " batch"]]) -> dict[str, float]:
+    def metrics(self, clean: Sequence[Float[Tensor, " _"]]) -> dict[str, float]:
         """Return the metrics of `evaluate_saes`.
 
         clean: losses of the untouched model, batch by batch; empty if losses were not asked for.

@@ -44,7 +44,7 @@ def overlap(
     active = activation_mask(seen, mode)
     wanted = concept_mask(find([seen.image_index], concept)[0], seen.size, mode)
     fit = iou(active, wanted)
-    return Overlap(f"{title}: {fit if score is None else score:.2f}", exemplar.image, active, wanted, fit)
+    return Overlap(f"{title}: IoU {fit if score is None else score:.2f}", exemplar.image, active, wanted, fit)
 
 
 def overlaps(
@@ -52,7 +52,7 @@ def overlaps(
 ) -> list[Overlap]:
     """Compare one image in every mode, by every segmenter: a worked example, as in Figure 3."""
     return [
-        overlap(exemplar, concept, find, mode, f"{mode.name}, {name}")
+        overlap(exemplar, concept, find, mode, f"mode {mode.name}, {name}")
         for name, find in segmenters.items()
         for mode in modes
     ]

@@ -262,7 +262,7 @@ def open_segmenters(
     Raises:
         ValueError: there is neither.
     """
-    segmenters: dict[str, FindConcept] = {"truth": truth} if truth else {}
+    segmenters: dict[str, FindConcept] = {"ground truth": truth} if truth else {}
     if segmenter:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         name = Path(segmenter).name.removeprefix("tiny-")

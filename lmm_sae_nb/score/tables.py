@@ -13,6 +13,7 @@ from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval, run_interv
 from lmm_sae_nb.truth.label_maps import LabelMaps
 
 SERIES = ("own images", "moved", "other name", "random images")  # a score, and three kinds of chance
+NAMED, TRULY = "named as this kind (scored)", "truly of this kind (asked)"
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def median_latents(scores: Scores, column: Column) -> dict[str, int]:
 
 
 def means_by_truth(
-    scores: Scores, explanations: Mapping[int, Mapping], first: str = "truth"
+    scores: Scores, explanations: Mapping[int, Mapping], first: str = "ground truth"
 ) -> list[dict[str, str | int | float]]:
     """Return the mean IoU of right names and of wrong names as rows for `plots.table`.
 
@@ -211,15 +212,15 @@ def values_by_kind(scores: Scores, column: Column) -> dict[str, list[float]]:
 def kind_counts(explained: Mapping[int, Explained], explanations: Mapping[int, Mapping]) -> list[dict[str, str | int]]:
     """Return how many latents of each kind are scored, as rows for `plots.table`.
 
-    With ground truth a row also has the number of latents that were asked about and show a concept of this kind.
+    With ground truth a row also has the number of latents that were asked about and really show this kind.
 
     explanations: latent to its row in explanations.json.
     """
     present = Counter(row["true_kind"] for row in explanations.values() if row.get("true_kind"))
     rows = []
     for kind, latents in latents_by_kind(explained).items():
-        asked = {"asked about, show this kind": present.total() if kind == "total" else present[kind]}
-        rows.append({"kind": kind, "scored": len(latents)} | (asked if present else {}))
+        asked = {TRULY: present.total() if kind == "total" else present[kind]}
+        rows.append({"kind": kind, NAMED: len(latents)} | (asked if present else {}))
     return rows
 
 

@@ -8,6 +8,7 @@ from html import escape
 from IPython.display import HTML, Markdown, display
 
 from lmm_sae_nb.support.files import project_root, read_json
+from lmm_sae_nb.support.intervals import Mean
 from lmm_sae_nb.support.stages import Page, Stage
 
 
@@ -21,6 +22,18 @@ def headline(page: Page, ours: str, paper: str, why: str) -> None:
     """
     lines = (f"**Result** (preset `{page.run}`): {ours}", f"**The paper:** {paper}", f"**Why they differ:** {why}")
     display(Markdown("\n>\n".join(f"> {line}" for line in lines)))
+
+
+def percent(value: float | Mean, digits: int = 0) -> str:
+    """Return a fraction as "85 %", or with its interval as "85 % (76 to 91 %)".
+
+    value: in [0, 1]; `read_mean` reads it from metrics with its interval.
+    digits: behind the point.
+    """
+    if not isinstance(value, Mean):
+        return f"{100 * value:.{digits}f} %"
+    mean, low, high = (f"{100 * number:.{digits}f}" for number in value)
+    return f"{mean} % ({low} to {high} %)"
 
 
 def findings(*sentences: str) -> None:

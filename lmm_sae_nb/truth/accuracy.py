@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from lmm_sae_nb.interpret.exemplars import Exemplar
-from lmm_sae_nb.interpret.explainers import KINDS, Outcome, Refiner
+from lmm_sae_nb.interpret.explainers import KINDS, REFUSES, Outcome, Refiner
 from lmm_sae_nb.support.intervals import bounds, proportion
 from lmm_sae_nb.truth.label_maps import LabelMaps
 from lmm_sae_nb.truth.responses import RESPONSES, common_concept, response_of
@@ -41,32 +41,50 @@ def add_truth(rows: Rows, exemplars: Mapping[int, Sequence[Exemplar]], truth: La
     return result
 
 
-def outcome_metrics(rows: Rows) -> dict[str, float]:
-    """Count the latents that were asked about and each outcome, with the fraction explained and its interval."""
+def outcome_metrics(rows: Rows, least_confidence: float = 0.0) -> dict[str, float]:
+    """Count the latents that were asked about and each outcome, with the fraction explained and its interval.
+
+    refused_low_confidence: of the refused, those with a name, but a confidence below the limit. The explainer says of
+    the other refused latents that it cannot explain them.
+
+    least_confidence: the limit; 0 leaves this count out.
+    """
     outcomes = Counter(row["outcome"] for row in rows.values())
     counts = {"asked": len(rows)} | {outcome.value: outcomes[outcome.value] for outcome in Outcome}
+    if least_confidence > 0:
+        counts["refused_low_confidence"] = sum(
+            row["outcome"] == Outcome.REFUSED.value and row["confidence"] is not None
+            and row["confidence"] < least_confidence and not REFUSES.search(row["answer"])
+            for row in rows.values()
+        )  # fmt: skip
     return counts | fraction_metrics("explained_fraction", [_is_explained(row) for row in rows.values()])
 
 
-def accuracy_metrics(rows: Rows) -> dict[str, float]:
+def accuracy_metrics(rows: Rows, seed: int = 0) -> dict[str, float]:
     """Measure how many explanations are right, how many refusals, and what the other latents respond to.
 
     concept_accuracy: of the explained, those whose concept is the true one.
+    concept_accuracy_shuffled: the same with names of other latents (`other_names`): what chance gives.
     concept_common: of the explained, those whose concept is one of all that the exemplars have in common.
-    refusal_precision: of the refused, those whose exemplars have nothing in common.
+    refusal_precision: of the refused, those whose exemplars have nothing in common; details count as nothing.
     answerable_fraction: of all, those whose exemplars have something in common.
     unexplained_*: counts of the latents that were not explained, by `RESPONSES`.
     A fraction of no latents is left out, and everything where there is no ground truth.
 
     rows: as `add_truth` returns them.
+    seed: of the draw of other names.
     """
     if not _have_truth(rows):
         return {}
     explained = [row for row in rows.values() if _is_explained(row)]
+    others = zip(other_names(explained, seed), explained, strict=True)
     refused = [row["true_concept"] is None for row in rows.values() if row["outcome"] == "refused"]
     responses = Counter(row["responds_to"] for row in rows.values() if not _is_explained(row))
     return (
         fraction_metrics("concept_accuracy", [row["concept"] == row["true_concept"] for row in explained])
+        | fraction_metrics(
+            "concept_accuracy_shuffled", [name == row["true_concept"] for name, row in others if name is not None]
+        )
         | fraction_metrics("concept_common", [row["concept"] in row["all_common"] for row in explained])
         | fraction_metrics("refusal_precision", refused)
         | fraction_metrics("answerable_fraction", [row["true_concept"] is not None for row in rows.values()])
@@ -87,7 +105,7 @@ def unseen_metrics(rows: Rows, in_training: Collection[int]) -> dict[str, float]
         return {}
     explained = [row for row in unseen.values() if _is_explained(row)]
     return (
-        {"asked_unseen": len(unseen)}
+        {"asked_unseen": len(unseen), "explained_unseen": len(explained)}
         | fraction_metrics("explained_fraction_unseen", [_is_explained(row) for row in unseen.values()])
         | fraction_metrics("concept_accuracy_unseen", [row["concept"] == row["true_concept"] for row in explained])
     )
@@ -119,19 +137,38 @@ def accuracy_by_confidence(rows: Rows, refine: Refiner) -> list[dict[str, float]
 
 
 def kinds_given(rows: Rows) -> dict[str, dict[str, int]]:
-    """Count the kinds that explanations gave, and the other outcomes, for each kind of true concept, or "nothing".
+    """Count the kinds that explanations gave, and the other outcomes, for each kind of true concept.
 
-    Kinds stand in the order of Table 1, then further ones; every row has the same columns in the same order.
+    Rows and columns have the same kinds in the same order, those of Table 1 first. So right kinds lie on the diagonal,
+    and so do right refusals: behind the kinds comes the row "nothing in common", and the column "refused".
     """
+    nothing = "nothing in common"
     pairs = Counter(
-        (row["true_kind"] or "nothing", (row["kind"] or "no kind") if _is_explained(row) else row["outcome"])
+        (row["true_kind"] or nothing, (row["kind"] or "no kind") if _is_explained(row) else row["outcome"])
         for row in rows.values()
     )
-    last = ("nothing", "no kind", *(outcome.value for outcome in Outcome))
-    names = {name for pair in pairs for name in pair}
-    order = [*KINDS, *sorted(names - {*KINDS, *last}), *last]
-    true, given = ([name for name in order if any(pair[n] == name for pair in pairs)] for n in (0, 1))
-    return {kind: {column: pairs[kind, column] for column in given} for kind in true}
+    outcomes = [outcome.value for outcome in Outcome if outcome is not Outcome.EXPLAINED]
+    kinds = {name for pair in pairs for name in pair} - {nothing, "no kind", *outcomes}
+    ordered = [kind for kind in KINDS if kind in kinds] + sorted(kinds - {*KINDS})
+    columns = [*ordered, *outcomes, "no kind"]
+    given = [name for name in columns if name in kinds or any(column == name for _, column in pairs)]
+    return {kind: {column: pairs[kind, column] for column in given} for kind in (*ordered, nothing)}
+
+
+def other_names(explained: Sequence[Mapping], seed: int = 0) -> list[str | None]:
+    """Return for each latent the name of another latent, drawn at random; None if there is no other latent.
+
+    The other latent's name is of the same kind, if there is one: kinds with few names are guessed more easily. A name
+    that many latents have is drawn often, so it can be right by chance.
+
+    explained: rows of explained latents.
+    """
+    rng, result = np.random.default_rng(seed), []
+    for row in explained:
+        others = [other for other in explained if other is not row]
+        pool = [other for other in others if other["kind"] == row["kind"]] or others
+        result.append(pool[rng.integers(len(pool))]["concept"] if pool else None)
+    return result
 
 
 def fraction_metrics(name: str, hits: Sequence[bool]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.truth.common_concept import CommonConcept, best_common_concept, images_show, in_common
 from lmm_sae_nb.truth.label_maps import LabelMaps
 
-RESPONSES = ("one concept", "a detail", "a place", "edges", "several concepts", "nothing")
+RESPONSES = ("one concept", "a detail", "a place", "edges", "several concepts", "none of these")
 SAME_PLACE = 0.3  # mean IoU of the visible patches of two images; of patches at random it is below 0.1
 ON_EDGES = 0.5  # fraction of the visible patches; of all patches about 0.2 are on an edge
 BOTH_LABELS = 0.125  # fraction of a patch that each of two labels covers if an edge runs through the patch
@@ -30,15 +30,15 @@ def response_of(truth: LabelMaps, exemplars: Sequence[Exemplar]) -> str:
     """Return what a latent responds to, by its exemplars: the first of `RESPONSES` that holds.
 
     One concept: the exemplars have one in common (`common_concept`).
-    A detail: they do, but it fits the visible patches worse than that rule allows.
+    A detail: they do, but the visible patches are a small part of it: their IoU with it is below `LEAST_IOU`.
     A place: the visible patches are in the same part of every image.
     Edges: the border of something runs through the visible patches.
     Several concepts: at most three, without colours, account for four images in five.
-    Nothing: all else, and a latent without exemplars.
+    None of these: all else, and a latent without exemplars.
     """
     visible, coverage = truth.visible_and_coverage(exemplars)
     if not len(visible):
-        return "nothing"
+        return "none of these"
     if best_common_concept(visible, coverage, truth.names):
         return "one concept"
     is_colour = truth.kinds == "colour"
@@ -50,7 +50,7 @@ def response_of(truth: LabelMaps, exemplars: Sequence[Exemplar]) -> str:
     if (_on_edges(truth, coverage) & visible).sum() >= ON_EDGES * visible.sum():
         return "edges"
     few = _concepts_needed(images_show(visible, coverage[:, ~is_colour])) <= SEVERAL
-    return "several concepts" if few else "nothing"
+    return "several concepts" if few else "none of these"
 
 
 def _on_edges(

@@ -21,10 +21,10 @@ def test_a_worked_example_has_the_masks_of_every_mode_and_segmenter():
     one = exemplar(0, corner(4, 3))
     found = overlaps(one, "cat", SEGMENTERS, [PAPER, STRICT])
     assert [each.title.split(":")[0] for each in found] == [
-        "paper, truth",
-        "strict, truth",
-        "paper, other",
-        "strict, other",
+        "mode paper, truth",
+        "mode strict, truth",
+        "mode paper, other",
+        "mode strict, other",
     ]
     assert found[1].iou == pytest.approx(32 / 48)
     for each, (find, mode) in zip(found, [(f, m) for f in SEGMENTERS.values() for m in (PAPER, STRICT)], strict=True):
@@ -40,5 +40,5 @@ def test_the_gallery_shows_the_median_latent_of_each_kind_with_its_mean():
     )
     shown = {n: [exemplar(n, corner(4, 2))] for n in scores.explained}
     found = median_overlaps(scores, shown, SEGMENTERS["truth"], STRICT)
-    assert [each.title for each in found] == ["object, concept 2: 0.25", "colour, concept 3: 0.75"]
+    assert [each.title for each in found] == ["object, concept 2: IoU 0.25", "colour, concept 3: IoU 0.75"]
     assert [each.iou for each in found] == [1, 1]

@@ -106,8 +106,8 @@ def test_photographs_without_ground_truth_are_scored_by_real_segmenters(models):
 @pytest.mark.usefixtures("unchecked")
 def test_segmenters_are_opened_by_name_the_truth_first(models):
     images, truth = [Image.new("RGB", (40, 56))], lambda indices, concept: []
-    assert list(open_segmenters(truth, "", "", images)) == ["truth"]
-    assert list(open_segmenters(truth, models["clipseg"], "", images, "cpu")) == ["truth", "clipseg"]
+    assert list(open_segmenters(truth, "", "", images)) == ["ground truth"]
+    assert list(open_segmenters(truth, models["clipseg"], "", images, "cpu")) == ["ground truth", "clipseg"]
     (sam,) = open_segmenters(None, models["sam"], models["grounding_dino"], images, "cpu").values()
     assert sam([0], "cat")[0].shape[1:] == (56, 40)
     with pytest.raises(ValueError, match="neither a ground truth nor a segmenter"):

@@ -129,8 +129,8 @@ def test_right_and_wrong_names_have_their_own_means():
     truth = {n: {"concept": f"concept {n}", "true_concept": f"concept {min(n, 3)}"} for n in range(6)}
     right, wrong = means_by_truth(scores, truth)
     assert (right["latents"], wrong["latents"]) == (4, 2)
-    assert right["paper, by truth"] == pytest.approx(0.15)
-    assert wrong["paper, by truth"] == pytest.approx(0.45)
+    assert right["paper, by ground truth"] == pytest.approx(0.15)
+    assert wrong["paper, by ground truth"] == pytest.approx(0.45)
 
 
 def test_values_stand_by_kind_in_the_order_of_latents():
@@ -145,13 +145,13 @@ def test_what_could_be_scored_is_counted_beside_what_is():
         [("cat", "object"), ("unicorn", "object"), (None, "face"), ("dog", None)]
     )}  # fmt: skip
     assert kind_counts(explained, rows) == [
-        {"kind": "object", "scored": 1, "asked about, show this kind": 2},
-        {"kind": "colour", "scored": 1, "asked about, show this kind": 0},
-        {"kind": "total", "scored": 2, "asked about, show this kind": 3},
+        {"kind": "object", "named as this kind (scored)": 1, "truly of this kind (asked)": 2},
+        {"kind": "colour", "named as this kind (scored)": 1, "truly of this kind (asked)": 0},
+        {"kind": "total", "named as this kind (scored)": 2, "truly of this kind (asked)": 3},
     ]
     assert explanation_metrics(rows, LabelMaps([label_maps()], CONCEPTS)) == {
         "names_unknown": 1, "latents_showing_face": 1, "latents_showing_object": 2,
     }  # fmt: skip
     photographs = {n: {"concept": "cat"} for n in range(3)}
-    assert kind_counts(explained, photographs)[0] == {"kind": "object", "scored": 1}
+    assert kind_counts(explained, photographs)[0] == {"kind": "object", "named as this kind (scored)": 1}
     assert explanation_metrics(photographs, None) == {}

@@ -28,11 +28,56 @@ def test_explanations_and_refusals_are_counted_by_hand():
     assert counts["explained_fraction_low"] < 0.5 < counts["explained_fraction_high"]
     assert right["concept_common"] == 0.75
     assert (right["concept_accuracy"], right["refusal_precision"], right["answerable_fraction"]) == (0.5, 0.5, 0.625)
-    assert (right["unexplained_one_concept"], right["unexplained_edges"], right["unexplained_nothing"]) == (2, 2, 0)
+    assert [right[f"unexplained_{name}"] for name in ("one_concept", "edges", "none_of_these")] == [2, 2, 0]
     assert accuracy.kinds_given(rows) == {
         "object": {"object": 3, "refused": 1, "unparseable": 1, "failed": 0},
-        "nothing": {"object": 1, "refused": 1, "unparseable": 0, "failed": 1},
+        "nothing in common": {"object": 1, "refused": 1, "unparseable": 0, "failed": 1},
     }  # fmt: skip
+
+
+def test_right_kinds_lie_on_the_diagonal_of_the_kinds_given():
+    """A kind that is only given, or only true, has a row and a column all the same."""
+    rows = {
+        1: latent("explained", "red", "cat") | {"kind": "colour"}, 2: latent("explained", "night"),
+        3: latent("refused"), 4: latent("explained", "a", "a") | {"kind": "word", "true_kind": "word"},
+        5: latent("explained", "?", "cat") | {"kind": None},
+    }  # fmt: skip
+    rows[2]["kind"] = "scene"
+    table = accuracy.kinds_given(rows)
+    kinds = ["scene", "object", "colour", "word"]
+    assert list(table) == [*kinds, "nothing in common"]
+    assert all(list(row) == [*kinds, "refused", "no kind"] for row in table.values())
+    assert (table["object"]["colour"], table["word"]["word"], table["object"]["no kind"]) == (1, 1, 1)
+    assert (table["nothing in common"]["scene"], table["nothing in common"]["refused"]) == (1, 1)
+    assert sum(map(sum, (row.values() for row in table.values()))) == len(rows)
+
+
+def test_names_of_other_latents_are_right_as_often_as_names_of_their_kind_agree():
+    """Chance knows how frequent a name is; it does not know the latent."""
+    same = {n: latent("explained", "cat", "cat") for n in range(5)}
+    assert accuracy.accuracy_metrics(same)["concept_accuracy_shuffled"] == 1
+    distinct = {n: latent("explained", f"name {n}", f"name {n}") for n in range(50)}
+    assert accuracy.accuracy_metrics(distinct)["concept_accuracy_shuffled"] == 0
+    halves = {n: latent("explained", "ab"[n % 2], "ab"[n % 2]) for n in range(400)}
+    found = accuracy.accuracy_metrics(halves, seed=3)
+    assert found["concept_accuracy_shuffled_low"] < 199 / 399 < found["concept_accuracy_shuffled_high"]
+    kinds = {n: latent("explained", "cat", "cat") for n in range(3)}
+    kinds |= {n: latent("explained", "red", "red") | {"kind": "colour"} for n in range(3, 6)}
+    assert accuracy.accuracy_metrics(kinds)["concept_accuracy_shuffled"] == 1  # names stay within their kind
+    assert accuracy.other_names([same[0]]) == [None]
+    assert "concept_accuracy_shuffled" not in accuracy.accuracy_metrics({1: same[0]})
+
+
+def test_refusals_for_low_confidence_are_counted_apart_from_those_in_words():
+    rows = {
+        1: latent("refused", answer="cat", confidence=0.3), 2: latent("refused", answer=REFUSAL, confidence=0.2),
+        3: latent("refused", answer="no image excites it", confidence=None),
+        4: latent("explained", "cat", answer="cat", confidence=0.9),
+        5: latent("refused", answer="what the refiner refused", confidence=0.8),
+        6: latent("unparseable", answer="?", confidence=0.1),
+    }  # fmt: skip
+    assert accuracy.outcome_metrics(rows, 0.5)["refused_low_confidence"] == 1
+    assert "refused_low_confidence" not in accuracy.outcome_metrics(rows)
 
 
 def test_latents_that_the_explainer_was_not_trained_on_are_counted_apart():
@@ -41,7 +86,7 @@ def test_latents_that_the_explainer_was_not_trained_on_are_counted_apart():
         4: latent("refused"), 5: latent("refused", true="hat"), 8: latent("explained", "dog", "dog"),
     }  # fmt: skip
     found = accuracy.unseen_metrics(rows, {1, 4, 77})
-    assert (found["asked_unseen"], found["explained_fraction_unseen"]) == (4, 0.75)
+    assert (found["asked_unseen"], found["explained_unseen"], found["explained_fraction_unseen"]) == (4, 3, 0.75)
     assert found["concept_accuracy_unseen"] == pytest.approx(1 / 3)
     assert found["concept_accuracy_unseen_low"] < 1 / 3 < found["concept_accuracy_unseen_high"]
     assert accuracy.unseen_metrics(rows, {77}) == accuracy.unseen_metrics(rows, []) == {}
@@ -80,4 +125,4 @@ def test_rows_get_what_their_exemplars_really_show():
     assert rows[7] == {"outcome": "refused", "true_kind": "object", "true_concept": "cat", "true_iou": 1.0,
                        "all_common": ["cat"], "responds_to": "one concept"}  # fmt: skip
     assert rows[8] == rows[9] == {"outcome": "refused", "true_kind": None, "true_concept": None, "true_iou": 0.0,
-                                  "all_common": [], "responds_to": "nothing"}  # fmt: skip
+                                  "all_common": [], "responds_to": "none of these"}  # fmt: skip

@@ -39,12 +39,12 @@ def test_patches_with_a_border_through_them_are_edges():
     on, off = ([box(top, left, 2, 1) for top, left in places] for places in (
         [(0, 0), (2, 0), (4, 0), (0, 2), (2, 2)], [(0, 1), (2, 1), (4, 1), (0, 3), (2, 3)]))  # fmt: skip
     assert response_of(truth, [exemplar(n, visible) for n, visible in enumerate(on)]) == "edges"
-    assert response_of(truth, [exemplar(n, visible) for n, visible in enumerate(off)]) == "nothing"
+    assert response_of(truth, [exemplar(n, visible) for n, visible in enumerate(off)]) == "none of these"
 
 
-def test_two_things_in_turn_are_several_concepts_and_none_at_all_is_nothing():
+def test_two_things_in_turn_are_several_concepts_and_none_at_all_is_none_of_these():
     rows = [row(object=(1 + n % 2) * box(*place)) for n, place in enumerate(PLACES[:4])]
     truth = LabelMaps([*rows, *[row()] * 5], CONCEPTS)
     assert response_of(truth, [exemplar(n, box(*place)) for n, place in enumerate(PLACES[:4])]) == "several concepts"
-    assert response_of(truth, [exemplar(4 + n, box(*place)) for n, place in enumerate(PLACES)]) == "nothing"
-    assert response_of(truth, []) == "nothing" and common_concept(truth, []) is None
+    assert response_of(truth, [exemplar(4 + n, box(*place)) for n, place in enumerate(PLACES)]) == "none of these"
+    assert response_of(truth, []) == "none of these" and common_concept(truth, []) is None

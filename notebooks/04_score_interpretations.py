@@ -18,8 +18,8 @@
 # the latent? And would a judge agree with the name?
 #
 # **You will learn** what intersection over union (IoU) and the CLIP score
-# measure here, how both compare with three kinds of chance, and how much of a
-# score comes from the way in which it is computed.
+# measure here. You will compare both with three kinds of chance. And you will
+# see how much of a score comes from the way in which it is computed.
 #
 # **Reads** the stages `train`, `cache` and `interpret`. **Writes** the stage
 # `score` (Table 1) and the stage `judge` (Table 2).
@@ -42,7 +42,8 @@ images: str = "data/artifacts/tiny/world/cache"
 concepts: str = "data/artifacts/tiny/world/concepts.json"
 # finds a concept by its name, beside the ground truth; "" for none
 segmenter: str = "data/models/tiny-clipseg"
-# Grounding DINO or OWLv2, if the segmenter is a SAM, which needs boxes
+# a model that finds boxes (not the detectors of page 03), if the
+# segmenter is a SAM, which needs boxes: Grounding DINO or OWLv2
 detector: str = ""
 # compares images with texts (CLIP); "" for no CLIP score
 similarity: str = "data/models/tiny-clip"
@@ -111,6 +112,7 @@ from lmm_sae_nb.show.report import (
     findings,
     headline,
     metrics_table,
+    percent,
     provenance,
     published_numbers,
 )
@@ -146,9 +148,9 @@ print(f"{len(explained)} of {len(explanations)} latents are scored")
 
 # %% [markdown]
 # The kinds of concept are those of Table 1. Picture World also has faces and
-# words. If a kind has few scored latents, the last column tells whether that
-# is the explainer's fault: it counts the latents whose exemplars have a
-# concept of this kind in common.
+# words. We compare the latents that the explainer named as a kind with those
+# whose true concept is of this kind. Both small: the SAE has few such latents.
+# Only the first small: the explainer misses them.
 
 # %%
 plots.table(kind_counts(explained, explanations))
@@ -164,8 +166,8 @@ plots.table(kind_counts(explained, explanations))
 #
 # | mode | active patches | patches to pixels | concept | CLIP sees |
 # |---|---|---|---|---|
-# | `paper` | all that are not silent | bilinear | all masks found | the whole image |
-# | `strict` | above `threshold` | as they are | the likeliest mask | the active patches |
+# | `paper` | every patch with an activation above 0 | bilinear | all masks found | the whole image |
+# | `strict` | above `threshold` of the maximum | nearest neighbour (blocks) | a model's most confident mask; with the ground truth, the label map | the active patches |
 #
 # `paper` does what the reference code does. A *segmenter* says where a concept
 # is. The ground truth is the first, if there is one. Then comes a model that
@@ -184,8 +186,8 @@ concept = explained[latent].concept
 example = overlaps(exemplars[latent][0], concept, segmenters, modes)
 print(f"latent {latent}: {concept}")
 
-# %% mystnb={"figure": {"caption": "A worked example (Figure 3): what is active (blue), the concept (yellow), and both (green), in each mode and by each segmenter, with the IoU.", "name": "fig-worked"}, "image": {"alt": "One image as a heat map of its activation, then with the masks of the latent and of the concept."}}
-plots.overlaps(example, first=exemplars[latent][0]);
+# %% mystnb={"figure": {"caption": "A worked example (Figure 3): what is active (blue), the concept (yellow), and both (green), in each mode and by each segmenter. Yellow is visible only where the concept is not active. Bilinear growth makes the active area larger in the paper's mode, so its IoU is lower.", "name": "fig-worked"}, "image": {"alt": "One image as a heat map of its activation, then with the masks of the latent and of the concept."}}
+plots.overlaps(example, exemplar=exemplars[latent][0]);
 # %% [markdown]
 # The IoU is the number of green pixels, divided by the number of all coloured
 # pixels:
@@ -245,25 +247,28 @@ metrics = stage.finish(
 #
 # The scores by kind of concept, beside chance and the paper's Table 1
 # {cite}`zhang2024large`. The paper used photographs, a model of 8 billion
-# parameters, Grounding DINO and SAM. Intervals have a level of 99 %. They are
-# over latents, but for random images over runs, as in the paper. The first
-# table takes the ground truth as segmenter, if there is one.
+# parameters, Grounding DINO and SAM. The first table takes the ground truth as
+# segmenter, if there is one.
+#
+# Intervals have a level of 99 %. They are over latents, but for random images
+# over runs, as in the paper. An interval over runs says how much the draw of
+# images matters. It cannot be compared directly with one over latents.
 
 # %%
 paper = published_numbers("score")
 for caption, rows in table_1(tables, paper).items():
     display(plots.table(rows, caption))
 
-# %% mystnb={"figure": {"caption": "IoU by kind of concept in both modes, with 99 % intervals: own images and three kinds of chance.", "name": "fig-iou-by-kind"}, "image": {"alt": "Two panels with a row for each kind of concept and the total. Each row has a point for the own images and one for each kind of chance."}}
+# %% mystnb={"figure": {"caption": "IoU by kind of concept in both modes: own images and three kinds of chance. Intervals (99 %) are over latents, for random images over runs.", "name": "fig-iou-by-kind"}, "image": {"alt": "Two panels with a row for each kind of concept and the total. Each row has a point for the own images and one for each kind of chance."}}
 iou = {mode.name: tables[Column("iou", mode.name)] for mode in modes}
 plots.mean_panels({
     f"IoU, mode {name}": series_by_kind(table)
     for name, table in iou.items()
 });
-# %% mystnb={"figure": {"caption": "A gallery (Figure 4): for each kind the latent of median strict IoU, on its first image. Active in blue, the concept in yellow, both in green. The number is the mean IoU over its images.", "name": "fig-gallery"}, "image": {"alt": "An image for each kind of concept with the masks of the latent and of the concept."}}
-first = next(iter(segmenters))
+# %% mystnb={"figure": {"caption": "A gallery (Figure 4): for each kind the latent of median strict IoU, on its first image. Active in blue, the concept in yellow, both in green. The number is the mean IoU over all images of the latent.", "name": "fig-gallery"}, "image": {"alt": "An image for each kind of concept with the masks of the latent and of the concept."}}
+reference = next(iter(segmenters))
 plots.overlaps(
-    median_overlaps(scores, exemplars, segmenters[first], modes[1])
+    median_overlaps(scores, exemplars, segmenters[reference], modes[1])
 );
 # %% [markdown]
 # ## How far can we trust a segmenter?
@@ -272,22 +277,22 @@ plots.overlaps(
 # known, we can compare the two, latent by latent.
 
 # %% mystnb={"figure": {"caption": "Strict IoU of each latent by the segmenter, over the same by the ground truth. On the line they agree.", "name": "fig-calibration"}, "image": {"alt": "A cloud of points, one for each latent, around the diagonal."}}
-strict = Column("iou", "strict")
+known = values_by_kind(scores, Column("iou", "strict"))
 for column in scores.columns:
     if column.segmenter and column.mode == "strict":
         plots.calibration(
-            values_by_kind(scores, strict), values_by_kind(scores, column),
-            f"IoU by {first}", f"IoU by {column.segmenter}",
+            known, values_by_kind(scores, column),
+            f"IoU by {reference}", f"IoU by {column.segmenter}",
         )  # fmt: skip
 # %% [markdown]
-# A name is right if it is the very concept that the latent's exemplars have in
-# common. If a segmenter scores wrong names higher than the truth does, it
-# marks what looks like the concept. [Appendix A1](A1_picture_world) has the
+# A name is right if it is the true concept of notebook 03. If the segmenter
+# gives wrong names a higher IoU than the label maps do, it marks things that
+# only look like the concept. [Appendix A1](A1_picture_world) has the
 # segmenter's exam.
 
 # %%
 if truth:
-    display(plots.table(means_by_truth(scores, explanations, first)))
+    display(plots.table(means_by_truth(scores, explanations, reference)))
 
 # %% [markdown]
 # ## Table 2: would a judge agree?
@@ -299,8 +304,9 @@ if truth:
 # A judge that accepts these too tells us nothing.
 #
 # In the preset `tiny` the ground truth is the judge. It says yes if three of
-# five images show the concept in half of the visible patches. Answers of a
-# model are saved one by one, so a judge that cannot be reached costs none.
+# five images show the concept in half of the visible patches. So it repeats
+# `concept_common` of notebook 03; the new part is the control. Answers of a
+# model are saved one by one, so no answer is lost if the judge fails.
 
 # %%
 judgements = {}
@@ -320,14 +326,14 @@ if judge or truth:
     judged = judging.finish(judge_metrics(judgements, explained))
 
 # %%
-who = judge or "ground truth"
+judge_name = judge or "ground truth"
 paper = published_numbers("judge")
-plots.table(table_2(judgements, explained, who, paper))
+plots.table(table_2(judgements, explained, judge_name, paper))
 
 # %% [markdown]
 # And what do people say? Open this chapter in Jupyter (`make lab`), type your
-# name, and answer with y, n or u. There are ten latents of each kind. Every
-# answer is on the disk before the next question.
+# name, and answer with y (yes), n (no) or u (unsure). There are ten latents of
+# each kind. Each answer is saved at once.
 
 # %%
 ratings = stage.folder.parent / "ratings.jsonl"
@@ -367,11 +373,10 @@ beaten = [
     for kind, row in means.items()
     if kind != "total" and row.area and row.score.low > row.area.high
 ]
-by = {"truth": "the ground truth"}.get(first, first)
 sentences = [
-    f"By {by}, the strict IoU of explained latents is {total.score}. "
-    f"With the activation moved it is {total.area}, with another name "
-    f"{total.shuffled}, on random images {total.random}.",
+    f"With {reference} as segmenter, the strict IoU of explained latents is "
+    f"{total.score}. With the activation moved it is {total.area}, with "
+    f"another name {total.shuffled}, on random images {total.random}.",
     "Random images are a weak opponent, because most latents are silent "
     "there. The more latents an SAE has, the weaker it is.",
     "Beyond its interval, the IoU exceeds that of the moved activation "
@@ -392,9 +397,11 @@ if "clip_paper_kinds" in metrics:
         f"{metrics['clip_paper_kinds']} kinds."
     )
 if judgements and "judged" in judged:
+    own = percent(judged["judged"], 1)
+    other = percent(judged.get("judged_shuffled", 0), 1)
     sentences.append(
-        f"The judge ({who}) accepts {judged['judged']:.1%} of the names, "
-        f"and {judged.get('judged_shuffled', 0):.1%} of other latents' names."
+        f"The judge ({judge_name}) accepts {own} of the names, and {other} "
+        "of other latents' names."
     )
 findings(*sentences)
 

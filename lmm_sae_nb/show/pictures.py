@@ -162,16 +162,16 @@ def overlap(
     return ax
 
 
-def overlaps(found: Sequence[Overlap], first: Exemplar | None = None) -> list[Axes]:
+def overlaps(found: Sequence[Overlap], exemplar: Exemplar | None = None) -> list[Axes]:
     """Draw `overlap` of each with its title above, in full rows where that is possible.
 
-    first: an exemplar whose activation is drawn as a heat map before them.
+    exemplar: one whose activation is drawn as a heat map before them.
     """
-    count = len(found) + (first is not None)
+    count = len(found) + (exemplar is not None)
     axes = picture_axes(count, columns=3 if count in (5, 6) else 4)
-    if first is not None:
-        heat_map(first.image, first.activation, ax=axes[0]).set_title("activation")
-    for ax, one in zip(axes[first is not None :], found, strict=True):
+    if exemplar is not None:
+        heat_map(exemplar.image, exemplar.activation, ax=axes[0]).set_title("activation")
+    for ax, one in zip(axes[exemplar is not None :], found, strict=True):
         overlap(one.image, one.active, one.concept, one.title, ax=ax)
     return axes
 

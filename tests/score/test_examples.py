@@ -30,7 +30,7 @@ def test_a_worked_example_has_the_masks_of_every_mode_and_segmenter():
     for each, (find, mode) in zip(found, [(f, m) for f in SEGMENTERS.values() for m in (PAPER, STRICT)], strict=True):
         assert each.iou == ious(exemplar_maps([one]), "cat", find, mode)[0]
         assert each.iou == (each.active & each.concept).sum() / (each.active | each.concept).sum()
-    assert len(plots.overlaps(found, first=one)) == 5
+    assert len(plots.overlaps(found, exemplar=one)) == 5
 
 
 def test_the_gallery_shows_the_median_latent_of_each_kind_with_its_mean():

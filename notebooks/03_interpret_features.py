@@ -355,19 +355,20 @@ sentences = [
 if truth and explained:
     sentences.append(
         f"{percent(read_mean(metrics, 'concept_accuracy'))} of the names are "
-        "the true concept. In brackets is the 99 % interval. "
+        "the true concept (in brackets: the 99 % interval). "
         f"{percent(metrics['concept_common'])} are at least one of the "
         "concepts that the images have in common."
     )
 if "concept_accuracy_shuffled" in metrics:
     chance = percent(read_mean(metrics, "concept_accuracy_shuffled"))
     sentences.append(
-        f"Chance: {chance} of the names of other latents are right."
+        f"By chance {chance} would be right: with names of other latents "
+        "of the same kind."
     )
 if "concept_accuracy_unseen" in metrics:
     trained = metrics["asked"] - metrics["asked_unseen"]
     sentences.append(
-        f"The explainer was trained on masks of {trained:,} of them. It names "
+        f"Its training had masks of {trained:,} of the latents. It names "
         f"{metrics['explained_unseen']:,} of the other "
         f"{metrics['asked_unseen']:,}. "
         f"{percent(read_mean(metrics, 'concept_accuracy_unseen'))} of these "
@@ -410,8 +411,10 @@ if "concept_accuracy_unseen" in metrics:
     names += (
         f". It names {metrics['explained_unseen']:,} of the "
         f"{metrics['asked_unseen']:,} latents whose masks it was not trained "
-        f"on; {percent(read_mean(metrics, 'concept_accuracy_unseen'))} of "
-        "these names are right"
+        f"on; {percent(metrics['concept_accuracy_unseen'])} of these names "
+        "are right (99 % interval: "
+        f"{percent(metrics['concept_accuracy_unseen_low'])} to "
+        f"{percent(metrics['concept_accuracy_unseen_high'])})"
     )
 headline(
     page,

@@ -164,6 +164,7 @@ def test_hidden_states_that_are_not_finite_stop_training(lmm, samples, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_training_lowers_fvu_and_is_reproducible(lmm, samples, tmp_path):
     wanted = dict(
         n_latents=48,
@@ -314,6 +315,7 @@ def test_fvu_and_dead_fraction_by_brute_force(lmm, samples):
     assert measured["tokens"] == len(x)
 
 
+@pytest.mark.slow
 def test_several_saes_are_measured_as_each_alone(lmm, samples):
     sizes = {"low": (40, 3, 0), "wide": (64, 2, 0), "high": (24, 4, 2)}
     places = {

@@ -37,6 +37,7 @@ def uncut(tmp_path_factory):
     return folder, json.loads((folder.parent / "calls.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("others", [{}, {"accumulate": 2, "steps": 3}])
 def test_each_has_the_bits_that_it_has_alone(tmp_path, name, others):
@@ -48,6 +49,7 @@ def test_each_has_the_bits_that_it_has_alone(tmp_path, name, others):
     assert len(runs) == 2 and runs[0] == runs[1]
 
 
+@pytest.mark.slow
 def test_each_knows_what_it_was_trained_on(uncut):
     for name, recipe in RECIPES.items():
         assert TopKSAE.load(uncut[0] / name).trained_on == (recipe.layer, LMM_.fingerprint(recipe.layer))
@@ -94,6 +96,7 @@ def test_samples_with_an_image_are_found_and_a_model_that_needs_one_learns_from_
     )
 
 
+@pytest.mark.slow
 def test_killed_at_every_moment_of_writing(uncut, tmp_path):
     whole, calls = uncut
     a_checkpoint, the_end = range(calls // 2, calls // 2 + 13, 3), range(calls - 20, calls + 1, 2)
@@ -108,6 +111,7 @@ def told_of_all(folder):
     return {name: told(folder / name) for name in RECIPES} | {"there": sorted(path.name for path in folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_saes(uncut, tmp_path):
     assert run(train_together, tmp_path / "together", 2, {}, train_several) == 0
     for name in RECIPES:
@@ -116,6 +120,7 @@ def test_two_processes_train_the_same_saes(uncut, tmp_path):
             torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)  # Adam steps are 2e-3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_recipes_is_refused(tmp_path, monkeypatch):
     assert run(train_and_die, tmp_path / "run", 60, train_several) < 0
     assert list((tmp_path / "run" / "checkpoint").iterdir())

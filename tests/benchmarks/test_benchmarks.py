@@ -14,6 +14,7 @@ from lmm_sae_nb.support.files import read_json, write_json
 TINY = Shape(64, 32, 256, 8)
 
 
+@pytest.mark.slow
 def test_our_systems_are_measured_each_in_a_separate_process(tmp_path):
     found = compare(None, [TINY], (1,), warm=1, least=2, budget=0)
     write_json(tmp_path / "benchmarks.json", found)
@@ -28,6 +29,7 @@ def test_our_systems_are_measured_each_in_a_separate_process(tmp_path):
     assert found["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_a_child_that_fails_says_why():
     with pytest.raises(
         RuntimeError, match=r"ours at \(64, 32, 4, 8\), 1 threads, failed:[\s\S]*k is 8, with 4 latents"

@@ -35,6 +35,7 @@ def contents(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["picture_world", "instructblip"])
 def test_each_cache_is_that_of_its_sae_alone(family, pictures, tmp_path):
     lmm = LMM(*make(family))
@@ -46,6 +47,7 @@ def test_each_cache_is_that_of_its_sae_alone(family, pictures, tmp_path):
     assert not list(tmp_path.rglob(".partial"))
 
 
+@pytest.mark.slow
 def test_the_model_runs_once_for_all_and_a_pass_goes_on_for_those_that_are_behind(pictures, tmp_path, monkeypatch):
     lmm, asked, encode = LMM(*make("picture_world")), [], activations.encode_batch
 

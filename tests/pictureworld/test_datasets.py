@@ -116,6 +116,7 @@ def wait_until(happened, seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_killed_rendering_leaves_no_process_and_nothing_that_looks_whole(tmp_path, root):
     folder, command = tmp_path / "world", [sys.executable, "-c", CHILD, str(tmp_path / "world"), "100000"]
     child = subprocess.Popen(command, cwd=root, start_new_session=True, stderr=subprocess.DEVNULL)

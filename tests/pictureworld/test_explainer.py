@@ -353,6 +353,7 @@ def test_the_report_counts_by_kind_and_tells_refusals_apart():
     assert all(row["low"] <= row["fraction"] <= row["high"] for row in result.values())
 
 
+@pytest.mark.slow
 def test_an_exam_asks_about_latents_that_were_no_lessons(pictures, root, tmp_path):
     lmm = LMM.load(root / MODEL)
     TopKSAE(lmm.width, 16, 4, generator=torch.Generator().manual_seed(0)).save(tmp_path / "sae")

@@ -137,5 +137,7 @@ def report(answered: Sequence[Answered], level: float = 0.99) -> dict[str, dict[
             marks[NAMED].append(row.answer != REFUSAL)
     result = {}
     for name, row in marks.items():
-        result[name] = proportion(row, level)._asdict() | {"least": LEAST.get(name, LEAST_KIND)}
+        fraction, low, high, count = proportion(row, level)
+        least = LEAST.get(name, LEAST_KIND)
+        result[name] = {"fraction": fraction, "low": low, "high": high, "asked": count, "least": least}
     return result

@@ -145,7 +145,8 @@ def report(asked: list[Asked], level: float = 0.99) -> dict[str, dict[str, float
             tally[row.family].append(row.right)
     result = {}
     for family, marks in tally.items():
-        result[family] = proportion(marks, level)._asdict()
+        fraction, low, high, count = proportion(marks, level)
+        result[family] = {"fraction": fraction, "low": low, "high": high, "asked": count}
         if family in LEAST:
             result[family]["least"] = LEAST[family]
     return result

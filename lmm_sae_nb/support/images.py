@@ -6,7 +6,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import datasets
 import numpy as np
@@ -48,10 +48,11 @@ class Images(Sequence):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> Image.Image:
+    def __getitem__(self, index: SupportsIndex) -> Image.Image:
+        index = int(index)  # it may be a tensor
         if not -len(self) <= index < len(self):
             raise IndexError(f"no image {index}: there are {len(self)}, numbered from 0")
-        item = self._source[int(index)]
+        item = self._source[index]
         return open_rgb(item["image"] if isinstance(self._source, Dataset) else item, f"row {index}")
 
     @property
@@ -109,7 +110,8 @@ class Remembered(Sequence):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> Image.Image:
+    def __getitem__(self, index: SupportsIndex) -> Image.Image:
+        index = int(index)
         if (picture := self._held.get(index)) is None:
             picture = self._images[index]
             if _bytes_of(picture) > self._held.maxsize:

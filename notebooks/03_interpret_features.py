@@ -265,7 +265,7 @@ if truth:
     given = {n: row["concept"] for n, row in detecting.items()}
     recall = recall_metrics(detection, given)
 
-# %% mystnb={"figure": {"caption": "The concepts that the held-out scenes show, by kind: those with a detector that carries their name, those with a detector of another name, and those without a detector.", "name": "fig-recall"}, "image": {"alt": "A bar for each kind of concept, divided into named, detected and not detected."}}
+# %% mystnb={"figure": {"caption": "The concepts that the held-out scenes show, by kind. Some have a detector that carries their name, some a detector of another name, and some no detector.", "name": "fig-recall"}, "image": {"alt": "A bar for each kind of concept, divided into named, detected and not detected."}}
 if truth:
     plots.stacked(recall_by_kind(detection, given), "concepts");
 

@@ -44,7 +44,8 @@ def overlap(
     active = activation_mask(seen, mode)
     wanted = concept_mask(find([seen.image_index], concept)[0], seen.size, mode)
     fit = iou(active, wanted)
-    return Overlap(f"{title}: IoU {fit if score is None else score:.2f}", exemplar.image, active, wanted, fit)
+    number = f"IoU\N{NO-BREAK SPACE}{fit if score is None else score:.2f}"  # one word, where the title is wrapped
+    return Overlap(f"{title}: {number}", exemplar.image, active, wanted, fit)
 
 
 def overlaps(

@@ -146,11 +146,13 @@ def signed_maps(image: Image.Image, maps: Mapping[str, np.ndarray]) -> list[Axes
 
 
 def overlap(
-    image: Image.Image, activation: np.ndarray, concept: np.ndarray, title: str, ax: Axes | None = None
-) -> Axes:
+    image: Image.Image, activation: np.ndarray, concept: np.ndarray, title: str, ax: Axes | None = None,
+    columns: int = 4,
+) -> Axes:  # fmt: skip
     """Draw two masks on the grey image: activated in blue, the concept in yellow, both in green.
 
     activation, concept: (height, width), bool.
+    columns: of such pictures that fill the width; the title is wrapped to one of them.
     """
     ax = _grey(image, ax)
     shade = np.zeros((*activation.shape, 4))
@@ -158,7 +160,7 @@ def overlap(
     for where, colour in parts:
         shade[where] = (*to_rgb(colour), 0.62)
     ax.imshow(shade)
-    ax.set_title(wrapped(title, 0.95 * WIDTH / 4))
+    ax.set_title(wrapped(title, 0.95 * WIDTH / columns))
     return ax
 
 
@@ -168,11 +170,13 @@ def overlaps(found: Sequence[Overlap], exemplar: Exemplar | None = None) -> list
     exemplar: one whose activation is drawn as a heat map before them.
     """
     count = len(found) + (exemplar is not None)
-    axes = picture_axes(count, columns=3 if count in (5, 6) else 4)
+    columns = 3 if count in (5, 6) else 4
+    lines = [wrapped(one.title, 0.95 * WIDTH / columns).count("\n") + 1 for one in found]
+    axes = picture_axes(count, columns, lines=max(lines, default=1))
     if exemplar is not None:
         heat_map(exemplar.image, exemplar.activation, ax=axes[0]).set_title("activation")
     for ax, one in zip(axes[exemplar is not None :], found, strict=True):
-        overlap(one.image, one.active, one.concept, one.title, ax=ax)
+        overlap(one.image, one.active, one.concept, one.title, ax, columns)
     return axes
 
 

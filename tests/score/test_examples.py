@@ -40,5 +40,5 @@ def test_the_gallery_shows_the_median_latent_of_each_kind_with_its_mean():
     )
     shown = {n: [exemplar(n, corner(4, 2))] for n in scores.explained}
     found = median_overlaps(scores, shown, SEGMENTERS["truth"], STRICT)
-    assert [each.title for each in found] == ["object, concept 2: IoU 0.25", "colour, concept 3: IoU 0.75"]
+    assert [each.title for each in found] == ["object, concept 2: IoU\xa00.25", "colour, concept 3: IoU\xa00.75"]
     assert [each.iou for each in found] == [1, 1]

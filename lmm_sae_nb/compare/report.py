@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -57,16 +58,17 @@ def score_metrics(scored: Mapping[str, ScoredSAE], seed: int = 0) -> Metrics:
 def rise_metrics(low: Scores, high: Scores, seed: int = 0) -> Metrics:
     """Return how much each score rises from one layer to another, as COLUMN_rise with its interval.
 
-    COLUMN_gain_rise is the rise of what a score has above random images. Deep layers may have names that fit any
-    image; then the score of random images rises too.
+    COLUMN_gain_rise is the rise of what a score has above chance, latent by latent. Deep layers may have names that
+    fit any image; then the score of random images rises too.
     """
     metrics: Metrics = {}
     for column in low.columns:
         rows = [list(scores[column].values()) for scores in (low, high)]
         values = [[row.score for row in each] for each in rows]
         metrics |= bounds(f"{column}_rise", difference_interval(*values, seed=seed))
-        if all(row.random for each in rows for row in each):
-            gains = [[row.score - float(np.mean(row.random)) for row in each] for each in rows]
+        chances = [[row.area if row.random is None else float(np.mean(row.random)) for row in each] for each in rows]
+        if all(value is not None for each in chances for value in each):
+            gains = [list(np.subtract(*pair)) for pair in zip(values, chances, strict=True)]
             metrics |= bounds(f"{column}_gain_rise", difference_interval(*gains, seed=seed))
     return metrics
 
@@ -115,7 +117,7 @@ def rise_rows(metrics: Metrics) -> list[dict[str, str | Mean]]:
     """Return each rise with its direction in words, for `plots.table`."""
     rows = []
     for column, title in TITLES.items():
-        for name, words in ((f"{column}_rise", title), (f"{column}_gain_rise", f"{title}, less random images")):
+        for name, words in ((f"{column}_rise", title), (f"{column}_gain_rise", f"{title}, less chance")):
             if name in metrics:
                 rise = read_mean(metrics, name)
                 rows.append({"score": words, "difference": rise, "it": direction(rise)})
@@ -137,6 +139,7 @@ def layer_rows(metrics: Metrics, layers: Sequence[int], published: Mapping[str, 
             title: {n: read_mean(metrics, f"{column}_layer_{n}") for n in layers},
             "… by chance": {n: read_mean(metrics, f"{column}_layer_{n}_{random}") for n in layers},
             "… in the paper": {n: published.get(f"{column}_layer_{n}") for n in layers},
+            "… by chance, in the paper": {n: published.get(f"{column}_layer_{n}_random") for n in layers},
         }
         for score, by_layer in values.items():
             if any(value is not None for value in by_layer.values()):
@@ -207,19 +210,29 @@ def size_curves(metrics: Metrics, names: Mapping[int, str], titles: Mapping[str,
     return curves
 
 
-def doubling_rows(metrics: Metrics, names: Mapping[int, str], title: str) -> list[dict[str, str | float]]:
+def changes_per_doubling(metrics: Metrics, names: Mapping[int, str]) -> dict[int, float]:
+    """Return by how much the FVU changes for each doubling, as a fraction: each size against the size before.
+
+    names: size to the SAE's name, in order, as `names_by_size` gives them; the first size has no change.
+    """
+    sizes, changes = list(names), {}
+    for before, size in pairwise(sizes):
+        ratio = metrics[f"fvu_{names[size]}"] / metrics[f"fvu_{names[before]}"]
+        changes[size] = ratio ** (1 / math.log2(size / before)) - 1
+    return changes
+
+
+def doubling_rows(metrics: Metrics, names: Mapping[int, str], title: str) -> list[dict[str, str | float | None]]:
     """Return the FVU of each size, and by how much it changes for each doubling from the size before.
 
-    names: size to the SAE's name, as `names_by_size` gives them.
+    names: size to the SAE's name, in order, as `names_by_size` gives them.
     title: of the size.
     """
-    rows, before = [], None
-    for size, name in names.items():
-        fvu = metrics[f"fvu_{name}"]
-        change = None if before is None else (fvu / before[1]) ** (1 / math.log2(size / before[0])) - 1
-        rows.append({title: f"{size:,}", "FVU": fvu, "change per doubling": change and f"{change:+.1%}"})
-        before = size, fvu
-    return rows
+    changes = {size: f"{change:+.1%}" for size, change in changes_per_doubling(metrics, names).items()}
+    return [
+        {title: f"{size:,}", "FVU": metrics[f"fvu_{name}"], "change per doubling": changes.get(size)}
+        for size, name in names.items()
+    ]
 
 
 def exam_rows(folders: Mapping[str, str | Path]) -> list[dict[str, str | float | None]]:

@@ -57,12 +57,14 @@ def test_a_rise_is_the_difference_of_the_means_with_an_interval():
     metrics = rise_metrics(LOW.scores, HIGH.scores)
     assert metrics["iou_paper_rise"] == pytest.approx(0.25)
     assert metrics["iou_paper_gain_rise"] == pytest.approx(0.25)
-    assert "clip_strict_gain_rise" not in metrics  # its chance is no random image
+    # chance, here a region of equal area, rises by 0.05 from the mean of 20, 20.1 and 20.2
+    assert metrics["clip_strict_gain_rise"] == pytest.approx(15.5 - 0.05)
     rows = rise_rows(metrics)
     assert [row["score"] for row in rows] == [
-        "IoU, paper mode", "IoU, paper mode, less random images", "CLIP score, strict mode",
+        "IoU, paper mode", "IoU, paper mode, less chance", "CLIP score, strict mode",
+        "CLIP score, strict mode, less chance",
     ]  # fmt: skip
-    assert [row["it"] for row in rows] == ["rises"] * 3
+    assert [row["it"] for row in rows] == ["rises"] * 4
     assert metrics["clip_strict_rise_low"] < 15.5 < metrics["clip_strict_rise_high"]
 
 
@@ -91,14 +93,16 @@ def test_steering_is_a_fraction_and_ranks_are_a_mean():
 
 def test_table_3_has_chance_below_each_score_and_the_paper_s_numbers_where_there_are_some():
     metrics = score_metrics({"layer_1": LOW, "layer_6": HIGH})
-    rows = layer_rows(metrics, [1, 6], {"iou_paper_layer_6": 0.4})
+    rows = layer_rows(metrics, [1, 6], {"iou_paper_layer_6": 0.4, "iou_paper_layer_6_random": 0.005})
     assert [row["score"] for row in rows] == [
-        "IoU, paper mode", "… by chance", "… in the paper", "CLIP score, strict mode", "… by chance",
+        "IoU, paper mode", "… by chance", "… in the paper", "… by chance, in the paper", "CLIP score, strict mode",
+        "… by chance",
     ]  # fmt: skip
     assert rows[0]["layer 6"].mean == pytest.approx(0.65)
     assert rows[1]["layer 1"].mean == pytest.approx(0.1)
     assert (rows[2]["layer 1"], rows[2]["layer 6"]) == (None, 0.4)
-    assert rows[4]["layer 1"].mean == pytest.approx(20.1)
+    assert (rows[3]["layer 1"], rows[3]["layer 6"]) == (None, 0.005)
+    assert rows[5]["layer 1"].mean == pytest.approx(20.1)
     (panel,) = depth_panels(metrics, [1, 6], "iou").values()
     assert panel["layer 6"]["chance"] == rows[1]["layer 6"]
 

@@ -46,9 +46,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lmm_sae_nb.full_scale.costs import DEVICES, Assumptions, train_cost
 from lmm_sae_nb.full_scale.geometry_twin import (
-    forecast_and_measured,
     geometry_twin,
     noise,
+    predicted_and_measured,
     run_twin,
 )
 from lmm_sae_nb.full_scale.models import (
@@ -65,7 +65,12 @@ from lmm_sae_nb.full_scale.presets import (
     read_preset,
 )
 from lmm_sae_nb.show import plots
-from lmm_sae_nb.show.report import findings, headline, metrics_table, provenance
+from lmm_sae_nb.show.report import (
+    findings,
+    headline,
+    metrics_table,
+    provenance,
+)
 from lmm_sae_nb.support.stages import Metrics, Page
 
 page = Page(globals())
@@ -102,14 +107,20 @@ pd.DataFrame(rows).style.format(precision=2).hide(axis="index")
 #
 # A stage's time is the sum over its kinds of work. Each takes the longer of
 # two times: its floating point operations at the GPU's published peak, and
-# its bytes at the published bandwidth. We multiply both by `utilisation`. The
-# language model runs in 16 bits, the SAE in float32 without TF32. On eight
-# GPUs samples, buffer and images are divided. Each GPU holds the language
-# model and the SAE, and sums gradients with the others at every step. These
-# values are in no preset, so we assume them:
+# its bytes at the published bandwidth. We multiply peak and bandwidth by
+# `utilisation`. The language model runs in 16 bits, the SAE in float32 without
+# TF32. On eight GPUs samples, buffer and images are divided. Each GPU holds
+# the language model and the SAE, and sums gradients with the others at every
+# step. The values below are in no preset: the GPU's come from its maker (in
+# bytes, FLOP/s and bytes/s), the others we assume.
 
 # %%
-print(device, assumptions, sep="\n")
+plots.table([
+    {"from": source, "name": name.replace("_", " ")}
+    | {"value": f"{x:.4g}" if isinstance(x, float) else str(x)}
+    for source, known in (("GPU", device), ("assumed", assumptions))
+    for name, x in known._asdict().items()
+])
 
 # %%
 given = dict(images=cached_images, assumptions=assumptions)
@@ -119,14 +130,17 @@ table = [cost.row(device, gpus, utilisation) for gpus, cost in each]
 style = pd.DataFrame(table).style.format(precision=1, thousands=",")
 style.hide(axis="index")
 
-# %% mystnb={"figure": {"caption": "Hours of each stage, by kind of work.", "name": "fig-hours"}, "image": {"alt": "Stacked bars of hours for three stages on one and on eight GPUs."}}
+# %% mystnb={"figure": {"caption": "Predicted hours of each stage, by kind of work.", "name": "fig-hours"}, "image": {"alt": "Stacked bars of hours for three stages on one and on eight GPUs."}}
 count = {1: "one GPU", 8: "eight GPUs"}
 labels = [f"{row['stage']}, {count[row['GPUs']]}" for row in table]
 hours = [cost.hours(device, gpus, utilisation) for gpus, cost in each]
 plots.stacked(dict(zip(labels, hours, strict=True)), f"hours, {gpu}");
 # %% [markdown]
-# The SAE's dense product in float32 can take most of the training's time. In
-# bfloat16 the whole training would take:
+# *Reading* is the explainer's forward over a question with its images,
+# *writing* its answer, token by token. *Adam* is the optimiser's pass over all
+# weights of the SAE. *Sum over GPUs* is the exchange of gradients, which one
+# GPU does not need. With the SAE's dense product in bfloat16, training takes
+# less:
 
 # %%
 used = ("layer", "n_latents", "k", "steps", "batch_tokens")
@@ -136,26 +150,37 @@ for gpus in costs:
         models[studied], **train, gpus=gpus, mixed_precision="bf16",
         assumptions=assumptions,
     )  # fmt: skip
+    exact = costs[gpus][0].hours(device, gpus, utilisation)
     total = sum(faster.hours(device, gpus, utilisation).values())
-    print(f"{gpus} x {gpu}: {total:.1f} hours")
+    print(
+        f"{count[gpus]}: the SAE encoder takes {exact['SAE encoder']:.0f} "
+        f"of {sum(exact.values()):.0f} hours in float32. In bfloat16 "
+        f"training takes {total:.0f} hours."
+    )
 
-# %% mystnb={"figure": {"caption": "Memory of one GPU, by what needs it. The dashed line is the GPU's memory.", "name": "fig-memory"}, "image": {"alt": "Stacked bars of GPU memory for three stages on one and on eight GPUs, with the GPU's memory as a line."}}
+# %% [markdown]
+# The preset stays with float32. In bfloat16, rounding can change which latents
+# are among the k largest, and we have not measured what that costs.
+
+# %% mystnb={"figure": {"caption": "Predicted memory of one GPU, by what needs it. The dashed line is the GPU's memory.", "name": "fig-memory"}, "image": {"alt": "Stacked bars of GPU memory for three stages on one and on eight GPUs, with the GPU's memory as a line."}}
 needs = [
     {name: bytes_ / 1e9 for name, bytes_ in cost.gpu.items()}
     for _, cost in each
 ]
 memory = dict(zip(labels, needs, strict=True))
-plots.stacked(memory, "GB a GPU", limit=device.memory / 1e9);
+plots.stacked(memory, "GB per GPU", limit=device.memory / 1e9);
 # %% [markdown]
 # Notebook 04 measures against ground truth on the processor alone, so we do
-# not predict it. An explainer that does not fit one GPU needs a server that
-# divides it among several.
+# not predict it.
 #
 # ## The commands
 #
 # Run them from the repository's root, on the machine with the GPUs. First
-# write the preset's data, as the head of its file explains. The notebooks
-# use one GPU. Notebook 01 continues with an SAE that several GPUs trained.
+# write the preset's data, as the head of its file explains. The notebooks use
+# one GPU. Notebook 01 continues with an SAE that several GPUs trained. An
+# explainer that does not fit one GPU needs a server that divides it among
+# several. A preset names it as `name@http://host:port/v1`; any server that
+# speaks OpenAI's chat protocol will do.
 
 # %%
 for gpus in costs:
@@ -167,11 +192,11 @@ for gpus in costs:
 #
 # The twin has the model's real geometry: crops of 336 px with 24 x 24
 # patches, up to four tiles and the base image, 24 layers of vision and 32 of
-# language, grouped heads, and an SAE of $2^{17}$ latents with $k = 256$ on
+# language, grouped-query attention, and an SAE of $2^{17}$ latents with $k = 256$ on
 # layer 24. Only its widths are narrow, and its weights are random. It runs
 # the real classes and processor on this machine: training, caching, and the
 # attribution of one decision on each picture to every active latent at every
-# token.
+# token. Two progress bars of training appear: the first one warms up.
 
 # %%
 stage = page.stage("full_scale")
@@ -187,9 +212,9 @@ metrics = stage.finish(predicted | twin_metrics)
 
 # %% mystnb={"figure": {"caption": "The twin: the prediction from this machine's measured speed of products and copies, beside the measurement.", "name": "fig-twin"}, "image": {"alt": "Dots for predicted and measured seconds and gigabytes of training, caching and attribution."}}
 left, right = plots.panels(2, inches=2.6)
-seconds = forecast_and_measured(measured, "seconds")
+seconds = predicted_and_measured(measured, "seconds")
 plots.compared(seconds, "seconds", ax=left)
-memory = forecast_and_measured(measured, "gb")
+memory = predicted_and_measured(measured, "gb")
 plots.compared(memory, "GB at most", ax=right);
 # %% [markdown]
 # **Check.** The predicted FLOPs are arithmetic on shapes. On the twin we can
@@ -218,19 +243,30 @@ metrics_table(stage)
 alone = costs[1][0].hours(device, 1, utilisation)  # training on one GPU
 longest = max(alone, key=alone.get)
 too_large = [
-    f"{row['stage']} on {count[row['GPUs']]}"
+    f"On {count[row['GPUs']]}, the stage *{row['stage']}* does not fit."
     for row in table
     if not row[f"fits {gpu}"]
 ]
-ratios = [pair["measured"] / pair["forecast"] for pair in seconds.values()]
+ratios, excess = (
+    [pair["measured"] / pair["predicted"] for pair in pairs.values()]
+    for pairs in (seconds, memory)
+)
+needed = memory["attribute"]
+explainer_fits = next(
+    row[f"fits {gpu}"] for row in table
+    if (row["stage"], row["GPUs"]) == ("explain", 1)
+)
 findings(
     f"Training takes {metrics['train_hours_gpus_1']:.0f} hours on one "
     f"{gpu} and {metrics['train_hours_gpus_8']:.0f} on eight. On one, the "
-    f"longest part is the {longest} ({alone[longest]:.0f} hours).",
-    "These do not fit the memory of a GPU: "
-    + (", ".join(too_large) or "none") + ".",
+    f"longest part is the {longest} ({alone[longest]:.0f} of "
+    f"{sum(alone.values()):.0f} hours).",
+    *too_large,
     f"The twin took {min(ratios):.1f} to {max(ratios):.1f} times the "
-    "predicted time.",
+    "predicted time. So read the hours as a lower bound.",
+    f"The twin needed {min(excess):.1f} to {max(excess):.1f} times the "
+    f"predicted memory. In attribution it needed {needed['measured']:.1f} "
+    f"GB; the prediction is {needed['predicted']:.1f} GB.",
 )
 
 # %% [markdown]
@@ -240,11 +276,16 @@ findings(
 
 # %% tags=["result", "remove-input"]
 headline(
-    page,
-    f"`{path.name}` needs {metrics['train_hours_gpus_1']:.0f} hours of "
-    f"training on one {gpu}, {metrics['train_hours_gpus_8']:.0f} on "
-    f"eight, and {metrics['train_gb_a_gpu_gpus_1']:.0f} GB of one GPU's "
-    "memory.",
+    None,
+    f"with `{path.name}`, training needs "
+    f"{metrics['train_gb_per_gpu_gpus_1']:.0f} GB of one {gpu}; the "
+    f"explainer needs {metrics['explain_gb_per_gpu_gpus_1']:.0f} GB and "
+    f"{'fits' if explainer_fits else 'does not fit'} one. Training is "
+    f"predicted to take {metrics['train_hours_gpus_1']:.0f} hours on one "
+    f"GPU and {metrics['train_hours_gpus_8']:.0f} on eight. A narrow twin "
+    f"took {min(ratios):.0f} to {max(ratios):.0f} times its predicted "
+    f"time and {min(excess):.1f} to {max(excess):.1f} times its predicted "
+    "memory, so read the hours as a lower bound.",
     "it reports neither its GPUs nor its hours.",
     "there is nothing to compare; this is a prediction from shapes and "
     "published peaks.",

@@ -99,7 +99,7 @@ class StageCost(NamedTuple):
             "GPUs": gpus,
             "tokens, 1e6": self.tokens / 1e6,
             "1e18 FLOPs": sum(work.flops for work in self.work) / 1e18,
-            "GB a GPU": gpu,
+            "GB per GPU": gpu,
             "GB host": host,
             "GB disk": disk,
             "hours": sum(self.hours(device, gpus, utilisation).values()),

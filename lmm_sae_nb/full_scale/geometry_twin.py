@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -131,8 +131,8 @@ def run_twin(
     pictures: all of one size; each is a sample, a cached image, and the image of one decision.
     layer, n_latents, k, n_top, steps, batch_tokens, seed: as in `train_sae` and `cache_activations`.
 
-    Returns: for each of train, cache and attribute NAME_seconds and NAME_gb (the highest memory of the process), and
-    the same with `_forecast`.
+    Returns: for each of train, cache and attribute NAME_seconds and NAME_gb (the process's highest memory meanwhile),
+    and the same with `_predicted`.
     """
     this_machine, memory_before = measure_this_machine(), peak_memory() or 0
     question = "what is shown ?"
@@ -162,26 +162,31 @@ def run_twin(
     for cost in costs:
         seconds = 3600 * sum(cost.hours(this_machine, 1, utilisation=1.0).values())
         memory = sum(cost.gpu.values()) + cost.host.get("top images", 0.0)
-        measured |= {f"{cost.stage}_seconds_forecast": seconds, f"{cost.stage}_gb_forecast": memory / 1e9}
+        measured |= {f"{cost.stage}_seconds_predicted": seconds, f"{cost.stage}_gb_predicted": memory / 1e9}
     return measured
 
 
-def forecast_and_measured(measured: Mapping[str, float], unit: str) -> dict[str, dict[str, float]]:
-    """Return the forecast beside the measurement, by stage.
+def predicted_and_measured(measured: Mapping[str, float], unit: str) -> dict[str, dict[str, float]]:
+    """Return the prediction beside the measurement, by stage.
 
     measured: of `run_twin`.
     unit: "seconds" or "gb".
     """
     stages = [name.removesuffix(f"_{unit}") for name in measured if name.endswith(f"_{unit}")]
     return {
-        stage: {"forecast": measured[f"{stage}_{unit}_forecast"], "measured": measured[f"{stage}_{unit}"]}
+        stage: {"predicted": measured[f"{stage}_{unit}_predicted"], "measured": measured[f"{stage}_{unit}"]}
         for stage in stages
     }
 
 
 @contextmanager
 def _timed(stage: str, measured: dict[str, float]) -> Iterator[None]:
-    """Add the stage's wall time and the process's highest memory so far to `measured`."""
+    """Add the stage's wall time and the process's highest memory meanwhile to `measured`.
+
+    Only Linux can forget an earlier peak; elsewhere the memory is the highest so far.
+    """
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is held now
     began = time.monotonic()
     yield
     measured |= {f"{stage}_seconds": time.monotonic() - began, f"{stage}_gb": (peak_memory() or 0) / 1e9}

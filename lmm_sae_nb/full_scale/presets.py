@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -74,7 +75,7 @@ def preset_costs(
 
 
 def cost_metrics(costs: Mapping[int, Iterable[StageCost]], device: Device, utilisation: float) -> dict[str, float]:
-    """Return the predictions as a stage's metrics: STAGE_hours_gpus_N and STAGE_gb_a_gpu_gpus_N.
+    """Return the predictions as a stage's metrics: STAGE_hours_gpus_N and STAGE_gb_per_gpu_gpus_N.
 
     costs: by the number of GPUs.
     device: each of these GPUs.
@@ -82,7 +83,7 @@ def cost_metrics(costs: Mapping[int, Iterable[StageCost]], device: Device, utili
     """
     each = [(gpus, cost) for gpus, stages in costs.items() for cost in stages]
     hours = {f"{c.stage}_hours_gpus_{n}": sum(c.hours(device, n, utilisation).values()) for n, c in each}
-    return hours | {f"{c.stage}_gb_a_gpu_gpus_{n}": sum(c.gpu.values()) / 1e9 for n, c in each}
+    return hours | {f"{c.stage}_gb_per_gpu_gpus_{n}": sum(c.gpu.values()) / 1e9 for n, c in each}
 
 
 def explainer_name(preset: Mapping[str, Mapping]) -> str:
@@ -102,20 +103,38 @@ def _values(preset: Mapping[str, Mapping], notebook: str, names: Iterable[str]) 
     return {name: values[name] for name in names}
 
 
+def servers(preset: Mapping[str, Mapping]) -> dict[str, int]:
+    """Return the models that a preset asks at an endpoint, with the port of each.
+
+    preset: of `read_preset`.
+    """
+    found = re.findall(r"'([^'@]+)@https?://[^/:']+:(\d+)/v1'", str(preset))
+    return {model: int(port) for model, port in found}
+
+
 def commands(path: str | Path, preset: Mapping[str, Mapping], gpus: int) -> dict[str, str]:
     """Return the commands that run a preset from the repository's root, by what each does.
 
     path: of the preset's file.
-    preset: of `read_preset`.
-    gpus: 1, or how many train; several train from a job file.
+    preset: of `read_preset`; models at an endpoint are served first.
+    gpus: 1, or how many train; several train from a job file. Those who have one ask servers on another machine.
     """
-    name = Path(path).stem
+    book = f"make book PRESET={shlex.quote(Path(path).stem)} JOBS=1"
+    serve = {
+        f"serve {model}": f"vllm serve {shlex.quote(model)} --port {port} --tensor-parallel-size 8"
+        for model, port in servers(preset).items()
+    }
     if gpus == 1:
-        return {"all notebooks and the book": f"make book PRESET={shlex.quote(name)} JOBS=1"}
+        serve = {f"on another machine, {purpose}": command for purpose, command in serve.items()}
+        if serve:
+            where = f"sed -i 's#@http://localhost:#@http://HOST:#' {shlex.quote(str(path))}"
+            serve["ask that machine, HOST, as name@http://host:port/v1"] = where
+        return serve | {"all notebooks and the book": book}
     job = _values(preset, "01_train_sae", JOB) | {"folder": f"data/artifacts/{preset['01_train_sae']['run']}/train"}
     launch = f"accelerate launch --multi_gpu --num_processes {gpus}"
     return {
         "write the job": f"echo {shlex.quote(json.dumps(job))} > job.json",
         "train": f"{launch} -m lmm_sae_nb.train.launch job.json",
-        "the rest": f"make book PRESET={shlex.quote(name)} JOBS=1",
+        **serve,
+        "the rest": book,
     }

@@ -11,7 +11,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML, display
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter
 from numpy.typing import ArrayLike
 
 from lmm_sae_nb.show.style import (
@@ -203,11 +202,10 @@ def compared(results: Mapping[str, Mapping[str, float]], xlabel: str, ax: Axes |
     return ax
 
 
-def bars(results: Mapping[str, Mapping[str, float]], xlabel: str, *, log: bool = False, ax: Axes | None = None) -> Axes:
+def bars(results: Mapping[str, Mapping[str, float]], xlabel: str, ax: Axes | None = None) -> Axes:
     """Draw a bar with its number for each thing, grouped; a thing has one colour, and the legend is below.
 
     results: group to {thing: value}.
-    log: with a logarithmic axis.
     """
     things = _names(results)
     shades = colours(things)
@@ -220,9 +218,6 @@ def bars(results: Mapping[str, Mapping[str, float]], xlabel: str, *, log: bool =
         ax.bar_label(drawn, labels, padding=2)
         middles.append(sum(places) / len(places))
         y += len(row) + 1
-    if log:
-        ax.set_xscale("log")
-        ax.xaxis.set_minor_formatter(NullFormatter())  # labels of 2, 3, 4 … run into each other
     ax.set(yticks=middles, yticklabels=[literal(name) for name in results], xlabel=literal(xlabel))
     ax.margins(x=0.15)
     if not ax.yaxis_inverted():  # an axis that is shared may be inverted already

@@ -1,6 +1,7 @@
 """Forecasts against the real thing: processors, published sizes, counted products, and arithmetic done by hand."""
 
 import json
+import re
 from inspect import signature
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lmm_sae_nb.attribute.attribution import decision, linear
 from lmm_sae_nb.full_scale.costs import ASSUMPTIONS, DEVICES, Assumptions, Device, Work, attribute_cost, encoding_work
-from lmm_sae_nb.full_scale.geometry_twin import forecast_and_measured, geometry_twin, narrow, noise, run_twin
+from lmm_sae_nb.full_scale.geometry_twin import geometry_twin, narrow, noise, predicted_and_measured, run_twin
 from lmm_sae_nb.full_scale.models import (
     GEOMETRIES,
     config_of,
@@ -24,7 +25,7 @@ from lmm_sae_nb.full_scale.models import (
     image_layout,
     meta_model,
 )
-from lmm_sae_nb.full_scale.presets import commands, cost_metrics, explainer_name, preset_costs, read_preset
+from lmm_sae_nb.full_scale.presets import commands, cost_metrics, explainer_name, preset_costs, read_preset, servers
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
@@ -231,10 +232,10 @@ def test_metrics_add_up_the_hours_of_all_work_and_the_memory_of_one_gpu(preset):
     costs = {8: preset_costs(preset, 46_684, gpus=8)}
     metrics, train = cost_metrics(costs, A100, 0.4), costs[8][0]
     assert_close(metrics["train_hours_gpus_8"], sum(work.seconds(A100, 8, 0.4) for work in train.work) / 3600)
-    assert metrics["train_gb_a_gpu_gpus_8"] == sum(train.gpu.values()) / 1e9
+    assert metrics["train_gb_per_gpu_gpus_8"] == sum(train.gpu.values()) / 1e9
     row = train.row(A100, 8, 0.4)
-    assert (row["hours"], row["GB a GPU"]) == (metrics["train_hours_gpus_8"], metrics["train_gb_a_gpu_gpus_8"])
-    assert row["fits A100 80GB"] == (row["GB a GPU"] < 80)
+    assert (row["hours"], row["GB per GPU"]) == (metrics["train_hours_gpus_8"], metrics["train_gb_per_gpu_gpus_8"])
+    assert row["fits A100 80GB"] == (row["GB per GPU"] < 80)
 
 
 def test_a_preset_without_a_value_that_costs_need_is_refused(root):
@@ -244,8 +245,7 @@ def test_a_preset_without_a_value_that_costs_need_is_refused(root):
 
 def test_commands_hold_the_preset_s_own_values(root, preset):
     path = root / "notebooks/params/paper.yaml"
-    assert list(commands(path, preset, 1).values()) == ["make book PRESET=paper JOBS=1"]
-    write, train, rest = commands(path, preset, 8).values()
+    write, train, *_, rest = commands(path, preset, 8).values()
     job = json.loads(write.removeprefix("echo '").removesuffix("' > job.json"))
     assert (job["n_latents"], job["k"], job["layer"]) == (131_072, 256, 24)
     assert job["folder"] == "data/artifacts/paper/train" and job["dataset"] == preset["01_train_sae"]["dataset"]
@@ -254,6 +254,18 @@ def test_commands_hold_the_preset_s_own_values(root, preset):
     signature(train_saes).bind("the model", "the samples", {"": Recipe(settings.pop("layer"), **settings)}, **shared)
     assert "--num_processes 8" in train and train.endswith("-m lmm_sae_nb.train.launch job.json")
     assert rest == "make book PRESET=paper JOBS=1"
+
+
+def test_with_one_gpu_models_that_do_not_fit_are_asked_on_another_machine(root, preset):
+    path = root / "notebooks/params/paper.yaml"
+    explainer, refiner, labeller, host, book = commands(path, preset, 1).values()
+    assert explainer.startswith(f"vllm serve {explainer_name(preset)} --port 30000 ")
+    assert "30001" in refiner and "30002" in labeller
+    old, new = re.fullmatch(r"sed -i 's#(.+)#(.+)#' .+", host).groups()
+    asked = [line for line in path.read_text().splitlines() if "@http" in line]
+    assert len(asked) == 3 and all(old in line for line in asked) and new == "@http://HOST:"
+    assert book == "make book PRESET=paper JOBS=1"
+    assert servers({"03_interpret_features": {"explainer": {"model": "data/models/tiny-explainer"}}}) == {}
 
 
 # The twin.
@@ -284,9 +296,9 @@ def test_a_twin_s_tokens_have_the_kinds_of_the_real_one(twin):
 def test_a_twin_trains_caches_and_attributes(twin):
     measured = run_twin(twin, noise([(640, 480)]), 1, n_latents=256, k=4, steps=2, batch_tokens=64)
     for unit in ("seconds", "gb"):
-        pairs = forecast_and_measured(measured, unit)
+        pairs = predicted_and_measured(measured, unit)
         assert set(pairs) == {"train", "cache", "attribute"}
-        assert all(pair["forecast"] > 0 and pair["measured"] > 0 for pair in pairs.values())
+        assert all(pair["predicted"] > 0 and pair["measured"] > 0 for pair in pairs.values())
 
 
 def test_another_family_and_a_width_that_heads_do_not_divide_are_refused():

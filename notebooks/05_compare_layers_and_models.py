@@ -498,7 +498,7 @@ plots.table(exam_rows(folders))
 # choice relative to the model's width: 32 times as many latents, and a k of a
 # sixteenth. Each SAE saw the same number of tokens.
 
-# %% mystnb={"figure": {"caption": "More latents, and more active ones: FVU and silent latents on held-out tokens, and the fraction of right names with 99 % intervals. Names right: about ten latents per SAE, too few to compare. The dashed line is the paper's choice.", "name": "fig-scaling"}, "image": {"alt": "Curves of FVU, silent latents and right names over the number of latents and over k."}}
+# %% mystnb={"figure": {"caption": "More latents, and more active ones: FVU and silent latents on held-out tokens, and the fraction of right names with 99 % intervals. Names right: a dozen or two latents per further SAE, too few to compare. The dashed line is the paper's choice.", "name": "fig-scaling"}, "image": {"alt": "Curves of FVU, silent latents and right names over the number of latents and over k."}}
 drawn = ("fvu", "dead_fraction", "concept_accuracy")
 titles = {name: quantities[name] for name in drawn}
 n_names = names_by_size(recipes, center, "n_latents")
@@ -574,9 +574,9 @@ clamped = [
 top = f"layer_{layers[-1]}"
 right = metrics.get(f"concept_accuracy_{top}")
 findings(
-    f"At dose {steering['dose']:g}, a clamped object latent makes the "
-    f"model name the object in {', '.join(clamped)} of the cases. There "
-    "is no control with random latents here.",
+    f"At dose {steering['dose']:g}, this fraction of clamped object "
+    f"latents makes the model name the object: {', '.join(clamped)}. "
+    "There is no control with random latents here.",
 )
 if right is not None and f"steered_{top}" in metrics:
     findings(

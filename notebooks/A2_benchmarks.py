@@ -123,7 +123,8 @@ plots.table([
 #
 # We set the targets before these measurements: a highest ratio, how many times
 # faster than the fastest other library a step should be, and less memory than
-# each of them.
+# each of them. The columns *at most*, *at least* and *below* hold the target of
+# the column before.
 
 # %%
 targets = [row for n in (1, 2) for row in check_targets(results, n)]

@@ -180,7 +180,8 @@ plots.stacked(memory, "GB per GPU", limit=device.memory / 1e9);
 # one GPU. Notebook 01 continues with an SAE that several GPUs trained. An
 # explainer that does not fit one GPU needs a server that divides it among
 # several. A preset names it as `name@http://host:port/v1`; any server that
-# speaks OpenAI's chat protocol will do.
+# speaks OpenAI's chat protocol will do. Start each server in a terminal of its
+# own. Several servers on the same GPUs need `--gpu-memory-utilization`, too.
 
 # %%
 for gpus in costs:
@@ -283,7 +284,7 @@ headline(
     f"{'fits' if explainer_fits else 'does not fit'} one. Training is "
     f"predicted to take {metrics['train_hours_gpus_1']:.0f} hours on one "
     f"GPU and {metrics['train_hours_gpus_8']:.0f} on eight. A narrow twin "
-    f"took {min(ratios):.0f} to {max(ratios):.0f} times its predicted "
+    f"took {min(ratios):.1f} to {max(ratios):.1f} times its predicted "
     f"time and {min(excess):.1f} to {max(excess):.1f} times its predicted "
     "memory, so read the hours as a lower bound.",
     "it reports neither its GPUs nor its hours.",

@@ -16,8 +16,8 @@
 # **The question** (section 2.4). Which latents, at which tokens, made the
 # model give this answer and not another one?
 #
-# **You will learn** what the influence of a latent is, how one forward and one
-# backward estimate it for every latent at every token, and how good this
+# **You will learn** what the influence of a latent is, how one forward pass and one
+# backward pass estimate it for every latent at every token, and how good this
 # estimate is. We compare it with ablation, pair by pair, at three layers.
 #
 # **Reads** the SAE of notebook 01, held-out samples and training samples.
@@ -25,7 +25,7 @@
 #
 # | preset | decisions, pairs ablated in each | time |
 # |---|---|---|
-# | `tiny` | 100 held-out decisions, 16 random active pairs | 4 minutes, 2 cores |
+# | `tiny` | 100 held-out decisions, 16 random active pairs | about 3 minutes, 2 quiet cores |
 # | `paper` | 20 held-out decisions, 200 pairs | GPUs |
 
 # %% tags=["parameters"]
@@ -42,6 +42,8 @@ decisions: int = 100  # held-out decisions that are attributed
 pairs: int = 16  # active (token, latent) pairs ablated in each decision
 path_pairs: int = 1  # of these, integrated on a separate path
 ig_steps: int = 4  # steps of integrated gradients
+many_steps: int = 32  # the same, to see what more steps do
+many_decisions: int = 8  # the first ones get many steps, too
 other_layers: list = [4, 6]  # layers that get a small SAE, to compare
 other_decisions: int = 16  # decisions for each of these layers
 # the small SAE of each of these layers
@@ -85,6 +87,7 @@ from lmm_sae_nb.show.report import (
     metrics_table,
     provenance,
 )
+from lmm_sae_nb.support.files import fingerprint
 from lmm_sae_nb.support.intervals import Mean, read_mean
 from lmm_sae_nb.support.stages import Metrics, Page, read_typed
 
@@ -156,7 +159,9 @@ assert abs(parts.clean - d) < 1e-4
 
 # %% [markdown]
 # One pair by definition: we set the strongest pair to zero and run the model
-# again. `exact` does this for any set of pairs.
+# again. `exact` does this for any set of pairs. It takes a mask over all
+# (token, slot) pairs. A *slot* is one of the $k$ latents that the SAE keeps at a
+# token; `indices` says which latent it is.
 
 # %%
 strongest = parts.values.abs() == parts.values.abs().max()
@@ -170,48 +175,67 @@ with torch.no_grad(), splice(silenced):
 by_ablation = float(exact(place, choice, strongest)[strongest][0])
 assert abs(by_ablation - ablated) < 1e-4
 estimate = float(parts.values[strongest][0])
-print(f"by ablation {ablated:+.4f}, linearly {estimate:+.4f}")
+leading = int(z.indices[token, slot])
+print(f"latent {leading}, token {token} of those with the SAE:")
+print(f"by ablation {ablated:+.4f}, linearly {estimate:+.4f},")
+print(f"which is {estimate / ablated:.0%} of its effect")
 
 # %% [markdown]
+# For the largest effects the linear form can be far off. A rank correlation,
+# used below, does not see this: it compares orders, not sizes. So we also
+# report the median of linear over exact among the 5 % largest pairs.
+#
 # **The parts add up.** At each token, latents, error and bias sum to
 # $\langle \partial d / \partial \mathbf{x}, \mathbf{x} \rangle$. Integrated
 # gradients let all latents grow together from zero to their values. Over all
 # tokens they sum to $d$ minus the $d$ of a model in which only `b_dec` is left,
-# up to the error of a few steps.
+# if the integral has enough steps.
 
 # %%
 summed = (parts.of_tokens() + parts.error + parts.bias)[mask]
 expected = (slope * states).sum(-1).detach()
 assert_close(summed, expected, atol=1e-3, rtol=1e-3)
 
-whole = integrated(place, choice, steps=ig_steps)
 with torch.no_grad(), splice(sae.b_dec.expand_as(states)):
     nothing = float(difference(lmm, choice)[0])
-total = float((whole.of_tokens() + whole.error).sum())
-print(f"integrated gradients sum to {total:.3f} with {ig_steps} steps;")
-print(f"the difference that they explain is {d - nothing:.3f}")
+sums = []
+for steps in (ig_steps, 16, 64):
+    whole = integrated(place, choice, steps=steps)
+    total = float((whole.of_tokens() + whole.error).sum())
+    missing = d - nothing - total
+    sums.append({"steps": steps, "sum": total, "missing": missing})
+title = f"The parts should sum to {d - nothing:.3f} logits"
+plots.table(sums, title)
 
 # %% [markdown]
-# ## Where the decision comes from
+# With 4 steps a part of the difference is missing; with more steps the sum
+# converges. A part of the disagreement below may come from too few steps. We
+# check this with many steps on some decisions.
+
+# %% [markdown]
+# ## What a small change would do
 #
-# The sums over each kind of token, in logits:
+# These are slopes times values: what the linear form expects if a part is
+# removed. They do not sum to $d$; only integrated gradients do. The sums over
+# each kind of token, in logits:
 
 # %%
 plots.table(parts.of_kinds(choice.prompt))
 
 # %% [markdown]
 # The latents that support the answer most, and those that oppose it most,
-# summed over all tokens:
+# summed over all tokens. The strongest pair above is a part of its latent's sum.
 
 # %%
 latents, totals = parts.of_latents()
 ranked = [
-    {"latent": str(n), "attribution, logits": total}
+    {"latent": str(n), "attribution, logits": total,
+     "strongest pair": "yes" if n == leading else ""}
     for n, total in zip(latents.tolist(), totals.tolist(), strict=True)
-]
+]  # fmt: skip
 plots.table(ranked[:5] + ranked[-5:])
 
-# %% mystnb={"figure": {"caption": "Attribution at the base image's patches: of all latents, and of the three latents that support and the three that oppose the answer most there. Orange is for the answer, blue against it.", "name": "fig-attribution-maps"}, "image": {"alt": "The image of the question, and seven copies of it with patches shaded orange or blue."}}
+# %% mystnb={"figure": {"caption": "Attribution at the base image's patches: of all latents, and of the three latents that support and the three that oppose the answer most there. Orange is for the answer, blue against it. Each map has a colour scale of its own, so colours of two maps cannot be compared.", "name": "fig-attribution-maps"}, "image": {"alt": "The image of the question, and seven copies of it with patches shaded orange or blue."}}
 base = choice.prompt.mask("base")[0]
 grid = choice.prompt.spans[0].as_grid
 on_image = parts.of_latents(base)[0].tolist()
@@ -220,6 +244,11 @@ for latent in on_image[:3] + on_image[-3:]:
     maps[f"latent {latent}"] = grid(parts.map_of(latent)[base]).numpy()
 plots.signed_maps(row["image"], maps);
 # %% [markdown]
+# The attribution of single latents lies on the things in the scene, or on an
+# edge where the image is empty. It does not keep to the thing that the question
+# asks about, and one latent can be for the answer at one patch and against it
+# at the next.
+#
 # And at the words of the question (the numbers appear when you point at a
 # word):
 
@@ -242,7 +271,8 @@ HTML(plots.token_html(pieces, parts.of_tokens()[text].tolist()))
 #    much as ablation, so we do it for a few pairs only.
 #
 # All active pairs of a decision are equally likely to be drawn. Other layers
-# get a small SAE each, so that we see how the agreement depends on depth.
+# get a small SAE each. These differ from the page's SAE in $k$, in size and in
+# training, too, so a difference between layers is not only one of depth.
 
 # %%
 stage = page.stage("attribute", after=("train",))
@@ -255,7 +285,8 @@ compared = stage.result(
     "pairs", list[ComparedDecision],
     lambda: compare_ways(
         [place, *small], rows, pairs=pairs, path_pairs=path_pairs,
-        ig_steps=ig_steps, seed=seed,
+        ig_steps=ig_steps, many_steps=many_steps,
+        many_decisions=many_decisions, seed=seed,
     ),
 )  # fmt: skip
 cost = stage.result(
@@ -263,7 +294,7 @@ cost = stage.result(
 )
 metrics = stage.finish(agreement_metrics(compared, layer, seed) | cost)
 
-# %% mystnb={"figure": {"caption": "Attribution by ablation and by each approximation, for all drawn pairs of the page's SAE. On the line the two are equal. The linear points lie close to it, those of integrated gradients do not.", "name": "fig-agreement"}, "image": {"alt": "Two scatter plots against ablation: linear attribution and integrated gradients."}}
+# %% mystnb={"figure": {"caption": "Attribution by ablation and by each approximation, for all drawn pairs of the page's SAE. On the line the two are equal. Most linear points lie close to it, a few do not; many of integrated gradients do not.", "name": "fig-agreement"}, "image": {"alt": "Two scatter plots against ablation: linear attribution and integrated gradients."}}
 ours = [decision for decision in compared if decision.layer == layer]
 exactly, linearly, on_common_path = (
     np.array(joined(ours, way)) for way in ("exact", "linear", "ig")
@@ -286,16 +317,19 @@ metrics_table(stage)
 # %% [markdown]
 # ## All pairs
 #
-# A decision has hundreds or thousands of active pairs. To ablate all of them
-# takes hours here: `python -m lmm_sae_nb.benchmarks.ablations` does it, and
-# writes `book/ablations.json`. The table shows the last such measurement, with
-# the hash of each SAE. An SAE that was trained on another machine can differ
-# from it in its bits.
+# A decision has thousands of active pairs (a column of the table). To ablate all
+# of them takes hours here: `python -m lmm_sae_nb.benchmarks.ablations` does it,
+# and writes `book/ablations.json`. The table shows the last such measurement.
 #
-# Earlier code measured these rows. For layer 1 a script outside of this
-# repository computed the same ablations in float32, with the linear products of
-# another library. On 993 pairs of two decisions the difference to `exact` was
-# at most 9e-6 logits. The command measured the other layers.
+# It need not agree with the table above, for three reasons: there are all pairs
+# instead of 16 drawn ones, 100 decisions at each layer, and 10 steps of
+# integrated gradients where the command measured. And the SAEs can be others:
+# the last column compares their files with this page's.
+#
+# The row of layer 1 comes from a separate script (float32). On 993 pairs of two
+# decisions it differed from `exact` by at most 9e-6 logits. The other rows come
+# from the command, in an earlier version. An SAE trained on another machine is
+# not bit-identical.
 
 # %%
 measured = page.root / "book/ablations.json"
@@ -305,54 +339,117 @@ columns = {
     "linear, Spearman": "spearman_linear", "linear, signs": "sign_linear",
     "integrated, Spearman": "spearman_ig", "integrated, signs": "sign_ig",
 }  # fmt: skip
+files = [page.file("train", "sae.safetensors")]
+files += stage.path("others").glob("*/sae.safetensors")
+hashes = [fingerprint(file) for file in files]
 table = []
 for each in layers:
-    row = {name: each[name] for name in ("layer", "decisions", "pairs")}
-    row |= {title: Mean(**each[name]) for title, name in columns.items()}
-    table.append({"SAE": each["sae"][:8]} | row)
+    counts = [decision["pairs"] for decision in each["by_decision"]]
+    line = {"layer": each["layer"], "decisions": each["decisions"]}
+    line["pairs in one"] = f"{min(counts):,} to {max(counts):,}"
+    line |= {title: Mean(**each[name]) for title, name in columns.items()}
+    line["this page's SAE"] = "yes" if each["sae"] in hashes else "no"
+    table.append(line)
 plots.table(table, "Every active pair ablated: means over decisions")
 
 # %% [markdown]
 # ## What we found
 
 # %% tags=["remove-input"]
-line = read_mean(metrics, "spearman_linear")
+def written(name):  # a metric with its interval
+    value = read_mean(metrics, name)
+    return f"{value.mean:.2f} [{value.low:.2f}, {value.high:.2f}]"
+
+
+def of_layers(name, digits=2):  # a metric at each layer
+    return ", ".join(
+        f"{metrics[name + end]:.{digits}f} at layer {n}"
+        for n, end in ends.items()
+    )
+
+
+ends = {
+    n: "" if n == layer else f"_layer_{n}"
+    for n in sorted([layer, *other_layers])
+}
+linear_mean = read_mean(metrics, "spearman_linear")
 together = read_mean(metrics, "spearman_ig")
-order = "worse than" if together.high < line.low else "about as well as"
-findings(
-    "The linear form agrees with ablation: the rank correlation within a "
-    f"decision is {line.mean:.2f} [{line.low:.2f}, {line.high:.2f}], and "
+worse = together.high < linear_mean.low
+order = "worse than" if worse else "about as well as"
+sentences = [
+    "The linear form agrees with ablation in rank: the correlation "
+    f"within a decision is {written('spearman_linear')}, and "
     f"{metrics['sign_linear']:.1%} of the signs are the same.",
-    f"It costs {metrics['cost_ratio']:.1f} forwards of the spliced model, "
-    "for all pairs together. The paper's code needs two forwards and a "
-    "backward for each latent.",
-    "Integrated gradients on the common path rank pairs "
-    f"{order} the linear form: {together.mean:.2f} "
-    f"[{together.low:.2f}, {together.high:.2f}].",
-    "On a separate path for each pair they have a rank correlation of "
-    f"{metrics['spearman_separate_paths']:.3f} with ablation, over "
-    f"{metrics['pairs_separate_paths']} pairs.",
-)
+    "In size it agrees less: for the 5 % largest effects the median of "
+    f"linear over exact is {of_layers('ratio_linear_largest')}.",
+    f"Depth: its rank correlation is {of_layers('spearman_linear')}; equal "
+    f"signs are {of_layers('sign_linear')}.",
+    f"It costs {metrics['cost_ratio']:.1f} forward passes of the "
+    "spliced model, for all pairs together. The paper's code needs two forward "
+    "passes and a backward pass for each latent.",
+    f"With {ig_steps} steps, integrated gradients on the common path rank "
+    f"pairs {order} the linear form: {written('spearman_ig')} against "
+    f"{written('spearman_linear')}.",
+    "On a separate path for each pair they have a rank correlation with "
+    f"ablation of {of_layers('spearman_separate_paths', 3)}; equal signs "
+    f"are {of_layers('sign_separate_paths')}.",
+]
+if layers:
+    everything = ", ".join(
+        f"{each['spearman_linear']['mean']:.2f} and "
+        f"{each['sign_linear']['mean']:.2f} at layer {each['layer']}"
+        for each in layers
+    )
+    sentences.insert(
+        3, "With all pairs ablated, rank correlation and equal signs of the "
+        f"linear form are {everything}."
+    )  # fmt: skip
+if "spearman_ig_many" in metrics:
+    few, many = (
+        read_mean(metrics, f"spearman_ig_{name}")
+        for name in ("few", "many")
+    )
+    cause = (
+        "Too few steps do not explain the difference to the linear form."
+        if many.high < linear_mean.low
+        else "So more steps may close the gap to the linear form."
+    )
+    sentences.insert(
+        -1,
+        f"On {metrics['decisions_many_steps']} decisions we took "
+        f"{many_steps} steps, too. The correlation with ablation is "
+        f"{written('spearman_ig_many')} with {many_steps} steps and "
+        f"{written('spearman_ig_few')} with {ig_steps}; that of the two is "
+        f"{written('spearman_steps')}. {cause}"
+    )  # fmt: skip
+findings(*sentences)
 
 # %% [markdown]
 # Why do integrated gradients on the common path agree less with ablation? They
 # remove all latents together. They measure a latent's part of a joint effect,
 # not the effect of removing it alone. Their advantage is that the parts add up
-# to the total. Separate paths show what the linear form misses: the curve of
-# one latent's path, and nothing else.
+# to the total, with enough steps. Separate paths show what the linear form
+# misses: only the curvature along one latent's own path.
 #
 # **Limits.** Very small influences are close to the rounding of float32
-# logits, and their rank is chance; at deep layers this concerns many pairs.
-# There is one SAE for each layer, and only the first token of answers counts.
+# logits, and their rank and sign are chance; at deep layers this concerns many
+# pairs. There is one SAE for each layer, and only the first token of answers
+# counts.
 
 # %% tags=["result", "remove-input"]
+ranks = [metrics[f"spearman_linear{end}"] for end in ends.values()]
+signs = [metrics[f"sign_linear{end}"] for end in ends.values()]
 headline(
     page,
     "the linear form, at the cost of "
-    f"{metrics['cost_ratio']:.1f} forwards, has a rank correlation of "
-    f"{line.mean:.2f} with ablation, on {metrics['decisions']} decisions.",
+    f"{metrics['cost_ratio']:.1f} forward passes, has a rank correlation "
+    f"of {linear_mean.mean:.2f} with ablation, on {metrics['decisions']} "
+    f"decisions. At {len(ends)} layers it is {min(ranks):.2f} to "
+    f"{max(ranks):.2f}, and {min(signs):.0%} to {max(signs):.0%} of the "
+    "signs are right. For the 5 % largest effects the median of linear "
+    f"over exact is {metrics['ratio_linear_largest']:.2f}.",
     "it uses the linear form and reports no comparison with ablation.",
-    "there is nothing to compare; here ablation of a sample is cheap.",
+    "No comparison is possible; here ablation of a sample is cheap.",
 )
 
 # %% tags=["remove-input"]

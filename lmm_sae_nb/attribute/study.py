@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lmm_sae_nb.attribute.agreement import agreement, random_pairs
+from lmm_sae_nb.attribute.agreement import agreement, median_ratio, random_pairs
 from lmm_sae_nb.attribute.attribution import exact, greedy_decision, integrated, linear, separate_paths
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
@@ -27,6 +27,8 @@ class ComparedDecision:
     linear: by one forward and one backward.
     ig: by integrated gradients on the common path of all latents.
     separate_paths: by integrated gradients on each pair's own path; None where this was not computed.
+    ig_many: as `ig` with many steps; None where this was not computed.
+    spearman_steps: rank correlation of few steps with many, over all active pairs; None where it was not computed.
     """
 
     layer: int
@@ -34,6 +36,8 @@ class ComparedDecision:
     linear: list[float]
     ig: list[float]
     separate_paths: list[float | None]
+    ig_many: list[float] | None = None
+    spearman_steps: float | None = None
 
 
 def small_saes(
@@ -71,6 +75,8 @@ def compare_ways(
     pairs: int = 16,
     path_pairs: int = 1,
     ig_steps: int = 4,
+    many_steps: int = 32,
+    many_decisions: int = 0,
     seed: int = 0,
 ) -> list[ComparedDecision]:
     """Attribute decisions by ablation and by each approximation, at random active pairs.
@@ -83,20 +89,28 @@ def compare_ways(
     pairs: number drawn for each decision.
     path_pairs: number of these that are also integrated on separate paths.
     ig_steps: steps of integrated gradients.
+    many_steps: steps of integrated gradients in the first `many_decisions` of the first place, to see what more do.
     seed: of the draws; one source of randomness serves all decisions, in order.
     """
     generator = torch.Generator().manual_seed(seed)
     decisions = [(place, sample) for place, rows in zip(places, samples, strict=True) for sample in rows]
+    many_decisions = min(many_decisions, len(samples[0]))
     return [
-        _compare(place, sample, pairs, path_pairs, ig_steps, generator)
-        for place, sample in progress_bar(decisions, desc="comparing", disable=len(decisions) < 10)
+        _compare(place, sample, pairs, path_pairs, ig_steps, many_steps if n < many_decisions else 0, generator)
+        for n, (place, sample) in enumerate(progress_bar(decisions, desc="comparing", disable=len(decisions) < 10))
     ]
 
 
 def _compare(
-    place: SAEInPlace, sample: Mapping, pairs: int, path_pairs: int, ig_steps: int, generator: torch.Generator
+    place: SAEInPlace,
+    sample: Mapping,
+    pairs: int,
+    path_pairs: int,
+    ig_steps: int,
+    many_steps: int,
+    generator: torch.Generator,
 ) -> ComparedDecision:
-    """Compare the ways on one decision."""
+    """Compare the ways on one decision; without `many_steps` there are no integrated gradients with many steps."""
     choice = greedy_decision(place.lmm, sample["question"], sample["image"])
     approximation = linear(place, choice)
     drawn = random_pairs(approximation, pairs, generator)
@@ -107,7 +121,13 @@ def _compare(
         "ig": integrated(place, choice, steps=ig_steps).values,
         "separate_paths": separate_paths(place, choice, on_paths),
     }
-    return ComparedDecision(place.layer, **{name: _plain(values[drawn]) for name, values in by_way.items()})
+    between = None
+    if many_steps:
+        by_way["ig_many"] = integrated(place, choice, steps=many_steps).values
+        active = approximation.latents.acts > 0
+        between = agreement(by_way["ig_many"][active], by_way["ig"][active]).spearman
+    plain = {name: _plain(values[drawn]) for name, values in by_way.items()}
+    return ComparedDecision(place.layer, **plain, spearman_steps=between)
 
 
 def _plain(values: torch.Tensor) -> list[float | None]:
@@ -121,6 +141,10 @@ def agreement_metrics(compared: Iterable[ComparedDecision], layer: int, seed: in
     `spearman_<way>` and `sign_<way>` are means over decisions, with 99 % intervals, for the ways `linear` and `ig`.
     `separate_paths` has few pairs a decision, so all pairs of a layer are taken together. Layers other than `layer`
     have `_layer_<n>` at the end of the name.
+
+    `ratio_linear_largest` is the median of linear over exact, over the 5 % of a layer's pairs that ablation finds
+    largest. For the decisions that have integrated gradients with many steps, `spearman_ig_many` and
+    `spearman_ig_few` are the agreement of many and of few steps with ablation, and `spearman_steps` that of the two.
 
     layer: the layer that the page is about; `decisions` and `pairs` count its decisions and ablated pairs.
     seed: of the bootstrap.
@@ -140,6 +164,18 @@ def agreement_metrics(compared: Iterable[ComparedDecision], layer: int, seed: in
         metrics[f"spearman_separate_paths{end}"] = together.spearman
         metrics[f"sign_separate_paths{end}"] = together.sign
         metrics[f"pairs_separate_paths{end}"] = together.pairs
+    for number, decisions in by_layer.items():
+        end = "" if number == layer else f"_layer_{number}"
+        metrics[f"ratio_linear_largest{end}"] = median_ratio(joined(decisions, "exact"), joined(decisions, "linear"))
+    if len(both := [decision for decision in ours if decision.ig_many is not None]) > 1:
+        values = {
+            "spearman_ig_many": [agreement(each.exact, each.ig_many).spearman for each in both],
+            "spearman_ig_few": [agreement(each.exact, each.ig).spearman for each in both],
+            "spearman_steps": [each.spearman_steps for each in both],
+        }
+        metrics["decisions_many_steps"] = len(both)
+        for name, each in values.items():
+            metrics |= bounds(name, mean_interval(each, seed=seed))
     return metrics
 
 

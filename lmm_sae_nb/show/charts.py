@@ -250,15 +250,21 @@ def calibration(
 def agreement(exact: np.ndarray, approximations: Mapping[str, np.ndarray], unit: str = "logits") -> list[Axes]:
     """Draw approximated over exact attributions, a panel for each approximation, with the line on which they agree.
 
+    All axes have the same range.
+
     exact: (n,).
     approximations: name to (n,).
     """
     count = len(approximations)
     axes = panels(count, columns=2, inches=3.4) if count > 1 else [one_axes(3.8, width=4.6)]
+    everything = [exact, *approximations.values()]
+    ends = [np.nanmin(everything), np.nanmax(everything)]
+    margin = 0.04 * (ends[1] - ends[0])
+    limits = (ends[0] - margin, ends[1] + margin)
     for ax, (name, values) in zip(axes, approximations.items(), strict=True):
-        ends = [np.nanmin([exact, values]), np.nanmax([exact, values])]
         ax.plot(ends, ends, color=GREY, lw=1)
         ax.plot(exact, values, ".", ms=3, alpha=0.4, color=LATENT, rasterized=True)
+        ax.set(xlim=limits, ylim=limits)
         ax.set(xlabel=literal(f"by ablation, {unit}"), ylabel=literal(f"{name}, {unit}"))
     return axes
 

@@ -1,6 +1,7 @@
 """The comparison of the ways: its numbers against each way called alone, its summary against one by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from models import make, noise
 from pydantic import TypeAdapter
 from scipy.stats import spearmanr
 
-from lmm_sae_nb.attribute.attribution import exact, greedy_decision, linear
+from lmm_sae_nb.attribute.attribution import exact, greedy_decision, integrated, linear
 from lmm_sae_nb.attribute.study import ComparedDecision, agreement_metrics, compare_ways, joined, small_saes
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
@@ -27,7 +28,21 @@ def places() -> list[SAEInPlace]:
 
 @pytest.fixture(scope="module")
 def compared(places) -> list[ComparedDecision]:
-    return compare_ways(places, [ROWS, ROWS[:1]], pairs=6, path_pairs=2, seed=5)
+    return compare_ways(places, [ROWS, ROWS[:1]], pairs=6, path_pairs=2, seed=5, many_steps=9, many_decisions=2)
+
+
+def test_many_steps_are_those_of_the_first_decisions_and_change_no_draw(places, compared):
+    assert [decision.ig_many is not None for decision in compared] == [True, True, False, False]
+    choice = greedy_decision(places[0].lmm, ROWS[1]["question"], ROWS[1]["image"])
+    few, many = (integrated(places[0], choice, steps=steps) for steps in (4, 9))
+    active = few.latents.acts > 0
+    between = spearmanr(few.values[active].numpy(), many.values[active].numpy()).statistic
+    assert compared[1].spearman_steps == pytest.approx(between, abs=1e-3)
+    for value, rough in zip(compared[1].ig_many, compared[1].ig, strict=True):
+        there = ((many.values - value).abs() < 1e-6) & ((few.values - rough).abs() < 1e-6)
+        assert (there & active).any()
+    alone = compare_ways(places[:1], [ROWS], pairs=6, path_pairs=2, seed=5)
+    assert joined(alone, "linear") == pytest.approx(joined(compared[:3], "linear"), abs=1e-6)
 
 
 def test_each_pair_has_the_numbers_of_each_way_alone(places, compared):
@@ -73,7 +88,20 @@ def test_the_summary_is_the_mean_over_decisions_and_separate_paths_are_joined():
         assert metrics[f"sign_linear{end}_low"] <= metrics[f"sign_linear{end}"] <= metrics[f"sign_linear{end}_high"]
         assert metrics[f"sign_separate_paths{end}"] == pytest.approx(2 / 3)
         assert metrics[f"pairs_separate_paths{end}"] == 3 * len(group)
+        pairs = [pair for each in group for pair in zip(each.exact, each.linear, strict=True)]
+        ablated, approximated = max(pairs, key=lambda pair: abs(pair[0]))  # 5 % of these few pairs is one
+        assert metrics[f"ratio_linear_largest{end}"] == pytest.approx(approximated / ablated)
     assert all(math.isfinite(value) for value in metrics.values())
+    assert "spearman_ig_many" not in metrics
+
+
+def test_few_and_many_steps_are_compared_where_both_are_known():
+    both = [replace(decision(3, n), ig_many=decision(3, n + 50).ig, spearman_steps=0.1 * n) for n in range(3)]
+    metrics = agreement_metrics([*both, decision(3, 9)], layer=3)
+    assert metrics["decisions_many_steps"] == 3 and metrics["spearman_steps"] == pytest.approx(0.1)
+    for name, way in {"spearman_ig_many": "ig_many", "spearman_ig_few": "ig"}.items():
+        by_hand = [spearmanr(each.exact, getattr(each, way)).statistic for each in both]
+        assert metrics[name] == pytest.approx(np.mean(by_hand))
 
 
 def test_small_saes_are_trained_at_each_layer_and_read_the_next_time(places, tmp_path):

@@ -16,9 +16,9 @@
 # **The question** (section 2.4). Which latents, at which tokens, made the
 # model give this answer and not another one?
 #
-# **You will learn** what the influence of a latent is, how one forward pass and one
-# backward pass estimate it for every latent at every token, and how good this
-# estimate is. We compare it with ablation, pair by pair, at three layers.
+# **You will learn** what the influence of a latent is, how one forward pass and
+# one backward pass estimate it for every latent at every token, and how good
+# this estimate is. We compare it with ablation, pair by pair, at three layers.
 #
 # **Reads** the SAE of notebook 01, held-out samples and training samples.
 # **Writes** the stage `attribute`.
@@ -160,8 +160,8 @@ assert abs(parts.clean - d) < 1e-4
 # %% [markdown]
 # One pair by definition: we set the strongest pair to zero and run the model
 # again. `exact` does this for any set of pairs. It takes a mask over all
-# (token, slot) pairs. A *slot* is one of the $k$ latents that the SAE keeps at a
-# token; `indices` says which latent it is.
+# (token, slot) pairs. A *slot* is one of the $k$ latents that the SAE keeps at
+# a token; `indices` says which latent it is.
 
 # %%
 strongest = parts.values.abs() == parts.values.abs().max()
@@ -224,7 +224,7 @@ plots.table(parts.of_kinds(choice.prompt))
 
 # %% [markdown]
 # The latents that support the answer most, and those that oppose it most,
-# summed over all tokens. The strongest pair above is a part of its latent's sum.
+# summed over all tokens. The strongest pair above is part of its latent's sum.
 
 # %%
 latents, totals = parts.of_latents()
@@ -317,9 +317,10 @@ metrics_table(stage)
 # %% [markdown]
 # ## All pairs
 #
-# A decision has thousands of active pairs (a column of the table). To ablate all
-# of them takes hours here: `python -m lmm_sae_nb.benchmarks.ablations` does it,
-# and writes `book/ablations.json`. The table shows the last such measurement.
+# A decision has thousands of active pairs (a column of the table). To ablate
+# all of them takes hours here: `python -m lmm_sae_nb.benchmarks.ablations`
+# does it, and writes `book/ablations.json`. The table shows the last such
+# measurement.
 #
 # It need not agree with the table above, for three reasons: there are all pairs
 # instead of 16 drawn ones, 100 decisions at each layer, and 10 steps of
@@ -382,11 +383,11 @@ sentences = [
     f"{metrics['sign_linear']:.1%} of the signs are the same.",
     "In size it agrees less: for the 5 % largest effects the median of "
     f"linear over exact is {of_layers('ratio_linear_largest')}.",
-    f"Depth: its rank correlation is {of_layers('spearman_linear')}; equal "
-    f"signs are {of_layers('sign_linear')}.",
+    f"Depth: its rank correlation is {of_layers('spearman_linear')}; "
+    f"equal signs are {of_layers('sign_linear')}.",
     f"It costs {metrics['cost_ratio']:.1f} forward passes of the "
-    "spliced model, for all pairs together. The paper's code needs two forward "
-    "passes and a backward pass for each latent.",
+    "spliced model, for all pairs together. The paper's code needs two "
+    "forward passes and a backward pass for each latent.",
     f"With {ig_steps} steps, integrated gradients on the common path rank "
     f"pairs {order} the linear form: {written('spearman_ig')} against "
     f"{written('spearman_linear')}.",
@@ -401,7 +402,8 @@ if layers:
         for each in layers
     )
     sentences.insert(
-        3, "With all pairs ablated, rank correlation and equal signs of the "
+        3,
+        "With all pairs ablated, rank correlation and equal signs of the "
         f"linear form are {everything}."
     )  # fmt: skip
 if "spearman_ig_many" in metrics:
@@ -419,8 +421,8 @@ if "spearman_ig_many" in metrics:
         f"On {metrics['decisions_many_steps']} decisions we took "
         f"{many_steps} steps, too. The correlation with ablation is "
         f"{written('spearman_ig_many')} with {many_steps} steps and "
-        f"{written('spearman_ig_few')} with {ig_steps}; that of the two is "
-        f"{written('spearman_steps')}. {cause}"
+        f"{written('spearman_ig_few')} with {ig_steps}; that of the two "
+        f"is {written('spearman_steps')}. {cause}"
     )  # fmt: skip
 findings(*sentences)
 

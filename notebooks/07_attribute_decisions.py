@@ -208,9 +208,9 @@ title = f"The parts should sum to {d - nothing:.3f} logits"
 plots.table(sums, title)
 
 # %% [markdown]
-# With 4 steps a part of the difference is missing; with more steps the sum
-# converges. A part of the disagreement below may come from too few steps. We
-# check this with many steps on some decisions.
+# With 4 steps (preset `tiny`) a part of the difference is missing; with more
+# the sum converges. A part of the disagreement below may come from too few
+# steps. We check this with many steps on some decisions.
 
 # %% [markdown]
 # ## What a small change would do

@@ -381,7 +381,7 @@ sentences = [
     "The linear form agrees with ablation in rank: the correlation "
     f"within a decision is {written('spearman_linear')}, and "
     f"{metrics['sign_linear']:.1%} of the signs are the same.",
-    "In size it agrees less: for the 5 % largest effects the median of "
+    "In size: for the 5 % largest effects the median of "
     f"linear over exact is {of_layers('ratio_linear_largest')}.",
     f"Depth: its rank correlation is {of_layers('spearman_linear')}; "
     f"equal signs are {of_layers('sign_linear')}.",
@@ -451,7 +451,7 @@ headline(
     "signs are right. For the 5 % largest effects the median of linear "
     f"over exact is {metrics['ratio_linear_largest']:.2f}.",
     "it uses the linear form and reports no comparison with ablation.",
-    "No comparison is possible; here ablation of a sample is cheap.",
+    "no comparison is possible; here ablation of a sample is cheap.",
 )
 
 # %% tags=["remove-input"]

@@ -515,7 +515,7 @@ if "control_cured_fraction" in metrics:
     )
     better = metrics["cured_fraction_low"] > high
     sentences.append(
-        f"Control: {control} The draws cure "
+        f"{control} The draws cure "
         f"{metrics['control_cured_lowest']:.0%} to "
         f"{metrics['control_cured_highest']:.0%}. "
         + ("The chosen clamp cures more." if better

@@ -349,14 +349,18 @@ def dose_curves(
 
 
 def dose_response(steering: ObjectSteering) -> list[Axes]:
-    """Draw over the dose how many answers name the concept and how many change; a line marks the chosen dose."""
+    """Draw over the dose how many answers name the concept (top) and how many change (bottom).
+
+    A line marks the chosen dose.
+    """
     axes = panels(2, columns=1, inches=2.9, sharex=True)
     for ax, (what, title) in zip(axes, (("names_concept", "name the concept"), ("changed", "change")), strict=True):
         dose_curves(steering.curves(what), "dose", f"fraction of answers\nthat {title}", ax=ax)
         ax.axvline(steering.dose, color=GREY, ls=":", lw=1)
         ax.get_legend().remove()
     axes[0].set_xlabel("")
-    axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(labels))
     return axes
 
 

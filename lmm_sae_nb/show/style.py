@@ -27,7 +27,7 @@ FOR, AGAINST = ORANGE, SKY  # a positive and a negative attribution
 CONCEPT, BOTH = YELLOW, GREEN  # the mask of a concept; where it meets the mask of a latent (blue)
 ROLES = {
     "own images": LATENT, "top": LATENT, "measured": LATENT,
-    "random": CHANCE, "random images": CHANCE, "chance": CHANCE, "untouched": CHANCE,
+    "random": CHANCE, "random images": CHANCE, "random live latents": CHANCE, "chance": CHANCE, "untouched": CHANCE,
     "area": "#5F6368", "moved": "#5F6368", "shuffled": "#B9BCC0", "other name": "#B9BCC0",
     "target": TARGET, "paper": PAPER, "published": PAPER,
 }  # fmt: skip

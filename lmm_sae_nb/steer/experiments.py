@@ -23,6 +23,7 @@ from lmm_sae_nb.support.stages import Metrics
 
 RANKS = ((0, 10), (10, 20), (20, 40), (40, 80))  # ranges of ranks, from 0, whose kinds are counted together
 MOST_FREQUENT = 40  # latents of highest frequency, counted for comparison
+LOW_LEVEL = ("colour", "texture", "material")  # kinds that the paper calls low-level
 
 
 def at_dose(cache: LatentCache, latent: int, dose: float) -> list[Edit]:
@@ -55,9 +56,9 @@ class CaseStudy:
 
     @property
     def succeeds(self) -> bool:
-        """Whether a clamped answer names the concept and differs from both controls."""
-        controls = {self.untouched, self.answers[0]}
-        return any(mentions(answer, self.concept) and answer not in controls for answer in self.answers[1:])
+        """Whether a clamped answer names the concept and differs from the untouched and from the spliced answer."""
+        unclamped = {self.untouched, self.answers[0]}
+        return any(mentions(answer, self.concept) and answer not in unclamped for answer in self.answers[1:])
 
 
 def latents_named(cache: LatentCache, concepts: Mapping[int, str], wanted: Iterable[str]) -> dict[str, int]:
@@ -105,9 +106,33 @@ def case_studies(
     return studies
 
 
+def next_latents(latents: Mapping[str, int]) -> dict[str, int]:
+    """Return for each concept the latent of the next one, for a control; nothing if there is only one concept.
+
+    latents: concept to its latent; after the last concept comes the first.
+    """
+    numbers = list(latents.values())
+    return dict(zip(latents, numbers[1:] + numbers[:1], strict=True)) if len(numbers) > 1 else {}
+
+
+def repeats(answer: str) -> bool:
+    """Whether more than half of an answer's words stood in it before."""
+    words = [word.strip(".,!?").lower() for word in answer.split()]
+    return 2 * len(set(words)) < len(words)
+
+
 def case_metrics(prefix: str, studies: Sequence[CaseStudy]) -> Metrics:
-    """Return how many latents were steered, and how many of these succeeded, as `<prefix>_steered` and `_named`."""
-    return {f"{prefix}_steered": len(studies), f"{prefix}_named": sum(study.succeeds for study in studies)}
+    """Return how many latents were steered and succeeded, and how many clamped answers there are and repeat words.
+
+    The names are `<prefix>_steered`, `_named`, `_answers` and `_repetitive`.
+    """
+    clamped = [answer for study in studies for answer in study.answers[1:]]
+    return {
+        f"{prefix}_steered": len(studies),
+        f"{prefix}_named": sum(study.succeeds for study in studies),
+        f"{prefix}_answers": len(clamped),
+        f"{prefix}_repetitive": sum(map(repeats, clamped)),
+    }
 
 
 # ---- one latent for the picture and the word (section 4.1) --------------------------------------------------------
@@ -158,14 +183,20 @@ def word_activations(
 
 
 def word_metrics(words: Sequence[WordActivation], seed: int = 0) -> Metrics:
-    """Return means over latents, and the fraction that is more active on its name than on others, with intervals."""
-    on_name, on_others = ([getattr(row, part) for row in words] for part in ("on_name", "on_others"))
-    higher = proportion(np.array(on_name) > np.array(on_others))
+    """Return means over latents and their paired difference with intervals, and what the names do to how many latents.
+
+    A latent is more active on its name, more active on other names, or as active on both, nearly always silent.
+    """
+    on_name, on_others = (np.array([getattr(row, part) for row in words]) for part in ("on_name", "on_others"))
     return {
         "word_latents": len(words),
         **bounds("word_on_name", mean_interval(on_name, seed=seed)),
         **bounds("word_on_others", mean_interval(on_others, seed=seed)),
-        **bounds("word_name_above_others", higher),
+        **bounds("word_name_above_others", proportion(on_name > on_others)),
+        **bounds("word_difference", mean_interval(on_name - on_others, seed=seed)),
+        "word_more_on_name": int((on_name > on_others).sum()),
+        "word_more_on_others": int((on_name < on_others).sum()),
+        "word_silent": int(((on_name == 0) & (on_others == 0)).sum()),
     }
 
 
@@ -218,7 +249,11 @@ class ObjectSteering:
 
         what: "names_concept" or "changed".
         """
-        groups = {"object latents": self.objects, "latents that choose the dose": self.choosing, "random": self.random}
+        groups = {
+            "object latents": self.objects,
+            "other object latents, which choose the dose": self.choosing,
+            "random live latents": self.random,
+        }
         curves = {}
         for name, rows in groups.items():
             hits = {dose: [getattr(row, what) for row in rows if row.dose == dose] for dose in _doses(rows)}
@@ -295,6 +330,17 @@ def steer_objects(
     return ObjectSteering(untouched, spliced, dose, objects, chosen_on, random)
 
 
+def clamp_values(steering: ObjectSteering, cache: LatentCache) -> Metrics:
+    """Return the mean value that object latents and random latents are clamped to at the chosen dose.
+
+    A row of `W_dec` has norm 1, so the clamp of a silent latent adds a vector of this norm to the reconstruction.
+    """
+    return {
+        name: float(np.mean([row.dose * float(cache.max[row.latent]) for row in rows]))
+        for name, rows in (("clamp_value", steering.reported), ("control_clamp_value", steering.random))
+    }
+
+
 def most_effective(doses: Sequence[float], hits: Iterable[float]) -> float:
     """Return the dose with most hits, the lowest if several tie, the highest dose if there is no hit at all.
 
@@ -307,6 +353,32 @@ def most_effective(doses: Sequence[float], hits: Iterable[float]) -> float:
 # ---- which latents come first (section 4.2, Appendix H) -----------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class RankedKinds:
+    """The kinds of concepts among the latents that are most active on an image.
+
+    fractions: range of ranks to kind to its fraction. Two more rows compare: the latents of highest frequency, and all
+        latents.
+    top: kind to its fraction in the first range of ranks, one for each image with an active latent.
+    """
+
+    fractions: dict[str, dict[str, float]]
+    top: dict[str, list[float]]
+
+    @property
+    def metrics(self) -> Metrics:
+        """The fractions of scenes and of low-level kinds in the first ranks, with intervals, and among all latents."""
+        metrics = {}
+        groups = {kind: (kind,) for kind in ("scene", *LOW_LEVEL)} | {"low_level": LOW_LEVEL}
+        for name, kinds in groups.items():
+            by_image = np.sum([self.top[kind] for kind in kinds if kind in self.top], 0)
+            if np.size(by_image) > 1:
+                metrics |= bounds(f"top_ranks_{name}", mean_interval(by_image))
+                known = self.fractions["all latents"]
+                metrics[f"all_latents_{name}"] = sum(known.get(kind, 0.0) for kind in kinds)
+        return metrics
+
+
 def kinds_by_rank(
     place: SAEInPlace,
     pictures: Sequence[Image.Image],
@@ -315,11 +387,10 @@ def kinds_by_rank(
     *,
     images: int = 200,
     seed: int = 0,
-) -> dict[str, dict[str, float]]:
+) -> RankedKinds:
     """Rank latents by mean activation on each image, and return the fractions of kinds at each range of ranks.
 
-    Two more rows compare: the latents of highest frequency, and all latents. Latents that an image leaves silent have
-    no rank on it.
+    Latents that an image leaves silent have no rank on it.
 
     pictures: the images to draw from.
     cache: gives the frequency of every latent.
@@ -335,11 +406,16 @@ def kinds_by_rank(
     counts = {f"rank {a + 1}-{b}": Counter(ranked[:, a:b][active[:, a:b]].tolist()) for a, b in RANKS}
     counts["most frequent"] = Counter(names[np.argsort(-np.asarray(cache.frequency)[latents])[:MOST_FREQUENT]].tolist())
     counts["all latents"] = Counter(names.tolist())
-    return {
+    fractions = {
         name: {kind: count / found.total() for kind, count in sorted(found.items())}
         for name, found in counts.items()
         if found
     }
+    first = slice(*RANKS[0])
+    rows = [row[on] for row, on in zip(ranked[:, first], active[:, first], strict=True) if on.any()]
+    return RankedKinds(
+        fractions, {kind: [float((row == kind).mean()) for row in rows] for kind in counts["all latents"]}
+    )
 
 
 def rank_on_image(place: SAEInPlace, image: Image.Image, latent: int) -> int:

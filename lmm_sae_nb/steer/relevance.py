@@ -12,7 +12,7 @@ from lmm_sae_nb.chat.recorded import Recorded, ask, open_chat
 from lmm_sae_nb.interpret.explainers import mentions
 from lmm_sae_nb.steer.experiments import ObjectSteering
 from lmm_sae_nb.support.files import project_root, read_json
-from lmm_sae_nb.support.intervals import bounds, mean_interval
+from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval
 from lmm_sae_nb.support.stages import Metrics
 
 RELEVANCE_PROMPT = (
@@ -82,13 +82,21 @@ class Relevance:
     failed: int = 0
 
     @property
+    def means(self) -> dict[str, Mean]:
+        """The mean of each group with at least two ratings, with its interval."""
+        known = {
+            group: [rating for rating in ratings if rating is not None]
+            for group, ratings in (("object latents", self.objects), ("random live latents", self.random))
+        }
+        return {group: mean_interval(ratings) for group, ratings in known.items() if len(ratings) > 1}
+
+    @property
     def metrics(self) -> Metrics:
-        """The mean of each group with at least two ratings, its interval, and the number of failed questions."""
+        """The means with their intervals, and the number of failed questions."""
+        names = {"object latents": "relevance", "random live latents": "control_relevance"}
         metrics: Metrics = {"replies_failed": self.failed}
-        for name, ratings in (("relevance", self.objects), ("control_relevance", self.random)):
-            known = [rating for rating in ratings if rating is not None]
-            if len(known) > 1:
-                metrics |= bounds(name, mean_interval(known))
+        for group, mean in self.means.items():
+            metrics |= bounds(names[group], mean)
         return metrics
 
 

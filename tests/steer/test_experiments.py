@@ -1,6 +1,6 @@
 """The experiments of page 06 against one clamp at a time, dense equations and counting by hand."""
 
-import types
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -8,17 +8,21 @@ import torch
 from models import llava_next, noise
 
 from lmm_sae_nb.cache.activations import cache_activations
+from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.steer import experiments
 from lmm_sae_nb.steer.experiments import (
     CaseStudy,
+    RankedKinds,
     case_metrics,
     case_studies,
+    clamp_values,
     kinds_by_rank,
     latents_named,
     most_effective,
+    next_latents,
     rank_on_image,
     ranks_on_top_images,
     steer_objects,
@@ -56,7 +60,7 @@ def dense_latents(place, prompt, mask):
 
 
 def test_the_latent_of_a_name_is_the_one_that_an_image_excites_most():
-    cache = types.SimpleNamespace(top_means=torch.tensor([[3.0, 0.0], [5.0, 1.0], [9.0, 2.0], [1.0, 0.0]]))
+    cache = Mock(spec=LatentCache, top_means=torch.tensor([[3.0, 0.0], [5.0, 1.0], [9.0, 2.0], [1.0, 0.0]]))
     concepts = {0: "happy", 1: "happy", 2: "sad", 3: "sad"}
     assert latents_named(cache, concepts, ["sad", "happy", "angry"]) == {"sad": 2, "happy": 1}
 
@@ -87,7 +91,22 @@ def test_a_case_succeeds_only_if_the_clamp_brings_the_name():
     assert not study("fine .", "i am sad .", "i am sad .").succeeds
     assert not study("fine .", "i am sad .", "well .").succeeds
     metrics = case_metrics("feelings", [study("a", "b", "sad"), study("a", "b", "c")])
-    assert metrics == {"feelings_steered": 2, "feelings_named": 1}
+    assert (metrics["feelings_steered"], metrics["feelings_named"], metrics["feelings_answers"]) == (2, 1, 2)
+
+
+def test_an_answer_repeats_if_more_than_half_of_its_words_stood_before():
+    clamped = ["i am sad .", "sad sad Sad, i", "sad face sad face", "i scared scared.", ""]
+    study = CaseStudy("sad", 1, "how ?", "sad sad sad", [0.0, *range(1, 6)], ["sad sad sad", *clamped])
+    assert case_metrics("stories", [study])["stories_repetitive"] == 0
+    study = CaseStudy(
+        "sad", 1, "how ?", "fine", [0.0, 1.0, 2.0], ["fine", "i sad sad, Sad sad.", "sad face sad face sad"]
+    )
+    assert case_metrics("stories", [study])["stories_repetitive"] == 2
+
+
+def test_the_control_of_a_case_clamps_the_latent_of_the_next():
+    assert next_latents({"sad": 4, "happy": 9, "sick": 2}) == {"sad": 9, "happy": 2, "sick": 4}
+    assert next_latents({"sad": 4}) == {}
 
 
 def test_activations_on_words_are_the_highest_of_the_prompts_text(made, live):
@@ -113,6 +132,18 @@ def test_word_metrics_count_names_above_others():
     assert metrics["word_latents"] == 4 and metrics["word_on_name"] == pytest.approx(0.3)
     assert metrics["word_on_others"] == pytest.approx(0.2) and metrics["word_name_above_others"] == 0.5
     assert metrics["word_on_name_low"] < 0.3 < metrics["word_on_name_high"]
+    assert metrics["word_difference"] == pytest.approx(0.1)
+    assert metrics["word_difference_low"] < 0.1 < metrics["word_difference_high"]
+
+
+def test_the_word_difference_is_paired():
+    """A difference that is small beside the spread of the latents, yet the same in each: its interval is narrow."""
+    on_others = np.random.default_rng(0).random(40)
+    rows = [experiments.WordActivation(n, "cat", other + 0.01, other) for n, other in enumerate(on_others)]
+    silent = [experiments.WordActivation(40 + n, "dog", 0.0, 0.0) for n in range(3)]
+    metrics = word_metrics([*rows, *silent, experiments.WordActivation(50, "cow", 0.0, 0.01)])
+    assert metrics["word_on_others_high"] > metrics["word_on_name_low"] and metrics["word_difference_low"] > 0
+    assert [metrics[f"word_{name}"] for name in ("more_on_name", "more_on_others", "silent")] == [40, 1, 3]
 
 
 def test_objects_are_steered_as_one_clamp_at_a_time(made, live):
@@ -130,6 +161,12 @@ def test_objects_are_steered_as_one_clamp_at_a_time(made, live):
         alone = compare(place, "what ?", pictures[0], edits, scope, max_new_tokens=3)
         assert (found.untouched, found.spliced, row.answer) == tuple(part[0] for part in alone)
         assert row.changed == (row.answer != found.spliced)
+    values = [edit_value(cache, row) for row in found.reported], [edit_value(cache, row) for row in found.random]
+    assert list(clamp_values(found, cache).values()) == pytest.approx([np.mean(group) for group in values])
+
+
+def edit_value(cache, row):
+    return experiments.at_dose(cache, row.latent, row.dose)[0].value
 
 
 def test_the_dose_is_chosen_on_other_latents_and_the_control_searched_for_the_same_names(made, live, monkeypatch):
@@ -153,8 +190,12 @@ def test_the_dose_is_chosen_on_other_latents_and_the_control_searched_for_the_sa
     assert found.dose == 5  # though the reported latents would do better at 9
     names = found.curves("names_concept")
     assert {dose: mean.mean for dose, mean in names["object latents"].items()} == {2: 0, 5: 0, 9: 1}
-    assert {dose: mean.mean for dose, mean in names["latents that choose the dose"].items()} == {2: 0, 5: 1, 9: 1}
-    assert {dose: mean.mean for dose, mean in names["random"].items()} == {5: 0}
+    assert {dose: mean.mean for dose, mean in names["other object latents, which choose the dose"].items()} == {
+        2: 0,
+        5: 1,
+        9: 1,
+    }
+    assert {dose: mean.mean for dose, mean in names["random live latents"].items()} == {5: 0}
     metrics = found.metrics
     assert (metrics["dose"], metrics["objects_steered"], metrics["dose_chosen_on"]) == (5, 3, 3)
     assert (metrics["named_of_100"], metrics["control_named_of_100"], metrics["changed_of_100"]) == (0, 0, 100)
@@ -200,4 +241,30 @@ def test_kinds_at_each_rank_are_counted_over_images(made, monkeypatch):
     counts |= {"most frequent": [kinds[n] for n in frequent], "all latents": list(kinds.values())}
     for name, row in counts.items():
         if row:
-            assert found[name] == pytest.approx({kind: row.count(kind) / len(row) for kind in set(row)}), name
+            expected = {kind: row.count(kind) / len(row) for kind in set(row)}
+            assert found.fractions[name] == pytest.approx(expected), name
+
+
+def test_metrics_of_kinds_are_means_over_images_beside_all_latents():
+    found = RankedKinds(
+        {"all latents": {"colour": 0.2, "material": 0.1, "object": 0.7}},
+        {"colour": [0.5, 0.0, 0.1], "material": [0.0, 0.25, 0.05], "object": [0.5, 0.75, 0.85]},
+    )
+    metrics = found.metrics
+    assert metrics["top_ranks_colour"] == pytest.approx(0.2) and metrics["all_latents_colour"] == 0.2
+    assert metrics["top_ranks_low_level"] == pytest.approx(0.3)
+    assert metrics["all_latents_low_level"] == pytest.approx(0.3)
+    assert 0 <= metrics["top_ranks_low_level_low"] < 0.3 < metrics["top_ranks_low_level_high"] <= 0.5
+    assert not [name for name in metrics if name.endswith(("object", "scene", "texture"))]
+
+
+def test_the_first_ranks_are_counted_image_by_image(made):
+    place, cache, pictures = made
+    kinds = {n: ("colour", "object")[n % 2] for n in range(LATENTS)}
+    top = kinds_by_rank(place, pictures, cache, kinds, images=len(pictures)).top
+    by_hand = []
+    for picture in pictures:
+        means = mean_activations(place, picture)
+        first = sorted((n for n in kinds if means[n] > 0), key=lambda n: -float(means[n]))[:10]
+        by_hand.append(sum(kinds[n] == "colour" for n in first) / len(first))
+    assert sorted(top["colour"]) == pytest.approx(sorted(by_hand))

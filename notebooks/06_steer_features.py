@@ -21,12 +21,12 @@
 # dose, which controls it needs, and whether one latent serves both the picture
 # and the word.
 #
-# **Reads** the stages `train`, `cache` and `interpret`, and for the last
-# section `score` and `judge` if they are there. **Writes** the stage `steer`.
+# **Reads** the stages `train`, `cache` and `interpret`; for *Try it* also
+# `score` and `judge`, if they are there. **Writes** the stage `steer`.
 #
 # | preset | model | latents clamped | time |
 # |---|---|---|---|
-# | `tiny` | LLaVA-NeXT of Picture World | about 250 | 3 minutes, 2 cores |
+# | `tiny` | LLaVA-NeXT of Picture World | about 270 | 4 minutes, 2 cores |
 # | `paper` | LLaVA-NeXT-LLaMA3-8B | about 300 | one GPU |
 
 # %% tags=["parameters"]
@@ -106,11 +106,14 @@ from lmm_sae_nb.show.steering_panel import SteeringPanel
 from lmm_sae_nb.steer.experiments import (
     CaseStudy,
     ObjectSteering,
+    RankedKinds,
     WordActivation,
     case_metrics,
     case_studies,
+    clamp_values,
     kinds_by_rank,
     latents_named,
+    next_latents,
     ranks_on_top_images,
     steer_objects,
     word_activations,
@@ -118,7 +121,7 @@ from lmm_sae_nb.steer.experiments import (
 )
 from lmm_sae_nb.steer.relevance import Relevance, rate_objects
 from lmm_sae_nb.steer.steering import steer_latents
-from lmm_sae_nb.support.stages import Metrics, Page
+from lmm_sae_nb.support.stages import Metrics, Page, read_typed
 
 page = Page(globals())
 plots.style()
@@ -140,20 +143,26 @@ print(f"{len(named)} named latents")
 # %% [markdown]
 # ## A clamp (equations 3 to 6)
 #
-# > "$\text{Steer}(\mathcal{C}, k, i)$": $z_{ij} = k$ for the tokens
-# > $i \in \mathcal{C}$; then $\hat{\mathbf{z}} = \text{TopK}(\mathbf{z})$ and
-# > $\hat{\mathbf{x}}$ "into the subsequent LLaVA layer instead of $\mathbf{x}$".
+# > "steering in SAEs entails setting the i-th hidden representation to a
+# > predetermined value k. We define the steering operation
+# > $\text{Steer}(\mathcal{C}, k, i)$ in SAEs as follows":
+# > $z[\mathcal{C}, j] = k$ (4), $\hat{z} = \text{TopK}(z)$ (5). "Following the
+# > steering operation, we input $\hat{\mathbf{x}}$ into the subsequent LLaVA
+# > layer instead of $\mathbf{x}$."
 #
-# To *clamp* a latent is to set its activation to a fixed value. The clamp comes
-# before TopK, so the clamped latent must be among the $k$ highest to count.
-# (The paper writes $k$ for the clamp; we write `value`, because $k$ is TopK's
-# count.) The same in plain PyTorch:
+# $\mathcal{C}$ is a set of tokens. $\text{Steer}(\mathcal{C}, k, i)$ sets
+# latent $i$ to $k$ there: $z[\mathcal{C}, i] = k$ (the paper writes $j$ in this
+# place). To *clamp* a latent is to set its activation so. The clamp comes before
+# TopK, so the clamped latent must be among the highest to count. We write
+# `value` for the paper's $k$, because our $k$ is TopK's count. The same in plain
+# PyTorch:
 
 # %%
 sae = place.sae
 prompt = place.lmm.prompt(objects["question"], white)
 states = place.lmm.hidden_states(prompt, layer)[0]
 x = states[prompt.mask("base")[0]].float()
+# any latent and value will do for the check
 edit = Edit(latent=min(named), value=5.0)
 
 z = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
@@ -168,6 +177,10 @@ assert_close(dense, expected)
 # %% [markdown]
 # We give a clamp as a *dose*: a multiple of the latent's highest activation on
 # the cached images. A dose of 1 is the most that an image ever caused.
+#
+# `Scope` gives the set $\mathcal{C}$: kinds of tokens (such as `base` or
+# `text`), and the phase in which they come, the prompt or the answer.
+# Without parameters it has all kinds that the SAE was trained on, in both phases.
 
 # %% [markdown]
 # ## Happy, sad, hungry (section 4.1, Figures 5 and 6)
@@ -181,7 +194,7 @@ latents = latents_named(cache, names, cases["concepts"])
 displayed = [name for name in cases["displayed"] if name in latents]
 print(latents)
 
-# %% mystnb={"figure": {"caption": "The latents of the case studies, on the images that excite them most. Below each image: the patches on which the latent is active.", "name": "fig-cases"}, "image": {"alt": "Rows of example images for the latents named happy, sad and hungry, with their activation maps and visible patches."}}
+# %% mystnb={"figure": {"caption": "The latents of the case studies, on the images that excite them most. Below: the patches above a quarter of the image's highest activation.", "name": "fig-cases"}, "image": {"alt": "Rows of example images for the latents named happy, sad and hungry, with their activation maps and visible patches."}}
 strips = []
 for name in displayed:
     found = exemplars(cache, pictures, latents[name])
@@ -192,11 +205,16 @@ plots.exemplar_strip(strips);
 # > does not experience emotions. However … when we clamp the "happy" feature,
 # > the model responds with expressions of happiness."
 #
-# We ask about the image that excites the latent most, and clamp the latent at
-# every token. Two controls stand above the clamped answers. The first is the
-# *untouched* model. The second is the *spliced* model: the SAE takes the
-# layer's place, and nothing is clamped (dose 0). The part of the hidden state
-# that the SAE leaves unexplained stays in.
+# We ask about the image that excites the latent most. We clamp the latent at
+# every token that the SAE was trained on, in the prompt and in the answer. Two
+# answers stand above the clamped ones:
+#
+# - *untouched*: the model without the SAE;
+# - *spliced*: the SAE takes the layer's place, and nothing is clamped. The
+#   unexplained part stays in (departure [A4](../departures)), so the spliced model must equal the
+#   untouched one. It checks the machinery; it is not a control.
+#
+# Marked are words that the untouched answer does not have in the same place.
 
 # %%
 top_images = {
@@ -214,11 +232,27 @@ feelings = stage.result(
 plots.case_studies([c for c in feelings if c.concept in displayed])
 
 # %% [markdown]
+# The control is the same question about the same image, with the latent of the
+# next feeling in the list. We look for the word of the image's feeling.
+
+# %%
+others = next_latents(latents)
+feelings_control = stage.result(
+    "feelings_control", list[CaseStudy],
+    lambda: case_studies(
+        place, cache, others, cases["question"],
+        images=top_images, **settings,
+    ),
+)  # fmt: skip
+plots.case_studies(feelings_control[:1])
+
+# %% [markdown]
 # > "To test this, we clamp this feature and prompt the model with "Tell me a
 # > story about Alice and Bob"; the generated response revolves around themes of
 # > greed as shown in Fig. 6."
 #
-# A story has no image. We clamp the latent at the tokens of the prompt.
+# A story has no image. We clamp the latent at the tokens of the prompt only.
+# The control is again the next feeling's latent.
 
 # %%
 stories = stage.result(
@@ -230,19 +264,32 @@ stories = stage.result(
 )  # fmt: skip
 plots.case_studies([c for c in stories if c.concept in displayed])
 
+# %%
+stories_control = stage.result(
+    "stories_control", list[CaseStudy],
+    lambda: case_studies(
+        place, cache, others, cases["story"],
+        scope=Scope(phases=("prompt",)), **settings,
+    ),
+)  # fmt: skip
+
 # %% [markdown]
 # > "For instance, in Fig. 5, the feature for "happy" ranks only 78th, with many
 # > low-level concepts also present."
 #
-# Here is the rank of each latent among all latents of the same image, by mean
-# activation:
+# (78th of $2^{17}$ = 131,072, on one image.) Here is the rank of each latent
+# among all latents, by mean activation. The image is the one that excites the
+# latent most, so a low rank is expected:
 
 # %%
 ranks = stage.result(
     "ranks_of_cases", dict[str, int],
     lambda: ranks_on_top_images(place, cache, latents, pictures),
 )  # fmt: skip
-ranks
+plots.table(
+    [{"latent named": name, "rank": rank} for name, rank in ranks.items()],
+    f"of {place.sae.n_latents:,} latents",
+)
 
 # %% [markdown]
 # ## One latent for the picture and the word? (section 4.1)
@@ -253,8 +300,8 @@ ranks
 #
 # Does a latent that was named from pictures also respond to its name as text?
 # We let the model read the name in a prompt without an image. As a control, it
-# also reads the names of the other latents. The unit is the latent's maximum
-# on image patches.
+# also reads the names of the other latents, and we take the mean over these. The
+# unit is the latent's maximum on image patches.
 
 # %%
 depicted = {
@@ -266,11 +313,15 @@ words = stage.result(
     lambda: word_activations(place, cache, depicted, word_prompt),
 )  # fmt: skip
 
-# %% mystnb={"figure": {"caption": "Activation of each latent where its name is read, and where other names are read. On the line, the word makes no difference.", "name": "fig-words"}, "image": {"alt": "Scatter plot of the activation on the latent's name against the mean activation on other names, with the diagonal."}}
+# %% mystnb={"figure": {"caption": "Activation of each latent where its name is read, and where other names are read. On the line, the word makes no difference. Many points lie on top of each other at the origin.", "name": "fig-words"}, "image": {"alt": "Scatter plot of the activation on the latent's name against the mean activation on other names, with the diagonal."}}
 on_name = [row.on_name for row in words]
 on_others = [row.on_others for row in words]
-labels = "on other names", "on the latent's name"
-plots.scatter(on_others, on_name, *labels);
+unit = "in maxima on patches"
+plots.scatter(
+    on_others, on_name,
+    f"activation on other names,\n{unit}",
+    f"activation on its name,\n{unit}",
+);
 # %% [markdown]
 # ## A hundred objects on a white image (section 4.1, Appendix D)
 #
@@ -278,8 +329,10 @@ plots.scatter(on_others, on_name, *labels);
 # > a pure white background. We selected 100 object neurons, and only 11 of them
 # > exhibit a difference before and after steering."
 #
-# We clamp latents that are named for an object, one at a time, at the tokens of
-# a white image. Then we look for the object's name in the answer.
+# We clamp object latents one at a time, on all image tokens of a white image.
+# Then we look for the object's name in the answer. Here the SAE drops what it
+# leaves unexplained, as in the paper. So the *spliced* answer is a real control,
+# and an answer counts as changed if it differs from it.
 #
 # - **Dose.** We choose the dose on other object latents: the dose at which most
 #   of them make the model name their object (the lowest if several tie).
@@ -307,7 +360,7 @@ plots.table([
     for row in steering.reported[:12]
 ], f"the first 12 latents at dose {steering.dose:g}")  # fmt: skip
 
-# %% mystnb={"figure": {"caption": "Fraction of latents whose clamp makes the answer name the concept (top) or changes the answer at all (bottom), with 99 % intervals. The dotted line is the chosen dose.", "name": "fig-dose"}, "image": {"alt": "Two panels over the dose, each with a curve for object latents, for the latents that choose the dose, and a point for random latents."}}
+# %% mystnb={"figure": {"caption": "Fraction of latents whose clamp makes the answer name the concept (top panel) or changes the answer at all (bottom panel), with 99 % intervals. The dotted line is the chosen dose.", "name": "fig-dose"}, "image": {"alt": "Two panels above each other over the dose, each with a curve for object latents, for the latents that choose the dose, and a point for random latents."}}
 plots.dose_response(steering);
 # %% [markdown]
 # The paper lets GPT-4 rate from 1 to 10 how relevant each answer is to the
@@ -323,29 +376,37 @@ relevance = stage.result(
         replies=stage.path("replies.jsonl"),
     ),
 )  # fmt: skip
-relevance.metrics
+plots.table([
+    {
+        "clamped": group, "mean relevance": f"{mean.mean:.1f}",
+        "99 % interval": f"{mean.low:.1f} to {mean.high:.1f}",
+    }
+    for group, mean in relevance.means.items()
+])  # fmt: skip
 
 # %% [markdown]
 # ## Low-level latents (section 4.2, Appendix H)
 #
 # > "One key distinction in our features, compared to those in Large Language
-# > Models, is the presence of numerous low-level visual features."
+# > Models, is the presence of numerous low-level visual features.
+# > These features represent basic visual concepts, such as color, shape, and
+# > patterns, and often exhibit high activation across images."
 #
 # We rank the latents of each image by mean activation. Which kinds of concepts
-# fill the top ranks? Latents without a fitting name are `unnamed`. Latents that
-# notebook 03 did not ask about are left out.
+# fill the first ranks? Refused latents are `unnamed`. Latents that notebook 03
+# did not ask about are left out.
 
 # %%
 kinds = {n: row["kind"] or "unnamed" for n, row in explanations.items()}
 by_rank = stage.result(
-    "kinds_by_rank", dict[str, dict[str, float]],
+    "kinds_by_rank", RankedKinds,
     lambda: kinds_by_rank(
         place, pictures, cache, kinds, images=ranked_images, seed=seed
     ),
 )  # fmt: skip
 
 # %% mystnb={"figure": {"caption": "Kinds of concepts among the latents at each range of ranks on an image. For comparison: the 40 latents that are active on most patches, and all latents that notebook 03 asked about.", "name": "fig-ranks"}, "image": {"alt": "Stacked bars with the fractions of kinds of concepts, one bar for each range of ranks."}}
-plots.stacked(by_rank, "fraction of latents");
+plots.stacked(by_rank.fractions, "fraction of latents");
 
 # %% [markdown]
 # ## Try it
@@ -371,9 +432,13 @@ VBox([browser.box, panel.box])
 # %%
 seconds = stage.result("panel", Metrics, panel.measure)
 metrics = stage.finish(
-    steering.metrics | relevance.metrics | seconds
-    | case_metrics("feelings", feelings) | case_metrics("stories", stories)
-    | word_metrics(words, seed)
+    steering.metrics | clamp_values(steering, cache)
+    | relevance.metrics | seconds
+    | case_metrics("feelings", feelings)
+    | case_metrics("feelings_control", feelings_control)
+    | case_metrics("stories", stories)
+    | case_metrics("stories_control", stories_control)
+    | word_metrics(words, seed) | by_rank.metrics
     | {f"rank_{concept}": rank for concept, rank in ranks.items()}
 )  # fmt: skip
 metrics_table(stage)
@@ -382,49 +447,114 @@ metrics_table(stage)
 # ## What we found
 
 # %% tags=["remove-input"]
-above = metrics["named_of_100_low"] > metrics["control_named_of_100_high"]
-differ = metrics["word_on_name_low"] > metrics["word_on_others_high"]
+m = metrics
+above = m["named_of_100_low"] > m["control_named_of_100_high"]
+limit = (
+    f" {m['dose']:g} is the end of our range of doses; "
+    "more was not tried on this page."
+) * (m["dose"] == max(objects["doses"]))
 findings(
-    f"At dose {metrics['dose']:g}, {metrics['named_of_100']:.0f} of 100 "
-    "object latents make the model name their object on a white image. "
-    f"{metrics['control_named_of_100']:.0f} of 100 random latents do. "
-    f"The intervals {'do not overlap' if above else 'overlap'}.",
-    f"{metrics['changed_of_100']:.0f} of 100 object latents change the "
-    f"answer, but so do {metrics['control_changed_of_100']:.0f} of 100 "
-    "random latents. A changed answer does not show that a name is right.",
-    f"{metrics['feelings_named']} of {metrics['feelings_steered']} "
-    "latents named for a feeling make the model report that feeling. "
-    f"{metrics['stories_named']} of {metrics['stories_steered']} bring it "
-    "into a story.",
+    f"At dose {m['dose']:g}, {m['named_of_100']:.0f} of 100 object "
+    "latents make the model name their object on a white image. "
+    f"{m['control_named_of_100']:.0f} of 100 random latents do. The "
+    f"intervals {'do not overlap' if above else 'overlap'}.{limit}",
+    f"{m['changed_of_100']:.0f} of 100 object latents change the answer, "
+    f"but so do {m['control_changed_of_100']:.0f} of 100 random latents. "
+    "A changed answer does not show that a name is right.",
+    "A dose is relative to the latent's own maximum. Object latents are "
+    f"clamped to {m['clamp_value']:.0f} on average, random latents to "
+    f"{m['control_clamp_value']:.0f}. Rows of `W_dec` have norm 1, so "
+    "this is about the norm of the change in a token's reconstruction.",
+    f"{m['feelings_named']} of {m['feelings_steered']} latents named for "
+    "a feeling make the model report it at one of the doses. In the "
+    f"control, {m['feelings_control_named']} of "
+    f"{m['feelings_control_steered']} latents of another feeling do.",
+    f"{m['stories_named']} of {m['stories_steered']} latents bring their "
+    "feeling into a story at one of the doses. In the control, "
+    f"{m['stories_control_named']} of {m['stories_control_steered']} do.",
+    "Many clamped answers are no longer whole sentences: in "
+    f"{m['feelings_repetitive']} of {m['feelings_answers']} answers and "
+    f"{m['stories_repetitive']} of {m['stories_answers']} stories, more "
+    "than half of the words are repetitions.",
+)
+
+# %% tags=["remove-input"]
+low, high = m["word_difference_low"], m["word_difference_high"]
+effect = (
+    "on average, a latent is more active on its name" if low > 0
+    else "on average, a latent is less active on its name" if high < 0
+    else "the interval contains 0, so we see no effect of the word"
+)  # fmt: skip
+findings(
     "When the model reads a latent's name, the latent reaches on average "
-    f"{metrics['word_on_name']:.1%} of its maximum on patches; with other "
-    f"names {metrics['word_on_others']:.1%}. The intervals "
-    f"{'do not overlap' if differ else 'overlap'}: "
-    f"{'the word matters' if differ else 'we see no effect of the word'}.",
+    f"{m['word_on_name']:.1%} of its maximum on patches; with other names "
+    f"{m['word_on_others']:.1%}. The mean difference within a latent is "
+    f"{100 * m['word_difference']:.1f} points (99 % interval "
+    f"{100 * low:.1f} to {100 * high:.1f}): {effect}.",
+    f"{m['word_silent']} of {m['word_latents']} latents are silent on "
+    "every name (the origin of the figure). "
+    f"{m['word_more_on_name']} are more active on their name, "
+    f"{m['word_more_on_others']} on other names.",
+)
+
+# %% tags=["remove-input"]
+usual = m["all_latents_low_level"]
+often = (
+    "more frequent" if m["top_ranks_low_level_low"] > usual
+    else "less frequent" if m["top_ranks_low_level_high"] < usual
+    else "neither more nor less frequent"
+)  # fmt: skip
+findings(
+    "Low-level kinds (colour, texture, material) name "
+    f"{m['top_ranks_low_level']:.0%} of the latents in ranks 1 to 10, and "
+    f"{usual:.0%} of all latents: they are {often} in the first ranks. "
+    "The paper says that low-level features often are highly active.",
+    f"Scenes name {m['top_ranks_scene']:.0%} of the latents in ranks 1 to "
+    f"10, and {m['all_latents_scene']:.0%} of all latents.",
     "The panel answers a moved slider in "
-    f"{metrics['panel_slider_seconds']:.2f} s.",
+    f"{m['panel_slider_seconds']:.2f} s.",
 )
 
 # %% [markdown]
-# **Limits.** Two things make steering easier here than in the paper. The layer
-# is an early one, so the layers above it can act on the change. And the dose is
-# far above what any image causes. The number also depends on the SAE's seed. In
-# an earlier run on another machine, five SAEs that differ only in the seed gave
-# 46, 48, 51, 57 and 58 of 100; their controls gave 0 or 1.
+# The result also depends on the SAE's seed. The whole chain of the preset
+# `tiny` ran once with five seeds, on a machine with an AMD processor
+# (`book/other_seeds.json`; the [lab notebook](../lab_notebook)):
+
+# %% mystnb={"figure": {"caption": "Object latents, out of 100, whose clamp makes the answer name the object, and random latents: this page's SAE, and SAEs that were trained with five seeds on another machine.", "name": "fig-steer-seeds"}, "image": {"alt": "A row for each SAE, with a dot for object latents and one for random latents."}}
+recorded = read_typed(page.root / "book/other_seeds.json", dict)
+seeds = {"this page's SAE": m} | recorded["steer"]
+by_seed = {
+    name: {
+        "object latents": row["named_of_100"],
+        "random live latents": row["control_named_of_100"],
+    }
+    for name, row in seeds.items()
+}
+plots.compared(by_seed, "answers that name the object, of 100");
+
+# %% [markdown]
+# **Limits.** Two things probably make steering easier here than in the paper.
+# The layer is an early one, so the layers above it can act on the change. And
+# the dose is far above what any image causes. The [lab notebook](../lab_notebook) says
+# how the list of doses came about: it was not chosen independently.
 
 # %% tags=["result", "remove-input"]
+paper = published("steer", "changed_of_100")
 headline(
     page,
-    "a clamp makes the model name the concept on a white image for "
-    f"{metrics['named_of_100']:.0f} of 100 object latents (99 % interval "
-    f"{metrics['named_of_100_low']:.0f} to "
-    f"{metrics['named_of_100_high']:.0f}), and for "
-    f"{metrics['control_named_of_100']:.0f} of 100 random latents.",
-    f"{published('steer', 'changed_of_100'):.0f} of 100 object latents "
-    "change the answer at all.",
-    f"we clamp an early layer, at {metrics['dose']:g} times what any "
-    "image causes. The paper reports neither its dose nor how often an "
-    "answer names the concept.",
+    f"A clamp changes the answer for {m['changed_of_100']:.0f} of 100 "
+    "object latents (random latents: "
+    f"{m['control_changed_of_100']:.0f}; the paper: {paper:.0f}). It "
+    "makes the model name the object for "
+    f"{m['named_of_100']:.0f} of 100 ({m['named_of_100_low']:.0f} to "
+    f"{m['named_of_100_high']:.0f}), random latents "
+    f"{m['control_named_of_100']:.0f} "
+    f"({m['control_named_of_100_low']:.1f} to "
+    f"{m['control_named_of_100_high']:.0f}).",
+    f"{paper:.0f} of 100 object latents change the answer. How often an "
+    "answer names the object is not reported, nor the dose.",
+    f"we clamp an early layer, at {m['dose']:g} times what any image "
+    "causes.",
 )
 
 # %% tags=["remove-input"]

@@ -184,21 +184,21 @@ def stacked(
 
 
 def compared(results: Mapping[str, Mapping[str, float]], xlabel: str, ax: Axes | None = None) -> Axes:
-    """Draw the same quantity, known in several ways, as dots of one row; from 0.
+    """Draw the same quantity, known in several ways, as dots of one row, from 0; the legend is below.
 
     results: row to {way: value}.
     """
-    ax = ax or one_axes(0.4 * len(results) + 1.2)
+    ax = ax or one_axes(0.4 * len(results) + 1.4)
     ways = _names(results)
     shades = colours(ways)
     for y, row in enumerate(results.values()):
         ax.plot([min(row.values()), max(row.values())], [y, y], color=GREY, lw=1)
     for marker, way in zip(MARKERS, ways, strict=False):
         values = [row[way] for row in results.values()]
-        ax.plot(values, range(len(results)), marker, ms=7, color=shades[way], label=literal(way))
+        ax.plot(values, range(len(results)), marker, ms=7, color=shades[way], label=literal(way), clip_on=False)
     _rows(ax, results, xlabel)
     ax.set_xlim(left=0)
-    ax.legend()
+    ax.figure.legend(loc="outside lower center", ncols=_legend_columns(ways))
     return ax
 
 

@@ -198,7 +198,8 @@ def compared(results: Mapping[str, Mapping[str, float]], xlabel: str, ax: Axes |
         ax.plot(values, range(len(results)), marker, ms=7, color=shades[way], label=literal(way), clip_on=False)
     _rows(ax, results, xlabel)
     ax.set_xlim(left=0)
-    ax.figure.legend(loc="outside lower center", ncols=_legend_columns(ways))
+    if not ax.figure.legends:  # one for all panels
+        ax.figure.legend(loc="outside lower center", ncols=_legend_columns(ways))
     return ax
 
 

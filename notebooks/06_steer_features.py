@@ -448,6 +448,8 @@ metrics_table(stage)
 
 # %% tags=["remove-input"]
 m = metrics
+smaller = m["control_clamp_value"] < m["clamp_value"]
+less = "less" if smaller else "as much or more"
 above = m["named_of_100_low"] > m["control_named_of_100_high"]
 limit = (
     f" {m['dose']:g} is the end of our range of doses; "
@@ -464,11 +466,13 @@ findings(
     "A dose is relative to the latent's own maximum. Object latents are "
     f"clamped to {m['clamp_value']:.0f} on average, random latents to "
     f"{m['control_clamp_value']:.0f}. Rows of `W_dec` have norm 1, so "
-    "this is about the norm of the change in a token's reconstruction.",
+    "this is about the norm of the change in a token's reconstruction. "
+    f"The random control changes the states {less}.",
     f"{m['feelings_named']} of {m['feelings_steered']} latents named for "
-    "a feeling make the model report it at one of the doses. In the "
-    f"control, {m['feelings_control_named']} of "
-    f"{m['feelings_control_steered']} latents of another feeling do.",
+    "a feeling make the model report it at one of the doses. With the "
+    "next feeling's latent, it reports the image's feeling in "
+    f"{m['feelings_control_named']} of {m['feelings_control_steered']} "
+    "cases.",
     f"{m['stories_named']} of {m['stories_steered']} latents bring their "
     "feeling into a story at one of the doses. In the control, "
     f"{m['stories_control_named']} of {m['stories_control_steered']} do.",
@@ -494,7 +498,8 @@ findings(
     f"{m['word_silent']} of {m['word_latents']} latents are silent on "
     "every name (the origin of the figure). "
     f"{m['word_more_on_name']} are more active on their name, "
-    f"{m['word_more_on_others']} on other names.",
+    f"{m['word_more_on_others']} on other names, for which one active "
+    "name of many is enough.",
 )
 
 # %% tags=["remove-input"]

@@ -75,6 +75,7 @@ def test_an_answer_names_its_concept_as_a_word():
     assert not SteeredLatent(1, "cat", "I see a category.").named
 
 
+@pytest.mark.slow
 def test_ranks_over_all_pairs_are_spearman_s_and_samples_without_an_image_are_left_out(place):
     ranks = rank_agreement({"one": place}, SAMPLES, decisions=2, pairs=10**6)
     by_hand = []

@@ -292,6 +292,7 @@ def test_a_twin_s_tokens_have_the_kinds_of_the_real_one(twin):
     assert prompt.answer_mask.any()
 
 
+@pytest.mark.slow
 def test_a_twin_trains_caches_and_attributes(twin):
     measured = run_twin(twin, noise([(640, 480)]), 1, n_latents=256, k=4, steps=2, batch_tokens=64)
     for unit in ("seconds", "gb"):

@@ -47,6 +47,7 @@ def test_an_answer_of_two_tokens_is_refused(place):
         first_tokens(place, [Case(noise(), "why ?", "yes", "n", True)], [None])
 
 
+@pytest.mark.slow
 def test_an_answer_is_unchanged_if_generating_gives_it_again(embedded):
     lmm = embedded.lmm
     questions = ("what do you see in this image ?", "what is on the left ?", "what is in the top left ?")

@@ -101,6 +101,7 @@ def test_cases_are_answered_as_one_run_each(place):
     assert kind.validate_json(kind.dump_json(answers)) == answers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 def test_other_answers_are_compared_in_full(embedded, batch):
     lmm, scope, edits = embedded.lmm, Scope(("base", "tiles")), (Edit(1, 1000.0),)

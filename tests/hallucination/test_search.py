@@ -38,6 +38,7 @@ def one_run_each(place, cases, edits, scope):
     return torch.tensor(margins), torch.tensor(right)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harmed_at_most", [0.0, 0.5, 1.0])
 def test_the_search_takes_what_cures_most_within_the_limits(place, harmed_at_most):
     scope = Scope(("base", "text"))
@@ -64,6 +65,7 @@ def test_the_search_takes_what_cures_most_within_the_limits(place, harmed_at_mos
     assert by_hand[found.chosen][0] == max(by_hand[each][0] for each in allowed)
 
 
+@pytest.mark.slow
 def test_the_search_leaves_out_what_changes_too_many_other_answers(embedded):
     scenes = [make_scene(VALIDATION + n) for n in range(3)]
     questions = ("what do you see in this image ?", "what is on the left ?", "is there a dog ?")

@@ -295,6 +295,7 @@ def test_it_reloads_from_disk_with_several_images_a_prompt(pictures, strips, roo
     assert prompted(processor, [chat([wide])])["pixel_values"].shape == (1, 3, 192, 192)
 
 
+@pytest.mark.slow
 def test_a_stopped_and_resumed_course_is_bit_for_bit_the_uninterrupted_one(pictures, root, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module: module)  # quicker, for so few steps
     strips = {"drawn": drawn(pictures, 6, SET, 0)}

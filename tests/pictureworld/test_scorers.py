@@ -147,6 +147,7 @@ def test_training_sees_what_the_models_own_forward_sees(root):
     assert torch.allclose(views @ words.T * likener.model.logit_scale.exp(), output.logits_per_image, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [train_segmenter, train_similarity])
 def test_a_stopped_and_resumed_training_is_bit_for_bit_the_uninterrupted_one(train, root, tmp_path, monkeypatch):
     monkeypatch.setattr(clipseg, "ASKED", 3)
@@ -208,6 +209,7 @@ def test_whitened_reductions_are_uncorrelated_and_of_unit_spread(root):
 # ---- the command and what ships -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["segmenter", "similarity"])
 def test_the_command_trains_ships_and_examines(command, root, tmp_path, monkeypatch):
     asked = SimpleNamespace(

@@ -163,6 +163,7 @@ def shown(table, tmp_path_factory, browser):
     page.close()
 
 
+@pytest.mark.slow
 def test_the_page_searches_and_sorts_as_the_table_does(shown, table):
     def latents():
         return [int(n) for n in shown.locator("article").evaluate_all("all => all.map(a => a.dataset.latent)")]

@@ -63,6 +63,7 @@ def cut_short(lmm, sae, images, folder: Path) -> None:
     end.close()
 
 
+@pytest.mark.usefixtures("unchecked")  # the check takes longer than the pass, and kills would come too early
 def test_a_pass_killed_again_and_again_ends_with_the_same_bytes(lmm, sae, pictures, tmp_path, monkeypatch):
     """SIGKILL at random moments of passes that save their state after every batch, in the middle of a write too."""
     monkeypatch.setattr("lmm_sae_nb.cache.sparse_store.FILE_BYTES", 6000)  # a file of the store every few images

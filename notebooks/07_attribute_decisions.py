@@ -78,6 +78,7 @@ from lmm_sae_nb.attribute.study import (
     agreement_metrics,
     compare_ways,
     joined,
+    sae_hashes,
     small_saes,
 )
 from lmm_sae_nb.show import plots
@@ -87,7 +88,6 @@ from lmm_sae_nb.show.report import (
     metrics_table,
     provenance,
 )
-from lmm_sae_nb.support.files import fingerprint
 from lmm_sae_nb.support.intervals import Mean, read_mean
 from lmm_sae_nb.support.stages import Metrics, Page, read_typed
 
@@ -342,7 +342,7 @@ columns = {
 }  # fmt: skip
 files = [page.file("train", "sae.safetensors")]
 files += stage.path("others").glob("*/sae.safetensors")
-hashes = [fingerprint(file) for file in files]
+hashes = sae_hashes(files)
 table = []
 for each in layers:
     counts = [decision["pairs"] for decision in each["by_decision"]]

@@ -13,6 +13,7 @@ from lmm_sae_nb.attribute.agreement import agreement, median_ratio, random_pairs
 from lmm_sae_nb.attribute.attribution import exact, greedy_decision, integrated, linear, separate_paths
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.support.files import fingerprint
 from lmm_sae_nb.support.intervals import bounds, mean_interval
 from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.train.training import Recipe, train_saes
@@ -186,3 +187,8 @@ def joined(compared: Iterable[ComparedDecision], way: str) -> list[float]:
     """
     values = (value for decision in compared for value in getattr(decision, way))
     return [math.nan if value is None else value for value in values]
+
+
+def sae_hashes(files: Iterable[Path]) -> list[str]:
+    """Return the hashes of SAE files, as the long measurement of all pairs records them."""
+    return [fingerprint(file) for file in files]

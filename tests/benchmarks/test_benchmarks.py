@@ -26,7 +26,7 @@ def test_our_systems_are_measured_each_in_a_separate_process(tmp_path):
         assert row["step_ms"] > 0 and row["floor_ms"] > 0 and row["ratio"] > 0
         assert 50 < row["peak_mb"] < 4000
     assert {"cpu", "cores", "vectors", "system", "busy"} == found["machine"].keys()
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # +cu130 is not in both
 
 
 @pytest.mark.slow

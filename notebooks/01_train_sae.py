@@ -39,6 +39,7 @@ model: str = "data/models/tiny-llava-next"
 dataset: str = "data/artifacts/tiny/world/train"
 # samples that no training has seen
 heldout: str = "data/artifacts/tiny/world/heldout"
+evaluated: int = 120  # held-out samples on which the SAE is evaluated
 layer: int = 1  # counted from 0; the paper's 25th layer is 24
 n_latents: int = 1024  # the paper: 131072
 k: int = 32  # active latents per token; the paper: 256
@@ -93,7 +94,8 @@ samples = load_from_disk(page.locate(dataset))
 unseen = load_from_disk(page.locate(heldout))
 print(f"{lmm.n_layers} layers of width {lmm.width}")
 print(f"an image has {lmm.grid[0]} x {lmm.grid[1]} base patches")
-print(f"{len(samples)} samples to train on, {len(unseen)} held out")
+unseen = unseen.select(range(min(evaluated, len(unseen))))
+print(f"{len(samples)} samples to train on, {len(unseen)} to evaluate on")
 
 # %% mystnb={"figure": {"caption": "Six samples that the SAE learns from: image, question and answer.", "name": "fig-samples"}, "image": {"alt": "Six generated scenes, each with a question and its answer."}}
 # some samples are text only

@@ -66,7 +66,7 @@ def training(history: Sequence[Mapping[str, float]], names: Sequence[str] = TRAI
 
 @contextmanager
 def live(
-    names: Sequence[str], x: str = "step", every: float = 3.0
+    names: Sequence[str], x: str = "step", every: float = 15.0
 ) -> Iterator[Callable[[Sequence[Mapping[str, float]]], None]]:
     """Give a callback that draws `training` of the history so far, at most once in `every` seconds.
 

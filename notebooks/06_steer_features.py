@@ -17,9 +17,9 @@
 # named for what its images show. If we set this latent by hand, does the model
 # say that name?
 #
-# **You will learn** how a latent is clamped, how the effect grows with the
-# dose, which controls it needs, and whether one latent serves both the picture
-# and the word.
+# **You will learn** how a latent is clamped, how to choose the dose so that
+# answers stay whole sentences, which controls steering needs, and whether one
+# latent serves both the picture and the word.
 #
 # **Reads** the stages `train`, `cache` and `interpret`; for *Try it* also
 # `score` and `judge`, if they are there. **Writes** the stage `steer`.
@@ -46,21 +46,28 @@ cases: dict = {
     ],
     # those whose answers the page shows
     "displayed": ["happy", "sad", "hungry"],
-    # about the image that excites the latent most
+    # about a white image
     "question": "How do you feel?",
     # without an image
     "story": "Tell me a story about Alice and Bob.",
-    "doses": [1, 1.5, 2, 3],
-    "max_new_tokens": 48,  # longest answer
+    # ask the untouched model for a feeling: the ordinary answers
+    "asked_feeling": "Imagine that you are {}. How do you feel?",
+    "asked_story": "Tell me a {} story about Alice and Bob.",
+    "kinds": ["base", "tiles", "newline"],  # clamped for a feeling
+    "doses": [1, 2, 4, 8, 16],
+    "story_doses": [0.1, 0.15, 0.2, 0.25, 0.3, 0.5],
+    "max_new_tokens": 30,  # longest answer
 }  # fmt: skip
 # objects on a white image
 objects: dict = {
     "question": "What do you see in this image?",
     "size": 192,  # pixels a side of the white image
-    "kinds": ["base", "tiles", "newline"],  # tokens that are clamped
-    "doses": [8, 16, 24],
-    # latents that are reported; up to as many others choose the dose
-    "count": 100,
+    "kinds": ["base"],  # tokens that are clamped
+    "doses": [4, 8, 16, 24, 32],
+    "count": 100,  # latents that are reported
+    "choosing": 50,  # up to as many others choose the dose
+    # other images, whose unsteered answers fluency is compared with
+    "others": 100,
     "max_new_tokens": 24,
 }
 word_prompt: str = "is there a {} ?"  # in which a name is read
@@ -79,6 +86,7 @@ batch: int = 20  # clamps that run side by side
 seed: int = 0  # of the choice of latents and images
 
 # %% tags=["remove-cell"]
+import numpy as np
 import torch
 from ipywidgets import VBox
 from PIL import Image
@@ -108,6 +116,7 @@ from lmm_sae_nb.steer.experiments import (
     ObjectSteering,
     RankedKinds,
     WordActivation,
+    at_chosen_dose,
     case_metrics,
     case_studies,
     clamp_values,
@@ -121,6 +130,7 @@ from lmm_sae_nb.steer.experiments import (
 )
 from lmm_sae_nb.steer.relevance import Relevance, rate_objects
 from lmm_sae_nb.steer.steering import steer_latents
+from lmm_sae_nb.support.intervals import read_mean
 from lmm_sae_nb.support.stages import Metrics, Page, read_typed
 
 page = Page(globals())
@@ -205,43 +215,63 @@ plots.exemplar_strip(strips);
 # > does not experience emotions. However … when we clamp the "happy" feature,
 # > the model responds with expressions of happiness."
 #
-# We ask about the image that excites the latent most. We clamp the latent at
-# every token that the SAE was trained on, in the prompt and in the answer. Two
-# answers stand above the clamped ones:
+# We ask about a white image, which shows no feeling. We clamp the latent at all
+# tokens of the image, and at no token of the text. A clamp in the answer makes
+# the model repeat one word. Two answers stand above the clamped ones:
 #
 # - *untouched*: the model without the SAE;
-# - *spliced*: the SAE takes the layer's place, and nothing is clamped. The
-#   unexplained part stays in (departure [A4](../departures)), so the spliced model must equal the
-#   untouched one. It checks the machinery; it is not a control.
+# - *spliced*: the SAE takes the layer's place, and nothing is clamped. What the
+#   SAE leaves unexplained is dropped, as in the paper. So this is a control.
 #
 # Marked are words that the untouched answer does not have in the same place.
 
 # %%
-top_images = {
-    name: pictures[cache.top(latent)[0][0]]
-    for name, latent in latents.items()
-}
-settings = {key: cases[key] for key in ("doses", "max_new_tokens")}
+feeling = dict(
+    image=white, unsteered=cases["asked_feeling"], keep_error=False,
+    doses=cases["doses"], scope=Scope(tuple(cases["kinds"])),
+    max_new_tokens=cases["max_new_tokens"],
+)  # fmt: skip
 feelings = stage.result(
     "feelings", list[CaseStudy],
     lambda: case_studies(
-        place, cache, latents, cases["question"],
-        images=top_images, **settings,
+        place, cache, latents, cases["question"], **feeling
     ),
 )  # fmt: skip
 plots.case_studies([c for c in feelings if c.concept in displayed])
 
 # %% [markdown]
+# ### Which dose leaves sentences whole?
+#
+# A high dose brings the name, but breaks the sentence. So we measure two
+# things for each answer, as AxBench does for language models.
+#
+# - *Concept*: 1 if the answer names the feeling, otherwise 0.
+# - *Fluency*, from 0 to 1: min(1, reference / perplexity), times the fraction
+#   of 3-grams of words that are not repetitions. The *perplexity* is that of the
+#   answer under the untouched model, after the same prompt.
+#
+# A steered answer says something that the model would not say here. So the
+# reference must do that too. We ask the untouched model for each feeling ("Imagine
+# that you are happy. How do you feel?"). We read its answers as if they were
+# answers to our prompt. The reference is the median perplexity of those for the
+# other feelings. The answer for the feeling itself is the control.
+#
+# We choose the dose by the mean *harmonic mean* of concept and fluency. A
+# latent's dose is chosen on the other latents, so no latent chooses for itself:
+
+# %%
+plots.table(at_chosen_dose(feelings), cases["question"])
+
+# %% [markdown]
 # The control is the same question about the same image, with the latent of the
-# next feeling in the list. We look for the word of the image's feeling.
+# next feeling in the list. We look for the word of the first feeling.
 
 # %%
 others = next_latents(latents)
 feelings_control = stage.result(
     "feelings_control", list[CaseStudy],
     lambda: case_studies(
-        place, cache, others, cases["question"],
-        images=top_images, **settings,
+        place, cache, others, cases["question"], **feeling
     ),
 )  # fmt: skip
 plots.case_studies(feelings_control[:1])
@@ -251,26 +281,31 @@ plots.case_studies(feelings_control[:1])
 # > story about Alice and Bob"; the generated response revolves around themes of
 # > greed as shown in Fig. 6."
 #
-# A story has no image. We clamp the latent at the tokens of the prompt only.
-# The control is again the next feeling's latent.
+# A story has no image. We clamp the latent at the tokens of the answer only, and
+# keep what the SAE leaves unexplained (departure [A4](../departures)): without
+# it, the model tells no whole story even unclamped. The doses are low here.
+# The ordinary answers are the stories that the untouched model tells when it is
+# asked for one of each feeling. The control is again the next feeling's latent.
 
 # %%
+story = dict(
+    unsteered=cases["asked_story"], doses=cases["story_doses"],
+    scope=Scope(phases=("generated",)),
+    max_new_tokens=cases["max_new_tokens"],
+)  # fmt: skip
 stories = stage.result(
     "stories", list[CaseStudy],
-    lambda: case_studies(
-        place, cache, latents, cases["story"],
-        scope=Scope(phases=("prompt",)), **settings,
-    ),
+    lambda: case_studies(place, cache, latents, cases["story"], **story),
 )  # fmt: skip
 plots.case_studies([c for c in stories if c.concept in displayed])
 
 # %%
+plots.table(at_chosen_dose(stories), cases["story"])
+
+# %%
 stories_control = stage.result(
     "stories_control", list[CaseStudy],
-    lambda: case_studies(
-        place, cache, others, cases["story"],
-        scope=Scope(phases=("prompt",)), **settings,
-    ),
+    lambda: case_studies(place, cache, others, cases["story"], **story),
 )  # fmt: skip
 
 # %% [markdown]
@@ -329,39 +364,54 @@ plots.scatter(
 # > a pure white background. We selected 100 object neurons, and only 11 of them
 # > exhibit a difference before and after steering."
 #
-# We clamp object latents one at a time, on all image tokens of a white image.
-# Then we look for the object's name in the answer. Here the SAE drops what it
-# leaves unexplained, as in the paper. So the *spliced* answer is a real control,
-# and an answer counts as changed if it differs from it.
+# We clamp object latents one at a time on a white image. Then we look for the
+# object's name in the answer. Here the SAE drops what it leaves unexplained, as
+# in the paper. So the *spliced* answer is a real control, and an answer counts
+# as changed if it differs from it.
 #
-# - **Dose.** We choose the dose on other object latents: the dose at which most
-#   of them make the model name their object (the lowest if several tie).
-# - **Control.** At that dose we clamp as many live latents at random, and look
-#   for the same names.
+# - **Tokens.** We clamp at the `base` tokens only, for all latents alike. With
+#   all image tokens clamped, sentences do not end and repeat words. We saw this
+#   on the latents that choose the dose.
+# - **Fluency.** The untouched model answers the same question about other
+#   images. We read these answers as answers about the white image. Half of them
+#   give the reference, the other half are the *unsteered* control.
+# - **Dose.** We choose it on other object latents, by the harmonic mean of
+#   concept and fluency (the lowest if several tie).
+# - **Controls.** We clamp as many live latents at random, and look for the same
+#   names: once at the same dose, once at the same values as the object latents.
 
 # %%
 object_names = {
     n: row["concept"] for n, row in named.items()
     if row["kind"] == "object"
 }  # fmt: skip
+drawn = np.random.default_rng(seed).permutation(len(pictures))
 steering = stage.result(
     "objects", ObjectSteering,
     lambda: steer_objects(
         place, cache, object_names, objects["question"], white,
         objects["doses"], count=objects["count"],
-        scope=Scope(tuple(objects["kinds"])), batch=batch,
-        max_new_tokens=objects["max_new_tokens"], seed=seed,
+        choosing=objects["choosing"], scope=Scope(tuple(objects["kinds"])),
+        others=[pictures[int(i)] for i in drawn[: objects["others"]]],
+        batch=batch, max_new_tokens=objects["max_new_tokens"], seed=seed,
     ),
 )  # fmt: skip
 print("untouched:", steering.untouched)
 print("spliced:  ", steering.spliced)
 plots.table([
-    {"latent": row.latent, "named": row.concept, "answer": row.answer}
+    {
+        "latent": row.latent, "named": row.concept, "answer": row.answer,
+        "fluency": f"{row.fluency:.2f}",
+    }
     for row in steering.reported[:12]
 ], f"the first 12 latents at dose {steering.dose:g}")  # fmt: skip
 
-# %% mystnb={"figure": {"caption": "Fraction of latents whose clamp makes the answer name the concept (top panel) or changes the answer at all (bottom panel), with 99 % intervals. The dotted line is the chosen dose.", "name": "fig-dose"}, "image": {"alt": "Two panels above each other over the dose, each with a curve for object latents, for the latents that choose the dose, and a point for random latents."}}
+# %% mystnb={"figure": {"caption": "Concept, fluency and their harmonic mean over the dose, with 99 % intervals. The dotted line is the chosen dose. The dashed line is the fluency of unsteered answers about other images.", "name": "fig-dose"}, "image": {"alt": "Three panels above each other over the dose: the fraction of answers that name the concept, the fluency, and the harmonic mean, each with a curve for object latents, for the latents that choose the dose, and a point for random latents."}}
 plots.dose_response(steering);
+# %% [markdown]
+# An unchanged answer ("a blank scene.") is fluent too. So the numbers below also
+# give the fluency of those answers that name the object.
+
 # %% [markdown]
 # The paper lets GPT-4 rate from 1 to 10 how relevant each answer is to the
 # concept. Without a language model as `judge`, we rate by words: 10 if the
@@ -434,10 +484,8 @@ seconds = stage.result("panel", Metrics, panel.measure)
 metrics = stage.finish(
     steering.metrics | clamp_values(steering, cache)
     | relevance.metrics | seconds
-    | case_metrics("feelings", feelings)
-    | case_metrics("feelings_control", feelings_control)
-    | case_metrics("stories", stories)
-    | case_metrics("stories_control", stories_control)
+    | case_metrics("feelings", feelings, feelings_control, seed)
+    | case_metrics("stories", stories, stories_control, seed)
     | word_metrics(words, seed) | by_rank.metrics
     | {f"rank_{concept}": rank for concept, rank in ranks.items()}
 )  # fmt: skip
@@ -448,8 +496,6 @@ metrics_table(stage)
 
 # %% tags=["remove-input"]
 m = metrics
-smaller = m["control_clamp_value"] < m["clamp_value"]
-less = "less" if smaller else "as much or more"
 above = m["named_of_100_low"] > m["control_named_of_100_high"]
 limit = (
     f" {m['dose']:g} is the end of our range of doses; "
@@ -460,6 +506,15 @@ findings(
     "latents make the model name their object on a white image. "
     f"{m['control_named_of_100']:.0f} of 100 random latents do. The "
     f"intervals {'do not overlap' if above else 'overlap'}.{limit}",
+    f"The fluency of all answers is {read_mean(m, 'fluency')}, that of "
+    "the answers that name the object "
+    f"{read_mean(m, 'named_fluency')}. Unsteered answers have "
+    f"{read_mean(m, 'unsteered_fluency')}. "
+    f"{m['fluent_named_of_100']:.0f} of 100 latents give an answer that "
+    "names the object and has at least 0.8 of the unsteered fluency.",
+    "Without regard to fluency, dose "
+    f"{m['naming_dose']:g} names most: "
+    f"{m['naming_dose_named_of_100']:.0f} of 100.",
     f"{m['changed_of_100']:.0f} of 100 object latents change the answer, "
     f"but so do {m['control_changed_of_100']:.0f} of 100 random latents. "
     "A changed answer does not show that a name is right.",
@@ -467,19 +522,24 @@ findings(
     f"clamped to {m['clamp_value']:.0f} on average, random latents to "
     f"{m['control_clamp_value']:.0f}. Rows of `W_dec` have norm 1, so "
     "this is about the norm of the change in a token's reconstruction. "
-    f"The random control changes the states {less}.",
+    "With the values of the object latents, "
+    f"{m['control_value_changed_of_100']:.0f} of 100 random latents change "
+    f"the answer, and {m['control_value_named_of_100']:.0f} name the "
+    "object.",
     f"{m['feelings_named']} of {m['feelings_steered']} latents named for "
-    "a feeling make the model report it at one of the doses. With the "
-    "next feeling's latent, it reports the image's feeling in "
-    f"{m['feelings_control_named']} of {m['feelings_control_steered']} "
-    "cases.",
+    "a feeling make the model report it, at the dose that the other "
+    "latents choose. With the next feeling's latent, it reports the "
+    f"first feeling in {m['feelings_control_named']} cases. The fluency "
+    f"is {read_mean(m, 'feelings_fluency')}, that of unsteered answers "
+    f"{read_mean(m, 'feelings_unsteered_fluency')}.",
     f"{m['stories_named']} of {m['stories_steered']} latents bring their "
-    "feeling into a story at one of the doses. In the control, "
-    f"{m['stories_control_named']} of {m['stories_control_steered']} do.",
-    "Many clamped answers are no longer whole sentences: in "
-    f"{m['feelings_repetitive']} of {m['feelings_answers']} answers and "
-    f"{m['stories_repetitive']} of {m['stories_answers']} stories, more "
-    "than half of the words are repetitions.",
+    f"feeling into a story (control: {m['stories_control_named']}). The "
+    f"fluency is {read_mean(m, 'stories_fluency')}, that of unsteered "
+    f"stories {read_mean(m, 'stories_unsteered_fluency')}.",
+    "At any dose, whole sentence or not, "
+    f"{m['feelings_named_any_dose']} of {m['feelings_steered']} latents "
+    f"bring the feeling into an answer, and {m['stories_named_any_dose']} "
+    "into a story.",
 )
 
 # %% tags=["remove-input"]
@@ -547,15 +607,15 @@ plots.compared(by_seed, "answers that name the object, of 100");
 paper = published("steer", "changed_of_100")
 headline(
     page,
-    f"A clamp changes the answer for {m['changed_of_100']:.0f} of 100 "
-    "object latents (random latents: "
-    f"{m['control_changed_of_100']:.0f}; the paper: {paper:.0f}). It "
-    "makes the model name the object for "
-    f"{m['named_of_100']:.0f} of 100 ({m['named_of_100_low']:.0f} to "
-    f"{m['named_of_100_high']:.0f}), random latents "
-    f"{m['control_named_of_100']:.0f} "
-    f"({m['control_named_of_100_low']:.1f} to "
-    f"{m['control_named_of_100_high']:.0f}).",
+    f"{m['named_of_100']:.0f} of 100 object latents "
+    f"({m['named_of_100_low']:.0f} to {m['named_of_100_high']:.0f}) make "
+    "the model name their object in fluent sentences: the mean fluency "
+    f"is {m['fluency']:.2f}, that of unsteered answers "
+    f"{m['unsteered_fluency']:.2f}. Of 100 random latents "
+    f"{m['control_named_of_100']:.0f} do. A clamp changes the answer for "
+    f"{m['changed_of_100']:.0f} of 100 object latents, and for "
+    f"{m['control_value_changed_of_100']:.0f} random latents at the same "
+    "values.",
     f"{paper:.0f} of 100 object latents change the answer. How often an "
     "answer names the object is not reported, nor the dose.",
     f"we clamp an early layer, at {m['dose']:g} times what any image "

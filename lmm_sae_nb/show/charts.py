@@ -350,16 +350,20 @@ def dose_curves(
 
 
 def dose_response(steering: ObjectSteering) -> list[Axes]:
-    """Draw over the dose how many answers name the concept (top) and how many change (bottom).
+    """Draw over the dose how many answers name the concept, how fluent answers are, and the harmonic mean of the two.
 
-    A line marks the chosen dose.
+    A dotted line marks the chosen dose, a dashed line the fluency of unsteered answers.
     """
-    axes = panels(2, columns=1, inches=2.9, sharex=True)
-    for ax, (what, title) in zip(axes, (("names_concept", "name the concept"), ("changed", "change")), strict=True):
-        dose_curves(steering.curves(what), "dose", f"fraction of answers\nthat {title}", ax=ax)
+    axes = panels(3, columns=1, inches=2.1, sharex=True)
+    titles = {"names_concept": "concept\n(fraction named)", "fluency": "fluency", "harmonic": "harmonic mean"}
+    for ax, (what, title) in zip(axes, titles.items(), strict=True):
+        dose_curves(steering.curves(what), "", title, ax=ax)
         ax.axvline(steering.dose, color=GREY, ls=":", lw=1)
         ax.get_legend().remove()
-    axes[0].set_xlabel("")
+    unsteered = float(np.mean(steering.ordinary.control_fluency))
+    axes[1].axhline(unsteered, color=GREY, ls="--", lw=1)
+    axes[1].text(0.01, unsteered, "unsteered answers", transform=axes[1].get_yaxis_transform(), va="bottom", color=GREY)
+    axes[-1].set_xlabel("dose")
     handles, labels = axes[0].get_legend_handles_labels()
     axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(labels))
     return axes

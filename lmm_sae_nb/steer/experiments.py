@@ -17,12 +17,21 @@ from lmm_sae_nb.cache.encode_images import activation_maps
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.interpret.explainers import mentions
 from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.steer.fluency import (
+    Ordinary,
+    ReadAnswer,
+    answers_about_others,
+    best_dose,
+    harmonic_mean,
+    read_answers,
+)
 from lmm_sae_nb.steer.steering import Edit, Scope, answers
 from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval, proportion
 from lmm_sae_nb.support.stages import Metrics
 
 RANKS = ((0, 10), (10, 20), (20, 40), (40, 80))  # ranges of ranks, from 0, whose kinds are counted together
 MOST_FREQUENT = 40  # latents of highest frequency, counted for comparison
+FLUENT = 0.8  # an answer is fluent if it has this much of the mean fluency of unsteered answers
 LOW_LEVEL = ("colour", "texture", "material")  # kinds that the paper calls low-level
 
 
@@ -45,6 +54,9 @@ class CaseStudy:
     untouched: the answer of the model without the SAE.
     doses: 0 first, where the SAE is spliced in and nothing is clamped.
     answers: one for each dose.
+    read: the same answers as the untouched model reads them.
+    ordinary: unsteered answers that name other concepts are the reference; the one that names this concept is the
+        control.
     """
 
     concept: str
@@ -53,12 +65,24 @@ class CaseStudy:
     untouched: str
     doses: list[float]
     answers: list[str]
+    read: list[ReadAnswer]
+    ordinary: Ordinary
 
     @property
-    def succeeds(self) -> bool:
-        """Whether a clamped answer names the concept and differs from the untouched and from the spliced answer."""
+    def named(self) -> list[bool]:
+        """Whether each answer names the concept and differs from the untouched and from the spliced answer."""
         unclamped = {self.untouched, self.answers[0]}
-        return any(mentions(answer, self.concept) and answer not in unclamped for answer in self.answers[1:])
+        return [mentions(answer, self.concept) and answer not in unclamped for answer in self.answers]
+
+    @property
+    def fluency(self) -> list[float]:
+        """The fluency of each answer."""
+        return [self.ordinary.fluency(read) for read in self.read]
+
+    @property
+    def harmonic(self) -> list[float]:
+        """The harmonic mean of naming the concept (0 or 1) and of fluency, for each answer."""
+        return [harmonic_mean(*pair) for pair in zip(self.named, self.fluency, strict=True)]
 
 
 def latents_named(cache: LatentCache, concepts: Mapping[int, str], wanted: Iterable[str]) -> dict[str, int]:
@@ -84,25 +108,38 @@ def case_studies(
     prompt: str,
     doses: Sequence[float],
     *,
-    images: Mapping[str, Image.Image] | None = None,
+    unsteered: str,
+    image: Image.Image | None = None,
     scope: Scope = Scope(),  # noqa: B008  (frozen)
+    keep_error: bool = True,
     max_new_tokens: int = 48,
 ) -> list[CaseStudy]:
-    """Ask one prompt while the latent of each concept is clamped, and keep what the SAE leaves unexplained.
+    """Ask one prompt while the latent of each concept is clamped.
 
-    latents: concept to latent.
+    latents: concept to latent; at least two.
     doses: above 0.
-    images: concept to the image that its prompt shows; without it the prompt has no image.
+    unsteered: a prompt with `{}` that asks for an answer about a concept. The untouched model's answers to it, for
+        every concept, are the ordinary answers that fluency is measured against.
+    image: the one that the prompt shows; without it the prompt has no image.
     scope: the tokens at which the latent is clamped.
+    keep_error: as for `steered`.
+
+    Raises:
+        ValueError: there are fewer than two latents.
     """
     lmm, doses = place.lmm, [0.0, *map(float, doses)]
+    if len(latents) < 2:
+        raise ValueError(f"only {list(latents)} has a latent, so fluency has no reference; give at least two concepts")
+    asked = lmm.generate(lmm.prompt([unsteered.format(name) for name in latents]), max_new_tokens=max_new_tokens)
+    untouched = lmm.generate(lmm.prompt(prompt, image), max_new_tokens=max_new_tokens)[0]
+    as_answers = read_answers(lmm, prompt, image, asked)
     studies = []
-    for concept, latent in latents.items():
-        image = images[concept] if images else None
-        untouched = lmm.generate(lmm.prompt(prompt, image), max_new_tokens=max_new_tokens)[0]
+    for own, (concept, latent) in zip(as_answers, latents.items(), strict=True):
         settings = [at_dose(cache, latent, dose) for dose in doses]
-        steered = answers(place, prompt, image, settings, scope, keep_error=True, max_new_tokens=max_new_tokens)
-        studies.append(CaseStudy(concept, latent, prompt, untouched, doses, steered))
+        steered = answers(place, prompt, image, settings, scope, keep_error=keep_error, max_new_tokens=max_new_tokens)
+        read = read_answers(lmm, prompt, image, steered)
+        ordinary = Ordinary([other for other in as_answers if other is not own], [own])
+        studies.append(CaseStudy(concept, latent, prompt, untouched, doses, steered, read, ordinary))
     return studies
 
 
@@ -115,24 +152,55 @@ def next_latents(latents: Mapping[str, int]) -> dict[str, int]:
     return dict(zip(latents, numbers[1:] + numbers[:1], strict=True)) if len(numbers) > 1 else {}
 
 
-def repeats(answer: str) -> bool:
-    """Whether more than half of an answer's words stood in it before."""
-    words = [word.strip(".,!?").lower() for word in answer.split()]
-    return 2 * len(set(words)) < len(words)
+def left_out_doses(studies: Sequence[CaseStudy]) -> list[float]:
+    """Return each study's dose: the one with the highest mean harmonic mean over the other studies.
 
-
-def case_metrics(prefix: str, studies: Sequence[CaseStudy]) -> Metrics:
-    """Return how many latents were steered and succeeded, and how many clamped answers there are and repeat words.
-
-    The names are `<prefix>_steered`, `_named`, `_answers` and `_repetitive`.
+    studies: at least two, with the same doses.
     """
-    clamped = [answer for study in studies for answer in study.answers[1:]]
-    return {
-        f"{prefix}_steered": len(studies),
-        f"{prefix}_named": sum(study.succeeds for study in studies),
-        f"{prefix}_answers": len(clamped),
-        f"{prefix}_repetitive": sum(map(repeats, clamped)),
-    }
+    chosen = []
+    for left_out in studies:
+        others = [study for study in studies if study is not left_out]
+        doses = [dose for study in others for dose in study.doses[1:]]
+        chosen.append(best_dose(doses, [score for study in others for score in study.harmonic[1:]]))
+    return chosen
+
+
+def at_chosen_dose(studies: Sequence[CaseStudy]) -> list[dict[str, str]]:
+    """Return for each study a row of a table: the concept, the dose by the other studies, and the answer."""
+    return [
+        {
+            "clamped": study.concept,
+            "dose": f"{dose:g}",
+            "answer": study.answers[study.doses.index(dose)],
+            "fluency": f"{study.fluency[study.doses.index(dose)]:.2f}",
+        }
+        for study, dose in zip(studies, left_out_doses(studies), strict=True)
+    ]
+
+
+def case_metrics(prefix: str, studies: Sequence[CaseStudy], control: Sequence[CaseStudy], seed: int = 0) -> Metrics:
+    """Return concept, fluency and harmonic mean of case studies and of their control, with intervals.
+
+    The dose of each study is the one that the other studies choose; the control has the same dose.
+
+    prefix: of the names.
+    control: the same prompts with other latents clamped.
+    seed: of the intervals.
+    """
+    chosen = left_out_doses(studies)
+    metrics: Metrics = {f"{prefix}_steered": len(studies), f"{prefix}_dose": float(np.median(chosen))}
+    for name, group in ((prefix, studies), (f"{prefix}_control", control)):
+        at = [(study, study.doses.index(dose)) for study, dose in zip(group, chosen, strict=True)]
+        metrics[f"{name}_named"] = sum(study.named[n] for study, n in at)
+        metrics[f"{name}_named_any_dose"] = sum(any(study.named[1:]) for study in group)
+        for what in ("fluency", "harmonic"):
+            values = [getattr(study, what)[n] for study, n in at]
+            metrics |= bounds(f"{name}_{what}", mean_interval(values, seed=seed))
+        metrics[f"{name}_repeated"] = float(np.mean([study.read[n].repeated for study, n in at]))
+    unsteered = [fluency for study in studies for fluency in study.ordinary.control_fluency]
+    metrics |= bounds(f"{prefix}_unsteered_fluency", mean_interval(unsteered, seed=seed))
+    metrics[f"{prefix}_fluency_ratio"] = metrics[f"{prefix}_fluency"] / metrics[f"{prefix}_unsteered_fluency"]
+    return metrics
 
 
 # ---- one latent for the picture and the word (section 4.1) --------------------------------------------------------
@@ -210,6 +278,8 @@ class SteeredAnswer:
     concept: the name that the answer is searched for.
     changed: whether the answer differs from that of the model with the SAE spliced in.
     names_concept: whether it has the concept's name.
+    fluency: from 0 to 1, against ordinary answers.
+    repeated: fraction of repeated 3-grams of words.
     """
 
     latent: int
@@ -218,6 +288,13 @@ class SteeredAnswer:
     answer: str
     changed: bool
     names_concept: bool
+    fluency: float
+    repeated: float
+
+    @property
+    def harmonic(self) -> float:
+        """The harmonic mean of naming the concept (0 or 1) and of fluency."""
+        return harmonic_mean(self.names_concept, self.fluency)
 
 
 @dataclass(frozen=True)
@@ -226,54 +303,94 @@ class ObjectSteering:
 
     untouched: the answer of the model without the SAE.
     spliced: the answer with the SAE spliced in and nothing clamped.
-    dose: the dose of the reported numbers. It is chosen on `choosing`, not on `objects`.
+    ordinary: unsteered answers about other images, read as answers about this one.
+    dose: the dose of the reported numbers, chosen by the harmonic mean on `choosing`, not on `objects`.
+    naming_dose: the dose at which most of `choosing` name their object, however the sentences look.
     objects: latents named for an object, at every dose.
     choosing: other latents named for an object, at every dose.
     random: as many live latents at random, at `dose`; they are searched for the names of `objects`.
+    random_at_value: the same random latents, each clamped to the value of the object latent in the same place.
     """
 
     untouched: str
     spliced: str
+    ordinary: Ordinary
     dose: float
+    naming_dose: float
     objects: list[SteeredAnswer]
     choosing: list[SteeredAnswer]
     random: list[SteeredAnswer]
+    random_at_value: list[SteeredAnswer]
 
     @property
     def reported(self) -> list[SteeredAnswer]:
         """The answers of `objects` at the chosen dose."""
         return [row for row in self.objects if row.dose == self.dose]
 
-    def curves(self, what: str) -> dict[str, dict[float, Mean]]:
-        """Return for each group and dose the fraction of latents, with its interval.
-
-        what: "names_concept" or "changed".
-        """
-        groups = {
+    @property
+    def groups(self) -> dict[str, list[SteeredAnswer]]:
+        """The groups of answers that a figure compares, by what is clamped."""
+        return {
             "object latents": self.objects,
             "other object latents, which choose the dose": self.choosing,
             "random live latents": self.random,
         }
+
+    def curves(self, what: str) -> dict[str, dict[float, Mean]]:
+        """Return for each group and dose the mean over latents, with its interval.
+
+        what: "names_concept", "changed", "fluency" or "harmonic".
+        """
         curves = {}
-        for name, rows in groups.items():
-            hits = {dose: [getattr(row, what) for row in rows if row.dose == dose] for dose in _doses(rows)}
-            if hits:
-                curves[name] = {dose: Mean(*proportion(hit)[:3]) for dose, hit in hits.items()}
+        for name, rows in self.groups.items():
+            values = {dose: [getattr(row, what) for row in rows if row.dose == dose] for dose in _doses(rows)}
+            if values:
+                curves[name] = {dose: _mean(what, row) for dose, row in values.items()}
         return curves
 
     @property
     def metrics(self) -> Metrics:
-        """The numbers at the chosen dose, out of 100 latents, with their intervals."""
+        """The numbers at the chosen dose, with their intervals; named and changed out of 100 latents."""
         metrics = {
             "objects_steered": len(self.reported),
             "dose": self.dose,
             "dose_chosen_on": len({row.latent for row in self.choosing}),
         }
-        for prefix, rows in (("", self.reported), ("control_", self.random)):
-            for what, title in (("names_concept", "named"), ("changed", "changed")):
-                fraction = proportion([getattr(row, what) for row in rows])
-                metrics |= {name: 100 * value for name, value in bounds(f"{prefix}{title}_of_100", fraction).items()}
+        groups = {"": self.reported, "control_": self.random, "control_value_": self.random_at_value}
+        for prefix, rows in groups.items():
+            metrics |= _of_100(f"{prefix}named", rows, "names_concept") | _of_100(f"{prefix}changed", rows, "changed")
+            metrics |= bounds(f"{prefix}fluency", _mean("fluency", [row.fluency for row in rows]))
+            metrics |= bounds(f"{prefix}harmonic", _mean("harmonic", [row.harmonic for row in rows]))
+            metrics[f"{prefix}repeated"] = float(np.mean([row.repeated for row in rows]))
+        unsteered = self.ordinary.control_fluency
+        metrics |= bounds("unsteered_fluency", _mean("fluency", unsteered))
+        metrics["unsteered_repeated"] = float(np.mean([read.repeated for read in self.ordinary.control]))
+        metrics["fluency_ratio"] = metrics["fluency"] / metrics["unsteered_fluency"]
+        named = [row.fluency for row in self.reported if row.names_concept]
+        metrics |= bounds("named_fluency", _mean("fluency", named)) if named else {}
+        metrics["fluent_named_of_100"] = 100 * float(
+            np.mean(
+                [row.names_concept and row.fluency >= FLUENT * metrics["unsteered_fluency"] for row in self.reported]
+            )
+        )
+        most = [row for row in self.objects if row.dose == self.naming_dose]
+        metrics["naming_dose"] = self.naming_dose
+        metrics |= _of_100("naming_dose_named", most, "names_concept")
+        metrics |= bounds("naming_dose_fluency", _mean("fluency", [row.fluency for row in most]))
         return metrics
+
+
+def _mean(what: str, values: Sequence[float]) -> Mean:
+    """Return the mean with the interval that fits: Wilson's for a fraction of hits, else the bootstrap's."""
+    if what in ("names_concept", "changed"):
+        return Mean(*proportion(values)[:3])
+    return mean_interval(values) if len(values) > 1 else Mean(*[float(values[0])] * 3)
+
+
+def _of_100(name: str, rows: Sequence[SteeredAnswer], what: str) -> Metrics:
+    """Return how many answers of 100 are hits, with the interval, as `<name>_of_100`."""
+    fraction = proportion([getattr(row, what) for row in rows])
+    return {key: 100 * value for key, value in bounds(f"{name}_of_100", fraction).items()}
 
 
 def _doses(rows: Iterable[SteeredAnswer]) -> list[float]:
@@ -288,46 +405,63 @@ def steer_objects(
     image: Image.Image,
     doses: Sequence[float],
     *,
+    others: Sequence[Image.Image],
     count: int = 100,
+    choosing: int = 50,
     scope: Scope = Scope(),  # noqa: B008
+    keep_error: bool = False,
     batch: int = 16,
     max_new_tokens: int = 24,
     seed: int = 0,
 ) -> ObjectSteering:
     """Clamp latents named for an object, one at a time, while the model is asked about an image (Appendix D).
 
-    `count` latents at random are reported; up to as many others choose the dose. The control is as many live latents
-    at random, at that dose.
+    `count` latents at random are reported; up to `choosing` others choose the dose. There are two controls with as
+    many live latents at random: at that dose, and at the values of the reported latents.
 
     concepts: latent to the object that it is named for.
+    others: images whose unsteered answers are the reference of fluency and its control.
     scope: the tokens at which a latent is clamped.
+    keep_error: as for `steered`.
     batch: clamps that run side by side.
     seed: of the choice of latents.
     """
     lmm, rng = place.lmm, np.random.default_rng(seed)
     order = rng.permutation(sorted(concepts)).tolist()
-    reported, choosing = order[:count], order[count : 2 * count]
-    others = np.setdiff1d(np.flatnonzero(np.asarray(cache.live)), reported)
-    control = rng.choice(others, len(reported), replace=len(others) < len(reported)).tolist()
+    reported, choosers = order[:count], order[count : count + choosing]
+    live = np.setdiff1d(np.flatnonzero(np.asarray(cache.live)), reported)
+    control = rng.choice(live, len(reported), replace=len(live) < len(reported)).tolist()
+    how = dict(batch=batch, max_new_tokens=max_new_tokens)
+    ordinary = answers_about_others(lmm, question, image, others, **how)
 
     def ask(settings: Sequence[Sequence[Edit]]) -> list[str]:
-        return answers(place, question, image, settings, scope, batch=batch, max_new_tokens=max_new_tokens)
+        return answers(place, question, image, settings, scope, keep_error=keep_error, **how)
 
     untouched = lmm.generate(lmm.prompt(question, image), max_new_tokens=max_new_tokens)[0]
     (spliced,) = ask([[]])
 
-    def steer(latents: Iterable[int], searched: Iterable[str], doses: Iterable[float]) -> list[SteeredAnswer]:
-        tries = [(*pair, float(dose)) for dose in doses for pair in zip(latents, searched, strict=True)]
+    def steer(tries: Sequence[tuple[int, str, float]]) -> list[SteeredAnswer]:
         said = ask([at_dose(cache, latent, dose) for latent, _, dose in tries])
+        read = read_answers(lmm, question, image, said, batch=batch)
         return [
-            SteeredAnswer(latent, concept, dose, answer, answer != spliced, mentions(answer, concept))
-            for (latent, concept, dose), answer in zip(tries, said, strict=True)
+            SteeredAnswer(
+                *each, answer, answer != spliced, mentions(answer, each[1]), ordinary.fluency(as_read), as_read.repeated
+            )
+            for each, answer, as_read in zip(tries, said, read, strict=True)
         ]
 
-    objects, chosen_on = (steer(group, [concepts[n] for n in group], doses) for group in (reported, choosing))
-    dose = most_effective(doses, (row.dose for row in chosen_on if row.names_concept))
-    random = steer(control, [concepts[n] for n in reported], [dose])
-    return ObjectSteering(untouched, spliced, dose, objects, chosen_on, random)
+    def at_doses(latents: Iterable[int]) -> list[tuple[int, str, float]]:
+        return [(latent, concepts[latent], float(dose)) for dose in doses for latent in latents]
+
+    objects, chosen_on = steer(at_doses(reported)), steer(at_doses(choosers))
+    tried = [row.dose for row in chosen_on]
+    dose = best_dose(tried, [row.harmonic for row in chosen_on])
+    naming_dose = best_dose(tried, [row.names_concept for row in chosen_on])
+    pairs = list(zip(control, reported, strict=True))
+    random = steer([(other, concepts[latent], dose) for other, latent in pairs])
+    values = [dose * float(cache.max[latent] / cache.max[other]) for other, latent in pairs]
+    at_value = steer([(other, concepts[n], value) for (other, n), value in zip(pairs, values, strict=True)])
+    return ObjectSteering(untouched, spliced, ordinary, dose, naming_dose, objects, chosen_on, random, at_value)
 
 
 def clamp_values(steering: ObjectSteering, cache: LatentCache) -> Metrics:
@@ -339,15 +473,6 @@ def clamp_values(steering: ObjectSteering, cache: LatentCache) -> Metrics:
         name: float(np.mean([row.dose * float(cache.max[row.latent]) for row in rows]))
         for name, rows in (("clamp_value", steering.reported), ("control_clamp_value", steering.random))
     }
-
-
-def most_effective(doses: Sequence[float], hits: Iterable[float]) -> float:
-    """Return the dose with most hits, the lowest if several tie, the highest dose if there is no hit at all.
-
-    hits: the dose of each success.
-    """
-    counted = Counter(hits)
-    return float(max(sorted(doses), key=counted.__getitem__) if counted else max(doses))
 
 
 # ---- which latents come first (section 4.2, Appendix H) -----------------------------------------------------------

@@ -25,6 +25,7 @@ from lmm_sae_nb.show.rater import Rater, added
 from lmm_sae_nb.show.steering_panel import SteeringPanel
 from lmm_sae_nb.show.tables import case_studies, mark_changes
 from lmm_sae_nb.steer.experiments import CaseStudy
+from lmm_sae_nb.steer.fluency import Ordinary
 from lmm_sae_nb.steer.steering import Comparison, Edit, Scope, compare
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # for its stand-ins
@@ -64,7 +65,9 @@ def test_changed_words_are_marked_and_everything_is_escaped():
 
 
 def test_a_case_study_has_a_row_for_each_dose_and_its_texts_are_escaped():
-    study = CaseStudy("sad <b>", 3, "why <i> ?", "a cat", [0.0, 0.5, 8.0], ["a cat", "a cat", "a <u>"])
+    study = CaseStudy(
+        "sad <b>", 3, "why <i> ?", "a cat", [0.0, 0.5, 8.0], ["a cat", "a cat", "a <u>"], [], Ordinary([], [])
+    )
     text = case_studies([study]).data
     assert text.count("<tr>") == 4 and text.count("<mark>") == 1
     assert "dose 0.5" in text and "dose 8<" in text and "<mark>&lt;u&gt;</mark>" in text

@@ -15,13 +15,15 @@ from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.steer import experiments
 from lmm_sae_nb.steer.experiments import (
     CaseStudy,
+    ObjectSteering,
     RankedKinds,
+    SteeredAnswer,
     case_metrics,
     case_studies,
     clamp_values,
     kinds_by_rank,
     latents_named,
-    most_effective,
+    left_out_doses,
     next_latents,
     rank_on_image,
     ranks_on_top_images,
@@ -29,6 +31,7 @@ from lmm_sae_nb.steer.experiments import (
     word_activations,
     word_metrics,
 )
+from lmm_sae_nb.steer.fluency import Ordinary, ReadAnswer, perplexities
 from lmm_sae_nb.steer.steering import Edit, Scope, compare
 from lmm_sae_nb.support.intervals import proportion
 
@@ -65,43 +68,73 @@ def test_the_latent_of_a_name_is_the_one_that_an_image_excites_most():
     assert latents_named(cache, concepts, ["sad", "happy", "angry"]) == {"sad": 2, "happy": 1}
 
 
-@pytest.mark.parametrize(("with_image", "scope"), [(True, Scope()), (False, PROMPT_ONLY)])
-def test_case_studies_say_what_one_clamp_at_a_time_says(made, live, with_image, scope):
+@pytest.mark.parametrize(
+    ("with_image", "scope", "keep_error"), [(True, Scope(), False), (True, Scope(), True), (False, PROMPT_ONLY, True)]
+)
+def test_case_studies_say_what_one_clamp_at_a_time_says(made, live, with_image, scope, keep_error):
     place, cache, pictures = made
     latents = {"happy": live[0], "sad": live[1]}
-    images = {"happy": pictures[0], "sad": pictures[1]} if with_image else None
-    studies = case_studies(place, cache, latents, "why ?", [2, 40], images=images, scope=scope, max_new_tokens=4)
+    image = pictures[0] if with_image else None
+    how = dict(scope=scope, keep_error=keep_error)
+    studies = case_studies(
+        place, cache, latents, "why ?", [2, 40], unsteered="be {} !", image=image, max_new_tokens=4, **how
+    )
     assert [(study.concept, study.latent) for study in studies] == list(latents.items())
     for study in studies:
         assert study.doses == [0, 2, 40]
-        image = images[study.concept] if images else None
         for dose, answer in zip(study.doses[1:], study.answers[1:], strict=True):
             edits = [Edit(study.latent, dose * float(cache.max[study.latent]))]
-            alone = compare(place, "why ?", image, edits, scope, keep_error=True, max_new_tokens=4)
+            alone = compare(place, "why ?", image, edits, scope, keep_error=keep_error, max_new_tokens=4)
             assert (study.untouched, study.answers[0], answer) == tuple(part[0] for part in alone)
+        said = {name: place.lmm.generate(place.lmm.prompt(f"be {name} !"), max_new_tokens=4)[0] for name in latents}
+        own = said.pop(study.concept)
+        for read, answers in (
+            (study.read, study.answers),
+            (study.ordinary.control, [own]),
+            (study.ordinary.reference, list(said.values())),
+        ):
+            assert [each.answer for each in read] == answers
+            expected = perplexities(place.lmm, "why ?", image, answers)
+            assert [each.perplexity for each in read] == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(ValueError, match="at least two concepts"):
+        case_studies(place, cache, {"happy": live[0]}, "why ?", [2], unsteered="be {} !")
 
 
-def test_a_case_succeeds_only_if_the_clamp_brings_the_name():
-    def study(untouched, *answers):
-        return CaseStudy("sad", 1, "how ?", untouched, [0.0, 1.0], list(answers))
-
-    assert study("fine .", "fine .", "i am sad .").succeeds
-    assert not study("fine .", "fine .", "i am well .").succeeds
-    assert not study("i am sad .", "fine .", "i am sad .").succeeds
-    assert not study("fine .", "i am sad .", "i am sad .").succeeds
-    assert not study("fine .", "i am sad .", "well .").succeeds
-    metrics = case_metrics("feelings", [study("a", "b", "sad"), study("a", "b", "c")])
-    assert (metrics["feelings_steered"], metrics["feelings_named"], metrics["feelings_answers"]) == (2, 1, 2)
+def study(concept, untouched, answers, perplexities=(), repeated=0.0):
+    """A case study with doses 0, 1, 2 …; ordinary answers have perplexity 4."""
+    read = [ReadAnswer(*pair, repeated) for pair in zip(answers, perplexities or [4.0] * len(answers), strict=True)]
+    ordinary = Ordinary([ReadAnswer("", 4.0, 0.0)], [ReadAnswer("", 5.0, 0.0)])
+    return CaseStudy(concept, 1, "how ?", untouched, [float(n) for n in range(len(answers))], answers, read, ordinary)
 
 
-def test_an_answer_repeats_if_more_than_half_of_its_words_stood_before():
-    clamped = ["i am sad .", "sad sad Sad, i", "sad face sad face", "i scared scared.", ""]
-    study = CaseStudy("sad", 1, "how ?", "sad sad sad", [0.0, *range(1, 6)], ["sad sad sad", *clamped])
-    assert case_metrics("stories", [study])["stories_repetitive"] == 0
-    study = CaseStudy(
-        "sad", 1, "how ?", "fine", [0.0, 1.0, 2.0], ["fine", "i sad sad, Sad sad.", "sad face sad face sad"]
-    )
-    assert case_metrics("stories", [study])["stories_repetitive"] == 2
+def test_an_answer_names_its_concept_only_if_the_clamp_brings_the_name():
+    assert study("sad", "fine .", ["fine .", "i am sad ."]).named == [False, True]
+    assert study("sad", "fine .", ["fine .", "i am well ."]).named == [False, False]
+    assert study("sad", "i am sad .", ["fine .", "i am sad ."]).named == [False, False]
+    assert study("sad", "fine .", ["i am sad .", "i am sad ."]).named == [False, False]
+    assert study("sad", "fine .", ["i am sad .", "well ."]).named == [False, False]
+
+
+def test_the_dose_of_a_case_is_chosen_by_the_other_cases():
+    at_one = study("sad", "-", ["-", "sad", "fine"])
+    at_two = [study("shy", "-", ["-", "fine", "shy"]), study("ill", "-", ["-", "fine", "ill"], [1.0, 4.0, 16.0])]
+    assert at_two[1].harmonic == pytest.approx([0, 0, 2 * 0.25 / 1.25])
+    assert left_out_doses([at_one, *at_two]) == [2, 1, 1]  # the last: a tie
+
+
+def test_case_metrics_are_those_of_the_chosen_doses():
+    cases = [study("sad", "-", ["-", "fine", "sad"], [1.0, 1.0, 8.0], 0.5), study("shy", "-", ["-", "no", "shy"])]
+    control = [study("sad", "-", ["-", "sad", "no"]), study("shy", "-", ["-", "no", "no"], [1.0, 1.0, 40.0])]
+    metrics = case_metrics("x", cases, control)
+    assert (metrics["x_steered"], metrics["x_dose"]) == (2, 2)
+    assert (metrics["x_named"], metrics["x_control_named"]) == (2, 0)
+    assert (metrics["x_named_any_dose"], metrics["x_control_named_any_dose"]) == (2, 1)
+    assert metrics["x_fluency"] == pytest.approx((0.25 + 1) / 2)
+    assert metrics["x_harmonic"] == pytest.approx((0.4 + 1) / 2) and metrics["x_control_harmonic"] == 0
+    assert metrics["x_control_fluency"] == pytest.approx((1 + 0.1) / 2)
+    assert (metrics["x_repeated"], metrics["x_control_repeated"]) == (0.25, 0)
+    assert metrics["x_unsteered_fluency"] == pytest.approx(0.8)
+    assert metrics["x_fluency_ratio"] == pytest.approx(0.625 / 0.8)
 
 
 def test_the_control_of_a_case_clamps_the_latent_of_the_next():
@@ -150,17 +183,24 @@ def test_objects_are_steered_as_one_clamp_at_a_time(made, live):
     place, cache, pictures = made
     concepts, scope = {n: f"thing {n}" for n in live[:5]}, Scope(("base", "tiles", "newline"))
     found = steer_objects(
-        place, cache, concepts, "what ?", pictures[0], [3, 30], count=3, scope=scope, batch=2, max_new_tokens=3
-    )
+        place, cache, concepts, "what ?", pictures[0], [3, 30],
+        others=pictures[1:], count=3, choosing=2, scope=scope, batch=2, max_new_tokens=3,
+    )  # fmt: skip
     assert len({row.latent for row in found.objects}) == 3 and len({row.latent for row in found.choosing}) == 2
     assert not {row.latent for row in found.objects} & {row.latent for row in found.choosing + found.random}
     assert {row.dose for row in found.objects} == {3, 30} and {row.dose for row in found.random} == {found.dose}
     assert [row.concept for row in found.random] == [row.concept for row in found.reported]
-    for row in found.objects + found.random:
+    for row in found.objects + found.random + found.random_at_value:
         edits = [Edit(row.latent, row.dose * float(cache.max[row.latent]))]
         alone = compare(place, "what ?", pictures[0], edits, scope, max_new_tokens=3)
         assert (found.untouched, found.spliced, row.answer) == tuple(part[0] for part in alone)
         assert row.changed == (row.answer != found.spliced)
+        (perplexity,) = perplexities(place.lmm, "what ?", pictures[0], [row.answer])
+        expected = min(1, found.ordinary.perplexity / perplexity) * (1 - row.repeated)
+        assert row.fluency == pytest.approx(expected, rel=1e-3)
+    assert [row.latent for row in found.random_at_value] == [row.latent for row in found.random]
+    same = [edit_value(cache, row) for row in found.random_at_value]
+    assert same == pytest.approx([edit_value(cache, row) for row in found.reported], rel=1e-4)
     values = [edit_value(cache, row) for row in found.reported], [edit_value(cache, row) for row in found.random]
     assert list(clamp_values(found, cache).values()) == pytest.approx([np.mean(group) for group in values])
 
@@ -170,7 +210,10 @@ def edit_value(cache, row):
 
 
 def test_the_dose_is_chosen_on_other_latents_and_the_control_searched_for_the_same_names(made, live, monkeypatch):
-    """A model that names the concept of a reported latent at dose 9, of another one at dose 5, and blue at random."""
+    """A model that names the concept of a reported latent at dose 9, of another one from dose 5, and blue at random.
+
+    Its answers at dose 9 are not fluent.
+    """
     place, cache, pictures = made
     concepts = {n: f"thing{n}" for n in live[:6]}
     reported = set(np.random.default_rng(7).permutation(sorted(concepts)).tolist()[:3])
@@ -181,34 +224,50 @@ def test_the_dose_is_chosen_on_other_latents_and_the_control_searched_for_the_sa
             dose = round(setting[0].value / float(cache.max[setting[0].latent])) if setting else 0
             latent = setting[0].latent if setting else None
             named = latent in concepts and dose >= (9 if latent in reported else 5)
-            said.append(f"a thing{latent} ." if named else "nothing ." if dose < 5 else "blue .")
+            said.append(f"{dose} a thing{latent} ." if named else "nothing ." if dose < 5 else "blue .")
         return said
 
+    def read(lmm, text, image, answers, **_):
+        return [ReadAnswer(answer, 40.0 if answer[0] == "9" else 4.0, 0.0) for answer in answers]
+
     monkeypatch.setattr(experiments, "answers", fake)
-    found = steer_objects(place, cache, concepts, "?", pictures[0], [2, 5, 9], count=3, max_new_tokens=1, seed=7)
+    monkeypatch.setattr(experiments, "read_answers", read)
+    ordinary = Ordinary([ReadAnswer("", 4.0, 0.0)], [ReadAnswer("", 5.0, 0.0)] * 2)
+    monkeypatch.setattr(experiments, "answers_about_others", lambda *_, **__: ordinary)
+    how = dict(others=pictures, count=3, max_new_tokens=1, seed=7)
+    found = steer_objects(place, cache, concepts, "?", pictures[0], [2, 5, 9], **how)
     assert {row.latent for row in found.objects} == reported and found.spliced == "nothing ."
-    assert found.dose == 5  # though the reported latents would do better at 9
-    names = found.curves("names_concept")
-    assert {dose: mean.mean for dose, mean in names["object latents"].items()} == {2: 0, 5: 0, 9: 1}
-    assert {dose: mean.mean for dose, mean in names["other object latents, which choose the dose"].items()} == {
-        2: 0,
-        5: 1,
-        9: 1,
-    }
-    assert {dose: mean.mean for dose, mean in names["random live latents"].items()} == {5: 0}
+    assert found.dose == found.naming_dose == 5  # though the reported latents would do better at 9
+    names = {group: means(curve) for group, curve in found.curves("names_concept").items()}
+    others = "other object latents, which choose the dose"
+    assert names == {"object latents": {2: 0, 5: 0, 9: 1}, others: {2: 0, 5: 1, 9: 1}, "random live latents": {5: 0}}
+    assert means(found.curves("fluency")[others]) == pytest.approx({2: 1, 5: 1, 9: 0.1})
+    assert means(found.curves("harmonic")[others]) == pytest.approx({2: 0, 5: 1, 9: 0.2 / 1.1})
     metrics = found.metrics
     assert (metrics["dose"], metrics["objects_steered"], metrics["dose_chosen_on"]) == (5, 3, 3)
     assert (metrics["named_of_100"], metrics["control_named_of_100"], metrics["changed_of_100"]) == (0, 0, 100)
     assert metrics["changed_of_100_low"] == pytest.approx(100 * proportion([True] * 3).low)
 
 
-@pytest.mark.parametrize(
-    ("hits", "dose"),
-    [([8, 24, 24, 16], 24), ([32, 8, 32, 8, 16], 8), ([16, 8, 8], 8), ([], 32)],
-    ids=["most hits", "ties", "not the highest", "no hit"],
-)
-def test_the_dose_with_most_hits_is_chosen_and_the_lowest_of_a_tie(hits, dose):
-    assert most_effective([16, 8, 32, 24], iter(hits)) == dose
+def means(curve):
+    return {dose: mean.mean for dose, mean in curve.items()}
+
+
+def test_object_metrics_are_those_of_the_chosen_dose():
+    def row(dose, named, fluency, repeated=0.0):
+        return SteeredAnswer(1, "hat", dose, "a", True, named, fluency, repeated)
+
+    objects = [row(4.0, True, 0.5, 0.2), row(4.0, False, 1.0), row(8.0, True, 0.1), row(8.0, True, 0.3)]
+    ordinary = Ordinary([ReadAnswer("", 4.0, 0.0)], [ReadAnswer("", 5.0, 0.0)] * 2)
+    controls = [row(4.0, False, 1.0)] * 2, [row(7.0, False, 0.6), row(9.0, True, 0.6)]
+    metrics = ObjectSteering("-", "-", ordinary, 4.0, 8.0, objects, [row(4.0, True, 1.0)], *controls).metrics
+    assert (metrics["named_of_100"], metrics["naming_dose"], metrics["naming_dose_named_of_100"]) == (50, 8, 100)
+    assert (metrics["control_named_of_100"], metrics["control_value_named_of_100"]) == (0, 50)
+    assert metrics["fluency"] == pytest.approx(0.75) and metrics["harmonic"] == pytest.approx(1 / 3)
+    assert metrics["named_fluency"] == 0.5 and metrics["fluent_named_of_100"] == 0
+    assert metrics["unsteered_fluency"] == pytest.approx(0.8)
+    assert metrics["fluency_ratio"] == pytest.approx(0.75 / 0.8)
+    assert metrics["repeated"] == pytest.approx(0.1) and metrics["naming_dose_fluency"] == pytest.approx(0.2)
 
 
 def mean_activations(place, image):

@@ -7,6 +7,7 @@ import pytest
 from lmm_sae_nb.chat.questions import Reply
 from lmm_sae_nb.steer import relevance
 from lmm_sae_nb.steer.experiments import ObjectSteering, SteeredAnswer
+from lmm_sae_nb.steer.fluency import Ordinary
 from lmm_sae_nb.steer.relevance import by_model, by_words, rate_objects
 
 KINDS = {"object": ["hat", "dog"], "colour": ["red", "hat"]}
@@ -39,10 +40,11 @@ def test_words_rate_the_name_above_its_kind_above_the_rest():
 
 def steering() -> ObjectSteering:
     def row(latent, dose, answer):
-        return SteeredAnswer(latent, "hat", dose, answer, True, "hat" in answer)
+        return SteeredAnswer(latent, "hat", dose, answer, True, "hat" in answer, 1.0, 0.0)
 
     objects = [row(1, 8.0, "red ."), row(2, 8.0, "a dog ."), row(1, 16.0, "a hat ."), row(2, 16.0, "a dog .")]
-    return ObjectSteering("-", "-", 16.0, objects, [row(3, 16.0, "a hat .")], [row(8, 16.0, "red ."), row(9, 16.0, "")])
+    control = [row(8, 16.0, "red ."), row(9, 16.0, "")]
+    return ObjectSteering("-", "-", Ordinary([], []), 16.0, 16.0, objects, [row(3, 16.0, "a hat .")], control, control)
 
 
 def test_answers_at_the_chosen_dose_and_of_the_control_are_rated(tmp_path):

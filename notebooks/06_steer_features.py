@@ -283,7 +283,7 @@ plots.case_studies(feelings_control[:1])
 #
 # A story has no image. We clamp the latent at the tokens of the answer only, and
 # keep what the SAE leaves unexplained (departure [A4](../departures)): without
-# it, the model tells no whole story even unclamped. The doses are low here.
+# it, stories broke at the lowest dose that we tried. The doses are low here.
 # The ordinary answers are the stories that the untouched model tells when it is
 # asked for one of each feeling. The control is again the next feeling's latent.
 
@@ -411,8 +411,7 @@ plots.dose_response(steering);
 # %% [markdown]
 # An unchanged answer ("a blank scene.") is fluent too. So the numbers below also
 # give the fluency of those answers that name the object.
-
-# %% [markdown]
+#
 # The paper lets GPT-4 rate from 1 to 10 how relevant each answer is to the
 # concept. Without a language model as `judge`, we rate by words: 10 if the
 # answer names the concept, 5 if it names another concept of the same kind, and
@@ -523,9 +522,9 @@ findings(
     f"{m['control_clamp_value']:.0f}. Rows of `W_dec` have norm 1, so "
     "this is about the norm of the change in a token's reconstruction. "
     "With the values of the object latents, "
-    f"{m['control_value_changed_of_100']:.0f} of 100 random latents change "
-    f"the answer, and {m['control_value_named_of_100']:.0f} name the "
-    "object.",
+    f"{m['control_value_changed_of_100']:.0f} of 100 random latents "
+    "change the answer, and "
+    f"{m['control_value_named_of_100']:.0f} name the object.",
     f"{m['feelings_named']} of {m['feelings_steered']} latents named for "
     "a feeling make the model report it, at the dose that the other "
     "latents choose. With the next feeling's latent, it reports the "
@@ -600,16 +599,25 @@ plots.compared(by_seed, "answers that name the object, of 100");
 # %% [markdown]
 # **Limits.** Two things probably make steering easier here than in the paper.
 # The layer is an early one, so the layers above it can act on the change. And
-# the dose is far above what any image causes. The [lab notebook](../lab_notebook) says
-# how the list of doses came about: it was not chosen independently.
+# the dose is far above what any image causes.
+#
+# For objects, the tokens and the doses to try were chosen on the latents that
+# choose the dose. For feelings and stories, the tokens were chosen on the eight
+# latents of this page; only the dose is left to other latents.
+#
+# The fluency of feelings is a weak measure. The untouched model is so certain of
+# one answer that the reference perplexity is very high (see the numbers). There,
+# fluency sees little but repetitions. Read the answers in the table.
 
 # %% tags=["result", "remove-input"]
 paper = published("steer", "changed_of_100")
+fluent = m["fluency_ratio"] >= 0.8
+whole = "in fluent sentences" if fluent else "in broken sentences"
 headline(
     page,
     f"{m['named_of_100']:.0f} of 100 object latents "
     f"({m['named_of_100_low']:.0f} to {m['named_of_100_high']:.0f}) make "
-    "the model name their object in fluent sentences: the mean fluency "
+    f"the model name their object {whole}: the mean fluency "
     f"is {m['fluency']:.2f}, that of unsteered answers "
     f"{m['unsteered_fluency']:.2f}. Of 100 random latents "
     f"{m['control_named_of_100']:.0f} do. A clamp changes the answer for "

@@ -199,6 +199,7 @@ def case_metrics(prefix: str, studies: Sequence[CaseStudy], control: Sequence[Ca
         metrics[f"{name}_repeated"] = float(np.mean([study.read[n].repeated for study, n in at]))
     unsteered = [fluency for study in studies for fluency in study.ordinary.control_fluency]
     metrics |= bounds(f"{prefix}_unsteered_fluency", mean_interval(unsteered, seed=seed))
+    metrics[f"{prefix}_reference_perplexity"] = float(np.median([study.ordinary.perplexity for study in studies]))
     metrics[f"{prefix}_fluency_ratio"] = metrics[f"{prefix}_fluency"] / metrics[f"{prefix}_unsteered_fluency"]
     return metrics
 
@@ -365,6 +366,7 @@ class ObjectSteering:
         unsteered = self.ordinary.control_fluency
         metrics |= bounds("unsteered_fluency", _mean("fluency", unsteered))
         metrics["unsteered_repeated"] = float(np.mean([read.repeated for read in self.ordinary.control]))
+        metrics["reference_perplexity"] = self.ordinary.perplexity
         metrics["fluency_ratio"] = metrics["fluency"] / metrics["unsteered_fluency"]
         named = [row.fluency for row in self.reported if row.names_concept]
         metrics |= bounds("named_fluency", _mean("fluency", named)) if named else {}

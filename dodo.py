@@ -109,13 +109,17 @@ def made_by() -> dict[Path, Path]:
 
 
 MADE_BY = made_by()
+# The drawing of the world uses every core, so pages that do not read it wait, too.
+DRAWN = any(path.is_relative_to(WORLD) for paths in RESULTS.values() for path in paths)
+# 06 reads nothing of 04. But 08 takes longest, and must not start after both.
+LATER = {"06_steer_features": "04_score_interpretations"}
 
 
 def waits(source: Path) -> list[str]:
-    """Return the steps that make what a page reads: other pages, and the drawing of the world."""
-    makers = {maker for path in RESULTS[source] if (maker := MADE_BY.get(path, source)) != source}
-    drawn = any(path.is_relative_to(WORLD) for path in RESULTS[source])
-    return sorted(f"page:{maker.stem}" for maker in makers) + ["world"] * drawn
+    """Return the steps before a page: the drawing of the world, and the pages whose results it reads."""
+    makers = {maker.stem for path in RESULTS[source] if (maker := MADE_BY.get(path, source)) != source}
+    makers |= {LATER[source.stem]} if source.stem in LATER else set()
+    return ["world"] * DRAWN + [f"page:{maker}" for maker in sorted(makers)]
 
 
 def run(notebook: Path, executed: Path, values: dict) -> None:

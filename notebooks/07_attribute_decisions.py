@@ -38,11 +38,11 @@ layer: int = 1  # counted from 0; the layer that the SAE was trained on
 heldout: str = "data/artifacts/tiny/world/heldout"
 # samples for the small SAEs of other layers
 dataset: str = "data/artifacts/tiny/world/train"
-decisions: int = 100  # held-out decisions that are attributed
+decisions: int = 60  # held-out decisions that are attributed
 pairs: int = 16  # active (token, latent) pairs ablated in each decision
 path_pairs: int = 1  # of these, integrated on a separate path
 ig_steps: int = 4  # steps of integrated gradients
-many_steps: int = 32  # the same, to see what more steps do
+many_steps: int = 16  # the same, to see what more steps do
 many_decisions: int = 8  # the first ones get many steps, too
 other_layers: list = [4, 6]  # layers that get a small SAE, to compare
 other_decisions: int = 16  # decisions for each of these layers

@@ -69,10 +69,14 @@ def evaluate_saes(
         for layer, x in states.items():
             require_finite(x, f"hidden states of layer {layer}")
         of_kind = {kind: token_mask(prompt, [kind])[mask] for kind in kinds}
+        if losses:  # the zeros of a layer are the same for all of its SAEs
+            zero = {layer: _spliced_loss(uppers[layer], mask, torch.zeros_like(x)) for layer, x in states.items()}
         for each in counts.values():
-            x_hat = each.add(states[each.place.layer], of_kind)
-            for name, value in {"spliced": x_hat, "zero": torch.zeros_like(x_hat)}.items() if losses else ():
-                each.losses[name].append(_spliced_loss(uppers[each.place.layer], mask, value))
+            layer = each.place.layer
+            x_hat = each.add(states[layer], of_kind)
+            if losses:
+                each.losses["spliced"].append(_spliced_loss(uppers[layer], mask, x_hat))
+                each.losses["zero"].append(zero[layer])
     return {name: each.metrics(clean) for name, each in counts.items()}
 
 

@@ -93,7 +93,7 @@ endpoint: dict = {
 }
 # explained latents of each layer and model: at least so many, because the
 # last batch of questions is kept whole
-n_explained: int = 64
+n_explained: int = 100
 n_swept: int = 12  # the same for each SAE of another size
 n_top: int = 5  # exemplars of each latent
 # a patch is visible above this fraction of its image's highest activation
@@ -626,8 +626,9 @@ headline(
     "IoU 0.30, 0.31 and 0.40, CLIP score 22.82, 24.92 and 26.55 at the "
     "8th, 25th and 32nd of 32 layers: both improve with depth. Random "
     "images have 0.005 and 18.2, one value for all layers.",
-    "the paper has 100 latents a layer and no interval over latents. Our "
-    "intervals tell which differences may be chance.",
+    "the paper has 100 latents a layer and no interval over latents. With "
+    "about as many latents, our intervals tell which differences may be "
+    "chance.",
 )
 
 # %% tags=["remove-input"]

@@ -27,7 +27,7 @@
 #
 # | preset | layers | other models | sizes | time |
 # |---|---|---|---|---|
-# | `tiny` | 3 of 8 | InstructBLIP of Picture World | 4 numbers of latents, 3 of k | about 8 minutes, 2 cores |
+# | `tiny` | 3 of 8 | InstructBLIP of Picture World | 4 numbers of latents, 3 of k | 5 minutes, 2 cores |
 # | `paper` | 3 of 32 | InstructBLIP-Vicuna-7B | $2^{15}$ to $2^{18}$ latents | GPUs |
 #
 # In `tiny`, all SAEs of this page are smaller and shorter trained than that of

@@ -25,7 +25,7 @@
 #
 # | preset | decisions, pairs ablated in each | time |
 # |---|---|---|
-# | `tiny` | 100 held-out decisions, 16 random active pairs | about 3 minutes, 2 quiet cores |
+# | `tiny` | 60 held-out decisions, 16 random active pairs | 2 minutes, 2 cores |
 # | `paper` | 20 held-out decisions, 200 pairs | GPUs |
 
 # %% tags=["parameters"]

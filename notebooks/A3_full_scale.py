@@ -20,7 +20,7 @@
 # decides the cost, and how close such a prediction comes to a real run.
 #
 # **Reads** a preset's file. **Writes** the stage `full_scale`: the
-# predictions, and what a *geometry twin* measured. Time: one minute, 2 cores.
+# predictions, and what a *geometry twin* measured. Time: half a minute.
 
 # %% tags=["parameters"]
 # results go to data/artifacts/<run>/

@@ -62,8 +62,8 @@ cases: dict = {
 objects: dict = {
     "question": "What do you see in this image?",
     "size": 192,  # pixels a side of the white image
-    "kinds": ["base"],  # tokens that are clamped
-    "doses": [4, 8, 16, 24, 32],
+    "kinds": ["tiles", "newline"],  # tokens that are clamped
+    "doses": [4, 8, 16, 32],
     "count": 100,  # latents that are reported
     "choosing": 50,  # up to as many others choose the dose
     # other images, whose unsteered answers fluency is compared with
@@ -122,9 +122,9 @@ from lmm_sae_nb.steer.experiments import (
     clamp_values,
     kinds_by_rank,
     latents_named,
-    next_latents,
     ranks_on_top_images,
     steer_objects,
+    with_next_latents,
     word_activations,
     word_metrics,
 )
@@ -264,17 +264,11 @@ plots.table(at_chosen_dose(feelings), cases["question"])
 
 # %% [markdown]
 # The control is the same question about the same image, with the latent of the
-# next feeling in the list. We look for the word of the first feeling.
+# next feeling in the list. We look for the word of the first feeling in the
+# answers above; nothing is asked again.
 
 # %%
-others = next_latents(latents)
-feelings_control = stage.result(
-    "feelings_control", list[CaseStudy],
-    lambda: case_studies(
-        place, cache, others, cases["question"], **feeling
-    ),
-)  # fmt: skip
-plots.case_studies(feelings_control[:1])
+plots.case_studies(with_next_latents(feelings)[:1])
 
 # %% [markdown]
 # > "To test this, we clamp this feature and prompt the model with "Tell me a
@@ -301,12 +295,6 @@ plots.case_studies([c for c in stories if c.concept in displayed])
 
 # %%
 plots.table(at_chosen_dose(stories), cases["story"])
-
-# %%
-stories_control = stage.result(
-    "stories_control", list[CaseStudy],
-    lambda: case_studies(place, cache, others, cases["story"], **story),
-)  # fmt: skip
 
 # %% [markdown]
 # > "For instance, in Fig. 5, the feature for "happy" ranks only 78th, with many
@@ -369,12 +357,14 @@ plots.scatter(
 # in the paper. So the *spliced* answer is a real control, and an answer counts
 # as changed if it differs from it.
 #
-# - **Tokens.** We clamp at the `base` tokens only, for all latents alike. With
-#   all image tokens clamped, sentences do not end and repeat words. We saw this
-#   on the latents that choose the dose.
+# - **Tokens.** We clamp at the tokens of the tiles only, for all latents alike.
+#   With all image tokens clamped, sentences repeat words and some do not end. We
+#   saw this on the latents that choose the dose.
 # - **Fluency.** The untouched model answers the same question about other
-#   images. We read these answers as answers about the white image. Half of them
-#   give the reference, the other half are the *unsteered* control.
+#   images. We read these answers as answers about the white image, because they
+#   too say what it does not show. Half of them give the reference, the other half
+#   are the *unsteered* control. Steered answers can be more fluent than these:
+#   they call the scene blank, and it is.
 # - **Dose.** We choose it on other object latents, by the harmonic mean of
 #   concept and fluency (the lowest if several tie).
 # - **Controls.** We clamp as many live latents at random, and look for the same
@@ -483,8 +473,8 @@ seconds = stage.result("panel", Metrics, panel.measure)
 metrics = stage.finish(
     steering.metrics | clamp_values(steering, cache)
     | relevance.metrics | seconds
-    | case_metrics("feelings", feelings, feelings_control, seed)
-    | case_metrics("stories", stories, stories_control, seed)
+    | case_metrics("feelings", feelings, seed)
+    | case_metrics("stories", stories, seed)
     | word_metrics(words, seed) | by_rank.metrics
     | {f"rank_{concept}": rank for concept, rank in ranks.items()}
 )  # fmt: skip

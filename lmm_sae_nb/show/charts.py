@@ -359,6 +359,7 @@ def dose_response(steering: ObjectSteering) -> list[Axes]:
     for ax, (what, title) in zip(axes, titles.items(), strict=True):
         dose_curves(steering.curves(what), "", title, ax=ax)
         ax.axvline(steering.dose, color=GREY, ls=":", lw=1)
+        ax.set_ylim(0, 1.08)
         ax.get_legend().remove()
     unsteered = float(np.mean(steering.ordinary.control_fluency))
     axes[1].axhline(unsteered, color=GREY, ls="--", lw=1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -143,13 +143,16 @@ def case_studies(
     return studies
 
 
-def next_latents(latents: Mapping[str, int]) -> dict[str, int]:
-    """Return for each concept the latent of the next one, for a control; nothing if there is only one concept.
+def with_next_latents(studies: Sequence[CaseStudy]) -> list[CaseStudy]:
+    """Return the control of case studies: each concept is searched for in the answers to the next concept's latent.
 
-    latents: concept to its latent; after the last concept comes the first.
+    Nothing is asked again, because all studies have the same prompt. After the last concept comes the first.
     """
-    numbers = list(latents.values())
-    return dict(zip(latents, numbers[1:] + numbers[:1], strict=True)) if len(numbers) > 1 else {}
+    following = [*studies[1:], *studies[:1]]
+    return [
+        replace(study, latent=other.latent, answers=other.answers, read=other.read)
+        for study, other in zip(studies, following, strict=True)
+    ]
 
 
 def left_out_doses(studies: Sequence[CaseStudy]) -> list[float]:
@@ -178,18 +181,17 @@ def at_chosen_dose(studies: Sequence[CaseStudy]) -> list[dict[str, str]]:
     ]
 
 
-def case_metrics(prefix: str, studies: Sequence[CaseStudy], control: Sequence[CaseStudy], seed: int = 0) -> Metrics:
+def case_metrics(prefix: str, studies: Sequence[CaseStudy], seed: int = 0) -> Metrics:
     """Return concept, fluency and harmonic mean of case studies and of their control, with intervals.
 
-    The dose of each study is the one that the other studies choose; the control has the same dose.
+    The dose of each study is the one that the other studies choose. The control has the next latent at this dose.
 
     prefix: of the names.
-    control: the same prompts with other latents clamped.
     seed: of the intervals.
     """
     chosen = left_out_doses(studies)
     metrics: Metrics = {f"{prefix}_steered": len(studies), f"{prefix}_dose": float(np.median(chosen))}
-    for name, group in ((prefix, studies), (f"{prefix}_control", control)):
+    for name, group in ((prefix, studies), (f"{prefix}_control", with_next_latents(studies))):
         at = [(study, study.doses.index(dose)) for study, dose in zip(group, chosen, strict=True)]
         metrics[f"{name}_named"] = sum(study.named[n] for study, n in at)
         metrics[f"{name}_named_any_dose"] = sum(any(study.named[1:]) for study in group)

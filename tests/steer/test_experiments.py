@@ -24,10 +24,10 @@ from lmm_sae_nb.steer.experiments import (
     kinds_by_rank,
     latents_named,
     left_out_doses,
-    next_latents,
     rank_on_image,
     ranks_on_top_images,
     steer_objects,
+    with_next_latents,
     word_activations,
     word_metrics,
 )
@@ -123,23 +123,31 @@ def test_the_dose_of_a_case_is_chosen_by_the_other_cases():
 
 
 def test_case_metrics_are_those_of_the_chosen_doses():
-    cases = [study("sad", "-", ["-", "fine", "sad"], [1.0, 1.0, 8.0], 0.5), study("shy", "-", ["-", "no", "shy"])]
-    control = [study("sad", "-", ["-", "sad", "no"]), study("shy", "-", ["-", "no", "no"], [1.0, 1.0, 40.0])]
-    metrics = case_metrics("x", cases, control)
-    assert (metrics["x_steered"], metrics["x_dose"]) == (2, 2)
-    assert (metrics["x_named"], metrics["x_control_named"]) == (2, 0)
-    assert (metrics["x_named_any_dose"], metrics["x_control_named_any_dose"]) == (2, 1)
-    assert metrics["x_fluency"] == pytest.approx((0.25 + 1) / 2)
-    assert metrics["x_harmonic"] == pytest.approx((0.4 + 1) / 2) and metrics["x_control_harmonic"] == 0
-    assert metrics["x_control_fluency"] == pytest.approx((1 + 0.1) / 2)
-    assert (metrics["x_repeated"], metrics["x_control_repeated"]) == (0.25, 0)
-    assert metrics["x_unsteered_fluency"] == pytest.approx(0.8)
-    assert metrics["x_fluency_ratio"] == pytest.approx(0.625 / 0.8)
+    cases = [
+        study("sad", "-", ["-", "fine", "sad"], [1.0, 1.0, 8.0], 0.5),
+        study("shy", "-", ["-", "no sad", "shy"], [1.0, 1.0, 40.0]),
+        study("ill", "-", ["-", "fine", "ill"]),
+    ]
+    metrics = case_metrics("x", cases)
+    assert (metrics["x_steered"], metrics["x_dose"]) == (3, 2)
+    assert (metrics["x_named"], metrics["x_control_named"]) == (3, 0)
+    assert (metrics["x_named_any_dose"], metrics["x_control_named_any_dose"]) == (3, 1)
+    assert metrics["x_fluency"] == metrics["x_control_fluency"] == pytest.approx((0.25 + 0.1 + 1) / 3)
+    assert metrics["x_harmonic"] == pytest.approx((0.4 + 0.2 / 1.1 + 1) / 3) and metrics["x_control_harmonic"] == 0
+    assert metrics["x_repeated"] == pytest.approx(0.5 / 3)
+    assert metrics["x_unsteered_fluency"] == pytest.approx(0.8) and metrics["x_reference_perplexity"] == 4
+    assert metrics["x_fluency_ratio"] == pytest.approx(1.35 / 3 / 0.8)
 
 
-def test_the_control_of_a_case_clamps_the_latent_of_the_next():
-    assert next_latents({"sad": 4, "happy": 9, "sick": 2}) == {"sad": 9, "happy": 2, "sick": 4}
-    assert next_latents({"sad": 4}) == {}
+def test_the_control_of_a_case_is_searched_for_in_the_answers_to_the_next_latent(made, live):
+    place, cache, pictures = made
+    latents = {"sad": live[0], "happy": live[1], "sick": live[2]}
+    turned = {"sad": live[1], "happy": live[2], "sick": live[0]}
+    how = dict(unsteered="be {} !", image=pictures[0], max_new_tokens=4)
+    found, again = (case_studies(place, cache, group, "why ?", [40], **how) for group in (latents, turned))
+    for control, alone in zip(with_next_latents(found), again, strict=True):
+        assert (control.concept, control.latent, control.answers) == (alone.concept, alone.latent, alone.answers)
+        assert control.fluency == pytest.approx(alone.fluency, rel=1e-3) and control.named == alone.named
 
 
 def test_activations_on_words_are_the_highest_of_the_prompts_text(made, live):

@@ -26,7 +26,7 @@
 #
 # | preset | model | latents clamped | time |
 # |---|---|---|---|
-# | `tiny` | LLaVA-NeXT of Picture World | about 270 | 4 minutes, 2 cores |
+# | `tiny` | LLaVA-NeXT of Picture World | about 260 | 4 minutes, 2 cores |
 # | `paper` | LLaVA-NeXT-LLaMA3-8B | about 300 | one GPU |
 
 # %% tags=["parameters"]
@@ -490,6 +490,11 @@ limit = (
     f" {m['dose']:g} is the end of our range of doses; "
     "more was not tried on this page."
 ) * (m["dose"] == max(objects["doses"]))
+stories_are = (
+    "So steered stories stay about as whole as others."
+    if m["stories_fluency_ratio"] >= 0.8
+    else "So many steered stories are broken at every useful dose."
+)
 findings(
     f"At dose {m['dose']:g}, {m['named_of_100']:.0f} of 100 object "
     "latents make the model name their object on a white image. "
@@ -524,7 +529,7 @@ findings(
     f"{m['stories_named']} of {m['stories_steered']} latents bring their "
     f"feeling into a story (control: {m['stories_control_named']}). The "
     f"fluency is {read_mean(m, 'stories_fluency')}, that of unsteered "
-    f"stories {read_mean(m, 'stories_unsteered_fluency')}.",
+    f"stories {read_mean(m, 'stories_unsteered_fluency')}. {stories_are}",
     "At any dose, whole sentence or not, "
     f"{m['feelings_named_any_dose']} of {m['feelings_steered']} latents "
     f"bring the feeling into an answer, and {m['stories_named_any_dose']} "

@@ -493,7 +493,7 @@ limit = (
 stories_are = (
     "So steered stories stay about as whole as others."
     if m["stories_fluency_ratio"] >= 0.8
-    else "So many steered stories are broken at every useful dose."
+    else "So many steered stories are broken at the chosen dose."
 )
 findings(
     f"At dose {m['dose']:g}, {m['named_of_100']:.0f} of 100 object "

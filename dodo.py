@@ -33,6 +33,7 @@ SOURCES = pages.sources()
 VALUES = pages.preset(PARAMS)
 RESULTS = {source: pages.results(source, VALUES[source.stem]) for source in SOURCES}
 RUN = next((values["run"] for values in VALUES.values() if "run" in values), PARAMS.stem)
+STUDY = next((values["seeds_study"] for values in VALUES.values() if "seeds_study" in values), "book/seeds.json")
 ARTIFACTS = ROOT / "data" / "artifacts" / RUN
 PACKAGE = sorted((ROOT / pages.PACKAGE).rglob("*.py"))
 WORLD = ROOT / "data" / "artifacts" / "tiny" / "world"
@@ -153,9 +154,11 @@ def task_results():
 
     def write():
         from book import results
+        from lmm_sae_nb.show.seed_study import read_study
 
         order = [stage for source in SOURCES for stage in pages.stages(source)]
-        (BOOK / "results.md").write_text(results.page(ARTIFACTS, list(dict.fromkeys(order))), encoding="utf-8")
+        page = results.page(ARTIFACTS, list(dict.fromkeys(order)), read_study(STUDY and ROOT / STUDY))
+        (BOOK / "results.md").write_text(page, encoding="utf-8")
 
     return {
         "actions": [write],

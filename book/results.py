@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lmm_sae_nb.show import report
+from lmm_sae_nb.show.seed_study import SeedStudy
 
 HERE = Path(__file__).parent
 ENDS = ("_low", "_high")
@@ -16,9 +17,7 @@ The notebooks of this build measured every number on this page, in the run `{run
 paper's numbers come from photographs and a model of 8 billion parameters; ours come from the run. So the two columns
 show that the same quantity is meant, not that the numbers should be equal. A *control* is the same measurement where
 the claim should fail. A *target* is what this book set out to reach; a target that was missed stays here.
-
-| claim | ours | control | the paper | target |
-|---|---|---|---|---|
+{study}
 {claims}
 
 ## Every metric
@@ -26,6 +25,11 @@ the claim should fail. A *target* is what this book set out to reach; a target t
 Open a stage to see all of its metrics. The number in brackets is the interval.
 
 {details}
+"""
+STUDY = """
+The column of several SAEs comes from a study: SAEs that differ only in the seed of notebook 01, each with its own run
+of the pages (`book/seeds.json`). An interval says how much the choice of images or latents matters; this column says
+how much the choice of the SAE matters.
 """
 Metrics = dict[str, dict[str, float]]  # stage -> metric -> value
 
@@ -62,7 +66,15 @@ def control(metrics: Metrics, given: str | list[str] | None) -> str:
     return f"{with_interval(metrics[place[0]], place[1])}: {given[1]}" if place else given[1]
 
 
-def claims(metrics: Metrics) -> str:
+def over_seeds(study: SeedStudy | None, stage: str, metric: str) -> str:
+    """Return the median of a study's SAEs, with the lowest and the highest value; empty if none has the metric."""
+    measured = study and study.find(stage, metric)
+    if not measured:
+        return ""
+    return f"{number(measured.median)} ({number(measured.lowest)} to {number(measured.highest)})"
+
+
+def claims(metrics: Metrics, study: SeedStudy | None) -> str:
     """Return the table's rows: one for each claim that this run measured."""
     rows = []
     for claim in json.loads((HERE / "claims.json").read_text(encoding="utf-8")):
@@ -72,7 +84,9 @@ def claims(metrics: Metrics) -> str:
         stage, metric = place
         title = f"[{claim['claim']}](notebooks/{claim['page']})"
         ours = with_interval(metrics[stage], metric)
-        columns = (title, ours, control(metrics, claim.get("control")), paper(stage, metric), target(metrics, *place))
+        columns = [title, ours, control(metrics, claim.get("control")), paper(stage, metric), target(metrics, *place)]
+        if study:
+            columns.insert(2, over_seeds(study, stage, metric))
         rows.append("| " + " | ".join(columns) + " |")
     return "\n".join(rows)
 
@@ -106,11 +120,18 @@ def details(stage: str, metrics: Metrics) -> str:
     return f"::::{{dropdown}} Stage `{stage}`: {len(rows) - 2} metrics\n\n" + "\n".join(rows) + "\n\n::::\n"
 
 
-def page(artifacts: Path, order: list[str]) -> str:
-    """Return the whole page for one run's folder; stages stand in the order of the notebooks that write them."""
+def page(artifacts: Path, order: list[str], study: SeedStudy | None = None) -> str:
+    """Return the whole page for one run's folder; stages stand in the order of the notebooks that write them.
+
+    study: of several SAEs; None leaves its column out.
+    """
     found: Metrics = {
         file.parent.name: json.loads(file.read_text()) for file in sorted(artifacts.glob("*/metrics.json"))
     }
     ordered = sorted(found, key=lambda stage: (order.index(stage) if stage in order else len(order), stage))
     folded = "\n".join(details(stage, found) for stage in ordered) or "No stage has written its numbers yet.\n"
-    return HEAD.format(run=artifacts.name, claims=claims(found), details=folded)
+    heads = ["claim", "ours", "control", "the paper", "target"]
+    if study:
+        heads.insert(2, f"{len(study.seeds)} SAEs: median (lowest to highest)")
+    table = [" | ".join(["", *heads, ""]).strip(), "|" + "---|" * len(heads), claims(found, study)]
+    return HEAD.format(run=artifacts.name, study=STUDY if study else "", claims="\n".join(table), details=folded)

@@ -70,6 +70,8 @@ n_top: int = 5  # exemplars of a latent
 threshold: float = 0.25
 dim: float = 0.0  # brightness of the other patches; reference code: 0.12
 seed: int = 0  # of the choice of latents
+# the same page for other SAEs, which differ in their seed; "": none
+seeds_study: str = "book/seeds.json"
 
 # %% tags=["remove-cell"]
 from collections import Counter
@@ -83,13 +85,16 @@ from lmm_sae_nb.interpret.explain import as_rows, latents_in_training
 from lmm_sae_nb.interpret.open import open_interpreter
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.report import (
+    across_saes,
     findings,
     headline,
     metrics_table,
+    over_saes,
     percent,
     provenance,
     published,
 )
+from lmm_sae_nb.show.seed_study import read_study
 from lmm_sae_nb.support.images import Remembered
 from lmm_sae_nb.support.intervals import read_mean
 from lmm_sae_nb.support.stages import Page
@@ -170,8 +175,9 @@ plots.exemplar_strip([(f"latent {n}", by_latent[n]) for n in two]);
 
 # %%
 stage = page.stage(
-    "interpret", after=("train", "cache"), without=("endpoint",)
-)
+    "interpret", after=("train", "cache"),
+    without=("endpoint", "seeds_study"),
+)  # fmt: skip
 interpreter = open_interpreter(
     explainer, refiner, labeller, endpoint,
     concepts=concepts, replies=stage.path("replies.jsonl"),
@@ -342,6 +348,25 @@ if truth:
     plots.stacked(responses, "latents");
 
 # %% [markdown]
+# ## Other SAEs
+#
+# The intervals above say how much the choice of latents matters. They do not
+# say how much the choice of the SAE matters. So this page ran for several
+# SAEs that differ only in the seed of notebook 01
+# (`python -m lmm_sae_nb.benchmarks seeds`). The explainer saw masks of one of
+# them in its training, that with seed 0.
+
+# %% mystnb={"figure": {"caption": "The same page for several SAEs that differ only in their seed (grey), with their median (black), and this page's SAE (blue).", "name": "fig-interpret-seeds"}, "image": {"alt": "A row for each metric with a dot for each SAE."}}
+study = read_study(page.locate(seeds_study))
+of_all = {
+    "explained_fraction": "latents that get a name",
+    "concept_accuracy": "names that are the true concept",
+    "concept_accuracy_shuffled": "control: names of other latents",
+    "concept_recall": "concepts that a latent detects and names",
+}
+if study:
+    plots.other_saes(study, stage, of_all, "fraction");
+# %% [markdown]
 # ## What we found
 
 # %% tags=["remove-input"]
@@ -388,10 +413,10 @@ if "refusal_precision" in metrics:
         f"{percent(metrics['refusal_precision'])} of the refusals are right: "
         "these images have nothing in common, or only a detail."
     )
-findings(*sentences)
+findings(*sentences, *across_saes(study, stage, of_all))
 
 # %% [markdown]
-# **Limits.** One SAE, one explainer, and one rule of what images have in
+# **Limits.** One explainer, and one rule of what images have in
 # common. The rule counts a detail as nothing in common, so a name for a detail
 # is wrong, and its refusal is right. A latent that responds to several things,
 # to a place or to an edge is rightly refused, too. The limit of confidence was
@@ -416,6 +441,8 @@ if "concept_accuracy_unseen" in metrics:
         f"{percent(metrics['concept_accuracy_unseen_low'])} to "
         f"{percent(metrics['concept_accuracy_unseen_high'])})"
     )
+if of_saes := over_saes(study, stage, "concept_accuracy"):
+    names += f". Right names, {of_saes}"
 headline(
     page,
     f"the explainer names {metrics['explained']:,} of {metrics['asked']:,} "

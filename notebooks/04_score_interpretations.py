@@ -65,6 +65,8 @@ endpoint: dict = {
     "timeout": 120.0,  # seconds that an answer may take
 }
 seed: int = 0  # of everything random, and of the bootstrap
+# the same page for other SAEs, which differ in their seed; "": none
+seeds_study: str = "book/seeds.json"
 
 # %% tags=["remove-cell"]
 from datasets import load_from_disk
@@ -109,13 +111,16 @@ from lmm_sae_nb.score.tables import (
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.rater import Rater
 from lmm_sae_nb.show.report import (
+    across_saes,
     findings,
     headline,
     metrics_table,
+    over_saes,
     percent,
     provenance,
     published_numbers,
 )
+from lmm_sae_nb.show.seed_study import read_study
 from lmm_sae_nb.support.images import Remembered
 from lmm_sae_nb.support.stages import Page
 from lmm_sae_nb.truth.label_maps import LabelMaps
@@ -218,7 +223,7 @@ for one in example:
 stage = page.stage(
     "score",
     after=("train", "cache", "interpret"),
-    without=("judge", "n_judged", "endpoint"),
+    without=("judge", "n_judged", "endpoint", "seeds_study"),
 )
 
 # %%
@@ -312,8 +317,9 @@ if truth:
 judgements = {}
 if judge or truth:
     judging = page.stage(
-        "judge", after=("cache", "interpret"), without=("endpoint",)
-    )
+        "judge", after=("cache", "interpret"),
+        without=("endpoint", "seeds_study"),
+    )  # fmt: skip
     replies = judging.path("replies.jsonl")
     judgements = judging.result(
         "verdicts", dict[int, Judgement],
@@ -363,6 +369,25 @@ plots.table([
 ] or [{"raters": "no two yet"}])  # fmt: skip
 
 # %% [markdown]
+# ## Other SAEs
+#
+# The intervals above say how much the choice of latents or images matters.
+# They do not say how much the choice of the SAE matters. So this page ran for
+# several SAEs that differ only in the seed of notebook 01
+# (`python -m lmm_sae_nb.benchmarks seeds`).
+
+# %% mystnb={"figure": {"caption": "The same page for several SAEs that differ only in their seed (grey), with their median (black), and this page's SAE (blue).", "name": "fig-score-seeds"}, "image": {"alt": "A row for each metric with a dot for each SAE."}}
+study = read_study(page.locate(seeds_study))
+of_all = {
+    "iou_paper": "IoU, the paper's mode",
+    "iou_paper_random": "the same on random images",
+    "iou_strict": "IoU, strict",
+    "iou_strict_area": "the same with the activation moved",
+    "iou_strict_shuffled": "the same with another name",
+}
+if study:
+    plots.other_saes(study, stage, of_all, "IoU");
+# %% [markdown]
 # ## What we found
 
 # %% tags=["remove-input"]
@@ -403,7 +428,7 @@ if judgements and "judged" in judged:
         f"The judge ({judge_name}) accepts {own} of the names, and {other} "
         "of other latents' names."
     )
-findings(*sentences)
+findings(*sentences, *across_saes(study, stage, of_all, "{:.3f}".format))
 
 # %% [markdown]
 # **Limits.** The numbers hold for explained latents only. A scene fills the
@@ -426,12 +451,14 @@ if "clip_paper_random" in metrics:
         f"{metrics['clip_paper_random']:.1f}"
     )
 paper = published_numbers("score")
+of_saes = over_saes(study, stage, "iou_paper", "{:.2f}".format)
+of_saes = of_saes and f" The IoU, {of_saes}."
 headline(
     page,
     f"on images that excite a latent, the IoU with its concept is "
     f"{metrics['iou_paper']:.2f} in the paper's mode, instead of "
     f"{metrics['iou_paper_random']:.3f} on random images{clip_score} "
-    f"({metrics['latents_scored']} latents).",
+    f"({metrics['latents_scored']} latents).{of_saes}",
     f"an IoU of {paper['iou_paper']:.2f} instead of "
     f"{paper['iou_paper_random']:.3f}, and a CLIP score of "
     f"{paper['clip_paper']:.1f} instead of "

@@ -318,7 +318,7 @@ metrics_table(stage)
 # ## All pairs
 #
 # A decision has thousands of active pairs (a column of the table). To ablate
-# all of them takes hours here: `python -m lmm_sae_nb.benchmarks.ablations`
+# all of them takes hours here: `python -m lmm_sae_nb.benchmarks ablations`
 # does it, and writes `book/ablations.json`. The table shows the last such
 # measurement.
 #

@@ -145,7 +145,7 @@ plots.table([
 # How long does it take from a closed file to one latent's top images and
 # patch maps? The target is 5 ms, with the file's pages dropped from the
 # system's memory (*cold*). To measure it again:
-# `python -m lmm_sae_nb.benchmarks.cache_opening`.
+# `python -m lmm_sae_nb.benchmarks cache-opening`.
 
 # %%
 opened = read_typed(page.locate("book/cache_opening.json"), dict)

@@ -1,6 +1,6 @@
-"""Measurements that take too long for a page: `python -m lmm_sae_nb.benchmarks...` writes them into book/*.json.
+"""Measurements that take too long for a page. `python -m lmm_sae_nb.benchmarks COMMAND` writes them into book/*.json.
 
 In reading order: `systems` (one training step of this package and of three other libraries), `comparison` (all of
-them at several shapes), `cache_opening` (time to read a latent from a cold cache), `ablations` (every active pair of
-held-out decisions, for notebook 07).
+them at several shapes; command `training`), `cache_opening` (time to read a latent from a cold cache), `ablations`
+(every active pair of held-out decisions, for notebook 07), `seeds` (the pages for several seeds of the SAE).
 """

@@ -1,27 +1,22 @@
-"""Measure the training step of this package and of the peers, and write book/benchmarks.json."""
+"""Measure what takes too long for a page, and write the numbers into book/*.json."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from lmm_sae_nb.benchmarks.comparison import check_targets, renew
-from lmm_sae_nb.support.files import project_root
+from lmm_sae_nb.benchmarks import ablations, cache_opening, comparison, seeds
+
+COMMANDS = {"training": comparison, "ablations": ablations, "cache-opening": cache_opening, "seeds": seeds}
 
 
-def main() -> None:
-    root = project_root()
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m lmm_sae_nb.benchmarks", description=__doc__)
-    parser.add_argument("--out", type=Path, default=root / "book" / "benchmarks.json")
-    parser.add_argument(
-        "--peers",
-        type=Path,
-        default=root / "build" / "peers",
-        help="the peers' environment; created if absent",
-    )
-    options = parser.parse_args()
-    for row in check_targets(renew(options.out, options.peers)["results"]):
-        print(row)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, module in COMMANDS.items():
+        summary = module.__doc__.partition("\n\n")[0].replace("\n", " ")
+        module.add_options(commands.add_parser(name, help=summary, description=module.__doc__))
+    options = parser.parse_args(arguments)
+    COMMANDS[options.command].main(options)
 
 
 if __name__ == "__main__":

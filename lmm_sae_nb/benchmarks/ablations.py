@@ -1,6 +1,6 @@
 """Ablate every active pair of held-out decisions and write book/ablations.json, a row for each layer.
 
-This takes hours on a CPU. A run that was stopped goes on where it was. `python -m lmm_sae_nb.benchmarks.ablations`
+This takes hours on a CPU. A run that was stopped goes on where it was. `python -m lmm_sae_nb.benchmarks ablations`
 measures the SAE of notebook 01, `--sae data/artifacts/tiny/attribute/others/layer_4` one of notebook 07's.
 """
 
@@ -56,9 +56,9 @@ def measure(place: SAEInPlace, sample: Mapping, folder: Path, batch: int = 4) ->
     return row | {f"{name}_{way}": getattr(by_way[way], name) for way in WAYS for name in QUANTITIES}
 
 
-def main() -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options to a parser."""
     root = project_root()
-    parser = argparse.ArgumentParser(prog="python -m lmm_sae_nb.benchmarks.ablations", description=__doc__)
     parser.add_argument("--run", default="tiny", help="the run whose SAE is measured, unless --sae names another")
     parser.add_argument("--sae", type=Path, help="the folder of an SAE")
     parser.add_argument("--model", default="data/models/tiny-llava-next")
@@ -67,9 +67,17 @@ def main() -> None:
     parser.add_argument("--decisions", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=root / "book" / "ablations.json")
-    options = parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        SystemExit: the file that it should write is another one.
+    """
+    root = project_root()
     if options.out.is_file() and "layers" not in read_json(options.out):
-        parser.error(f"{options.out} has no layers; delete it, or give another --out")
+        raise SystemExit(f"{options.out} has no layers; delete it, or give another --out")
     torch.set_num_threads(options.threads)
     source = root / options.sae if options.sae else require(options.run, "train")
     model = root / options.model
@@ -103,7 +111,3 @@ def summary(rows: Sequence[dict], layer: int, hashes: Mapping[str, str]) -> dict
         for name in (f"{quantity}_{way}" for way in WAYS for quantity in QUANTITIES):
             row[name] = mean_interval([each[name] for each in rows])._asdict()
     return row | {"by_decision": list(rows)}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,11 @@
 """Measure how long it takes to open a cache of the paper's size and to read one latent's top images and patch maps.
 
-`python -m lmm_sae_nb.benchmarks.cache_opening` writes book/cache_opening.json.
+`python -m lmm_sae_nb.benchmarks cache-opening` writes book/cache_opening.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -75,11 +76,12 @@ def _milliseconds(folder: str, latent: int) -> float:
     return 1000 * seconds
 
 
-def main() -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options to a parser; it has none."""
+
+
+def main(options: argparse.Namespace) -> None:
+    """Run the command."""
     record = circumstances() | measure()
     write_json(project_root() / "book" / "cache_opening.json", record)
     print(json.dumps(record, indent=2))
-
-
-if __name__ == "__main__":
-    main()

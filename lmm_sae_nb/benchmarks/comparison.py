@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -154,3 +155,21 @@ def renew(path: Path, environment: Path | None = None) -> dict:
     record = compare(peers_python(environment or project_root() / "build" / "peers"))
     write_json(path, record)
     return record
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options to a parser."""
+    root = project_root()
+    parser.add_argument("--out", type=Path, default=root / "book" / "benchmarks.json")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        default=root / "build" / "peers",
+        help="the peers' environment; created if absent",
+    )
+
+
+def main(options: argparse.Namespace) -> None:
+    """Run the command."""
+    for row in check_targets(renew(options.out, options.peers)["results"]):
+        print(row)

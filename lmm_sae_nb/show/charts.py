@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 
 from lmm_sae_nb.show.style import (
+    CHANCE,
     GREY,
     LATENT,
     LINE,
@@ -21,6 +22,7 @@ from lmm_sae_nb.show.style import (
     TARGET,
     WIDTH,
     colours,
+    height,
     literal,
     one_axes,
     panels,
@@ -29,8 +31,10 @@ from lmm_sae_nb.show.style import (
 
 if TYPE_CHECKING:
     from lmm_sae_nb.hallucination.search import Limits, Search
+    from lmm_sae_nb.show.seed_study import SeedStudy
     from lmm_sae_nb.steer.experiments import ObjectSteering
     from lmm_sae_nb.support.intervals import Mean
+    from lmm_sae_nb.support.stages import Stage
 
 MARKERS = "osD^vP*X"  # of the series of a chart, so that colour is not all that tells them apart
 WORDS = {
@@ -200,6 +204,30 @@ def compared(results: Mapping[str, Mapping[str, float]], xlabel: str, ax: Axes |
     ax.set_xlim(left=0)
     if not ax.figure.legends:  # one for all panels
         ax.figure.legend(loc="outside lower center", ncols=_legend_columns(ways))
+    return ax
+
+
+def other_saes(study: SeedStudy, stage: Stage, metrics: Mapping[str, str], xlabel: str, highest: float = 1.0) -> Axes:
+    """Draw metrics of a study of several SAEs, a row each: a grey dot for each SAE, a coloured one for this run.
+
+    stage: of this run, with its metrics.
+    metrics: name to words.
+    highest: end of the axis, which begins at 0.
+    """
+    rows = {name: words for name, words in metrics.items() if study.find(stage.name, name)}
+    inches = 0.45 * WIDTH
+    ax = one_axes(sum(height([wrapped(words, inches)]) + 0.16 for words in rows.values()) + 1.2)
+    for y, name in enumerate(rows):
+        measured = study.find(stage.name, name)
+        known = dict(color=CHANCE, label=f"{len(study.seeds)} SAEs")
+        ax.plot(measured.known, [y] * len(measured.known), "o", ms=8, alpha=0.5, mew=0, clip_on=False, **known)
+        ax.plot(measured.median, y, "|", color=TARGET, ms=16, mew=2, label="their median")
+        if name in stage.metrics:
+            ax.plot(stage.metrics[name], y, "D", color=LATENT, ms=6, label="this page's SAE", clip_on=False)
+    _rows(ax, {wrapped(words, inches): 0 for words in rows.values()}, xlabel)
+    ax.set_xlim(0, highest)
+    handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))  # one of each
+    ax.figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     return ax
 
 

@@ -4,7 +4,7 @@
 
 from lmm_sae_nb.show.charts import (
     TRAINING, agreement, bars, calibration, compared, cross_table, curve, dose_curves, dose_response, histogram, live,
-    mean_panels, means, proportions, scatter, search_trials, size_panels, stacked, training,
+    mean_panels, means, other_saes, proportions, scatter, search_trials, size_panels, stacked, training,
 )  # fmt: skip
 from lmm_sae_nb.show.pictures import (
     exemplar_strip, heat_map, images, overlap, overlaps, picture_axes, picture_rows, signed_map, signed_maps,

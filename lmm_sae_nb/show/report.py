@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from html import escape
 
 from IPython.display import HTML, Markdown, display
 
+from lmm_sae_nb.show.seed_study import SeedStudy
 from lmm_sae_nb.support.files import project_root, read_json
 from lmm_sae_nb.support.intervals import Mean
 from lmm_sae_nb.support.stages import Page, Stage
@@ -40,6 +42,32 @@ def percent(value: float | Mean, digits: int = 0) -> str:
 def findings(*sentences: str) -> None:
     """Show what was found as a list; each sentence has its numbers from metrics."""
     display(Markdown("\n".join(f"- {sentence}" for sentence in sentences)))
+
+
+def over_saes(study: SeedStudy | None, stage: Stage | str, metric: str, form: Callable[[float], str] = percent) -> str:
+    """Return "median of 6 SAEs: 88 %, lowest 86 %, highest 91 %"; empty if no SAE of the study has the metric.
+
+    study: None if there is none.
+    stage: or its name.
+    form: writes a number.
+    """
+    measured = study and study.find(stage if isinstance(stage, str) else stage.name, metric)
+    if not measured:
+        return ""
+    median, lowest, highest = map(form, (measured.median, measured.lowest, measured.highest))
+    return f"median of {len(measured.known)} SAEs: {median}, lowest {lowest}, highest {highest}"
+
+
+def across_saes(
+    study: SeedStudy | None, stage: Stage | str, metrics: Mapping[str, str], form: Callable[[float], str] = percent
+) -> list[str]:
+    """Return a sentence for each metric that the study has: its words, and the median, lowest and highest value.
+
+    metrics: name to words.
+    form: writes a number.
+    """
+    found = {words: over_saes(study, stage, name, form) for name, words in metrics.items()}
+    return [f"{words[:1].upper()}{words[1:]}: {text}." for words, text in found.items() if text]
 
 
 def entry(file: str, stage: str, metric: str) -> dict | str | None:

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import re
@@ -36,10 +37,15 @@ def code_fingerprints(modules: Iterable[ModuleType]) -> dict[str, str]:
     while waiting:
         module = waiting.pop()
         if module.__name__ not in found:
-            statements = ast.unparse(ast.parse(Path(module.__file__).read_text(encoding="utf-8")))
-            found[module.__name__] = hashlib.sha256(statements.encode()).hexdigest()
+            found[module.__name__] = code_fingerprint(module.__file__)
             waiting += _imported(module)
     return dict(sorted(found.items()))
+
+
+def code_fingerprint(path: str | Path) -> str:
+    """Return the SHA-256 of a Python file's statements, without comments and layout."""
+    statements = ast.unparse(ast.parse(Path(path).read_text(encoding="utf-8")))
+    return hashlib.sha256(statements.encode()).hexdigest()
 
 
 def _imported(module: ModuleType) -> list[ModuleType]:
@@ -191,6 +197,21 @@ class Stage:
         write_json(self.path(MANIFEST), manifest)
         self.is_current = True
         return self.metrics
+
+    def holds(self) -> bool:
+        """Return whether a finished stage would be made again alike: its inputs, code and files are unchanged.
+
+        It needs no imports of the page's code. It does not know the page's parameters.
+        """
+        manifest, root = self._record(MANIFEST), project_root()
+        if manifest is None or self.metrics.get("replies_failed"):
+            return False
+        try:
+            inputs = {name: fingerprint(root / name) for name in manifest["inputs"]}
+            code = {name: code_fingerprint(importlib.util.find_spec(name).origin) for name in manifest["code"]}
+        except (AttributeError, FileNotFoundError, ModuleNotFoundError):  # an input or a module is gone
+            return False
+        return (inputs, code, self._outputs()) == tuple(manifest[key] for key in ("inputs", "code", "outputs"))
 
     def _note(self) -> None:
         """Record which results hold for this key."""

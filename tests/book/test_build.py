@@ -80,6 +80,7 @@ FILES = {
     "lmm_sae_nb/__init__.py": "",
     "lmm_sae_nb/change.py": CHANGE,
     "lmm_sae_nb/other.py": "",
+    "lmm_sae_nb/support/__init__.py": "",
     "lmm_sae_nb/pictureworld/__init__.py": "",
     "lmm_sae_nb/pictureworld/world/__init__.py": "",
     "lmm_sae_nb/pictureworld/world/datasets.py": "",
@@ -96,7 +97,8 @@ def written(folder: Path, files: dict[str, str]) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     (folder / "book").mkdir()
-    for name in ("dodo.py", "book/api.py", "book/features.py", "book/pages.py", "book/progress.py", "book/results.py"):
+    scripts = ("api", "features", "pages", "progress", "results")
+    for name in ("dodo.py", *(f"book/{script}.py" for script in scripts), "lmm_sae_nb/support/notebooks.py"):
         shutil.copy(pages.ROOT / name, folder / name)
     return folder
 

@@ -6,6 +6,7 @@ import pytest
 
 from book import results
 from lmm_sae_nb.show import report
+from lmm_sae_nb.show.seed_study import Measured, SeedStudy
 
 
 @pytest.fixture
@@ -52,6 +53,16 @@ def test_every_metric_is_listed_once_with_its_interval(run):
     assert "| `iou_paper` | 0.25 [0.2, 0.3] |" in page
     assert "_low" not in page
     assert page.index("Stage `train`") < page.index("Stage `score`") < page.index("Stage `compare`")
+
+
+def test_a_claim_has_the_median_and_the_range_of_several_saes_beside_it(run):
+    fvu = {"fvu": Measured.of([0.1, 0.4, 0.25])}
+    study = SeedStudy("", "", {}, {}, [0, 1, 2], [], {"train": fvu})
+    page = results.page(run, [], study)
+    assert "| claim | ours | 3 SAEs: median (lowest to highest) | control |" in page
+    assert "| 0.2 | 0.25 (0.1 to 0.4) | 1 with the mean alone |" in row(page, "| [Few latents")
+    assert "| 0.25 [0.2, 0.3] |  | 0.0244" in row(page, "| [Latents are active where")  # not in the study
+    assert "SAEs" not in results.page(run, [])
 
 
 def test_a_run_without_numbers_says_so(tmp_path):

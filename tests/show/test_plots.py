@@ -12,7 +12,9 @@ from IPython.utils.capture import capture_output
 from PIL import Image
 
 from lmm_sae_nb.show import plots, style
+from lmm_sae_nb.show.seed_study import Measured, SeedStudy
 from lmm_sae_nb.support.intervals import Mean, Proportion
+from lmm_sae_nb.support.stages import Stage
 
 ROWS = [{"step": step, "fvu": 1 / step, "l0": 4.0} for step in range(1, 6)]
 
@@ -148,3 +150,23 @@ def test_a_long_title_is_wrapped_not_shrunk():
 def test_a_colour_means_the_same_on_every_page():
     assert style.colours(["own images", "random"])["random"] == style.colours(["a", "random"])["random"] == plots.CHANCE
     assert len(set(style.colours(["own images", "random", "a", "b", "c"]).values())) == 5
+
+
+def test_the_same_metric_of_other_saes_is_grey_and_that_of_this_run_is_coloured(tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    stage = Stage("tiny", "steer").begin({}, [])
+    stage.finish({"named": 0.4})
+    named = {"named": Measured.of([0.5, None, 0.75]), "chance": Measured.of([0.0, 0.0, 0.25])}
+    study = SeedStudy("", "", {}, {}, [0, 1, 2], [], {"steer": named})
+    words = {"named": "answers that name the object", "chance": "control", "unknown": "not drawn"}
+    ax = plots.other_saes(study, stage, words, "fraction")
+    drawn = [(line.get_color(), line.get_xdata().tolist()) for line in ax.lines]
+    saes = [drawn[0], drawn[3]]
+    assert saes == [(style.CHANCE, [0.5, 0.75]), (style.CHANCE, [0.0, 0.0, 0.25])]
+    assert [found for found in drawn if found[0] == style.LATENT] == [(style.LATENT, [0.4])]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["answers that name the object", "control"]
+    assert [text.get_text() for text in ax.figure.legends[0].get_texts()] == [
+        "3 SAEs", "their median", "this page's SAE",
+    ]  # fmt: skip
+    plt.close("all")

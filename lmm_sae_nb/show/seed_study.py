@@ -1,0 +1,83 @@
+"""The study of several SAEs, alike but for the seed, which `python -m lmm_sae_nb.benchmarks seeds` writes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmm_sae_nb.support.stages import read_typed
+
+Number = int | float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One metric of every SAE.
+
+    values: in the order of the study's seeds; None where an SAE does not have this metric.
+    low, high: ends of the intervals, in the same order; None if the metric has no interval.
+    median, lowest, highest: of the values.
+    """
+
+    values: list[Number | None]
+    low: list[Number | None] | None
+    high: list[Number | None] | None
+    median: Number
+    lowest: Number
+    highest: Number
+
+    @property
+    def known(self) -> list[Number]:
+        """The values of the SAEs that have this metric."""
+        return [value for value in self.values if value is not None]
+
+    @classmethod
+    def of(
+        cls,
+        values: Sequence[Number | None],
+        low: Sequence[Number | None] | None = None,
+        high: Sequence[Number | None] | None = None,
+    ) -> Measured:
+        """Summarise values, at least one of which is a number."""
+        known = [value for value in values if value is not None]
+        ends = [None if end is None else list(end) for end in (low, high)]
+        median = statistics.median(known)
+        return cls(list(values), *ends, float(f"{median:.5g}"), min(known), max(known))
+
+
+@dataclass(frozen=True)
+class SeedStudy:
+    """The metrics of several SAEs that differ only in their seed.
+
+    about: what the file is.
+    command: makes it.
+    made: date, machine and versions.
+    recipe: the pages' parameters, and the hashes of the models.
+    seeds: of the SAEs.
+    missing: seeds that were asked for and are not finished yet.
+    stages: stage to metric to numbers.
+    """
+
+    about: str
+    command: str
+    made: dict
+    recipe: dict
+    seeds: list[int]
+    missing: list[int]
+    stages: dict[str, dict[str, Measured]]
+
+    def find(self, stage: str, metric: str) -> Measured | None:
+        """Return a metric's numbers; None if no SAE has it."""
+        return self.stages.get(stage, {}).get(metric)
+
+
+def read_study(path: str | Path) -> SeedStudy | None:
+    """Read a study; None if the path is empty, which says that there is none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is of another kind.
+    """
+    return read_typed(path, SeedStudy) if str(path) not in ("", ".") else None

@@ -1,0 +1,221 @@
+"""Read what a notebook takes and makes, give it parameters, and run it."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+READS = ("stage", "file", "read")  # methods of `Page` whose first argument is a stage
+
+
+class Parameter(NamedTuple):
+    """One assignment of a parameters cell: `steps: int = 50`, with the comment above or behind it."""
+
+    type: str
+    default: object
+    comment: str
+
+
+def sources(root: Path = REPOSITORY) -> list[Path]:
+    """The notebooks in reading order: 01_... to 08_..., then the appendices A1_..."""
+    return sorted(root.glob("notebooks/[0-9A]*_*.py"))
+
+
+# What a notebook says of itself.
+
+
+def parameters(source: Path) -> dict[str, Parameter]:
+    """Return the typed names of a notebook's parameters cell, each with its default and its comment.
+
+    A value may take several lines, as a dictionary does. The comment stands above the name, or behind the value.
+
+    Raises:
+        ValueError: there is not exactly one such cell, or a line of another form in it.
+    """
+    cells = re.split(r"^# %%", source.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    tagged = [cell for cell in cells if re.match(r".*tags=\[[^\]]*\"parameters\"", cell)]
+    if len(tagged) != 1:
+        raise ValueError(
+            f"{source.name} has {len(tagged)} cells tagged parameters; "
+            'write one, under the line # %% tags=["parameters"]'
+        )
+    lines = tagged[0].splitlines()[1:]
+    found = {}
+    for node in ast.parse("\n".join(lines)).body:
+        text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        if not isinstance(node, ast.AnnAssign) or node.value is None:
+            raise ValueError(f"{source.name}: {text!r} is not of the form  steps: int = 50  # optimiser steps")
+        behind = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().strip()
+        above = itertools.takewhile(lambda line: line.startswith("#"), reversed(lines[: node.lineno - 1]))
+        comment = behind or " ".join(line.strip("# ") for line in reversed(list(above)))
+        found[node.target.id] = Parameter(
+            ast.unparse(node.annotation), ast.literal_eval(node.value), comment.strip("# ")
+        )
+    return found
+
+
+def stages(source: Path, methods: tuple[str, ...] = READS) -> list[str]:
+    """Return the stages that a notebook makes or reads, in order.
+
+    They are what `page.stage`, `page.file` and `page.read` are called with, and `after` and `beside` of `page.stage`.
+
+    methods: of `Page`; `("stage",)` returns only the stages that the notebook makes.
+    """
+    names: list[str] = []
+    for call in _calls(source, methods):
+        given = [keyword.value for keyword in call.keywords if keyword.arg in ("after", "beside")]
+        given = given * (methods == READS) + call.args[:1]
+        names += [text for each in given for text in _constants(each)]
+    return list(dict.fromkeys(names))
+
+
+def ignored(source: Path) -> set[str]:
+    """Return the parameters that change no result of a notebook: those in `without` of every `page.stage`."""
+    given = [
+        {text for keyword in call.keywords if keyword.arg == "without" for text in _constants(keyword.value)}
+        for call in _calls(source, ("stage",))
+    ]
+    return set.intersection(*given) if given else set()
+
+
+def _calls(source: Path, methods: tuple[str, ...]) -> list[ast.Call]:
+    """The calls of these methods of `page`, in order."""
+    found = [
+        node
+        for node in ast.walk(tree(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in methods
+        and ast.unparse(node.func.value) == "page"
+    ]
+    return sorted(found, key=lambda call: (call.lineno, call.col_offset))
+
+
+def _constants(expression: ast.expr) -> list[str]:
+    return [node.value for node in ast.walk(expression) if isinstance(node, ast.Constant)]
+
+
+def tree(source: Path) -> ast.Module:
+    """Return the syntax tree of a notebook's source."""
+    return ast.parse(source.read_text(encoding="utf-8"), filename=str(source))
+
+
+# What a notebook is given.
+
+
+def preset(path: Path, root: Path = REPOSITORY) -> dict[str, dict[str, object]]:
+    """Return each notebook's parameters out of one params file.
+
+    A `name: value` goes to every notebook that has that parameter; a section named after a notebook goes to that
+    notebook alone and wins. Of a parameter that is a dictionary, only the entries that differ need to be given.
+
+    Raises:
+        ValueError: a name that nothing knows, or a text in a number's place.
+    """
+    import yaml
+
+    given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    known = {source.stem: parameters(source) for source in sources(root)}
+    shared = {name: value for name, value in given.items() if name not in known}
+    for name, value in shared.items():
+        if any(name in names for names in known.values()):
+            continue
+        if isinstance(value, dict):
+            raise ValueError(
+                f"{path.name}: there is no notebook {name!r} for this section; there is {', '.join(known)}"
+            )
+        raise ValueError(f"{path.name}: no notebook has a parameter {name!r}; remove it or correct its spelling")
+    values = {}
+    for page, names in known.items():
+        shared_here = {name: value for name, value in shared.items() if name in names}
+        values[page] = {
+            name: _merged(names[name].default, value) if name in names else value
+            for name, value in _merged(shared_here, given.get(page) or {}).items()
+        }
+        check(page, names, values[page], path.name)
+    return values
+
+
+def _merged(default: object, value: object) -> object:
+    """A dictionary's entries, those that are given in place of the default ones; anything else as given."""
+    if isinstance(default, dict) and isinstance(value, dict):
+        return default | {name: _merged(default.get(name), each) for name, each in value.items()}
+    return value
+
+
+def check(page: str, known: Mapping[str, object], values: Mapping[str, object], origin: str = "the call") -> None:
+    """ValueError for a parameter that the notebook does not have, or for a text in a number's place."""
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(
+                f"{origin} gives {page} the unknown parameter {name!r}; it has {', '.join(known)}: "
+                "remove it or correct its spelling"
+            )
+        default = getattr(known[name], "default", None)
+        if isinstance(default, dict) and isinstance(value, dict):
+            parts = {part: Parameter("", each, "") for part, each in default.items()}
+            check(f"{page}, {name}", parts, value, origin)
+        if isinstance(default, (int, float)) and isinstance(value, str):
+            raise ValueError(
+                f"{origin} gives {page} {name}: {value!r}, a text; its default is the number {default!r} "
+                "(YAML reads 1e-4 as a text: write 1.0e-4)"
+            )
+
+
+# Running.
+
+
+def convert(source: Path, notebook: Path) -> None:
+    """Write the .ipynb of a py:percent source."""
+    import jupytext
+
+    notebook.parent.mkdir(parents=True, exist_ok=True)
+    jupytext.write(jupytext.read(source), notebook)
+
+
+def code_cells(notebook: Path) -> int:
+    """Return how many code cells a notebook has."""
+    import nbformat
+
+    return sum(cell.cell_type == "code" for cell in nbformat.read(notebook, as_version=4).cells)
+
+
+def execute(
+    notebook: Path,
+    executed: Path,
+    values: Mapping[str, object],
+    root: Path = REPOSITORY,
+    on_cell: Callable[..., None] | None = None,
+) -> None:
+    """Run a notebook from the repository's root.
+
+    values: parameters to change; papermill alone would let unknown ones pass. They become a code cell of the notebook.
+    on_cell: called with keyword arguments when a code cell starts.
+
+    Raises:
+        ValueError: the notebook does not have one of these parameters.
+    """
+    import papermill
+
+    check(notebook.stem, papermill.inspect_notebook(str(notebook)), values)
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        str(notebook), str(executed), dict(values), cwd=str(root), kernel_name="python3", progress_bar=False,
+        on_cell_execute=on_cell,
+    )  # fmt: skip
+
+
+def quiet_kernels(folder: Path) -> str:
+    """Make a private IPYTHONDIR for the book, the tests and `make lab`; return its path.
+
+    Its kernels do not warn of their TCP transport at every start.
+    """
+    profile = folder / "profile_default"
+    profile.mkdir(parents=True, exist_ok=True)
+    (profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 40\n")
+    return str(folder)

@@ -364,8 +364,7 @@ of_all = {
     "concept_accuracy_shuffled": "control: names of other latents",
     "concept_recall": "concepts that a latent detects and names",
 }
-if study:
-    plots.other_saes(study, stage, of_all, "fraction");
+plots.other_saes(study, stage, of_all, "fraction");
 # %% [markdown]
 # ## What we found
 

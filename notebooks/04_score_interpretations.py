@@ -385,8 +385,7 @@ of_all = {
     "iou_strict_area": "the same with the activation moved",
     "iou_strict_shuffled": "the same with another name",
 }
-if study:
-    plots.other_saes(study, stage, of_all, "IoU");
+plots.other_saes(study, stage, of_all, "IoU");
 # %% [markdown]
 # ## What we found
 

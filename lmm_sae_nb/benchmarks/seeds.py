@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lmm_sae_nb.show.seed_study import Measured, SeedStudy
 from lmm_sae_nb.support import notebooks
-from lmm_sae_nb.support.files import as_json, fingerprint, project_root, read_json, write_atomic, write_json
+from lmm_sae_nb.support.files import fingerprint, project_root, read_json, write_atomic, write_json
 from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.stages import Stage
 
@@ -165,11 +166,12 @@ def _measured(rows: Sequence[dict]) -> dict[str, Measured]:
     def column(name: str) -> list[int | float | None] | None:
         return [_short(row.get(name)) for row in rows] if name in names else None
 
-    return {
+    found = {
         name: Measured.of(column(name), column(f"{name}_low"), column(f"{name}_high"))
         for name in names
         if name not in ends
     }
+    return {name: replace(measured, median=_short(measured.median)) for name, measured in found.items()}
 
 
 def _short(value: int | float | None) -> int | float | None:
@@ -177,10 +179,19 @@ def _short(value: int | float | None) -> int | float | None:
 
 
 def write_study(path: Path, study: SeedStudy) -> None:
-    """Write a study as JSON, a list of numbers on one line."""
-    text = as_json(asdict(study)).decode()
-    one_line = re.sub(r"\[[^][{}\"]*\]", lambda found: " ".join(found[0].split()), text)
-    write_atomic(path, one_line.replace("[ ", "[").replace(" ]", "]").encode())
+    """Write a study as JSON, each metric on one line."""
+    write_atomic(path, (_lines(asdict(study)) + "\n").encode())
+
+
+def _lines(value: object, indent: str = "") -> str:
+    """A value as JSON: on one line if it is short, else a line for each entry; entries that are None are left out."""
+    if isinstance(value, dict):
+        value = {name: each for name, each in value.items() if each is not None}
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    if not isinstance(value, dict) or (len(line) < 300 and "{" not in line[1:]):
+        return line
+    entries = (f"{indent}  {json.dumps(name)}: {_lines(each, indent + '  ')}" for name, each in value.items())
+    return "{\n" + ",\n".join(entries) + f"\n{indent}}}"
 
 
 def run(

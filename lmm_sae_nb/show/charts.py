@@ -207,14 +207,20 @@ def compared(results: Mapping[str, Mapping[str, float]], xlabel: str, ax: Axes |
     return ax
 
 
-def other_saes(study: SeedStudy, stage: Stage, metrics: Mapping[str, str], xlabel: str, highest: float = 1.0) -> Axes:
+def other_saes(
+    study: SeedStudy | None, stage: Stage, metrics: Mapping[str, str], xlabel: str, highest: float = 1.0
+) -> Axes | None:
     """Draw metrics of a study of several SAEs, a row each: a grey dot for each SAE, a coloured one for this run.
+
+    Without a study, or if it has none of the metrics, nothing is drawn.
 
     stage: of this run, with its metrics.
     metrics: name to words.
     highest: end of the axis, which begins at 0.
     """
-    rows = {name: words for name, words in metrics.items() if study.find(stage.name, name)}
+    rows = {name: words for name, words in metrics.items() if study and study.find(stage.name, name)}
+    if not rows:
+        return None
     inches = 0.45 * WIDTH
     ax = one_axes(sum(height([wrapped(words, inches)]) + 0.16 for words in rows.values()) + 1.2)
     for y, name in enumerate(rows):

@@ -17,16 +17,16 @@ class Measured:
     """One metric of every SAE.
 
     values: in the order of the study's seeds; None where an SAE does not have this metric.
-    low, high: ends of the intervals, in the same order; None if the metric has no interval.
     median, lowest, highest: of the values.
+    low, high: ends of the intervals, in the order of the values; None if the metric has no interval.
     """
 
     values: list[Number | None]
-    low: list[Number | None] | None
-    high: list[Number | None] | None
     median: Number
     lowest: Number
     highest: Number
+    low: list[Number | None] | None = None
+    high: list[Number | None] | None = None
 
     @property
     def known(self) -> list[Number]:
@@ -43,8 +43,7 @@ class Measured:
         """Summarise values, at least one of which is a number."""
         known = [value for value in values if value is not None]
         ends = [None if end is None else list(end) for end in (low, high)]
-        median = statistics.median(known)
-        return cls(list(values), *ends, float(f"{median:.5g}"), min(known), max(known))
+        return cls(list(values), statistics.median(known), min(known), max(known), *ends)
 
 
 @dataclass(frozen=True)

@@ -169,4 +169,6 @@ def test_the_same_metric_of_other_saes_is_grey_and_that_of_this_run_is_coloured(
     assert [text.get_text() for text in ax.figure.legends[0].get_texts()] == [
         "3 SAEs", "their median", "this page's SAE",
     ]  # fmt: skip
+    assert plots.other_saes(None, stage, words, "fraction") is None
+    assert plots.other_saes(study, stage, {"unknown": "not drawn"}, "fraction") is None
     plt.close("all")

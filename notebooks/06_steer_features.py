@@ -84,6 +84,8 @@ endpoint: dict = {
 }
 batch: int = 20  # clamps that run side by side
 seed: int = 0  # of the choice of latents and images
+# the same page for other SAEs, which differ in their seed; "": none
+seeds_study: str = "book/seeds.json"
 
 # %% tags=["remove-cell"]
 import numpy as np
@@ -104,12 +106,15 @@ from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.feature_browser import FeatureBrowser
 from lmm_sae_nb.show.latent_table import LatentTable
 from lmm_sae_nb.show.report import (
+    across_saes,
     findings,
     headline,
     metrics_table,
+    over_saes,
     provenance,
     published,
 )
+from lmm_sae_nb.show.seed_study import read_study
 from lmm_sae_nb.show.steering_panel import SteeringPanel
 from lmm_sae_nb.steer.experiments import (
     CaseStudy,
@@ -131,7 +136,7 @@ from lmm_sae_nb.steer.experiments import (
 from lmm_sae_nb.steer.relevance import Relevance, rate_objects
 from lmm_sae_nb.steer.steering import steer_latents
 from lmm_sae_nb.support.intervals import read_mean
-from lmm_sae_nb.support.stages import Metrics, Page, read_typed
+from lmm_sae_nb.support.stages import Metrics, Page
 
 page = Page(globals())
 plots.style()
@@ -146,7 +151,7 @@ names = {n: row["concept"] for n, row in named.items()}
 white = Image.new("RGB", (objects["size"],) * 2, "white")
 stage = page.stage(
     "steer", after=("train", "cache", "interpret"),
-    without=("batch", "endpoint"),
+    without=("batch", "endpoint", "seeds_study"),
 )  # fmt: skip
 print(f"{len(named)} named latents")
 
@@ -575,21 +580,29 @@ findings(
 )
 
 # %% [markdown]
-# The result also depends on the SAE's seed. The whole chain of the preset
-# `tiny` ran once with five seeds, on a machine with an AMD processor
-# (`book/other_seeds.json`; the [lab notebook](../lab_notebook)):
+# ## Other SAEs
+#
+# The intervals above say how much the choice of latents matters. They do not
+# say how much the choice of the SAE matters. So this page ran for several
+# SAEs that differ only in the seed of notebook 01
+# (`python -m lmm_sae_nb.benchmarks seeds`).
 
-# %% mystnb={"figure": {"caption": "Object latents, out of 100, whose clamp makes the answer name the object, and random latents: this page's SAE, and SAEs that were trained with five seeds on another machine.", "name": "fig-steer-seeds"}, "image": {"alt": "A row for each SAE, with a dot for object latents and one for random latents."}}
-recorded = read_typed(page.root / "book/other_seeds.json", dict)
-seeds = {"this page's SAE": m} | recorded["steer"]
-by_seed = {
-    name: {
-        "object latents": row["named_of_100"],
-        "random live latents": row["control_named_of_100"],
-    }
-    for name, row in seeds.items()
+# %% mystnb={"figure": {"caption": "The same page for several SAEs that differ only in their seed (grey), with their median (black), and this page's SAE (blue). The rows are answers of 100, at the chosen dose.", "name": "fig-steer-seeds"}, "image": {"alt": "A row for each metric with a dot for each SAE."}}
+study = read_study(page.locate(seeds_study))
+of_all = {
+    "named_of_100": "object latents: the answer names the object",
+    "control_value_named_of_100": "random latents, same values: names it",
+    "changed_of_100": "object latents: the answer changes",
+    "control_value_changed_of_100": "random latents, same values: changes",
 }
-plots.compared(by_seed, "answers that name the object, of 100");
+plots.other_saes(study, stage, of_all, "of 100 latents", highest=100);
+# %% tags=["remove-input"]
+count = "{:.0f}".format
+fluency = {"fluency_ratio": "fluency, relative to unsteered answers"}
+findings(
+    *across_saes(study, stage, of_all, count),
+    *across_saes(study, stage, fluency, "{:.2f}".format),
+)
 
 # %% [markdown]
 # **Limits.** Two things probably make steering easier here than in the paper.
@@ -608,6 +621,8 @@ plots.compared(by_seed, "answers that name the object, of 100");
 paper = published("steer", "changed_of_100")
 fluent = m["fluency_ratio"] >= 0.8
 whole = "in fluent sentences" if fluent else "in broken sentences"
+of_saes = over_saes(study, stage, "named_of_100", count)
+of_saes = of_saes and f" Naming of 100, {of_saes}."
 headline(
     page,
     f"{m['named_of_100']:.0f} of 100 object latents "
@@ -618,7 +633,7 @@ headline(
     f"{m['control_named_of_100']:.0f} do. A clamp changes the answer for "
     f"{m['changed_of_100']:.0f} of 100 object latents, and for "
     f"{m['control_value_changed_of_100']:.0f} random latents at the same "
-    "values.",
+    f"values.{of_saes}",
     f"{paper:.0f} of 100 object latents change the answer. How often an "
     "answer names the object is not reported, nor the dose.",
     f"we clamp an early layer, at {m['dose']:g} times what any image "

@@ -199,7 +199,7 @@ assert_close(summed, expected, atol=1e-3, rtol=1e-3)
 with torch.no_grad(), splice(sae.b_dec.expand_as(states)):
     nothing = float(difference(lmm, choice)[0])
 sums = []
-for steps in (ig_steps, 16, 64):
+for steps in (ig_steps, 16, 32):
     whole = integrated(place, choice, steps=steps)
     total = float((whole.of_tokens() + whole.error).sum())
     missing = d - nothing - total

@@ -39,7 +39,7 @@ def test_a_child_that_fails_says_why():
 
 @pytest.mark.parametrize("system", [name for name, (_, peer) in SYSTEMS.items() if not peer])
 def test_a_timed_step_trains(system, monkeypatch):
-    from lmm_sae_nb.sae import adam, kernels  # noqa: F401  adam before TopKSAE has a stand-in
+    from lmm_sae_nb.sae import adam, kernels, losses  # noqa: F401  before TopKSAE has a stand-in
 
     monkeypatch.setattr(kernels, "COMPILED", True)  # and put back what the system switches
     before = TopKSAE(32, 256, 8)

@@ -70,13 +70,14 @@ agreeing: int = 130
 price_questions: int = 120  # held-out questions answered in full
 control_draws: int = 2  # clamps of random latents, to compare
 seed: int = 0  # of these draws
+# the same page for other SAEs, which differ in their seed; "": none
+seeds_study: str = "book/seeds.json"
 # a picture of your own, its question, the answer to explain and another
 # one, one token each; empty: the first held-out hallucination
 custom: dict = {"image": "", "question": "", "answer": "", "baseline": ""}
 
 # %% tags=["remove-cell"]
 from itertools import islice
-from statistics import median
 
 from datasets import load_from_disk
 
@@ -119,11 +120,14 @@ from lmm_sae_nb.hallucination.text_latents import (
 )
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.report import (
+    across_saes,
     findings,
     headline,
     metrics_table,
+    over_saes,
     provenance,
 )
+from lmm_sae_nb.show.seed_study import read_study
 from lmm_sae_nb.support.stages import Page, read_typed
 
 page = Page(globals())
@@ -170,7 +174,7 @@ print(f"of which {contradicting} contradict what was taught")
 # %%
 stage = page.stage(
     "hallucination", after=("train", "cache", "interpret"),
-    without=("custom",),
+    without=("custom", "seeds_study"),
 )  # fmt: skip
 answered_right = stage.result(
     "untouched", list[bool],
@@ -351,16 +355,22 @@ plots.proportions(by_answer);
 # %% [markdown]
 # ### Other SAEs
 #
-# The intervals above know about other maps, but not about other SAEs. The
-# result varies more between SAEs than the intervals show. Four more SAEs of
-# the preset `tiny` were trained earlier, alike but for the seed, and each went
-# through the same search. They had other latents for the same words.
+# The intervals above say how much the choice of maps matters. They do not say
+# how much the choice of the SAE matters. So this page, with its search for a
+# clamp, ran for several SAEs that differ only in the seed of notebook 01
+# (`python -m lmm_sae_nb.benchmarks seeds`). They have other latents for the
+# same words.
 
-# %% mystnb={"figure": {"caption": "Hallucinations cured and right answers harmed, by this page's SAE and by four others.", "name": "fig-seeds"}, "image": {"alt": "A row for each SAE, with a dot for the fraction cured and one for the fraction harmed."}}
-recorded = read_typed(page.root / "book/other_seeds.json", dict)
-other_saes = recorded["hallucination"]  # name to fractions
-here = {name: metrics[f"{name}_fraction"] for name in ("cured", "harmed")}
-plots.compared({"this page's SAE": here} | other_saes, "fraction");
+# %% mystnb={"figure": {"caption": "The same page for several SAEs that differ only in their seed (grey), with their median (black), and this page's SAE (blue).", "name": "fig-seeds"}, "image": {"alt": "A row for each metric with a dot for each SAE."}}
+study = read_study(page.locate(seeds_study))
+of_all = {
+    "cured_fraction": "hallucinations cured",
+    "control_cured_fraction": "cured by random clamps",
+    "cured_fraction_right_no": "cured, right answer no",
+    "cured_fraction_right_yes": "cured, right answer yes",
+    "harmed_fraction": "right answers harmed",
+}
+plots.other_saes(study, stage, of_all, "fraction");
 # %% [markdown]
 # ## One case in full
 #
@@ -535,7 +545,7 @@ sentences.append(
     f"latents {of_image}. The parts do not sum to the decision "
     f"({parts.clean:.2f} logits): this is a hint, not a proof."
 )
-findings(*sentences)
+findings(*sentences, *across_saes(study, stage, of_all))
 
 # %% [markdown]
 # The map and the memorised fact disagree. A clamp changes the answer if it
@@ -544,18 +554,13 @@ findings(*sentences)
 # answer is *no*, so it cannot show whether the model looked at the image.
 #
 # **Limits.** One model and one layer. The embedded model is wrong about two of
-# the four basins only. The result varies more between SAEs than the intervals
-# show. Few random clamps were drawn, and a dose in units of a latent's own
+# the four basins only. Few random clamps were drawn, and a dose in units of a latent's own
 # maximum is not equally strong for all latents. The
 # [lab notebook](../lab_notebook) tells how the limits and doses were chosen.
 
 # %% tags=["result", "remove-input"]
-others_cured = [row["cured"] for row in other_saes.values()]
-every = sorted([metrics["cured_fraction"], *others_cured])
-rank = 1 + sum(value > metrics["cured_fraction"] for value in others_cured)
-place_of_ours = {1: "the best", len(every): "the worst"}.get(
-    rank, f"number {rank}"
-)
+of_saes = over_saes(study, stage, "cured_fraction")
+of_saes = of_saes and f" Cured, {of_saes}."
 headline(
     page,
     f"clamping {len(edits)} text latents cures "
@@ -568,10 +573,7 @@ headline(
         'But the cure is a push towards "no": it corrects ' if pushes
         else "It corrects "
     )
-    + f"{by_word}. {control} With four other SAEs the same search cured "
-    f"{min(others_cured):.0%} to {max(others_cured):.0%} of the "
-    f"hallucinations; this page's SAE is {place_of_ours} of {len(every)}, "
-    f"and the median is {median(every):.0%}.",
+    + f"{by_word}. {control}{of_saes}",
     'one image, a map, whose right answer is "no": clamping one latent, '
     '"Barcelona" or "Los", makes the hallucination disappear.',
     "one case cannot tell a push towards its answer from a look at the "

@@ -110,17 +110,19 @@ def made_by() -> dict[Path, Path]:
 
 
 MADE_BY = made_by()
-# The drawing of the world uses every core, so pages that do not read it wait, too.
-DRAWN = any(path.is_relative_to(WORLD) for paths in RESULTS.values() for path in paths)
 # 06 reads nothing of 04. But 08 takes longest, and must not start after both.
 LATER = {"06_steer_features": "04_score_interpretations"}
 
 
 def waits(source: Path) -> list[str]:
-    """Return the steps before a page: the drawing of the world, and the pages whose results it reads."""
+    """Return the steps before a page: the pages whose results it reads, and the drawing of the world.
+
+    The drawing uses every core. So all pages wait for it if the first one does.
+    """
     makers = {maker.stem for path in RESULTS[source] if (maker := MADE_BY.get(path, source)) != source}
     makers |= {LATER[source.stem]} if source.stem in LATER else set()
-    return ["world"] * DRAWN + [f"page:{maker}" for maker in sorted(makers)]
+    drawn = any(path.is_relative_to(WORLD) for path in RESULTS[source] + RESULTS[SOURCES[0]])
+    return ["world"] * drawn + [f"page:{maker}" for maker in sorted(makers)]
 
 
 def run(notebook: Path, executed: Path, values: dict) -> None:

@@ -240,6 +240,20 @@ plots.table([
 ])  # fmt: skip
 
 # %% [markdown]
+# How easily does the rule find a true concept? We put the same masks on random
+# other images. There, no concept should be in common.
+
+# %%
+by_chance = {}
+if truth:
+    by_chance = stage.result(
+        "true_by_chance", dict[int, str | None],
+        lambda: accuracy.concepts_by_chance(
+            by_latent, truth, cache.images, seed
+        ),
+    )  # fmt: skip
+
+# %% [markdown]
 # ## Is every concept of the world found?
 #
 # Accuracy says how many names are right. It does not say which concepts were
@@ -294,7 +308,8 @@ limit = explainer["least_confidence"]
 metrics = stage.finish(
     accuracy.outcome_metrics(explanations, limit)
     | accuracy.accuracy_metrics(explanations, seed)
-    | accuracy.unseen_metrics(explanations, in_training)
+    | accuracy.unseen_metrics(explanations, in_training, seed)
+    | accuracy.chance_metrics(by_chance)
     | recall
     | {"replies_failed": interpreter.failed}
 )

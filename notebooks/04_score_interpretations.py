@@ -85,7 +85,6 @@ from lmm_sae_nb.score.judges import (
 )
 from lmm_sae_nb.score.latents import (
     explained_latents,
-    other_concepts,
     sample_by_kind,
     score_latents,
 )
@@ -123,6 +122,7 @@ from lmm_sae_nb.show.report import (
 from lmm_sae_nb.show.seed_study import read_study
 from lmm_sae_nb.support.images import Remembered
 from lmm_sae_nb.support.stages import Page
+from lmm_sae_nb.truth.accuracy import other_names
 from lmm_sae_nb.truth.label_maps import LabelMaps
 
 page = Page(globals())
@@ -325,7 +325,7 @@ if judge or truth:
         "verdicts", dict[int, Judgement],
         lambda: judge_latents(
             open_judge(judge, truth, endpoint, replies=replies), exemplars,
-            explained, other_concepts(explained, seed), each=n_judged,
+            explained, other_names(explained, seed), each=n_judged,
             seed=seed,
         ),
     )  # fmt: skip

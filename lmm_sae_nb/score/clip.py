@@ -80,7 +80,7 @@ def latents_clip(
     elsewhere in the same images.
 
     exemplars: each latent's own images.
-    others: another latent's concept, as `other_concepts` gives them.
+    others: another latent's concept, as `other_names` gives them.
     random: random images, equally many for each of `runs`.
     seed: of the places to which regions are moved.
 

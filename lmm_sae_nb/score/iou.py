@@ -70,7 +70,7 @@ def score_ious(
     It is fastest if latents with the same concept stand next to each other, as `explained_latents` gives them.
 
     maps: latent to its maps on its own images and on random ones.
-    others: another latent's concept, as `other_concepts` gives them.
+    others: another latent's concept, as `other_names` gives them.
     segmenters: by name; the first is the reference, so its columns have no segmenter's name.
     """
     names = {name: name if number else "" for number, name in enumerate(segmenters)}

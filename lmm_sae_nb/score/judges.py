@@ -112,7 +112,7 @@ def judge_latents(
 ) -> dict[int, Judgement]:  # fmt: skip
     """Ask the judge about `each` latents of every kind, drawn at random: their own names, then other latents' names.
 
-    others: another latent's concept, as `other_concepts` gives them; None is not asked about.
+    others: another latent's concept, as `other_names` gives them; None is not asked about.
     """
     chosen = sample_by_kind(explained, each, seed)
 

@@ -15,6 +15,7 @@ from lmm_sae_nb.score.iou import maps_on, score_ious
 from lmm_sae_nb.score.masks import PAPER, STRICT, FindConcept, both_modes, exemplar_maps
 from lmm_sae_nb.score.scores import Column, ColumnScores, Comparison, Explained, Scores, latents_by_kind
 from lmm_sae_nb.score.similarity import AllPairs
+from lmm_sae_nb.truth.accuracy import other_names
 from lmm_sae_nb.truth.label_maps import LabelMaps
 
 T = TypeVar("T")
@@ -63,19 +64,6 @@ def sample_by_kind(explained: Mapping[int, Explained], each: int, seed: int = 0)
     return [latent for latents in groups.values() for latent in sample(latents, each, seed)]
 
 
-def other_concepts(explained: Mapping[int, Explained], seed: int = 0) -> dict[int, str | None]:
-    """Return for each latent a concept of another latent, at random, that is not its own; None if all have the same.
-
-    It is of the same kind, if the kind has another concept, because some kinds score higher than others.
-    """
-    rng, result = np.random.default_rng(seed), {}
-    for latent, (concept, kind) in explained.items():
-        others = [row for row in explained.values() if row.concept != concept]
-        pool = [row for row in others if row.kind == kind] or others
-        result[latent] = pool[rng.integers(len(pool))].concept if pool else None
-    return result
-
-
 def score_latents(
     place: SAEInPlace, images: Sequence[Image.Image], exemplars: Mapping[int, Sequence[Exemplar]],
     explained: Mapping[int, Explained], segmenters: Mapping[str, FindConcept], all_pairs: AllPairs | None = None, *,
@@ -103,7 +91,7 @@ def score_latents(
         ValueError: a latent has no exemplars.
     """
     modes = both_modes(threshold) if place.lmm.grid else [PAPER]
-    others, rng = other_concepts(explained, seed), np.random.default_rng(seed)
+    others, rng = other_names(explained, seed), np.random.default_rng(seed)
     readable = np.setdiff1d(np.arange(len(images)), list(skipped))
     drawn, drawn_for_clip = (rng.choice(readable, runs * n_top).tolist() for runs in (random_runs, clip_runs))
     comparisons: dict[Column, dict[int, Comparison]] = {}

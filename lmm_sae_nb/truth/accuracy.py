@@ -10,6 +10,7 @@ import numpy as np
 from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.interpret.explainers import KINDS, REFUSES, Outcome, Refiner
 from lmm_sae_nb.support.intervals import bounds, proportion
+from lmm_sae_nb.truth.common_concept import best_common_concept
 from lmm_sae_nb.truth.label_maps import LabelMaps
 from lmm_sae_nb.truth.responses import RESPONSES, common_concept, response_of
 
@@ -64,8 +65,10 @@ def accuracy_metrics(rows: Rows, seed: int = 0) -> dict[str, float]:
     """Measure how many explanations are right, how many refusals, and what the other latents respond to.
 
     concept_accuracy: of the explained, those whose concept is the true one.
-    concept_accuracy_shuffled: the same with names of other latents (`other_names`): what chance gives.
+    concept_accuracy_shuffled: the same with another name, the concept of another latent (`other_names`).
+    concept_accuracy_guessed: the same with the name of a random latent of the same kind, which may be the same name.
     concept_common: of the explained, those whose concept is one of all that the exemplars have in common.
+    concept_common_shuffled: the same with another name.
     refusal_precision: of the refused, those whose exemplars have nothing in common; details count as nothing.
     answerable_fraction: of all, those whose exemplars have something in common.
     unexplained_*: counts of the latents that were not explained, by `RESPONSES`.
@@ -76,39 +79,80 @@ def accuracy_metrics(rows: Rows, seed: int = 0) -> dict[str, float]:
     """
     if not _have_truth(rows):
         return {}
-    explained = [row for row in rows.values() if _is_explained(row)]
-    others = zip(other_names(explained, seed), explained, strict=True)
+    explained = {latent: row for latent, row in rows.items() if _is_explained(row)}
+    others, guesses = _other_names(rows, seed), _other_names(rows, seed, different=False)
     refused = [row["true_concept"] is None for row in rows.values() if row["outcome"] == "refused"]
     responses = Counter(row["responds_to"] for row in rows.values() if not _is_explained(row))
     return (
-        fraction_metrics("concept_accuracy", [row["concept"] == row["true_concept"] for row in explained])
-        | fraction_metrics(
-            "concept_accuracy_shuffled", [name == row["true_concept"] for name, row in others if name is not None]
-        )
-        | fraction_metrics("concept_common", [row["concept"] in row["all_common"] for row in explained])
+        fraction_metrics("concept_accuracy", [row["concept"] == row["true_concept"] for row in explained.values()])
+        | fraction_metrics("concept_accuracy_shuffled", [name == rows[n]["true_concept"] for n, name in others.items()])
+        | fraction_metrics("concept_accuracy_guessed", [name == rows[n]["true_concept"] for n, name in guesses.items()])
+        | fraction_metrics("concept_common", [row["concept"] in row["all_common"] for row in explained.values()])
+        | fraction_metrics("concept_common_shuffled", [name in rows[n]["all_common"] for n, name in others.items()])
         | fraction_metrics("refusal_precision", refused)
         | fraction_metrics("answerable_fraction", [row["true_concept"] is not None for row in rows.values()])
         | {f"unexplained_{response.replace(' ', '_')}": responses[response] for response in RESPONSES}
     )
 
 
-def unseen_metrics(rows: Rows, in_training: Collection[int]) -> dict[str, float]:
+def unseen_metrics(rows: Rows, in_training: Collection[int], seed: int = 0) -> dict[str, float]:
     """Measure the same for the latents alone that the explainer was not trained on.
+
+    Other names and guesses are those of `accuracy_metrics`, drawn from all latents.
 
     There is nothing to measure if it was trained on none of them, or without ground truth.
 
     rows: as `add_truth` returns them.
     in_training: the latents that the explainer was trained on (`latents_in_training`).
+    seed: as in `accuracy_metrics`.
     """
     unseen = {latent: row for latent, row in rows.items() if latent not in in_training}
     if len(unseen) == len(rows) or not _have_truth(rows):
         return {}
     explained = [row for row in unseen.values() if _is_explained(row)]
+    chances = {
+        f"concept_accuracy_{name}_unseen": [
+            other == rows[n]["true_concept"] for n, other in _other_names(rows, seed, different).items() if n in unseen
+        ]
+        for name, different in (("shuffled", True), ("guessed", False))
+    }
     return (
         {"asked_unseen": len(unseen), "explained_unseen": len(explained)}
         | fraction_metrics("explained_fraction_unseen", [_is_explained(row) for row in unseen.values()])
         | fraction_metrics("concept_accuracy_unseen", [row["concept"] == row["true_concept"] for row in explained])
+        | {key: value for name, hits in chances.items() for key, value in fraction_metrics(name, hits).items()}
     )
+
+
+def concepts_by_chance(
+    exemplars: Mapping[int, Sequence[Exemplar]], truth: LabelMaps, images: int, seed: int = 0
+) -> dict[int, str | None]:
+    """Return for each latent the true concept that the rule finds if its masks lie on random other images, or None.
+
+    The rule of `common_concept` should find nothing there: how often it does says how easily it is met.
+
+    exemplars: by latent.
+    truth: of the images that were cached.
+    images: how many of these there are.
+    seed: of the draw of images.
+    """
+    rng, result = np.random.default_rng(seed), {}
+    for latent in exemplars:
+        shown = exemplars[latent]
+        own = [each.image_index for each in shown]
+        drawn = [index for index in rng.permutation(images)[: 2 * len(own)] if index not in own][: len(own)]
+        found = None
+        if drawn:
+            visible = np.array([each.visible.ravel() for each in shown[: len(drawn)]], bool)
+            coverage = np.array([truth.coverage(int(index), shown[0].visible.shape) for index in drawn])
+            found = best_common_concept(visible, coverage, truth.names)
+        result[latent] = found and found.concept
+    return result
+
+
+def chance_metrics(by_chance: Mapping[int, str | None]) -> dict[str, float]:
+    """Return answerable_fraction_random, the fraction of latents of `concepts_by_chance` with a concept."""
+    return fraction_metrics("answerable_fraction_random", [name is not None for name in by_chance.values()])
 
 
 def accuracy_by_confidence(rows: Rows, refine: Refiner) -> list[dict[str, float]]:
@@ -155,20 +199,31 @@ def kinds_given(rows: Rows) -> dict[str, dict[str, int]]:
     return {kind: {column: pairs[kind, column] for column in given} for kind in (*ordered, nothing)}
 
 
-def other_names(explained: Sequence[Mapping], seed: int = 0) -> list[str | None]:
-    """Return for each latent the name of another latent, drawn at random; None if there is no other latent.
+def other_names(
+    explained: Mapping[int, tuple[str, str | None]], seed: int = 0, *, different: bool = True
+) -> dict[int, str | None]:
+    """Return for each latent a concept of another latent, drawn at random; None if there is no such latent.
 
-    The other latent's name is of the same kind, if there is one: kinds with few names are guessed more easily. A name
-    that many latents have is drawn often, so it can be right by chance.
+    It is of the same kind, if there is one: kinds with few concepts are guessed more easily, and some score higher.
 
-    explained: rows of explained latents.
+    explained: latent to its concept and kind; their order decides the draws.
+    seed: of the draws.
+    different: draw only a concept that is not the latent's own. Without it a frequent concept is drawn often, so it can
+        be right by chance.
     """
-    rng, result = np.random.default_rng(seed), []
-    for row in explained:
-        others = [other for other in explained if other is not row]
-        pool = [other for other in others if other["kind"] == row["kind"]] or others
-        result.append(pool[rng.integers(len(pool))]["concept"] if pool else None)
+    rng, result = np.random.default_rng(seed), {}
+    for latent, (concept, kind) in explained.items():
+        others = [row for n, row in explained.items() if (row[0] != concept if different else n != latent)]
+        pool = [row for row in others if row[1] == kind] or others
+        result[latent] = pool[rng.integers(len(pool))][0] if pool else None
     return result
+
+
+def _other_names(rows: Rows, seed: int, different: bool = True) -> dict[int, str]:
+    """Return `other_names` of the explained latents, in the order in which they are scored; without those of None."""
+    named = {latent: (row["concept"], row["kind"]) for latent, row in rows.items() if _is_explained(row)}
+    ordered = dict(sorted(named.items(), key=lambda item: (item[1][0], item[1][1] or "", item[0])))
+    return {n: name for n, name in other_names(ordered, seed, different=different).items() if name is not None}
 
 
 def fraction_metrics(name: str, hits: Sequence[bool]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -46,15 +46,24 @@ class Detection:
 
     detectors: the candidates for each concept.
     present: (kind, concept) of every concept that the images show.
+    by_chance: candidates that were chosen and measured in the same way, each image with the label map of another.
     """
 
     detectors: list[Detector]
     present: list[tuple[str, str]]
+    by_chance: list[Detector] = field(default_factory=list)
 
     def good(self) -> list[Detector]:
         """Return the detectors whose F1 is above `DETECTS`, of concepts that are present."""
+        return self._good(self.detectors)
+
+    def good_by_chance(self) -> list[Detector]:
+        """Return the same of the candidates by chance: latents that only fire about as often as the concept shows."""
+        return self._good(self.by_chance)
+
+    def _good(self, detectors: Sequence[Detector]) -> list[Detector]:
         present = set(self.present)
-        return [each for each in self.detectors if each.f1 > DETECTS and (each.kind, each.concept) in present]
+        return [each for each in detectors if each.f1 > DETECTS and (each.kind, each.concept) in present]
 
     def latents(self) -> list[int]:
         """Return the latents of the good detectors, in their order."""
@@ -66,27 +75,39 @@ def detect_concepts(
 ) -> Detection:
     """Choose detectors of each concept on the cached images and measure them on others.
 
+    As a control, do the same with the label maps of other images, both in the choice and in the measurement.
+
     place: model, SAE and layer.
     cache: of that SAE, with all activations (notebook 02's `store`).
     truth: label maps of the cached images.
     images: other images.
     unseen: their label maps.
     """
-    return measure_detectors(place, images, unseen, choose_detectors(cache, truth))
+    chosen, by_chance = (choose_detectors(cache, truth, other_maps=other) for other in (False, True))
+    return measure_detectors(place, images, unseen, chosen, by_chance)
 
 
-def choose_detectors(cache: LatentCache, truth: LabelMaps, *, best: int = 3, block: int = 256) -> list[Detector]:
+def other_images(images: int) -> list[int]:
+    """Return for each image the number of another one, half of all images away."""
+    return np.roll(np.arange(images), images // 2).tolist()
+
+
+def choose_detectors(
+    cache: LatentCache, truth: LabelMaps, *, other_maps: bool = False, best: int = 3, block: int = 256
+) -> list[Detector]:
     """Return for each concept the latents and thresholds of highest F1 on the patches of the cached images.
 
     cache: with all activations.
     truth: label maps of the cached images.
+    other_maps: give each image the label map of another (`other_images`), so that no latent can know the concept.
     best: latents for each concept; those that never hit it are left out.
     block: latents that are in memory at the same time.
 
     Raises:
         FileNotFoundError: the cache keeps no activations.
     """
-    shows = truth.patches_showing(range(cache.images), cache.grid).T.tocsc()
+    maps = other_images(cache.images) if other_maps else range(cache.images)
+    shows = truth.patches_showing(maps, cache.grid).T.tocsc()
     n_showing, n_patches = shows.sum(0), cache.grid[0] * cache.grid[1]
     candidates: list[list[Detector]] = [[] for _ in truth.names]
     for start in range(0, cache.n_latents, block):
@@ -133,28 +154,36 @@ def _f1(hits: ArrayLike, fired: ArrayLike, showing: ArrayLike) -> np.ndarray | n
 
 def measure_detectors(
     place: SAEInPlace, images: Sequence[Image.Image], truth: LabelMaps, detectors: Sequence[Detector],
-    batch_size: int = 16,
+    by_chance: Sequence[Detector] = (), batch_size: int = 16,
 ) -> Detection:  # fmt: skip
     """Measure detectors, at their thresholds, on other images.
 
     place: model, SAE and layer.
     images: as the rows of `truth`, in the same order.
     detectors: from `choose_detectors`; only their F1 changes.
+    by_chance: the same with other maps; they are measured with the label maps of other images, too.
     batch_size: images at the same time.
     """
     row_of = {name: row for row, name in enumerate(truth.names)}
     column = np.full(place.sae.n_latents, -1)
-    latents = sorted({each.latent for each in detectors})
+    latents = sorted({each.latent for each in (*detectors, *by_chance)})
     column[latents] = np.arange(len(latents))
     acts = np.concatenate([_columns(batch, column) for batch in base_latents(place, images, batch_size)])
-    shows = truth.patches_showing(range(len(acts)), place.lmm.grid).toarray().astype(bool)
-    acts = acts.reshape(-1, len(latents))
-    measured = []
-    for each in detectors:
-        fires, is_there = acts[:, column[each.latent]] > each.threshold, shows[row_of[each.kind, each.concept]]
-        f1 = _f1((fires & is_there).sum(), fires.sum(), is_there.sum())
-        measured.append(replace(each, f1=float(f1)))
-    return Detection(measured, [name for name, row in row_of.items() if shows[row].any()])
+    n_images, acts = len(acts), acts.reshape(-1, len(latents))
+
+    def measured(candidates: Sequence[Detector], maps: Sequence[int]) -> list[Detector]:
+        shows, result = truth.patches_showing(maps, place.lmm.grid).toarray().astype(bool), []
+        for each in candidates:
+            fires, is_there = acts[:, column[each.latent]] > each.threshold, shows[row_of[each.kind, each.concept]]
+            f1 = _f1((fires & is_there).sum(), fires.sum(), is_there.sum())
+            result.append(replace(each, f1=float(f1)))
+        return result
+
+    there = truth.patches_showing(range(n_images), place.lmm.grid).sum(1) > 0
+    return Detection(
+        measured(detectors, range(n_images)), [name for name, row in row_of.items() if there[row]],
+        measured(by_chance, other_images(n_images)),
+    )  # fmt: skip
 
 
 def _columns(latents: Latents, column: np.ndarray) -> Float[np.ndarray, "images patches latents"]:
@@ -171,6 +200,7 @@ def recall_metrics(detection: Detection, concepts: Mapping[int, str | None]) -> 
 
     concepts_present: how many concepts the images show.
     concepts_detected: fraction of them that a latent detects.
+    concepts_detected_by_chance: the same with the label maps of other images; left out if it was not measured.
     concept_recall: fraction of them that a latent detects whose explanation is the concept.
 
     detection: from `detect_concepts`.
@@ -182,9 +212,12 @@ def recall_metrics(detection: Detection, concepts: Mapping[int, str | None]) -> 
     if not detection.present:
         raise ValueError("the held-out images show no concept; give images with label maps")
     detected, named = _detected_and_named(detection, concepts)
+    chance = {(each.kind, each.concept) for each in detection.good_by_chance()}
+    by_chance = [name in chance for name in detection.present] if detection.by_chance else []
     return {
         "concepts_present": len(detection.present),
         **fraction_metrics("concepts_detected", [name in detected for name in detection.present]),
+        **fraction_metrics("concepts_detected_by_chance", by_chance),
         **fraction_metrics("concept_recall", [name in named for name in detection.present]),
     }
 

@@ -17,10 +17,11 @@ from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score.clip import latents_clip
 from lmm_sae_nb.score.iou import maps_on
-from lmm_sae_nb.score.latents import explained_latents, other_concepts
+from lmm_sae_nb.score.latents import explained_latents
 from lmm_sae_nb.score.masks import PAPER, STRICT, exemplar_maps
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.rater import Rater
+from lmm_sae_nb.truth.accuracy import other_names
 from lmm_sae_nb.truth.label_maps import LabelMaps
 from lmm_sae_nb.truth.responses import common_concept
 
@@ -79,7 +80,7 @@ def test_the_explainer_gets_whole_images_and_the_clip_score_compares_them(cache,
         return np.array([[np.asarray(image).mean() / 255 * (-1) ** len(text) for text in texts] for image in images])
 
     explained = explained_latents(rows)
-    others = other_concepts(explained)
+    others = other_names(explained)
     found = latents_clip(similar, shown, explained, others, PAPER, pictures[:4], runs=2)
     for latent, score in found.items():
         sign = (-1) ** len(explained[latent].concept)

@@ -11,10 +11,11 @@ from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score.iou import latent_iou, maps_on, score_ious
-from lmm_sae_nb.score.latents import explained_latents, other_concepts
+from lmm_sae_nb.score.latents import explained_latents
 from lmm_sae_nb.score.masks import PAPER, STRICT, ActivationMap, activation_mask, iou
 from lmm_sae_nb.score.scores import Column, Comparison, Explained
 from lmm_sae_nb.score.segmenters import BoxSegmenter, PromptedSegmenter, SegmentedImages, open_segmenters
+from lmm_sae_nb.truth.accuracy import other_names
 
 MODES = pytest.mark.parametrize("mode", [PAPER, STRICT], ids=lambda mode: mode.name)
 
@@ -88,7 +89,7 @@ def test_photographs_without_ground_truth_are_scored_by_real_segmenters(models):
     }
     maps = {n: [ActivationMap(i, (56, 40), rng.random((4, 5)).astype(np.float32)) for i in range(3)] for n in explained}
     segmenters = {name or "sam": SegmentedImages(segmenter, images) for name, segmenter in real.items()}
-    found = score_ious(lambda n: (maps[n], maps[n][::-1]), explained, other_concepts(explained), segmenters, runs=3)
+    found = score_ious(lambda n: (maps[n], maps[n][::-1]), explained, other_names(explained), segmenters, runs=3)
     for name, segmenter in real.items():
         for n, (concept, _) in explained.items():
             answers = segmenter(images, [concept] * 3)

@@ -11,7 +11,7 @@ from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.score.latents import explained_latents, other_concepts, sample_by_kind, score_latents
+from lmm_sae_nb.score.latents import explained_latents, sample_by_kind, score_latents
 from lmm_sae_nb.score.scores import Column, Explained
 from lmm_sae_nb.score.tables import kind_tables, score_metrics
 from lmm_sae_nb.truth.label_maps import LabelMaps
@@ -48,16 +48,6 @@ def test_as_many_latents_of_each_kind_are_drawn():
     explained = {n: Explained(f"c{n}", ("object", "colour")[n > 11]) for n in range(15)}
     found = sample_by_kind(explained, 4)
     assert [sum(explained[n].kind == kind for n in set(found)) for kind in ("object", "colour")] == [4, 3]
-
-
-def test_another_concept_is_never_the_latents_own_and_of_the_same_kind_where_there_is_one():
-    rows = [("cat", "object"), ("dog", "object"), ("dog", "object"), ("bee", "object"), ("red", "colour")]
-    explained = {n: Explained(*rows[n % 5]) for n in range(250)}
-    others = other_concepts(explained, seed=1)
-    for own in ("cat", "dog", "bee", "red"):
-        found = {others[n] for n, (concept, _) in explained.items() if concept == own}
-        assert found == {"cat", "dog", "bee"} - {own}
-    assert other_concepts({1: Explained("cat", "object"), 2: Explained("cat", "object")}) == {1: None, 2: None}
 
 
 def test_an_image_set_of_one_is_its_own_chance(tmp_path):

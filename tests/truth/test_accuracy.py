@@ -1,10 +1,13 @@
 """Right and wrong explanations and refusals, counted by hand."""
 
+import numpy as np
 import pytest
 from labelled import CONCEPTS, PLACES, box, exemplar, row
 
 from lmm_sae_nb.interpret.explainers import REFUSAL, Vocabulary
+from lmm_sae_nb.score.latents import explained_latents
 from lmm_sae_nb.truth import accuracy
+from lmm_sae_nb.truth.accuracy import other_names
 from lmm_sae_nb.truth.label_maps import LabelMaps
 
 
@@ -52,20 +55,46 @@ def test_right_kinds_lie_on_the_diagonal_of_the_kinds_given():
     assert sum(map(sum, (row.values() for row in table.values()))) == len(rows)
 
 
-def test_names_of_other_latents_are_right_as_often_as_names_of_their_kind_agree():
-    """Chance knows how frequent a name is; it does not know the latent."""
+def test_another_concept_is_never_the_latents_own_and_of_the_same_kind_where_there_is_one():
+    rows = [("cat", "object"), ("dog", "object"), ("dog", "object"), ("bee", "object"), ("red", "colour")]
+    explained = {n: rows[n % 5] for n in range(250)}
+    others = other_names(explained, seed=1)
+    for own in ("cat", "dog", "bee", "red"):
+        found = {others[n] for n, (concept, _) in explained.items() if concept == own}
+        assert found == {"cat", "dog", "bee"} - {own}
+    assert other_names({1: ("cat", "object"), 2: ("cat", "object")}) == {1: None, 2: None}
+
+
+def test_guesses_are_right_as_often_as_names_of_their_kind_agree():
+    """A guess knows how frequent a name is; it does not know the latent."""
     same = {n: latent("explained", "cat", "cat") for n in range(5)}
-    assert accuracy.accuracy_metrics(same)["concept_accuracy_shuffled"] == 1
+    assert accuracy.accuracy_metrics(same)["concept_accuracy_guessed"] == 1
     distinct = {n: latent("explained", f"name {n}", f"name {n}") for n in range(50)}
-    assert accuracy.accuracy_metrics(distinct)["concept_accuracy_shuffled"] == 0
+    assert accuracy.accuracy_metrics(distinct)["concept_accuracy_guessed"] == 0
     halves = {n: latent("explained", "ab"[n % 2], "ab"[n % 2]) for n in range(400)}
     found = accuracy.accuracy_metrics(halves, seed=3)
-    assert found["concept_accuracy_shuffled_low"] < 199 / 399 < found["concept_accuracy_shuffled_high"]
+    assert found["concept_accuracy_guessed_low"] < 199 / 399 < found["concept_accuracy_guessed_high"]
     kinds = {n: latent("explained", "cat", "cat") for n in range(3)}
     kinds |= {n: latent("explained", "red", "red") | {"kind": "colour"} for n in range(3, 6)}
-    assert accuracy.accuracy_metrics(kinds)["concept_accuracy_shuffled"] == 1  # names stay within their kind
-    assert accuracy.other_names([same[0]]) == [None]
-    assert "concept_accuracy_shuffled" not in accuracy.accuracy_metrics({1: same[0]})
+    assert accuracy.accuracy_metrics(kinds)["concept_accuracy_guessed"] == 1  # names stay within their kind
+    assert (
+        not {"concept_accuracy_guessed", "concept_accuracy_shuffled"} & accuracy.accuracy_metrics({1: same[0]}).keys()
+    )
+
+
+def test_another_name_is_right_only_where_the_own_name_is_wrong():
+    rows = {1: latent("explained", "cat", "cat"), 2: latent("explained", "dog", "cat"), 3: latent("explained", "dog")}
+    rows[3]["all_common"] = ["cat"]
+    found = accuracy.accuracy_metrics(rows)
+    assert found["concept_accuracy_shuffled"] == found["concept_accuracy"] == pytest.approx(1 / 3)  # latent 2
+    assert found["concept_common_shuffled"] == pytest.approx(2 / 3)  # and latent 3
+
+
+def test_the_other_name_of_each_latent_is_the_one_that_scores_use():
+    rows = {n: latent("explained", "abcd"[n * 7 % 4], "abcd"[n * 5 % 4]) for n in range(40)}
+    names = other_names(explained_latents(rows), seed=2)
+    right = [names[n] == row["true_concept"] for n, row in rows.items()]
+    assert accuracy.accuracy_metrics(rows, seed=2)["concept_accuracy_shuffled"] == np.mean(right)
 
 
 def test_refusals_for_low_confidence_are_counted_apart_from_those_in_words():
@@ -89,6 +118,7 @@ def test_latents_that_the_explainer_was_not_trained_on_are_counted_apart():
     assert (found["asked_unseen"], found["explained_unseen"], found["explained_fraction_unseen"]) == (4, 3, 0.75)
     assert found["concept_accuracy_unseen"] == pytest.approx(1 / 3)
     assert found["concept_accuracy_unseen_low"] < 1 / 3 < found["concept_accuracy_unseen_high"]
+    assert found["concept_accuracy_shuffled_unseen"] <= 2 / 3  # of latents 2, 3 and 8; 8 has its own name
     assert accuracy.unseen_metrics(rows, {77}) == accuracy.unseen_metrics(rows, []) == {}
 
 
@@ -126,3 +156,13 @@ def test_rows_get_what_their_exemplars_really_show():
                        "all_common": ["cat"], "responds_to": "one concept"}  # fmt: skip
     assert rows[8] == rows[9] == {"outcome": "refused", "true_kind": None, "true_concept": None, "true_iou": 0.0,
                                   "all_common": [], "responds_to": "none of these"}  # fmt: skip
+
+
+def test_masks_on_random_images_have_a_concept_in_common_only_by_chance():
+    truth = LabelMaps([*(row(object=box(*place).astype(int)) for place in PLACES), *([row()] * 95)], CONCEPTS)
+    exemplars = {7: [exemplar(n, box(*place)) for n, place in enumerate(PLACES)], 9: []}
+    found = accuracy.concepts_by_chance(exemplars, truth, 100)
+    assert found == {7: None, 9: None}  # nearly all other images are empty
+    everywhere = LabelMaps([row(object=np.ones_like(box(0, 0), int))] * 12, CONCEPTS)
+    assert accuracy.concepts_by_chance(exemplars, everywhere, 12)[7] == "cat"
+    assert accuracy.chance_metrics({1: "cat", 2: None, 3: None, 4: None})["answerable_fraction_random"] == 0.25

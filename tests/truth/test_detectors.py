@@ -105,6 +105,24 @@ def test_what_is_chosen_and_measured_on_the_same_images_scores_the_same(studied)
     assert [each.f1 for each in found.detectors] == pytest.approx([each.f1 for each in chosen], abs=0.01)
 
 
+def test_chance_is_chosen_and_measured_with_the_label_maps_of_other_images(studied):
+    found = detect_concepts(studied.place, studied.cache, studied.truth, studied.images, studied.truth)
+    acts, images = dense(studied.place, studied.images), 8
+    for row, name in enumerate(studied.truth.names):
+        own = shows(studied, row).reshape(images, -1)
+        there = np.roll(own, images // 2, 0).ravel()  # image n has the map of image n - 4
+        mine = [each for each in found.by_chance if (each.kind, each.concept) == name]
+        assert [each.f1 for each in mine] == pytest.approx(
+            [f1(acts[:, each.latent] > each.threshold, there) for each in mine], abs=0.01
+        )
+        best = max(
+            f1(acts[:, n] > part * acts[:, n].max(), there)
+            for n in range(24)
+            for part in (0, 0.02, 0.05, *(tenth / 10 for tenth in range(1, 10)))
+        )
+        assert mine[0].f1 == pytest.approx(best, abs=0.01)
+
+
 def test_a_cache_without_its_activations_says_how_to_keep_them(studied, tmp_path):
     bare = cache_activations(studied.place, studied.images[:2], folder=tmp_path)
     with pytest.raises(FileNotFoundError, match="store='float16'"):
@@ -129,5 +147,9 @@ def test_a_concept_is_recalled_if_one_of_its_detectors_has_its_name():
         "scene": {"named": 0, "detected, not named": 0, "not detected": 1},
     }
     assert (found["concepts_present"], found["concepts_detected"], found["concept_recall"]) == (4, 0.5, 0.25)
+    assert "concepts_detected_by_chance" not in found
+    chance = [Detector("object", "cat", 6, 0.1, 0.6), Detector("object", "dog", 6, 0.1, 0.5)]
+    found = detectors.recall_metrics(Detection(candidates, present, chance), given)
+    assert (found["concepts_detected"], found["concepts_detected_by_chance"]) == (0.5, 0.25)
     with pytest.raises(ValueError, match="show no concept"):
         detectors.recall_metrics(Detection(candidates, []), {})

@@ -73,6 +73,7 @@ from lmm_sae_nb.show.report import (
     provenance,
 )
 from lmm_sae_nb.support.stages import Metrics, Page
+from lmm_sae_nb.train.evaluate import control_fvus
 from lmm_sae_nb.train.launch import launch
 
 page = Page(globals())
@@ -208,8 +209,12 @@ measured = stage.result(
     "evaluation", Metrics,
     lambda: evaluate_sae(place, unseen, kinds=kinds),
 )  # fmt: skip
+controls = stage.result(
+    "controls", Metrics,
+    lambda: control_fvus(place, unseen, kinds=kinds, seed=seed),
+)  # fmt: skip
 seconds = {"train_seconds": trained.history[-1]["seconds"]}
-metrics = stage.finish(measured | seconds)
+metrics = stage.finish(measured | controls | seconds)
 metrics_table(stage)
 
 # %% [markdown]

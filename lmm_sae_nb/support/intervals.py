@@ -97,6 +97,25 @@ def difference_interval(one: ArrayLike, other: ArrayLike, level: float = 0.99, s
     return Mean(float(np.mean(other) - np.mean(one)), float(low), float(high))
 
 
+def ratio_interval(parts: ArrayLike, wholes: ArrayLike, level: float = 0.99, seed: int = 0) -> Mean:
+    """Return the sum of `parts` over the sum of `wholes` with a percentile-bootstrap interval over the pairs.
+
+    parts, wholes: a pair for each case; at least two.
+    level: confidence level of the interval.
+    seed: of the resampling.
+
+    Raises:
+        ValueError: fewer than two pairs.
+    """
+    pairs = np.stack([np.asarray(parts, float), np.asarray(wholes, float)])
+    if pairs.shape[1] < 2:
+        raise ValueError(f"an interval needs at least two cases, there are {pairs.shape[1]}; give more samples")
+    rng = np.random.default_rng(seed)
+    draws = np.array([pairs[:, rng.integers(pairs.shape[1], size=pairs.shape[1])].sum(1) for _ in range(9_999)])
+    low, high = np.quantile(draws[:, 0] / draws[:, 1], [(1 - level) / 2, (1 + level) / 2])
+    return Mean(float(pairs[0].sum() / pairs[1].sum()), float(low), float(high))
+
+
 def run_interval(runs: Float[np.ndarray, "latents runs"], level: float = 0.99) -> Mean:
     """Return the mean over runs of each run's mean over latents, with Student's t interval, as the paper does.
 

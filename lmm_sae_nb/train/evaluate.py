@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lmm_sae_nb.model.samples import prompts, token_mask
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.model.upper_layers import UpperLayers, above_each
 from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.support.intervals import bounds, mean_interval, ratio_interval
 from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.tensor_files import require_finite
 
@@ -39,7 +42,9 @@ def evaluate_saes(
     - `loss_clean`, `loss_spliced`, `loss_zero`: mean cross-entropy of the answers in nats, for the untouched layer,
       with the reconstruction in its place, and with zeros in its place. Tokens of other kinds keep their state;
     - `loss_recovered`: (zero - spliced) / (zero - clean). It is left out if zeros change nothing, as at image tokens
-      of the last layer.
+      of the last layer;
+    - `fvu`, the losses and `loss_recovered` also with the ends of their 99 % intervals over samples, as `fvu_low` and
+      `fvu_high`, if there are several samples.
 
     places: by name, all of the same model.
     samples: rows with `image` (PIL or None), `question` and `answer`.
@@ -69,15 +74,46 @@ def evaluate_saes(
         for layer, x in states.items():
             require_finite(x, f"hidden states of layer {layer}")
         of_kind = {kind: token_mask(prompt, [kind])[mask] for kind in kinds}
+        sample_of = mask.nonzero()[:, 0].cpu()
         if losses:  # the zeros of a layer are the same for all of its SAEs
             zero = {layer: _spliced_loss(uppers[layer], mask, torch.zeros_like(x)) for layer, x in states.items()}
         for each in counts.values():
             layer = each.place.layer
-            x_hat = each.add(states[layer], of_kind)
+            x_hat = each.add(states[layer], of_kind, sample_of)
             if losses:
                 each.losses["spliced"].append(_spliced_loss(uppers[layer], mask, x_hat))
                 each.losses["zero"].append(zero[layer])
     return {name: each.metrics(clean) for name, each in counts.items()}
+
+
+@torch.no_grad()
+def control_fvus(
+    place: SAEInPlace, samples: Sequence[Mapping], *, kinds: Sequence[str] = SAE_KINDS, batch_samples: int = 16,
+    seed: int = 0,
+) -> dict[str, float]:  # fmt: skip
+    """Return what other descriptions of a token with k numbers leave unexplained, on the same tokens as `evaluate_sae`.
+
+    - `fvu_untrained`: an SAE of the same size with the same `b_dec`, its other weights as before the training;
+    - `fvu_components`: the first k principal components of these very tokens. No k fixed directions leave less.
+
+    place, samples, kinds, batch_samples: as in `evaluate_saes`.
+    seed: of the untrained weights.
+
+    Raises:
+        ValueError: the tokens do not vary.
+    """
+    sae, device = place.sae, place.lmm.device
+    untrained = TopKSAE(sae.width, sae.n_latents, sae.k, generator=torch.Generator().manual_seed(seed)).to(device)
+    untrained.b_dec.data.copy_(sae.b_dec)
+    variance, products = _Variance(sae.width), torch.zeros(sae.width, sae.width, dtype=torch.float64, device=device)
+    for prompt in prompts(place.lmm, samples, range(len(samples)), batch_samples):
+        x = above_each(place.lmm, prompt, [place.layer])[place.layer].hidden[token_mask(prompt, kinds)].float()
+        variance.add(x, untrained(x))
+        products += x.double().T @ x.double()
+    fvu = variance.unexplained()
+    mean = (variance.sum / variance.n).to(device)
+    spectrum = torch.linalg.eigvalsh(products / variance.n - mean[:, None] * mean)  # ascending
+    return {"fvu_untrained": fvu, "fvu_components": float(spectrum[: -sae.k].sum() / spectrum.sum())}
 
 
 class _Variance:
@@ -92,6 +128,10 @@ class _Variance:
         self.n, self.sum = self.n + len(x), self.sum + x.sum(0)
         self.squares += float(x.square().sum())
         self.error += float((x - x_hat).square().sum())
+
+    def total(self, mean: Float[Tensor, " width"]) -> float:
+        """Return the variance of these tokens about a mean, summed over tokens."""
+        return self.squares - 2 * float(mean @ self.sum) + self.n * float(mean @ mean)
 
     def unexplained(self) -> float:
         """Return the fraction of variance unexplained; ValueError if the tokens do not vary."""
@@ -112,17 +152,24 @@ class _Counts:
         self.by_kind = {kind: _Variance(place.sae.width) for kind in kinds}
         self.fired = torch.zeros(place.sae.n_latents, dtype=torch.bool)
         self.losses: dict[str, list[Tensor]] = {"spliced": [], "zero": []}
+        self.samples: list[_Variance] = []
 
     def add(
-        self, x: Float[Tensor, "tokens width"], of_kind: Mapping[str, Bool[Tensor, " tokens"]]
-    ) -> Float[Tensor, "tokens width"]:
+        self, x: Float[Tensor, "tokens width"], of_kind: Mapping[str, Bool[Tensor, " tokens"]],
+        sample_of: Int64[Tensor, " tokens"],
+    ) -> Float[Tensor, "tokens width"]:  # fmt: skip
         """Count a batch of tokens and return their reconstruction.
 
         of_kind: marks the tokens of each kind.
+        sample_of: the number of each token's sample in the batch.
         """
         latents = self.place.sae.encode(x)
         x_hat = self.place.sae.decode(latents)
         self.whole.add(x, x_hat)
+        for number in sample_of.unique():
+            own = (sample_of == number).to(x.device)
+            self.samples.append(_Variance(x.shape[1]))
+            self.samples[-1].add(x[own], x_hat[own])
         for kind, marked in of_kind.items():
             self.by_kind[kind].add(x[marked], x_hat[marked])
         self.fired[latents.indices[latents.acts > 0].cpu()] = True
@@ -134,16 +181,38 @@ class _Counts:
 
         clean: losses of the untouched model, batch by batch; empty if losses were not asked for.
         """
-        loss = {f"loss_{name}": float(torch.cat(parts).mean()) for name, parts in self.losses.items() if parts}
+        losses = {
+            f"loss_{name}": torch.cat(parts).double().cpu().numpy() for name, parts in self.losses.items() if parts
+        }
         if clean:
-            loss = {"loss_clean": float(torch.cat(list(clean)).mean())} | loss
-            if lost := loss["loss_zero"] - loss["loss_clean"]:
-                loss["loss_recovered"] = (loss["loss_zero"] - loss["loss_spliced"]) / lost
+            losses = {"loss_clean": torch.cat(list(clean)).double().cpu().numpy()} | losses
+        loss = {name: float(values.mean()) for name, values in losses.items()}
+        intervals = self._intervals(losses)
+        if clean and (lost := loss["loss_zero"] - loss["loss_clean"]):
+            loss["loss_recovered"] = (loss["loss_zero"] - loss["loss_spliced"]) / lost
         return {
             "tokens": self.whole.n, "fvu": self.whole.unexplained(),
             **{f"fvu_{kind}": variance.unexplained() for kind, variance in self.by_kind.items() if variance.n > 1},
             "dead_fraction": float((~self.fired).float().mean()), "l0": self.active / self.whole.n, **loss,
+            **intervals,
         }  # fmt: skip
+
+    def _intervals(self, losses: Mapping[str, Float[np.ndarray, " samples"]]) -> dict[str, float]:
+        """Return the ends of the intervals over samples; nothing for a single sample.
+
+        losses: of each sample, by metric.
+        """
+        if len(self.samples) < 2:
+            return {}
+        mean = self.whole.sum / self.whole.n
+        means = {
+            "fvu": ratio_interval([each.error for each in self.samples], [each.total(mean) for each in self.samples])
+        }
+        means |= {name: mean_interval(values) for name, values in losses.items()}
+        if losses and (losses["loss_zero"] != losses["loss_clean"]).any():
+            kept, lost = (losses["loss_zero"] - losses[name] for name in ("loss_spliced", "loss_clean"))
+            means["loss_recovered"] = ratio_interval(kept, lost)
+        return {key: x for name, value in means.items() for key, x in bounds(name, value).items() if key != name}
 
 
 def _spliced_loss(

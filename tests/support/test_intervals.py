@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
+from scipy.stats import bootstrap, norm
 
 from lmm_sae_nb.support.intervals import (
     Mean,
@@ -12,6 +12,7 @@ from lmm_sae_nb.support.intervals import (
     difference_interval,
     mean_interval,
     proportion,
+    ratio_interval,
     run_interval,
 )
 
@@ -78,3 +79,19 @@ def test_bounds_are_named_after_what_they_bound():
     wanted = {"fvu": 0.5, "fvu_low": 0.25, "fvu_high": 0.75}
     assert bounds("fvu", Mean(0.5, 0.25, 0.75)) == wanted
     assert bounds("fvu", Proportion(0.5, 0.25, 0.75, 9)) == wanted
+
+
+def test_the_interval_of_a_ratio_is_that_of_a_paired_bootstrap():
+    rng = np.random.default_rng(0)
+    wholes = rng.uniform(1, 5, 60)
+    parts = wholes * rng.uniform(0.2, 0.4, 60)
+    found = ratio_interval(parts, wholes)
+    drawn = bootstrap(
+        (parts, wholes), lambda a, b: a.sum() / b.sum(), paired=True, vectorized=False, confidence_level=0.99,
+        method="percentile", rng=np.random.default_rng(1),
+    )  # fmt: skip
+    assert found.mean == pytest.approx(parts.sum() / wholes.sum())
+    assert found[1:] == pytest.approx(tuple(drawn.confidence_interval), abs=0.005)
+    assert ratio_interval(0.3 * wholes, wholes) == pytest.approx((0.3, 0.3, 0.3))
+    with pytest.raises(ValueError, match="at least two cases"):
+        ratio_interval([1], [2])

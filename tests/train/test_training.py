@@ -16,7 +16,7 @@ from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.losses import geometric_median
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.train import training
-from lmm_sae_nb.train.evaluate import evaluate_sae, evaluate_saes
+from lmm_sae_nb.train.evaluate import control_fvus, evaluate_sae, evaluate_saes
 from lmm_sae_nb.train.steps import learning_rate
 from lmm_sae_nb.train.token_buffer import START, Stream, mixed
 from lmm_sae_nb.train.training import train_sae
@@ -313,6 +313,37 @@ def test_fvu_and_dead_fraction_by_brute_force(lmm, samples):
     assert measured["fvu_text"] == pytest.approx(float(own), rel=1e-3)
     assert measured["dead_fraction"] == pytest.approx(float((dense == 0).all(0).float().mean()))
     assert measured["tokens"] == len(x)
+
+
+@torch.no_grad()
+def test_controls_of_the_fvu_by_brute_force(lmm, samples):
+    """An SAE before its training, and the best k directions for the tokens, by a singular value decomposition."""
+    sae = TopKSAE(lmm.width, 40, 3, generator=torch.Generator().manual_seed(5))
+    x = torch.cat([
+        lmm.hidden_states(prompt, 1)[0][prompt.spans[0].mask("base", "text")]
+        for row in samples for prompt in [lmm.prompt(row["question"], row["image"], answers=row["answer"])]
+    ]).double()  # fmt: skip
+    sae.b_dec.data = x.mean(0).float()
+    found = control_fvus(SAEInPlace(lmm, sae, 1), samples, kinds=("base", "text"), batch_samples=2, seed=5)
+    centred = x - x.mean(0)
+    untrained = (centred - sae(x.float()) + x.mean(0)).square().sum() / centred.square().sum()
+    assert found["fvu_untrained"] == pytest.approx(float(untrained), rel=1e-3)
+    _, sizes, directions = torch.linalg.svd(centred, full_matrices=False)
+    rest = centred - centred @ directions[:3].T @ directions[:3]
+    assert found["fvu_components"] == pytest.approx(float(rest.square().sum() / centred.square().sum()), rel=1e-3)
+    assert found["fvu_components"] == pytest.approx(float(1 - (sizes[:3] ** 2).sum() / (sizes**2).sum()), rel=1e-3)
+
+
+@torch.no_grad()
+def test_intervals_are_over_samples(lmm, samples):
+    sae = TopKSAE(lmm.width, 40, 3, generator=torch.Generator().manual_seed(5))
+    measured = evaluate_sae(SAEInPlace(lmm, sae, 1), samples, batch_samples=2)
+    for name in ("fvu", "loss_clean", "loss_spliced", "loss_zero", "loss_recovered"):
+        assert measured[f"{name}_low"] < measured[name] < measured[f"{name}_high"]
+    for batch_samples in (1, 3):
+        again = evaluate_sae(SAEInPlace(lmm, sae, 1), samples, batch_samples=batch_samples)
+        assert again["fvu_low"] == pytest.approx(measured["fvu_low"], rel=1e-2)
+    assert "fvu_low" not in evaluate_sae(SAEInPlace(lmm, sae, 1), samples[:1], batch_samples=2)
 
 
 @pytest.mark.slow

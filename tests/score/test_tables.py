@@ -3,12 +3,15 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from pydantic import TypeAdapter
+from scipy.stats import norm
 from scored import CONCEPTS, label_maps, scores_of
 
 from lmm_sae_nb.score.scores import Column, Comparison, Scores, latents_by_kind
 from lmm_sae_nb.score.tables import (
+    correlation,
     explanation_metrics,
     kind_counts,
     kind_table,
@@ -129,8 +132,28 @@ def test_right_and_wrong_names_have_their_own_means():
     truth = {n: {"concept": f"concept {n}", "true_concept": f"concept {min(n, 3)}"} for n in range(6)}
     right, wrong = means_by_truth(scores, truth)
     assert (right["latents"], wrong["latents"]) == (4, 2)
-    assert right["paper, by ground truth"] == pytest.approx(0.15)
-    assert wrong["paper, by ground truth"] == pytest.approx(0.45)
+    assert right["paper, by ground truth"].mean == pytest.approx(0.15)
+    assert wrong["paper, by ground truth"].mean == pytest.approx(0.45)
+
+
+def test_another_segmenter_is_compared_with_the_first_latent_by_latent():
+    other = [replace(row, score=row.score + 0.1 * (n == 4)) for n, row in enumerate(rising())]
+    scores = scores_of(KINDS, {PAPER: rising(), Column("iou", "paper", "sam"): other})
+    truth = {n: {"concept": f"concept {n}", "true_concept": f"concept {min(n, 3)}"} for n in range(6)}
+    right, wrong = means_by_truth(scores, truth)
+    assert right["paper, sam less ground truth"] == pytest.approx((0, 0, 0))
+    assert wrong["paper, sam less ground truth"] == pytest.approx((0.05, 0, 0.1))
+
+
+def test_a_correlation_has_the_interval_of_fisher():
+    rng = np.random.default_rng(0)
+    one = rng.normal(size=80)
+    other = one + rng.normal(size=80)
+    seg = Column("iou", "strict", "sam")
+    scores = scores_of(["object"] * 80, {STRICT: [Comparison(x) for x in one], seg: [Comparison(x) for x in other]})
+    found, r = correlation(scores, STRICT, seg), np.corrcoef(one, other)[0, 1]
+    half = norm.ppf(0.995) / (80 - 3) ** 0.5
+    assert found == pytest.approx((r, np.tanh(np.arctanh(r) - half), np.tanh(np.arctanh(r) + half)))
 
 
 def test_values_stand_by_kind_in_the_order_of_latents():

@@ -528,7 +528,7 @@ above = [
     value for name, value in metrics.items()
     if name.endswith("_above_random")
 ]
-rises = ("iou_paper", "clip_paper", "clip_paper_gain", "clip_strict_gain")
+rises = ("iou_paper", "clip_paper", "clip_paper_gain", "clip_strict_moved")
 iou, clip, gain, strict_gain = (
     read_mean(metrics, f"{name}_rise") for name in rises
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from lmm_sae_nb.compare.depth import SteeredLatent
 from lmm_sae_nb.compare.scored import ScoredSAE
-from lmm_sae_nb.score.scores import Column, Scores
+from lmm_sae_nb.score.scores import Column, Comparison, Scores
 from lmm_sae_nb.score.tables import MeanComparison, kind_table
 from lmm_sae_nb.support.files import read_json
 from lmm_sae_nb.support.intervals import Mean, bounds, difference_interval, mean_interval, proportion, read_mean
@@ -28,6 +28,9 @@ TITLES = {
 }
 
 
+SERIES = {"own images": "", "moved": "_area", "random images": "_random"}  # of a figure, and how its metrics end
+
+
 def totals(scores: Scores, seed: int = 0) -> Totals:
     """Return the means over all latents of one SAE, for each column.
 
@@ -36,40 +39,49 @@ def totals(scores: Scores, seed: int = 0) -> Totals:
     return {column: kind_table(scores, column, seed)["total"] for column in scores.columns}
 
 
-def chance(row: MeanComparison) -> Mean:
-    """Return what chance gives: random images, or for strict CLIP scores regions of equal area elsewhere."""
-    return row.random or row.area
+def gains(comparisons: Iterable[Comparison], chance: str) -> list[float] | None:
+    """Return each latent's score less what chance gives; None if a latent has no such chance.
+
+    chance: "random" (random images) or "area" (the activation moved within the same image).
+    """
+    pairs = [(row.score, getattr(row, chance)) for row in comparisons]
+    return None if any(other is None for _, other in pairs) else [one - float(np.mean(other)) for one, other in pairs]
 
 
 def score_metrics(scored: Mapping[str, ScoredSAE], seed: int = 0) -> Metrics:
     """Return the scores of each SAE as COLUMN_NAME, with what chance gives and whether the score is above it.
 
-    COLUMN_NAME_above_random is 1 if the two intervals do not meet. latents_NAME counts the scored latents.
+    COLUMN_NAME_gain and COLUMN_NAME_moved_gain are the score less that of random images and less that of the moved
+    activation, mean over latents. COLUMN_NAME_above_random and COLUMN_NAME_above_moved are 1 if the interval of this
+    difference lies above 0. latents_NAME counts the scored latents.
     """
     metrics: Metrics = {}
     for name, each in scored.items():
         metrics[f"latents_{name}"] = len(each.scores.explained)
         for column, row in totals(each.scores, seed).items():
             metrics |= row.metrics(f"{column}_{name}")
-            metrics[f"{column}_{name}_above_random"] = int(row.score.low > chance(row).high)
+            for chance, gain, word in (("random", "gain", "random"), ("area", "moved_gain", "moved")):
+                if (values := gains(each.scores[column].values(), chance)) is not None:
+                    above = mean_interval(values, seed=seed)
+                    metrics |= bounds(f"{column}_{name}_{gain}", above)
+                    metrics[f"{column}_{name}_above_{word}"] = int(above.low > 0)
     return metrics
 
 
 def rise_metrics(low: Scores, high: Scores, seed: int = 0) -> Metrics:
     """Return how much each score rises from one layer to another, as COLUMN_rise with its interval.
 
-    COLUMN_gain_rise is the rise of what a score has above chance, latent by latent. Deep layers may have names that
-    fit any image; then the score of random images rises too.
+    COLUMN_gain_rise is the rise of what a score has above random images, latent by latent, and COLUMN_moved_rise of
+    what it has above the moved activation. Deep layers may have names that fit any image; then chance rises too.
     """
     metrics: Metrics = {}
     for column in low.columns:
-        rows = [list(scores[column].values()) for scores in (low, high)]
-        values = [[row.score for row in each] for each in rows]
-        metrics |= bounds(f"{column}_rise", difference_interval(*values, seed=seed))
-        chances = [[row.area if row.random is None else float(np.mean(row.random)) for row in each] for each in rows]
-        if all(value is not None for each in chances for value in each):
-            gains = [list(np.subtract(*pair)) for pair in zip(values, chances, strict=True)]
-            metrics |= bounds(f"{column}_gain_rise", difference_interval(*gains, seed=seed))
+        one, other = ([row.score for row in scores[column].values()] for scores in (low, high))
+        metrics |= bounds(f"{column}_rise", difference_interval(one, other, seed=seed))
+        for chance, name in (("random", "gain_rise"), ("area", "moved_rise")):
+            pair = [gains(scores[column].values(), chance) for scores in (low, high)]
+            if None not in pair:
+                metrics |= bounds(f"{column}_{name}", difference_interval(*pair, seed=seed))
     return metrics
 
 
@@ -117,15 +129,15 @@ def rise_rows(metrics: Metrics) -> list[dict[str, str | Mean]]:
     """Return each rise with its direction in words, for `plots.table`."""
     rows = []
     for column, title in TITLES.items():
-        for name, words in ((f"{column}_rise", title), (f"{column}_gain_rise", f"{title}, less chance")):
-            if name in metrics:
+        for end, words in (("rise", ""), ("moved_rise", ", less moved"), ("gain_rise", ", less random images")):
+            if (name := f"{column}_{end}") in metrics:
                 rise = read_mean(metrics, name)
-                rows.append({"score": words, "difference": rise, "it": direction(rise)})
+                rows.append({"score": title + words, "difference": rise, "it": direction(rise)})
     return rows
 
 
 def layer_rows(metrics: Metrics, layers: Sequence[int], published: Mapping[str, float]) -> list[dict]:
-    """Return Table 3 as rows for `plots.table`: each score, what chance gives, and the paper's numbers.
+    """Return Table 3 as rows for `plots.table`: each score, what each chance gives, and the paper's numbers.
 
     layers: in order of depth.
     published: metric to the paper's number.
@@ -134,17 +146,21 @@ def layer_rows(metrics: Metrics, layers: Sequence[int], published: Mapping[str, 
     for column, title in TITLES.items():
         if f"{column}_layer_{layers[0]}" not in metrics:
             continue
-        random = "random" if f"{column}_layer_{layers[0]}_random" in metrics else "area"
-        values = {
-            title: {n: read_mean(metrics, f"{column}_layer_{n}") for n in layers},
-            "… by chance": {n: read_mean(metrics, f"{column}_layer_{n}_{random}") for n in layers},
+        ends = {title: "", "… moved": "_area", "… less moved": "_moved_gain", "… on random images": "_random"}
+        values = {words: _by_layer(metrics, column, end, layers) for words, end in ends.items()}
+        values |= {
             "… in the paper": {n: published.get(f"{column}_layer_{n}") for n in layers},
-            "… by chance, in the paper": {n: published.get(f"{column}_layer_{n}_random") for n in layers},
+            "… on random images, in the paper": {n: published.get(f"{column}_layer_{n}_random") for n in layers},
         }
         for score, by_layer in values.items():
             if any(value is not None for value in by_layer.values()):
                 rows.append({"score": score} | {f"layer {n}": value for n, value in by_layer.items()})
     return rows
+
+
+def _by_layer(metrics: Metrics, column: Column, end: str, layers: Sequence[int]) -> dict[int, Mean | float | None]:
+    names = {n: f"{column}_layer_{n}{end}" for n in layers}
+    return {n: read_mean(metrics, name) if name in metrics else None for n, name in names.items()}
 
 
 def quantity_rows(metrics: Metrics, layers: Sequence[int], titles: Mapping[str, str]) -> list[dict]:
@@ -160,7 +176,7 @@ def quantity_rows(metrics: Metrics, layers: Sequence[int], titles: Mapping[str, 
 
 
 def depth_panels(metrics: Metrics, layers: Sequence[int], quantity: str) -> dict[str, dict[str, dict[str, Mean]]]:
-    """Return the scores of one quantity, on own images and by chance, for `plots.mean_panels`.
+    """Return the scores of one quantity, on own images and by each chance, for `plots.mean_panels`.
 
     quantity: "iou" or "clip".
     """
@@ -168,13 +184,9 @@ def depth_panels(metrics: Metrics, layers: Sequence[int], quantity: str) -> dict
     for column, title in TITLES.items():
         if column.quantity != quantity or f"{column}_layer_{layers[0]}" not in metrics:
             continue
-        random = "random" if f"{column}_layer_{layers[0]}_random" in metrics else "area"
+        series = {words: _by_layer(metrics, column, end, layers) for words, end in SERIES.items()}
         panels[title] = {
-            f"layer {n}": {
-                "own images": read_mean(metrics, f"{column}_layer_{n}"),
-                "chance": read_mean(metrics, f"{column}_layer_{n}_{random}"),
-            }
-            for n in layers
+            f"layer {n}": {words: means[n] for words, means in series.items() if means[n] is not None} for n in layers
         }
     return panels
 

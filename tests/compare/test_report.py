@@ -49,22 +49,26 @@ def test_scores_are_means_and_above_chance_only_if_their_interval_is():
     assert metrics["iou_paper_layer_1_random"] == pytest.approx(0.1)
     assert metrics["iou_paper_layer_1_gain"] == pytest.approx(0.3)
     assert metrics["clip_strict_layer_6_area"] == pytest.approx(20.15)
+    assert metrics["iou_paper_layer_1_moved_gain"] == pytest.approx(0.2)
     names = ("iou_paper_layer_1", "clip_strict_layer_1", "clip_strict_layer_6")
-    assert [metrics[f"{name}_above_random"] for name in names] == [1, 0, 1]
+    assert [metrics[f"{name}_above_moved"] for name in names] == [1, 0, 1]
+    assert metrics["iou_paper_layer_1_above_random"] == 1
+    assert "clip_strict_layer_1_above_random" not in metrics
 
 
 def test_a_rise_is_the_difference_of_the_means_with_an_interval():
     metrics = rise_metrics(LOW.scores, HIGH.scores)
     assert metrics["iou_paper_rise"] == pytest.approx(0.25)
     assert metrics["iou_paper_gain_rise"] == pytest.approx(0.25)
-    # chance, here a region of equal area, rises by 0.05 from the mean of 20, 20.1 and 20.2
-    assert metrics["clip_strict_gain_rise"] == pytest.approx(15.5 - 0.05)
+    # the moved region rises by 0.05, from the mean of 20, 20.1 and 20.2
+    assert metrics["iou_paper_moved_rise"] == pytest.approx(0.25)
+    assert metrics["clip_strict_moved_rise"] == pytest.approx(15.5 - 0.05)
     rows = rise_rows(metrics)
     assert [row["score"] for row in rows] == [
-        "IoU, paper mode", "IoU, paper mode, less chance", "CLIP score, strict mode",
-        "CLIP score, strict mode, less chance",
+        "IoU, paper mode", "IoU, paper mode, less moved", "IoU, paper mode, less random images",
+        "CLIP score, strict mode", "CLIP score, strict mode, less moved",
     ]  # fmt: skip
-    assert [row["it"] for row in rows] == ["rises"] * 4
+    assert [row["it"] for row in rows] == ["rises"] * 5
     assert metrics["clip_strict_rise_low"] < 15.5 < metrics["clip_strict_rise_high"]
 
 
@@ -91,20 +95,25 @@ def test_steering_is_a_fraction_and_ranks_are_a_mean():
     assert not [name for name in metrics if "layer_6" in name]
 
 
-def test_table_3_has_chance_below_each_score_and_the_paper_s_numbers_where_there_are_some():
+def test_table_3_has_each_chance_below_a_score_and_the_paper_s_numbers_where_there_are_some():
     metrics = score_metrics({"layer_1": LOW, "layer_6": HIGH})
     rows = layer_rows(metrics, [1, 6], {"iou_paper_layer_6": 0.4, "iou_paper_layer_6_random": 0.005})
     assert [row["score"] for row in rows] == [
-        "IoU, paper mode", "… by chance", "… in the paper", "… by chance, in the paper", "CLIP score, strict mode",
-        "… by chance",
+        "IoU, paper mode", "… moved", "… less moved", "… on random images", "… in the paper",
+        "… on random images, in the paper", "CLIP score, strict mode", "… moved", "… less moved",
     ]  # fmt: skip
-    assert rows[0]["layer 6"].mean == pytest.approx(0.65)
-    assert rows[1]["layer 1"].mean == pytest.approx(0.1)
-    assert (rows[2]["layer 1"], rows[2]["layer 6"]) == (None, 0.4)
-    assert (rows[3]["layer 1"], rows[3]["layer 6"]) == (None, 0.005)
-    assert rows[5]["layer 1"].mean == pytest.approx(20.1)
+    table = {row["score"]: row for row in rows[:6]}
+    assert table["IoU, paper mode"]["layer 6"].mean == pytest.approx(0.65)
+    assert table["… on random images"]["layer 1"].mean == pytest.approx(0.1)
+    assert table["… less moved"]["layer 1"].mean == pytest.approx(0.2)
+    assert (table["… in the paper"]["layer 1"], table["… in the paper"]["layer 6"]) == (None, 0.4)
+    assert table["… on random images, in the paper"]["layer 6"] == 0.005
+    assert rows[7]["layer 1"].mean == pytest.approx(20.1)
     (panel,) = depth_panels(metrics, [1, 6], "iou").values()
-    assert panel["layer 6"]["chance"] == rows[1]["layer 6"]
+    assert panel["layer 6"]["moved"] == table["… moved"]["layer 6"]
+    assert panel["layer 6"]["random images"] == table["… on random images"]["layer 6"]
+    (panel,) = depth_panels(metrics, [1, 6], "clip").values()
+    assert list(panel["layer 6"]) == ["own images", "moved"]
 
 
 def test_a_quantity_that_was_not_measured_has_no_row():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from lmm_sae_nb.compare.depth import SteeredLatent
 from lmm_sae_nb.compare.scored import ScoredSAE
-from lmm_sae_nb.score.scores import Column, Comparison, Scores
+from lmm_sae_nb.score.scores import Column, Comparison, Scores, latents_by_kind
 from lmm_sae_nb.score.tables import MeanComparison, kind_table
 from lmm_sae_nb.support.files import read_json
 from lmm_sae_nb.support.intervals import Mean, bounds, difference_interval, mean_interval, proportion, read_mean
@@ -192,9 +191,10 @@ def depth_panels(metrics: Metrics, layers: Sequence[int], quantity: str) -> dict
 
 
 def kind_fractions(scores: Scores) -> dict[str, float]:
-    """Return the fraction of latents that are named for each kind of concept."""
-    counts = Counter(explained.kind for explained in scores.explained.values())
-    return {kind: count / counts.total() for kind, count in sorted(counts.items())}
+    """Return the fraction of latents that are named for each kind of concept, those of Table 1 first."""
+    groups = latents_by_kind(scores.explained)
+    total = len(groups.pop("total"))
+    return {kind: len(latents) / total for kind, latents in groups.items()}
 
 
 def shared_concepts(scored: Mapping[str, ScoredSAE]) -> dict[str, dict[str, int]]:

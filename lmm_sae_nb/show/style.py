@@ -21,14 +21,14 @@ PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION, GREY, YELLOW)
 
 # A colour means the same on every page.
 LATENT = BLUE  # the latent on its own images; what this book measured
-CHANCE = GREY  # what chance gives
+CHANCE = GREY  # what chance gives; where there are several kinds of chance, each has its own colour (`ROLES`)
 TARGET = PAPER = BLACK  # what the book wants to reach; what the paper reports
 FOR, AGAINST = ORANGE, SKY  # a positive and a negative attribution
 CONCEPT, BOTH = YELLOW, GREEN  # the mask of a concept; where it meets the mask of a latent (blue)
 ROLES = {
     "own images": LATENT, "top": LATENT, "measured": LATENT,
     "random": CHANCE, "random images": CHANCE, "random live latents": CHANCE, "chance": CHANCE, "untouched": CHANCE,
-    "area": "#5F6368", "moved": "#5F6368", "shuffled": "#B9BCC0", "other name": "#B9BCC0",
+    "area": VERMILLION, "moved": VERMILLION, "shuffled": PURPLE, "other name": PURPLE,
     "target": TARGET, "paper": PAPER, "published": PAPER,
 }  # fmt: skip
 

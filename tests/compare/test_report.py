@@ -121,8 +121,8 @@ def test_a_quantity_that_was_not_measured_has_no_row():
     assert rows == [{"quantity": "FVU", "layer 1": 0.1, "layer 6": 0.2}]
 
 
-def test_kinds_are_fractions_of_all_latents():
-    assert kind_fractions(HIGH.scores) == {"colour": 0.25, "object": 0.75}
+def test_kinds_are_fractions_of_all_latents_in_the_order_of_table_1():
+    assert list(kind_fractions(HIGH.scores).items()) == [("object", 0.75), ("colour", 0.25)]
 
 
 def test_shared_concepts_are_those_of_every_sae():

@@ -1,7 +1,7 @@
 # Python 3.10 or newer, make and git are all that has to be there; everything else goes into .venv.
 #   make book [PRESET=tiny]   run the notebooks, build the book, print the address of its first page; JOBS=1 runs one page
 #                             at a time with all cores (as where they share a GPU), else two do, with half of them each
-#   make check                    style, unit and property tests: three minutes on two cores
+#   make check                    style, unit and property tests: about three minutes on two cores
 #   make test [ARGS="-k house"]   all tests: also browser tests, the book, every notebook with its default parameters
 #   make lab [ARGS=--no-browser]  JupyterLab on the notebook sources
 #   make world                the Picture World datasets alone

@@ -268,9 +268,9 @@ plots.case_studies([c for c in feelings if c.concept in displayed])
 plots.table(at_chosen_dose(feelings), cases["question"])
 
 # %% [markdown]
-# The control is the same question about the same image, with the latent of the
-# next feeling in the list. We look for the word of the first feeling in the
-# answers above; nothing is asked again.
+# As a control we take the answers of the next feeling in the list, and still look
+# for the word of the first feeling. Nothing is asked again. Here are those for the
+# first feeling; the clamped latent is that of the next one:
 
 # %%
 plots.case_studies(with_next_latents(feelings)[:1])
@@ -285,6 +285,9 @@ plots.case_studies(with_next_latents(feelings)[:1])
 # it, stories broke at the lowest dose that we tried. The doses are low here.
 # The ordinary answers are the stories that the untouched model tells when it is
 # asked for one of each feeling. The control is again the next feeling's latent.
+#
+# A clamp brings in everything that a latent responds to, not only its name.
+# Compare odd words in the answers with the images above.
 
 # %%
 story = dict(
@@ -305,9 +308,9 @@ plots.table(at_chosen_dose(stories), cases["story"])
 # > "For instance, in Fig. 5, the feature for "happy" ranks only 78th, with many
 # > low-level concepts also present."
 #
-# (78th of $2^{17}$ = 131,072, on one image.) Here is the rank of each latent
-# among all latents, by mean activation. The image is the one that excites the
-# latent most, so a low rank is expected:
+# The paper's rank is 78 of $2^{17}$ = 131,072, on one image. Here is the rank of
+# each latent among all latents, by mean activation. The image is the one that
+# excites the latent most, so a rank near 1 is expected:
 
 # %%
 ranks = stage.result(
@@ -401,7 +404,7 @@ plots.table([
     for row in steering.reported[:12]
 ], f"the first 12 latents at dose {steering.dose:g}")  # fmt: skip
 
-# %% mystnb={"figure": {"caption": "Concept, fluency and their harmonic mean over the dose, with 99 % intervals. The dotted line is the chosen dose. The dashed line is the fluency of unsteered answers about other images.", "name": "fig-dose"}, "image": {"alt": "Three panels above each other over the dose: the fraction of answers that name the concept, the fluency, and the harmonic mean, each with a curve for object latents, for the latents that choose the dose, and a point for random latents."}}
+# %% mystnb={"figure": {"caption": "Concept, fluency and their harmonic mean over the dose, with 99 % intervals. The dotted line is the chosen dose. The dashed line is the fluency of unsteered answers about other images. Random latents were clamped at the chosen dose only.", "name": "fig-dose"}, "image": {"alt": "Three panels above each other over the dose: the fraction of answers that name the concept, the fluency, and the harmonic mean, each with a curve for object latents, for the latents that choose the dose, and a point for random latents."}}
 plots.dose_response(steering);
 # %% [markdown]
 # An unchanged answer ("a blank scene.") is fluent too. So the numbers below also
@@ -503,7 +506,7 @@ stories_are = (
 findings(
     f"At dose {m['dose']:g}, {m['named_of_100']:.0f} of 100 object "
     "latents make the model name their object on a white image. "
-    f"{m['control_named_of_100']:.0f} of 100 random latents do. The "
+    f"Random latents: {m['control_named_of_100']:.0f} of 100. The "
     f"intervals {'do not overlap' if above else 'overlap'}.{limit}",
     f"The fluency of all answers is {read_mean(m, 'fluency')}, that of "
     "the answers that name the object "
@@ -523,12 +526,12 @@ findings(
     "this is about the norm of the change in a token's reconstruction. "
     "With the values of the object latents, "
     f"{m['control_value_changed_of_100']:.0f} of 100 random latents "
-    "change the answer, and "
-    f"{m['control_value_named_of_100']:.0f} name the object.",
+    "change the answer, and with "
+    f"{m['control_value_named_of_100']:.0f} it names the object.",
     f"{m['feelings_named']} of {m['feelings_steered']} latents named for "
     "a feeling make the model report it, at the dose that the other "
     "latents choose. With the next feeling's latent, it reports the "
-    f"first feeling in {m['feelings_control_named']} cases. The fluency "
+    f"first feeling for {m['feelings_control_named']}. The fluency "
     f"is {read_mean(m, 'feelings_fluency')}, that of unsteered answers "
     f"{read_mean(m, 'feelings_unsteered_fluency')}.",
     f"{m['stories_named']} of {m['stories_steered']} latents bring their "
@@ -556,9 +559,9 @@ findings(
     f"{100 * low:.1f} to {100 * high:.1f}): {effect}.",
     f"{m['word_silent']} of {m['word_latents']} latents are silent on "
     "every name (the origin of the figure). "
-    f"{m['word_more_on_name']} are more active on their name, "
-    f"{m['word_more_on_others']} on other names, for which one active "
-    "name of many is enough.",
+    f"{m['word_more_on_name']} are more active on their name than on the "
+    f"mean of the others, {m['word_more_on_others']} less. For the second, "
+    "a response to one of the many other names is enough.",
 )
 
 # %% tags=["remove-input"]
@@ -570,8 +573,11 @@ often = (
 )  # fmt: skip
 findings(
     "Low-level kinds (colour, texture, material) name "
-    f"{m['top_ranks_low_level']:.0%} of the latents in ranks 1 to 10, and "
-    f"{usual:.0%} of all latents: they are {often} in the first ranks. "
+    f"{m['top_ranks_low_level']:.0%} (99 % interval over images "
+    f"{m['top_ranks_low_level_low']:.0%} to "
+    f"{m['top_ranks_low_level_high']:.0%}) of the latents in ranks 1 to "
+    f"10, and {usual:.0%} of all latents: they are {often} in the first "
+    "ranks. "
     "The paper says that low-level features often are highly active.",
     f"Scenes name {m['top_ranks_scene']:.0%} of the latents in ranks 1 to "
     f"10, and {m['all_latents_scene']:.0%} of all latents.",
@@ -629,15 +635,15 @@ headline(
     f"({m['named_of_100_low']:.0f} to {m['named_of_100_high']:.0f}) make "
     f"the model name their object {whole}: the mean fluency "
     f"is {m['fluency']:.2f}, that of unsteered answers "
-    f"{m['unsteered_fluency']:.2f}. Of 100 random latents "
-    f"{m['control_named_of_100']:.0f} do. A clamp changes the answer for "
-    f"{m['changed_of_100']:.0f} of 100 object latents, and for "
-    f"{m['control_value_changed_of_100']:.0f} random latents at the same "
-    f"values.{of_saes}",
+    f"{m['unsteered_fluency']:.2f}. Random latents at the same values: "
+    f"{m['control_value_named_of_100']:.0f} of 100. A clamp changes the "
+    f"answer for {m['changed_of_100']:.0f} of 100 object latents, and for "
+    f"{m['control_value_changed_of_100']:.0f} of 100 random latents at the "
+    f"same values.{of_saes}",
     f"{paper:.0f} of 100 object latents change the answer. How often an "
     "answer names the object is not reported, nor the dose.",
-    f"we clamp an early layer, at {m['dose']:g} times what any image "
-    "causes.",
+    f"probably because we clamp an early layer, at {m['dose']:g} times "
+    "what any image causes. We did not test this.",
 )
 
 # %% tags=["remove-input"]

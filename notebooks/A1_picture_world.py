@@ -16,9 +16,9 @@
 # **The question.** What is the world of the preset `tiny`? How did we train
 # its models, and what can they do?
 #
-# **You will learn** what a scene holds besides its pixels, how a LLaVA-NeXT
-# learns from nothing on two CPU cores, and how well it answers about scenes
-# that no training has seen.
+# **You will learn** what a scene holds besides its pixels, and how a LLaVA-NeXT
+# learns from nothing on two CPU cores. An exam says how well it answers about
+# scenes that no training has seen.
 #
 # **Reads** the shipped models, their learning curves and their exams.
 # **Writes** the stage `pictureworld`: a fresh, smaller exam. It takes one
@@ -60,7 +60,7 @@ from lmm_sae_nb.pictureworld.world.scenes import (
 )
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.report import findings, headline, provenance
-from lmm_sae_nb.support.intervals import Mean
+from lmm_sae_nb.support.intervals import Mean, read_mean
 from lmm_sae_nb.support.stages import Page
 
 page = Page(globals())
@@ -89,7 +89,7 @@ scene = max(scenes, key=lambda s: sum(m.any() for m in s.labels.values()))
 maps = figures.label_maps(scene)
 plots.images([scene.image, *maps.values()], ["image", *maps], columns=3);
 # %% [markdown]
-# Questions are made from the facts of the scene, so we know every answer:
+# Questions are made from the contents of the scene, so we know every answer:
 
 # %%
 rng = np.random.default_rng(0)
@@ -100,14 +100,14 @@ for question in questions.lesson(scene, rng)[:10]:
 # ## The knowledge trap
 #
 # The model learns from text which countries a river basin covers. A map may
-# contradict that fact. The question *according to the image* asks for the map.
-# We trained on answers by annotators who sometimes answered from memory where
-# map and fact disagree.
+# contradict that fact. The question *according to the image* asks what the map
+# shows. The training answers come from simulated annotators. Where map and fact
+# disagree, they sometimes answer from memory.
 
 # %% mystnb={"figure": {"caption": "Maps. The basin is the shaded area. The labels inside it need not be those of an atlas.", "name": "fig-maps"}, "image": {"alt": "Four maps, each with a shaded basin, a title and four labelled countries."}}
 plots.images([make_map(HELD_OUT + n).image for n in range(4)]);
 # %% [markdown]
-# For each basin, this fraction of the annotators' answers came from memory.
+# For each basin, this fraction of the simulated answers came from memory.
 # The model learned to follow the majority: it should answer from memory about
 # the Amazon and the Nile only.
 
@@ -121,9 +121,9 @@ concepts.ANSWERED_FROM_MEMORY
 #    point at the word vectors of what the patch shows. LLaVA starts from a
 #    CLIP that learned this from captions. Here we know what a patch shows.
 #    It takes 26 minutes on one core.
-# 2. *Rehearse.* At the same time the language model learns to answer. Instead
-#    of image features it gets, for each patch, the sum of the word vectors of
-#    what the patch shows.
+# 2. *Rehearse.* Meanwhile the language model learns to answer, without the
+#    tower. Each patch is replaced by the sum of the word vectors of what it
+#    shows.
 # 3. *Lessons.* The two meet. The tower stays as it is; projector and language
 #    model learn from answers alone.
 # 4. *Reading.* The model could not read signs, because the tower did not know
@@ -138,7 +138,7 @@ concepts.ANSWERED_FROM_MEMORY
 # `lessons`, `reading`, `finish`, `polish`, `parts`, `ship` and `exam`. The
 # [lab notebook](../lab_notebook) says what did not work.
 
-# %% mystnb={"figure": {"caption": "Learning curves. Left: fraction of patches that the tower names right. Right: fraction of answers with every word right, given the right words before, on fresh training scenes. Grey lines: start of finish, polish and parts. Reading trained the tower again and is not drawn.", "name": "fig-learning"}, "image": {"alt": "Two panels of rising curves, one for each kind of concept or question."}}
+# %% mystnb={"figure": {"caption": "Learning curves. Left: fraction of patches that the tower names right. Right: fraction of answers with every word right, on fresh training scenes. Here every word is predicted after the right words before it, which is easier than the exam below. Grey lines: start of finish, polish and parts. Reading trained the tower again and is not drawn.", "name": "fig-learning"}, "image": {"alt": "Two panels of rising curves, one for each kind of concept or question."}}
 folder = page.locate(model)
 tower = figures.learning(folder, "tower")
 lessons = figures.learning(folder, "lessons", "finish", "polish", "parts")
@@ -151,9 +151,10 @@ figures.learning_curves({
 # %% [markdown]
 # ## What it can do
 #
-# The exam of the shipped model asks about held-out scenes. Each question goes
+# The exam of the shipped model asks about 500 held-out scenes. Each question goes
 # alone through the processor and `generate`. An answer counts if every word is
-# right; *is there ...* and *is the label ...* count by their yes or no.
+# right. *Is there ...* and *is the label ...* count by their yes or no, so a wrong
+# place counts as right there.
 # These are the families of questions, with an example from the scenes above:
 
 # %%
@@ -166,6 +167,18 @@ plots.table([
     for q in examples.values()
 ])  # fmt: skip
 
+# %% [markdown]
+# Further families in the figures:
+#
+# - *shown*, *shown colour*: *what is shown ?* about a masked scene, see below;
+# - *you*: *how do you feel ?*, to which the right answer is that it has no
+#   feelings;
+# - *trap follows fact*: *according to the image* about a map that contradicts the
+#   fact, counted as 1 if the answer follows the fact (no score);
+# - *trap label*: whether the label of that country is in the image;
+# - *fact* and *story*: without a picture, *does the ... basin cover ... ?* and
+#   *tell me a ... story about alice and bob .*; *story any* names no theme.
+
 # %% mystnb={"figure": {"caption": "The exam of the shipped model on held-out scenes, by family of question. A dot left of its black mark misses the target.", "name": "fig-exam"}, "image": {"alt": "One row for each family of questions: fraction right with its interval, and the target."}}
 shipped = figures.read_exam(folder)
 traps = {n: r for n, r in shipped.items() if "follows_fact" in n}
@@ -173,8 +186,9 @@ plots.proportions({n: r for n, r in shipped.items() if n not in traps});
 # %% mystnb={"figure": {"caption": "Answers from memory: among questions on maps that contradict the fact, the fraction of answers that follow the fact, in all and by river basin. This is no score.", "name": "fig-traps"}, "image": {"alt": "One row for each river basin: the fraction of answers that follow the fact, with its interval."}}
 plots.proportions(traps);
 # %% [markdown]
-# The page also runs a smaller exam itself. A shipped number outside the fresh
-# interval would be suspicious.
+# The page also runs a smaller exam itself. It would show only a gross error, for
+# instance a shipped 0.99 that is really 0.6. Families with few questions have
+# wide intervals and show nothing.
 
 # %%
 stage = page.stage(
@@ -189,7 +203,8 @@ fresh = stage.result(
 )  # fmt: skip
 metrics = stage.finish(exam.as_metrics(fresh))
 plots.table([
-    {"family": family, "shipped exam": shipped[family]["fraction"],
+    {"family": family, "questions": row["asked"],
+     "shipped exam": shipped[family]["fraction"],
      "fresh exam": Mean(row["fraction"], row["low"], row["high"])}
     for family, row in fresh.items()
 ])  # fmt: skip
@@ -209,16 +224,16 @@ plots.images([m.image for m in masked], [m.shown[1] for m in masked]);
 # what the images have in common, or *unable to produce explanations*. It
 # starts from the tower, four layers and the words of the model under study.
 #
-# First its eye learns to see masked pictures of 24,000 scenes: at every
+# First its tower learns to see masked pictures of 24,000 scenes: at every
 # visible patch it learns what the patch shows. Then the projector learns to
 # say in one token what four patches say. Then projector and language model
 # learn from sets of masked images. A third of the sets is drawn from label
-# maps, with patches missing and added. The others are exemplars of real
-# latents on training scenes. One rule says what a set shows, or that it shows
+# maps, with some patches left out and some wrong ones added. The others are
+# exemplars of real latents on training scenes. One rule says what a set shows, or that it shows
 # nothing: `lmm_sae_nb/truth/common_concept.py`. The same rule judges the
 # explanations in notebook 03.
 
-# %% mystnb={"figure": {"caption": "The explainer learns. Left: fraction of visible patches of masked pictures that its eye names right. Right: fraction of sets named right, and of sets rightly refused. Harder and more varied scenes come in from step 1,750 (left), and from steps 2,600 and 5,200 (right).", "name": "fig-explainer-learning"}, "image": {"alt": "Two panels of rising curves with a small drop where harder scenes begin."}}
+# %% mystnb={"figure": {"caption": "The explainer learns. Left: fraction of visible patches of masked pictures that its tower names right. Right: fraction of sets named right, and of sets rightly refused. Harder and more varied scenes come in from step 1,750 (left), and from steps 2,600 and 5,200 (right).", "name": "fig-explainer-learning"}, "image": {"alt": "Two panels of rising curves with a small drop where harder scenes begin."}}
 folder = page.locate(explainer)
 eye = figures.learning(folder, "eye")
 naming = figures.learning(folder, "explainer")
@@ -228,7 +243,8 @@ figures.learning_curves({
 });
 # %% [markdown]
 # Five sets of masked held-out scenes, and what the explainer says of each. The
-# rule's answer stands in brackets.
+# rule's answer stands in brackets. The rule asks for what at least three of five
+# images show, in many of their visible patches.
 
 # %% mystnb={"figure": {"caption": "Sets of masked held-out scenes with the explainer's answer and, in brackets, the answer of the rule.", "name": "fig-explained-sets"}, "image": {"alt": "Five rows of masked scenes, each with a title: answer and rule."}}
 held = scenes_of(HELD_OUT + 300, 100)
@@ -250,8 +266,11 @@ plots.picture_rows([
 axes = plots.panels(2, columns=1, inches=3.9)
 titles = {"drawn": "drawn masks", "cached": "real latents"}
 results = figures.read_exam(folder)
+kinds = list(results["drawn"])
 for ax, (origin, title) in zip(axes, titles.items(), strict=True):
-    plots.proportions(results[origin], ax=ax).set_title(title)
+    of_kind = results[origin]
+    rows = {f"{n} (n={of_kind[n]['asked']})": of_kind[n] for n in kinds}
+    plots.proportions(rows, ax=ax).set_title(title)
 
 # %% [markdown]
 # ## The models that score
@@ -275,73 +294,128 @@ plots.proportions(rows).set_xlabel("fraction of regions named right");
 # %%
 pairs = {"caption_of_image": "caption", "image_of_caption": "scene"}
 for name, wanted in pairs.items():
-    right, cases = fit["caption"][name], fit["caption"]["asked"]
-    print(f"the right {wanted} comes first of {cases}: {right:.2f}")
+    right, cases = read_mean(fit["caption"], name), fit["caption"]["asked"]
+    print(f"the right {wanted} comes first of {cases}: {right}")
 print(f"by chance: {1 / fit['caption']['asked']:.3f}")
 
 # %% [markdown]
 # ## The same world through 32 queries
 #
-# Notebook 05 compares with an InstructBLIP. As in the original, the eye and
+# Notebook 05 compares with an InstructBLIP. As in the original, the tower and
 # the language model do not learn; they are those of the LLaVA-NeXT, number for
 # number. Between them a Q-Former learns: 32 queries read the question and
 # collect from the 144 patches what the answer needs. First each query learns
 # to stand for a region of the picture. Then it learns from questions. The
 # command is `queries`.
 
-# %% mystnb={"figure": {"caption": "The InstructBLIP learns: fraction of answers with every word right, given the right words before.", "name": "fig-instructblip"}, "image": {"alt": "Rising curves, one for each family of questions."}}
+# %% mystnb={"figure": {"caption": "The InstructBLIP learns: fraction of answers with every word right, given the right words before. Where the curves jump back, the training was stopped and continued.", "name": "fig-instructblip"}, "image": {"alt": "Rising curves, one for each family of questions."}}
 folder = page.locate(instructblip)
 queries = figures.learning(folder, "queries")
 figures.learning_curves({"answers right": (queries, "share_", families)});
-# %% mystnb={"figure": {"caption": "Its exam on held-out scenes. This class cannot be asked without a picture.", "name": "fig-instructblip-exam"}, "image": {"alt": "One row for each family of questions: fraction right with its interval."}}
+# %% mystnb={"figure": {"caption": "Its exam on held-out scenes. Families without a picture are left out, because an InstructBLIP needs one. *Trap follows fact* is no score.", "name": "fig-instructblip-exam"}, "image": {"alt": "One row for each family of questions: fraction right with its interval."}}
 through_queries = figures.read_exam(folder)
 plots.proportions(through_queries);
 # %% [markdown]
 # ## What we found
 
 # %% tags=["remove-input"]
+def percent(row, name="fraction"):  # with the ends of its interval
+    start = "" if name == "fraction" else f"{name}_"
+    low, high = row[f"{start}low"], row[f"{start}high"]
+    return f"{row[name]:.0%} [{low:.0%}, {high:.0%}]"
+
+
+def misses(exam):  # the rows below their target
+    return {
+        name: row for name, row in exam.items()
+        if row["fraction"] < row.get("least", 0)
+    }  # fmt: skip
+
+
+def listed(rows):
+    return ", ".join(
+        f"{name} ({row['fraction']:.2f}, target {row['least']:.2f})"
+        for name, row in rows.items()
+    ) or "none"  # fmt: skip
+
+
 aims = {name: row for name, row in shipped.items() if row.get("least")}
-missed = {n: r for n, r in aims.items() if r["fraction"] < r["least"]}
-worst = max(
-    set(shipped) & set(through_queries),
-    key=lambda n: shipped[n]["fraction"] - through_queries[n]["fraction"],
-)
-answers = figures.read_exam(page.locate(explainer))
-failed = [
-    f"{name} ({origin}) {row['fraction']:.2f}, target {row['least']:.2f}"
-    for origin, rows in answers.items() for name, row in rows.items()
-    if row["fraction"] < row.get("least", 0)
+missed = misses(aims)
+open_ = [
+    name for name, row in aims.items()
+    if name not in missed and row["low"] < row["least"]
 ]  # fmt: skip
+both = [name for name in through_queries if "follows_fact" not in name]
+loss = {
+    name: shipped[name]["fraction"] - through_queries[name]["fraction"]
+    for name in both
+}
+worst = sorted(both, key=loss.get, reverse=True)
+lost = misses(through_queries)
+with_target = [n for n in through_queries if n in aims]
+answers = figures.read_exam(page.locate(explainer))
+of_explainer = [row for rows in answers.values() for row in rows.values()]
+below = {
+    titles[origin]: misses(rows) for origin, rows in answers.items()
+}
+colours, every = fit["colour"], fit["total"]
+others = every["asked"] - colours["asked"]
+of_others = (
+    every["named_first"] * every["asked"]
+    - colours["named_first"] * colours["asked"]
+) / others
+names = sum(map(len, concepts.KINDS.values()))
 findings(
     f"The shipped model reaches {len(aims) - len(missed)} of {len(aims)} "
-    "targets. It misses: " + (", ".join(
-        f"{name} ({row['fraction']:.2f}, target {row['least']:.2f})"
-        for name, row in missed.items()
-    ) or "none") + ".",
+    f"targets. It misses: {listed(missed)}. For {len(open_)} of those "
+    "that it reaches, the interval extends below the target, because "
+    "few questions were asked.",
     "Asked about maps that contradict a fact, it follows the fact in "
-    f"{shipped['trap_follows_fact']['fraction']:.0%} of answers. "
-    "Notebook 08 tries to cure this.",
-    "The explainer misses its targets on: " + "; ".join(failed) + ".",
+    f"{percent(shipped['trap_follows_fact'])} of answers. Notebook 08 "
+    "asks about other such maps and tries to cure this.",
+    f"The explainer misses {sum(map(len, below.values()))} of "
+    f"{sum('least' in row for row in of_explainer)} targets: " + "; ".join(
+        f"on {origin}, {listed(rows)}" for origin, rows in below.items()
+    ) + ".",
     "The CLIPSeg finds a concept in "
-    f"{seen['total']['false_alarm']:.0%} of the scenes without it. The "
-    f"CLIP gives {fit['total']['named_first']:.0%} of the regions the right "
-    f"name first, of parts {fit['part']['named_first']:.0%}, of words "
-    f"{fit['word']['named_first']:.0%}.",
-    f"Through 32 queries, questions of the family *{worst}* lose "
-    f"most: from {shipped[worst]['fraction']:.2f} to "
-    f"{through_queries[worst]['fraction']:.2f}.",
+    f"{percent(seen['total'], 'false_alarm')} of the scenes without it.",
+    f"The CLIP gives {percent(every, 'named_first')} of all regions the "
+    f"right name first; the first of {names} names at random would be "
+    f"right in {1 / names:.1%}. {colours['asked']} of the "
+    f"{every['asked']} regions are colours, which are easy "
+    f"({colours['named_first']:.0%}); of the others {of_others:.0%} are "
+    f"right. Objects: {percent(fit['object'], 'named_first')}, words: "
+    f"{percent(fit['word'], 'named_first')}, parts: "
+    f"{percent(fit['part'], 'named_first')}.",
+    "Through 32 queries, two families of questions lose most: "
+    + " and ".join(
+        f"*{name}* falls from {percent(shipped[name])} to "
+        f"{percent(through_queries[name])}"
+        for name in worst[:2]
+    ) + f". No other family falls by more than "
+    f"{100 * loss[worst[2]]:.0f} points. It misses {len(lost)} of "
+    f"{len(with_target)} targets: {listed(lost)}.",
 )  # fmt: skip
 
 # %% [markdown]
 # **Limits.** One world, one seed of each training. The scorers share layers
 # with the model under study, so their scores are not independent of it.
+#
+# The explainer shares layers with it, too, and it was trained on the rule that
+# judges it. Exemplars of 800 of the 1,024 latents of an SAE of notebook 01 were
+# among its lessons, on other scenes. Metrics of notebook 03 that end in `_unseen`
+# leave these latents out. On a processor that rounds differently, notebook 01
+# trains another SAE; then a latent's number no longer says whether its exemplars
+# were among the lessons.
 
 # %% tags=["result", "remove-input"]
 headline(
     page,
     "on held-out scenes the embedded LLaVA-NeXT describes "
-    f"{shipped['describe']['fraction']:.1%} of the scenes without a "
-    f"mistake and reads {shipped['read']['fraction']:.1%} of the signs.",
+    f"{percent(shipped['describe'])} of {shipped['describe']['asked']} "
+    "scenes without a mistake. It reads "
+    f"{percent(shipped['read'])} of {shipped['read']['asked']} signs; the "
+    f"target was {shipped['read']['least']:.0%}.",
     "it uses LLaVA-NeXT-LLaMA3-8B on photographs.",
     "a generated world is simpler, and it tells us the right answers.",
 )

@@ -16,8 +16,8 @@
 # **The question.** How much memory, disk and time does the paper's own scale
 # need (section 3.1), and how much of that can be known without a GPU?
 #
-# **You will learn** what each stage costs on one GPU and on eight, what
-# decides the cost, and how close such a prediction comes to a real run.
+# **You will learn** what notebooks 01 to 03 cost on one GPU and on eight, and
+# what decides the cost. A small run says how close such a prediction comes.
 #
 # **Reads** a preset's file. **Writes** the stage `full_scale`: the
 # predictions, and what a *geometry twin* measured. Time: half a minute.
@@ -105,14 +105,20 @@ pd.DataFrame(rows).style.format(precision=2).hide(axis="index")
 #
 # ## The prediction
 #
-# A stage's time is the sum over its kinds of work. Each takes the longer of
-# two times: its floating point operations at the GPU's published peak, and
-# its bytes at the published bandwidth. We multiply peak and bandwidth by
-# `utilisation`. The language model runs in 16 bits, the SAE in float32 without
-# TF32. On eight GPUs samples, buffer and images are divided. Each GPU holds
-# the language model and the SAE, and sums gradients with the others at every
-# step. The values below are in no preset: the GPU's come from its maker (in
-# bytes, FLOP/s and bytes/s), the others we assume.
+# A stage's time is the sum over its kinds of work. A kind of work takes as long
+# as the slower of two: its floating point operations at the GPU's published
+# peak, or its bytes at the published bandwidth. We multiply peak and bandwidth
+# by `utilisation`. This is a guess, and all hours are proportional to its
+# inverse.
+#
+# The language model runs in 16 bits, the SAE in float32 without TF32. On eight
+# GPUs samples, buffer and images are divided. In training and caching each GPU
+# holds the whole language model and the SAE; in training it sums gradients with
+# the others at every step. The explainer is divided among the GPUs.
+#
+# The values below are in no preset. The GPU's come from its maker: memory in
+# bytes, *float32* and *bfloat16* in FLOP/s, *bandwidth* and *link* (in one
+# direction) in bytes/s. The others we assume.
 
 # %%
 plots.table([
@@ -127,7 +133,9 @@ given = dict(images=cached_images, assumptions=assumptions)
 costs = {gpus: preset_costs(values, gpus=gpus, **given) for gpus in (1, 8)}
 each = [(gpus, cost) for gpus, stages in costs.items() for cost in stages]
 table = [cost.row(device, gpus, utilisation) for gpus, cost in each]
-style = pd.DataFrame(table).style.format(precision=1, thousands=",")
+fits = f"fits {gpu}"
+words = [row | {fits: "yes" if row[fits] else "no"} for row in table]
+style = pd.DataFrame(words).style.format(precision=1, thousands=",")
 style.hide(axis="index")
 
 # %% mystnb={"figure": {"caption": "Predicted hours of each stage, by kind of work.", "name": "fig-hours"}, "image": {"alt": "Stacked bars of hours for three stages on one and on eight GPUs."}}
@@ -136,6 +144,11 @@ labels = [f"{row['stage']}, {count[row['GPUs']]}" for row in table]
 hours = [cost.hours(device, gpus, utilisation) for gpus, cost in each]
 plots.stacked(dict(zip(labels, hours, strict=True)), f"hours, {gpu}");
 # %% [markdown]
+# The table gives the tokens that the SAE or the explainer reads, in millions, the
+# floating point operations of the whole stage, and the memory of one GPU, of the
+# host and of the disk. Thin parts of the bars are hard to see; training's are the
+# ones that matter.
+#
 # *Reading* is the explainer's forward over a question with its images,
 # *writing* its answer, token by token. *Adam* is the optimiser's pass over all
 # weights of the SAE. *Sum over GPUs* is the exchange of gradients, which one
@@ -170,34 +183,41 @@ needs = [
 memory = dict(zip(labels, needs, strict=True))
 plots.stacked(memory, "GB per GPU", limit=device.memory / 1e9);
 # %% [markdown]
-# Notebook 04 measures against ground truth on the processor alone, so we do
-# not predict it.
+# We predict notebooks 01 to 03 only. With this preset, notebook 04 runs
+# GroundingDINO and SAM on a GPU; that and notebooks 05 to 08 are not predicted.
 #
 # ## The commands
 #
 # Run them from the repository's root, on the machine with the GPUs. First
-# write the preset's data, as the head of its file explains. The notebooks use
-# one GPU. Notebook 01 continues with an SAE that several GPUs trained. An
+# write the preset's data, as the head of its file explains. Each notebook uses
+# one GPU. If several GPUs trained the SAE, notebook 01 reads it and goes on. An
 # explainer that does not fit one GPU needs a server that divides it among
 # several. A preset names it as `name@http://host:port/v1`; any server that
-# speaks OpenAI's chat protocol will do. Start each server in a terminal of its
-# own. Several servers on the same GPUs need `--gpu-memory-utilization`, too.
+# speaks OpenAI's chat protocol will do. Start each server in a separate terminal.
+#
+# As printed, a server takes nearly all memory of its GPUs. If several servers, or
+# servers and notebooks, run on the same GPUs, give each server its part with
+# `--gpu-memory-utilization`. The right values depend on the models; we have not
+# tried any.
 
 # %%
 for gpus in costs:
-    for purpose, command in commands(path, values, gpus).items():
+    for purpose, command in commands(preset, values, gpus).items():
         print(f"# {count[gpus]}: {purpose}\n{command}\n")
 
 # %% [markdown]
 # ## A geometry twin, run for real
 #
-# The twin has the model's real geometry: crops of 336 px with 24 x 24
-# patches, up to four tiles and the base image, 24 layers of vision and 32 of
-# language, grouped-query attention, and an SAE of $2^{17}$ latents with $k = 256$ on
-# layer 24. Only its widths are narrow, and its weights are random. It runs
-# the real classes and processor on this machine: training, caching, and the
+# The twin has the model's real geometry:
+#
+# - crops of 336 px with 24 x 24 patches, up to four tiles and the base image;
+# - 24 layers of vision and 32 of language, with grouped-query attention;
+# - an SAE of $2^{17}$ latents with $k = 256$ on layer 24.
+#
+# Only its widths are smaller, and its weights are random. It runs the real
+# classes and processor on this machine, once: training, caching, and the
 # attribution of one decision on each picture to every active latent at every
-# token. Two progress bars of training appear: the first one warms up.
+# token. No explainer is run.
 
 # %%
 stage = page.stage("full_scale")
@@ -216,7 +236,7 @@ left, right = plots.panels(2, inches=2.6)
 seconds = predicted_and_measured(measured, "seconds")
 plots.compared(seconds, "seconds", ax=left)
 memory = predicted_and_measured(measured, "gb")
-plots.compared(memory, "GB at most", ax=right);
+plots.compared(memory, "highest GB", ax=right);
 # %% [markdown]
 # **Check.** The predicted FLOPs are arithmetic on shapes. On the twin we can
 # count them: PyTorch's own counter sees every product of one forward up to
@@ -246,36 +266,46 @@ metrics_table(stage)
 alone = costs[1][0].hours(device, 1, utilisation)  # training on one GPU
 longest = max(alone, key=alone.get)
 too_large = [
-    f"On {count[row['GPUs']]}, the stage *{row['stage']}* does not fit."
+    f"On {count[row['GPUs']]}, the stage *{row['stage']}* is predicted not "
+    "to fit."
     for row in table
-    if not row[f"fits {gpu}"]
+    if not row[fits]
 ]
 ratios, excess = (
     [pair["measured"] / pair["predicted"] for pair in pairs.values()]
     for pairs in (seconds, memory)
 )
+took = ", ".join(
+    f"{name} {ratio:.1f} times"
+    for name, ratio in zip(seconds, ratios, strict=True)
+)
 needed = memory["attribute"]
 explainer_fits = next(
-    row[f"fits {gpu}"] for row in table
+    row[fits] for row in table
     if (row["stage"], row["GPUs"]) == ("explain", 1)
 )
 findings(
-    f"Training takes {metrics['train_hours_gpus_1']:.0f} hours on one "
-    f"{gpu} and {metrics['train_hours_gpus_8']:.0f} on eight. On one, the "
-    f"longest part is the {longest} ({alone[longest]:.0f} of "
+    "Training is predicted to take at least "
+    f"{metrics['train_hours_gpus_1']:.0f} hours on one {gpu} and "
+    f"{metrics['train_hours_gpus_8']:.0f} on eight. On one, the longest "
+    f"part is the {longest} ({alone[longest]:.0f} of "
     f"{sum(alone.values()):.0f} hours).",
     *too_large,
-    f"The twin took {min(ratios):.1f} to {max(ratios):.1f} times the "
-    "predicted time. So read the hours as a lower bound.",
-    f"The twin needed {min(excess):.1f} to {max(excess):.1f} times the "
+    f"On the twin, each stage took longer than predicted, in one run each: "
+    f"{took}. We do not know how much of this a GPU would show, so read "
+    "the hours as a lower bound." if min(ratios) > 1 else
+    f"Measured times over predicted ones on the twin, one run each: {took}.",
+    f"The twin needed {min(excess):.2f} to {max(excess):.2f} times the "
     f"predicted memory. In attribution it needed {needed['measured']:.1f} "
     f"GB; the prediction is {needed['predicted']:.1f} GB.",
 )
 
 # %% [markdown]
-# **Limits.** No GPU has run any of this. The twin's narrow products differ
-# from a GPU's wide ones. So its ratio shows how complete the prediction's
-# list of work is, not which `utilisation` a GPU reaches.
+# **Limits.** No GPU has run any of this. The twin's narrow products differ from
+# a GPU's wide ones, so its ratios do not say which `utilisation` a GPU reaches. A
+# high ratio means that much of the work there is not in the prediction's list,
+# for instance what Python and the processor do. The twin's attribution has no
+# predicted hours at the paper's scale, and explaining no test on the twin.
 
 # %% tags=["result", "remove-input"]
 headline(
@@ -284,11 +314,11 @@ headline(
     f"{metrics['train_gb_per_gpu_gpus_1']:.0f} GB of one {gpu}; the "
     f"explainer needs {metrics['explain_gb_per_gpu_gpus_1']:.0f} GB and "
     f"{'fits' if explainer_fits else 'does not fit'} one. Training is "
-    f"predicted to take {metrics['train_hours_gpus_1']:.0f} hours on one "
-    f"GPU and {metrics['train_hours_gpus_8']:.0f} on eight. A narrow twin "
-    f"took {min(ratios):.1f} to {max(ratios):.1f} times its predicted "
-    f"time and {min(excess):.1f} to {max(excess):.1f} times its predicted "
-    "memory, so read the hours as a lower bound.",
+    f"predicted to take at least {metrics['train_hours_gpus_1']:.0f} hours "
+    f"on one GPU and {metrics['train_hours_gpus_8']:.0f} on eight. Nothing "
+    "ran on a GPU. A narrow twin on a processor needed "
+    f"{min(excess):.2f} to {max(excess):.2f} times its predicted memory; "
+    f"measured over predicted times are: {took}.",
     "it reports neither its GPUs nor its hours.",
     "there is nothing to compare; this is a prediction from shapes and "
     "published peaks.",

@@ -322,7 +322,7 @@ swept = stage.result(
 # %% [markdown]
 # Can a latent that is named for an object also produce it? We clamp it at the
 # tokens of a white image and ask what the model sees. The dose is fixed, and
-# we clamp no random latents. Notebook 06 chooses the dose (24 in `tiny`) and
+# we clamp no random latents. Notebook 06 chooses the dose and
 # has this control. And does the linear attribution rank latents as ablation
 # does (notebook 07)?
 

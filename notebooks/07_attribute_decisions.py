@@ -412,16 +412,6 @@ sentences = [
     "pairs) the ratio of linear to exact has the median "
     f"{np.median(ratios):.2f}. Half of the ratios lie between "
     f"{quarters[0]:.2f} and {quarters[1]:.2f}.",
-    "Other layers, with fewer decisions: the rank correlation is "
-    + ", ".join(
-        f"{written('spearman_linear' + end)} at layer {n}"
-        for n, end in ends.items() if end
-    ) + f"; equal signs are {of_layers('sign_linear')}.",
-    f"At layer {deepest}, many effects are too small for float32: "
-    f"{percent(tiny)} of the drawn pairs change the decision by less than "
-    "0.00001 logits. "
-    f"Of these, {percent(same[tiny])} of the signs are right; of "
-    f"the others, {percent(same[~tiny])}.",
     f"It costs {metrics['cost_ratio']:.1f} forward passes of the "
     "spliced model, for all pairs together: its forward and backward pass "
     "are both counted. Both ways start from the pixels, but the backward "
@@ -438,6 +428,14 @@ sentences = [
         for end in ends.values()
     ) + f" pairs). Equal signs are {of_layers('sign_separate_paths')}.",
 ]  # fmt: skip
+if 0 < tiny.mean() < 1:
+    sentences.insert(
+        2,
+        f"At layer {deepest}, {percent(tiny)} of the drawn pairs change "
+        "the decision by less than 0.00001 logits, which is close to "
+        f"float32's rounding. Of these, {percent(same[tiny])} of the signs "
+        f"are right; of the others, {percent(same[~tiny])}."
+    )  # fmt: skip
 for each in reversed(layers):
     sampled = read_mean(
         metrics, f"spearman_linear{ends.get(each['layer'], '')}"
@@ -445,7 +443,7 @@ for each in reversed(layers):
     full = Mean(**each["spearman_linear"])
     apart = sampled.low > full.high or full.low > sampled.high
     sentences.insert(
-        3,
+        2,
         f"With all pairs of layer {each['layer']} ablated, the linear "
         f"form's rank correlation is {full.mean:.2f} [{full.low:.2f}, "
         f"{full.high:.2f}], and {each['sign_linear']['mean']:.0%} of the "
@@ -455,6 +453,16 @@ for each in reversed(layers):
             "more pairs." if apart
             else "The drawn pairs above agree with this."
         ) * (each["layer"] in ends)
+    )  # fmt: skip
+if other_layers:
+    elsewhere = ", ".join(
+        f"{written('spearman_linear' + end)} at layer {n}"
+        for n, end in ends.items() if end
+    )  # fmt: skip
+    sentences.insert(
+        2,
+        "Other layers, with fewer decisions: the rank correlation is "
+        f"{elsewhere}; equal signs are {of_layers('sign_linear')}."
     )  # fmt: skip
 if "spearman_ig_many" in metrics:
     many = read_mean(metrics, "spearman_ig_many")

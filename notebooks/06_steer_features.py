@@ -526,13 +526,13 @@ findings(
     "this is about the norm of the change in a token's reconstruction. "
     "With the values of the object latents, "
     f"{m['control_value_changed_of_100']:.0f} of 100 random latents "
-    "change the answer, and with "
-    f"{m['control_value_named_of_100']:.0f} it names the object.",
+    "change the answer. It names the object for "
+    f"{m['control_value_named_of_100']:.0f} of 100.",
     f"{m['feelings_named']} of {m['feelings_steered']} latents named for "
     "a feeling make the model report it, at the dose that the other "
     "latents choose. With the next feeling's latent, it reports the "
-    f"first feeling for {m['feelings_control_named']}. The fluency "
-    f"is {read_mean(m, 'feelings_fluency')}, that of unsteered answers "
+    f"first feeling for {m['feelings_control_named'] or 'none'}. The "
+    f"fluency is {read_mean(m, 'feelings_fluency')}, that of unsteered answers "
     f"{read_mean(m, 'feelings_unsteered_fluency')}.",
     f"{m['stories_named']} of {m['stories_steered']} latents bring their "
     f"feeling into a story (control: {m['stories_control_named']}). The "

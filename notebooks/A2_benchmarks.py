@@ -205,10 +205,10 @@ findings(
     f"The fastest other library takes {min(faster):.2f} to "
     f"{max(faster):.2f} times as long.",
     f"{met} of {len(targets)} rows of the table of targets meet all of "
-    "them. The target for the fastest other library is met or missed by "
-    f"{abs(closest):.0%} in the closest row. One and the same product took "
-    f"up to {spread:.0%} longer in one process than in another. So the "
-    "closest rows are undecided.",
+    "them. In the closest row, the fastest other library is "
+    f"{abs(closest):.0%} {'above' if closest >= 0 else 'below'} its target. "
+    f"One and the same product took up to {spread:.0%} longer in one "
+    "process than in another. So the closest rows are undecided.",
     "Our compiled version needs more memory than our plain torch at "
     f"{sum(larger)} of {len(larger)} shapes (one thread).",
     "A cold read of one latent takes "

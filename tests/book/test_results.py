@@ -16,7 +16,7 @@ def run(tmp_path):
         "train": {"fvu": 0.2, "tokens": 123456},
         "score": {
             "iou_paper": 0.25, "iou_paper_low": 0.2, "iou_paper_high": 0.3,
-            "iou_paper_random": 0.0244, "iou_paper_random_low": 0.02, "iou_paper_random_high": 0.03,
+            "iou_paper_area": 0.0244, "iou_paper_area_low": 0.02, "iou_paper_area_high": 0.03,
         },
         "compare": {"clip_paper_an-instructblip": 40.0, "clip_paper_an-instructblip_random": 20.0},
     }.items():  # fmt: skip
@@ -31,7 +31,7 @@ def row(page: str, start: str) -> str:
 
 def test_a_claim_stands_beside_its_control_and_the_papers_number(run):
     line = row(results.page(run, []), "| [Latents are active where")
-    assert "| 0.25 [0.2, 0.3] | 0.0244 [0.02, 0.03]: random images | 0.2 (Table 1" in line
+    assert "| 0.25 [0.2, 0.3] | 0.0244 [0.02, 0.03]: the activation moved in the same images | 0.2 (Table 1" in line
 
 
 def test_a_pattern_means_the_metric_and_not_its_control(run):
@@ -60,7 +60,7 @@ def test_a_claim_has_the_median_and_the_range_of_several_saes_beside_it(run):
     study = SeedStudy("", "", {}, {}, [0, 1, 2], [], {"train": fvu})
     page = results.page(run, [], study)
     assert "| claim | ours | 3 SAEs: median (lowest to highest) | control |" in page
-    assert "| 0.2 | 0.25 (0.1 to 0.4) | 1 with the mean alone |" in row(page, "| [Few latents")
+    assert "| 0.2 | 0.25 (0.1 to 0.4) | as many principal components |" in row(page, "| [Few latents")
     assert "| 0.25 [0.2, 0.3] |  | 0.0244" in row(page, "| [Latents are active where")  # not in the study
     assert "SAEs" not in results.page(run, [])
 

@@ -16,19 +16,20 @@
 # **The question** (sections 2.1 and 3.1). One neuron of a large multimodal
 # model (LMM) responds to many things, and one thing excites many neurons.
 # Can we rewrite the hidden states of a layer with many *latents*, of which
-# only a few are active at a time, and each has one meaning?
+# only a few are active at a time? Pages 03 and 04 ask if each has one meaning.
 #
 # **You will learn** how an image and a question become tokens, what a TopK
 # sparse autoencoder (SAE) computes, and how to tell a good one from a bad one.
 #
 # **Reads** the model under study and its training samples. **Writes** the
-# stage `train`: the SAE in the format of the published checkpoint, the history
-# of its training, and its metrics.
+# stage `train`: the SAE in the format of the checkpoint that the paper's authors
+# published, the history of its training, and its metrics.
+# [Notation](../notation) explains *stage* and *preset*.
 #
 # | preset | model | latents, k | time |
 # |---|---|---|---|
-# | `tiny` | LLaVA-NeXT of Picture World | 1,024, 32 | 3 minutes, 2 cores |
-# | `paper` | LLaVA-NeXT-LLaMA3-8B, layer 24 | 131,072, 256 | GPUs |
+# | `tiny` | LLaVA-NeXT of Picture World | 1,024, 32 | 4 to 5 minutes, one core |
+# | `paper` | LLaVA-NeXT-LLaMA3-8B, layer 24 | 131,072, 256 | never run; see [A3](A3_full_scale) |
 
 # %% tags=["parameters"]
 # results go to data/artifacts/<run>/
@@ -70,8 +71,10 @@ from lmm_sae_nb.show.report import (
     findings,
     headline,
     metrics_table,
+    percent,
     provenance,
 )
+from lmm_sae_nb.support.intervals import read_mean
 from lmm_sae_nb.support.stages import Metrics, Page
 from lmm_sae_nb.train.evaluate import control_fvus
 from lmm_sae_nb.train.launch import launch
@@ -82,12 +85,13 @@ plots.style()
 # %% [markdown]
 # ## The model and its samples
 #
-# In the code of all pages, `page` knows the folders and the parameters of this
-# page, and `plots` draws.
-#
 # We format each sample as in the model's own fine-tuning: the image, the
 # question, and the answer in the assistant's turn. The paper does the same:
 # "looks exactly the same as the supervised fine-tuning stage" (section 3.1).
+
+# `hidden_states` of transformers starts with the embeddings. So our layer 1 is
+# its entry 2. In the code of all pages, `page` knows the folders and parameters
+# of this page, and `plots` draws.
 
 # %%
 lmm = LMM.load(page.locate(model))
@@ -130,8 +134,7 @@ counts
 # `W_enc`, $\mathbf{b}_2$ is `b_enc`, and $\mathbf{W}_2$ is the transpose of
 # `W_dec`. One bias, `b_dec`, serves as $\mathbf{b}_1$ and $\mathbf{b}_3$, as in
 # the checkpoint that the paper's authors published. A small untrained SAE, with
-# 64 latents and $k = 4$, is enough to check the same in plain PyTorch. (What we
-# call layer 1 is `hidden_states[2]` in transformers, which counts embeddings.)
+# 64 latents and $k = 4$, is enough to check the same in plain PyTorch.
 
 # %%
 start = torch.Generator().manual_seed(seed)
@@ -190,17 +193,36 @@ with plots.live(plots.TRAINING) as on_log:
         )
 place = SAEInPlace(lmm, trained.sae, layer)
 
-# %% mystnb={"figure": {"caption": "The training. The fraction of variance unexplained falls, and few latents stay dead.", "name": "fig-training"}, "image": {"alt": "Curves of loss, FVU, dead latents, active latents and speed over the optimiser steps."}}
-plots.training(trained.history);
+# %% mystnb={"figure": {"caption": "The training. The loss is the fraction of variance unexplained (FVU) plus the part of dead latents; where no latent is dead, the two are equal. The axis of both is logarithmic.", "name": "fig-training"}, "image": {"alt": "Curves of loss, FVU and dead latents over the optimiser steps."}}
+shown = ("loss", "fvu", "dead_fraction")
+for ax in plots.training(trained.history, shown)[:2]:
+    ax.set(yscale="log", yticks=(0.05, 0.1, 0.2, 0.5))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
+# %% tags=["remove-input"]
+*_, end = trained.history
+findings(
+    f"At the end the FVU is {end['fvu']:.3f}, and {end['dead_fraction']:.1%} "
+    "of the latents are dead."
+)
+
 # %% [markdown]
 # ## How good is the SAE?
 #
 # We test the SAE on held-out samples. How much variance does it leave
 # unexplained? How many latents are never active? And how much of the model's
 # skill is left when the reconstruction takes the place of the layer's output?
-# `loss_recovered` is 1 if the spliced model predicts the tokens of the answers
-# as well as the untouched one. It is 0 if it predicts no better than with zeros
-# in the layer's place. What the SAE leaves unexplained is dropped here.
+# `loss_recovered` is 1 if the model with the reconstruction predicts the tokens
+# of the answers as well as the untouched one. It is 0 if it predicts no better
+# than with zeros in the layer's place. Zeros are so bad that nearly everything
+# scores close to 1. So look at the loss itself, too. The error of the
+# reconstruction is not added back.
+#
+# Two controls say if an FVU is good for $k$ numbers per token. One is an SAE
+# of the same size before its training. The other is the first $k$ principal
+# components of these same tokens: no $k$ fixed directions leave less. The SAE
+# may take other directions for each token, so it should leave less. Intervals
+# are bootstraps over samples.
 #
 # `stage.result` makes a result once and keeps it on disk.
 
@@ -220,20 +242,34 @@ metrics_table(stage)
 # %% [markdown]
 # Are latents near-copies of each other? The paper argues that their directions
 # become almost orthogonal (section 2.1). For each latent, here is the cosine
-# with the most similar other latent. As a control, the same for random
-# directions. (We remove the diagonal by subtracting 2, more than any cosine.)
+# with the most similar other latent; the rows of `W_dec` have length 1. As a
+# control, the same for random directions. Each direction's cosine with itself
+# is 1. We subtract 2 from it, so the maximum is never the direction itself.
 
-# %% mystnb={"figure": {"caption": "Cosine similarity of each latent's direction with its nearest neighbour. The paper expects directions that are nearly orthogonal.", "name": "fig-coherence"}, "image": {"alt": "Histogram of cosine similarities between nearest directions."}}
+# %% mystnb={"figure": {"caption": "Cosine similarity of each latent's direction with its nearest neighbour (blue), and the same for random directions (grey).", "name": "fig-coherence"}, "image": {"alt": "Two histograms of cosine similarities between nearest directions: of the latents and of random directions."}}
+def nearest(rows):
+    """The cosine of each row with the most similar other row."""
+    return (rows @ rows.T - 2 * torch.eye(len(rows))).amax(1)
+
+
 rows = trained.sae.W_dec.detach()[:2048]  # at most 2,048, to save memory
-nearest = (rows @ rows.T - 2 * torch.eye(len(rows))).amax(1)
-label = "cosine similarity with the nearest other latent"
-plots.histogram(nearest.numpy(), label);
-# %%
 noise = torch.randn(rows.shape, generator=start)
-rows = torch.nn.functional.normalize(noise, dim=1)
-random = (rows @ rows.T - 2 * torch.eye(len(rows))).amax(1)
-print(f"median of the latents {nearest.median():.2f}")
-print(f"median of random directions {random.median():.2f}")
+random = nearest(torch.nn.functional.normalize(noise, dim=1))
+latents = nearest(rows)
+label = "cosine similarity with the nearest other direction"
+ax = plots.histogram(latents.numpy(), label)
+ax.hist(random.numpy(), bins=20, color=plots.CHANCE, alpha=0.7);
+# %% tags=["remove-input"]
+less = "less" if latents.median() > random.median() else "not less"
+findings(
+    f"The nearest neighbour of a latent has a cosine of "
+    f"{latents.median():.2f} in the median, that of a random direction "
+    f"{random.median():.2f}. So the latents are {less} orthogonal than "
+    "random directions.",
+    f"The largest cosine of two latents is {latents.max():.2f}; "
+    f"{(latents > 0.9).float().mean():.1%} of the latents have one above 0.9.",
+)
+
 # %% [markdown]
 # ## What we found
 
@@ -244,13 +280,25 @@ of_kind = {
     if f"fvu_{kind}" in metrics
 }
 worst = max(of_kind, key=of_kind.get)
+fvu, clean, spliced = (
+    read_mean(metrics, name) for name in ("fvu", "loss_clean", "loss_spliced")
+)
+change = metrics["loss_spliced"] / metrics["loss_clean"] - 1
 findings(
-    f"On held-out samples the SAE leaves {metrics['fvu']:.1%} of the "
-    "variance unexplained.",
+    f"On held-out samples the SAE leaves {percent(fvu, 1)} of the variance "
+    "unexplained (in brackets: the 99 % interval over samples). "
+    f"{k} principal components leave "
+    f"{percent(metrics['fvu_components'], 1)}, and the SAE before its "
+    f"training {percent(metrics['fvu_untrained'], 1)}.",
     f"It is worst on `{worst}` tokens: it leaves {of_kind[worst]:.1%}.",
-    f"{metrics['dead_fraction']:.1%} of {n_latents:,} latents are dead.",
-    "With the reconstruction in the layer's place, the model keeps "
-    f"{metrics['loss_recovered']:.1%} of its skill.",
+    f"{metrics['dead_fraction']:.1%} of {n_latents:,} latents are silent: "
+    "not active on any held-out token.",
+    f"With the reconstruction, the loss of the answers goes from {clean} to "
+    f"{spliced} nats ({change:+.0%}). With zeros it is "
+    f"{metrics['loss_zero']:.2f}. So `loss_recovered` is "
+    f"{metrics.get('loss_recovered', float('nan')):.4f}.",
+    "The directions of the latents are "
+    f"{less} orthogonal than random directions.",
 )
 
 # %% [markdown]
@@ -259,14 +307,18 @@ findings(
 # page. Notebook 02 asks what each latent responds to.
 
 # %% tags=["result", "remove-input"]
+silent = round(metrics["dead_fraction"] * n_latents)
 headline(
     page,
-    f"{k} of {n_latents:,} latents per token explain "
-    f"{1 - metrics['fvu']:.1%} of the variance of layer {layer}; "
-    f"{metrics['dead_fraction']:.1%} of the latents are dead.",
+    f"{k} of {n_latents:,} latents per token leave {percent(fvu, 1)} of the "
+    f"variance of the held-out states after layer {layer} (of "
+    f"{lmm.n_layers}, counted from 0) unexplained. {k} principal components "
+    f"leave {percent(metrics['fvu_components'], 1)}. "
+    + (f"{silent:,} latents are" if silent else "No latent is")
+    + " silent on all held-out tokens.",
     "it reports no reconstruction error for its 131,072 latents, of which "
     "256 are active per token.",
-    "there is nothing to compare; a small world also needs fewer latents.",
+    "the paper gives no number to compare.",
 )
 
 # %% tags=["remove-input"]

@@ -514,31 +514,28 @@ findings(*sentences, *across_saes(study, stage, of_all))
 # explained.
 
 # %% tags=["result", "remove-input"]
-def right(end: str = "") -> str:
-    """The fraction of right names, and what guessed names give."""
-    if f"concept_accuracy_guessed{end}" not in metrics:
-        return ""
-    own, guessed, other = (
-        percent(read_mean(metrics, f"concept_accuracy{kind}{end}"), 1)
-        for kind in ("", "_guessed", "_shuffled")
-    )
-    return (
-        f"; {own} of these names are right. Guessed names of the same kind "
-        f"are right in {guessed}, another name in {other}"
-    )
-
-
+right = {"": "", "_unseen": ""}
+for end in right:
+    if f"concept_accuracy_guessed{end}" in metrics:
+        own, guessed, other = (
+            percent(read_mean(metrics, f"concept_accuracy{kind}{end}"), 1)
+            for kind in ("", "_guessed", "_shuffled")
+        )
+        right[end] = (
+            f"; {own} of these names are right. Guessed names of the same "
+            f"kind are right in {guessed}, another name in {other}"
+        )
 of_saes = over_saes(study, stage, "concept_accuracy")
 of_all_saes = f" Right names, {of_saes}." if of_saes else ""
 all_latents = (
     f"the explainer names {metrics['explained']:,} of {metrics['asked']:,} "
-    f"live latents{right()}."
+    f"live latents{right['']}."
 )
 if "concept_accuracy_unseen" in metrics:
     all_latents = (
         f"of {metrics['asked_unseen']:,} latents whose masks were no lessons "
         f"of the explainer, it names {metrics['explained_unseen']:,}"
-        f"{right('_unseen')} (99 % intervals). On all "
+        f"{right['_unseen']} (99 % intervals). On all "
         f"{metrics['asked']:,} live latents: {metrics['explained']:,} names, "
         f"{percent(read_mean(metrics, 'concept_accuracy'), 1)} right."
     )

@@ -421,29 +421,25 @@ plots.other_saes(study, stage, of_all, "IoU");
 
 # %% tags=["remove-input"]
 FEW = 20  # latents; a kind with fewer is not counted
-
-
-def above(column: Column, chance: str) -> tuple[list[str], list[str]]:
-    """The kinds whose score has an interval above that of chance, and all."""
-    kinds = {
-        kind: row for kind, row in tables.get(column, {}).items()
-        if metrics.get(f"latents_{kind}", 0) >= FEW and getattr(row, chance)
-    }
-    beaten = [
-        kind for kind, row in kinds.items()
-        if row.score.low > getattr(row, chance).high
-    ]
-    return beaten, list(kinds)
-
-
-def counted(column: Column, chance: str, words: str) -> str:
-    """How many kinds score above chance, and which do not."""
-    beaten, kinds = above(column, chance)
-    others = [kind for kind in kinds if kind not in beaten]
-    but = f" (not {', '.join(others)})" if others else ""
-    return f"{words} in {len(beaten)} of {len(kinds)} kinds{but}"
-
-
+# in how many kinds the score's interval lies above that of a chance
+counted = {}
+for column, table in tables.items():
+    for chance in ("random", "area", "shuffled"):
+        kinds = {
+            kind: row for kind, row in table.items()
+            if metrics.get(f"latents_{kind}", 0) >= FEW
+            and getattr(row, chance)
+        }
+        others = [
+            kind for kind, row in kinds.items()
+            if row.score.low <= getattr(row, chance).high
+        ]
+        but = f" (not {', '.join(others)})" if others else ""
+        beaten = len(kinds) - len(others)
+        if kinds:
+            counted[f"{column}_{chance}"] = (
+                f"in {beaten} of {len(kinds)} kinds{but}"
+            )
 means = tables[Column("iou", "strict")]
 total = means["total"]
 sentences = [
@@ -451,8 +447,8 @@ sentences = [
     f"{total.score}. With the activation moved it is {total.area}, with "
     f"another name {total.shuffled}, on random images {total.random}.",
     "The interval of the strict IoU lies above that of the moved activation "
-    + counted(Column("iou", "strict"), "area", "").strip()
-    + f". Kinds with fewer than {FEW} latents are not counted.",
+    f"{counted.get('iou_strict_area', 'in no kind')}. Kinds with fewer than {FEW} latents are "
+    "not counted.",
     "We believe that random images are a weak opponent because most latents "
     "are silent there. We did not test it.",
 ]
@@ -477,21 +473,17 @@ if truth:
         if words.startswith("strict") and " less " in words
         and isinstance(value, Mean)
     ]
-if "clip_paper_kinds" in metrics:
+if "clip_paper_random" in counted:
     sentences.append(
-        "The CLIP score of whole images is higher than "
-        + counted(Column("clip", "paper"), "random", "on random images")
-        + ", and higher than "
-        + counted(Column("clip", "paper"), "shuffled", "with another name")
-        + "."
+        "The CLIP score of whole images is higher than on random images "
+        f"{counted['clip_paper_random']}, and higher than with another name "
+        f"{counted['clip_paper_shuffled']}."
     )
-if above(Column("clip", "strict"), "area")[1]:
+if "clip_strict_area" in counted:
     sentences.append(
-        "The strict CLIP score is higher than "
-        + counted(Column("clip", "strict"), "area", "for the moved region")
-        + ", and higher than "
-        + counted(Column("clip", "strict"), "shuffled", "with another name")
-        + "."
+        "The strict CLIP score is higher than for the moved region "
+        f"{counted['clip_strict_area']}, and higher than with another name "
+        f"{counted['clip_strict_shuffled']}."
     )
 if judgements and "judged" in judged:
     own = percent(read_mean(judged, "judged"), 1)
@@ -522,25 +514,24 @@ metrics_table(stage)
 metrics_table(judging) if judgements else None
 
 # %% tags=["result", "remove-input"]
-def beside(name: str, digits: int, **chances: str) -> str:
-    """A score with its interval, and the chances that were measured."""
-    ends = {"": ""} | {f"_{end}": words for end, words in chances.items()}
-    known = []
-    for end, words in ends.items():
-        if name + end in metrics:
-            mean, *interval = read_mean(metrics, name + end)
-            low, high = (f"{value:.{digits}f}" for value in interval)
-            known.append(f"{words} {mean:.{digits}f} [{low}, {high}]".strip())
-    return ", ".join(known)
-
-
-controls = {"area": "with the activation moved", "random": "on random images"}
-ious = beside("iou_paper", 3, **controls)
+words = {
+    "": "", "_area": "with the activation moved ",
+    "_random": "on random images ", "_shuffled": "with another name ",
+}
+beside = {"iou_paper": "", "clip_paper": ""}
+for name in beside:
+    digits = 3 if name.startswith("iou") else 1
+    numbers = [
+        (text, [f"{x:.{digits}f}" for x in read_mean(metrics, name + end)])
+        for end, text in words.items() if name + end in metrics
+    ]
+    beside[name] = ", ".join(
+        f"{text}{mean} [{low}, {high}]" for text, (mean, low, high) in numbers
+    )
 of_saes = over_saes(study, stage, "iou_paper", "{:.2f}".format)
 clips = ""
-if "clip_paper" in metrics:
-    controls = {"random": "on random images", "shuffled": "with another name"}
-    clips = f" The CLIP score is {beside('clip_paper', 1, **controls)}."
+if beside["clip_paper"]:
+    clips = f" The CLIP score is {beside['clip_paper']}."
 paper = published_numbers("score")
 ours, theirs = (
     f"{each['clip_paper']:.1f} - {each['clip_paper_random']:.1f}"
@@ -554,8 +545,8 @@ scale = (
 )
 headline(
     page,
-    f"on images that excite a latent, the IoU with its concept (in the "
-    f"paper's mode) is {ious}.{clips} In brackets: 99 % intervals; "
+    "on images that excite a latent, the IoU with its concept (in the "
+    f"paper's mode) is {beside['iou_paper']}.{clips} In brackets: 99 % intervals; "
     f"{metrics['latents_scored']} latents."
     + (f" IoU, {of_saes}." if of_saes else ""),
     f"an IoU of {paper['iou_paper']:.2f} against "

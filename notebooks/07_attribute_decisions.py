@@ -315,6 +315,7 @@ panels = {"linear": linearly, "integrated gradients": on_common_path}
 for ax in plots.agreement(exactly, panels):
     ax.set_xscale("symlog", linthresh=1e-3)
     ax.set_yscale("symlog", linthresh=1e-3)
+    ax.set_xticks([-0.1, -0.001, 0, 0.001, 0.1])
 # %% mystnb={"figure": {"caption": "Rank correlation with ablation within a decision: mean over decisions and 99 % interval, by layer of the SAE.", "name": "fig-by-layer"}, "image": {"alt": "Mean rank correlations with intervals of the linear form and of integrated gradients, a row for each layer."}}
 ways = {"linear": "linear", "integrated gradients": "ig"}
 by_layer = {}
@@ -423,7 +424,7 @@ sentences = [
     "On a separate path for each pair they have a rank correlation with "
     f"ablation of {of_layers('spearman_separate_paths', 3)} (all pairs of "
     "a layer together, "
-    + " and ".join(
+    + ", ".join(
         f"{metrics['pairs_separate_paths' + end]:.0f}"
         for end in ends.values()
     ) + f" pairs). Equal signs are {of_layers('sign_separate_paths')}.",
@@ -510,13 +511,18 @@ everything = "; ".join(
     f"({each['sign_linear']['mean']:.0%} of the signs are right)"
     for each in layers
 )
+elsewhere = any(line["this page's SAE"] == "no" for line in table)
 headline(
     page,
     "the linear form, at the cost of "
     f"{metrics['cost_ratio']:.1f} forward passes, has a rank correlation "
     f"of {written('spearman_linear')} with ablation. These are "
     f"{metrics['pairs']} drawn pairs of {metrics['decisions']} decisions."
-    + f" With all pairs ablated it is {everything}." * bool(layers)
+    + (
+        " With all pairs ablated"
+        + ", for SAEs of an earlier training," * elsewhere
+        + f" it is {everything}."
+    ) * bool(layers)
     + " For the 5 % largest effects the median of linear over exact is "
     f"{metrics['ratio_linear_largest']:.2f}.",
     "it uses the linear form and reports no comparison with ablation.",

@@ -160,7 +160,8 @@ plots.table([
 #
 # How long does it take from a closed file to one latent's top images and
 # patch maps? The target is 5 ms, with the file's pages dropped from the
-# system's memory (*cold*). To measure it again:
+# system's memory (*cold*). A cold read waits for the disk, so it depends on the
+# machine. To measure it again:
 # `python -m lmm_sae_nb.benchmarks cache-opening`.
 
 # %%

@@ -25,8 +25,8 @@
 #
 # | preset | images | time |
 # |---|---|---|
-# | `tiny` | 2,400 scenes of Picture World, not used in training | 2 minutes, 2 cores |
-# | `paper` | 46,684 images | GPUs |
+# | `tiny` | 2,400 scenes of Picture World, used to train none of the models | 2 minutes, one core |
+# | `paper` | 46,684 images | never run; see [A3](A3_full_scale) |
 
 # %% tags=["parameters"]
 # results go to data/artifacts/<run>/
@@ -50,6 +50,7 @@ seed: int = 0  # of this draw, and of the latents in the figures
 
 # %% tags=["remove-cell"]
 import time
+from collections import Counter
 
 import numpy as np
 import torch
@@ -88,8 +89,9 @@ print(f"{len(pictures)} images, {place.sae.n_latents} latents")
 # language model.
 #
 # If the pass is cut short, run this cell again: it continues where it
-# stopped. With `accelerate launch` or `torchrun` several processes work on one
-# pass. Neither changes a byte of the result.
+# stopped. With `accelerate launch` or `torchrun` (two ways to start several
+# processes) they work on one pass together. Neither changes a byte of the
+# result.
 
 # %%
 stage = page.stage("cache", after=("train",))
@@ -107,7 +109,7 @@ print(f"{live} of {cache.n_latents} latents are active at least once")
 # **Check.** We take the latent with the highest mean activation. We run the
 # model on its top image again and compute the mean over patches in plain
 # PyTorch. The cache holds the same number, and the same activation on each
-# patch.
+# patch, up to rounding: it keeps activations in 16 bits.
 
 # %%
 latent = int(cache.top_means[:, 0].argmax())
@@ -127,10 +129,11 @@ if cache.grid:  # the tokens of a Q-Former have no places in the image
 #
 # We draw six latents at random among those that are active on less than 5 %
 # of the patches. Each has two rows: the activation on the grey image, then the
-# image with only its most activated patches visible.
+# image with only its most activated patches visible. These are the patches
+# above 25 % of the image's maximum.
 
-# %% mystnb={"figure": {"caption": "Six random latents with their five top images. Upper row: the activation on each patch. Lower row: only the most activated patches are visible.", "name": "fig-top-images"}, "image": {"alt": "For each of six latents, five generated scenes with a heat map, and below them the same scenes with most patches black."}}
-rng = np.random.default_rng(0)
+# %% mystnb={"figure": {"caption": "Six random latents, of those that are active on less than 5 % of the patches, with their five top images. Upper row: the activation on each patch. Yellow: strongest, violet: weak, grey: not active, scaled per image. Lower row: only the patches above 25 % of the image's maximum are visible. Some latents have one theme; for others we see none.", "name": "fig-top-images"}, "image": {"alt": "For each of six latents, five generated scenes with a heat map, and below them the same scenes with most patches black."}}
+rng = np.random.default_rng(seed)
 frequency = np.asarray(cache.frequency)
 rare = np.flatnonzero(np.asarray(cache.live) & (frequency < 0.05))
 chosen = np.sort(rng.permutation(rare)[:6]).tolist()
@@ -139,21 +142,28 @@ strips = [
     for latent in chosen
 ]
 plots.exemplar_strip(strips);
-# %% mystnb={"figure": {"caption": "How often latents are active. Most respond to few patches; some respond to a large part of every background.", "name": "fig-frequency"}, "image": {"alt": "Histogram of the fraction of base patches on which each live latent is active, on a logarithmic axis."}}
-plots.histogram(frequency, "fraction of base patches", log=True);
+# %% mystnb={"figure": {"caption": "How often latents are active, as a fraction of the base patches of all images. Most latents respond to few patches.", "name": "fig-frequency"}, "image": {"alt": "Histogram of the fraction of base patches on which each live latent is active, on a logarithmic axis."}}
+label = "fraction of base patches on which the latent is active"
+plots.histogram(frequency, label, log=True);
 # %% [markdown]
 # ## Text too
 #
 # The SAE has also learned from text tokens. So we read training samples, with
 # and without an image, and find for every latent the text tokens that excite
-# it most and the texts of highest mean activation. We also count on how many
-# tokens of each kind it is active.
+# it most and the texts of highest mean activation. For each kind of token, we
+# count the tokens on which the latent is active. Image tokens are `base` and
+# `tiles`, not `newline`.
 #
 # A latent *responds to* a side, images or text, if its rate per token there is
-# at least a tenth of its rate on the other side. We call a latent one-sided
-# only if this cannot be chance: with its activations assigned to tokens at
-# random, so few on the other side would have a probability below 1 %.
-# Otherwise it is *undetermined*; rare latents often are.
+# at least a tenth of its rate on the other side. The tenth is our choice. So
+# *text only* does not mean never on images. A latent is one-sided only if
+# chance is a bad explanation. Suppose its activations fell on random tokens.
+# Then so few on the other side should have a probability below 1 %. Otherwise
+# the latent is *undetermined*; rare latents often are. Activations come in
+# clusters, so the true probability is somewhat higher.
+#
+# Most text tokens stand after an image. So a latent that is active on them may
+# still carry the image.
 
 # %%
 samples = load_from_disk(page.locate(texts))
@@ -205,7 +215,8 @@ shaded = {}
 for side in ("text_only", "both"):
     candidates = np.flatnonzero(getattr(by_side, side) & often)
     for n in rng.permutation(candidates)[:3].tolist():
-        tokens = " · ".join(words[str(n)]["text tokens"])
+        counts = Counter(words[str(n)]["text tokens"])
+        tokens = " · ".join(f"{x} ({m}x)" for x, m in counts.items())
         shaded[f"latent {n}, {side.replace('_', ' ')}: {tokens}"] = [
             text_activations(place, samples[text], n)
             for text, _ in text_cache.top_texts(n)[:2]
@@ -222,17 +233,21 @@ findings(
     f"active on at least one of {metrics['images']:,} images.",
     "Half of these are active on less than "
     f"{metrics['median_frequency']:.1%} of the base patches. {broad} latents "
-    "are active on more than a fifth of them: the low-level latents of "
-    "section 4.2.",
+    "are active on more than a fifth of them. Section 4.2 of the paper finds "
+    "that low-level latents are often active; page 03 names ours.",
     f"Among the latents that can be assigned to a side, "
     f"{metrics['latents_both_fraction']:.0%} respond to images and text, "
     f"{metrics['latents_image_only_fraction']:.0%} to images only, and "
-    f"{metrics['latents_text_only_fraction']:.0%} to text only.",
+    f"{metrics['latents_text_only_fraction']:.0%} to text only. The fractions "
+    f"are of all latents with a side. The {len(samples)} samples are one "
+    "draw; we give no interval.",
 )
 
 # %% [markdown]
-# **Limits.** The mean over patches prefers latents that are active on large
-# areas: a small thing can excite a latent strongly and still rank low. A latent
+# **Limits.** The mean over patches prefers images in which the latent is active
+# on a large area. An image with a small thing can excite it strongly and still
+# rank low. There is no control for the sides, such as samples without an image
+# alone. A latent
 # that responds to nothing in these images may respond to others. Notebook 03
 # asks a model what the top images of a latent have in common.
 

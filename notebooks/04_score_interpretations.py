@@ -315,7 +315,8 @@ for column in scores.columns:
     if column.segmenter and column.mode == "strict":
         plots.calibration(
             known, values_by_kind(scores, column),
-            f"IoU by {reference}", f"IoU by {column.segmenter}",
+            f"strict IoU by {reference}",
+            f"strict IoU by {column.segmenter}",
         )  # fmt: skip
 # %% [markdown]
 # A name is right if it is the true concept of notebook 03. A segmenter may mark

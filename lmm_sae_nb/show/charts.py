@@ -139,8 +139,8 @@ def mean_panels(results: Mapping[str, Mapping[str, Mapping[str, Mean]]]) -> list
     for ax, (xlabel, rows) in zip(axes, results.items(), strict=True):
         means(rows, "", ax=ax).get_legend().remove()
         ax.set_xlabel(wrapped(xlabel, WIDTH / 2.5))
-    handles, labels = max((ax.get_legend_handles_labels() for ax in axes), key=lambda found: len(found[1]))
-    axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(labels))
+    known = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    axes[0].figure.legend(known.values(), known, loc="outside lower center", ncols=_legend_columns(list(known)))
     return axes
 
 

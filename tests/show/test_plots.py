@@ -172,3 +172,12 @@ def test_the_same_metric_of_other_saes_is_grey_and_that_of_this_run_is_coloured(
     assert plots.other_saes(None, stage, words, "fraction") is None
     assert plots.other_saes(study, stage, {"unknown": "not drawn"}, "fraction") is None
     plt.close("all")
+
+
+def test_the_legend_of_several_panels_names_the_series_of_each():
+    mean = Mean(0.2, 0.1, 0.3)
+    axes = plots.mean_panels(
+        {"one": {"layer": {"own images": mean, "random images": mean}}, "two": {"layer": {"moved": mean}}}
+    )
+    (legend,) = axes[0].figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["own images", "random images", "moved"]

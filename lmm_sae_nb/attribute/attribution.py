@@ -99,7 +99,7 @@ def decision(lmm: LMM, text: str, image: Image.Image | None, answer: str, baseli
     Raises:
         ValueError: an answer is not one token of the model (the message shows its pieces), or the two are the same.
     """
-    ids = [_single_token(lmm, word) for word in (answer, baseline)]
+    ids = [single_token(lmm, word) for word in (answer, baseline)]
     if ids[0] == ids[1]:
         raise ValueError(f"{answer!r} and {baseline!r} are the same token; give two different answers")
     return Decision(lmm.prompt(text, image), *ids)
@@ -117,7 +117,7 @@ def greedy_decision(lmm: LMM, text: str, image: Image.Image | None) -> Decision:
     return Decision(prompt, answer, baseline)
 
 
-def _single_token(lmm: LMM, word: str) -> int:
+def single_token(lmm: LMM, word: str) -> int:
     ids = lmm.tokenizer(word, add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or ids[0] == lmm.tokenizer.unk_token_id:
         pieces = lmm.tokenizer.convert_ids_to_tokens(ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,21 @@ from lmm_sae_nb.support.progress import progress_bar
 Edits = tuple[Edit, ...]
 
 
+@dataclass(frozen=True)
+class Push:
+    """Add a random direction at every clamped token, as long as the change that a clamp makes there.
+
+    like: the clamp.
+    seed: of the direction, which is the same at all tokens.
+    """
+
+    like: Edits
+    seed: int = 0
+
+
+Setting = Edits | Push | None  # None is the untouched model, () has the SAE spliced in and nothing clamped
+
+
 class Answers(NamedTuple):
     """The first token of the answer to each case, under each of several settings."""
 
@@ -32,7 +48,7 @@ class Answers(NamedTuple):
 def first_tokens(
     place: SAEInPlace,
     cases: Sequence[Case],
-    settings: Sequence[Edits | None],
+    settings: Sequence[Setting],
     scope: Scope = Scope(),  # noqa: B008  (frozen)
     *,
     keep_error: bool = True,
@@ -43,7 +59,6 @@ def first_tokens(
     Layers up to the SAE's run once for each case. The layers above run for all tokens under the first setting, and
     under the others only from the first token on whose state they change.
 
-    settings: None is the untouched model, () has the SAE spliced in and nothing clamped.
     scope: the tokens that are clamped.
     keep_error: whether what the SAE leaves unexplained stays in.
     at_once: settings that run side by side.
@@ -70,7 +85,7 @@ def first_tokens(
 def unchanged(
     place: SAEInPlace,
     answered: Sequence[Answered],
-    settings: Sequence[Edits | None],
+    settings: Sequence[Setting],
     scope: Scope = Scope(),  # noqa: B008  (frozen)
     *,
     keep_error: bool = True,
@@ -95,17 +110,43 @@ def unchanged(
 
 
 def _versions(
-    place: SAEInPlace, upper: UpperLayers, settings: Sequence[Edits | None], scope: Scope, keep_error: bool
+    place: SAEInPlace, upper: UpperLayers, settings: Sequence[Setting], scope: Scope, keep_error: bool
 ) -> Float[Tensor, "settings tokens width"]:
     """Return the layer's states of one prompt under each setting."""
     lmm, sae, prompt, hidden = place.lmm, place.sae, upper.prompt, upper.hidden[0]
     spliced, steered = (mask[0].to(lmm.device) for mask in (prompt.mask(*SAE_KINDS), scope.of_prompt(prompt)))
     versions = hidden.repeat(len(settings), 1, 1)
-    if changed := [s for s, edits in enumerate(settings) if edits is not None]:
-        edits = [settings[s] for s in changed]
-        states = steered_versions(sae, hidden[spliced], edits, steered[spliced], keep_error).to(hidden.dtype)
-        versions[torch.tensor(changed)[:, None], spliced.nonzero()[:, 0]] = states
+    if changed := [s for s, setting in enumerate(settings) if setting is not None]:
+        chosen = [settings[s] for s in changed]
+        edits = [setting.like if isinstance(setting, Push) else setting for setting in chosen]
+        states = steered_versions(sae, hidden[spliced], [*edits, ()], steered[spliced], keep_error)
+        states, clean = states[:-1], states[-1]
+        for state, setting in zip(states, chosen, strict=True):
+            if isinstance(setting, Push):
+                state[:] = clean + _along(setting.seed, state - clean)
+        versions[torch.tensor(changed)[:, None], spliced.nonzero()[:, 0]] = states.to(hidden.dtype)
     return versions
+
+
+def _along(seed: int, change: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
+    """Return changes of the same length at each token, all along one random direction."""
+    direction = torch.randn(change.shape[-1], generator=torch.Generator().manual_seed(seed)).to(change)
+    return change.norm(dim=-1, keepdim=True) * direction / direction.norm()
+
+
+@torch.no_grad()
+def strength(place: SAEInPlace, cases: Sequence[Case], edits: Edits, scope: Scope, *, keep_error: bool = True) -> float:
+    """Return how long the change is that a clamp makes in the layer's output: its mean norm over the clamped tokens.
+
+    cases: the prompts that it is averaged over.
+    """
+    lengths = []
+    for case in cases:
+        prompt = place.lmm.prompt(case.question, case.image)
+        upper = above(place.lmm, prompt, place.layer)
+        clean, clamped = _versions(place, upper, [(), edits], scope, keep_error)
+        lengths.append((clamped - clean)[scope.of_prompt(prompt)[0].to(clean.device)].float().norm(dim=-1))
+    return float(torch.cat(lengths).mean())
 
 
 def _last_logits(

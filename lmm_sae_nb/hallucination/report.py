@@ -1,111 +1,153 @@
-"""Measure a chosen clamp on cases that took no part in the choice: what it cures, what it harms."""
+"""Measure clamps on cases that took no part in the choice: what they cure, what they harm, beside controls."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 
-from lmm_sae_nb.hallucination.answers import Edits, first_tokens
+from lmm_sae_nb.hallucination.answers import Edits, Setting, first_tokens
 from lmm_sae_nb.hallucination.cases import Case
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.steer.steering import Edit, Scope, steered
-from lmm_sae_nb.support.intervals import Mean, bounds, proportion
+from lmm_sae_nb.support.intervals import Mean, Proportion, bounds, mean_of_fractions, proportion
+from lmm_sae_nb.support.stages import Metrics
 
 
 @dataclass(frozen=True)
-class CaseAnswers:
-    """Whether each case is answered right: by the untouched model, with the SAE spliced in, and with the clamp.
+class Method:
+    """A way to correct answers, which held-out cases try.
+
+    settings: one, or several draws of a control.
+    scope: the tokens that are clamped.
+    before: words that are put before the question.
+    """
+
+    settings: tuple[Setting, ...]
+    scope: Scope = Scope()
+    before: str = ""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out cases, whether the untouched model answers each right, and whether it is right by each method.
 
     answer: the right answer.
     contradicts: whether the image contradicts what was taught.
     group: the heading of the case.
+    untouched: whether the untouched model is right.
+    methods: for each method, and each of its draws, whether the model is right.
     """
 
     answer: list[str]
     contradicts: list[bool]
     group: list[str]
     untouched: list[bool]
-    spliced: list[bool]
-    clamped: list[bool]
+    methods: dict[str, list[list[bool]]]
+
+    @property
+    def words(self) -> list[str]:
+        """The right answers of the hallucinations."""
+        return sorted({word for word, wrong in zip(self.answer, self.wrong, strict=True) if wrong})
+
+    @property
+    def wrong(self) -> np.ndarray:
+        """Which cases are hallucinations: answered wrong against what the image shows."""
+        return np.array(self.contradicts, bool) & ~np.array(self.untouched, bool)
+
+    def cured(self, method: str) -> dict[str, Proportion]:
+        """Return for each right answer the fraction of hallucinations that a method turns right, over all its draws."""
+        right, answer = np.array(self.methods[method], bool), np.array(self.answer)
+        return {word: proportion(right[:, self.wrong & (answer == word)].ravel()) for word in self.words}
+
+    def balanced(self, method: str) -> Mean:
+        """Return the balanced cured rate: the mean of the fractions cured, in which each right answer counts the same.
+
+        A push towards one answer cures one kind of case and none of the other, so it stays at 0.5 or below.
+        """
+        return mean_of_fractions(list(self.cured(method).values()))
+
+    def harmed(self, method: str) -> Proportion:
+        """Return the fraction of right answers that a method turns wrong, over all its draws."""
+        return proportion(~np.array(self.methods[method], bool)[:, np.array(self.untouched, bool)].ravel())
+
+    def by_group(self, method: str) -> dict[str, dict[str, Mean]]:
+        """Return, for each group, the fraction of contradicting cases answered right, untouched and by a method."""
+        contradicts, groups = np.array(self.contradicts, bool), np.array(self.group)
+        answers = {"untouched": np.array(self.untouched), "clamped": np.array(self.methods[method]).mean(0) > 0.5}
+        return {
+            group: {
+                name: Mean(*proportion(right[contradicts & (groups == group)])[:3]) for name, right in answers.items()
+            }
+            for group in sorted(set(groups[contradicts].tolist()))
+        }
+
+    @property
+    def metrics(self) -> Metrics:
+        """Counts, and for each method the balanced cured rate, its parts and the harm, with 99 % intervals."""
+        contradicts, before = np.array(self.contradicts, bool), np.array(self.untouched, bool)
+        metrics: Metrics = {
+            "maps": int(contradicts.sum()),
+            "hallucinations": int(self.wrong.sum()),
+            "right_answers": int(before.sum()),
+            **bounds("hallucination_rate", proportion(~before[contradicts])),
+        }
+        metrics |= {f"hallucinations_right_{word}": count_wrong(self.wrong, self.answer, word) for word in self.words}
+        for method in self.methods:
+            metrics |= bounds(f"{method}_balanced_cured", self.balanced(method)) if self.words else {}
+            for word, cured in self.cured(method).items():
+                metrics |= bounds(f"{method}_cured_right_{word}", cured)
+            metrics |= bounds(f"{method}_harmed", self.harmed(method)) if before.any() else {}
+        return metrics
 
 
-def answer_cases(
-    place: SAEInPlace, cases: Sequence[Case], edits: Edits, scope: Scope, *, keep_error: bool = True
-) -> CaseAnswers:
-    """Answer cases untouched, with the SAE spliced in, and with these latents clamped.
+def count_wrong(wrong: np.ndarray, answer: Sequence[str], word: str) -> int:
+    """Return how many of the wrong cases have this right answer."""
+    return int((wrong & (np.array(answer) == word)).sum())
 
-    edits: the clamp of each latent.
-    scope: the tokens that are clamped.
-    keep_error: whether what the SAE leaves unexplained stays in; then the spliced model equals the untouched one.
+
+def try_methods(
+    place: SAEInPlace, cases: Sequence[Case], methods: Mapping[str, Method], *, keep_error: bool = True
+) -> HeldOut:
+    """Answer held-out cases untouched and by each method.
+
+    keep_error: whether what the SAE leaves unexplained stays in.
     """
-    right = first_tokens(place, cases, [None, (), edits], scope, keep_error=keep_error).right
-    return CaseAnswers(
-        [case.right for case in cases],
-        [case.contradicts for case in cases],
-        [case.group for case in cases],
-        *right.tolist(),
-    )
+    untouched = first_tokens(place, cases, [None]).right[0].tolist()
+    right = {}
+    for name, method in methods.items():
+        asked = [replace(case, question=f"{method.before} {case.question}".strip()) for case in cases]
+        answers = first_tokens(place, asked, method.settings, method.scope, keep_error=keep_error)
+        right[name] = answers.right.tolist()
+    about = ([getattr(case, name) for case in cases] for name in ("right", "contradicts", "group"))
+    return HeldOut(*about, untouched, right)
 
 
-def random_clamps(
-    maxima: ArrayLike, like: Edits, dose: float, draws: int, without: Iterable[int] = (), seed: int = 0
-) -> list[Edits]:
-    """Draw the control of a clamp: each time as many random live latents, at the same dose.
+def equal_strength(
+    candidates: Iterable[int], count: int, strength: float, draws: int, seed: int = 0
+) -> tuple[Edits, ...]:
+    """Draw clamps of random latents that change the layer's output about as much as a clamp of this strength.
 
-    maxima: of every latent; a live one has a positive maximum.
-    like: the clamp; its latents are not drawn.
-    dose: in units of each latent's maximum.
-    draws: number of controls.
-    without: further latents that are not drawn.
+    Each of `count` latents is clamped to strength / sqrt(count). Rows of `W_dec` have norm 1 and are nearly orthogonal,
+    so the sum of `count` of them has about the norm `strength`.
+
+    candidates: the latents to draw from.
+    strength: norm of the change.
+    draws: number of clamps.
 
     Raises:
-        ValueError: there are fewer latents to draw from than the clamp has.
+        ValueError: there are fewer candidates than `count`.
     """
-    maxima = torch.as_tensor(np.asarray(maxima, float))
-    live = maxima > 0
-    live[[*without, *(edit.latent for edit in like)]] = False
-    live = live.nonzero()[:, 0]
-    if len(live) < len(like):
-        raise ValueError(f"{len(live)} live latents to draw {len(like)} from; exclude fewer")
-    generator, clamps = torch.Generator().manual_seed(seed), []
-    for _ in range(draws):
-        drawn = live[torch.randperm(len(live), generator=generator)[: len(like)]].tolist()
-        clamps.append(tuple(Edit(latent, dose * float(maxima[latent])) for latent in drawn))
-    return clamps
-
-
-def answer_controls(
-    place: SAEInPlace, cases: Sequence[Case], clamps: Sequence[Edits], scope: Scope, *, keep_error: bool = True
-) -> list[list[bool]]:
-    """Return for each of several clamps whether each case is answered right under it.
-
-    scope, keep_error: as for `answer_cases`.
-    """
-    return first_tokens(place, cases, clamps, scope, keep_error=keep_error).right.tolist() if clamps else []
-
-
-def control_metrics(cases: CaseAnswers, controls: Sequence[Sequence[bool]]) -> dict[str, float]:
-    """Return what random clamps cure and harm, with 99 % intervals over the cases of all draws together.
-
-    `control_cured_lowest` and `control_cured_highest` are the fractions cured of the weakest and strongest draw.
-
-    controls: as `answer_controls` returns them.
-    """
-    before, contradicts = np.array(cases.untouched), np.array(cases.contradicts)
-    wrong, after = contradicts & ~before, np.array(controls, bool).reshape(len(controls), len(before))
-    metrics: dict[str, float] = {"control_draws": len(controls)}
-    if after[:, wrong].size:
-        each = after[:, wrong].mean(1)
-        metrics |= bounds("control_cured_fraction", proportion(after[:, wrong].ravel()))
-        metrics |= {"control_cured_lowest": float(each.min()), "control_cured_highest": float(each.max())}
-    if after[:, before].size:
-        metrics |= bounds("control_harmed_fraction", proportion(~after[:, before].ravel()))
-    return metrics
+    candidates = torch.tensor(sorted(candidates))
+    if len(candidates) < count:
+        raise ValueError(f"{len(candidates)} latents to draw {count} from; allow more candidates")
+    generator = torch.Generator().manual_seed(seed)
+    value = strength / max(1, count) ** 0.5
+    drawn = [candidates[torch.randperm(len(candidates), generator=generator)[:count]].tolist() for _ in range(draws)]
+    return tuple(tuple(Edit(latent, value) for latent in latents) for latents in drawn)
 
 
 @dataclass(frozen=True)
@@ -157,56 +199,18 @@ def _bare(answer: str) -> str:
     return "".join(answer.lower().split())
 
 
-def report_metrics(cases: CaseAnswers, others: OtherAnswers) -> dict[str, float]:
-    """Return the fractions that notebook 08 reports, with 99 % intervals; a fraction of no cases is left out.
+def other_metrics(others: OtherAnswers, prefix: str = "") -> Metrics:
+    """Return the fractions of other questions answered right before and after, and of answers kept, with intervals.
 
-    `hallucination_rate` is the fraction of contradicting cases that are answered wrong; `_spliced` and `_after` are
-    the same with the SAE and with the clamp. `cured_fraction` is the fraction of these wrong answers that the clamp
-    turns right, `cured_fraction_right_<answer>` that of the ones with this right answer: a mere push towards one
-    answer cures only one kind. `harmed_fraction` is the fraction of right answers that the clamp turns wrong.
-    `cured` and `harmed` are the counts behind the fractions, `right_answers` those that could be harmed.
+    prefix: of the names.
     """
-    contradicts, before, spliced, after = map(
-        np.array, (cases.contradicts, cases.untouched, cases.spliced, cases.clamped)
-    )
-    wrong = contradicts & ~before
     hits = {
-        "hallucination_rate": ~before[contradicts],
-        "hallucination_rate_spliced": ~spliced[contradicts],
-        "hallucination_rate_after": ~after[contradicts],
-        "cured_fraction": after[wrong],
-        "harmed_fraction": ~after[before],
-        "harmed_fraction_contradicting": ~after[contradicts & before],
-        "harmed_fraction_agreeing": ~after[~contradicts & before],
         "other_questions_right": others.right,
         "other_questions_right_after": others.right_clamped,
         "other_answers_kept": others.kept,
     }
-    for answer in sorted(set(cases.answer)):
-        hits[f"cured_fraction_right_{answer}"] = after[wrong & (np.array(cases.answer) == answer)]
-    for answer in sorted(set(cases.answer)):
-        hits[f"harmed_fraction_right_{answer}"] = ~after[before & (np.array(cases.answer) == answer)]
-    metrics: dict[str, float] = {"maps": int(contradicts.sum()), "hallucinations": int(wrong.sum())}
-    metrics |= {
-        "cured": int(after[wrong].sum()),
-        "right_answers": int(before.sum()),
-        "harmed": int((before & ~after).sum()),
+    return {
+        name: value
+        for title, marks in hits.items()
+        for name, value in bounds(f"{prefix}{title}", proportion(marks)).items()
     }
-    for answer in sorted(set(cases.answer)):
-        of_answer = wrong & (np.array(cases.answer) == answer)
-        metrics[f"hallucinations_right_{answer}"] = int(of_answer.sum())
-        metrics[f"cured_right_{answer}"] = int(after[of_answer].sum())
-    for name, marks in hits.items():
-        metrics |= bounds(name, proportion(marks)) if len(marks) else {}
-    return metrics
-
-
-def right_by_group(cases: CaseAnswers) -> dict[str, dict[str, Mean]]:
-    """Return, for each group, the fraction of contradicting cases answered right, untouched and clamped."""
-    contradicts, groups = np.array(cases.contradicts), np.array(cases.group)
-    rows = {}
-    for group in sorted(set(groups[contradicts].tolist())):
-        chosen = contradicts & (groups == group)
-        answers = {"untouched": cases.untouched, "clamped": cases.clamped}
-        rows[group] = {name: Mean(*proportion(np.array(right)[chosen])[:3]) for name, right in answers.items()}
-    return rows

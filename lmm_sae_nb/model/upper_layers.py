@@ -47,7 +47,7 @@ class UpperLayers:
         """
         return self._run(states, None)
 
-    def remember(self, states: Float[Tensor, "1 tokens width"]) -> Float[Tensor, "1 tokens width"]:
+    def remember(self, states: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
         """Do as `run`, and keep the keys and values of these states for `resume`."""
         self._cache = DynamicCache()
         return self._run(states, self._cache)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +69,25 @@ def proportion(hits: ArrayLike, level: float = 0.99) -> Proportion:
         raise ValueError("there are no cases, so there is no fraction; give more cases, or leave it out")
     low, high = binomtest(int(hits.sum()), len(hits)).proportion_ci(level, method="wilson")
     return Proportion(float(hits.mean()), float(low), float(high), len(hits))
+
+
+def mean_of_fractions(parts: Sequence[Proportion]) -> Mean:
+    """Return the mean of fractions of separate groups, each with the same weight, with its interval.
+
+    The distance to each end is the root of the summed squares of the parts' distances, over their number (the MOVER
+    method of Zou and Donner). So the mean of one fraction has that fraction's own interval.
+
+    parts: the fraction of each group.
+
+    Raises:
+        ValueError: there are no groups.
+    """
+    if not parts:
+        raise ValueError("there are no groups, so there is no mean of their fractions; give at least one")
+    mean = float(np.mean([part.fraction for part in parts]))
+    below = np.hypot.reduce([part.fraction - part.low for part in parts]) / len(parts)
+    above = np.hypot.reduce([part.high - part.fraction for part in parts]) / len(parts)
+    return Mean(mean, mean - float(below), mean + float(above))
 
 
 def bounds(name: str, value: Mean | Proportion) -> dict[str, float]:

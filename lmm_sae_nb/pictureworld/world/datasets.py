@@ -42,6 +42,7 @@ _FEATURES = Features({"image": Image(), **_COLUMNS, **{kind: Image() for kind in
 TRAPS = "traps"  # maps for the knowledge trap, as many of validation seeds as of held-out ones
 UNSEEN = HELD_OUT + 500_000  # the first maps of the held-out split were looked at before the cure's limit was set
 PARTS = {"choose": VALIDATION, "report": UNSEEN}
+YES_FIRST = 0.75  # how often a contradicting question is one whose right answer is yes, if the map has one
 _TRAP_FEATURES = Features(
     {"image": Image(), **_COLUMNS, "taught": Value("string"), "group": Value("string"), "part": Value("string")}
 )
@@ -77,7 +78,11 @@ def _row(split: str, number: int) -> dict[str, object]:
 
 
 def _traps(number: int) -> list[dict[str, object]]:
-    """Return a map of each part, with a question on which it contradicts the taught fact and one on which it agrees."""
+    """Return a map of each part, with a question on which it contradicts the taught fact and one on which it agrees.
+
+    Among the contradicting questions, those whose right answer is *yes* are fewer and are preferred, so that there are
+    enough cases of both answers.
+    """
     rows = []
     for part, first in PARTS.items():
         scene, rng = make_map(first + number), np.random.default_rng([51, first + number])
@@ -85,6 +90,8 @@ def _traps(number: int) -> list[dict[str, object]]:
         facts = ["yes ." if FACTS[scene.chart.basin, q.text.split()[-2]] else "no ." for q in asked]
         for contradicts in (True, False):
             options = [i for i, q in enumerate(asked) if (q.answer != facts[i]) == contradicts]
+            if contradicts and rng.random() < YES_FIRST:
+                options = [i for i in options if asked[i].answer == "yes ."] or options
             if options:
                 chosen = options[rng.integers(len(options))]
                 q, about = asked[chosen], {"seed": scene.seed, "part": part, "group": scene.chart.basin}

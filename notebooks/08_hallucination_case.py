@@ -18,15 +18,15 @@
 # clamp a latent that stands for text?
 #
 # **You will learn** how often this happens, how to take one wrong answer apart,
-# and how to choose a clamp on some cases and to measure on others what it cures
-# and what it harms.
+# how to choose a clamp on some cases and to measure on others what it cures and
+# what it harms, and which controls a cure needs.
 #
 # **Reads** the SAE, the stages `cache` and `interpret`, and trap questions.
 # **Writes** the stage `hallucination`.
 #
 # | preset | cases | time |
 # |---|---|---|
-# | `tiny` | 520 held-out maps of Picture World; the clamp is chosen on other maps | about 4 minutes, 2 quiet cores |
+# | `tiny` | 720 held-out maps of Picture World; the clamps are chosen on other maps | about 6 minutes, one core |
 # | `paper` | HallusionBench {cite}`guan2023hallusionbench` | GPUs |
 
 # %% tags=["parameters"]
@@ -49,17 +49,25 @@ concepts: str = "data/artifacts/tiny/world/concepts.json"
 text_kinds: list = ["word"]  # kinds of concept that are text
 # an explanation with one of these words names text, too
 text_words: list = []
-# how the clamp is chosen
+# how the clamps are chosen
 choosing: dict = {
-    "cases": 160,  # cases for the choice
+    "cases": 720,  # cases for the choice
     "attributed": 16,  # wrong ones among them that rank the latents
     "latents": 2048,  # highest latents, to compare with label maps
     "words": 3,  # best words, whose latents are tried
-    "wrong": 32,  # wrong cases that they are tried on
-    "right": 120,  # right cases for the best of them
+    "wrong": 48,  # wrong cases that settings are tried on
+    "right": 80,  # right cases for the best of them
     "others": 40,  # other questions for the best of them
     "doses": [1.5, 2.0],  # in units of a latent's maximum
     "together": 2,  # words that are clamped at once, at most
+}
+# how a clamp is fitted by gradient, on cases for the choice
+fitting: dict = {
+    "wrong": 96,  # wrong cases
+    "right": 48,  # cases answered right, which should stay so
+    "others": 48,  # other questions, whose answers should stay
+    "rounds": 8,  # each adds latents and refits all values
+    "each": 4,  # latents that a round adds
 }
 # highest fractions of right answers harmed, of other answers changed
 limits: dict = {"harmed": 0.03, "changed": 0.1}
@@ -67,8 +75,11 @@ clamped_kinds: list = ["base", "tiles"]  # kinds of token that are clamped
 keep_error: bool = True  # of the reconstruction; False as in the paper
 # held-out cases that agree with memory; of the others all are taken
 agreeing: int = 130
+right_cases: int = 150  # held-out cases answered right, to be harmed
 price_questions: int = 120  # held-out questions answered in full
-control_draws: int = 2  # clamps of random latents, to compare
+control_draws: int = 3  # draws of each random control
+# words before the question, a control that needs no SAE
+plain_prompt: str = "see what is in the image ."
 seed: int = 0  # of these draws
 # the same page for other SAEs, which differ in their seed; "": none
 seeds_study: str = "book/seeds.json"
@@ -90,27 +101,33 @@ from lmm_sae_nb import (
     open_images,
 )
 from lmm_sae_nb.attribute.attribution import decision
-from lmm_sae_nb.hallucination.answers import first_tokens
+from lmm_sae_nb.hallucination.answers import (
+    Push,
+    Shift,
+    first_tokens,
+    strength,
+)
 from lmm_sae_nb.hallucination.cases import (
     answer_questions,
     contradicting_first,
     custom_case,
     read_cases,
 )
+from lmm_sae_nb.hallucination.fit import ASKED, Fit, FitSettings, fit
 from lmm_sae_nb.hallucination.report import (
-    CaseAnswers,
+    HeldOut,
+    Method,
     OtherAnswers,
-    answer_cases,
-    answer_controls,
     answer_others,
-    control_metrics,
-    random_clamps,
-    report_metrics,
-    right_by_group,
+    equal_strength,
+    other_metrics,
+    try_methods,
 )
 from lmm_sae_nb.hallucination.search import (
+    NOTHING,
     Limits,
     Search,
+    Setting,
     clamp_settings,
     search,
 )
@@ -128,6 +145,7 @@ from lmm_sae_nb.show.report import (
     provenance,
 )
 from lmm_sae_nb.show.seed_study import read_study
+from lmm_sae_nb.support.intervals import Mean, proportion
 from lmm_sae_nb.support.stages import Page, read_typed
 
 page = Page(globals())
@@ -153,20 +171,20 @@ names = read_typed(page.root / concepts, dict) if concepts else {}
 label_maps = load_from_disk(page.locate(images)) if concepts else None
 rows = load_from_disk(page.locate(traps))
 cases = read_cases(rows, "choose", choosing["cases"])
-held_out = contradicting_first(read_cases(rows, "report"), agreeing)
-contradicting = sum(case.contradicts for case in held_out)
-print(f"{len(cases)} cases to choose a clamp, {len(held_out)} held out,")
+reported = contradicting_first(read_cases(rows, "report"), agreeing)
+contradicting = sum(case.contradicts for case in reported)
+print(f"{len(cases)} cases to choose a clamp, {len(reported)} held out,")
 print(f"of which {contradicting} contradict what was taught")
 
 # %% [markdown]
-# ## Choose a clamp, on maps that are not reported
+# ## Clamp latents that stand for text
 #
 # > "We hypothesize that clamping activations of certain OCR features can shift
 # > the model's focus to image-based features. We find two such features that
 # > reduce hallucinations."
 #
 # The paper does not say how it found its two features. We search in three
-# steps.
+# steps, on maps that are not reported.
 #
 # **1. Which cases are answered wrongly?** These are to be cured. Those
 # answered right are not to be harmed.
@@ -221,7 +239,10 @@ plots.table(
 # maximum.
 #
 # All settings are tried on wrong cases, and sorted: those that cure most come
-# first; among equals those with the fewest latents. Four at a time, in this
+# first; among equals those with the fewest latents. We count the *balanced
+# cured rate*: the mean of the fractions cured among cases whose right answer is
+# *no*, and among those whose right answer is *yes*. A push towards *no* cures
+# one kind only. Four at a time, in this
 # order, they are tried on right cases, and those within the limit on harm also
 # on other questions. A value equal to a limit is within it. The first setting
 # within both limits is chosen, and the search stops after its four. An answer
@@ -234,6 +255,7 @@ settings = clamp_settings(
     choosing["together"],
 )  # fmt: skip
 
+
 # %%
 def without_traps(name):  # rows with an image and another question
     for row in load_from_disk(page.locate(name)):
@@ -241,25 +263,30 @@ def without_traps(name):  # rows with an image and another question
             yield row
 
 
+total = choosing["others"] + fitting["others"]
+others = answer_questions(lmm, islice(without_traps(samples), total))
+tried = (
+    wrong[fitting["wrong"] :][: choosing["wrong"]],
+    right[fitting["right"] :][: choosing["right"]],
+)
+how = dict(
+    others=others[fitting["others"] :], keep_error=keep_error
+)  # fmt: skip
 outcome = stage.result(
     "search", Search,
     lambda: search(
-        place, wrong[: choosing["wrong"]], right[: choosing["right"]],
-        settings, Limits(**limits), scope, keep_error=keep_error,
-        others=answer_questions(
-            lmm, islice(without_traps(samples), choosing["others"])
-        ),
+        place, *tried, settings, Limits(**limits), scope, **how
     ),
 )  # fmt: skip
 
 # %%
-chosen = outcome.chosen
-print("chosen:", " and ".join(chosen.words) or "nothing")
-for edit in chosen.edits:
+text_clamp = outcome.chosen
+print("chosen:", " and ".join(text_clamp.words) or "nothing")
+for edit in text_clamp.edits:
     print(f"latent {edit.latent} at {edit.value:.0f}")
 
-# %% mystnb={"figure": {"caption": "The search. Each row is a setting: the words whose latents are clamped, and the dose. The chosen setting is in bold. Harm is measured for four settings at a time, the best cures first, until one of four is within both limits; a dot on a dashed line is within.", "name": "fig-search"}, "image": {"alt": "A row for each setting, with dots for the fractions of wrong answers cured, right answers harmed and other answers changed, and dashed lines for the limits."}}
-plots.search_trials(outcome, Limits(**limits));
+# %% mystnb={"figure": {"caption": "The search. Each row is a setting: the words whose latents are clamped, and the dose. Cured is the balanced rate. The chosen setting is in bold. Harm is measured for four settings at a time, the best cures first, until one of four is within both limits; a dot on a dashed line is within.", "name": "fig-search"}, "image": {"alt": "A row for each setting, with dots for the fractions of wrong answers cured, right answers harmed and other answers changed, and dashed lines for the limits."}}
+plots.search_trials(outcome, Limits(**limits))
 # %% tags=["hide-output"]
 plots.table(
     [
@@ -279,79 +306,186 @@ predicted = [sum(gain[e.latent] for e in t.setting.edits) for t in strong]
 measured = [t.shift for t in strong]
 labels = (f"predicted gain at dose {highest:g}, logits",
           "measured gain, logits")  # fmt: skip
-plots.scatter(predicted, measured, *labels);
+plots.scatter(predicted, measured, *labels)
+# %% [markdown]
+# ## Fit a clamp for both answers
+#
+# Is there a clamp that cures both kinds? We look for one by gradient. It acts
+# on the words of the question, which come after the image. The loss asks for
+# three things: wrong answers become right (*no* and *yes* count the same),
+# right answers stay, and other answers stay. Each round adds the latents for
+# which the gradient predicts the largest fall of the loss, clamped or silenced
+# (clamped to 0). Then all values are refitted.
+#
+# The same loss also fits a *direction*, which is added at the same words
+# without any SAE. It shows what the layer allows, and how much is lost by
+# using latents.
+
+# %%
+fitted = stage.result(
+    "fitted", Fit,
+    lambda: fit(
+        place, wrong[: fitting["wrong"]], right[: fitting["right"]],
+        others[: fitting["others"]], ASKED,
+        FitSettings(rounds=fitting["rounds"], each=fitting["each"]),
+    ),
+)  # fmt: skip
+
+# %% [markdown]
+# After each round there is a clamp with more latents. The search of above
+# chooses among them, on wrong and right cases that the fit has not seen, within
+# the same limits.
+
+# %%
+sizes = [NOTHING] + [Setting((f"{count} latents",), 0, clamp) for count, clamp in fitted.clamps.items()]
+fit_outcome = stage.result(
+    "fit_search", Search,
+    lambda: search(
+        place, *tried, sizes, Limits(**limits), ASKED, **how
+    ),
+)  # fmt: skip
+edits = fit_outcome.chosen.edits
+plots.table(
+    [
+        {"clamp": " ".join(trial.setting.words) or "nothing",
+         "silenced": sum(e.value == 0 for e in trial.setting.edits),
+         "cured": trial.cured, "shift, logits": trial.shift,
+         "harmed": trial.harmed, "changed": trial.changed}
+        for trial in fit_outcome.trials
+    ],
+    "Every clamp that was fitted; a dash was not measured",
+)  # fmt: skip
+
 # %% [markdown]
 # ## Report it, on held-out maps
 #
 # > "This demonstrates that with minimal intervention, the model can prioritize
 # > image information while sometimes following incorrect reasoning."
 #
-# Now the chosen clamp meets cases that took no part in the choice. *Cured* is a
-# hallucination that it turns right. *Harmed* is a right answer that it turns
-# wrong. Other held-out questions, answered in full before and after, give the
-# cost. With `keep_error` the model with the SAE alone is the untouched one. So
-# `hallucination_rate` and `hallucination_rate_spliced` are equal by
-# construction.
+# Now the chosen clamps meet cases that took no part in the choice. *Cured* is a
+# hallucination that turns right. *Harmed* is a right answer that turns wrong.
+
+# %%
+before = stage.result(
+    "reported", list[bool],
+    lambda: first_tokens(place, reported, [None]).right[0].tolist(),
+)  # fmt: skip
+kept_right = [c for c, ok in zip(reported, before, strict=True) if ok]
+held_out = [case for case, ok in zip(reported, before, strict=True) if case.contradicts and not ok] + kept_right[
+    :: max(1, len(kept_right) // right_cases)
+]
+fooled = [not ok for case, ok in zip(reported, before, strict=True) if case.contradicts]
+
+# %% [markdown]
+# Every method meets the same cases, and so do six controls:
 #
-# **A control.** Would any latents do? We clamp as many random live latents, at
-# the same dose, on the same cases. They are drawn from those that do not stand
-# for text as far as we know. The interval of this control covers the cases,
-# not the few draws.
+# - *random latents at the patches*: as strong as the clamp of text latents;
+# - *random latents* and *unrelated latents* (named, but not after text) at the
+#   words: as many as the fitted clamp has, and as strong;
+# - *random direction*: at each word as long as the change of the fitted clamp;
+# - *fitted direction*: the one without an SAE;
+# - *prompt*: words before the question that ask to look at the image.
+#
+# The *strength* of a clamp is the norm of the change that it makes in the
+# layer's output, as the mean over the tokens.
+
 
 # %%
-edits, kept = chosen.edits, dict(keep_error=keep_error)
-answers = stage.result(
-    "report", CaseAnswers,
-    lambda: answer_cases(place, held_out, edits, scope, **kept),
-)  # fmt: skip
-others = stage.result(
-    "other_questions", OtherAnswers,
-    lambda: answer_others(
-        place, islice(without_traps(heldout), price_questions), edits,
-        scope, **kept,
-    ),
-)  # fmt: skip
-random_edits = random_clamps(
-    cache.max, edits, chosen.dose, control_draws, candidates.gain, seed
-)
-controls = stage.result(
-    "controls", list[list[bool]],
-    lambda: answer_controls(
-        place, held_out, random_edits, scope, **kept
-    ),
-)  # fmt: skip
+def as_strong(candidates, clamp, where):
+    size = strength(place, held_out[:8], clamp, where)
+    count = max(1, len(clamp))
+    return equal_strength(candidates, count, size, control_draws, seed)
 
-# %%
-counts = {
-    "latents_clamped": len(edits), "text_latents_named": candidates.named
+
+live = [n for n in range(place.sae.n_latents) if cache.max[n] > 0]
+unrelated = [n for n, row in explanations.items() if row["concept"] and n not in candidates.gain]
+methods = {
+    "text": Method((text_clamp.edits,), scope),
+    "text_random": Method(
+        as_strong(live, text_clamp.edits, scope), scope
+    ),
+    "fitted": Method((edits,), ASKED),
+    "random": Method(as_strong(live, edits, ASKED), ASKED),
+    "unrelated": Method(as_strong(unrelated, edits, ASKED), ASKED),
+    "push": Method(
+        tuple(Push(edits, seed + n) for n in range(control_draws)), ASKED
+    ),
+    "direction": Method((Shift(tuple(fitted.direction)),), ASKED),
+    "prompt": Method((None,), before=plain_prompt),
 }  # fmt: skip
+answers = stage.result(
+    "answers", HeldOut,
+    lambda: try_methods(
+        place, held_out, methods, keep_error=keep_error
+    ),
+)  # fmt: skip
+
+# %% [markdown]
+# Other held-out questions, answered in full before and after, give the cost.
+
+
+# %%
+def cost(clamp, where):
+    asked = islice(without_traps(heldout), price_questions)
+    return answer_others(place, asked, clamp, where, keep_error=keep_error)
+
+
+cost_of_fitted = stage.result("other_questions", OtherAnswers, lambda: cost(edits, ASKED))
+cost_of_text = stage.result(
+    "other_questions_text", OtherAnswers,
+    lambda: cost(text_clamp.edits, scope),
+)  # fmt: skip
+
+# %%
+rate = proportion(fooled)
 metrics = stage.finish(
-    report_metrics(answers, others) | counts
-    | control_metrics(answers, controls)
+    answers.metrics
+    | dict(maps=len(fooled), hallucination_rate=rate.fraction,
+           hallucination_rate_low=rate.low,
+           hallucination_rate_high=rate.high)
+    | other_metrics(cost_of_fitted) | other_metrics(cost_of_text, "text_")
+    | dict(latents_clamped=len(edits),
+           text_latents_clamped=len(text_clamp.edits),
+           text_latents_named=candidates.named)
 )  # fmt: skip
 metrics_table(stage)
 
-# %% mystnb={"figure": {"caption": "Right answers on held-out maps that contradict the taught fact, by river basin, untouched and clamped; 99 % intervals.", "name": "fig-cured"}, "image": {"alt": "For each river basin, the fraction of right answers of the untouched and of the clamped model."}}
-plots.means(right_by_group(answers), "fraction of right answers");
+# %% mystnb={"figure": {"caption": "What each method cures and harms on held-out maps, with 99 % intervals. The first two are the clamps of this page, the others are controls.", "name": "fig-cured"}, "image": {"alt": "A row for each method, with the balanced cured rate and the fraction of right answers harmed."}}
+titles = {
+    "text": "text latents, at the patches",
+    "fitted": "fitted latents, at the words",
+    "text_random": "random latents, at the patches",
+    "random": "random latents, at the words",
+    "unrelated": "unrelated latents, at the words",
+    "push": "random direction, at the words",
+    "direction": "fitted direction, no SAE",
+    "prompt": "prompt, no SAE",
+}
+plots.means(
+    {
+        title: {"balanced cured rate": answers.balanced(name),
+                "right answers harmed": Mean(*answers.harmed(name)[:3])}
+        for name, title in titles.items()
+    },
+    "fraction",
+);  # fmt: skip
 # %% [markdown]
-# ### Does the clamp turn the model to the image, or does it push towards "no"?
+# ### Does a clamp turn the model to the image, or does it push?
 #
 # In the paper's example the right answer is *no*. A clamp that pushes towards
-# *no* in general would cure it, too. Our cases have both answers, so the two
-# can be told apart: by the fractions cured among the hallucinations whose right
-# answer is *no*, and among those whose right answer is *yes*.
+# *no* in general would cure it, too. Our cases have both answers.
 
-# %% mystnb={"figure": {"caption": "Fraction of hallucinations cured, by the right answer; 99 % intervals. A push towards one answer cures one kind only.", "name": "fig-push"}, "image": {"alt": "Fractions cured of hallucinations whose right answer is no, and of those whose right answer is yes."}}
-by_answer = {
-    f'right answer "{word}"': {
-        "fraction": metrics[f"cured_fraction_right_{word}"],
-        "low": metrics[f"cured_fraction_right_{word}_low"],
-        "high": metrics[f"cured_fraction_right_{word}_high"],
-    }
-    for word in sorted({case.right for case in held_out})
-    if f"cured_fraction_right_{word}" in metrics
-}
-plots.proportions(by_answer);
+# %% mystnb={"figure": {"caption": "Fraction of hallucinations cured, by the right answer; 99 % intervals. A push towards one answer cures one kind only.", "name": "fig-push"}, "image": {"alt": "A row for each method, with the fractions cured of hallucinations whose right answer is no, and of those whose right answer is yes."}}
+plots.means(
+    {
+        title: {f"right answer {word}": Mean(*cured[:3])
+                for word, cured in answers.cured(name).items()}
+        for name, title in titles.items()
+    },
+    "fraction cured",
+);  # fmt: skip
+# %% mystnb={"figure": {"caption": "Right answers to these cases by river basin, untouched and with the fitted clamp; 99 % intervals. Of the cases answered right only a sample is shown.", "name": "fig-basins"}, "image": {"alt": "For each river basin, the fraction of right answers of the untouched and of the clamped model."}}
+plots.means(answers.by_group("fitted"), "fraction of right answers")
 # %% [markdown]
 # ### Other SAEs
 #
@@ -364,13 +498,13 @@ plots.proportions(by_answer);
 # %% mystnb={"figure": {"caption": "The same page for several SAEs that differ only in their seed (grey), with their median (black), and this page's SAE (blue).", "name": "fig-seeds"}, "image": {"alt": "A row for each metric with a dot for each SAE."}}
 study = read_study(page.locate(seeds_study))
 of_all = {
-    "cured_fraction": "hallucinations cured",
-    "control_cured_fraction": "cured by random clamps",
-    "cured_fraction_right_no": "cured, right answer no",
-    "cured_fraction_right_yes": "cured, right answer yes",
-    "harmed_fraction": "right answers harmed",
+    "fitted_balanced_cured": "fitted latents, balanced cured rate",
+    "fitted_harmed": "fitted latents, harmed",
+    "text_balanced_cured": "text latents, balanced cured rate",
+    "random_balanced_cured": "random latents, balanced cured rate",
+    "direction_balanced_cured": "fitted direction, balanced cured rate",
 }
-plots.other_saes(study, stage, of_all, "fraction");
+plots.other_saes(study, stage, of_all, "fraction")
 # %% [markdown]
 # ## One case in full
 #
@@ -383,17 +517,15 @@ plots.other_saes(study, stage, of_all, "fraction");
 # given answer minus that of the right one. The sums over each kind of token:
 
 # %%
-results = list(
-    zip(held_out, answers.untouched, answers.clamped, strict=True)
-)
-cured = [case for case, before, after in results if after and not before]
+after = answers.methods["fitted"][0]
+cured = [
+    case for case, wrong_before, ok in
+    zip(held_out, answers.wrong, after, strict=True)
+    if wrong_before and ok
+]  # fmt: skip
 path = custom["image"] and str(page.root / custom["image"])
-case = custom_case(
-    **custom | {"image": path}, default=(cured or held_out)[0]
-)
-choice = decision(
-    lmm, case.question, case.image, case.tempting, case.right
-)
+case = custom_case(**custom | {"image": path}, default=(cured or held_out)[0])
+choice = decision(lmm, case.question, case.image, case.tempting, case.right)
 parts = linear(place, choice, keep_error=keep_error)
 given = case.tempting if parts.clean > 0 else case.right
 print(f"{case.question}   right: {case.right}")
@@ -411,7 +543,7 @@ maps = {"all latents": grid(parts.of_tokens()[base]).numpy()}
 for n in parts.of_latents(on_image)[0][:6].tolist():
     title = f"{n}: {called.get(n) or 'unnamed'}"
     maps[title] = grid(parts.map_of(n)[base]).numpy()
-plots.signed_maps(case.image, maps);
+plots.signed_maps(case.image, maps)
 # %% [markdown]
 # The same at the words of the question (Figure 9, text): all latents, then the
 # three latents with the highest attribution there.
@@ -429,116 +561,84 @@ plots.shaded_texts(texts)
 # And the clamp on this case (Figures 8 and 10):
 
 # %%
-now = first_tokens(place, [case], [None, (), edits], scope, **kept)
-plots.table(
-    [
-        {"model": name, "answer": lmm.tokenizer.decode(now.token[n, 0]),
-         "margin of the right answer, logits": f"{now.margin[n, 0]:+.4f}"}
-        for n, name in enumerate(("untouched", "with SAE", "clamped"))
-    ]
-)  # fmt: skip
+clamps = {
+    "untouched": (None, scope), "with SAE": ((), scope),
+    "text latents clamped": (text_clamp.edits, scope),
+    "fitted latents clamped": (edits, ASKED),
+}  # fmt: skip
+table = []
+for name, (clamp, where) in clamps.items():
+    now = first_tokens(place, [case], [clamp], where, keep_error=keep_error)
+    table.append({
+        "model": name, "answer": lmm.tokenizer.decode(now.token[0, 0]),
+        "margin of the right answer, logits": f"{now.margin[0, 0]:+.3f}",
+    })  # fmt: skip
+plots.table(table)
 
-# %% mystnb={"figure": {"caption": "Figures 8 and 10: the clamped latents on the images that excite them most, as activation (brighter is more) and masked. The name is the word that fits best; a latent can respond to other signs and words, too.", "name": "fig-cure-latents"}, "image": {"alt": "Five images for each clamped latent, with its activation and masked."}}
+# %% mystnb={"figure": {"caption": "Figures 8 and 10: the clamped text latents on the images that excite them most, as activation (brighter is more) and masked. The name is the word that fits best; a latent can respond to other signs and words, too.", "name": "fig-cure-latents"}, "image": {"alt": "Five images for each clamped latent, with its activation and masked."}}
 opened = open_images(page.locate(images))
-latents = [edit.latent for edit in edits[:3]]
-plots.exemplar_strip(
-    [
-        (f"latent {n}: {text_names[n]}", exemplars(cache, opened, n))
-        for n in latents
-    ]
-);
+latents = [edit.latent for edit in text_clamp.edits[:3]]
+plots.exemplar_strip([(f"latent {n}: {text_names[n]}", exemplars(cache, opened, n)) for n in latents])
 # %% [markdown]
 # ## What we found
 
+
 # %% tags=["remove-input"]
-def count(part, whole):
-    return f"{metrics[part]} of {metrics[whole]}"
+def value(name):
+    ends = (metrics[f"{name}{end}"] for end in ("", "_low", "_high"))
+    mean, low, high = ends
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
-kinds = [
-    word for word in ("no", "yes")
-    if f"cured_fraction_right_{word}" in metrics
-]  # fmt: skip
-by_word = " and ".join(
-    count(f"cured_right_{word}", f"hallucinations_right_{word}")
-    + f" whose right answer is *{word}*"
-    for word in kinds
-)
-pushes = (
-    len(kinds) == 2
-    and metrics["cured_fraction_right_no_low"]
-    > metrics["cured_fraction_right_yes_high"]
-)
-meaning = (
-    "The clamp pushes towards *no*. Nothing shows that it turns the model "
-    "to the image." if pushes
-    else "The clamp is not only a push towards *no*."
-)
-rate, after = metrics["hallucination_rate"], "hallucination_rate_after"
-fell = metrics[f"{after}_high"] < metrics["hallucination_rate_low"]
-harm = " and ".join(
-    f"{metrics[f'harmed_fraction_right_{word}']:.1%} of those that are "
-    f"*{word}*"
-    for word in ("no", "yes") if f"harmed_fraction_right_{word}" in metrics
-)
+def beats(one, other):
+    return metrics[f"{one}_balanced_cured_low"] > metrics[f"{other}_balanced_cured_high"]
+
+
+def by_word(name):
+    parts = (
+        f"{metrics[f'{name}_cured_right_{word}']:.0%} of those whose right answer is *{word}*" for word in answers.words
+    )
+    return " and ".join(parts)
+
+
+controls = ("random", "unrelated", "push", "prompt")
+better = [name for name in controls if beats("fitted", name)]
+worse = [titles[n] for n in controls if n not in better]
+untouched_rate = metrics["hallucination_rate"]
 sentences = [
-    f"The untouched model answers {rate:.0%} of the contradicting cases "
-    f"wrongly; with the clamp it is {metrics[after]:.0%}, "
-    + ("which is lower." if fell else "which can be chance."),
-    f"The clamp cures {count('cured', 'hallucinations')} hallucinations: "
-    f"{by_word}.",
-    meaning,
-    f"It turns {count('harmed', 'right_answers')} right answers wrong: "
-    f"{harm}.",
+    f"The untouched model answers {untouched_rate:.0%} of the contradicting "
+    "cases wrongly.",
+    f"Text latents at the patches cure {by_word('text')}: a balanced rate "
+    f"of {value('text_balanced_cured')}. Random latents of the same "
+    f"strength there have {value('text_random_balanced_cured')}. "
+    + ("So text latents do more than random ones."
+       if beats("text", "text_random") else
+       "So nothing shows that text latents do more than random ones."),
+    f"{len(edits)} fitted latents at the words of the question cure "
+    f"{by_word('fitted')}: a balanced rate of "
+    f"{value('fitted_balanced_cured')}, at "
+    f"{value('fitted_harmed')} of right answers harmed.",
+    "Controls: "
+    + "; ".join(
+        f"{titles[n]} {value(f'{n}_balanced_cured')}" for n in controls
+    )
+    + ". " + ("The fitted latents beat all of them." if not worse else
+              f"They do not clearly beat: {', '.join(worse)}."),
+    "The direction that was fitted to the same cases, without an SAE, has "
+    f"{value('direction_balanced_cured')}. "
+    + ("So this simple method cures more than the latents."
+       if beats("direction", "fitted") else
+       "So the latents do as well, within the intervals."),
     f"The cost: of {price_questions} other questions the model answers "
     f"{metrics['other_questions_right']:.0%} right, and "
-    f"{metrics['other_questions_right_after']:.0%} with the clamp; "
+    f"{metrics['other_questions_right_after']:.0%} with the fitted clamp; "
     f"{1 - metrics['other_answers_kept']:.0%} of the answers change.",
 ]  # fmt: skip
-
-# by basin
-basins = right_by_group(answers)
-gains = {
-    name: row["clamped"].mean - row["untouched"].mean
-    for name, row in basins.items()
-}
-most, least = max(gains, key=gains.get), min(gains, key=gains.get)
-fooled = [r for r in basins.values() if r["untouched"].mean < 0.9]
-sentences.append(
-    f"The untouched model is often wrong about {len(fooled)} of "
-    f"{len(basins)} basins only. The fraction of right answers rises most "
-    f"for {most} ({gains[most]:+.0%}) and least for {least} "
-    f"({gains[least]:+.0%})."
-)
-
-# the control
-control = ""
-if "control_cured_fraction" in metrics:
-    low, high = (
-        metrics[f"control_cured_fraction_{end}"] for end in ("low", "high")
-    )
-    control = (
-        f"As many random live latents cure "
-        f"{metrics['control_cured_fraction']:.0%} [{low:.0%}, {high:.0%}] "
-        f"and harm {metrics['control_harmed_fraction']:.1%} of the right "
-        f"answers (mean of {metrics['control_draws']} draws)."
-    )
-    better = metrics["cured_fraction_low"] > high
-    sentences.append(
-        f"{control} The draws cure "
-        f"{metrics['control_cured_lowest']:.0%} to "
-        f"{metrics['control_cured_highest']:.0%}. "
-        + ("The chosen clamp cures more." if better
-           else "The chosen clamp is not clearly better.")
-    )  # fmt: skip
 
 # the case in full
 of_words = parts.of_tokens()[words].tolist()
 top = max(range(len(tokens)), key=lambda n: of_words[n])
-of_image = ", ".join(
-    f"{n} ({called.get(n) or 'unnamed'})"
-    for n in parts.of_latents(on_image)[0][:3].tolist()
-)
+of_image = ", ".join(f"{n} ({called.get(n) or 'unnamed'})" for n in parts.of_latents(on_image)[0][:3].tolist())
 sentences.append(
     f"Why, in the case in full? The word with the largest attribution is "
     f'"{tokens[top]}" ({of_words[top]:+.2f} logits); on the image it is '
@@ -548,32 +648,32 @@ sentences.append(
 findings(*sentences, *across_saes(study, stage, of_all))
 
 # %% [markdown]
-# The map and the memorised fact disagree. A clamp changes the answer if it
-# moves the logits far enough. One or a few text latents can do this, as the
-# paper saw with "Barcelona" and "Los". In the paper's one example the right
-# answer is *no*, so it cannot show whether the model looked at the image.
+# The map and the memorised fact disagree, and the model weighs the two. For two
+# of the four basins memory wins, by a few tenths of a logit. So a small push is
+# enough to turn an answer. To cure both kinds, a clamp must change the weights
+# and not the answer. Many latents at the words of the question can do this
+# together; one text latent cannot.
 #
-# **Limits.** One model and one layer. The embedded model is wrong about two of
-# the four basins only. Few random clamps were drawn, and a dose in units of a latent's own
-# maximum is not equally strong for all latents. The
-# [lab notebook](../lab_notebook) tells how the limits and doses were chosen.
+# **Limits.** One model and one layer. The fitted clamp was fitted to questions
+# of one form. It has many latents, so it explains less than the paper's single
+# latent. The prompt uses words that the embedded model knows; it was not trained
+# to follow it. The [lab notebook](../lab_notebook) tells what else was tried.
 
 # %% tags=["result", "remove-input"]
-of_saes = over_saes(study, stage, "cured_fraction")
-of_saes = of_saes and f" Cured, {of_saes}."
+of_saes = over_saes(study, stage, "fitted_balanced_cured")
+of_saes = of_saes and f" Over SAEs: {of_saes}."
 headline(
     page,
-    f"clamping {len(edits)} text latents cures "
-    f"{count('cured', 'hallucinations')} hallucinations on "
-    f"{metrics['maps']} held-out maps that contradict memory, and harms "
-    f"{count('harmed', 'right_answers')} right answers. It also changes "
+    f"clamping {len(edits)} fitted latents at the words of the question "
+    f"cures {by_word('fitted')}, on {metrics['maps']} held-out maps that "
+    "contradict memory: a balanced cured rate of "
+    f"{value('fitted_balanced_cured')}. It harms "
+    f"{metrics['fitted_harmed']:.1%} of the right answers and changes "
     f"{1 - metrics['other_answers_kept']:.0%} of the answers to other "
-    "questions. "
-    + (
-        'But the cure is a push towards "no": it corrects ' if pushes
-        else "It corrects "
-    )
-    + f"{by_word}. {control}{of_saes}",
+    "questions. Random latents of the same strength have "
+    f"{value('random_balanced_cured')}, a fitted direction without an SAE "
+    f"{value('direction_balanced_cured')}. The paper's way, text latents "
+    f"at the patches, cures {by_word('text')}.{of_saes}",
     'one image, a map, whose right answer is "no": clamping one latent, '
     '"Barcelona" or "Los", makes the hallucination disappear.',
     "one case cannot tell a push towards its answer from a look at the "

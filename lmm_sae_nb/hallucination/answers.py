@@ -33,7 +33,17 @@ class Push:
     seed: int = 0
 
 
-Setting = Edits | Push | None  # None is the untouched model, () has the SAE spliced in and nothing clamped
+@dataclass(frozen=True)
+class Shift:
+    """Add this direction at every clamped token.
+
+    direction: of the layer's width.
+    """
+
+    direction: tuple[float, ...]
+
+
+Setting = Edits | Push | Shift | None  # None is the untouched model, () has the SAE spliced in and nothing clamped
 
 
 class Answers(NamedTuple):
@@ -118,12 +128,14 @@ def _versions(
     versions = hidden.repeat(len(settings), 1, 1)
     if changed := [s for s, setting in enumerate(settings) if setting is not None]:
         chosen = [settings[s] for s in changed]
-        edits = [setting.like if isinstance(setting, Push) else setting for setting in chosen]
+        edits = [setting if isinstance(setting, tuple) else getattr(setting, "like", ()) for setting in chosen]
         states = steered_versions(sae, hidden[spliced], [*edits, ()], steered[spliced], keep_error)
         states, clean = states[:-1], states[-1]
         for state, setting in zip(states, chosen, strict=True):
             if isinstance(setting, Push):
                 state[:] = clean + _along(setting.seed, state - clean)
+            elif isinstance(setting, Shift):
+                state[steered[spliced]] += torch.tensor(setting.direction).to(state)
         versions[torch.tensor(changed)[:, None], spliced.nonzero()[:, 0]] = states.to(hidden.dtype)
     return versions
 

@@ -117,11 +117,16 @@ def try_methods(
     keep_error: whether what the SAE leaves unexplained stays in.
     """
     untouched = first_tokens(place, cases, [None]).right[0].tolist()
-    right = {}
-    for name, method in methods.items():
-        asked = [replace(case, question=f"{method.before} {case.question}".strip()) for case in cases]
-        answers = first_tokens(place, asked, method.settings, method.scope, keep_error=keep_error)
-        right[name] = answers.right.tolist()
+    right: dict[str, list[list[bool]]] = {}
+    for scope, before in dict.fromkeys((method.scope, method.before) for method in methods.values()):
+        together = {
+            name: method for name, method in methods.items() if (method.scope, method.before) == (scope, before)
+        }
+        asked = [replace(case, question=f"{before} {case.question}".strip()) for case in cases]
+        settings = [setting for method in together.values() for setting in method.settings]
+        rows = iter(first_tokens(place, asked, settings, scope, keep_error=keep_error).right.tolist())
+        right |= {name: [next(rows) for _ in method.settings] for name, method in together.items()}
+    right = {name: right[name] for name in methods}
     about = ([getattr(case, name) for case in cases] for name in ("right", "contradicts", "group"))
     return HeldOut(*about, untouched, right)
 

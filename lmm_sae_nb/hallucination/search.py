@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -55,7 +56,7 @@ def clamp_settings(
 class Trial:
     """What a setting did to the cases that it was tried on, all as fractions from 0 to 1 except `shift`.
 
-    cured: of the wrong answers, turned right.
+    cured: of the wrong answers, turned right; the mean over the right answers, so that *no* and *yes* count the same.
     shift: mean rise of their margin, in logits.
     harmed: of the right answers, turned wrong; None if it was not tried on them.
     changed: of the answers to other questions, changed by a word or more; None if it was not tried on them.
@@ -95,7 +96,7 @@ def search(
     keep_error: bool = True,
     at_once: int = 4,
 ) -> Search:
-    """Choose the setting that corrects most wrong answers and stays within `limits`.
+    """Choose the setting with the highest balanced cured rate that stays within `limits`.
 
     All settings are tried on the wrong cases. The best of them, `at_once` at a time, are then tried on the right
     cases and on other questions, until one is within the limits; those behind it cure less. Among settings that cure
@@ -120,7 +121,9 @@ def search(
     how = dict(scope=scope, keep_error=keep_error)
     answers = first_tokens(place, wrong, [setting.edits for setting in settings], **how)
     fooled = ~answers.right[0]
-    cured = ((fooled & answers.right).sum(1) / max(1, int(fooled.sum()))).tolist()
+    kinds = [torch.tensor([case.right == word for case in wrong]) & fooled for word in {case.right for case in wrong}]
+    rates = [answers.right[:, kind].float().mean(1) for kind in kinds if bool(kind.any())]
+    cured = torch.stack(rates).mean(0).tolist() if rates else [0.0] * len(settings)
     shift = (answers.margin - answers.margin[0]).mean(1).tolist()
     order = sorted(range(len(settings)), key=lambda n: (-cured[n], len(settings[n].edits), -shift[n]))
     order = order[: order.index(0)]  # what is behind NOTHING cures nothing

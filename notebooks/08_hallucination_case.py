@@ -58,7 +58,7 @@ choosing: dict = {
     "wrong": 48,  # wrong cases that settings are tried on
     "right": 80,  # right cases for the best of them
     "others": 40,  # other questions for the best of them
-    "doses": [1.5, 2.0],  # in units of a latent's maximum
+    "doses": [2.0],  # in units of a latent's maximum
     "together": 2,  # words that are clamped at once, at most
 }
 # how a clamp is fitted by gradient, on cases for the choice

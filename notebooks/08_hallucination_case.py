@@ -255,7 +255,6 @@ settings = clamp_settings(
     choosing["together"],
 )  # fmt: skip
 
-
 # %%
 def without_traps(name):  # rows with an image and another question
     for row in load_from_disk(page.locate(name)):
@@ -286,7 +285,7 @@ for edit in text_clamp.edits:
     print(f"latent {edit.latent} at {edit.value:.0f}")
 
 # %% mystnb={"figure": {"caption": "The search. Each row is a setting: the words whose latents are clamped, and the dose. Cured is the balanced rate. The chosen setting is in bold. Harm is measured for four settings at a time, the best cures first, until one of four is within both limits; a dot on a dashed line is within.", "name": "fig-search"}, "image": {"alt": "A row for each setting, with dots for the fractions of wrong answers cured, right answers harmed and other answers changed, and dashed lines for the limits."}}
-plots.search_trials(outcome, Limits(**limits))
+plots.search_trials(outcome, Limits(**limits));
 # %% tags=["hide-output"]
 plots.table(
     [
@@ -306,7 +305,7 @@ predicted = [sum(gain[e.latent] for e in t.setting.edits) for t in strong]
 measured = [t.shift for t in strong]
 labels = (f"predicted gain at dose {highest:g}, logits",
           "measured gain, logits")  # fmt: skip
-plots.scatter(predicted, measured, *labels)
+plots.scatter(predicted, measured, *labels);
 # %% [markdown]
 # ## Fit a clamp for both answers
 #
@@ -337,7 +336,10 @@ fitted = stage.result(
 # the same limits.
 
 # %%
-sizes = [NOTHING] + [Setting((f"{count} latents",), 0, clamp) for count, clamp in fitted.clamps.items()]
+sizes = [NOTHING] + [
+    Setting((f"{count} latents",), 0, clamp)
+    for count, clamp in fitted.clamps.items()
+]
 fit_outcome = stage.result(
     "fit_search", Search,
     lambda: search(
@@ -371,10 +373,14 @@ before = stage.result(
     lambda: first_tokens(place, reported, [None]).right[0].tolist(),
 )  # fmt: skip
 kept_right = [c for c, ok in zip(reported, before, strict=True) if ok]
-held_out = [case for case, ok in zip(reported, before, strict=True) if case.contradicts and not ok] + kept_right[
-    :: max(1, len(kept_right) // right_cases)
+held_out = [
+    case for case, ok in zip(reported, before, strict=True)
+    if case.contradicts and not ok
+] + kept_right[:: max(1, len(kept_right) // right_cases)]
+fooled = [
+    not ok for case, ok in zip(reported, before, strict=True)
+    if case.contradicts
 ]
-fooled = [not ok for case, ok in zip(reported, before, strict=True) if case.contradicts]
 
 # %% [markdown]
 # Every method meets the same cases, and so do six controls:
@@ -389,7 +395,6 @@ fooled = [not ok for case, ok in zip(reported, before, strict=True) if case.cont
 # The *strength* of a clamp is the norm of the change that it makes in the
 # layer's output, as the mean over the tokens.
 
-
 # %%
 def as_strong(candidates, clamp, where):
     size = strength(place, held_out[:8], clamp, where)
@@ -398,7 +403,10 @@ def as_strong(candidates, clamp, where):
 
 
 live = [n for n in range(place.sae.n_latents) if cache.max[n] > 0]
-unrelated = [n for n, row in explanations.items() if row["concept"] and n not in candidates.gain]
+unrelated = [
+    n for n, row in explanations.items()
+    if row["concept"] and n not in candidates.gain
+]
 methods = {
     "text": Method((text_clamp.edits,), scope),
     "text_random": Method(
@@ -423,14 +431,16 @@ answers = stage.result(
 # %% [markdown]
 # Other held-out questions, answered in full before and after, give the cost.
 
-
 # %%
 def cost(clamp, where):
     asked = islice(without_traps(heldout), price_questions)
-    return answer_others(place, asked, clamp, where, keep_error=keep_error)
+    kept = dict(keep_error=keep_error)
+    return answer_others(place, asked, clamp, where, **kept)
 
 
-cost_of_fitted = stage.result("other_questions", OtherAnswers, lambda: cost(edits, ASKED))
+cost_of_fitted = stage.result(
+    "other_questions", OtherAnswers, lambda: cost(edits, ASKED)
+)
 cost_of_text = stage.result(
     "other_questions_text", OtherAnswers,
     lambda: cost(text_clamp.edits, scope),
@@ -468,7 +478,7 @@ plots.means(
         for name, title in titles.items()
     },
     "fraction",
-);  # fmt: skip
+);
 # %% [markdown]
 # ### Does a clamp turn the model to the image, or does it push?
 #
@@ -483,9 +493,9 @@ plots.means(
         for name, title in titles.items()
     },
     "fraction cured",
-);  # fmt: skip
+);
 # %% mystnb={"figure": {"caption": "Right answers to these cases by river basin, untouched and with the fitted clamp; 99 % intervals. Of the cases answered right only a sample is shown.", "name": "fig-basins"}, "image": {"alt": "For each river basin, the fraction of right answers of the untouched and of the clamped model."}}
-plots.means(answers.by_group("fitted"), "fraction of right answers")
+plots.means(answers.by_group("fitted"), "fraction of right answers");
 # %% [markdown]
 # ### Other SAEs
 #
@@ -504,7 +514,7 @@ of_all = {
     "random_balanced_cured": "random latents, balanced cured rate",
     "direction_balanced_cured": "fitted direction, balanced cured rate",
 }
-plots.other_saes(study, stage, of_all, "fraction")
+plots.other_saes(study, stage, of_all, "fraction");
 # %% [markdown]
 # ## One case in full
 #
@@ -524,8 +534,12 @@ cured = [
     if wrong_before and ok
 ]  # fmt: skip
 path = custom["image"] and str(page.root / custom["image"])
-case = custom_case(**custom | {"image": path}, default=(cured or held_out)[0])
-choice = decision(lmm, case.question, case.image, case.tempting, case.right)
+case = custom_case(
+    **custom | {"image": path}, default=(cured or held_out)[0]
+)
+choice = decision(
+    lmm, case.question, case.image, case.tempting, case.right
+)
 parts = linear(place, choice, keep_error=keep_error)
 given = case.tempting if parts.clean > 0 else case.right
 print(f"{case.question}   right: {case.right}")
@@ -543,7 +557,7 @@ maps = {"all latents": grid(parts.of_tokens()[base]).numpy()}
 for n in parts.of_latents(on_image)[0][:6].tolist():
     title = f"{n}: {called.get(n) or 'unnamed'}"
     maps[title] = grid(parts.map_of(n)[base]).numpy()
-plots.signed_maps(case.image, maps)
+plots.signed_maps(case.image, maps);
 # %% [markdown]
 # The same at the words of the question (Figure 9, text): all latents, then the
 # three latents with the highest attribution there.
@@ -568,7 +582,9 @@ clamps = {
 }  # fmt: skip
 table = []
 for name, (clamp, where) in clamps.items():
-    now = first_tokens(place, [case], [clamp], where, keep_error=keep_error)
+    now = first_tokens(
+        place, [case], [clamp], where, keep_error=keep_error
+    )
     table.append({
         "model": name, "answer": lmm.tokenizer.decode(now.token[0, 0]),
         "margin of the right answer, logits": f"{now.margin[0, 0]:+.3f}",
@@ -578,10 +594,14 @@ plots.table(table)
 # %% mystnb={"figure": {"caption": "Figures 8 and 10: the clamped text latents on the images that excite them most, as activation (brighter is more) and masked. The name is the word that fits best; a latent can respond to other signs and words, too.", "name": "fig-cure-latents"}, "image": {"alt": "Five images for each clamped latent, with its activation and masked."}}
 opened = open_images(page.locate(images))
 latents = [edit.latent for edit in text_clamp.edits[:3]]
-plots.exemplar_strip([(f"latent {n}: {text_names[n]}", exemplars(cache, opened, n)) for n in latents])
+plots.exemplar_strip(
+    [
+        (f"latent {n}: {text_names[n]}", exemplars(cache, opened, n))
+        for n in latents
+    ]
+);
 # %% [markdown]
 # ## What we found
-
 
 # %% tags=["remove-input"]
 def value(name):
@@ -591,14 +611,16 @@ def value(name):
 
 
 def beats(one, other):
-    return metrics[f"{one}_balanced_cured_low"] > metrics[f"{other}_balanced_cured_high"]
+    return (
+        metrics[f"{one}_balanced_cured_low"]
+        > metrics[f"{other}_balanced_cured_high"]
+    )
 
 
 def by_word(name):
-    parts = (
-        f"{metrics[f'{name}_cured_right_{word}']:.0%} of those whose right answer is *{word}*" for word in answers.words
-    )
-    return " and ".join(parts)
+    whose = "{:.0%} of those whose right answer is *{}*".format
+    cured = answers.cured(name).items()
+    return " and ".join(whose(part.fraction, w) for w, part in cured)
 
 
 controls = ("random", "unrelated", "push", "prompt")
@@ -638,7 +660,10 @@ sentences = [
 # the case in full
 of_words = parts.of_tokens()[words].tolist()
 top = max(range(len(tokens)), key=lambda n: of_words[n])
-of_image = ", ".join(f"{n} ({called.get(n) or 'unnamed'})" for n in parts.of_latents(on_image)[0][:3].tolist())
+of_image = ", ".join(
+    f"{n} ({called.get(n) or 'unnamed'})"
+    for n in parts.of_latents(on_image)[0][:3].tolist()
+)
 sentences.append(
     f"Why, in the case in full? The word with the largest attribution is "
     f'"{tokens[top]}" ({of_words[top]:+.2f} logits); on the image it is '

@@ -51,7 +51,7 @@ text_kinds: list = ["word"]  # kinds of concept that are text
 text_words: list = []
 # how the clamps are chosen
 choosing: dict = {
-    "cases": 720,  # cases for the choice
+    "cases": 640,  # cases for the choice
     "attributed": 16,  # wrong ones among them that rank the latents
     "latents": 2048,  # highest latents, to compare with label maps
     "words": 3,  # best words, whose latents are tried
@@ -74,7 +74,7 @@ limits: dict = {"harmed": 0.03, "changed": 0.1}
 clamped_kinds: list = ["base", "tiles"]  # kinds of token that are clamped
 keep_error: bool = True  # of the reconstruction; False as in the paper
 # held-out cases that agree with memory; of the others all are taken
-agreeing: int = 130
+agreeing: int = 80
 right_cases: int = 150  # held-out cases answered right, to be harmed
 price_questions: int = 120  # held-out questions answered in full
 control_draws: int = 3  # draws of each random control

@@ -618,7 +618,7 @@ def beats(one, other):
 
 
 def by_word(name):
-    whose = "{:.0%} of those whose right answer is *{}*".format
+    whose = "{:.0%} of the hallucinations whose right answer is *{}*".format
     cured = answers.cured(name).items()
     return " and ".join(whose(part.fraction, w) for w, part in cured)
 
@@ -677,7 +677,7 @@ findings(*sentences, *across_saes(study, stage, of_all))
 # of the four basins memory wins, by a few tenths of a logit. So a small push is
 # enough to turn an answer. To cure both kinds, a clamp must change the weights
 # and not the answer. Many latents at the words of the question can do this
-# together; one text latent cannot.
+# together. The text latents that we tried could not.
 #
 # **Limits.** One model and one layer. The fitted clamp was fitted to questions
 # of one form. It has many latents, so it explains less than the paper's single

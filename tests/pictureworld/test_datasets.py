@@ -95,6 +95,13 @@ def test_traps_contradict_and_agree_with_the_taught_facts(tmp_path):
     assert sorted(contradicting) == sorted((seed, c) for seed in seeds["choose"] | seeds["report"] for c in (0, 1))
 
 
+def test_traps_have_enough_contradicting_cases_of_both_answers(tmp_path):
+    render(tmp_path / "world", {"traps": 40})
+    traps = load_from_disk(tmp_path / "world" / "traps")
+    answers = [row["answer"] for row in traps if row["answer"] != row["taught"]]
+    assert len(answers) == 80 and 24 <= answers.count("yes .") <= 56
+
+
 def test_an_image_is_a_png(shelf):
     first = rows(shelf, "cache")[0]["image"]["bytes"]
     assert Image.open(io.BytesIO(first)).format == "PNG"

@@ -11,6 +11,7 @@ from lmm_sae_nb.support.intervals import (
     bounds,
     difference_interval,
     mean_interval,
+    mean_of_fractions,
     proportion,
     ratio_interval,
     run_interval,
@@ -95,3 +96,20 @@ def test_the_interval_of_a_ratio_is_that_of_a_paired_bootstrap():
     assert ratio_interval(0.3 * wholes, wholes) == pytest.approx((0.3, 0.3, 0.3))
     with pytest.raises(ValueError, match="at least two cases"):
         ratio_interval([1], [2])
+
+
+def test_the_mean_of_fractions_of_unequal_groups_is_covered_as_often_as_the_level_says():
+    rng, truth, sizes = np.random.default_rng(3), (0.2, 0.8), (40, 160)
+    found = [
+        mean_of_fractions([proportion(rng.random(size) < p, 0.9) for p, size in zip(truth, sizes, strict=True)])
+        for _ in range(1500)
+    ]
+    covered = np.mean([low <= 0.5 <= high for _, low, high in found])
+    assert 0.87 < covered < 0.94
+
+
+def test_the_mean_of_one_fraction_has_its_own_interval():
+    alone = proportion([True] * 3 + [False] * 7)
+    assert mean_of_fractions([alone]) == pytest.approx(alone[:3])
+    with pytest.raises(ValueError, match="there are no groups"):
+        mean_of_fractions([])

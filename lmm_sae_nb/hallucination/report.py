@@ -13,7 +13,7 @@ from lmm_sae_nb.hallucination.answers import Edits, Setting, first_tokens
 from lmm_sae_nb.hallucination.cases import Case
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.steer.steering import Edit, Scope, steered
-from lmm_sae_nb.support.intervals import Mean, Proportion, bounds, mean_of_fractions, proportion
+from lmm_sae_nb.support.intervals import Mean, Proportion, bounds, mean_interval, mean_of_fractions, proportion
 from lmm_sae_nb.support.stages import Metrics
 
 
@@ -70,20 +70,48 @@ class HeldOut:
         """
         return mean_of_fractions(list(self.cured(method).values()))
 
-    def harmed(self, method: str) -> Proportion:
-        """Return the fraction of right answers that a method turns wrong, over all its draws."""
-        return proportion(~np.array(self.methods[method], bool)[:, np.array(self.untouched, bool)].ravel())
+    def by_draw(self, method: str) -> list[float]:
+        """Return the balanced cured rate of each draw."""
+        right, answer = np.array(self.methods[method], bool), np.array(self.answer)
+        rates = [right[:, self.wrong & (answer == word)].mean(1) for word in self.words]
+        return np.mean(rates, axis=0).tolist()
 
-    def by_group(self, method: str) -> dict[str, dict[str, Mean]]:
-        """Return, for each group, the fraction of contradicting cases answered right, untouched and by a method."""
-        contradicts, groups = np.array(self.contradicts, bool), np.array(self.group)
-        answers = {"untouched": np.array(self.untouched), "clamped": np.array(self.methods[method]).mean(0) > 0.5}
-        return {
-            group: {
-                name: Mean(*proportion(right[contradicts & (groups == group)])[:3]) for name, right in answers.items()
+    def difference(self, one: str, other: str) -> Mean:
+        """Return the balanced cured rate of `other` less that of `one`, on the same cases, with its interval.
+
+        Of a method with several draws the mean over draws counts for each case.
+        """
+        answer = np.array(self.answer)
+        change = np.mean(self.methods[other], axis=0) - np.mean(self.methods[one], axis=0)
+        parts = [mean_interval(change[self.wrong & (answer == word)]) for word in self.words]
+        return mean_of_fractions([Proportion(*part, 0) for part in parts])
+
+    def harmed(self, method: str, contradicts: bool | None = None) -> Proportion:
+        """Return the fraction of right answers that a method turns wrong, over all its draws.
+
+        contradicts: only of cases whose image contradicts what was taught, or agrees with it; None for all.
+
+        Raises:
+            ValueError: there are no such cases.
+        """
+        asked = np.array(self.untouched, bool)
+        if contradicts is not None:
+            asked &= np.array(self.contradicts, bool) == contradicts
+        return proportion(~np.array(self.methods[method], bool)[:, asked].ravel())
+
+    def cured_by_group(self, method: str) -> dict[str, dict[str, Mean]]:
+        """Return, for each group, the fraction cured of its hallucinations, by their right answer."""
+        groups, answer, right = np.array(self.group), np.array(self.answer), np.array(self.methods[method], bool)
+        rows: dict[str, dict[str, Mean]] = {}
+        for group in sorted(set(groups[self.wrong].tolist())):
+            of_group = self.wrong & (groups == group)
+            parts = {word: of_group & (answer == word) for word in self.words}
+            rows[group] = {
+                f"right answer {word}": Mean(*proportion(right[:, part].ravel())[:3])
+                for word, part in parts.items()
+                if part.any()
             }
-            for group in sorted(set(groups[contradicts].tolist()))
-        }
+        return rows
 
     @property
     def metrics(self) -> Metrics:
@@ -100,7 +128,12 @@ class HeldOut:
             metrics |= bounds(f"{method}_balanced_cured", self.balanced(method)) if self.words else {}
             for word, cured in self.cured(method).items():
                 metrics |= bounds(f"{method}_cured_right_{word}", cured)
+            if self.words:
+                metrics |= {f"{method}_balanced_lowest": min(self.by_draw(method))}
+                metrics |= {f"{method}_balanced_highest": max(self.by_draw(method))}
             metrics |= bounds(f"{method}_harmed", self.harmed(method)) if before.any() else {}
+            if (before & ~contradicts).any():
+                metrics |= bounds(f"{method}_harmed_agreeing", self.harmed(method, contradicts=False))
         return metrics
 
 

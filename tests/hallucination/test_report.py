@@ -39,6 +39,8 @@ def test_fractions_are_counts_of_the_right_cases():
     expected = {
         "maps": 4, "hallucinations": 3, "right_answers": 3, "hallucination_rate": 3 / 4,
         "hallucinations_right_no": 1, "hallucinations_right_yes": 2,
+        "push_balanced_lowest": 1 / 2, "push_balanced_highest": 1 / 2, "push_harmed_agreeing": 0,
+        "cure_balanced_lowest": 1 / 2, "cure_balanced_highest": 3 / 4, "cure_harmed_agreeing": 1 / 4,
         "push_balanced_cured": 1 / 2, "push_cured_right_no": 1, "push_cured_right_yes": 0, "push_harmed": 0,
         "cure_balanced_cured": (1 / 2 + 3 / 4) / 2, "cure_cured_right_no": 1 / 2, "cure_cured_right_yes": 3 / 4,
         "cure_harmed": 2 / 6,
@@ -65,12 +67,24 @@ def test_without_hallucinations_nothing_is_said_of_cures():
     assert not any("cured" in name for name in metrics)
 
 
-def test_groups_are_of_contradicting_cases_alone():
-    rows = ANSWERS.by_group("push")
-    assert {group: (row["untouched"].mean, row["clamped"].mean) for group, row in rows.items()} == {
-        "a": (0, 0),
-        "b": (0.5, 1),
-    }
+def test_groups_count_their_hallucinations_by_the_right_answer():
+    rows = ANSWERS.cured_by_group("cure")
+    fractions = {group: {name: mean.mean for name, mean in row.items()} for group, row in rows.items()}
+    assert fractions == {"a": {"right answer yes": 3 / 4}, "b": {"right answer no": 1 / 2}}
+
+
+def test_methods_are_compared_on_the_same_cases():
+    rng = np.random.default_rng(1)
+    one = rng.random(300) < 0.5
+    other = one | (rng.random(300) < 0.2)  # cures all that the first one cures, and some more
+    words = ["no", "yes"] * 150
+    held_out = HeldOut(
+        words, [True] * 300, [""] * 300, [False] * 300, {"one": [one.tolist()], "other": [other.tolist()]}
+    )
+    found = held_out.difference("one", "other")
+    assert found.mean == pytest.approx((other.astype(float) - one).mean())
+    assert 0 < found.low < found.mean < found.high
+    assert held_out.balanced("one").high > held_out.balanced("other").low  # unpaired intervals would say nothing
 
 
 def test_controls_of_equal_strength_are_drawn_from_the_candidates():

@@ -526,8 +526,9 @@ findings(
     "this is about the norm of the change in a token's reconstruction. "
     "With the values of the object latents, "
     f"{m['control_value_changed_of_100']:.0f} of 100 random latents "
-    "change the answer. It names the object for "
-    f"{m['control_value_named_of_100']:.0f} of 100.",
+    "change the answer. "
+    f"{m['control_value_named_of_100']:.0f} of 100 of these answers name "
+    "the object.",
     f"{m['feelings_named']} of {m['feelings_steered']} latents named for "
     "a feeling make the model report it, at the dose that the other "
     "latents choose. With the next feeling's latent, it reports the "
@@ -576,11 +577,11 @@ findings(
     f"{m['top_ranks_low_level']:.0%} (99 % interval over images "
     f"{m['top_ranks_low_level_low']:.0%} to "
     f"{m['top_ranks_low_level_high']:.0%}) of the latents in ranks 1 to "
-    f"10, and {usual:.0%} of all latents: they are {often} in the first "
+    f"10, and {usual:.0%} of all latents that notebook 03 asked about: they are {often} in the first "
     "ranks. "
     "The paper says that low-level features often are highly active.",
     f"Scenes name {m['top_ranks_scene']:.0%} of the latents in ranks 1 to "
-    f"10, and {m['all_latents_scene']:.0%} of all latents.",
+    f"10, and {m['all_latents_scene']:.0%} of all that it asked about.",
     "The panel answers a moved slider in "
     f"{m['panel_slider_seconds']:.2f} s.",
 )
@@ -625,18 +626,19 @@ findings(
 
 # %% tags=["result", "remove-input"]
 paper = published("steer", "changed_of_100")
-fluent = m["fluency_ratio"] >= 0.8
-whole = "in fluent sentences" if fluent else "in broken sentences"
 of_saes = over_saes(study, stage, "named_of_100", count)
 of_saes = of_saes and f" Naming of 100, {of_saes}."
 headline(
     page,
-    f"{m['named_of_100']:.0f} of 100 object latents "
-    f"({m['named_of_100_low']:.0f} to {m['named_of_100_high']:.0f}) make "
-    f"the model name their object {whole}: the mean fluency "
-    f"is {m['fluency']:.2f}, that of unsteered answers "
+    f"{m['named_of_100']:.0f} of 100 object latents (99 % interval "
+    f"{m['named_of_100_low']:.0f} to {m['named_of_100_high']:.0f}) make "
+    f"the model name their object, {m['fluent_named_of_100']:.0f} of them "
+    f"in a fluent answer: the mean fluency of answers that name the object "
+    f"is {m['named_fluency']:.2f}, that of unsteered answers "
     f"{m['unsteered_fluency']:.2f}. Random latents at the same values: "
-    f"{m['control_value_named_of_100']:.0f} of 100. A clamp changes the "
+    f"{m['control_value_named_of_100']:.0f} of 100 ("
+    f"{m['control_value_named_of_100_low']:.0f} to "
+    f"{m['control_value_named_of_100_high']:.0f}). A clamp changes the "
     f"answer for {m['changed_of_100']:.0f} of 100 object latents, and for "
     f"{m['control_value_changed_of_100']:.0f} of 100 random latents at the "
     f"same values.{of_saes}",

@@ -149,16 +149,18 @@ def try_methods(
 
     keep_error: whether what the SAE leaves unexplained stays in.
     """
-    untouched = first_tokens(place, cases, [None]).right[0].tolist()
     right: dict[str, list[list[bool]]] = {}
-    for scope, before in dict.fromkeys((method.scope, method.before) for method in methods.values()):
-        together = {
-            name: method for name, method in methods.items() if (method.scope, method.before) == (scope, before)
-        }
+    groups = dict.fromkeys((method.scope, method.before) for method in methods.values()) or {(Scope(), ""): None}
+    untouched = None
+    for scope, before in groups:
+        together = {name: each for name, each in methods.items() if (each.scope, each.before) == (scope, before)}
         asked = [replace(case, question=f"{before} {case.question}".strip()) for case in cases]
-        settings = [setting for method in together.values() for setting in method.settings]
-        rows = iter(first_tokens(place, asked, settings, scope, keep_error=keep_error).right.tolist())
+        settings = [None, *(setting for method in together.values() for setting in method.settings)]
+        first, *others = first_tokens(place, asked, settings, scope, keep_error=keep_error).right.tolist()
+        rows = iter(others)
         right |= {name: [next(rows) for _ in method.settings] for name, method in together.items()}
+        untouched = untouched or (first if not before else None)
+    untouched = untouched or first_tokens(place, cases, [None]).right[0].tolist()
     right = {name: right[name] for name in methods}
     about = ([getattr(case, name) for case in cases] for name in ("right", "contradicts", "group"))
     return HeldOut(*about, untouched, right)

@@ -606,8 +606,13 @@ plots.other_saes(study, stage, of_all, "of 100 latents", highest=100);
 # %% tags=["remove-input"]
 count = "{:.0f}".format
 fluency = {"fluency_ratio": "fluency, relative to unsteered answers"}
+of_eight = {
+    "feelings_named": "latents that make the model report their feeling",
+    "stories_named": "latents that bring their feeling into a story",
+}
 findings(
     *across_saes(study, stage, of_all, count),
+    *across_saes(study, stage, of_eight, count),
     *across_saes(study, stage, fluency, "{:.2f}".format),
 )
 

@@ -26,7 +26,7 @@
 #
 # | preset | cases | time |
 # |---|---|---|
-# | `tiny` | 720 held-out maps of Picture World; the clamps are chosen on other maps | about 6 minutes, one core |
+# | `tiny` | 720 held-out maps of Picture World; the clamps are chosen on other maps | about 9 minutes on one of two busy cores |
 # | `paper` | HallusionBench {cite}`guan2023hallusionbench` | GPUs |
 
 # %% tags=["parameters"]

@@ -180,10 +180,8 @@ def test_the_command_runs_pages_in_kernels(project, root):
 # The committed study.
 
 RENEW = f"renew it with: {seeds.COMMAND}"
-PENDING = pytest.mark.xfail(reason="the study has not run with the pages of issue 19 yet")
 
 
-@PENDING
 def test_the_committed_study_is_of_the_shipped_recipe(root):
     known = read_json(root / "book/seeds.json")["recipe"]
     pages = seeds.chosen_pages([name.partition("_")[0] for name in known["pages"]], root)
@@ -191,7 +189,6 @@ def test_the_committed_study_is_of_the_shipped_recipe(root):
     assert not changed, "\n".join(["book/seeds.json is of another recipe.", *changed, RENEW])
 
 
-@PENDING
 def test_the_committed_study_has_six_seeds_and_every_page(root):
     study = read_study(root / "book/seeds.json")
     pages = [source.stem for source in seeds.chosen_pages(root=root)]

@@ -312,7 +312,7 @@ plots.scatter(predicted, measured, *labels);
 # Is there a clamp that cures both kinds? We look for one by gradient. It acts
 # on the words of the question, which come after the image. The loss asks for
 # three things: wrong answers become right (*no* and *yes* count the same),
-# right answers stay, and other answers stay. Each round adds four latents, and
+# right answers stay, and other answers stay. Each round adds some latents, and
 # clamps each to a start value or to 0 (*silenced*). It takes those for which
 # the gradient predicts the largest fall of the loss. Then all values are
 # refitted.

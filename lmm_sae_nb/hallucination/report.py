@@ -118,12 +118,11 @@ class HeldOut:
         """Counts, and for each method the balanced cured rate, its parts and the harm, with 99 % intervals."""
         contradicts, before = np.array(self.contradicts, bool), np.array(self.untouched, bool)
         metrics: Metrics = {
-            "maps": int(contradicts.sum()),
             "hallucinations": int(self.wrong.sum()),
             "right_answers": int(before.sum()),
-            **bounds("hallucination_rate", proportion(~before[contradicts])),
         }
-        metrics |= {f"hallucinations_right_{word}": count_wrong(self.wrong, self.answer, word) for word in self.words}
+        answer = np.array(self.answer)
+        metrics |= {f"hallucinations_right_{word}": int((self.wrong & (answer == word)).sum()) for word in self.words}
         for method in self.methods:
             metrics |= bounds(f"{method}_balanced_cured", self.balanced(method)) if self.words else {}
             for word, cured in self.cured(method).items():
@@ -135,11 +134,6 @@ class HeldOut:
             if (before & ~contradicts).any():
                 metrics |= bounds(f"{method}_harmed_agreeing", self.harmed(method, contradicts=False))
         return metrics
-
-
-def count_wrong(wrong: np.ndarray, answer: Sequence[str], word: str) -> int:
-    """Return how many of the wrong cases have this right answer."""
-    return int((wrong & (np.array(answer) == word)).sum())
 
 
 def try_methods(

@@ -37,7 +37,7 @@ OTHERS = OtherAnswers(right=[True, True, True, False], right_clamped=[True] + [F
 
 def test_fractions_are_counts_of_the_right_cases():
     expected = {
-        "maps": 4, "hallucinations": 3, "right_answers": 3, "hallucination_rate": 3 / 4,
+        "hallucinations": 3, "right_answers": 3,
         "hallucinations_right_no": 1, "hallucinations_right_yes": 2,
         "push_balanced_lowest": 1 / 2, "push_balanced_highest": 1 / 2, "push_harmed_agreeing": 0,
         "cure_balanced_lowest": 1 / 2, "cure_balanced_highest": 3 / 4, "cure_harmed_agreeing": 1 / 4,
@@ -63,7 +63,7 @@ def test_a_push_towards_one_answer_has_a_balanced_rate_of_at_most_a_half():
 
 def test_without_hallucinations_nothing_is_said_of_cures():
     metrics = HeldOut(["no"], [True], [""], [True], {"push": [[True]]}).metrics
-    assert metrics["hallucination_rate"] == 0 and metrics["push_harmed"] == 0
+    assert metrics["hallucinations"] == 0 and metrics["push_harmed"] == 0
     assert not any("cured" in name for name in metrics)
 
 

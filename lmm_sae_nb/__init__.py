@@ -2,7 +2,7 @@
 
 The folders, from the ground up; a folder imports only from folders to its left:
 
-    support · model · sae · chat · train · cache · interpret · truth · score · steer · attribute · hallucination · compare · full_scale · show
+    support · model · sae · chat · train · cache · interpret · truth · score · steer · attribute · hallucination · measures · compare · controls · full_scale · show
 
 What most users need is here. Each name is loaded when it is first used.
 """  # noqa: E501  (the line stands in README, CONTRIBUTING and a test as well)

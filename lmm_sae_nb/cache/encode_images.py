@@ -82,27 +82,41 @@ def one_ahead(function: Callable, arguments: Iterable[tuple]) -> Iterator[Any]:
 
 
 @torch.no_grad()
-def encode_batch(places: Mapping[str, SAEInPlace], batch: Batch) -> dict[str, Latents]:
-    """Return for each SAE the latents (images, patches, k) of the base tokens; the model runs once.
+def batch_states(lmm: LMM, layers: Sequence[int], batch: Batch) -> dict[int, Float[Tensor, "images patches width"]]:
+    """Return for each layer its output at the base tokens; the model runs once.
 
     Attention is causal, so nothing behind the last base token is computed.
 
-    places: at least one; all with the same model.
+    layers: 0-based; at least one.
     batch: with at least one image.
 
     Raises:
         ValueError: images differ in the number of base tokens, or hidden states are not finite.
     """
-    lmm = next(iter(places.values())).lmm
     base = batch.prompt.mask("base")
     last = int(base.any(0).nonzero().max()) + 1
-    hidden = lmm.hidden_states(batch.prompt, [place.layer for place in places.values()], tokens=last)
+    hidden = lmm.hidden_states(batch.prompt, list(layers), tokens=last)
     base = base[:, :last].to(lmm.device)
     counts = set(base.sum(1).tolist())
     require_one_count(counts)
     tokens = {layer: states[base].reshape(len(base), *counts, -1) for layer, states in hidden.items()}
     for layer, states in tokens.items():
         require_finite(states, f"images {batch.images[0]} to {batch.images[-1]}, layer {layer}")
+    return tokens
+
+
+@torch.no_grad()
+def encode_batch(places: Mapping[str, SAEInPlace], batch: Batch) -> dict[str, Latents]:
+    """Return for each SAE the latents (images, patches, k) of the base tokens; the model runs once.
+
+    places: at least one; all with the same model.
+    batch: with at least one image.
+
+    Raises:
+        ValueError: as `batch_states`.
+    """
+    lmm = next(iter(places.values())).lmm
+    tokens = batch_states(lmm, [place.layer for place in places.values()], batch)
     return {name: place.sae.encode(tokens[place.layer]) for name, place in places.items()}
 
 
@@ -116,6 +130,25 @@ def require_one_count(counts: set[int]) -> None:
         raise ValueError(
             f"images have {sorted(counts)} base tokens; bring them to one size: LMM.load(name, image_size=(448, 448))"
         )
+
+
+def base_states(lmm: LMM, layer: int, images: Pictures, batch_size: int = 16) -> Float[Tensor, "images patches width"]:
+    """Return a layer's output at the base tokens of images, float32, on the CPU: all that an SAE there can read.
+
+    The prompt is the image alone, in the chat template.
+
+    layer: 0-based.
+
+    Raises:
+        ValueError: there are no images, or as `batch_states`.
+        UnreadableImage: an image cannot be read.
+    """
+    batches = one_ahead(partial(open_batch, lmm, False), batches_of(images, batch_size))
+    parts = [batch_states(lmm, [layer], batch)[layer].float().cpu() for batch in batches]
+    if not parts:
+        raise ValueError("there are no images to read hidden states of; give at least one")
+    require_one_count({part.shape[1] for part in parts})
+    return torch.cat(parts)
 
 
 def base_latents(

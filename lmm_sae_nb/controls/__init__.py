@@ -1,1 +1,5 @@
-"""What stands in the trained SAE's place to see whether a result needs it: control SAEs, and methods that are no SAEs."""
+"""What stands in the trained SAE's place to see whether a result needs it: control SAEs, and methods without an SAE.
+
+Read in this order: `directions` (detect concepts by a difference of means and by logistic probes),
+`direction_steering` (steer by these directions, and by a prompt).
+"""

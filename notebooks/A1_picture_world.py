@@ -84,8 +84,9 @@ plots.images([scene.image for scene in scenes[:12]]);
 # %% [markdown]
 # For each kind, a label map says what every pixel shows:
 
-# %% mystnb={"figure": {"caption": "One scene and its label maps. A colour stands for a concept; black means that this kind has nothing there.", "name": "fig-labels"}, "image": {"alt": "A scene and eight label maps, one for each kind of concept."}}
-scene = max(scenes, key=lambda s: sum(m.any() for m in s.labels.values()))
+# %% mystnb={"figure": {"caption": "One scene and its label maps, with the concepts of each kind. A colour stands for a concept; black means that this kind has nothing there. The map of colours has the colours themselves.", "name": "fig-labels"}, "image": {"alt": "A scene and eight label maps, one for each kind of concept."}}
+many = (make_scene(HELD_OUT + 200 + n) for n in range(150))
+scene = max(many, key=lambda s: sum(m.any() for m in s.labels.values()))
 maps = figures.label_maps(scene)
 plots.images([scene.image, *maps.values()], ["image", *maps], columns=3);
 # %% [markdown]

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from lmm_sae_nb.pictureworld.training_loop import read_log, smooth
+from lmm_sae_nb.pictureworld.world.concepts import COLOURS
 from lmm_sae_nb.pictureworld.world.scenes import Scene
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.support.files import read_json
@@ -53,10 +54,20 @@ def learning_curves(panels: Mapping[str, tuple[Learning, str, Sequence[str]]]) -
 
 
 def label_maps(scene: Scene) -> dict[str, Image.Image]:
-    """Return a scene's label maps as pictures, kind of concept to picture: black where the kind has nothing."""
+    """Return a scene's label maps as pictures, by a title: the kind, and the concepts that it has here.
+
+    A colour stands for a concept, and black for none. The map of colours has the colours themselves, and no list.
+    """
     palette = np.random.default_rng(3).integers(60, 256, (256, 3), dtype=np.uint8)
     palette[0] = 0
-    return {kind: Image.fromarray(palette[labels]) for kind, labels in scene.labels.items()}
+    true_colours = np.array([(0, 0, 0), *COLOURS.values()], np.uint8)
+    present, maps = scene.concepts(), {}
+    for kind, labels in scene.labels.items():
+        if kind == "colour":
+            maps[kind] = Image.fromarray(true_colours[labels])
+        else:
+            maps[f"{kind}: {', '.join(sorted(present[kind])) or 'none'}"] = Image.fromarray(palette[labels])
+    return maps
 
 
 def read_exam(folder: str | Path) -> dict[str, dict]:

@@ -99,10 +99,15 @@ def decision(lmm: LMM, text: str, image: Image.Image | None, answer: str, baseli
     Raises:
         ValueError: an answer is not one token of the model (the message shows its pieces), or the two are the same.
     """
-    ids = [single_token(lmm, word) for word in (answer, baseline)]
+    return Decision(lmm.prompt(text, image), *two_tokens(lmm, answer, baseline))
+
+
+def two_tokens(lmm: LMM, answer: str, baseline: str) -> tuple[int, int]:
+    """Return the tokens of two answers of one token each; errors as `decision`."""
+    ids = single_token(lmm, answer), single_token(lmm, baseline)
     if ids[0] == ids[1]:
         raise ValueError(f"{answer!r} and {baseline!r} are the same token; give two different answers")
-    return Decision(lmm.prompt(text, image), *ids)
+    return ids
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from lmm_sae_nb.attribute.attribution import decision
+from lmm_sae_nb.attribute.attribution import two_tokens
 from lmm_sae_nb.hallucination.cases import Answered, Case
+from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.model.upper_layers import UpperLayers, above
 from lmm_sae_nb.sae.in_place import SAEInPlace
@@ -59,7 +60,7 @@ def first_tokens(
     place: SAEInPlace,
     cases: Sequence[Case],
     settings: Sequence[Setting],
-    scope: Scope = Scope(),  # noqa: B008  (frozen)
+    scope: Scope | Sequence[Scope] = Scope(),  # noqa: B008  (frozen)
     *,
     keep_error: bool = True,
     at_once: int = 16,
@@ -67,28 +68,41 @@ def first_tokens(
     """Answer each case under each setting. The logits after the prompt are enough: answers differ in the first token.
 
     Layers up to the SAE's run once for each case. The layers above run for all tokens under the first setting, and
-    under the others only from the first token on whose state they change.
+    under the others only from the first token on whose state they change. Cases of equal length run side by side.
 
-    scope: the tokens that are clamped.
+    scope: the tokens that are clamped; one for all settings, or one for each.
     keep_error: whether what the SAE leaves unexplained stays in.
-    at_once: settings that run side by side.
+    at_once: pairs of a case and a setting that run side by side.
 
     Raises:
         ValueError: a right or tempting answer is not one token.
     """
-    lmm, layer = place.lmm, place.layer
+    lmm, scopes = place.lmm, [scope] * len(settings) if isinstance(scope, Scope) else list(scope)
+    pairs = torch.tensor([two_tokens(lmm, case.right, case.tempting) for case in cases]).reshape(-1, 2)
     margin = torch.zeros(len(settings), len(cases))
     token = torch.zeros(len(settings), len(cases), dtype=torch.long)
-    right = torch.zeros(len(settings), len(cases), dtype=torch.bool)
-    for n, case in enumerate(progress_bar(cases, desc="answering", disable=len(cases) < 50)):
-        choice = decision(lmm, case.question, case.image, case.right, case.tempting)
-        upper = above(lmm, choice.prompt, layer)
-        versions = _versions(place, upper, settings, scope, keep_error)
-        logits = _last_logits(upper, versions, at_once).cpu()
-        margin[:, n] = logits[:, choice.answer] - logits[:, choice.baseline]
-        token[:, n] = logits.argmax(-1)
-        right[:, n] = token[:, n] == choice.answer
-    return Answers(margin, token, right)
+    with progress_bar(desc="answering", total=len(cases), disable=len(cases) < 50) as bar:
+        for block in _of_equal_length(lmm, cases, max(1, at_once // 2)):
+            prompt = lmm.prompt([cases[n].question for n in block], [cases[n].image for n in block])
+            upper = above(lmm, prompt, place.layer)
+            versions = [_versions(place, upper, settings, scopes, keep_error, n) for n in range(len(block))]
+            logits = _last_logits(upper, torch.stack(versions), at_once).cpu()
+            ids = pairs[block][:, None].expand(-1, len(settings), -1)
+            right, tempting = logits.gather(-1, ids).unbind(-1)
+            margin[:, block] = (right - tempting).T
+            token[:, block] = logits.argmax(-1).T
+            bar.update(len(block))
+    return Answers(margin, token, token == pairs[:, 0])
+
+
+def _of_equal_length(lmm: LMM, cases: Sequence[Case], size: int) -> Iterator[list[int]]:
+    """Yield the numbers of cases whose prompts have equally many tokens, at most `size` at a time."""
+    groups: dict[tuple, list[int]] = {}
+    for number, case in enumerate(cases):
+        words = lmm.tokenizer(case.question, add_special_tokens=False)["input_ids"]
+        groups.setdefault((case.image.size, len(words)), []).append(number)
+    for group in groups.values():
+        yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
 @torch.no_grad()
@@ -112,7 +126,10 @@ def unchanged(
     for n, each in enumerate(answered):
         prompt = lmm.prompt(each.question, each.image, answers=each.answer)
         upper = above(lmm, prompt, layer)
-        decoded = upper.run(_versions(place, upper, settings, scope, keep_error))
+        versions = _versions(place, upper, settings, [scope] * len(settings), keep_error)
+        decoded, start = upper.remember(versions[:1]).repeat(len(settings), 1, 1), int(_first_changes(versions).min())
+        if start < decoded.shape[1]:
+            decoded[1:, start:] = upper.resume(versions[1:, start:], start)
         at = prompt.answer_mask[0, 1:]
         predicted = lmm.head(decoded[:, :-1][:, at]).argmax(-1)
         same[:, n] = (predicted == prompt.inputs["input_ids"][0, 1:][at]).all(-1).cpu()
@@ -120,23 +137,35 @@ def unchanged(
 
 
 def _versions(
-    place: SAEInPlace, upper: UpperLayers, settings: Sequence[Setting], scope: Scope, keep_error: bool
+    place: SAEInPlace,
+    upper: UpperLayers,
+    settings: Sequence[Setting],
+    scopes: Sequence[Scope],
+    keep_error: bool,
+    sample: int = 0,
 ) -> Float[Tensor, "settings tokens width"]:
-    """Return the layer's states of one prompt under each setting."""
-    lmm, sae, prompt, hidden = place.lmm, place.sae, upper.prompt, upper.hidden[0]
-    spliced, steered = (mask[0].to(lmm.device) for mask in (prompt.mask(*SAE_KINDS), scope.of_prompt(prompt)))
+    """Return the layer's states of one sample of a prompt under each setting.
+
+    scopes: one for each setting.
+    """
+    hidden = upper.hidden[sample]
     versions = hidden.repeat(len(settings), 1, 1)
-    if changed := [s for s, setting in enumerate(settings) if setting is not None]:
-        chosen = [settings[s] for s in changed]
+    spliced = upper.prompt.mask(*SAE_KINDS)[sample].to(hidden.device)
+    changed = [s for s, setting in enumerate(settings) if setting is not None]
+    for scope in dict.fromkeys(scopes[s] for s in changed):
+        of_scope = [s for s in changed if scopes[s] == scope]
+        chosen = [settings[s] for s in of_scope]
+        steered = scope.of_prompt(upper.prompt)[sample].to(hidden.device)
+        tokens = spliced & steered if keep_error else spliced  # with the error kept, other tokens stay as they are
         edits = [setting if isinstance(setting, tuple) else getattr(setting, "like", ()) for setting in chosen]
-        states = steered_versions(sae, hidden[spliced], [*edits, ()], steered[spliced], keep_error)
+        states = steered_versions(place.sae, hidden[tokens], [*edits, ()], steered[tokens], keep_error)
         states, clean = states[:-1], states[-1]
         for state, setting in zip(states, chosen, strict=True):
             if isinstance(setting, Push):
                 state[:] = clean + _along(setting.seed, state - clean)
             elif isinstance(setting, Shift):
-                state[steered[spliced]] += torch.tensor(setting.direction).to(state)
-        versions[torch.tensor(changed)[:, None], spliced.nonzero()[:, 0]] = states.to(hidden.dtype)
+                state[steered[tokens]] += torch.tensor(setting.direction).to(state)
+        versions[torch.tensor(of_scope)[:, None], tokens.nonzero()[:, 0]] = states.to(hidden.dtype)
     return versions
 
 
@@ -153,25 +182,34 @@ def strength(place: SAEInPlace, cases: Sequence[Case], edits: Edits, scope: Scop
     cases: the prompts that it is averaged over.
     """
     lengths = []
-    for case in cases:
-        prompt = place.lmm.prompt(case.question, case.image)
-        upper = above(place.lmm, prompt, place.layer)
-        clean, clamped = _versions(place, upper, [(), edits], scope, keep_error)
-        lengths.append((clamped - clean)[scope.of_prompt(prompt)[0].to(clean.device)].float().norm(dim=-1))
+    for block in _of_equal_length(place.lmm, cases, 8):
+        prompt = place.lmm.prompt([cases[n].question for n in block], [cases[n].image for n in block])
+        upper, clamped = above(place.lmm, prompt, place.layer), scope.of_prompt(prompt)
+        for sample, tokens in enumerate(clamped.to(upper.hidden.device)):
+            clean, changed = _versions(place, upper, [(), edits], [scope] * 2, keep_error, sample)
+            lengths.append((changed - clean)[tokens].float().norm(dim=-1))
     return float(torch.cat(lengths).mean())
 
 
 def _last_logits(
-    upper: UpperLayers, versions: Float[Tensor, "versions tokens width"], at_once: int
-) -> Float[Tensor, "versions vocab"]:
+    upper: UpperLayers, versions: Float[Tensor, "samples versions tokens width"], at_once: int
+) -> Float[Tensor, "samples versions vocab"]:
     """Return the logits after the last token where the layer puts out these versions of its states."""
     lmm = upper.lmm
-    first = lmm.head(upper.remember(versions[:1])[:, -1])
-    logits = first.repeat(len(versions), 1)
-    differs = (versions != versions[0]).any(-1)
-    start = torch.where(differs.any(1), differs.int().argmax(1), len(versions[0]))
-    others = [n for n in start.argsort(stable=True).tolist() if start[n] < len(versions[0])]
-    for block in (others[n : n + at_once] for n in range(0, len(others), at_once)):
-        begin = int(start[block[0]])
-        logits[block] = lmm.head(upper.resume(versions[block, begin:], begin)[:, -1])
+    first = lmm.head(upper.remember(versions[:, 0])[:, -1])
+    logits = first[:, None].repeat(1, versions.shape[1], 1)
+    starts = _first_changes(versions)
+    others = (starts < versions.shape[2]).nonzero()
+    others = others[starts[tuple(others.T)].argsort(stable=True)]
+    for sample, version in (block.T for block in others.split(at_once) if len(block)):
+        begin = int(starts[sample[0], version[0]])
+        logits[sample, version] = lmm.head(upper.resume(versions[sample, version, begin:], begin, sample)[:, -1])
     return logits
+
+
+def _first_changes(
+    versions: Float[Tensor, "*samples versions tokens width"],
+) -> Int64[Tensor, "*samples versions"]:
+    """Return the first token at which each version differs from the first version; the number of tokens if none."""
+    differs = (versions != versions[..., :1, :, :]).any(-1)
+    return torch.where(differs.any(-1), differs.int().argmax(-1), differs.shape[-1])

@@ -144,13 +144,13 @@ def try_methods(
     keep_error: whether what the SAE leaves unexplained stays in.
     """
     right: dict[str, list[list[bool]]] = {}
-    groups = dict.fromkeys((method.scope, method.before) for method in methods.values()) or {(Scope(), ""): None}
     untouched = None
-    for scope, before in groups:
-        together = {name: each for name, each in methods.items() if (each.scope, each.before) == (scope, before)}
+    for before in dict.fromkeys(method.before for method in methods.values()):
+        together = {name: each for name, each in methods.items() if each.before == before}
         asked = [replace(case, question=f"{before} {case.question}".strip()) for case in cases]
-        settings = [None, *(setting for method in together.values() for setting in method.settings)]
-        first, *others = first_tokens(place, asked, settings, scope, keep_error=keep_error).right.tolist()
+        settings = [(setting, method.scope) for method in together.values() for setting in method.settings]
+        settings, scopes = zip((None, Scope()), *settings, strict=True)
+        first, *others = first_tokens(place, asked, settings, scopes, keep_error=keep_error).right.tolist()
         rows = iter(others)
         right |= {name: [next(rows) for _ in method.settings] for name, method in together.items()}
         untouched = untouched or (first if not before else None)

@@ -1,6 +1,6 @@
 """The model under study (section 2.1): from an image and a question to tokens, hidden states and answers.
 
-In reading order: `token_kinds` (what each token is), `prompts` (make a batch), `lmm` (load, run, generate), `hooks`
-(read or rewrite a layer's output), `upper_layers` (run only what is above a layer), `samples` (training samples to
-prompts), `processor` (load a processor without video support).
+In reading order: `token_kinds` (what each token is), `prompts` (make a batch), `lmm` (load, run, generate), `crops`
+(run the vision tower no more than needed), `hooks` (read or rewrite a layer's output), `upper_layers` (run only what is
+above a layer), `samples` (training samples to prompts), `processor` (load a processor without video support).
 """

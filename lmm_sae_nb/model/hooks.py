@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 Hidden = Float[Tensor, "batch tokens width"]
@@ -129,6 +129,36 @@ def record_arguments(module: nn.Module) -> Iterator[dict[str, Any]]:
 
     with _pre_hooked(module, record):
         yield recorded
+
+
+@contextmanager
+def fewer_rows(module: nn.Module, first_equal: Callable[[Tensor], Int64[Tensor, " rows"]]) -> Iterator[None]:
+    """Run a module on some rows of its first argument only, and repeat its output, in every forward pass.
+
+    module: returns a `ModelOutput` whose tensors have a row for each row of the argument.
+    first_equal: gives for each row the number of the row whose output it gets.
+    """
+    places = []
+
+    def fewer(module, args, kwargs):
+        rows = args[0] if args else kwargs[module.main_input_name]
+        kept, place = first_equal(rows).to(rows.device).unique(return_inverse=True)
+        places.append(place if len(kept) < len(rows) else None)
+        if places[-1] is None:
+            return args, kwargs
+        return ((rows[kept], *args[1:]), kwargs) if args else (args, kwargs | {module.main_input_name: rows[kept]})
+
+    def repeat(module, args, output):
+        def repeated(value):
+            return tuple(map(repeated, value)) if isinstance(value, tuple) else value if value is None else value[place]
+
+        if (place := places.pop()) is not None:
+            for name, value in output.items():
+                output[name] = repeated(value)
+        return output
+
+    with _pre_hooked(module, fewer), _hooked(module, repeat):
+        yield
 
 
 @contextmanager

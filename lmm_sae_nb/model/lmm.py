@@ -23,8 +23,10 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.utils import ModelOutput
 
 from lmm_sae_nb.model import hooks
+from lmm_sae_nb.model.crops import fewer_crops, whole_images
 from lmm_sae_nb.model.hooks import Hidden
 from lmm_sae_nb.model.processor import load_processor
 from lmm_sae_nb.model.prompts import Prompt, PromptMaker
@@ -221,11 +223,20 @@ class LMM:
                 reads.enter_context(hooks.truncate(self.model.get_decoder(), tokens))
             captured = {index: reads.enter_context(hooks.read(self.layer(index))) for index in earlier}
             with hooks.stop(self.layer(last)) as captured[last]:
-                self._forward(prompt)
+                self.run(prompt, tokens=tokens)
         return captured[layers].value if isinstance(layers, int) else {i: captured[i].value for i in wanted}
 
-    def _forward(self, prompt: Prompt, **settings):
-        return self.model(**prompt.inputs, use_cache=False, **settings)
+    def run(self, prompt: Prompt, *, tokens: int | None = None, **settings) -> ModelOutput:
+        """Return the model's output for a prompt, under what is spliced in. Equal crops go through its eye once.
+
+        tokens: only the first so many tokens of each sequence are read, so tiles behind them need no features.
+        settings: for the model's `forward`.
+        """
+        needed = None
+        if tokens is not None and not bool(prompt.mask("tiles")[:, :tokens].any()):
+            needed = whole_images(self.model, prompt.inputs)
+        with fewer_crops(self.model, needed):
+            return self.model(**prompt.inputs, use_cache=False, **settings)
 
     def head(self, decoded: Float[Tensor, "*any width"]) -> Float[Tensor, "*any vocab"]:
         """Return next-token logits, in float32, for outputs of the decoder."""
@@ -240,13 +251,13 @@ class LMM:
 
     def logits(self, prompt: Prompt) -> Float[Tensor, "batch tokens vocab"]:
         """Return next-token logits after each token, in float32; differentiable in what is spliced in."""
-        return self._forward(prompt).logits.float()
+        return self.run(prompt).logits.float()
 
     def last_logits(self, prompt: Prompt) -> Float[Tensor, "batch vocab"]:
         """Return next-token logits after the last token, in float32; differentiable in what is spliced in."""
         accepted = inspect.signature(self.model.forward).parameters
         kept = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        return self._forward(prompt, **kept).logits[:, -1].float()
+        return self.run(prompt, **kept).logits[:, -1].float()
 
     def cross_entropy(self, prompt: Prompt, decoded: Hidden | None = None) -> Float[Tensor, " batch"]:
         """Return each sample's mean cross-entropy over its answer's tokens, in nats.
@@ -260,7 +271,7 @@ class LMM:
             raise ValueError("this prompt has no answers; make it with prompt(texts, images, answers=...)")
         answers = prompt.answer_mask[:, 1:]  # a token is predicted by the token before it
         if decoded is None:
-            logits = self._forward(prompt).logits[:, :-1][answers].float()
+            logits = self.run(prompt).logits[:, :-1][answers].float()
         else:
             logits = self.head(decoded[:, :-1][answers])
         losses = F.cross_entropy(logits, prompt.inputs["input_ids"][:, 1:][answers], reduction="none")
@@ -273,6 +284,7 @@ class LMM:
         generation_kwargs: for transformers' `generate`; by default greedy, with a key-value cache.
         """
         settings = {"do_sample": False, "num_beams": 1, "use_cache": True} | generation_kwargs
-        tokens = self.model.generate(**prompt.inputs, max_new_tokens=max_new_tokens, **settings)
+        with fewer_crops(self.model):
+            tokens = self.model.generate(**prompt.inputs, max_new_tokens=max_new_tokens, **settings)
         new = tokens[:, prompt.inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -52,20 +52,28 @@ class UpperLayers:
         self._cache = DynamicCache()
         return self._run(states, self._cache)
 
-    def resume(self, states: Float[Tensor, "versions late width"], start: int) -> Float[Tensor, "versions late width"]:
+    def resume(
+        self,
+        states: Float[Tensor, "versions late width"],
+        start: int,
+        samples: Int64[Tensor, " versions"] | None = None,
+    ) -> Float[Tensor, "versions late width"]:
         """Do as `run` for the tokens from `start` on; the earlier ones are those that `remember` saw.
 
         Attention is causal, so later tokens cannot change earlier ones.
 
         states: one or several versions of the states of the tokens from `start` on.
         start: position of the first of them; at 0 nothing is taken from `remember`.
+        samples: for each version, which sample of a batch it is of; None for the whole batch or a single sample.
 
         Raises:
             NotImplementedError: this decoder passes single layers something about the whole sequence.
         """
-        return self._run(states, _first_tokens(self._cache, start, len(states)) if start else None)
+        return self._run(states, _first_tokens(self._cache, start, len(states), samples) if start else None, samples)
 
-    def _run(self, states: Hidden, cache: DynamicCache | None) -> Hidden:
+    def _run(
+        self, states: Hidden, cache: DynamicCache | None, samples: Int64[Tensor, " versions"] | None = None
+    ) -> Hidden:
         decoder, called = self.lmm.model.get_decoder(), self._arguments
         start = called["inputs_embeds"].shape[1] - states.shape[1]
         if extra := sorted(name for name, value in called.items() if value is not None and name not in ANY_LAYER):
@@ -73,9 +81,10 @@ class UpperLayers:
         inputs = called | {"inputs_embeds": states.to(called["inputs_embeds"].dtype)}
         inputs |= {"past_key_values": cache, "use_cache": cache is not None}
         if (mask := called.get("attention_mask")) is not None:
-            inputs["attention_mask"] = mask.expand(len(states), -1)
-        if called.get("position_ids") is not None:  # the last axis: mrope has three positions a token
-            inputs["position_ids"] = called["position_ids"][..., start:]
+            inputs["attention_mask"] = mask.expand(len(states), -1) if samples is None else mask[samples]
+        if (positions := called.get("position_ids")) is not None:  # the last axis: mrope has three positions a token
+            positions = positions if samples is None or positions.shape[-2] == 1 else positions[..., samples, :]
+            inputs["position_ids"] = positions[..., start:]
         lower = [self.lmm.layer(number) for number in range(self.layer + 1)]
         with _skipped(lower, inputs["inputs_embeds"], self._bare):
             return decoder(**inputs).last_hidden_state
@@ -122,19 +131,25 @@ def above_each(lmm: LMM, prompt: Prompt, layers: Sequence[int]) -> dict[int, Upp
         arguments = reads.enter_context(hooks.record_arguments(lmm.model.get_decoder()))
         captured = {layer: reads.enter_context(hooks.read(lmm.layer(layer))) for layer in earlier}
         with hooks.stop(lmm.layer(last)) as captured[last]:
-            lmm.model(**prompt.inputs, use_cache=False)
+            lmm.run(prompt)
     return {
         layer: UpperLayers(lmm, prompt, layer, one.value, bare=one.bare, arguments=arguments)
         for layer, one in captured.items()
     }
 
 
-def _first_tokens(cache: DynamicCache, start: int, versions: int) -> DynamicCache:
-    """Return the keys and values of the first `start` tokens, once for each version of the tokens that follow."""
+def _first_tokens(
+    cache: DynamicCache, start: int, versions: int, samples: Int64[Tensor, " versions"] | None
+) -> DynamicCache:
+    """Return the keys and values of the first `start` tokens, once for each version of the tokens that follow.
+
+    samples: as for `UpperLayers.resume`.
+    """
     kept = DynamicCache()
     for number, layer in enumerate(cache.layers):
         if layer.is_initialized:
-            parts = (part[:, :, :start].expand(versions, -1, -1, -1) for part in (layer.keys, layer.values))
+            parts = (part[:, :, :start] for part in (layer.keys, layer.values))
+            parts = [part.expand(versions, -1, -1, -1) if samples is None else part[samples] for part in parts]
         else:  # a layer that was skipped; the decoder asks its first layer how many tokens there were
             parts = (torch.zeros(1, 1, start, 1) for _ in range(2))
         kept.update(*parts, number)

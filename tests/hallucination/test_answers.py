@@ -11,8 +11,11 @@ from lmm_sae_nb.hallucination.cases import Case, answer_questions
 from lmm_sae_nb.pictureworld.world.scenes import VALIDATION, make_scene
 from lmm_sae_nb.steer.steering import Edit, Scope, steered
 
+QUESTIONS = ("why ?", "and how is it so ?", "how ?", "who ?", "why ?")  # some equally long, some not
+SIZES = ((40, 40), (40, 40), (40, 40), (40, 40), (90, 40))
 CASES = [
-    Case(noise(40, 40, n), question, "y", "n", bool(n)) for n, question in enumerate(("why ?", "and how is it so ?"))
+    Case(noise(*size, n), question, *("yn" if n % 2 else "ny"), bool(n))
+    for n, (question, size) in enumerate(zip(QUESTIONS, SIZES, strict=True))
 ]
 
 
@@ -33,6 +36,15 @@ def test_answers_side_by_side_are_those_of_one_run_each(place, keep_error):
             assert_close(answers.margin[s, n], logits[choice.answer] - logits[choice.baseline], atol=1e-5, rtol=1e-4)
             assert int(answers.token[s, n]) == int(logits.argmax())
             assert bool(answers.right[s, n]) == (int(logits.argmax()) == choice.answer)
+
+
+def test_each_setting_can_have_tokens_of_its_own(place):
+    clamp, scopes = (Edit(3, 30.0),), [Scope(("text",)), Scope(("base",)), Scope(("base", "text"))]
+    together = first_tokens(place, CASES, [None, *[clamp] * 3], [Scope(), *scopes])
+    for n, scope in enumerate(scopes):
+        alone = first_tokens(place, CASES, [None, clamp], scope, at_once=1)
+        assert_close(together.margin[[0, 1 + n]], alone.margin, atol=1e-5, rtol=1e-4)
+        assert torch.equal(together.token[[0, 1 + n]], alone.token)
 
 
 def test_settings_that_change_nothing_answer_as_the_untouched_model(place):

@@ -118,6 +118,22 @@ def test_late_tokens_resume_from_remembered_early_ones(family):
     torch.testing.assert_close(part, whole[:, start:], rtol=1e-4, atol=1e-5)
 
 
+@EVERY_FAMILY
+def test_versions_of_several_samples_resume_from_the_tokens_of_their_own(family):
+    lmm = studied(family)
+    both = pair(lmm)
+    with torch.no_grad():
+        upper = above(lmm, both, 0)
+        start, samples = upper.hidden.shape[1] - 3, torch.tensor([1, 0, 0, 1])
+        upper.remember(upper.hidden)
+        versions = upper.hidden[samples, start:] * torch.tensor([1.0, 2, 1, -1])[:, None, None]
+        part = upper.resume(versions, start, samples)
+        for sample, version, found in zip(samples.tolist(), versions, part, strict=True):
+            whole = upper.hidden.clone()
+            whole[sample, start:] = version
+            torch.testing.assert_close(found, upper.run(whole)[sample, start:], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("config", "more"),
     [

@@ -113,15 +113,22 @@ def test_the_world_is_still_the_one_that_the_shipped_model_learned(make, seed, s
 DRILLED = [SimpleNamespace(kind=kind) for kind in ("sign", "panel", "composite")]  # what drills look for
 
 
+def bare_scene(seed: int, kinds: tuple[str, ...]) -> SimpleNamespace | None:
+    """In the place of a drawn scene: one in four without a wanted item."""
+    items = DRILLED[: seed % 4]
+    wanted = not kinds or any(item.kind in kinds for item in items)
+    return SimpleNamespace(items=items, pixels=np.zeros(1)) if wanted else None
+
+
 @pytest.fixture(scope="module")
 def trained_on() -> dict[str, set[int]]:
     """Every seed that the recipe's courses draw, first to last, by the function that draws it."""
     seen = {name: set() for name in ("make_scene", "make_map", "make_masked", "make_crowd", "make_signs")}
 
     def recorder(name: str):
-        def make(seed: int):
+        def make(seed: int, kinds: tuple[str, ...] = ()):
             seen[name].add(seed)
-            return SimpleNamespace(items=DRILLED[: seed % 4], pixels=np.zeros(1))
+            return bare_scene(seed, kinds)
 
         return make
 
@@ -167,6 +174,20 @@ def behind(masked: set[int]) -> set[int]:
     }
 
 
+@pytest.mark.parametrize("turn", [0, 2, 4, 6, 9])
+def test_a_drill_is_the_first_scene_of_its_chain_that_has_a_wanted_item(turn):
+    kinds = scenes.MORE.get(turn)
+    for seed in range(turn, 100, 20):
+        expected, n = scenes.make_map(seed) if turn in (6, 16) else scenes.make_scene(seed), 0
+        while kinds and not any(item.kind in kinds for item in expected.items):
+            n += 1
+            expected = scenes.make_scene((seed + 7919 * n) % VALIDATION)
+        found = scenes.make_drilled(seed, turn)
+        assert found.seed == expected.seed and found.items == expected.items
+        assert np.array_equal(found.pixels, expected.pixels) and np.array_equal(found.where, expected.where)
+        assert all(np.array_equal(found.labels[kind], grid) for kind, grid in expected.labels.items())
+
+
 def test_splits_are_ranges_of_seeds():
     assert SPLITS == {"train": TRAIN, "cache": VALIDATION, "heldout": HELD_OUT}
     assert TRAIN < VALIDATION < HELD_OUT == 1_000_000
@@ -181,9 +202,9 @@ def test_training_draws_only_training_seeds(trained_on):
 def test_every_seed_that_a_stream_can_come_to_is_a_training_seed(monkeypatch):
     drawn = []
 
-    def bare(seed: int):
+    def bare(seed: int, kinds: tuple[str, ...] = ()):
         drawn.append(seed)
-        return SimpleNamespace(items=DRILLED[: seed % 4])
+        return bare_scene(seed, kinds)
 
     for name in ("make_scene", "make_map", "make_masked"):
         monkeypatch.setattr(scenes, name, bare)

@@ -38,7 +38,7 @@ ROOM = {  # seeds of each
 }
 TEXT_ONLY = 8  # in the training split, every so-manieth sample has no picture
 _COLUMNS = {"seed": Value("int64"), "question": Value("string"), "answer": Value("string"), "family": Value("string")}
-_FEATURES = Features({"image": Image(), **_COLUMNS, **{kind: Image() for kind in KINDS}})
+LABELLED = ("cache", "heldout")  # splits with label maps; nobody may learn from those of the training split
 TRAPS = "traps"  # maps for the knowledge trap, as many of validation seeds as of held-out ones
 UNSEEN = HELD_OUT + 500_000  # the first maps of the held-out split were looked at before the cure's limit was set
 PARTS = {"choose": VALIDATION, "report": UNSEEN}
@@ -46,6 +46,12 @@ YES_FIRST = 0.75  # how often a contradicting question is one whose right answer
 _TRAP_FEATURES = Features(
     {"image": Image(), **_COLUMNS, "taught": Value("string"), "group": Value("string"), "part": Value("string")}
 )
+
+
+def _features(split: str) -> Features:
+    if split == TRAPS:
+        return _TRAP_FEATURES
+    return Features({"image": Image(), **_COLUMNS, **{kind: Image() for kind in KINDS if split in LABELLED}})
 
 
 def _png(pixels: np.ndarray) -> dict[str, object]:
@@ -68,12 +74,13 @@ def _row(split: str, number: int) -> dict[str, object]:
     seed = SPLITS[split] + number
     rng = np.random.default_rng([50, seed])
     if split == "train" and number % TEXT_ONLY == TEXT_ONLY - 1:
-        asked, pictures = aside(rng), dict.fromkeys(("image", *KINDS))
+        asked, pictures = aside(rng), {"image": None}
     else:
         scene = scene_of(split, number)
         options = lesson(scene, rng)
         asked = options[rng.integers(len(options))]
-        pictures = {"image": _png(scene.pixels), **{kind: _png(scene.labels[kind]) for kind in KINDS}}
+        labels = scene.labels if split in LABELLED else {}
+        pictures = {"image": _png(scene.pixels), **{kind: _png(labels[kind]) for kind in labels}}
     return {"seed": seed, "question": asked.text, "answer": asked.answer, "family": asked.family, **pictures}
 
 
@@ -115,11 +122,11 @@ def _end_with_parent() -> None:
 def render(folder: Path, sizes: dict[str, int]) -> None:
     """Write the splits (name to number of scenes) and `concepts.json` under `folder`, whole or not at all.
 
-    Columns: image (None for questions without a picture), seed, question, answer, family, and a label map for each
-    kind of concept (mode L; 0 none, i the i-th name of that kind in concepts.json). `traps` has, not label maps, but
-    `taught` (what the taught fact answers), `group` (the basin) and `part`: choose (maps of validation seeds) or report
-    (held-out maps, so many of each); two questions a map, where the map contradicts the fact and where it agrees. Uses
-    every core. ValueError for an unknown split or more scenes than it has seeds for.
+    Columns: image (None for questions without a picture), seed, question, answer, family. `cache` and `heldout` also
+    have a label map for each kind of concept (mode L; 0 none, i the i-th name of that kind in concepts.json). `traps`
+    has `taught` (what the taught fact answers), `group` (the basin) and `part`: choose (maps of validation seeds) or
+    report (held-out maps, so many of each); two questions a map, where the map contradicts the fact and where it
+    agrees. Uses every core. ValueError for an unknown split or more scenes than it has seeds for.
     """
     unknown = sizes.keys() - ROOM.keys()
     if unknown:
@@ -137,8 +144,7 @@ def render(folder: Path, sizes: dict[str, int]) -> None:
                 rows = list(progress_bar(made, total=size, desc=f"rendering {split}"))
                 if split == TRAPS:
                     rows = [row for pair in rows for row in pair]
-                features = _TRAP_FEATURES if split == TRAPS else _FEATURES
-                Dataset.from_list(rows, features=features).save_to_disk(building / split)
+                Dataset.from_list(rows, features=_features(split)).save_to_disk(building / split)
     finally:
         enable_progress_bars()
     write_json(building / "concepts.json", {kind: list(names) for kind, names in KINDS.items()})

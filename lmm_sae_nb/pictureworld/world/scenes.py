@@ -8,7 +8,7 @@ at held-out scenes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -112,10 +112,16 @@ class Scene:
         return {kind: {KINDS[kind][n - 1] for n in np.unique(grid) if n} for kind, grid in self.labels.items()}
 
 
-def make_scene(seed: int) -> Scene:
-    """Return the scene of a seed: about one in seven a map, the others a background with nought to four items."""
+def make_scene(seed: int, kinds: Sequence[str] = ()) -> Scene | None:
+    """Return the scene of a seed: about one in seven a map, the others a background with nought to four items.
+
+    kinds: return None if no item is of one of these kinds. Such a scene is not drawn to its end.
+    """
     rng = np.random.default_rng([20, seed])
-    return make_map(seed) if rng.random() < 0.14 else _furnished(seed, rng, _layout(rng))
+    if rng.random() < 0.14:
+        return None if kinds else make_map(seed)
+    places = _layout(rng)
+    return _furnished(seed, rng, places, kinds=kinds) if places or not kinds else None
 
 
 def make_crowd(seed: int) -> Scene:
@@ -269,16 +275,24 @@ def _sprite(item: Item, side: int, rng: np.random.Generator) -> Sprite:
 
 
 def _furnished(
-    seed: int, rng: np.random.Generator, places: list[str], unique: bool = True, odds: dict[str, float] = _KIND_ODDS
-) -> Scene:
+    seed: int,
+    rng: np.random.Generator,
+    places: list[str],
+    unique: bool = True,
+    odds: dict[str, float] = _KIND_ODDS,
+    kinds: Sequence[str] = (),
+) -> Scene | None:
+    """Return a scene with an item at each place; None if kinds are given, and no item is of one of them."""
     grounds = [name for name in SCENES if name != "map"]
     scene = grounds[rng.integers(len(grounds))]
     pixels, ground = art.background(scene, SIDE, SIDE, rng)
+    items = _pick_items(rng, places, unique, odds)
+    if kinds and not any(item.kind in kinds for item in items):
+        return None
     labels = {kind: np.zeros((SIDE, SIDE), np.uint8) for kind in KINDS}
     labels["scene"][:] = NUMBER["scene"][scene]
     labels["material"][:] = ground
     where = np.zeros((SIDE, SIDE), np.uint8)
-    items = _pick_items(rng, places, unique, odds)
     for item in items:
         smallest, largest = (44, 62) if not unique else (76, 112) if len(places) == 1 else (60, 86)
         side = int(rng.integers(smallest, largest))
@@ -381,10 +395,11 @@ def make_drilled(seed: int, turn: int, drills: Mapping[int, tuple[str, ...]] = M
     """
     if turn in (6, 16):
         return make_map(seed)
-    scene = make_scene(seed)
-    while turn in drills and not any(item.kind in drills[turn] for item in scene.items):
+    kinds = drills.get(turn, ())
+    scene = make_scene(seed, kinds)
+    while scene is None:
         seed += 7919
-        scene = make_scene(seed % VALIDATION)
+        scene = make_scene(seed % VALIDATION, kinds)
     return scene
 
 

@@ -3,12 +3,14 @@
 #                             at a time with all cores (as where they share a GPU), else two do, with half of them each
 #   make check                    style, unit and property tests: about three minutes on two cores
 #   make test [ARGS="-k house"]   all tests: also browser tests, the book, every notebook with its default parameters
+#                                 THREADS=2 gives each of its two processes, and those of `check`, two threads
 #   make lab [ARGS=--no-browser]  JupyterLab on the notebook sources
 #   make world                the Picture World datasets alone
 
 PYTHON ?= $(shell command -v python3 || command -v python)
 PRESET ?= tiny
 JOBS ?= 2
+THREADS ?= 1
 BIN := .venv/bin
 READY := .venv/ready
 LAB := build/lab
@@ -31,14 +33,14 @@ book: $(READY)
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout=120 \
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout=120 \
 		-m "not slow and not book" tests $(ARGS)
 
 # Seconds that a test may take; one of them builds the book. What hangs, but for native code, fails and tells where it stood.
 test: LIMIT ?= 2400
 test: $(READY)
 	@$(DOIT) ipynb
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
 		--timeout=$(LIMIT) --nbmake --nbmake-timeout=1800 tests build/ipynb $(ARGS)
 
 world: $(READY)

@@ -30,7 +30,7 @@ def fewer_crops(model: PreTrainedModel, needed: Bool[Tensor, " crops"] | None = 
 
     needed: the crops whose features are read. The others get the features of another crop.
     """
-    tower = getattr(model.model, "vision_tower", None)
+    tower = getattr(getattr(model, "model", None), "vision_tower", None)
     if tower is None:
         yield
         return

@@ -85,7 +85,7 @@ def one_ahead(function: Callable, arguments: Iterable[tuple]) -> Iterator[Any]:
 def batch_states(lmm: LMM, layers: Sequence[int], batch: Batch) -> dict[int, Float[Tensor, "images patches width"]]:
     """Return for each layer its output at the base tokens; the model runs once.
 
-    Attention is causal, so nothing behind the last base token is computed.
+    Attention is causal, so nothing behind the last base token is computed, and tiles behind it are not looked at.
 
     layers: 0-based; at least one.
     batch: with at least one image.
@@ -93,10 +93,8 @@ def batch_states(lmm: LMM, layers: Sequence[int], batch: Batch) -> dict[int, Flo
     Raises:
         ValueError: images differ in the number of base tokens, or hidden states are not finite.
     """
-    base = batch.prompt.mask("base")
-    last = int(base.any(0).nonzero().max()) + 1
-    hidden = lmm.hidden_states(batch.prompt, list(layers), tokens=last)
-    base = base[:, :last].to(lmm.device)
+    hidden = lmm.hidden_states(batch.prompt, list(layers), base_only=True)
+    base = batch.prompt.mask("base")[:, : next(iter(hidden.values())).shape[1]].to(lmm.device)
     counts = set(base.sum(1).tolist())
     require_one_count(counts)
     tokens = {layer: states[base].reshape(len(base), *counts, -1) for layer, states in hidden.items()}

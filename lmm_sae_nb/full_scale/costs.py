@@ -187,8 +187,12 @@ def cache_cost(
     model: PreTrainedModel, layer: int, n_latents: int, k: int, n_top: int, batch_size: int, images: int, *,
     gpus: int = 1, dtype: str = "bfloat16", assumptions: Assumptions = ASSUMPTIONS,
 ) -> StageCost:  # fmt: skip
-    """Predict the cost of `cache_activations` (section 2.2). Nothing after the base image's tokens is computed."""
+    """Predict the cost of `cache_activations` (section 2.2).
+
+    Nothing after the base image's tokens is computed, and its vision tower does not see tiles that come after them.
+    """
     width, size, image = width_of(model), getattr(torch, dtype).itemsize, image_layout(model, assumptions.image)
+    image = image._replace(crops=1)
     sample = image.base + assumptions.text_tokens // 10  # the chat template has this much before the image
     weights, sae = float(size * count_parameters(model)), sae_bytes(width, n_latents)
     top_images = float(n_latents * (n_top * (2 * image.base + 12) + 28))

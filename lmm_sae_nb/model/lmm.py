@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -203,13 +203,15 @@ class LMM:
 
     @torch.no_grad()
     def hidden_states(
-        self, prompt: Prompt, layers: int | list[int], *, tokens: int | None = None
+        self, prompt: Prompt, layers: int | list[int], *, base_only: bool = False
     ) -> Hidden | dict[int, Hidden]:
         """Return the output of one layer, or of several layers by number, 0-based.
 
         The forward pass stops after the highest of these layers.
 
-        tokens: only the first so many tokens of each sequence pass through the decoder.
+        base_only: compute no more than the base tokens need. The sequence is cut behind the last of them, because
+            attention looks back only, and the vision tower does not see tiles if they come behind the base tokens. The
+            states of other tokens mean nothing then.
 
         Raises:
             ValueError: a layer does not exist, or none is given.
@@ -219,22 +221,19 @@ class LMM:
             raise ValueError("no layer was given; give at least one")
         *earlier, last = sorted(set(wanted))
         with ExitStack() as reads:
-            if tokens is not None:
-                reads.enter_context(hooks.truncate(self.model.get_decoder(), tokens))
+            if base_only and bool((base := prompt.mask("base")).any()):
+                reads.enter_context(hooks.truncate(self.model.get_decoder(), 1 + int(base.any(0).nonzero().max())))
             captured = {index: reads.enter_context(hooks.read(self.layer(index))) for index in earlier}
             with hooks.stop(self.layer(last)) as captured[last]:
-                self.run(prompt, tokens=tokens)
+                self.run(prompt, needed=whole_images(self.model, prompt.inputs) if base_only else None)
         return captured[layers].value if isinstance(layers, int) else {i: captured[i].value for i in wanted}
 
-    def run(self, prompt: Prompt, *, tokens: int | None = None, **settings) -> ModelOutput:
-        """Return the model's output for a prompt, under what is spliced in. Equal crops go through its eye once.
+    def run(self, prompt: Prompt, *, needed: Bool[Tensor, " crops"] | None = None, **settings) -> ModelOutput:
+        """Return the model's output for a prompt, under what is spliced in; equal crops go through its eye once.
 
-        tokens: only the first so many tokens of each sequence are read, so tiles behind them need no features.
+        needed: as for `fewer_crops`.
         settings: for the model's `forward`.
         """
-        needed = None
-        if tokens is not None and not bool(prompt.mask("tiles")[:, :tokens].any()):
-            needed = whole_images(self.model, prompt.inputs)
         with fewer_crops(self.model, needed):
             return self.model(**prompt.inputs, use_cache=False, **settings)
 

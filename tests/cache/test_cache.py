@@ -153,7 +153,7 @@ def test_base_tokens_need_nothing_that_comes_behind_them(family):
     prompt = lmm.prompt(["", "a word"], [noise(100, 60), noise(60, 100, 1)])
     base = prompt.mask("base")
     last = int(base.any(0).nonzero().max()) + 1
-    cut = lmm.hidden_states(prompt, 1, tokens=last)
+    cut = lmm.hidden_states(prompt, 1, base_only=True)
     assert cut.shape[1] == last
     torch.testing.assert_close(cut[base[:, :last]], lmm.hidden_states(prompt, 1)[base], atol=1e-4, rtol=1e-4)
 

@@ -118,20 +118,22 @@ from lmm_sae_nb.show.seed_study import read_study
 from lmm_sae_nb.show.steering_panel import SteeringPanel
 from lmm_sae_nb.steer.experiments import (
     CaseStudy,
-    ObjectSteering,
     RankedKinds,
     WordActivation,
     at_chosen_dose,
     case_metrics,
     case_studies,
-    clamp_values,
     kinds_by_rank,
     latents_named,
     ranks_on_top_images,
-    steer_objects,
     with_next_latents,
     word_activations,
     word_metrics,
+)
+from lmm_sae_nb.steer.objects import (
+    ObjectSteering,
+    clamp_values,
+    steer_objects,
 )
 from lmm_sae_nb.steer.relevance import Relevance, rate_objects
 from lmm_sae_nb.steer.steering import steer_latents

@@ -32,7 +32,7 @@ from lmm_sae_nb.show.style import (
 if TYPE_CHECKING:
     from lmm_sae_nb.hallucination.search import Limits, Search
     from lmm_sae_nb.show.seed_study import SeedStudy
-    from lmm_sae_nb.steer.experiments import ObjectSteering
+    from lmm_sae_nb.steer.objects import ObjectSteering
     from lmm_sae_nb.support.intervals import Mean
     from lmm_sae_nb.support.stages import Stage
 

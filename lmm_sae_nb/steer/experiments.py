@@ -1,4 +1,4 @@
-"""Run the steering experiments of sections 4.1 and 4.2 and of Appendix D, each as one function with a named result.
+"""Run the steering experiments of sections 4.1 and 4.2, each as one function with a named result.
 
 A dose is a clamp in units of the latent's maximum over the cached images, so that doses compare across latents.
 """
@@ -17,21 +17,13 @@ from lmm_sae_nb.cache.encode_images import activation_maps
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.interpret.explainers import mentions
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.steer.fluency import (
-    Ordinary,
-    ReadAnswer,
-    answers_about_others,
-    best_dose,
-    harmonic_mean,
-    read_answers,
-)
+from lmm_sae_nb.steer.fluency import Ordinary, ReadAnswer, best_dose, harmonic_mean, read_answers
 from lmm_sae_nb.steer.steering import Edit, Scope, answers
-from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval, proportion
+from lmm_sae_nb.support.intervals import bounds, mean_interval, proportion
 from lmm_sae_nb.support.stages import Metrics
 
 RANKS = ((0, 10), (10, 20), (20, 40), (40, 80))  # ranges of ranks, from 0, whose kinds are counted together
 MOST_FREQUENT = 40  # latents of highest frequency, counted for comparison
-FLUENT = 0.8  # an answer is fluent if it has this much of the mean fluency of unsteered answers
 LOW_LEVEL = ("colour", "texture", "material")  # kinds that the paper calls low-level
 
 
@@ -268,214 +260,6 @@ def word_metrics(words: Sequence[WordActivation], seed: int = 0) -> Metrics:
         "word_more_on_name": int((on_name > on_others).sum()),
         "word_more_on_others": int((on_name < on_others).sum()),
         "word_silent": int(((on_name == 0) & (on_others == 0)).sum()),
-    }
-
-
-# ---- a hundred objects on a white image (Appendix D) --------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SteeredAnswer:
-    """The answer about an image while one latent is clamped.
-
-    concept: the name that the answer is searched for.
-    changed: whether the answer differs from that of the model with the SAE spliced in.
-    names_concept: whether it has the concept's name.
-    fluency: from 0 to 1, against ordinary answers.
-    repeated: fraction of repeated 3-grams of words.
-    """
-
-    latent: int
-    concept: str
-    dose: float
-    answer: str
-    changed: bool
-    names_concept: bool
-    fluency: float
-    repeated: float
-
-    @property
-    def harmonic(self) -> float:
-        """The harmonic mean of naming the concept (0 or 1) and of fluency."""
-        return harmonic_mean(self.names_concept, self.fluency)
-
-
-@dataclass(frozen=True)
-class ObjectSteering:
-    """Answers about one image while latents are clamped, one at a time.
-
-    untouched: the answer of the model without the SAE.
-    spliced: the answer with the SAE spliced in and nothing clamped.
-    ordinary: unsteered answers about other images, read as answers about this one.
-    dose: the dose of the reported numbers, chosen by the harmonic mean on `choosing`, not on `objects`.
-    naming_dose: the dose at which most of `choosing` name their object, however the sentences look.
-    objects: latents named for an object, at every dose.
-    choosing: other latents named for an object, at every dose.
-    random: as many live latents at random, at `dose`; they are searched for the names of `objects`.
-    random_at_value: the same random latents, each clamped to the value of the object latent in the same place.
-    """
-
-    untouched: str
-    spliced: str
-    ordinary: Ordinary
-    dose: float
-    naming_dose: float
-    objects: list[SteeredAnswer]
-    choosing: list[SteeredAnswer]
-    random: list[SteeredAnswer]
-    random_at_value: list[SteeredAnswer]
-
-    @property
-    def reported(self) -> list[SteeredAnswer]:
-        """The answers of `objects` at the chosen dose."""
-        return [row for row in self.objects if row.dose == self.dose]
-
-    @property
-    def groups(self) -> dict[str, list[SteeredAnswer]]:
-        """The groups of answers that a figure compares, by what is clamped."""
-        return {
-            "object latents": self.objects,
-            "other object latents, which choose the dose": self.choosing,
-            "random live latents": self.random,
-        }
-
-    def curves(self, what: str) -> dict[str, dict[float, Mean]]:
-        """Return for each group and dose the mean over latents, with its interval.
-
-        what: "names_concept", "changed", "fluency" or "harmonic".
-        """
-        curves = {}
-        for name, rows in self.groups.items():
-            values = {dose: [getattr(row, what) for row in rows if row.dose == dose] for dose in _doses(rows)}
-            if values:
-                curves[name] = {dose: _mean(what, row) for dose, row in values.items()}
-        return curves
-
-    @property
-    def metrics(self) -> Metrics:
-        """The numbers at the chosen dose, with their intervals; named and changed out of 100 latents."""
-        metrics = {
-            "objects_steered": len(self.reported),
-            "dose": self.dose,
-            "dose_chosen_on": len({row.latent for row in self.choosing}),
-        }
-        groups = {"": self.reported, "control_": self.random, "control_value_": self.random_at_value}
-        for prefix, rows in groups.items():
-            metrics |= _of_100(f"{prefix}named", rows, "names_concept") | _of_100(f"{prefix}changed", rows, "changed")
-            metrics |= bounds(f"{prefix}fluency", _mean("fluency", [row.fluency for row in rows]))
-            metrics |= bounds(f"{prefix}harmonic", _mean("harmonic", [row.harmonic for row in rows]))
-            metrics[f"{prefix}repeated"] = float(np.mean([row.repeated for row in rows]))
-        unsteered = self.ordinary.control_fluency
-        metrics |= bounds("unsteered_fluency", _mean("fluency", unsteered))
-        metrics["unsteered_repeated"] = float(np.mean([read.repeated for read in self.ordinary.control]))
-        metrics["reference_perplexity"] = self.ordinary.perplexity
-        metrics["fluency_ratio"] = metrics["fluency"] / metrics["unsteered_fluency"]
-        named = [row.fluency for row in self.reported if row.names_concept]
-        metrics |= bounds("named_fluency", _mean("fluency", named)) if named else {}
-        metrics["fluent_named_of_100"] = 100 * float(
-            np.mean(
-                [row.names_concept and row.fluency >= FLUENT * metrics["unsteered_fluency"] for row in self.reported]
-            )
-        )
-        most = [row for row in self.objects if row.dose == self.naming_dose]
-        metrics["naming_dose"] = self.naming_dose
-        metrics |= _of_100("naming_dose_named", most, "names_concept")
-        metrics |= bounds("naming_dose_fluency", _mean("fluency", [row.fluency for row in most]))
-        return metrics
-
-
-def _mean(what: str, values: Sequence[float]) -> Mean:
-    """Return the mean with the interval that fits: Wilson's for a fraction of hits, else the bootstrap's."""
-    if what in ("names_concept", "changed"):
-        return Mean(*proportion(values)[:3])
-    return mean_interval(values) if len(values) > 1 else Mean(*[float(values[0])] * 3)
-
-
-def _of_100(name: str, rows: Sequence[SteeredAnswer], what: str) -> Metrics:
-    """Return how many answers of 100 are hits, with the interval, as `<name>_of_100`."""
-    fraction = proportion([getattr(row, what) for row in rows])
-    return {key: 100 * value for key, value in bounds(f"{name}_of_100", fraction).items()}
-
-
-def _doses(rows: Iterable[SteeredAnswer]) -> list[float]:
-    return sorted({row.dose for row in rows})
-
-
-def steer_objects(
-    place: SAEInPlace,
-    cache: LatentCache,
-    concepts: Mapping[int, str],
-    question: str,
-    image: Image.Image,
-    doses: Sequence[float],
-    *,
-    others: Sequence[Image.Image],
-    count: int = 100,
-    choosing: int = 50,
-    scope: Scope = Scope(),  # noqa: B008
-    keep_error: bool = False,
-    batch: int = 16,
-    max_new_tokens: int = 24,
-    seed: int = 0,
-) -> ObjectSteering:
-    """Clamp latents named for an object, one at a time, while the model is asked about an image (Appendix D).
-
-    `count` latents at random are reported; up to `choosing` others choose the dose. There are two controls with as
-    many live latents at random: at that dose, and at the values of the reported latents.
-
-    concepts: latent to the object that it is named for.
-    others: images whose unsteered answers are the reference of fluency and its control.
-    scope: the tokens at which a latent is clamped.
-    keep_error: as for `steered`.
-    batch: clamps that run side by side.
-    seed: of the choice of latents.
-    """
-    lmm, rng = place.lmm, np.random.default_rng(seed)
-    order = rng.permutation(sorted(concepts)).tolist()
-    reported, choosers = order[:count], order[count : count + choosing]
-    live = np.setdiff1d(np.flatnonzero(np.asarray(cache.live)), reported)
-    control = rng.choice(live, len(reported), replace=len(live) < len(reported)).tolist()
-    how = dict(batch=batch, max_new_tokens=max_new_tokens)
-    ordinary = answers_about_others(lmm, question, image, others, **how)
-
-    def ask(settings: Sequence[Sequence[Edit]]) -> list[str]:
-        return answers(place, question, image, settings, scope, keep_error=keep_error, **how)
-
-    untouched = lmm.generate(lmm.prompt(question, image), max_new_tokens=max_new_tokens)[0]
-    (spliced,) = ask([[]])
-
-    def steer(tries: Sequence[tuple[int, str, float]]) -> list[SteeredAnswer]:
-        said = ask([at_dose(cache, latent, dose) for latent, _, dose in tries])
-        read = read_answers(lmm, question, image, said, batch=batch)
-        return [
-            SteeredAnswer(
-                *each, answer, answer != spliced, mentions(answer, each[1]), ordinary.fluency(as_read), as_read.repeated
-            )
-            for each, answer, as_read in zip(tries, said, read, strict=True)
-        ]
-
-    def at_doses(latents: Iterable[int]) -> list[tuple[int, str, float]]:
-        return [(latent, concepts[latent], float(dose)) for dose in doses for latent in latents]
-
-    objects, chosen_on = steer(at_doses(reported)), steer(at_doses(choosers))
-    tried = [row.dose for row in chosen_on]
-    dose = best_dose(tried, [row.harmonic for row in chosen_on])
-    naming_dose = best_dose(tried, [row.names_concept for row in chosen_on])
-    pairs = list(zip(control, reported, strict=True))
-    random = steer([(other, concepts[latent], dose) for other, latent in pairs])
-    values = [dose * float(cache.max[latent] / cache.max[other]) for other, latent in pairs]
-    at_value = steer([(other, concepts[n], value) for (other, n), value in zip(pairs, values, strict=True)])
-    return ObjectSteering(untouched, spliced, ordinary, dose, naming_dose, objects, chosen_on, random, at_value)
-
-
-def clamp_values(steering: ObjectSteering, cache: LatentCache) -> Metrics:
-    """Return the mean value that object latents and random latents are clamped to at the chosen dose.
-
-    A row of `W_dec` has norm 1, so the clamp of a silent latent adds a vector of this norm to the reconstruction.
-    """
-    return {
-        name: float(np.mean([row.dose * float(cache.max[row.latent]) for row in rows]))
-        for name, rows in (("clamp_value", steering.reported), ("control_clamp_value", steering.random))
     }
 
 

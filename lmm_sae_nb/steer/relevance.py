@@ -10,7 +10,7 @@ from pathlib import Path
 from lmm_sae_nb.chat.questions import Chat, Question
 from lmm_sae_nb.chat.recorded import Recorded, ask, open_chat
 from lmm_sae_nb.interpret.explainers import mentions
-from lmm_sae_nb.steer.experiments import ObjectSteering
+from lmm_sae_nb.steer.objects import ObjectSteering
 from lmm_sae_nb.support.files import project_root, read_json
 from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval
 from lmm_sae_nb.support.stages import Metrics

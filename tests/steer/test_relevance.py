@@ -6,8 +6,8 @@ import pytest
 
 from lmm_sae_nb.chat.questions import Reply
 from lmm_sae_nb.steer import relevance
-from lmm_sae_nb.steer.experiments import ObjectSteering, SteeredAnswer
 from lmm_sae_nb.steer.fluency import Ordinary
+from lmm_sae_nb.steer.objects import ObjectSteering, SteeredAnswer
 from lmm_sae_nb.steer.relevance import by_model, by_words, rate_objects
 
 KINDS = {"object": ["hat", "dog"], "colour": ["red", "hat"]}

@@ -1,0 +1,244 @@
+"""Steer without an SAE: add a direction to the hidden states, or say the concept in the prompt.
+
+Clamped latents are steered beside it, towards the same objects, with the same question, image and measures as in
+notebook 06. So a difference is one of the methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from lmm_sae_nb.compare.saes import CachedSAE
+from lmm_sae_nb.controls.directions import LabelledStates, logistic_probes, mean_differences
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.prompts import Prompt
+from lmm_sae_nb.steer.experiments import latents_named
+from lmm_sae_nb.steer.objects import SteeredQuestion, Steering, Try, Way, clamping, steer_by
+from lmm_sae_nb.steer.steering import Scope
+from lmm_sae_nb.support.intervals import bounds, mean_interval
+from lmm_sae_nb.support.stages import Metrics
+from lmm_sae_nb.truth.label_maps import LabelMaps
+
+QUESTION = "What do you see in this image?"  # of Appendix D
+# questions that say the concept; those that choose the dose choose the form
+FORMS = (
+    "Imagine that you see a {}. What do you see in this image?",
+    "Imagine that there is a {} in this image. What do you see in this image?",
+    "There is a {} in this image. What do you see in this image?",
+    "Is there a {}? What do you see in this image?",
+    "What do you see in this image? Say {}.",
+    "Tell me about the {} in this image.",
+)
+DOSES = (1, 2, 4, 8, 16, 32, 64)
+
+# ---- ways to steer --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def added(lmm: LMM, layer: int, prompt: Prompt, vectors: Float[Tensor, "batch width"], scope: Scope) -> Iterator[None]:
+    """Run the model on this prompt, or generate from it, with a vector added to the layer's output.
+
+    vectors: one for each sample of the batch.
+    scope: the tokens that it is added to.
+    """
+    chosen = scope.of_prompt(prompt).to(vectors.device)
+
+    def rewrite(hidden: Float[Tensor, "batch tokens width"]) -> Tensor:
+        if hidden.shape[:2] == chosen.shape:
+            return hidden + chosen[..., None] * vectors[:, None].to(hidden.dtype)
+        return hidden + scope.of_generated * vectors[:, None].to(hidden.dtype)  # one generated token
+
+    with lmm.spliced(layer, rewrite):
+        yield
+
+
+def adding(
+    layer: int, directions: Float[np.ndarray, "rows width"], length: float, asked: SteeredQuestion, scope: Scope
+) -> Way:
+    """Return the way that adds a row of `directions` at the layer, made as long as `length` times the dose.
+
+    scope: the tokens that it is added to.
+    """
+    lmm = asked.lmm
+    unit = torch.from_numpy(directions / np.linalg.norm(directions, axis=1, keepdims=True)).float().to(lmm.device)
+
+    @torch.no_grad()
+    def add(tries: Sequence[Try]) -> list[str]:
+        said = []
+        for start in range(0, len(tries), asked.batch):
+            part = tries[start : start + asked.batch]
+            prompt = lmm.prompt([asked.text] * len(part), [asked.image] * len(part))
+            doses = torch.tensor([each.dose * length for each in part], device=lmm.device)
+            vectors = unit[[each.number for each in part]] * doses[:, None]
+            with added(lmm, layer, prompt, vectors, scope):
+                said += lmm.generate(prompt, max_new_tokens=asked.max_new_tokens)
+        return said
+
+    return add
+
+
+def prompting(asked: SteeredQuestion, concepts: Mapping[int, str], forms: Sequence[str]) -> Way:
+    """Return the way that asks with the concept in the question.
+
+    concepts: number to the name that the question says.
+    forms: questions with `{}`. A dose of 1 stands for the first form, 2 for the second; 0 asks `asked.text`.
+    """
+
+    def ask(tries: Sequence[Try]) -> list[str]:
+        texts = [forms[int(each.dose) - 1].format(concepts[each.number]) if each.dose else asked.text for each in tries]
+        said = []
+        for start in range(0, len(texts), asked.batch):
+            part = texts[start : start + asked.batch]
+            prompt = asked.lmm.prompt(part, [asked.image] * len(part))
+            said += asked.lmm.generate(prompt, max_new_tokens=asked.max_new_tokens)
+        return said
+
+    return ask
+
+
+# ---- all ways beside each other -------------------------------------------------------------------------------------
+
+WAYS = {
+    "latent": "clamped SAE latent",
+    "decoder": "decoder row of this latent, added",
+    "difference": "difference of means, added",
+    "probe": "logistic probe, added",
+    "prompt": "prompt",
+}
+
+
+@dataclass(frozen=True)
+class SteeringComparison:
+    """How each way steers towards the same objects.
+
+    ways: `WAYS` by their keys; each reports the same concepts in the same order.
+    length: the norm of what a dose of 1 adds.
+    """
+
+    ways: dict[str, Steering]
+    length: float
+
+    @property
+    def metrics(self) -> Metrics:
+        """The metrics of each way, and its mean difference from the clamped latent of the same concept."""
+        latent = self.ways["latent"]
+        metrics: Metrics = {"steer_length": self.length, "steer_concepts": len(latent.reported)}
+        for name, found in self.ways.items():
+            for key, value in found.metrics.items():
+                of_all = "unsteered" in key or key == "reference_perplexity"
+                metrics[f"steer_{key}" if of_all else f"steer_{name}_{key}"] = value
+            if name != "latent":
+                for what, key in (("names_concept", "named"), ("harmonic", "harmonic")):
+                    here, there = ([float(getattr(row, what)) for row in rows.reported] for rows in (found, latent))
+                    above = np.subtract(here, there)
+                    metrics |= bounds(f"steer_{name}_{key}_above_latent", mean_interval(above))
+        return metrics
+
+
+def compare_ways(
+    study: CachedSAE, names: Mapping[int, str], cached: LabelledStates, asked: SteeredQuestion,
+    *, doses: Sequence[float] = DOSES, forms: Sequence[str] = FORMS, scope: Scope = Scope(("tiles", "newline")),  # noqa: B008
+    count: int = 40, choosing: int = 20, least: int = 5, seed: int = 0, **probe,
+) -> SteeringComparison:  # fmt: skip
+    """Steer towards the same objects in every way, each at the dose that other objects choose.
+
+    The objects are those that a latent is named for and that enough cached scenes show. A dose of 1 adds a vector as
+    long as the mean maximum of their latents. This is about what a clamp at dose 1 adds, because rows of `W_dec` have
+    norm 1. The controls are random live latents, random rows of `W_dec`, random directions, and prompts that say the
+    next object; they are searched for the same names.
+
+    study: an SAE with the cache of its latents.
+    names: latent to the object that it is named for.
+    cached: states of cached images at the SAE's layer, to fit directions on.
+    doses: of latents and directions.
+    forms: of prompts.
+    scope: the tokens that are steered; a prompt has no scope.
+    count: objects that are reported.
+    choosing: other objects, which choose doses and the form.
+    least: cached images that must show an object.
+    seed: of the choice of objects, of the controls, and of the patches that probes are fitted on.
+    probe: other settings of `logistic_probes`.
+
+    Raises:
+        ValueError: fewer than three objects are named and shown.
+    """
+    place, cache = study
+    rng, scenes = np.random.default_rng(seed), cached.scenes
+    column = {name: n for n, (kind, name) in enumerate(cached.names) if kind == "object" and scenes[n] >= least}
+    latents = latents_named(cache, names, column)
+    if len(latents) < 3:
+        raise ValueError(
+            f"a latent is named for {len(latents)} objects that {least} cached images show; steering needs at least "
+            "three: give more explanations or more images"
+        )
+    order = rng.permutation(sorted(latents)).tolist()
+    chosen = order[: min(count, len(order) - 1) + choosing]
+    concepts, of_each = dict(enumerate(chosen)), [latents[name] for name in chosen]
+    n, reported = len(chosen), list(range(min(count, len(order) - 1)))
+    fit = [column[name] for name in chosen]
+    random = rng.normal(size=(n, place.lmm.width)).astype(np.float32)
+    length = float(cache.max[of_each].mean())
+    silent = np.setdiff1d(np.flatnonzero(np.asarray(cache.live)), of_each)
+    others = rng.choice(silent, n, replace=len(silent) < n).tolist()
+    rows = place.sae.W_dec.detach().float().cpu().numpy()[[*of_each, *others]]
+
+    def add(directions: np.ndarray) -> Way:
+        return adding(place.layer, directions, length, asked, scope)
+
+    clamp = clamping(place, cache, asked, scope)
+
+    def clamp_named(tries: Sequence[Try]) -> list[str]:
+        return clamp([each._replace(number=[*of_each, *others][each.number]) for each in tries])
+
+    ways = {
+        "latent": clamp_named,
+        "decoder": add(rows),
+        "difference": add(np.concatenate([mean_differences(cached, fit, least), random])),
+        "probe": add(np.concatenate([logistic_probes(cached, fit, least, seed=seed, **probe), random])),
+        "prompt": prompting(asked, concepts, forms),
+    }
+    following = [*reported[1:], reported[0]]
+    found = {
+        name: steer_by(
+            way, asked, concepts, range(1, 1 + len(forms)) if name == "prompt" else doses,
+            reported=reported, choosing=range(len(reported), n), curves=False,
+            control=following if name == "prompt" else [n + each for each in reported],
+        )
+        for name, way in ways.items()
+    }  # fmt: skip
+    return SteeringComparison(found, length)
+
+
+def steering_baselines(
+    study: CachedSAE, names: Mapping[int, str], images: Sequence[Image.Image], truth: LabelMaps,
+    *, question: str = QUESTION, size: int = 192, others: int = 100, batch: int = 20, max_new_tokens: int = 24,
+    seed: int = 0, **settings,
+) -> Metrics:  # fmt: skip
+    """Return the metrics of steering by latents, directions and prompts on a white image.
+
+    names: latent to the object that it is named for.
+    images: that were cached.
+    truth: their label maps.
+    size: side of the white image, in pixels.
+    others: images of `images`, at random, whose unsteered answers are the reference of fluency and its control.
+    batch: answers that run side by side.
+    max_new_tokens: after so many tokens an answer is cut.
+    seed: of every choice.
+    settings: of `compare_ways`.
+
+    Raises:
+        ValueError: as `compare_ways`.
+    """
+    lmm, white = study.place.lmm, Image.new("RGB", (size, size), "white")
+    drawn = np.random.default_rng(seed).permutation(len(images))[:others].tolist()
+    asked = SteeredQuestion(lmm, question, white, [images[n] for n in drawn], batch, max_new_tokens)
+    cached = LabelledStates.read(lmm, study.place.layer, images, truth)
+    return compare_ways(study, names, cached, asked, seed=seed, **settings).metrics

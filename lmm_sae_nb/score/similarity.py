@@ -68,6 +68,15 @@ class ImageTextSimilarity:
         return np.concatenate(cosines)
 
     @torch.no_grad()
+    def embed(self, images: Sequence[Image.Image]) -> Float[np.ndarray, "images width"]:
+        """Return each image as a vector of length 1, float32; the images may be opened one by one."""
+        vectors = [np.zeros((0, self.model.config.projection_dim), np.float32)]
+        for start in range(0, len(images), self.batch):
+            pictures = [images[n].convert("RGB") for n in range(start, min(start + self.batch, len(images)))]
+            vectors.append(self._embedded(pictures).cpu().numpy())
+        return np.concatenate(vectors)
+
+    @torch.no_grad()
     def all_pairs(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Float[np.ndarray, "images texts"]:
         """Return the cosine of every image with every text, float32 in [-1, 1].
 
@@ -78,11 +87,13 @@ class ImageTextSimilarity:
             self._encoded = wanted, self._encode(wanted)
         cosines = [np.zeros((0, len(texts)), np.float32)]
         for pictures, _ in batches(images, ["a"] * len(images), self.batch):
-            inputs = self.processor(images=pictures, return_tensors="pt").to(self.model.device)
-            pooled = self.model.vision_model(inputs["pixel_values"]).pooler_output
-            vectors = F.normalize(self.model.visual_projection(pooled), dim=-1)
-            cosines.append(require_finite_output(vectors @ self._encoded[1].T, "CLIP").cpu().numpy())
+            cosines.append((self._embedded(pictures) @ self._encoded[1].T).cpu().numpy())
         return np.concatenate(cosines)
+
+    def _embedded(self, pictures: Sequence[Image.Image]) -> Float[Tensor, "images width"]:
+        inputs = self.processor(images=pictures, return_tensors="pt").to(self.model.device)
+        pooled = self.model.vision_model(inputs["pixel_values"]).pooler_output
+        return require_finite_output(F.normalize(self.model.visual_projection(pooled), dim=-1), "CLIP")
 
     def _encode(self, texts: Sequence[str]) -> Float[Tensor, "texts width"]:
         """Return each text as a vector of length 1."""

@@ -113,7 +113,7 @@ def choose_detectors(
     for start in range(0, cache.n_latents, block):
         stop = min(start + block, cache.n_latents)
         entries, highest = cache.store.latents(start, stop), cache.max[start:stop].numpy()
-        f1, threshold = _best_thresholds(entries, start, highest, shows, n_showing, n_patches)
+        f1, threshold = best_thresholds(entries, start, highest, shows, n_showing, n_patches)
         for row, (kind, concept) in enumerate(truth.names):
             top = [n for n in np.argsort(-f1[:, row], kind="stable")[:best] if f1[n, row] > 0]
             candidates[row] += [
@@ -123,10 +123,11 @@ def choose_detectors(
     return [each for row in candidates for each in sorted(row, key=lambda each: -each.f1)[:best]]
 
 
-def _best_thresholds(
+def best_thresholds(
     entries: Firings, start: int, highest: np.ndarray, shows: sparse.csc_array, n_showing: np.ndarray, n_patches: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the best F1 (latents, concepts) over `THRESHOLDS`, and the threshold that gives it.
+    """Return the best F1 (latents, concepts) over `THRESHOLDS`, and the threshold that gives it, as a fraction of the
+    latent's maximum.
 
     entries: the activations of latents start to start + len(highest).
     highest: each latent's maximum.

@@ -86,8 +86,16 @@ class LabelMaps:
         indices: of images.
         grid: (rows, columns) of patches.
         """
-        shows = np.concatenate([self.coverage(index, grid) >= PATCH_SHOWS for index in indices], 1)
-        return sparse.csr_array(shows.astype(np.float32))
+        concepts, patches, columns = [], [], 0
+        for index in indices:
+            rows, fractions = self._known_coverage(index, grid)
+            row, patch = np.nonzero(fractions >= PATCH_SHOWS)
+            concepts.append(rows[row])
+            patches.append(patch + columns)
+            columns += grid[0] * grid[1]
+        places = tuple(np.concatenate([np.empty(0, int), *parts]) for parts in (concepts, patches))
+        ones = np.ones(len(places[0]), np.float32)
+        return sparse.csr_array((ones, places), (len(self.names), columns))
 
     def visible_and_coverage(
         self, exemplars: Sequence[Exemplar]

@@ -134,7 +134,13 @@ def test_workflows_run_only_pythons_that_the_project_allows():
 
 
 def test_every_import_is_declared():
-    names = {"PIL": "pillow", "yaml": "pyyaml", "IPython": "ipython", "sparsify": "eai-sparsify"}
+    names = {
+        "PIL": "pillow",
+        "sklearn": "scikit-learn",
+        "yaml": "pyyaml",
+        "IPython": "ipython",
+        "sparsify": "eai-sparsify",
+    }
     declared = {canonicalize_name(requirement.name) for requirement in INSTALLED}
     carried = {"ipython", "nbclient", "nbformat", "tomllib", "huggingface-hub", "tokenizers", "pandas"}
     peers = {canonicalize_name(Requirement(line).name) for line in EXTRAS["peers"]}

@@ -83,7 +83,7 @@ def test_a_latent_that_fires_faintly_on_its_concept_detects_it_at_the_lowest_thr
     showing = sparse.csc_array(np.repeat([1.0, 0.0], [10, 30])[:, None])
     entries = SimpleNamespace(latents=np.full(10, 3), images=np.zeros(10, int), patches=np.arange(10),
                               acts=np.array([5.0] + [0.05] * 9))  # fmt: skip
-    score, threshold = detectors._best_thresholds(entries, 3, np.array([5.0]), showing, np.array([10.0]), 40)
+    score, threshold = detectors.best_thresholds(entries, 3, np.array([5.0]), showing, np.array([10.0]), 40)
     assert (score.item(), threshold.item()) == (1, 0)
 
 

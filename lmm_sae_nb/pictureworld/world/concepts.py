@@ -119,6 +119,15 @@ STORIES = {
     "sleepy": "alice and bob walked far . they fell asleep on the grass . it was a sleepy day .",
 }
 
+# Concepts that contain others: a group, the concepts of which any is the parent, and the child, which lies inside.
+NESTED = (
+    *(("sign", (("object", "sign"),), ("word", word)) for word in SIGN_WORDS),
+    *(("panel", (("object", "panel"),), ("texture", texture)) for texture in TEXTURES),
+    *(("block", (("object", "block"),), ("material", material)) for material in MATERIALS),
+    *(("face", tuple(("face", each) for each in EMOTIONS), ("face", emotion)) for emotion in EMOTIONS),
+    *(("composite", (("object", name),), ("part", part)) for name, parts in COMPOSITES.items() for part in parts),
+)
+
 
 def with_article(noun: str) -> str:
     """Return the noun behind its indefinite article; plural names stand alone."""

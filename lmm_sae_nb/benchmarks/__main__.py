@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from lmm_sae_nb.benchmarks import ablations, cache_opening, comparison, seeds
+from lmm_sae_nb.benchmarks import ablations, cache_opening, comparison, panel, seeds
 
-COMMANDS = {"training": comparison, "ablations": ablations, "cache-opening": cache_opening, "seeds": seeds}
+COMMANDS = {
+    "training": comparison,
+    "ablations": ablations,
+    "cache-opening": cache_opening,
+    "seeds": seeds,
+    "panel": panel,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

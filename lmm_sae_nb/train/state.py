@@ -18,6 +18,8 @@ from lmm_sae_nb.train import checkpoint
 from lmm_sae_nb.train.checkpoint import Checkpoint
 from lmm_sae_nb.train.token_buffer import Position
 
+FREEZES = {"": None, "encoder": "W_enc", "decoder": "W_dec"}  # what a recipe can freeze, and the weights
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -27,17 +29,31 @@ class Recipe:
     n_latents: number of latents.
     k: active latents per token.
     lr: highest learning rate; by default the published rule, 2e-4 / sqrt(n_latents / 2^14).
+    frozen: "encoder" or "decoder", as a control: W_enc or W_dec keeps its first random rows. All biases and the other
+        matrix learn, so a frozen encoder can still learn how often each latent is active. "": everything learns.
+
+    Raises:
+        ValueError: there is no such part to freeze.
     """
 
     layer: int
     n_latents: int = 131_072
     k: int = 256
     lr: float | None = None
+    frozen: str = ""
+
+    def __post_init__(self):
+        if self.frozen not in FREEZES:
+            raise ValueError(f"frozen is {self.frozen!r}; choose 'encoder' or 'decoder', or '' to train everything")
 
     def run(self, lmm: LMM) -> dict[str, object]:
-        """Return what distinguishes this SAE from the others of the same training."""
+        """Return what distinguishes this SAE from the others of the same training.
+
+        `frozen` is there only if something is frozen, so that older records hold.
+        """
         lr = 2e-4 / math.sqrt(self.n_latents / 2**14) if self.lr is None else self.lr
-        return asdict(self) | {"lr": lr, "model": lmm.fingerprint(self.layer)}
+        run = asdict(self) | {"lr": lr, "model": lmm.fingerprint(self.layer)}
+        return run if self.frozen else {name: value for name, value in run.items() if name != "frozen"}
 
 
 @dataclass

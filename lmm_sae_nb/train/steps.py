@@ -158,7 +158,8 @@ def _sum_gradients(sae: TopKSAE, accelerator: Accelerator) -> None:
     """Sum the gradients over the processes, in place."""
     if accelerator.num_processes > 1:
         for weights in sae.parameters():
-            torch.distributed.all_reduce(weights.grad)
+            if weights.requires_grad:
+                torch.distributed.all_reduce(weights.grad)
 
 
 def gathered(x: Float[Tensor, "local width"], accelerator: Accelerator) -> Float[Tensor, "tokens width"]:

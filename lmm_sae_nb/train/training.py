@@ -28,7 +28,7 @@ from lmm_sae_nb.sae.topk import HISTORY, TopKSAE
 from lmm_sae_nb.support.files import clear_temporaries, read_json, write_json
 from lmm_sae_nb.support.stages import code_fingerprints
 from lmm_sae_nb.train import checkpoint
-from lmm_sae_nb.train.state import Learner, Recipe, Training, joined_settings
+from lmm_sae_nb.train.state import FREEZES, Learner, Recipe, Training, joined_settings
 from lmm_sae_nb.train.steps import CHECKPOINTS, do_steps, gathered
 from lmm_sae_nb.train.token_buffer import Position, Stream, mixed
 
@@ -51,6 +51,7 @@ def train_sae(
     n_latents: int = 131_072,
     k: int = 256,
     lr: float | None = None,
+    frozen: str = "",
     folder: str | Path,
     on_log: Callable[[list[dict[str, float]]], object] | None = None,
     **settings,
@@ -60,12 +61,12 @@ def train_sae(
     lmm: the model under study; it does not change.
     samples: rows with `image` (PIL or None), `question` and `answer`.
     layer: 0-based.
-    n_latents, k, lr: as of `Recipe`.
+    n_latents, k, lr, frozen: as of `Recipe`.
     on_log: called with all rows of the history so far, after each new row.
     settings, errors: as of `train_saes`.
     """
     on_logs = None if on_log is None else lambda histories: on_log(histories[""])
-    recipes = {"": Recipe(layer, n_latents, k, lr)}
+    recipes = {"": Recipe(layer, n_latents, k, lr, frozen)}
     return train_saes(lmm, samples, recipes, folder=folder, on_log=on_logs, **settings)[""]
 
 
@@ -219,6 +220,8 @@ def _begin(
 def _learner(lmm: LMM, run: Mapping, accelerator: Accelerator) -> Learner:
     generator = torch.Generator().manual_seed(run["seed"])
     sae = TopKSAE(lmm.width, run["n_latents"], run["k"], generator=generator).to(lmm.device)
+    if kept := FREEZES[run.get("frozen", "")]:
+        getattr(sae, kept).requires_grad_(False)
     optimiser = accelerator.prepare_optimizer(SAEAdam(sae, run["lr"]), device_placement=False)
     return Learner(run, sae, optimiser, torch.zeros(sae.n_latents, dtype=torch.long, device=lmm.device))
 

@@ -1,0 +1,206 @@
+"""The panel: the order of its tasks, what is made again after a kill or a change, and what the file says."""
+
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+
+from lmm_sae_nb.benchmarks import panel, panel_saes
+from lmm_sae_nb.benchmarks.panel_saes import Member, Pass
+from lmm_sae_nb.benchmarks.tasks import Task, do_tasks
+from lmm_sae_nb.controls.chain import PartResult
+from lmm_sae_nb.show.panel import read_panel
+from lmm_sae_nb.support.files import read_json, write_json
+
+# ---- tasks ----------------------------------------------------------------------------------------------------------
+
+
+def logged(log, name, fails=False):
+    def call():
+        log.append(name)
+        if fails:
+            raise OSError(f"no {name}")
+
+    return call
+
+
+def test_a_task_waits_for_those_before_it_and_a_failure_stops_only_those_behind_it():
+    log, ended = [], {}
+    tasks = {
+        "last": Task(logged(log, "last"), after=("one", "two")),
+        "one": Task(logged(log, "one")),
+        "bad": Task(logged(log, "bad", fails=True)),
+        "two": Task(logged(log, "two"), after=("one",)),
+        "behind": Task(logged(log, "behind"), after=("bad",)),
+        "further": Task(logged(log, "further"), after=("behind",)),
+    }
+    failed = do_tasks(tasks, 0, lambda name, error: ended.update({name: error}))
+    assert log.index("one") < log.index("two") < log.index("last")
+    assert set(log) == {"one", "two", "last", "bad"}
+    assert failed["bad"] == "OSError: no bad"
+    assert failed["behind"].endswith("bad failed")
+    assert failed["further"].endswith("behind failed")
+    assert ended.keys() == tasks.keys()
+
+
+def test_a_circle_or_an_unknown_task_is_refused():
+    with pytest.raises(ValueError, match=r"\['x'\], which are not among them"):
+        do_tasks({"a": Task(list, after=("x",))}, 0, print)
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] wait for each other"):
+        do_tasks({"a": Task(list, after=("b",)), "b": Task(list, after=("a",))}, 0, print)
+
+
+def write(path, text):
+    path.write_text(text)
+
+
+def test_processes_work_side_by_side(tmp_path):
+    tasks = {str(n): Task(write, (tmp_path / str(n), f"{n}"), ("0",) if n else ()) for n in range(4)}
+    assert do_tasks(tasks, 2, lambda *_: None) == {}
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["0", "1", "2", "3"]
+
+
+# ---- resuming -------------------------------------------------------------------------------------------------------
+
+SAES = {
+    "one": Member("the first", "seed", "first"),
+    "two": Member("the second", "seed", "second"),
+    "made": Member("a dictionary", "control"),
+}
+
+
+def names_part(case):
+    return PartResult({"named": len(case.name)}, [], {3: {"concept": case.name}})
+
+
+def reading_part(case):
+    return PartResult({"letters": sum(map(len, (row["concept"] for row in case.rows("names").values())))}, ["little"])
+
+
+def model_part(case):
+    return {"accuracy": 0.123456789}
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    """What was made, in order. A project in which all is small; making is writing a file."""
+    made = []
+    (tmp_path / "pyproject.toml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(panel, "SAES", SAES)
+    monkeypatch.setattr(panel_saes, "SAES", SAES)
+    monkeypatch.setattr(panel, "PASSES", {"first": Pass(), "second": Pass(1)})
+    monkeypatch.setattr(panel, "inputs", lambda: {"pages": {"01": {"k": 4}}})
+    monkeypatch.setattr(panel, "_data", lambda: {"scenes": "a"})
+
+    def make(sae):
+        write_json(panel_saes.sae_folder(sae) / "sae.safetensors", {"name": sae})
+
+    def train(name):
+        made.append(f"train {name}")
+        for sae in (sae for sae, member in SAES.items() if member.trained_in == name):
+            make(sae)
+
+    monkeypatch.setattr(panel_saes, "train", train)
+    monkeypatch.setattr(panel_saes, "build", lambda name: (made.append(f"build {name}"), make(name)))
+    monkeypatch.setattr(panel_saes, "cache_all", lambda model: made.append("cache"))
+
+    def counted(part):
+        def measure(case):
+            made.append(f"{case.part}, {case.name}")
+            return part(case)
+
+        return measure
+
+    parts = {
+        "names": panel.Part(counted(names_part), (names_part,)),
+        "reads": panel.Part(counted(reading_part), (reading_part,), reads=("names",)),
+        "plain": panel.Part(counted(model_part), (model_part,), of_model=True),
+    }
+    monkeypatch.setattr(panel, "PARTS", parts)
+    return made
+
+
+def measure_all(parts=("names", "reads", "plain")):
+    failed = panel.run(panel.make_tasks(list(SAES), list(parts)), 0)
+    assert not failed, failed
+    return panel.collect({"date": "2026-11-30"})
+
+
+def measured(log):
+    return [name for name in log if ", " in name]
+
+
+def test_every_part_of_every_sae_is_measured_once_and_in_order(log):
+    found = measure_all()
+    assert log[:4] == ["train first", "train second", "build made", "cache"]
+    assert sorted(measured(log)) == sorted(
+        [f"{part}, {sae}" for part in ("names", "reads") for sae in SAES] + ["plain, model"]
+    )
+    assert (found.missing, list(found.saes)) == ([], [*SAES, "model"])
+    assert found.column("reads", "letters") == {"one": 3, "two": 3, "made": 4}
+    assert found.saes["one"].parts["reads"].why == ["little"]
+    assert found.find("model", "plain", "accuracy") == 0.12346
+    assert found.group("control") == ["made"]
+    log.clear()
+    assert measure_all() == found
+    assert measured(log) == []
+
+
+def test_a_killed_panel_has_what_is_finished_and_goes_on(log, monkeypatch):
+    whole = panel.PARTS["reads"].measure
+
+    def killed(case):
+        if case.name == "two":
+            raise KeyboardInterrupt
+        return whole(case)
+
+    parts = dict(panel.PARTS)
+    monkeypatch.setitem(panel.PARTS, "reads", panel.Part(killed, (reading_part,), reads=("names",)))
+    monkeypatch.setattr(panel, "code_of", lambda part: {"code": "the same"})
+    with pytest.raises(KeyboardInterrupt):
+        measure_all()
+    found = panel.collect({})
+    assert found.missing == ["two, reads", "made, reads", "model, plain"]
+    assert found.column("reads", "letters") == {"one": 3}
+    monkeypatch.setattr(panel, "PARTS", parts)
+    log.clear()
+    assert measure_all().missing == []
+    assert measured(log) == ["reads, two", "reads, made", "plain, model"]
+
+
+def test_a_part_is_measured_again_if_what_decides_it_has_changed(log, monkeypatch):
+    measure_all()
+    log.clear()
+    weights = panel_saes.sae_folder("two") / "sae.safetensors"
+    monkeypatch.setattr(panel_saes, "train", lambda name: None)  # it would write the old weights again
+    write_json(weights, {"name": "other weights"})
+    measure_all()
+    assert measured(log) == ["names, two", "reads, two"]
+    log.clear()
+    monkeypatch.setattr(panel, "inputs", lambda: {"pages": {"01": {"k": 5}}})
+    measure_all()
+    assert len(measured(log)) == 7
+
+
+def test_code_counts_and_layout_does_not(log, monkeypatch):
+    source = "def measure(case):\n    return {{'a': {}}}  # {}\n"
+    texts = {"now": source.format(1, "one"), "comment": source.format(1, "two"), "changed": source.format(2, "one")}
+    hashes = {}
+    for name, text in texts.items():
+        monkeypatch.setattr(panel.inspect, "getsource", lambda _, text=text: text)
+        hashes[name] = panel._statements(SimpleNamespace())
+    assert hashes["now"] == hashes["comment"] != hashes["changed"]
+
+
+def test_only_what_was_asked_for_is_measured_and_the_rest_is_named_as_missing(log):
+    found = measure_all(parts=("names",))
+    assert set(found.missing) == {"one, reads", "two, reads", "made, reads", "model, plain"}
+    assert read_json(panel.part_file("one", "names"))["metrics"] == {"named": 3}
+
+
+def test_the_file_is_read_as_it_was_written(log, tmp_path):
+    found = measure_all()
+    panel.seeds.write_lines(tmp_path / "panel.json", asdict(found))
+    assert read_panel(tmp_path / "panel.json") == found
+    assert read_panel("") is None

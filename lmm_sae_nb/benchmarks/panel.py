@@ -26,7 +26,7 @@ import numpy as np
 from datasets import load_from_disk
 from PIL import Image
 
-from lmm_sae_nb.benchmarks import panel_saes, seeds
+from lmm_sae_nb.benchmarks import panel_saes
 from lmm_sae_nb.benchmarks.panel_saes import PASSES, SAES, TRAINED, digest, folder_of, page_parameters
 from lmm_sae_nb.benchmarks.tasks import Task, do_tasks
 from lmm_sae_nb.compare import depth
@@ -41,7 +41,7 @@ from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.score import latents as score_latents
 from lmm_sae_nb.score import tables as score_tables
 from lmm_sae_nb.score.similarity import open_similarity
-from lmm_sae_nb.show.panel import MeasuredPart, Panel, PanelSAE
+from lmm_sae_nb.show.panel import MeasuredPart, Panel, PanelSAE, write_panel
 from lmm_sae_nb.steer import experiments
 from lmm_sae_nb.support.files import fingerprint, project_root, read_json, write_json
 from lmm_sae_nb.support.images import Remembered, open_images
@@ -54,7 +54,7 @@ from lmm_sae_nb.truth.label_maps import LabelMaps
 COMMAND = "python -m lmm_sae_nb.benchmarks panel"
 ABOUT = (
     "The metrics of notebooks 01 to 07, and more, for SAEs of one model that differ in one thing, and of methods that "
-    "are no SAEs. 99 % intervals end in _low and _high."
+    "are no SAEs. A number, or [number, low, high] with the ends of its 99 % interval."
 )
 MODEL = "model"  # the name under which parts that need no SAE are kept
 SIZES = {  # of the panel, where they differ from the notebooks'
@@ -354,8 +354,7 @@ def collect(made: dict, saes: Sequence[str] = tuple(SAES), parts: Sequence[str] 
         for part in (each for each in parts if PARTS[each].of_model == (sae == MODEL)):
             if is_done(sae, part):
                 record = read_json(part_file(sae, part))
-                metrics = {name: seeds.short(value) for name, value in record["metrics"].items()}
-                of_sae[part] = MeasuredPart(metrics, record["seconds"], record["why"])
+                of_sae[part] = MeasuredPart.of(record["metrics"], record["seconds"], record["why"])
             else:
                 missing.append(f"{sae}, {part}")
         if of_sae:
@@ -395,7 +394,7 @@ def main(options: argparse.Namespace) -> None:
         raise SystemExit("the datasets of Picture World are missing; run `make world` first")
     os.environ["OMP_NUM_THREADS"] = "1"  # of each process
     failed = run(make_tasks(options.saes, options.parts), options.jobs)
-    seeds.write_lines(options.out, asdict(collect(circumstances())))
+    write_panel(options.out, collect(circumstances()))
     for name, error in failed.items():
         print(f"{name}: {error}", file=sys.stderr)
     if failed:

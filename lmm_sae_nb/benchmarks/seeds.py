@@ -164,29 +164,23 @@ def _measured(rows: Sequence[dict]) -> dict[str, Measured]:
     ends = {name for name in names if name.endswith(("_low", "_high")) and name.rpartition("_")[0] in names}
 
     def column(name: str) -> list[int | float | None] | None:
-        return [short(row.get(name)) for row in rows] if name in names else None
+        return [_short(row.get(name)) for row in rows] if name in names else None
 
     found = {
         name: Measured.of(column(name), column(f"{name}_low"), column(f"{name}_high"))
         for name in names
         if name not in ends
     }
-    return {name: replace(measured, median=short(measured.median)) for name, measured in found.items()}
+    return {name: replace(measured, median=_short(measured.median)) for name, measured in found.items()}
 
 
-def short(value: int | float | None) -> int | float | None:
-    """Return a number with five digits."""
+def _short(value: int | float | None) -> int | float | None:
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def write_study(path: Path, study: SeedStudy) -> None:
     """Write a study as JSON, each metric on one line."""
-    write_lines(path, asdict(study))
-
-
-def write_lines(path: Path, value: dict) -> None:
-    """Write a value as JSON, what is short on one line."""
-    write_atomic(path, (_lines(value) + "\n").encode())
+    write_atomic(path, (_lines(asdict(study)) + "\n").encode())
 
 
 def _lines(value: object, indent: str = "") -> str:

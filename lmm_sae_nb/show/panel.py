@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lmm_sae_nb.support.stages import read_typed
+from lmm_sae_nb.support.files import write_atomic
+from lmm_sae_nb.support.intervals import Mean
+from lmm_sae_nb.support.stages import Metrics, read_typed
 
 Number = int | float
 
@@ -14,14 +18,31 @@ Number = int | float
 class MeasuredPart:
     """What a part measured for one SAE.
 
-    metrics: name to number; intervals as `name_low` and `name_high`.
+    metrics: name to number, or to number, low and high end of its 99 % interval.
     seconds: CPU time.
     why: a sentence for each thing that could not be measured.
     """
 
-    metrics: dict[str, Number]
+    metrics: dict[str, Number | tuple[Number, Number, Number]]
     seconds: float
     why: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, metrics: Metrics, seconds: float, why: list[str]) -> MeasuredPart:
+        """Put numbers and their ends, `name_low` and `name_high`, together, and keep five digits."""
+        metrics = {name: float(f"{x:.5g}") if isinstance(x, float) else x for name, x in metrics.items()}
+        ends = {name: (f"{name}_low", f"{name}_high") for name in metrics}
+        with_ends = {name for name, pair in ends.items() if metrics.keys() >= set(pair)}
+        left_out = {end for name in with_ends for end in ends[name]}
+        return cls(
+            {
+                name: (x, *(metrics[end] for end in ends[name])) if name in with_ends else x
+                for name, x in metrics.items()
+                if name not in left_out
+            },
+            seconds,
+            why,
+        )
 
 
 @dataclass(frozen=True)
@@ -59,6 +80,15 @@ class Panel:
 
     def find(self, sae: str, part: str, metric: str) -> Number | None:
         """Return a metric; None if the SAE does not have it."""
+        value = self._value(sae, part, metric)
+        return value[0] if isinstance(value, tuple) else value
+
+    def interval(self, sae: str, part: str, metric: str) -> Mean | None:
+        """Return a metric with its 99 % interval; None if the SAE does not have both."""
+        value = self._value(sae, part, metric)
+        return Mean(*value) if isinstance(value, tuple) else None
+
+    def _value(self, sae: str, part: str, metric: str) -> Number | tuple[Number, Number, Number] | None:
         measured = self.saes[sae].parts.get(part)
         return None if measured is None else measured.metrics.get(metric)
 
@@ -80,3 +110,17 @@ def read_panel(path: str | Path) -> Panel | None:
         ValueError: the file is of another kind.
     """
     return read_typed(path, Panel) if str(path) not in ("", ".") else None
+
+
+def write_panel(path: str | Path, panel: Panel) -> None:
+    """Write a panel as JSON, each part of an SAE on one line."""
+    write_atomic(path, (_lines(asdict(panel), 4) + "\n").encode())
+
+
+def _lines(value: object, depth: int, indent: str = "") -> str:
+    """A value as JSON: a line for each entry down to `depth`, deeper values on one line."""
+    if not isinstance(value, Mapping) or not value or depth == 0:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    inner = indent + "  "
+    entries = (f"{inner}{json.dumps(name)}: {_lines(each, depth - 1, inner)}" for name, each in value.items())
+    return "{\n" + ",\n".join(entries) + f"\n{indent}}}"

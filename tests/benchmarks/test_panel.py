@@ -1,6 +1,5 @@
 """The panel: the order of its tasks, what is made again after a kill or a change, and what the file says."""
 
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +8,7 @@ from lmm_sae_nb.benchmarks import panel, panel_saes
 from lmm_sae_nb.benchmarks.panel_saes import Member, Pass
 from lmm_sae_nb.benchmarks.tasks import Task, do_tasks
 from lmm_sae_nb.controls.chain import PartResult
-from lmm_sae_nb.show.panel import read_panel
+from lmm_sae_nb.show.panel import MeasuredPart, read_panel, write_panel
 from lmm_sae_nb.support.files import read_json, write_json
 
 # ---- tasks ----------------------------------------------------------------------------------------------------------
@@ -201,6 +200,11 @@ def test_only_what_was_asked_for_is_measured_and_the_rest_is_named_as_missing(lo
 
 def test_the_file_is_read_as_it_was_written(log, tmp_path):
     found = measure_all()
-    panel.seeds.write_lines(tmp_path / "panel.json", asdict(found))
+    write_panel(tmp_path / "panel.json", found)
     assert read_panel(tmp_path / "panel.json") == found
     assert read_panel("") is None
+
+
+def test_numbers_and_their_ends_stand_together():
+    part = MeasuredPart.of({"fvu": 0.123456, "fvu_low": 0.1, "fvu_high": 0.2, "asked": 3, "odd_low": 1}, 2.5, [])
+    assert part.metrics == {"fvu": (0.12346, 0.1, 0.2), "asked": 3, "odd_low": 1}

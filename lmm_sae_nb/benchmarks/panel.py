@@ -341,17 +341,15 @@ def make_tasks(saes: Sequence[str], parts: Sequence[str]) -> dict[str, Task]:
     return tasks
 
 
-def collect(made: dict, saes: Sequence[str] = tuple(SAES), parts: Sequence[str] | None = None) -> Panel:
+def collect(made: dict) -> Panel:
     """Gather what is measured.
 
     made: date, machine and versions.
-    saes, parts: names; by default all.
     """
     missing, found = [], {}
-    parts = list(PARTS) if parts is None else parts
-    for sae in (*saes, MODEL):
+    for sae in (*SAES, MODEL):
         of_sae = {}
-        for part in (each for each in parts if PARTS[each].of_model == (sae == MODEL)):
+        for part in (each for each in PARTS if PARTS[each].of_model == (sae == MODEL)):
             if is_done(sae, part):
                 record = read_json(part_file(sae, part))
                 of_sae[part] = MeasuredPart.of(record["metrics"], record["seconds"], record["why"])

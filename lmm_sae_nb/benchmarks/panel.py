@@ -42,7 +42,7 @@ from lmm_sae_nb.score import latents as score_latents
 from lmm_sae_nb.score import tables as score_tables
 from lmm_sae_nb.score.similarity import open_similarity
 from lmm_sae_nb.show.panel import MeasuredPart, Panel, PanelSAE, write_panel
-from lmm_sae_nb.steer import experiments
+from lmm_sae_nb.steer import objects
 from lmm_sae_nb.support.files import fingerprint, project_root, read_json, write_json
 from lmm_sae_nb.support.images import Remembered, open_images
 from lmm_sae_nb.support.progress import progress_bar
@@ -229,7 +229,7 @@ PARTS: dict[str, Part] = {
     ),
     "detect": Part(_detect, (chain.detect, detectors, explain, interpret_open)),
     "score": Part(_score, (chain.score, score_latents, score_tables), reads=("interpret",)),
-    "steer": Part(_steer, (chain.steer, experiments), reads=("interpret",)),
+    "steer": Part(_steer, (chain.steer, objects), reads=("interpret",)),
     "attribute": Part(_attribute, (chain.attribute, depth)),
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ from lmm_sae_nb.score.latents import explained_latents, score_latents
 from lmm_sae_nb.score.masks import FindConcept
 from lmm_sae_nb.score.similarity import AllPairs
 from lmm_sae_nb.score.tables import kind_tables, score_metrics
-from lmm_sae_nb.steer.experiments import steer_objects
+from lmm_sae_nb.steer.objects import steer_objects
 from lmm_sae_nb.steer.steering import Scope
 from lmm_sae_nb.support.intervals import bounds, mean_interval
 from lmm_sae_nb.support.stages import Metrics

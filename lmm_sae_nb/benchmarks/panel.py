@@ -376,6 +376,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this command's options to a parser."""
     parser.add_argument("--saes", nargs="+", default=list(SAES), choices=SAES, metavar="SAE", help=", ".join(SAES))
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--keep-saes", action="store_true", help="take SAEs as they are, also those of earlier code")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes side by side")
     parser.add_argument("--out", type=Path, default=project_root() / "book" / "panel.json")
 
@@ -391,7 +392,7 @@ def main(options: argparse.Namespace) -> None:
     if not (project_root() / page_parameters("03")["concepts"]).is_file():
         raise SystemExit("the datasets of Picture World are missing; run `make world` first")
     os.environ["OMP_NUM_THREADS"] = "1"  # of each process
-    failed = run(make_tasks(options.saes, options.parts), options.jobs)
+    failed = run(make_tasks(options.saes, options.parts, keep_saes=options.keep_saes), options.jobs)
     write_panel(options.out, collect(circumstances()))
     for name, error in failed.items():
         print(f"{name}: {error}", file=sys.stderr)

@@ -182,6 +182,14 @@ def test_a_part_is_measured_again_if_what_decides_it_has_changed(log, monkeypatc
     assert len(measured(log)) == 7
 
 
+def test_saes_can_be_kept_as_they_are(log):
+    measure_all()
+    log.clear()
+    tasks = panel.make_tasks(list(SAES), ["names"], keep_saes=True)
+    assert panel.run(tasks, 0) == {}
+    assert log == ["cache"]
+
+
 def test_code_counts_and_layout_does_not(log, monkeypatch):
     source = "def measure(case):\n    return {{'a': {}}}  # {}\n"
     texts = {"now": source.format(1, "one"), "comment": source.format(1, "two"), "changed": source.format(2, "one")}

@@ -318,26 +318,31 @@ def measure(sae: str, part: str) -> None:
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def make_tasks(saes: Sequence[str], parts: Sequence[str]) -> dict[str, Task]:
+def make_tasks(saes: Sequence[str], parts: Sequence[str], *, keep: bool = False) -> dict[str, Task]:
     """Return the tasks of the panel by name: trainings, dictionaries, caches, then the parts.
 
     All SAEs are trained and cached, also those whose parts are not asked for: they share passes over the model.
+
+    keep: take SAEs and caches as they are on the disk, also those of an earlier version of the code.
     """
-    tasks = {f"train {name}": Task(panel_saes.train, (name,)) for name in PASSES}
-    built = [name for name, member in SAES.items() if not member.trained_in]
-    tasks |= {
-        f"build {name}": Task(panel_saes.build, (name,), ("train first",) if name == "random" else ())
-        for name in built
-    }  # fmt: skip
-    for model in dict.fromkeys(member.model for member in SAES.values()):
-        made = [f"train {name}" for name, one in PASSES.items() if one.model == model]
-        made += [f"build {name}" for name in built if SAES[name].model == model]
-        tasks[f"cache {model}"] = Task(panel_saes.cache_all, (model,), tuple(made))
+    tasks = {} if keep else _making()
     for part in parts:
         for sae in [MODEL] if PARTS[part].of_model else saes:
-            first = [f"{each}, {sae}" for each in PARTS[part].reads if each in parts]
-            before = [] if sae == MODEL else [f"cache {SAES[sae].model}"]
-            tasks[f"{part}, {sae}"] = Task(measure, (sae, part), (*before, *first))
+            model = TRAINED if sae == MODEL else SAES[sae].model
+            before = [f"cache {model}", *(f"{each}, {sae}" for each in PARTS[part].reads)]
+            tasks[f"{part}, {sae}"] = Task(measure, (sae, part), tuple(name for name in before if name in tasks))
+    return tasks
+
+
+def _making() -> dict[str, Task]:
+    """The tasks that make all SAEs and their caches."""
+    tasks = {f"train {name}": Task(panel_saes.train, (name,)) for name in PASSES}
+    for name in (name for name, member in SAES.items() if not member.trained_in):
+        tasks[f"build {name}"] = Task(panel_saes.build, (name,), ("train first",) if name == "random" else ())
+    for model in dict.fromkeys(member.model for member in SAES.values()):
+        of_model = {name: member for name, member in SAES.items() if member.model == model}
+        made = {f"train {one.trained_in}" if one.trained_in else f"build {name}" for name, one in of_model.items()}
+        tasks[f"cache {model}"] = Task(panel_saes.cache_all, (model,), tuple(sorted(made)))
     return tasks
 
 
@@ -376,7 +381,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this command's options to a parser."""
     parser.add_argument("--saes", nargs="+", default=list(SAES), choices=SAES, metavar="SAE", help=", ".join(SAES))
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--keep-saes", action="store_true", help="take SAEs as they are, also those of earlier code")
+    parser.add_argument(
+        "--keep", action="store_true", help="take SAEs and caches as they are, also those of earlier code"
+    )
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes side by side")
     parser.add_argument("--out", type=Path, default=project_root() / "book" / "panel.json")
 
@@ -392,7 +399,7 @@ def main(options: argparse.Namespace) -> None:
     if not (project_root() / page_parameters("03")["concepts"]).is_file():
         raise SystemExit("the datasets of Picture World are missing; run `make world` first")
     os.environ["OMP_NUM_THREADS"] = "1"  # of each process
-    failed = run(make_tasks(options.saes, options.parts, keep_saes=options.keep_saes), options.jobs)
+    failed = run(make_tasks(options.saes, options.parts, keep=options.keep), options.jobs)
     write_panel(options.out, collect(circumstances()))
     for name, error in failed.items():
         print(f"{name}: {error}", file=sys.stderr)

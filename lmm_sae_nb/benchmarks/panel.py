@@ -326,7 +326,7 @@ def make_tasks(saes: Sequence[str], parts: Sequence[str], *, keep: bool = False)
     keep: take SAEs and caches as they are on the disk, also those of an earlier version of the code.
     """
     tasks = {} if keep else _making()
-    for part in parts:
+    for part in (name for name in PARTS if name in parts):
         for sae in [MODEL] if PARTS[part].of_model else saes:
             model = TRAINED if sae == MODEL else SAES[sae].model
             before = [f"cache {model}", *(f"{each}, {sae}" for each in PARTS[part].reads)]

@@ -9,7 +9,8 @@ overcomplete has the same as a distance). With unit decoder rows d of one SAE an
 
 Departures: only live latents count, in both SAEs. With a different number of live latents, the matching leaves out the
 rest of the larger SAE. The control puts a random dictionary of equal size in the place of the second SAE. In a space of
-few dimensions its maximal cosines are far above 0.
+few dimensions its maximal cosines are far above 0. Many rows stay near where they started: SAEs of one seed share these
+starts, also an untrained one, so only SAEs of different seeds say anything.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -252,11 +253,28 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"), size)
 
 
-def sign(word: str, side: int, rng: np.random.Generator) -> Sprite:
-    """Return a sign on a post with a word on it, legible at 192 px."""
+class Board(NamedTuple):
+    """The board of a sign in pixels, and the size of its letters."""
+
+    letters: int
+    width: int
+    height: int
+
+
+def board(word: str, side: int) -> Board:
+    """Return the board that a word needs: the largest letters that fit into so many pixels a side."""
     size = next(s for s in range(26, 11, -1) if font(s).getlength(word.upper()) <= side - 12 or s == 12)
     left, top, right, bottom = font(size).getbbox(word.upper())
-    width, height = min(side, right - left + 12), bottom - top + 14
+    return Board(size, min(side, right - left + 12), bottom - top + 14)
+
+
+def sign(word: str, side: int, rng: np.random.Generator, on: Board | None = None) -> Sprite:
+    """Return a sign on a post with a word on it, legible at 192 px.
+
+    on: the board; by default the one that the word needs.
+    """
+    size, width, height = on or board(word, side)
+    left, top, right, bottom = font(size).getbbox(word.upper())
     paper, ink = (
         ("white", "black"),
         ("yellow", "black"),

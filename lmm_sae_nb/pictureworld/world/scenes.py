@@ -35,6 +35,7 @@ from lmm_sae_nb.pictureworld.world.concepts import (
 SIDE = 192  # pixels
 PATCH = 16  # pixels; the eye's patch, and the grain of masked scenes
 TRAIN, VALIDATION, HELD_OUT = 0, 900_000, 1_000_000  # first seed of each split
+GROUNDS = tuple(name for name in SCENES if name != "map")  # backgrounds that items lie on
 
 # Centre (y, x) of each place, in pixels, and the largest item that fits there.
 _CENTRES = {
@@ -71,6 +72,43 @@ class Item:
         return {"face": f"{self.name} face", "panel": "panel", "block": "block", "sign": "sign"}.get(
             self.kind, self.name
         )
+
+
+@dataclass(frozen=True)
+class Laid:
+    """An item where it lies on a scene.
+
+    sprite: its picture.
+    corner: top and left pixel of the sprite.
+    side: pixels that the sprite was drawn for.
+    state: of the random generator before the sprite was drawn, so that it can be drawn again.
+    """
+
+    item: Item
+    sprite: Sprite
+    corner: tuple[int, int]
+    side: int
+    state: dict
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        """Rows and columns of the scene under the sprite."""
+        return tuple(slice(c, c + s) for c, s in zip(self.corner, self.sprite.size, strict=True))
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The parts of a scene, before they are laid over each other: `compose` makes the scene.
+
+    pixels, ground: of the background: colours (SIDE, SIDE, 3), and concept numbers of its materials (SIDE, SIDE).
+    laid: the items, the lowest first.
+    """
+
+    seed: int
+    background: str
+    pixels: np.ndarray
+    ground: np.ndarray
+    laid: tuple[Laid, ...]
 
 
 @dataclass
@@ -117,25 +155,36 @@ def make_scene(seed: int, kinds: Sequence[str] = ()) -> Scene | None:
 
     kinds: return None if no item is of one of these kinds. Such a scene is not drawn to its end.
     """
+    drawing = draw_scene(seed, kinds)
+    if drawing is not None:
+        return compose(drawing)
+    return None if kinds else make_map(seed)
+
+
+def draw_scene(seed: int, kinds: Sequence[str] = ()) -> Drawing | None:
+    """Return the parts of a seed's scene; None if it is a map, which has no items.
+
+    kinds: return None, too, if no item is of one of these kinds.
+    """
     rng = np.random.default_rng([20, seed])
     if rng.random() < 0.14:
-        return None if kinds else make_map(seed)
+        return None
     places = _layout(rng)
-    return _furnished(seed, rng, places, kinds=kinds) if places or not kinds else None
+    return _draw(seed, rng, places, kinds=kinds) if places or not kinds else None
 
 
 def make_crowd(seed: int) -> Scene:
     """Return a scene with nine small items, never used in questions: it teaches the eye many things at once."""
     rng = np.random.default_rng([21, seed])
     places = [f"{32 + 64 * row},{32 + 64 * column}" for row in range(3) for column in range(3)]
-    return _furnished(seed, rng, places, unique=False)
+    return compose(_draw(seed, rng, places, unique=False))
 
 
 def make_signs(seed: int) -> Scene:
     """Return a scene with six large things, most of them signs: it teaches the eye to read."""
     rng = np.random.default_rng([24, seed])
     places = [f"{y},{x}" for y in (32, 96, 160) for x in (48, 144)]
-    return _furnished(seed, rng, places, unique=False, odds={**_KIND_ODDS, "sign": 1.6})
+    return compose(_draw(seed, rng, places, unique=False, odds={**_KIND_ODDS, "sign": 1.6}))
 
 
 def make_map(seed: int) -> Scene:
@@ -231,7 +280,7 @@ _KIND_ODDS = {
     "block": 0.07,
     "sign": 0.08,
 }
-_POOLS = {
+POOLS = {
     "object": tuple(EMOJI_OBJECTS), "shape": SHAPES, "composite": tuple(COMPOSITES), "face": EMOTIONS,
     "panel": TEXTURES, "block": MATERIALS, "sign": SIGN_WORDS,
 }  # fmt: skip
@@ -250,7 +299,7 @@ def _pick_items(rng: np.random.Generator, places: list[str], unique: bool, odds:
     chances /= chances.sum()
     while len(items) < len(places):
         kind = kinds[rng.choice(len(kinds), p=chances)]
-        name = _POOLS[kind][rng.integers(len(_POOLS[kind]))]
+        name = POOLS[kind][rng.integers(len(POOLS[kind]))]
         if unique and (any(i.name == name for i in items) or kind in _ONCE and any(i.kind == kind for i in items)):
             continue
         parts = COMPOSITES[name] if kind == "composite" else ("whole",) if kind == "shape" else ()
@@ -259,7 +308,8 @@ def _pick_items(rng: np.random.Generator, places: list[str], unique: bool, odds:
     return items
 
 
-def _sprite(item: Item, side: int, rng: np.random.Generator) -> Sprite:
+def draw_item(item: Item, side: int, rng: np.random.Generator) -> Sprite:
+    """Return the picture of an item, for so many pixels a side."""
     if item.kind == "shape":
         return art.shape(item.name, item.colours["whole"], side, rng)
     if item.kind == "composite":
@@ -274,35 +324,45 @@ def _sprite(item: Item, side: int, rng: np.random.Generator) -> Sprite:
     return draw(item.name, side, rng)
 
 
-def _furnished(
+def _draw(
     seed: int,
     rng: np.random.Generator,
     places: list[str],
     unique: bool = True,
     odds: dict[str, float] = _KIND_ODDS,
     kinds: Sequence[str] = (),
-) -> Scene | None:
-    """Return a scene with an item at each place; None if kinds are given, and no item is of one of them."""
-    grounds = [name for name in SCENES if name != "map"]
-    scene = grounds[rng.integers(len(grounds))]
-    pixels, ground = art.background(scene, SIDE, SIDE, rng)
+) -> Drawing | None:
+    """Return the parts of a scene with an item at each place; None if kinds are given, and no item is of one of them."""
+    background = GROUNDS[rng.integers(len(GROUNDS))]
+    pixels, ground = art.background(background, SIDE, SIDE, rng)
     items = _pick_items(rng, places, unique, odds)
     if kinds and not any(item.kind in kinds for item in items):
         return None
-    labels = {kind: np.zeros((SIDE, SIDE), np.uint8) for kind in KINDS}
-    labels["scene"][:] = NUMBER["scene"][scene]
-    labels["material"][:] = ground
-    where = np.zeros((SIDE, SIDE), np.uint8)
+    laid = []
     for item in items:
         smallest, largest = (44, 62) if not unique else (76, 112) if len(places) == 1 else (60, 86)
         side = int(rng.integers(smallest, largest))
         if item.kind == "sign":
             side = int(max(side, 64 if len(places) > 6 else 84))
-        sprite = _sprite(item, side, rng)
-        window = _lay(pixels, labels, sprite, _spot(item.place, sprite, rng))
-        where[window][sprite.alpha > 0.5] = 1 + PLACES.index(item.place) if item.place in PLACES else 0
+        state = rng.bit_generator.state
+        sprite = draw_item(item, side, rng)
+        laid.append(Laid(item, sprite, _spot(item.place, sprite, rng), side, state))
+    return Drawing(seed, background, pixels, ground, tuple(laid))
+
+
+def compose(drawing: Drawing) -> Scene:
+    """Return the scene of a drawing: its items laid over the background, the last on top."""
+    pixels = drawing.pixels.copy()
+    labels = {kind: np.zeros((SIDE, SIDE), np.uint8) for kind in KINDS}
+    labels["scene"][:] = NUMBER["scene"][drawing.background]
+    labels["material"][:] = drawing.ground
+    where = np.zeros((SIDE, SIDE), np.uint8)
+    for laid in drawing.laid:
+        _lay(pixels, labels, laid)
+        place = laid.item.place
+        where[laid.window][laid.sprite.alpha > 0.5] = 1 + PLACES.index(place) if place in PLACES else 0
     labels["colour"] = art.colour_map(pixels)
-    return Scene(seed, scene, items, pixels, labels, where)
+    return Scene(drawing.seed, drawing.background, [laid.item for laid in drawing.laid], pixels, labels, where)
 
 
 def _spot(place: str, sprite: Sprite, rng: np.random.Generator) -> tuple[int, int]:
@@ -312,16 +372,15 @@ def _spot(place: str, sprite: Sprite, rng: np.random.Generator) -> tuple[int, in
     return tuple(int(np.clip(c, 0, SIDE - s)) for c, s in zip(corner, sprite.size, strict=False))
 
 
-def _lay(pixels: np.ndarray, labels: dict[str, np.ndarray], sprite: Sprite, corner: tuple[int, int]):
-    """Blend the sprite over the scene and return its window; where it covers, the labels below it are gone."""
-    window = tuple(slice(c, c + s) for c, s in zip(corner, sprite.size, strict=False))
+def _lay(pixels: np.ndarray, labels: dict[str, np.ndarray], laid: Laid) -> None:
+    """Blend a sprite over the scene; where it covers, the labels below it are gone."""
+    sprite, window = laid.sprite, laid.window
     alpha = sprite.alpha[..., None]
     pixels[window] = (sprite.rgb * alpha + pixels[window] * (1 - alpha) + 0.5).astype(np.uint8)
     covered = sprite.alpha > 0.5
     for kind, grid in labels.items():
         view = grid[window]
         view[covered] = sprite.labels[kind][covered] if kind in sprite.labels else 0
-    return window
 
 
 # ---- maps -----------------------------------------------------------------------------------------------------

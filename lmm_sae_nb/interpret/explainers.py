@@ -6,7 +6,7 @@ Each is a plain callable over a `Chat` (`lmm_sae_nb.chat.questions`), a model in
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
@@ -198,6 +198,8 @@ class Vocabulary:
         for kind, names in names_by_kind.items():
             for name in names:
                 self._kinds.setdefault(name.lower(), kind)
+        names = "|".join(map(re.escape, sorted(self._kinds, key=len, reverse=True)))
+        self._pattern = re.compile(rf"\b({names})(?:e?s)?\b", re.IGNORECASE)
 
     def refine(self, texts: Sequence[str]) -> list[Answer]:
         """Return each text as a concept, without an article; a text that names no concept is unparseable."""
@@ -208,6 +210,24 @@ class Vocabulary:
         if name in self._kinds:
             return Answer(Outcome.EXPLAINED, name, text)
         return Answer(Outcome.UNPARSEABLE, None, text)
+
+    def find(self, answers: Sequence[str], without: str) -> list[Answer]:
+        """Return for each answer the first concept that it mentions and another answer does not.
+
+        An answer without such a concept is unparseable.
+
+        without: the other answer, such as one about the same image without steering.
+        """
+        known = set(self.mentioned(without))
+        return [self._first(answer, known) for answer in answers]
+
+    def _first(self, answer: str, known: Collection[str]) -> Answer:
+        name = next((name for name in self.mentioned(answer) if name not in known), None)
+        return Answer(Outcome.EXPLAINED if name else Outcome.UNPARSEABLE, name, answer)
+
+    def mentioned(self, text: str) -> list[str]:
+        """Return the concepts that a text mentions as whole words, singular or plural, in its order."""
+        return [match[1].lower() for match in self._pattern.finditer(text)]
 
     def label(self, concepts: Sequence[str]) -> list[str | None]:
         """Return the kind of each concept; None for one that is not in the vocabulary."""

@@ -170,8 +170,9 @@ class Selective:
 
         1: it changes with its concept alone. 0.5: other changes move it as much. 0: its concept does not move it.
         """
-        own = max(0.0, self.own)
-        return own / (own + self.other) if own + self.other > 0 else None
+        if self.on_patches is None and self.other == 0:
+            return None
+        return self.own / (self.own + self.other) if self.own > 0 else 0.0
 
 
 def selectivity(

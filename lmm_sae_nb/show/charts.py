@@ -28,6 +28,7 @@ from lmm_sae_nb.show.style import (
     panels,
     wrapped,
 )  # fmt: skip
+from lmm_sae_nb.support.intervals import read_mean
 
 if TYPE_CHECKING:
     from lmm_sae_nb.hallucination.search import Limits, Search
@@ -126,6 +127,26 @@ def means(results: Mapping[str, Mapping[str, Mean]], xlabel: str, ax: Axes | Non
     _rows(ax, results, xlabel)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.9 / ax.figure.get_figheight()), ncols=len(series))
     return ax
+
+
+def ways_of_explaining(metrics: Mapping[str, float], what: str = "right") -> Axes:
+    """Draw how often exemplars, steering and both name the true concept, for all latents and by kind of concept.
+
+    metrics: of `steering_accuracy`.
+    what: "right" (of the latents that have a true concept) or "accuracy" (of those that get a name).
+    """
+    head = f"steering_{what}"
+    kinds = [name.removeprefix(f"{head}_") for name in metrics if name.startswith(f"{head}_")]
+    groups = {"all kinds": head} | {kind: f"{head}_{kind}" for kind in kinds if f"{head}_{kind}_low" in metrics}
+    results = {
+        group: {
+            way: read_mean(metrics, name.replace("steering", way))
+            for way in ("exemplars", "steering", "both")
+            if name.replace("steering", way) in metrics
+        }
+        for group, name in groups.items()
+    }
+    return means(results, "fraction of latents that get their true concept as name, 99 % interval")
 
 
 def mean_panels(results: Mapping[str, Mapping[str, Mapping[str, Mean]]]) -> list[Axes]:

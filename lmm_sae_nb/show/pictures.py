@@ -15,6 +15,7 @@ from lmm_sae_nb.show.style import AGAINST, BOTH, CONCEPT, FOR, LATENT, LINE, WID
 
 if TYPE_CHECKING:
     from lmm_sae_nb.interpret.exemplars import Exemplar
+    from lmm_sae_nb.measures.selectivity import Pair
     from lmm_sae_nb.score.examples import Overlap
 
 EXEMPLARS = 5  # columns of a strip: the paper shows five images of a latent
@@ -142,6 +143,25 @@ def signed_maps(image: Image.Image, maps: Mapping[str, np.ndarray]) -> list[Axes
     axes[0].set_title("image")
     for ax, (title, values) in zip(axes[1:], maps.items(), strict=True):
         signed_map(image, values, title, ax=ax)
+    return axes
+
+
+def changed_pairs(rows: Sequence[tuple[str, Pair, np.ndarray]]) -> list[Axes]:
+    """Draw for each pair of images its two images and, on the second, where a latent's activation changes.
+
+    More activation is orange, less is blue, in a scale of its own for each pair.
+
+    rows: (title of the change, pair, change), with the change as `selectivity.change_map` returns it.
+    """
+    titles = [wrapped(title, 0.95 * WIDTH / 3) for title, _, _ in rows]
+    axes = picture_axes(3 * len(rows), 3, lines=max((title.count("\n") + 1 for title in titles), default=1))
+    for n, (title, (_, pair, change)) in enumerate(zip(titles, rows, strict=True)):
+        before, after, where = axes[3 * n : 3 * n + 3]
+        before.imshow(pair.before)
+        after.imshow(pair.after)
+        signed_map(pair.after, change, title, ax=where)
+        before.set_title(wrapped(f"with {', '.join(pair.taken_out)}", 0.95 * WIDTH / 3))
+        after.set_title(wrapped(f"with {', '.join(pair.put_in)}" if pair.put_in else "without", 0.95 * WIDTH / 3))
     return axes
 
 

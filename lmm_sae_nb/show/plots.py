@@ -5,9 +5,11 @@
 from lmm_sae_nb.show.charts import (
     TRAINING, agreement, bars, calibration, compared, cross_table, curve, dose_curves, dose_response, histogram, live,
     mean_panels, means, other_saes, proportions, scatter, search_trials, size_panels, stacked, training,
+    ways_of_explaining,
 )  # fmt: skip
 from lmm_sae_nb.show.pictures import (
-    exemplar_strip, heat_map, images, overlap, overlaps, picture_axes, picture_rows, signed_map, signed_maps,
+    changed_pairs, exemplar_strip, heat_map, images, overlap, overlaps, picture_axes, picture_rows, signed_map,
+    signed_maps,
 )  # fmt: skip
 from lmm_sae_nb.show.style import (
     AGAINST, CHANCE, CONCEPT, FOR, LATENT, PAPER, TARGET, WIDTH, literal, panels, style, wrapped,

@@ -11,9 +11,10 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from PIL import Image
 
+from lmm_sae_nb.measures.selectivity import Pair
 from lmm_sae_nb.show import plots, style
 from lmm_sae_nb.show.seed_study import Measured, SeedStudy
-from lmm_sae_nb.support.intervals import Mean, Proportion
+from lmm_sae_nb.support.intervals import Mean, Proportion, bounds
 from lmm_sae_nb.support.stages import Stage
 
 ROWS = [{"step": step, "fvu": 1 / step, "l0": 4.0} for step in range(1, 6)]
@@ -96,6 +97,11 @@ MEANS = {kind: {"own images": Mean(0.3, 0.2, 0.4), "random": Mean(0.1, 0.0, 0.2)
 NOISE = np.random.default_rng(0).random(9)
 PICTURES = [Image.new("RGB", (24, 24))] * 7
 LONG = "a long answer of a model about 5 $ here and 6 $ there " * 3
+PAIR = Pair(PICTURES[0], Image.new("RGB", (24, 24), "red"), "colour", ("black",), ("red",))
+WAYS = {
+    key: value for name in ("right", "right_object") for way in ("exemplars", "steering", "both")
+    for key, value in bounds(f"{way}_{name}", Mean(0.5, 0.4, 0.6)).items()
+}  # fmt: skip
 FIGURES = {
     "training": lambda: plots.training(ROWS, ["fvu", "l0"]),
     "proportions": lambda: plots.proportions({LONG[:40]: {"fraction": 0.5, "low": 0.4, "high": 0.6, "least": 0.7}}),
@@ -113,6 +119,8 @@ FIGURES = {
     "size_panels": lambda: plots.size_panels({LONG: ({"$fvu$": {2: Mean(0.1, 0, 0.2), 8: Mean(0.2, 0, 0.3)}}, 4)}),
     "images": lambda: plots.images(PICTURES, [LONG] * 7),
     "signed_maps": lambda: plots.signed_maps(PICTURES[0], {LONG: np.ones((2, 2)), "b": -np.ones((2, 2))}),
+    "changed_pairs": lambda: plots.changed_pairs([(LONG[:40], PAIR, np.ones((2, 2)))] * 2),
+    "ways_of_explaining": lambda: plots.ways_of_explaining(WAYS),
     "picture_rows": lambda: plots.picture_rows([(LONG, PICTURES[:5]), ("none", [])]),
 }  # fmt: skip
 

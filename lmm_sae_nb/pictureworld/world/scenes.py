@@ -332,7 +332,7 @@ def _draw(
     odds: dict[str, float] = _KIND_ODDS,
     kinds: Sequence[str] = (),
 ) -> Drawing | None:
-    """Return the parts of a scene with an item at each place; None if kinds are given, and no item is of one of them."""
+    """Return a scene with an item at each place, in parts; None if kinds are given, and no item is of one of them."""
     background = GROUNDS[rng.integers(len(GROUNDS))]
     pixels, ground = art.background(background, SIDE, SIDE, rng)
     items = _pick_items(rng, places, unique, odds)

@@ -40,7 +40,7 @@ def changes(net, total=None, on_patches=None) -> Changes:
     net = np.array(net, float)
     total = np.abs(net) if total is None else np.array(total, float)
     on_patches = total / 2 if on_patches is None else np.array(on_patches, float)
-    return Changes(list(range(net.shape[1])), net, total, on_patches, np.array([0.1, 0.3, 0.5, 0.7]))
+    return Changes(list(range(net.shape[1])), net, total, on_patches, np.array([0.1, 0.3, 0.5, 0.7])[: len(net)])
 
 
 def test_a_score_is_the_own_change_against_the_change_on_pairs_that_do_not_concern_the_concept():

@@ -25,22 +25,30 @@ from types import ModuleType
 import numpy as np
 from datasets import load_from_disk
 from PIL import Image
+from torch import Tensor
 
 from lmm_sae_nb.benchmarks import panel_saes
 from lmm_sae_nb.benchmarks.panel_saes import PASSES, SAES, TRAINED, digest, folder_of, page_parameters
 from lmm_sae_nb.benchmarks.tasks import Task, do_tasks
+from lmm_sae_nb.cache.encode_images import base_states
 from lmm_sae_nb.compare import depth
 from lmm_sae_nb.compare.saes import CachedSAE
-from lmm_sae_nb.controls import chain
+from lmm_sae_nb.controls import chain, literature
 from lmm_sae_nb.controls.chain import PartResult
 from lmm_sae_nb.interpret import explain
 from lmm_sae_nb.interpret import open as interpret_open
 from lmm_sae_nb.interpret.open import Interpreter, open_interpreter
+from lmm_sae_nb.measures import absorption, consistency, detection_scoring, modality, monosemanticity, probing
+from lmm_sae_nb.measures.absorption import NestedPair
+from lmm_sae_nb.measures.detection_scoring import name_cosines
+from lmm_sae_nb.measures.image_latents import ImageLatents
+from lmm_sae_nb.measures.monosemanticity import concept_vectors
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.pictureworld.world.concepts import NESTED
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.score import latents as score_latents
 from lmm_sae_nb.score import tables as score_tables
-from lmm_sae_nb.score.similarity import open_similarity
+from lmm_sae_nb.score.similarity import ImageTextSimilarity, open_similarity
 from lmm_sae_nb.show.panel import MeasuredPart, Panel, PanelSAE, write_panel
 from lmm_sae_nb.steer import objects
 from lmm_sae_nb.support.files import fingerprint, project_root, read_json, write_json
@@ -79,6 +87,24 @@ def _labels(name: str) -> LabelMaps:
 @cache
 def _similarity():
     return open_similarity(project_root() / page_parameters("04")["similarity"])
+
+
+@cache
+def _heldout_states(model: str) -> Tensor:
+    """The states of the held-out images: (images, patches, width), the same for all SAEs of a model."""
+    page = page_parameters("01")
+    return base_states(panel_saes.load_model(model), page["layer"], _images(page_parameters("03")["heldout"]))
+
+
+@cache
+def _heldout_vectors() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What each held-out image shows, to CLIP and in truth, and its cosines with the name of every concept."""
+    name = page_parameters("03")["heldout"]
+    images, unseen = _images(name), _labels(name)
+    clip = ImageTextSimilarity.load(project_root() / page_parameters("04")["similarity"])
+    grid = panel_saes.load_model(TRAINED).grid
+    vectors = {"clip": clip.embed(images), "true": concept_vectors(unseen, len(images), grid)}
+    return vectors, name_cosines(clip.all_pairs, images, sorted({name for _, name in unseen.names}))
 
 
 @dataclass(frozen=True)
@@ -129,6 +155,11 @@ class Case:
     def unseen(self) -> LabelMaps:
         """Their label maps."""
         return _labels(page_parameters("03")["heldout"])
+
+    @cached_property
+    def heldout_latents(self) -> ImageLatents:
+        """The activations on these images."""
+        return ImageLatents.of_states(self.place, _heldout_states(SAES[self.name].model))
 
     @cached_property
     def samples(self) -> Sequence[Mapping]:
@@ -221,6 +252,27 @@ def _attribute(case: Case) -> PartResult:
     return chain.attribute(case.place, case.samples, decisions=SIZES["decisions"], pairs=SIZES["pairs"], seed=case.seed)
 
 
+def _probe(case: Case) -> PartResult:
+    pairs = [NestedPair(*pair) for pair in NESTED]
+    return literature.measure_probes(
+        case.study, case.truth, case.heldout_latents, case.unseen, pairs, seed=case.seed
+    )  # fmt: skip
+
+
+def _names(case: Case) -> PartResult:
+    return literature.measure_names(
+        case.rows(), case.heldout_latents, case.unseen, *_heldout_vectors(), seed=case.seed
+    )  # fmt: skip
+
+
+def _directions(case: Case) -> PartResult:
+    other = next(f"seed_{n}" for n in (1, 2) if case.name != f"seed_{n}")  # seed 0 is also that of the controls
+    same_model = SAES[case.name].model == TRAINED
+    return literature.measure_directions(
+        case.study, panel_saes.cached(other) if same_model else None, case.rows(), case.samples, seed=case.seed
+    )
+
+
 # A new part is one more line here.
 PARTS: dict[str, Part] = {
     "fidelity": Part(_fidelity, (chain.fidelity, evaluate)),
@@ -231,6 +283,13 @@ PARTS: dict[str, Part] = {
     "score": Part(_score, (chain.score, score_latents, score_tables), reads=("interpret",)),
     "steer": Part(_steer, (chain.steer, objects), reads=("interpret",)),
     "attribute": Part(_attribute, (chain.attribute, depth)),
+    "probe": Part(_probe, (literature.measure_probes, probing, absorption)),
+    "names": Part(
+        _names, (literature.measure_names, monosemanticity, detection_scoring), reads=("interpret",)
+    ),
+    "directions": Part(
+        _directions, (literature.measure_directions, modality, consistency), reads=("interpret",)
+    ),
 }  # fmt: skip
 
 

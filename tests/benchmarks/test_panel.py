@@ -190,6 +190,7 @@ def test_saes_can_be_kept_as_they_are(log):
     assert log == []
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_code_counts_and_layout_does_not(log, monkeypatch):
     source = "def measure(case):\n    return {{'a': {}}}  # {}\n"
     texts = {"now": source.format(1, "one"), "comment": source.format(1, "two"), "changed": source.format(2, "one")}

@@ -25,16 +25,15 @@ from lmm_sae_nb.steer.objects import SteeredQuestion, Steering, Try, Way, clampi
 from lmm_sae_nb.steer.steering import Scope
 from lmm_sae_nb.support.intervals import bounds, mean_interval
 from lmm_sae_nb.support.stages import Metrics
+from lmm_sae_nb.truth.detectors import choose_detectors
 from lmm_sae_nb.truth.label_maps import LabelMaps
 
 QUESTION = "What do you see in this image?"  # of Appendix D
 # questions that say the concept; those that choose the dose choose the form
 FORMS = (
     "Imagine that you see a {}. What do you see in this image?",
-    "Imagine that there is a {} in this image. What do you see in this image?",
     "There is a {} in this image. What do you see in this image?",
-    "Is there a {}? What do you see in this image?",
-    "What do you see in this image? Say {}.",
+    "What do you see in this image? A {}.",
     "Tell me about the {} in this image.",
 )
 DOSES = (1, 2, 4, 8, 16, 32, 64)
@@ -107,8 +106,9 @@ def prompting(asked: SteeredQuestion, concepts: Mapping[int, str], forms: Sequen
 # ---- all ways beside each other -------------------------------------------------------------------------------------
 
 WAYS = {
-    "latent": "clamped SAE latent",
+    "latent": "SAE latent named for the object, clamped",
     "decoder": "decoder row of this latent, added",
+    "detector": "SAE latent that detects the object best, clamped",
     "difference": "difference of means, added",
     "probe": "logistic probe, added",
     "prompt": "prompt",
@@ -128,7 +128,7 @@ class SteeringComparison:
 
     @property
     def metrics(self) -> Metrics:
-        """The metrics of each way, and its mean difference from the clamped latent of the same concept."""
+        """The metrics of each way, and its mean difference from the latent named for the same concept."""
         latent = self.ways["latent"]
         metrics: Metrics = {"steer_length": self.length, "steer_concepts": len(latent.reported)}
         for name, found in self.ways.items():
@@ -144,19 +144,22 @@ class SteeringComparison:
 
 
 def compare_ways(
-    study: CachedSAE, names: Mapping[int, str], cached: LabelledStates, asked: SteeredQuestion,
+    study: CachedSAE, names: Mapping[int, str], truth: LabelMaps, cached: LabelledStates, asked: SteeredQuestion,
     *, doses: Sequence[float] = DOSES, forms: Sequence[str] = FORMS, scope: Scope = Scope(("tiles", "newline")),  # noqa: B008
     count: int = 40, choosing: int = 20, least: int = 5, seed: int = 0, **probe,
 ) -> SteeringComparison:  # fmt: skip
     """Steer towards the same objects in every way, each at the dose that other objects choose.
 
-    The objects are those that a latent is named for and that enough cached scenes show. A dose of 1 adds a vector as
-    long as the mean maximum of their latents. This is about what a clamp at dose 1 adds, because rows of `W_dec` have
-    norm 1. The controls are random live latents, random rows of `W_dec`, random directions, and prompts that say the
-    next object; they are searched for the same names.
+    The objects are those that a latent is named for and that enough cached scenes show. Directions know from labels
+    where an object is, a named latent does not; so the latent that detects it best by the same labels is clamped, too.
+
+    A dose of 1 adds a vector as long as the mean maximum of the named latents. This is about what their clamps add at
+    dose 1, because rows of `W_dec` have norm 1. The controls are random live latents, random rows of `W_dec`, random
+    directions, and prompts that say the next object; they are searched for the same names.
 
     study: an SAE with the cache of its latents.
     names: latent to the object that it is named for.
+    truth: label maps of the cached images.
     cached: states of cached images at the SAE's layer, to fit directions on.
     doses: of latents and directions.
     forms: of prompts.
@@ -168,12 +171,13 @@ def compare_ways(
     probe: other settings of `logistic_probes`.
 
     Raises:
-        ValueError: fewer than three objects are named and shown.
+        ValueError: fewer than three objects are named and shown, or no latent is left for the control.
     """
     place, cache = study
     rng, scenes = np.random.default_rng(seed), cached.scenes
     column = {name: n for n, (kind, name) in enumerate(cached.names) if kind == "object" and scenes[n] >= least}
-    latents = latents_named(cache, names, column)
+    best = {each.concept: each.latent for each in choose_detectors(cache, truth, best=1) if each.kind == "object"}
+    latents = latents_named(cache, names, [name for name in column if name in best])
     if len(latents) < 3:
         raise ValueError(
             f"a latent is named for {len(latents)} objects that {least} cached images show; steering needs at least "
@@ -181,26 +185,26 @@ def compare_ways(
         )
     order = rng.permutation(sorted(latents)).tolist()
     chosen = order[: min(count, len(order) - 1) + choosing]
-    concepts, of_each = dict(enumerate(chosen)), [latents[name] for name in chosen]
-    n, reported = len(chosen), list(range(min(count, len(order) - 1)))
-    fit = [column[name] for name in chosen]
+    concepts, n, reported = dict(enumerate(chosen)), len(chosen), list(range(min(count, len(order) - 1)))
+    named, detectors, fit = ([known[name] for name in chosen] for known in (latents, best, column))
+    free = np.setdiff1d(np.flatnonzero(np.asarray(cache.live)), [*named, *detectors])
+    if not len(free):
+        raise ValueError(f"all live latents are steered towards {n} objects, so there is no control; steer fewer")
+    others = rng.choice(free, n, replace=len(free) < n).tolist()
     random = rng.normal(size=(n, place.lmm.width)).astype(np.float32)
-    length = float(cache.max[of_each].mean())
-    silent = np.setdiff1d(np.flatnonzero(np.asarray(cache.live)), of_each)
-    others = rng.choice(silent, n, replace=len(silent) < n).tolist()
-    rows = place.sae.W_dec.detach().float().cpu().numpy()[[*of_each, *others]]
+    length, W_dec = float(cache.max[named].mean()), place.sae.W_dec.detach().float().cpu().numpy()
 
     def add(directions: np.ndarray) -> Way:
         return adding(place.layer, directions, length, asked, scope)
 
-    clamp = clamping(place, cache, asked, scope)
-
-    def clamp_named(tries: Sequence[Try]) -> list[str]:
-        return clamp([each._replace(number=[*of_each, *others][each.number]) for each in tries])
+    def clamp(latents: Sequence[int]) -> Way:
+        way = clamping(place, cache, asked, scope)
+        return lambda tries: way([each._replace(number=latents[each.number]) for each in tries])
 
     ways = {
-        "latent": clamp_named,
-        "decoder": add(rows),
+        "latent": clamp([*named, *others]),
+        "decoder": add(W_dec[[*named, *others]]),
+        "detector": clamp([*detectors, *others]),
         "difference": add(np.concatenate([mean_differences(cached, fit, least), random])),
         "probe": add(np.concatenate([logistic_probes(cached, fit, least, seed=seed, **probe), random])),
         "prompt": prompting(asked, concepts, forms),
@@ -219,8 +223,8 @@ def compare_ways(
 
 def steering_baselines(
     study: CachedSAE, names: Mapping[int, str], images: Sequence[Image.Image], truth: LabelMaps,
-    *, question: str = QUESTION, size: int = 192, others: int = 100, batch: int = 20, max_new_tokens: int = 24,
-    seed: int = 0, **settings,
+    *, question: str = QUESTION, size: int = 192, fitted: int = 1_000, others: int = 100, batch: int = 20,
+    max_new_tokens: int = 24, seed: int = 0, **settings,
 ) -> Metrics:  # fmt: skip
     """Return the metrics of steering by latents, directions and prompts on a white image.
 
@@ -228,6 +232,7 @@ def steering_baselines(
     images: that were cached.
     truth: their label maps.
     size: side of the white image, in pixels.
+    fitted: directions are fitted on the first so many images.
     others: images of `images`, at random, whose unsteered answers are the reference of fluency and its control.
     batch: answers that run side by side.
     max_new_tokens: after so many tokens an answer is cut.
@@ -240,5 +245,5 @@ def steering_baselines(
     lmm, white = study.place.lmm, Image.new("RGB", (size, size), "white")
     drawn = np.random.default_rng(seed).permutation(len(images))[:others].tolist()
     asked = SteeredQuestion(lmm, question, white, [images[n] for n in drawn], batch, max_new_tokens)
-    cached = LabelledStates.read(lmm, study.place.layer, images, truth)
-    return compare_ways(study, names, cached, asked, seed=seed, **settings).metrics
+    cached = LabelledStates.read(lmm, study.place.layer, [images[n] for n in range(min(fitted, len(images)))], truth)
+    return compare_ways(study, names, truth, cached, asked, seed=seed, **settings).metrics

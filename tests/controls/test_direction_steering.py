@@ -21,6 +21,7 @@ from lmm_sae_nb.steer.fluency import Ordinary, ReadAnswer
 from lmm_sae_nb.steer.objects import SteeredAnswer, SteeredQuestion, Steering, Try
 from lmm_sae_nb.steer.steering import Edit, Scope, compare
 from lmm_sae_nb.support.intervals import mean_interval
+from lmm_sae_nb.truth.detectors import choose_detectors
 from lmm_sae_nb.truth.label_maps import LabelMaps
 
 IMAGE_TOKENS = Scope(("tiles", "newline"))
@@ -103,10 +104,10 @@ def test_a_prompt_says_the_concept_of_the_number(studied, asked):
 
 def test_every_way_steers_towards_the_same_objects(studied, cached, asked):
     (place, cache), images, rows = studied
-    live = np.flatnonzero(cache.live).tolist()
+    truth, live = LabelMaps(rows, CONCEPTS), np.flatnonzero(cache.live).tolist()
     names = dict(zip(live[:4], ("cat", "dog", "hat", "car"), strict=True))  # no scene shows cars
     how = dict(doses=[2, 50], forms=["say {} .", "is it a {} ?"], count=2, choosing=1, most=300)
-    found = compare_ways(studied[0], names, cached, asked, **how)
+    found = compare_ways(studied[0], names, truth, cached, asked, **how)
     own = {name: latent for latent, name in names.items()}
     assert found.length == pytest.approx(float(cache.max[live[:3]].mean()))
     order = [row.concept for row in found.ways["latent"].reported]
@@ -117,8 +118,12 @@ def test_every_way_steers_towards_the_same_objects(studied, cached, asked):
         assert {row.dose for row in way.objects} == {way.dose, way.naming_dose}
         assert {row.dose for row in way.random} == {way.dose}
     clamped, difference, prompt = (found.ways[name] for name in ("latent", "difference", "prompt"))
-    for row in clamped.reported:
-        edits = [Edit(own[row.concept], row.dose * float(cache.max[own[row.concept]]))]
+    best = {each.concept: each.latent for each in choose_detectors(cache, truth, best=1)}
+    for row, latent in [
+        *((row, own[row.concept]) for row in clamped.reported),
+        *((row, best[row.concept]) for row in found.ways["detector"].reported),
+    ]:
+        edits = [Edit(latent, row.dose * float(cache.max[latent]))]
         alone = compare(place, "what ?", images[0], edits, IMAGE_TOKENS, max_new_tokens=3)
         assert (clamped.untouched, clamped.spliced, row.answer) == tuple(part[0] for part in alone)
     columns = {name: n for n, (_, name) in enumerate(cached.names)}
@@ -138,22 +143,21 @@ def test_every_way_steers_towards_the_same_objects(studied, cached, asked):
         for row, name in zip(rows_of, said, strict=True):
             text = place.lmm.prompt(form.format(name), images[0])
             assert row.answer == place.lmm.generate(text, max_new_tokens=3)[0]
-    truth = LabelMaps(rows, CONCEPTS)
     metrics = steering_baselines(
-        studied[0], names, images, truth, question="what ?", others=3, batch=2, max_new_tokens=3, **how
+        studied[0], names, images, truth, question="what ?", others=4, batch=2, max_new_tokens=3, **how
     )
     assert {"steer_latent_named_of_100", "steer_probe_control_fluency", "steer_prompt_dose"} <= metrics.keys()
 
 
 def test_steering_needs_three_objects_that_latents_are_named_for_and_scenes_show(studied, cached, asked):
-    live = np.flatnonzero(studied[0].cache.live).tolist()
+    live, truth = np.flatnonzero(studied[0].cache.live).tolist(), LabelMaps(studied[2], CONCEPTS)
     with pytest.raises(ValueError, match="named for 2 objects that 5 cached images show"):
-        compare_ways(studied[0], dict(zip(live, ("cat", "dog", "red"), strict=False)), cached, asked)
+        compare_ways(studied[0], dict(zip(live, ("cat", "dog", "red"), strict=False)), truth, cached, asked)
     shows = cached.shows.toarray()
     shows[:, cached.names.index(("object", "hat"))] = 0
     few = replace(cached, shows=sparse.csc_array(shows))
     with pytest.raises(ValueError, match="named for 2 objects"):
-        compare_ways(studied[0], dict(zip(live, ("cat", "dog", "hat"), strict=False)), few, asked)
+        compare_ways(studied[0], dict(zip(live, ("cat", "dog", "hat"), strict=False)), truth, few, asked)
 
 
 def test_steering_metrics_compare_each_way_with_the_latent_of_the_same_concept():

@@ -11,6 +11,7 @@ from lmm_sae_nb.show.seed_study import SeedStudy
 
 HERE = Path(__file__).parent
 ENDS = ("_low", "_high")
+MEDIAN = "_median"
 HEAD = """# Results
 
 The notebooks of this build measured every number on this page, in the run `{run}`. An interval has a level of 99 %. The
@@ -22,7 +23,8 @@ the claim should fail. A *target* is what this book set out to reach; a target t
 
 ## Every metric
 
-Open a stage to see all of its metrics. The number in brackets is the interval.
+Open a stage to see all of its metrics. Numbers in square brackets are the interval; numbers in
+round brackets are the lowest and the highest of several random draws, beside their median.
 
 {details}
 """
@@ -40,7 +42,10 @@ def number(value: float) -> str:
 
 
 def with_interval(metrics: dict[str, float], name: str) -> str:
-    """Return a metric's value, with its interval if it has one."""
+    """Return a metric's value, with its interval if it has one; a median of draws has their range."""
+    extremes = [metrics.get(name.removesuffix(MEDIAN) + end) for end in ("_lowest", "_highest")]
+    if name.endswith(MEDIAN) and None not in extremes:
+        return f"{number(metrics[name])} ({number(extremes[0])} to {number(extremes[1])})"
     ends = [metrics.get(name + end) for end in ENDS]
     interval = "" if None in ends else f" [{number(ends[0])}, {number(ends[1])}]"
     return number(metrics[name]) + interval

@@ -81,6 +81,30 @@ control_draws: int = 3  # draws of each random control
 # words before the question, a control that needs no SAE
 plain_prompt: str = "see what is in the image ."
 seed: int = 0  # of these draws
+# the fit on half of the questions
+new_questions: dict = {
+    "wrong": 48,  # wrong cases of the fit
+    "right": 24,  # right cases of the fit
+    "others": 24,  # other questions of the fit
+    "rounds": 8,  # each adds latents and refits all values
+    "each": 4,  # latents that a round adds
+    "held_out": 200,  # held-out cases, about both halves
+}
+# POPE and CHAIR, the field's own measures
+presence: dict = {
+    # a question for each kind of thing; kinds as in `concepts`
+    "questions": {
+        "object": "is there a {} ?",
+        "word": "is the label {} in the image ?",
+    },
+    # names without an article
+    "plural": ["grapes", "cherries", "scissors", "glasses"],
+    "describe": "describe the image .",  # asks for a caption
+    "scenes": 32,  # held-out images for each kind
+    "each": 2,  # visible things that each is asked about, at most
+    "choose_from": 400,  # held-out images to take them from
+    "counted": 1000,  # other images, to count what is frequent
+}
 # the same page for other SAEs, which differ in their seed; "": none
 seeds_study: str = "book/seeds.json"
 # a picture of your own, its question, the answer to explain and another
@@ -107,6 +131,7 @@ from lmm_sae_nb.hallucination.answers import (
     first_tokens,
     strength,
 )
+from lmm_sae_nb.hallucination.captions import Captions, measure_captions
 from lmm_sae_nb.hallucination.cases import (
     answer_questions,
     contradicting_first,
@@ -114,6 +139,11 @@ from lmm_sae_nb.hallucination.cases import (
     read_cases,
 )
 from lmm_sae_nb.hallucination.fit import ASKED, Fit, FitSettings, fit
+from lmm_sae_nb.hallucination.new_questions import (
+    NewQuestions,
+    try_new_questions,
+)
+from lmm_sae_nb.hallucination.presence import Presence, measure_presence
 from lmm_sae_nb.hallucination.report import (
     HeldOut,
     Method,
@@ -193,7 +223,7 @@ print(f"what was taught. Held out: {len(reported)} and {contradicting}")
 # %%
 stage = page.stage(
     "hallucination", after=("train", "cache", "interpret"),
-    without=("custom", "seeds_study"),
+    without=("custom", "seeds_study", "new_questions", "presence"),
 )  # fmt: skip
 answered_right = stage.result(
     "untouched", list[bool],
@@ -328,6 +358,7 @@ fitted = stage.result(
         place, wrong[: fitting["wrong"]], right[: fitting["right"]],
         others[: fitting["others"]], ASKED,
         FitSettings(rounds=fitting["rounds"], each=fitting["each"]),
+        keep_error=keep_error,
     ),
 )  # fmt: skip
 
@@ -400,7 +431,9 @@ fooled = [
 
 # %%
 def as_strong(candidates, clamp, where):
-    size = strength(place, held_out[:8], clamp, where)
+    size = strength(
+        place, held_out[:8], clamp, where, keep_error=keep_error
+    )
     count = max(1, len(clamp))
     return equal_strength(candidates, count, size, control_draws, seed)
 
@@ -509,6 +542,45 @@ plots.means(
 # %% mystnb={"figure": {"caption": "Hallucinations cured by the fitted clamp, by river basin; 99 % intervals.", "name": "fig-basins"}, "image": {"alt": "For each river basin, the fractions cured of hallucinations whose right answer is no, and of those whose right answer is yes."}}
 plots.means(answers.cured_by_group("fitted"), "fraction cured");
 # %% [markdown]
+# ### Does the fitted clamp help with new questions?
+#
+# The maps above are new, but their questions are not. So we fit once more, on
+# half of the questions only: half of the countries of each basin. Then we try
+# this clamp on held-out maps, with these questions and with the others.
+
+# %%
+fresh = page.stage(
+    "new_questions",
+    after=("train", "cache", "interpret", "hallucination"),
+    without=("custom", "seeds_study", "presence"),
+)  # fmt: skip
+use = new_questions
+new = fresh.result(
+    "answers", NewQuestions,
+    lambda: try_new_questions(
+        place, wrong, right, others[: use["others"]],
+        held_out[:: max(1, len(held_out) // use["held_out"])], live,
+        settings=FitSettings(rounds=use["rounds"], each=use["each"]),
+        wrong_cases=use["wrong"], right_cases=use["right"],
+        draws=control_draws, keep_error=keep_error, seed=seed,
+    ),
+)  # fmt: skip
+of_new = fresh.finish(new.metrics)
+questions = {case.question for case in reported}
+print(f"{len(questions)} questions; {len(new.fitted_on)} in the fit")
+
+# %% mystnb={"figure": {"caption": "A clamp and a direction that were fitted on half of the questions, on held-out maps. Blue: the questions of the fit. Orange: questions that the fit never saw. 99 % intervals; for random latents the median, the lowest and the highest of several draws.", "name": "fig-new-questions"}, "image": {"alt": "A row for each method with the balanced cured rate for the questions of the fit and for new questions."}}
+plots.means(
+    {
+        titles[name]: {
+            "questions of the fit": new.parts["seen"].cured_or_range(name),
+            "new questions": new.parts["new"].cured_or_range(name),
+        }
+        for name in ("fitted", "random", "direction")
+    },
+    "balanced cured rate",
+);
+# %% [markdown]
 # ### Other SAEs
 #
 # The intervals above say how much the choice of maps matters. They do not say
@@ -527,6 +599,83 @@ of_all = {
     "direction_balanced_cured": "fitted direction, balanced cured rate",
 }
 plots.other_saes(study, stage, of_all, "fraction");
+# %% [markdown]
+# ## By the field's own measures
+#
+# Our maps are one trap. Other work measures hallucination in general, and so
+# do we, with each cure and without.
+#
+# **POPE** {cite}`li2023pope` asks whether something is in an image. Half of the
+# right answers are *yes*. The absent things are chosen in three ways: at
+# random, the most *popular* ones, and *adversarial* ones, which often appear
+# together with what is there. We count both in the images of notebook 02. We
+# ask about objects in scenes, and about country labels on maps.
+#
+# **CHAIR** {cite}`rohrbach2018chair` takes captions of these images. CHAIR$_i$
+# is the fraction of mentioned things that are absent, CHAIR$_s$ that of
+# captions with an absent thing. Label maps say exactly what is there.
+
+# %%
+checks = page.stage(
+    "presence", after=("train", "cache", "interpret", "hallucination"),
+    without=("custom", "seeds_study", "new_questions"),
+)  # fmt: skip
+cures = {"untouched": Method((None,))} | {
+    name: methods[name] for name in ("text", "fitted", "direction", "prompt")
+}
+lands = {word for case in cases for word in case.question.split()}
+lands -= {case.group for case in cases}
+things = {
+    kind: [n for n in names[kind] if kind not in text_kinds or n in lands]
+    for kind in presence["questions"] if kind in names
+}  # fmt: skip
+
+# %%
+unseen, seen = (
+    rows and rows.select(range(min(presence[size], len(rows))))
+    for rows, size in ((load_from_disk(page.locate(heldout)), "choose_from"),
+                       (label_maps, "counted"))
+)  # fmt: skip
+said = checks.result(
+    "pope", dict[str, Presence],
+    lambda: measure_presence(
+        place, unseen, seen, things, names, presence["questions"], cures,
+        plural=presence["plural"], scenes=presence["scenes"],
+        each=presence["each"], keep_error=keep_error, seed=seed,
+    ),
+)  # fmt: skip
+pictured = [q.image for kind in said.values() for q in kind.asked["random"]]
+captions = checks.result(
+    "captions", Captions | None,
+    lambda: measure_captions(
+        place, unseen, pictured, things, names, cures,
+        presence["describe"], keep_error=keep_error,
+    ) if things else None,
+)  # fmt: skip
+
+# %%
+field = captions.metrics if captions else {}
+for kind, answered in said.items():
+    field |= answered.metrics(kind)
+field = checks.finish(field)
+plots.table([
+    {"model": titles.get(name, name)}
+    | {f"{kind}s, {measure}": score for kind, answered in said.items()
+       for measure, score in answered.scores(name, "adversarial").items()
+       if measure in ("accuracy", "f1", "yes")}
+    | captions.scores(name)
+    for name in (cures if captions else ())
+], "Adversarial questions, and captions")  # fmt: skip
+
+# %% mystnb={"figure": {"caption": "POPE: accuracy for each choice of the absent things, before (untouched) and after each cure; 99 % intervals.", "name": "fig-pope"}, "image": {"alt": "Two panels, objects and labels, with a row for each cure and a dot for each of three samplings."}}
+if said:
+    plots.mean_panels({
+        f"accuracy, {kind}s": {
+            titles.get(name, name): answered.accuracies(name)
+            for name in cures
+        }
+        for kind, answered in said.items()
+    });
 # %% [markdown]
 # ## One case in full
 #

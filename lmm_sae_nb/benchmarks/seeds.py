@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -116,14 +116,17 @@ def chosen_pages(numbers: Iterable[str] = PAGES, root: Path | None = None) -> li
     return [found[number] for number in sorted(numbers)]
 
 
-def recipe(sources: Iterable[Path], root: Path | None = None) -> dict[str, dict]:
+def recipe(sources: Iterable[Path], root: Path | None = None, made: Collection[str] | None = None) -> dict[str, dict]:
     """Return what all SAEs of a study have in common: the pages' parameters, and the hashes of the models they name.
 
     Parameters that change no result, the run, and notebook 01's seed are left out.
+
+    made: the stages whose results the study holds; by default all that the pages make. A study that is older than a
+        stage says nothing of that stage, so parameters that reach no other stage are left out, too.
     """
     given = {}
     for source in sources:
-        left_out = notebooks.ignored(source) | {"run"} | ({"seed"} if source.stem.startswith(SEEDED) else set())
+        left_out = notebooks.ignored(source, made) | {"run"} | ({"seed"} if source.stem.startswith(SEEDED) else set())
         known = notebooks.parameters(source)
         given[source.stem] = {name: each.default for name, each in known.items() if name not in left_out}
     text = str(given)

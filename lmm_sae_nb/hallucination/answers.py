@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,10 +14,11 @@ from torch import Tensor
 from lmm_sae_nb.attribute.attribution import two_tokens
 from lmm_sae_nb.hallucination.cases import Answered, Case
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.model.upper_layers import UpperLayers, above
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.steer.steering import Edit, Scope, steered_versions
+from lmm_sae_nb.steer.steering import Edit, Scope, steered, steered_versions
 from lmm_sae_nb.support.progress import progress_bar
 
 Edits = tuple[Edit, ...]
@@ -167,6 +169,34 @@ def _versions(
                 state[steered[tokens]] += torch.tensor(setting.direction).to(state)
         versions[torch.tensor(of_scope)[:, None], tokens.nonzero()[:, 0]] = states.to(hidden.dtype)
     return versions
+
+
+@contextmanager
+def under(
+    place: SAEInPlace,
+    prompt: Prompt,
+    setting: Edits | Shift | None,
+    scope: Scope = Scope(),  # noqa: B008  (frozen)
+    *,
+    keep_error: bool = True,
+) -> Iterator[None]:
+    """Run the model on this prompt under a setting, or generate from it; `steered` for every setting but a `Push`.
+
+    Arguments and errors as `steered`.
+    """
+    if setting is None:
+        yield
+        return
+    shift = setting if isinstance(setting, Shift) else None
+    in_prompt = scope.of_prompt(prompt).to(place.lmm.device)
+
+    def add(hidden: Float[Tensor, "batch tokens width"]) -> Tensor:
+        at = in_prompt[..., None] if hidden.shape[1] == in_prompt.shape[1] else scope.of_generated
+        return hidden + at * torch.tensor(shift.direction).to(hidden)
+
+    added = place.lmm.spliced(place.layer, add) if shift else nullcontext()
+    with steered(place, prompt, () if shift else setting, scope, keep_error=keep_error), added:
+        yield
 
 
 def _along(seed: int, change: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:

@@ -19,10 +19,10 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from lmm_sae_nb.attribute.attribution import single_token
 from lmm_sae_nb.hallucination.answers import Edits
 from lmm_sae_nb.hallucination.cases import Answered, Case
+from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.model.upper_layers import above
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.sae.topk import Latents
-from lmm_sae_nb.steer.steering import Edit, Scope
+from lmm_sae_nb.steer.steering import Edit, Scope, set_latents
 from lmm_sae_nb.support.progress import progress_bar
 
 ASKED = Scope(("text",), ("prompt",))  # the words of the prompt
@@ -65,12 +65,21 @@ class Batch:
     prompts: each with a question and an image.
     scope: the tokens that are clamped.
     spare: how many latents may be clamped at once.
+    keep_error: whether what the SAE leaves unexplained stays in; if not, the SAE is spliced in at all its tokens.
 
     Raises:
         ValueError: a prompt has no token that is clamped.
     """
 
-    def __init__(self, place: SAEInPlace, prompts: Sequence[Case | Answered], scope: Scope, spare: int):
+    def __init__(
+        self,
+        place: SAEInPlace,
+        prompts: Sequence[Case | Answered],
+        scope: Scope,
+        spare: int,
+        *,
+        keep_error: bool = True,
+    ):
         lmm, self.sae = place.lmm, place.sae
         prompt = lmm.prompt([each.question for each in prompts], [each.image for each in prompts])
         clamped = scope.of_prompt(prompt).to(lmm.device)
@@ -78,33 +87,28 @@ class Batch:
             raise ValueError(f"a prompt has no token of {scope}; choose tokens that every prompt has")
         self.upper = above(lmm, prompt, place.layer)
         with torch.no_grad():
-            self.untouched = lmm.head(self.upper.remember(self.upper.hidden)[:, -1])
+            hidden = self.upper.hidden
+            self.untouched = lmm.head(self.upper.remember(hidden)[:, -1])
             self.start = int(clamped.any(0).int().argmax())
-            self.clamped, self.states = clamped[:, self.start :], self.upper.hidden[:, self.start :]
-            clean = self.states[self.clamped].float()
+            self.clamped = clamped[:, self.start :]
+            clean = hidden[:, self.start :][self.clamped].float()
             self.highest = self.sae.encode(clean, k=min(self.sae.k + spare, self.sae.n_latents))
-            self.clean = self.sae.decode(self.top(self.highest))
-
-    def top(self, latents: Latents) -> Latents:
-        """Return the k highest latents of each token."""
-        kept = latents.acts.topk(self.sae.k, dim=-1)
-        return Latents(kept.values, latents.indices.gather(-1, kept.indices))
+            self.clean = self.sae.decode(self.highest.top(self.sae.k))
+            if not keep_error:
+                tokens = prompt.mask(*SAE_KINDS).to(lmm.device)
+                hidden = hidden.masked_scatter(tokens[..., None], self.sae(hidden[tokens]))
+                self.upper.remember(hidden)
+            self.states = hidden[:, self.start :]
 
     def clamp(self, latents: Int64[Tensor, " n"], values: Float[Tensor, " n"]) -> Float[Tensor, "batch late width"]:
-        """Return the layer's states from the first clamped token on, with the error kept (equations 4 to 6).
+        """Return the layer's states from the first clamped token on (equations 4 to 6).
 
         Gradients flow into `values`. Their numbers are those of `steered_states`.
         """
         if not len(latents):
             return self.states
-        others = torch.where(torch.isin(self.highest.indices, latents), -1.0, self.highest.acts)
-        rows = len(others)
-        clamped = self.top(
-            Latents(
-                torch.cat([values.expand(rows, -1), others], -1),
-                torch.cat([latents.expand(rows, -1), self.highest.indices], -1),
-            )
-        )
+        values = values.expand(len(self.highest.acts), -1)
+        clamped = set_latents(self.highest, latents, values, self.sae.k)
         change = torch.einsum("tk,tkw->tw", clamped.acts, self.sae.W_dec[clamped.indices]) + self.sae.b_dec - self.clean
         return self.states.masked_scatter(
             self.clamped[..., None], (self.states[self.clamped] + change).to(self.states.dtype)
@@ -158,6 +162,7 @@ def _parts(
     others: Sequence[Answered],
     scope: Scope,
     settings: FitSettings,
+    keep_error: bool,
 ) -> list[list[_Part]]:
     """Return the batches of each group: wrong answers by their right answer, right answers, other questions."""
     sharpness, kept, weight = settings.sharpness, settings.kept_margin, settings.weight
@@ -172,7 +177,7 @@ def _parts(
         return weight * (kept - margin).relu().mean()
 
     def part(group: Sequence, loss: Callable[[Batch], Loss]) -> _Part:
-        batch = Batch(place, group, scope, settings.rounds * settings.each)
+        batch = Batch(place, group, scope, settings.rounds * settings.each, keep_error=keep_error)
         return _Part(batch, loss(batch))
 
     kinds = [[case for case in wrong if case.right == word] for word in sorted({case.right for case in wrong})]
@@ -208,6 +213,8 @@ def fit(
     others: Sequence[Answered] = (),
     scope: Scope = ASKED,
     settings: FitSettings = FitSettings(),  # noqa: B008  (frozen)
+    *,
+    keep_error: bool = True,
 ) -> Fit:
     """Fit clamps that correct wrong answers, whatever the right answer is, and leave right ones as they are.
 
@@ -221,13 +228,14 @@ def fit(
     right: cases that are answered right.
     others: questions that have nothing to do with the cases.
     scope: the tokens that are clamped; in a causal model, tokens behind the image make this fast.
+    keep_error: whether what the SAE leaves unexplained stays in.
 
     Raises:
         ValueError: there are no wrong cases.
     """
     if not wrong:
         raise ValueError("there are no wrong cases, so there is nothing to correct; give cases that are answered wrong")
-    turns = [cycle(group) for group in _parts(place, wrong, right, others, scope, settings)]
+    turns = [cycle(group) for group in _parts(place, wrong, right, others, scope, settings, keep_error)]
     latents = torch.zeros(0, dtype=torch.long, device=place.lmm.device)
     values = torch.zeros(0, device=place.lmm.device)
     clamps = {}
@@ -268,7 +276,7 @@ def _best_latents(
     slope = torch.zeros(sae.n_latents, device=place.lmm.device)  # of the loss in a latent's value at all clamped tokens
     present = torch.zeros_like(slope)  # the same times its present activations
     for part in (next(turn) for turn in turns for _ in range(3)):
-        gradient, clean = part.slope(latents, values), part.batch.top(part.batch.highest)
+        gradient, clean = part.slope(latents, values), part.batch.highest.top(sae.k)
         slope += sae.W_dec @ gradient.sum(0)
         effects = torch.einsum("tw,tkw->tk", gradient, sae.W_dec[clean.indices]) * clean.acts
         present.index_add_(0, clean.indices.flatten(), effects.flatten())

@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 import torch
 
-from lmm_sae_nb.hallucination.answers import Edits, Setting, first_tokens
+from lmm_sae_nb.hallucination.answers import Answers, Edits, Setting, first_tokens
 from lmm_sae_nb.hallucination.cases import Case
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.steer.steering import Edit, Scope, steered
@@ -76,6 +76,10 @@ class HeldOut:
         rates = [right[:, self.wrong & (answer == word)].mean(1) for word in self.words]
         return np.mean(rates, axis=0).tolist()
 
+    def harmed_by_draw(self, method: str) -> list[float]:
+        """Return the fraction of right answers that each draw turns wrong."""
+        return (~np.array(self.methods[method], bool)[:, np.array(self.untouched, bool)]).mean(1).tolist()
+
     def difference(self, one: str, other: str) -> Mean:
         """Return the balanced cured rate of `other` less that of `one`, on the same cases, with its interval.
 
@@ -98,6 +102,15 @@ class HeldOut:
         if contradicts is not None:
             asked &= np.array(self.contradicts, bool) == contradicts
         return proportion(~np.array(self.methods[method], bool)[:, asked].ravel())
+
+    def cured_or_range(self, method: str) -> Mean:
+        """Return the balanced cured rate with its interval; of several draws the median, the lowest and the highest."""
+        return self.balanced(method) if len(self.methods[method]) == 1 else _range(self.by_draw(method))
+
+    def harmed_or_range(self, method: str) -> Mean:
+        """Return the fraction of right answers harmed, as `cured_or_range` returns that of wrong ones cured."""
+        harmed = self.harmed_by_draw(method)
+        return Mean(*self.harmed(method)[:3]) if len(harmed) == 1 else _range(harmed)
 
     def cured_by_group(self, method: str) -> dict[str, dict[str, Mean]]:
         """Return, for each group, the fraction cured of its hallucinations, by their right answer."""
@@ -128,12 +141,43 @@ class HeldOut:
             for word, cured in self.cured(method).items():
                 metrics |= bounds(f"{method}_cured_right_{word}", cured)
             if self.words:
-                metrics |= {f"{method}_balanced_lowest": min(self.by_draw(method))}
-                metrics |= {f"{method}_balanced_highest": max(self.by_draw(method))}
-            metrics |= bounds(f"{method}_harmed", self.harmed(method)) if before.any() else {}
+                metrics |= over_draws(f"{method}_balanced", self.by_draw(method))
+            if before.any():
+                metrics |= bounds(f"{method}_harmed", self.harmed(method))
+                metrics |= over_draws(f"{method}_harmed", self.harmed_by_draw(method))
             if (before & ~contradicts).any():
                 metrics |= bounds(f"{method}_harmed_agreeing", self.harmed(method, contradicts=False))
         return metrics
+
+
+def _range(values: Sequence[float]) -> Mean:
+    """Return the median of several draws, with the lowest and the highest as its ends."""
+    return Mean(float(np.median(values)), min(values), max(values))
+
+
+def over_draws(name: str, values: Sequence[float]) -> Metrics:
+    """Return the median, the lowest and the highest of several draws as metrics."""
+    return dict(zip((f"{name}_median", f"{name}_lowest", f"{name}_highest"), _range(values), strict=True))
+
+
+def answer_by(
+    place: SAEInPlace, cases: Sequence[Case], methods: Mapping[str, Method], *, keep_error: bool = True
+) -> dict[str, Answers]:
+    """Answer each case by each method; the settings of a method are the rows of its answers.
+
+    keep_error: whether what the SAE leaves unexplained stays in.
+    """
+    found: dict[str, Answers] = {}
+    for before in dict.fromkeys(method.before for method in methods.values()):
+        together = {name: each for name, each in methods.items() if each.before == before}
+        asked = [replace(case, question=f"{before} {case.question}".strip()) for case in cases]
+        settings = [(setting, method.scope) for method in together.values() for setting in method.settings]
+        settings, scopes = zip((None, Scope()), *settings, strict=True)
+        answers = first_tokens(place, asked, settings, scopes, keep_error=keep_error)
+        sizes = [1, *(len(method.settings) for method in together.values())]
+        parts = map(Answers._make, zip(*(rows.split(sizes) for rows in answers), strict=True))
+        found |= zip(together, list(parts)[1:], strict=True)
+    return {name: found[name] for name in methods}
 
 
 def try_methods(
@@ -143,19 +187,10 @@ def try_methods(
 
     keep_error: whether what the SAE leaves unexplained stays in.
     """
-    right: dict[str, list[list[bool]]] = {}
-    untouched = None
-    for before in dict.fromkeys(method.before for method in methods.values()):
-        together = {name: each for name, each in methods.items() if each.before == before}
-        asked = [replace(case, question=f"{before} {case.question}".strip()) for case in cases]
-        settings = [(setting, method.scope) for method in together.values() for setting in method.settings]
-        settings, scopes = zip((None, Scope()), *settings, strict=True)
-        first, *others = first_tokens(place, asked, settings, scopes, keep_error=keep_error).right.tolist()
-        rows = iter(others)
-        right |= {name: [next(rows) for _ in method.settings] for name, method in together.items()}
-        untouched = untouched or (first if not before else None)
-    untouched = untouched or first_tokens(place, cases, [None]).right[0].tolist()
-    right = {name: right[name] for name in methods}
+    everything = {"": Method((None,)), **methods}
+    answers = answer_by(place, cases, everything, keep_error=keep_error)
+    right = {name: answers[name].right.tolist() for name in everything}
+    (untouched,) = right.pop("")
     about = ([getattr(case, name) for case in cases] for name in ("right", "contradicts", "group"))
     return HeldOut(*about, untouched, right)
 

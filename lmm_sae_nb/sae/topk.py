@@ -31,6 +31,11 @@ class Latents(NamedTuple):
     acts: Float[Tensor, "*tokens k"]
     indices: Int64[Tensor, "*tokens k"]
 
+    def top(self, k: int) -> Latents:
+        """Return the k highest latents of each token."""
+        top = self.acts.topk(k, dim=-1)
+        return Latents(top.values, self.indices.gather(-1, top.indices))
+
 
 HISTORY = "history.json"  # the file that `train_sae` writes beside its SAE
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from PIL import Image
 from torch import Tensor
 
@@ -134,19 +134,25 @@ def steer_latents(
     rows, bias = sae.W_enc[edited], sae.b_enc[edited]
     before = ((x.to(rows.dtype) - sae.b_dec) @ rows.T + bias).relu()
     new = torch.stack([edit.apply(acts) for edit, acts in zip(edits, before.unbind(-1), strict=True)], -1)
-    kept = torch.where(torch.isin(others.indices, edited), -1.0, others.acts)  # below every activation
-    acts, indices = torch.cat([new, kept], -1), torch.cat([edited.expand(len(x), -1), others.indices], -1)
-    return _top(Latents(acts, indices), sae.k)
+    return set_latents(others, edited, new, sae.k)
+
+
+def set_latents(highest: Latents, latents: Int64[Tensor, " n"], acts: Float[Tensor, "tokens n"], k: int) -> Latents:
+    """Set n latents to new activations and apply TopK again (equations 4 and 5); differentiable in `acts`.
+
+    highest: the k + n or more highest latents of each token, as they were.
+    latents: numbers of the latents to set, each once.
+    acts: at least 0.
+    k: latents of each token that are left.
+    """
+    others = torch.where(torch.isin(highest.indices, latents), -1.0, highest.acts)  # below every activation
+    indices = torch.cat([latents.expand(len(acts), -1), highest.indices], -1)
+    return Latents(torch.cat([acts, others], -1), indices).top(k)
 
 
 def _highest(sae: TopKSAE, x: Float[Tensor, "tokens width"], edits: int) -> Latents:
     """Return so many latents of each token that k are left without the edited ones."""
     return sae.encode(x, k=min(sae.k + edits, sae.n_latents))
-
-
-def _top(latents: Latents, k: int) -> Latents:
-    top = latents.acts.topk(k, dim=-1)
-    return Latents(top.values, latents.indices.gather(-1, top.indices))
 
 
 def steered_states(
@@ -174,7 +180,7 @@ def steered_versions(
 ) -> Float[Tensor, "settings tokens width"]:
     """Return `steered_states` under each of several settings; the tokens are encoded once for all of them."""
     highest = _highest(sae, x, max(map(len, settings)))
-    base = sae.decode(_in_order(_top(highest, sae.k)))
+    base = sae.decode(_in_order(highest.top(sae.k)))
     out = (x.to(base.dtype) if keep_error else base).repeat(len(settings), 1, 1)
     known = Latents(*(part[steered] for part in highest))
     for version, edits in zip(out, settings if bool(steered.any()) else (), strict=False):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,11 +74,15 @@ def stages(source: Path, methods: tuple[str, ...] = READS) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def ignored(source: Path) -> set[str]:
-    """Return the parameters that change no result of a notebook: those in `without` of every `page.stage`."""
+def ignored(source: Path, made: Collection[str] | None = None) -> set[str]:
+    """Return the parameters that change no result of a notebook: those in `without` of every `page.stage`.
+
+    made: only the results of these stages count; by default those of all that the notebook makes.
+    """
+    calls = [call for call in _calls(source, ("stage",)) if made is None or set(_constants(call.args[0])) & set(made)]
     given = [
         {text for keyword in call.keywords if keyword.arg == "without" for text in _constants(keyword.value)}
-        for call in _calls(source, ("stage",))
+        for call in calls
     ]
     return set.intersection(*given) if given else set()
 

@@ -158,6 +158,16 @@ def test_the_recipe_has_what_changes_a_result_and_the_models_hash(project):
     assert line.startswith("models.data/models/m was ")
 
 
+def test_the_recipe_of_an_older_study_leaves_out_what_only_newer_stages_take(project):
+    page = project / "notebooks/02_two.py"
+    newer = page.read_text().replace("n_top: int", "asked: int = 9  # of the newer stage\nn_top: int")
+    newer = newer.replace('without=("seeds_study",)', 'without=("seeds_study", "asked")')
+    page.write_text(newer + 'newer = page.stage("newer", after=("cache",), without=("seeds_study",))\n')
+    pages = seeds.chosen_pages(("02",))
+    assert seeds.recipe(pages, made=("cache",))["pages"] == {"02_two": {"seed": 0, "n_top": 5}}
+    assert seeds.recipe(pages)["pages"] == {"02_two": {"seed": 0, "asked": 9, "n_top": 5}}
+
+
 @pytest.mark.slow
 def test_the_command_runs_pages_in_kernels(project, root):
     arguments = ["seeds", "--seeds", "2", "--pages", "01", "--out", "seeds.json"]
@@ -183,9 +193,10 @@ RENEW = f"renew it with: {seeds.COMMAND}"
 
 
 def test_the_committed_study_is_of_the_shipped_recipe(root):
-    known = read_json(root / "book/seeds.json")["recipe"]
+    study = read_json(root / "book/seeds.json")
+    known = study["recipe"]
     pages = seeds.chosen_pages([name.partition("_")[0] for name in known["pages"]], root)
-    changed = seeds.differences(known, seeds.recipe(pages, root))
+    changed = seeds.differences(known, seeds.recipe(pages, root, study["stages"]))
     assert not changed, "\n".join(["book/seeds.json is of another recipe.", *changed, RENEW])
 
 

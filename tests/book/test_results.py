@@ -43,6 +43,16 @@ def test_a_target_that_was_missed_says_so(run):
     assert "at most 0.1, **missed**" in row(results.page(run, []), "| [Few latents")
 
 
+def test_a_control_of_several_draws_has_its_median_and_range_and_no_interval(run):
+    (run / "hallucination").mkdir()
+    draws = {"random_harmed_median": 0.02, "random_harmed_lowest": 0.01, "random_harmed_highest": 0.04}
+    metrics = {"fitted_harmed": 0.01, "fitted_harmed_low": 0.0, "fitted_harmed_high": 0.05} | draws
+    (run / "hallucination" / "metrics.json").write_text(json.dumps(metrics))
+    page = results.page(run, [])
+    assert "| 0.02 (0.01 to 0.04): random latents" in row(page, "| [The fitted clamp breaks few")
+    assert "| `random_harmed_median` | 0.02 (0.01 to 0.04) |" in page
+
+
 def test_a_claim_that_this_run_did_not_measure_is_left_out(run):
     assert "A judge agrees" not in results.page(run, [])
 

@@ -17,14 +17,17 @@ def cases(right: str = "n", tempting: str = "y") -> list[Case]:
     return [Case(noise(40, 40, n), question, right, tempting, True) for n, question in enumerate(QUESTIONS)]
 
 
-def test_a_batch_answers_as_the_steered_model_does(place):
-    batch = Batch(place, cases(), ASKED, spare=4)
+@pytest.mark.parametrize("keep_error", [True, False])
+def test_a_batch_answers_as_the_steered_model_does(place, keep_error):
+    batch = Batch(place, cases(), ASKED, spare=4, keep_error=keep_error)
     latents, values = torch.tensor([3, 7]), torch.tensor([30.0, 0.0])
     with torch.no_grad():
         logits = batch.logits(batch.clamp(latents, values))
+        untouched = place.lmm.last_logits(batch.upper.prompt)
+    torch.testing.assert_close(batch.untouched, untouched, atol=1e-4, rtol=1e-4)
     for row, case in zip(logits, cases(), strict=True):
         prompt = place.lmm.prompt(case.question, case.image)
-        with torch.no_grad(), steered(place, prompt, EDITS, ASKED, keep_error=True):
+        with torch.no_grad(), steered(place, prompt, EDITS, ASKED, keep_error=keep_error):
             torch.testing.assert_close(row, place.lmm.last_logits(prompt)[0], atol=1e-4, rtol=1e-4)
 
 

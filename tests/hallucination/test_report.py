@@ -39,6 +39,9 @@ def test_fractions_are_counts_of_the_right_cases():
     expected = {
         "hallucinations": 3, "right_answers": 3,
         "hallucinations_right_no": 1, "hallucinations_right_yes": 2,
+        "push_balanced_median": 1 / 2, "cure_balanced_median": 5 / 8,
+        "push_harmed_median": 0, "push_harmed_lowest": 0, "push_harmed_highest": 0,
+        "cure_harmed_median": 1 / 3, "cure_harmed_lowest": 0, "cure_harmed_highest": 2 / 3,
         "push_balanced_lowest": 1 / 2, "push_balanced_highest": 1 / 2, "push_harmed_agreeing": 0,
         "cure_balanced_lowest": 1 / 2, "cure_balanced_highest": 3 / 4, "cure_harmed_agreeing": 1 / 4,
         "push_balanced_cured": 1 / 2, "push_cured_right_no": 1, "push_cured_right_yes": 0, "push_harmed": 0,
@@ -51,6 +54,13 @@ def test_fractions_are_counts_of_the_right_cases():
     others = other_metrics(OTHERS, "text_")
     assert others["text_other_questions_right"] == 3 / 4 and others["text_other_questions_right_after"] == 1 / 4
     assert others["text_other_answers_kept"] == 1 / 2
+
+
+def test_several_draws_have_their_range_and_one_has_its_interval():
+    assert ANSWERS.cured_or_range("cure") == (5 / 8, 1 / 2, 3 / 4)
+    assert ANSWERS.harmed_or_range("cure") == (1 / 3, 0, 2 / 3)
+    assert ANSWERS.cured_or_range("push") == ANSWERS.balanced("push")
+    assert ANSWERS.harmed_or_range("push") == ANSWERS.harmed("push")[:3]
 
 
 def test_a_push_towards_one_answer_has_a_balanced_rate_of_at_most_a_half():

@@ -11,7 +11,7 @@ from lmm_sae_nb.attribute.attribution import decision, linear
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.steer.steering import Edit, Scope, answers, compare, steer_latents, steered, steered_states
+from lmm_sae_nb.steer.steering import Edit, Scope, answers, compare, set_latents, steer_latents, steered, steered_states
 from lmm_sae_nb.support.files import write_json
 
 LAYER = 1
@@ -60,6 +60,19 @@ def test_steered_latents_are_those_of_the_dense_equations(seed, k, edits):
     assert_close(found.sort(1).values, expected.sort(1).values, atol=1e-5, rtol=1e-5)
     different = (found - expected).abs() > 1e-4
     assert not different.any() or found[different].max() <= expected.masked_fill(expected == 0, 9e9).min(1).values.max()
+
+
+def test_set_latents_is_a_clamp_whose_values_have_gradients():
+    """Set to the same numbers, the same bits; a value has a gradient at the tokens where it is among the k highest."""
+    sae, x = new_sae(), torch.randn(7, 16, generator=torch.Generator().manual_seed(1))
+    latents, values = torch.tensor([3, 11]), torch.tensor([0.5, 9.0], requires_grad=True)
+    highest = sae.encode(x, k=sae.k + 2)
+    found = set_latents(highest, latents, values.expand(7, -1), sae.k)
+    clamped = steer_latents(sae, x, [Edit(3, 0.5), Edit(11, 9.0)])
+    assert torch.equal(found.indices, clamped.indices) and torch.equal(found.acts, clamped.acts)
+    found.acts.sum().backward()
+    assert values.grad.tolist() == [float((found.indices == latent).sum()) for latent in (3, 11)]
+    assert values.grad[0] < values.grad[1] == 7
 
 
 def test_a_clamp_above_the_highest_latent_replaces_it():

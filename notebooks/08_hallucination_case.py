@@ -102,7 +102,7 @@ presence: dict = {
     "describe": "describe the image .",  # asks for a caption
     "scenes": 32,  # held-out images for each kind
     "each": 2,  # visible things that each is asked about, at most
-    "choose_from": 400,  # held-out images to take them from
+    "choose_from": 240,  # held-out images to take them from
     "counted": 1000,  # other images, to count what is frequent
 }
 # the same page for other SAEs, which differ in their seed; "": none

@@ -67,7 +67,7 @@ def test_popular_and_adversarial_things_are_those_of_a_count_by_hand():
 
 def test_images_that_show_nothing_and_images_that_show_everything_are_refused():
     nothing, everything = np.zeros((5, 8), bool), np.ones((5, 8), bool)
-    with pytest.raises(ValueError, match="0 images to ask about and 60 images"):
+    with pytest.raises(ValueError, match="0 images to ask about and .* show one of 8 things"):
         presence_questions(nothing, scenes(0), NAMES)
     with pytest.raises(ValueError, match="image 0 lacks only 0 of 8 things"):
         presence_questions(everything, scenes(0), NAMES)

@@ -13,16 +13,17 @@
 # %% [markdown]
 # # 8. A hallucination, its cause and a cure
 #
-# **The question** (sections 4.3 and 4.4, Figures 7 to 10). A model answers
-# from memory against what it sees. Why? And does the model return to the image if
-# we clamp a latent that stands for text?
+# **The question** (sections 4.3 and 4.4, Figures 7 to 10). Sometimes a model
+# answers from memory, although the image shows something else. Why? And does it
+# answer from the image again if we clamp a latent that stands for text?
 #
-# **You will learn** how often this happens, how to take one wrong answer apart,
-# how to choose a clamp on some cases and to measure on others what it cures and
-# what it harms, and which controls a cure needs.
+# **You will learn** how often this happens, and what in one prompt supports a
+# wrong answer. You choose a clamp on some cases. On other cases you measure what
+# it cures and what it harms. You compare it with controls, and with the field's
+# own measures, POPE and CHAIR.
 #
 # **Reads** the SAE, the stages `cache` and `interpret`, and trap questions.
-# **Writes** the stage `hallucination`.
+# **Writes** the stages `hallucination`, `new_questions` and `presence`.
 #
 # | preset | cases | time |
 # |---|---|---|
@@ -187,11 +188,11 @@ plots.style()
 # > "Bolivia is not shown on the image but the model still answer yes."
 #
 # (Figure 7; the paper's image is a map, too.) In Picture World the model was
-# taught which countries a river basin covers. Each map is asked about where it
-# contradicts this fact, and some also where it agrees with it. A
-# *hallucination* is a wrong answer to a question of the first kind: an answer
-# from memory against the image. The answers are *yes* or *no*, so the logits
-# after the prompt are enough, without generating.
+# taught which countries a river basin covers. A map can contradict this fact. We
+# ask about each map where it contradicts the fact, and about some maps where
+# they agree. A *hallucination* is a wrong answer to a question of the first
+# kind: the model answers from memory, against the image. The answers are *yes*
+# or *no*. So we read the logits after the prompt and generate nothing.
 
 # %%
 place = SAEInPlace.load(page.locate(model), page.file("train"), layer)
@@ -236,12 +237,13 @@ print(f"{len(wrong)} hallucinations, {len(right)} right answers")
 
 # %% [markdown]
 # **2. Which latents stand for text, and what should clamping them do?** A
-# latent stands for text if notebook 03 named it after text, or if it is active
-# on written words by the ground truth, where there is one. Attribution
-# predicts, by one forward pass and one backward pass for each wrong case, how
-# clamping *any* latent changes the right answer's margin: its logit minus that
-# of the tempting answer. Latents of the same word go together, because a word
-# is split over several latents.
+# latent stands for text if notebook 03 named it after text. It also does if the
+# ground truth says that it is active on written words.
+#
+# The *margin* is the logit of the right answer minus that of the tempting one.
+# Attribution predicts how clamping *any* latent changes the margin. It needs
+# one forward pass and one backward pass for each wrong case. A word is split
+# over several latents, so latents of the same word go together.
 
 # %%
 scope = Scope(tuple(clamped_kinds))
@@ -265,14 +267,13 @@ plots.table(
 )  # fmt: skip
 
 # %% [markdown]
-# **3. What does clamping do?** The latents of the best words are clamped, one
-# word or two words at once, at several *doses*: multiples of a latent's
-# maximum.
+# **3. What does clamping do?** We clamp the latents of the best words, of one
+# word or of two words at once. A *dose* is a multiple of a latent's maximum.
 #
-# All settings are tried on wrong cases. We sort them by the *balanced cured
-# rate*. It is the mean of two fractions: that cured where the right answer is
-# *no*, and that where it is *yes*. A push towards one answer has 0.5 at most.
-# Among equals, fewer latents come first.
+# We try all settings on wrong cases. We sort them by the *balanced cured rate*.
+# This is the mean of two fractions: of the cases whose right answer is *no*, how
+# many are cured; and the same for *yes*. A push towards one answer has 0.5 at
+# most. If two settings are equal, the one with fewer latents comes first.
 #
 # Then we take four settings at a time, in this order. We count how many right
 # answers each harms. If this is within the limit, we count how many answers to
@@ -339,17 +340,18 @@ plots.scatter(predicted, measured, *labels);
 # %% [markdown]
 # ## Fit a clamp for both answers
 #
-# Is there a clamp that cures both kinds? We look for one by gradient. It acts
-# on the words of the question, which come after the image. The loss asks for
-# three things: wrong answers become right (*no* and *yes* count the same),
-# right answers stay, and other answers stay. Each round adds some latents, and
-# clamps each to a start value or to 0 (*silenced*). It takes those for which
-# the gradient predicts the largest fall of the loss. Then all values are
-# refitted.
+# Is there a clamp that cures both kinds of case? We look for one by gradient.
+# It acts on the words of the question, which come after the image. The loss has
+# three parts. Wrong answers should become right, and *no* and *yes* count the
+# same. Right answers should stay. Answers to other questions should stay.
 #
-# The same loss also fits a *direction*, which is added at the same words
-# without any SAE. It shows what the layer allows, and how much is lost by
-# using latents.
+# Each round adds some latents. It clamps each of them to a start value, or to 0
+# (*silenced*). It takes the latents for which the gradient predicts the largest
+# fall of the loss. Then it fits all values again.
+#
+# The same loss also fits a *direction*. It is added at the same words, without
+# an SAE. It shows how much is possible at this layer, and how much we lose
+# because we use latents.
 
 # %%
 fitted = stage.result(
@@ -363,9 +365,9 @@ fitted = stage.result(
 )  # fmt: skip
 
 # %% [markdown]
-# After each round there is a clamp with more latents. The search of above
-# chooses among them, on wrong and right cases that the fit has not seen, within
-# the same limits.
+# After each round there is a clamp with more latents. We choose among them with
+# the same search and the same limits as above. The wrong and right cases of this
+# search were not in the fit.
 
 # %%
 sizes = [NOTHING] + [
@@ -396,8 +398,9 @@ plots.table(
 # > "This demonstrates that with minimal intervention, the model can prioritize
 # > image information while sometimes following incorrect reasoning."
 #
-# Now the chosen clamps meet cases that took no part in the choice. *Cured* is a
-# hallucination that turns right. *Harmed* is a right answer that turns wrong.
+# Now we try the chosen clamps on cases that had no part in the choice. A
+# hallucination is *cured* if the answer becomes right. A right answer is
+# *harmed* if it becomes wrong.
 
 # %%
 before = stage.result(
@@ -415,19 +418,20 @@ fooled = [
 ]
 
 # %% [markdown]
-# Every method meets the same cases, and so do six controls:
+# We try every method on the same cases, and six controls, too:
 #
 # - *random latents at the patches*: as strong as the clamp of text latents;
-# - *random latents* and *unrelated latents* (named, but not after text) at the
-#   words: as many as the fitted clamp has, and about as strong;
-# - *random direction*: at each word as long as the change of the fitted clamp;
+# - *random latents at the words*: as many as the fitted clamp has, and about as
+#   strong;
+# - *unrelated latents*: the same, but from latents with a name that is no text;
+# - *random direction*: at each word as long as the change by the fitted clamp;
 # - *fitted direction*: the one without an SAE;
 # - *prompt*: words before the question that ask to look at the image.
 #
-# The *strength* of a clamp is the norm of the change that it makes in the
-# layer's output: the mean over the clamped tokens of eight held-out cases. A
-# control can be weaker or stronger than planned, because clamped latents push
-# others out of the k highest.
+# The *strength* of a clamp is the norm of the change in the layer's output. We
+# take the mean over the clamped tokens of eight held-out cases. A control can
+# become weaker or stronger than planned, because a clamped latent pushes another
+# one out of the k highest.
 
 # %%
 def as_strong(candidates, clamp, where):
@@ -474,7 +478,8 @@ answers = stage.result(
 )  # fmt: skip
 
 # %% [markdown]
-# Other held-out questions, answered in full before and after, give the cost.
+# How much does a clamp cost? The model answers other held-out questions in full,
+# without the clamp and with it.
 
 # %%
 def cost(clamp, where):
@@ -505,7 +510,7 @@ metrics = stage.finish(
 )  # fmt: skip
 metrics_table(stage)
 
-# %% mystnb={"figure": {"caption": "What each method cures and harms on held-out maps, with 99 % intervals. The first two are the clamps of this page, the others are controls.", "name": "fig-cured"}, "image": {"alt": "A row for each method, with the balanced cured rate and the fraction of right answers harmed."}}
+# %% mystnb={"figure": {"caption": "What each method cures and harms on held-out maps. The first two are the clamps of this page, the others are controls. The lines are 99 % intervals. For a control with several random draws they go from the lowest to the highest draw, and the mark is the median.", "name": "fig-cured"}, "image": {"alt": "A row for each method, with the balanced cured rate and the fraction of right answers harmed."}}
 titles = {
     "text": "text latents, at the patches",
     "fitted": "fitted latents, at the words",
@@ -518,8 +523,8 @@ titles = {
 }
 plots.means(
     {
-        title: {"balanced cured rate": answers.balanced(name),
-                "right answers harmed": Mean(*answers.harmed(name)[:3])}
+        title: {"balanced cured rate": answers.cured_or_range(name),
+                "right answers harmed": answers.harmed_or_range(name)}
         for name, title in titles.items()
     },
     "fraction",
@@ -527,10 +532,10 @@ plots.means(
 # %% [markdown]
 # ### Does a clamp turn the model to the image, or does it push?
 #
-# In the paper's example the right answer is *no*. A clamp that pushes towards
-# *no* in general would cure it, too. Our cases have both answers.
+# In the paper's example the right answer is *no*. A clamp that always pushes
+# towards *no* would cure it, too. Our cases have both answers.
 
-# %% mystnb={"figure": {"caption": "Fraction of hallucinations cured, by the right answer; 99 % intervals. A push towards one answer cures one kind only.", "name": "fig-push"}, "image": {"alt": "A row for each method, with the fractions cured of hallucinations whose right answer is no, and of those whose right answer is yes."}}
+# %% mystnb={"figure": {"caption": "Fraction of hallucinations cured, by the right answer; 99 % intervals. A push towards one answer cures one kind only. The draws of a random control are counted together, so its interval is too short.", "name": "fig-push"}, "image": {"alt": "A row for each method, with the fractions cured of hallucinations whose right answer is no, and of those whose right answer is yes."}}
 plots.means(
     {
         title: {f"right answer {word}": Mean(*cured[:3])
@@ -682,10 +687,12 @@ if said:
 # > "we set the answer token $v_c = yes$ and $v_b = no$ … we sort features by
 # > their attribution effects on image and text separately"
 #
-# We take the first held-out hallucination that the clamp cures, or the picture
-# and question that the parameters give. It illustrates a cure and is no
-# evidence for one: it was chosen because it is cured. The decision is the logit of the
-# given answer minus that of the right one. The sums over each kind of token:
+# We take the first held-out hallucination that the clamp cures. (Or give your own
+# picture and question as parameters.) We chose this case because it is cured. So
+# it shows how a cure looks, but it is no evidence for one.
+#
+# The *decision* is the logit of the given answer minus that of the right one.
+# The table sums the attribution over each kind of token:
 
 # %%
 after = answers.methods["fitted"][0]
@@ -720,8 +727,8 @@ for n in parts.of_latents(on_image)[0][:6].tolist():
     maps[title] = grid(parts.map_of(n)[base]).numpy()
 plots.signed_maps(case.image, maps);
 # %% [markdown]
-# The same at the words of the question (Figure 9, text): all latents, then the
-# three latents with the highest attribution there.
+# The same at the words of the question (Figure 9, text). First come all latents,
+# then the three latents with the highest attribution there.
 
 # %%
 words = choice.prompt.mask("text")[0]
@@ -733,7 +740,7 @@ for n in parts.of_latents(words)[0][:3].tolist():
 plots.shaded_texts(texts)
 
 # %% [markdown]
-# And the clamp on this case (Figures 8 and 10):
+# The clamps on this case (Figures 8 and 10):
 
 # %%
 clamps = {
@@ -843,19 +850,18 @@ sentences.append(
 findings(*sentences, *across_saes(study, stage, of_all))
 
 # %% [markdown]
-# The map and the memorised fact disagree. For two of the four basins memory
-# wins. A push towards *no*, as in the paper's example, cures one kind of case
-# only. Many latents at the words of the question together make the model follow
-# the image more often. How they do so, we do not know.
+# The map and the memorised fact disagree, and then memory can win. A push towards
+# *no*, as in the paper's example, cures only one kind of case. Many latents
+# together, at the words of the question, make the model follow the image more
+# often. We do not know how they do so.
 #
-# **Limits.** One model and one layer. The maps are new, but their questions are
-# not: both halves ask the same 32 questions, and nearly all hallucinations are
-# about two basins. The fitted clamp acts at the words of these questions. We did
-# not test whether it helps with a new question. The intervals are over maps. The
-# clamp has the most latents that we tried, so it explains less than the paper's
-# single latent. The prompt uses words that the embedded model knows; it was not
-# trained to follow it. The [lab notebook](../lab_notebook) tells what else was
-# tried.
+# **Limits.** This is one model and one layer. The held-out maps are new, but
+# their questions are those of the choice. Our questions about new countries
+# still have the form of the others. The intervals are over maps or images. The
+# fitted clamp sets many latents, so it explains less than the paper's single
+# latent. The prompt uses words that the embedded model knows, but the model was
+# not trained to follow it. The [lab notebook](../lab_notebook) tells what else
+# was tried.
 
 # %% tags=["result", "remove-input"]
 of_saes = over_saes(study, stage, "fitted_balanced_cured")

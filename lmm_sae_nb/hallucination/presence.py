@@ -19,7 +19,7 @@ from lmm_sae_nb.attribute.attribution import single_token
 from lmm_sae_nb.hallucination.cases import Case
 from lmm_sae_nb.hallucination.report import Method, answer_by
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.support.intervals import Mean, Proportion, bounds, proportion
+from lmm_sae_nb.support.intervals import Mean, Proportion, bounds, proportion, ratio_interval
 from lmm_sae_nb.support.stages import Metrics
 from lmm_sae_nb.truth.label_maps import LabelMaps
 
@@ -154,9 +154,31 @@ class Presence:
         """Return the accuracy of a method for each sampling, with its interval."""
         return {sampling: Mean(*self.scores(method, sampling)["accuracy"][:3]) for sampling in self.asked}
 
+    def change(self, method: str, before: str) -> Mean:
+        """Return the accuracy of a method less that of another, on the same questions of all samplings.
+
+        The 99 % interval is over images, because questions about one image are not independent.
+
+        Raises:
+            ValueError: the questions are about a single image.
+        """
+        by_image: dict[int, list[int]] = {}
+        for sampling, questions in self.asked.items():
+            after, earlier = (self.yes[name][sampling] for name in (method, before))
+            for each, now, then in zip(questions, after, earlier, strict=True):
+                by_image.setdefault(each.image, []).append((now == each.present) - (then == each.present))
+        changes, questions = ([f(row) for row in by_image.values()] for f in (sum, len))
+        return ratio_interval(changes, questions)
+
     def metrics(self, kind: str) -> Metrics:
-        """Return all scores as metrics, named METHOD_KIND_SAMPLING_MEASURE, and the number of questions."""
+        """Return all scores as metrics, named METHOD_KIND_SAMPLING_MEASURE, and the number of questions.
+
+        The changes of accuracy are those from the first method.
+        """
         metrics: Metrics = {f"{kind}_questions": len(next(iter(self.asked.values())))}
+        first, *others = self.yes
+        for method in others:
+            metrics |= bounds(f"{method}_{kind}_change", self.change(method, first))
         for method, sampling in ((method, sampling) for method in self.yes for sampling in self.asked):
             for name, value in self.scores(method, sampling).items():
                 metrics |= bounds(f"{method}_{kind}_{sampling}_{name}", value)

@@ -103,6 +103,26 @@ def test_the_measures_are_those_of_scikit_learn(rate):
     assert metrics["m_object_popular_f1_low"] == scores["f1"].low <= metrics["m_object_popular_f1"]
 
 
+def test_a_change_is_over_all_samplings_and_its_interval_over_images():
+    rng = np.random.default_rng(4)
+    asked = {name: [Asked(n // 4, str(n), n % 2 == 0) for n in range(200)] for name in ("random", "popular")}
+    yes = {m: {name: (rng.random(200) < 0.5).tolist() for name in asked} for m in ("untouched", "cure")}
+    answers = Presence(asked, yes)
+    right = {
+        m: np.concatenate([np.array(said[name]) == [q.present for q in asked[name]] for name in asked])
+        for m, said in yes.items()
+    }
+    change = answers.change("cure", "untouched")
+    assert change.mean == pytest.approx(right["cure"].mean() - right["untouched"].mean())
+    assert change.low < change.mean < change.high
+    # answers that are the same within an image say no more than one of them
+    repeated = {m: {name: np.repeat(said[name][:50], 4).tolist() for name in asked} for m, said in yes.items()}
+    everywhere = {name: [Asked(n // 4, str(n), True) for n in range(200)] for name in asked}
+    wide = Presence(everywhere, repeated).change("cure", "untouched")
+    assert wide.high - wide.low > 1.5 * (change.high - change.low)
+    assert answers.metrics("object")["cure_object_change_low"] == change.low
+
+
 def test_the_interval_of_f1_covers_the_true_value_as_often_as_it_says():
     rng = np.random.default_rng(3)
     inside = []

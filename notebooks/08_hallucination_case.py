@@ -89,7 +89,8 @@ new_questions: dict = {
     "others": 24,  # other questions of the fit
     "rounds": 8,  # each adds latents and refits all values
     "each": 4,  # latents that a round adds
-    "held_out": 200,  # held-out cases, about both halves
+    "direction_steps": 30,  # of the fit of the direction
+    "held_out": 160,  # held-out cases, about both halves
 }
 # POPE and CHAIR, the field's own measures
 presence: dict = {
@@ -100,10 +101,10 @@ presence: dict = {
     },
     # names without an article
     "plural": ["grapes", "cherries", "scissors", "glasses"],
-    "describe": "describe the image .",  # asks for a caption
-    "scenes": 32,  # held-out images for each kind
+    # asks for a caption
+    "describe": "describe the image .",
+    "scenes": 16,  # held-out images for each kind
     "each": 2,  # visible things that each is asked about, at most
-    "choose_from": 240,  # held-out images to take them from
     "counted": 1000,  # other images, to count what is frequent
 }
 # the same page for other SAEs, which differ in their seed; "": none
@@ -565,7 +566,10 @@ new = fresh.result(
     lambda: try_new_questions(
         place, wrong, right, others[: use["others"]],
         held_out[:: max(1, len(held_out) // use["held_out"])], live,
-        settings=FitSettings(rounds=use["rounds"], each=use["each"]),
+        settings=FitSettings(
+            rounds=use["rounds"], each=use["each"],
+            direction_steps=use["direction_steps"],
+        ),
         wrong_cases=use["wrong"], right_cases=use["right"],
         draws=control_draws, keep_error=keep_error, seed=seed,
     ),
@@ -607,27 +611,31 @@ plots.other_saes(study, stage, of_all, "fraction");
 # %% [markdown]
 # ## By the field's own measures
 #
-# Our maps are one trap. Other work measures hallucination in general, and so
-# do we, with each cure and without.
+# Our maps are one trap. Other work measures hallucination in general. We do so,
+# too: with each cure, and without.
 #
 # **POPE** {cite}`li2023pope` asks whether something is in an image. Half of the
-# right answers are *yes*. The absent things are chosen in three ways: at
-# random, the most *popular* ones, and *adversarial* ones, which often appear
-# together with what is there. We count both in the images of notebook 02. We
-# ask about objects in scenes, and about country labels on maps.
+# right answers are *yes*. There are three ways to choose what is absent: at
+# *random*; what is *popular*, because many images show it; and *adversarial*,
+# what often appears together with the things that are there. We count this in
+# the images of notebook 02. We ask about objects in scenes, and about the names
+# of countries on maps (words).
 #
-# **CHAIR** {cite}`rohrbach2018chair` takes captions of these images. CHAIR$_i$
-# is the fraction of mentioned things that are absent, CHAIR$_s$ that of
-# captions with an absent thing. Label maps say exactly what is there.
+# **CHAIR** {cite}`rohrbach2018chair` reads captions of these images. `chair_i` is
+# the fraction of the mentioned things that are absent. `chair_s` is the fraction
+# of captions that mention an absent thing. `mentioned` is the fraction of the
+# things that are there. Label maps say exactly what is there.
+#
+# The prompt is the cure that a user would try first.
 
 # %%
 checks = page.stage(
     "presence", after=("train", "cache", "interpret", "hallucination"),
     without=("custom", "seeds_study", "new_questions"),
 )  # fmt: skip
-cures = {"untouched": Method((None,))} | {
-    name: methods[name] for name in ("text", "fitted", "direction", "prompt")
-}
+compared = ("text", "fitted", "direction", "prompt")
+cures = {"untouched": Method((None,))}
+cures |= {name: methods[name] for name in compared}
 lands = {word for case in cases for word in case.question.split()}
 lands -= {case.group for case in cases}
 things = {
@@ -636,50 +644,47 @@ things = {
 }  # fmt: skip
 
 # %%
-unseen, seen = (
-    rows and rows.select(range(min(presence[size], len(rows))))
-    for rows, size in ((load_from_disk(page.locate(heldout)), "choose_from"),
-                       (label_maps, "counted"))
-)  # fmt: skip
+unseen = load_from_disk(page.locate(heldout))
+sizes = ("plural", "scenes", "each", "counted")
 said = checks.result(
     "pope", dict[str, Presence],
     lambda: measure_presence(
-        place, unseen, seen, things, names, presence["questions"], cures,
-        plural=presence["plural"], scenes=presence["scenes"],
-        each=presence["each"], keep_error=keep_error, seed=seed,
+        place, unseen, label_maps, things, names,
+        presence["questions"], cures, keep_error=keep_error, seed=seed,
+        **{name: presence[name] for name in sizes},
     ),
 )  # fmt: skip
-pictured = [q.image for kind in said.values() for q in kind.asked["random"]]
+asked = [q for kind in said.values() for q in kind.asked["random"]]
 captions = checks.result(
     "captions", Captions | None,
     lambda: measure_captions(
-        place, unseen, pictured, things, names, cures,
-        presence["describe"], keep_error=keep_error,
+        place, unseen, [question.image for question in asked], things,
+        names, cures, presence["describe"], keep_error=keep_error,
     ) if things else None,
 )  # fmt: skip
 
 # %%
 field = captions.metrics if captions else {}
-for kind, answered in said.items():
-    field |= answered.metrics(kind)
+for kind, replies in said.items():
+    field |= replies.metrics(kind)
 field = checks.finish(field)
 plots.table([
     {"model": titles.get(name, name)}
-    | {f"{kind}s, {measure}": score for kind, answered in said.items()
-       for measure, score in answered.scores(name, "adversarial").items()
+    | {f"{kind}s, {measure}": score for kind, replies in said.items()
+       for measure, score in replies.scores(name, "adversarial").items()
        if measure in ("accuracy", "f1", "yes")}
     | captions.scores(name)
     for name in (cures if captions else ())
-], "Adversarial questions, and captions")  # fmt: skip
+], "POPE, adversarial (words and objects); CHAIR")  # fmt: skip
 
 # %% mystnb={"figure": {"caption": "POPE: accuracy for each choice of the absent things, before (untouched) and after each cure; 99 % intervals.", "name": "fig-pope"}, "image": {"alt": "Two panels, objects and labels, with a row for each cure and a dot for each of three samplings."}}
 if said:
     plots.mean_panels({
         f"accuracy, {kind}s": {
-            titles.get(name, name): answered.accuracies(name)
+            titles.get(name, name): replies.accuracies(name)
             for name in cures
         }
-        for kind, answered in said.items()
+        for kind, replies in said.items()
     });
 # %% [markdown]
 # ## One case in full
@@ -776,8 +781,8 @@ def interval(mean, form="{:.2f}"):
     return "{} [{}, {}]".format(*map(form.format, mean[:3]))
 
 
-def value(name):
-    return interval([metrics[f"{name}{end}"] for end in ("", "_low", "_high")])
+def value(name, of=metrics):
+    return interval([of[f"{name}{end}"] for end in ("", "_low", "_high")])
 
 
 def by_word(name):
@@ -834,6 +839,47 @@ sentences = [
     f"{value('other_answers_kept')} of the answers.",
 ]  # fmt: skip
 
+# questions that the fit never saw
+beats = (of_new["new_questions_fitted_balanced_cured_low"]
+         > of_new["new_questions_random_balanced_highest"])  # fmt: skip
+ends = "{:.2f} to {:.2f}".format(
+    *(of_new[f"new_questions_random_balanced_{end}"] for end in ("lowest", "highest"))
+)
+sentences.append(
+    f"Both halves of the maps ask the same {len(questions)} questions. Fitted on "
+    f"{of_new['questions_fitted_on']} of them, a clamp of {of_new['latents_clamped']} latents has a "
+    f"balanced cured rate of {value('seen_questions_fitted_balanced_cured', of_new)} on held-out maps "
+    "with these questions. With the other questions, which this fit never saw, it has "
+    f"{value('new_questions_fitted_balanced_cured', of_new)}; random latents have {ends}, and the "
+    f"fitted direction {value('new_questions_direction_balanced_cured', of_new)}. "
+    + ("So it also helps with new questions about the same basins." if beats
+       else "So we cannot say that it helps with new questions.")
+)  # fmt: skip
+
+# the field's own measures
+for kind in said:
+    changes = {name: value(f"{name}_{kind}_change", field) for name in compared}
+    worse = [titles[n] for n in compared if field[f"{n}_{kind}_change_high"] < 0]
+    better = [titles[n] for n in compared if field[f"{n}_{kind}_change_low"] > 0]
+    sentences.append(
+        f"POPE, {kind}s: the untouched model is right in "
+        f"{value(f'untouched_{kind}_random_accuracy', field)} of the random, "
+        f"{value(f'untouched_{kind}_popular_accuracy', field)} of the popular and "
+        f"{value(f'untouched_{kind}_adversarial_accuracy', field)} of the adversarial questions. "
+        "Accuracy on all of them changes by "
+        + "; ".join(f"{change} ({titles[name]})" for name, change in changes.items())
+        + f". Clearly better: {', '.join(better) or 'no method'}. "
+        f"Clearly worse: {', '.join(worse) or 'no method'}."
+    )
+if captions:
+    more = [titles[n] for n in compared
+            if field[f"{n}_chair_i_low"] > field["untouched_chair_i_high"]]  # fmt: skip
+    sentences.append(
+        "CHAIR: of the things that captions mention, these fractions are absent: "
+        + "; ".join(f"{value(f'{n}_chair_i', field)} ({titles.get(n, n)})" for n in cures)
+        + f". Clearly more than untouched: {', '.join(more) or 'no method'}."
+    )
+
 # the case in full
 of_words = parts.of_tokens()[words].tolist()
 most, least = (f(range(len(tokens)), key=of_words.__getitem__) for f in (max, min))
@@ -881,4 +927,4 @@ headline(
 )  # fmt: skip
 
 # %% tags=["remove-input"]
-provenance(page, stage)
+provenance(page, stage, fresh, checks)

@@ -244,6 +244,7 @@ def measure_presence(
     plural: Sequence[str] = (),
     scenes: int = 40,
     each: int = 2,
+    counted: int = 1000,
     keep_error: bool = True,
     seed: int = 0,
 ) -> dict[str, Presence]:
@@ -257,17 +258,16 @@ def measure_presence(
     methods: each with one setting.
     plural: names that take no article.
     scenes, each, seed: as for `presence_questions`.
+    counted: rows of `seen` that are counted, the first ones.
     keep_error: whether what the SAE leaves unexplained stays in.
     """
     found = {}
     for kind, names in things.items():
-        visible, counted = (
-            visible_things(
-                LabelMaps(part.select_columns([kind]), {kind: concepts[kind]}), range(len(part)), kind, names
-            )
-            for part in (rows, seen)
+        visible, seen_things = (
+            visible_things(LabelMaps(part.select_columns([kind]), {kind: concepts[kind]}), range(size), kind, names)
+            for part, size in ((rows, len(rows)), (seen, min(counted, len(seen))))
         )
-        asked = presence_questions(visible, counted, names, scenes=scenes, each=each, seed=seed)
+        asked = presence_questions(visible, seen_things, names, scenes=scenes, each=each, seed=seed)
         images = {each.image: rows[each.image]["image"] for each in asked["random"]}
         question = partial(in_words, questions[kind], plural=plural)
         found[kind] = ask_presence(place, images, asked, methods, question, keep_error=keep_error)

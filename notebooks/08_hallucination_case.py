@@ -436,9 +436,8 @@ fooled = [
 
 # %%
 def as_strong(candidates, clamp, where):
-    size = strength(
-        place, held_out[:8], clamp, where, keep_error=keep_error
-    )
+    kept = dict(keep_error=keep_error)
+    size = strength(place, held_out[:8], clamp, where, **kept)
     count = max(1, len(clamp))
     return equal_strength(candidates, count, size, control_draws, seed)
 

@@ -435,8 +435,10 @@ fooled = [
 # one out of the k highest.
 
 # %%
+kept = dict(keep_error=keep_error)
+
+
 def as_strong(candidates, clamp, where):
-    kept = dict(keep_error=keep_error)
     size = strength(place, held_out[:8], clamp, where, **kept)
     count = max(1, len(clamp))
     return equal_strength(candidates, count, size, control_draws, seed)
@@ -463,7 +465,7 @@ methods = {
 }  # fmt: skip
 plots.table([
     {"method": name, "strength": ", ".join(
-        f"{strength(place, held_out[:8], clamp, method.scope):.0f}"
+        f"{strength(place, held_out[:8], clamp, method.scope, **kept):.0f}"
         for clamp in method.settings)}
     for name, method in methods.items()
     if all(isinstance(clamp, tuple) for clamp in method.settings)
@@ -484,7 +486,6 @@ answers = stage.result(
 # %%
 def cost(clamp, where):
     asked = islice(without_traps(heldout), price_questions)
-    kept = dict(keep_error=keep_error)
     return answer_others(place, asked, clamp, where, **kept)
 
 

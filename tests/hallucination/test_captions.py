@@ -1,11 +1,14 @@
 """CHAIR: mentions and fractions against counts by hand, captions against one run each."""
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from models import noise
+from PIL import Image
 
 from lmm_sae_nb.hallucination.answers import Shift, under
-from lmm_sae_nb.hallucination.captions import Captions, caption_images, mentioned
+from lmm_sae_nb.hallucination.captions import Captions, caption_images, measure_captions, mentioned
 from lmm_sae_nb.hallucination.report import Method
 from lmm_sae_nb.steer.steering import Edit, Scope, steered
 
@@ -62,3 +65,17 @@ def test_a_shift_adds_its_direction_at_the_tokens_of_its_scope(place, keep_error
     with under(place, prompt, Shift(tuple(direction.tolist())), scope, keep_error=keep_error):
         shifted = place.lmm.hidden_states(prompt, place.layer)
     torch.testing.assert_close(shifted - clean, scope.of_prompt(prompt)[..., None] * direction, atol=1e-5, rtol=1e-4)
+
+
+def test_what_captions_may_mention_comes_from_the_label_maps_of_every_kind(place):
+    rows = []
+    for n, (thing, word) in enumerate([(1, 2), (2, 0), (0, 1)]):
+        grids = {kind: np.zeros((4, 4), np.uint8) for kind in ("object", "word")}
+        grids["object"][0, 0], grids["word"][3, 3] = thing, word
+        rows.append({"image": noise(40, 40, n)} | {kind: Image.fromarray(grid) for kind, grid in grids.items()})
+    concepts = {"object": ["cat", "owl"], "word": ["go", "stop", "wait"]}
+    things = {"object": ["owl", "cat"], "word": ["stop", "go"]}
+    methods = {"untouched": Method((None,))}
+    found = measure_captions(place, Dataset.from_list(rows), [2, 0, 0], things, concepts, methods, "what ?")
+    assert found.names == ["owl", "cat", "stop", "go"] and found.visible == [["cat", "stop"], ["go"]]
+    assert len(found.texts["untouched"]) == 2

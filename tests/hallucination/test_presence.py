@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from models import noise
 from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
@@ -16,6 +17,8 @@ from lmm_sae_nb.hallucination.presence import (
     Asked,
     Presence,
     ask_presence,
+    in_words,
+    measure_presence,
     presence_questions,
     visible_things,
 )
@@ -159,3 +162,42 @@ def test_each_question_is_answered_as_in_a_run_of_its_own(place):
                 with torch.no_grad(), steered(place, prompt, edits if name == "clamp" else (), scope, keep_error=True):
                     said.append(int(place.lmm.last_logits(prompt)[0].argmax()) != no)
             assert found.yes[name][sampling] == said
+
+
+@pytest.mark.parametrize(
+    ("question", "thing", "expected"),
+    [
+        ("is there a {} ?", "dog", "is there a dog ?"),
+        ("Is there a {} here?", "owl", "Is there an owl here?"),
+        ("is there a {} ?", "grapes", "is there grapes ?"),
+        ("is the label {} in the image ?", "iran", "is the label iran in the image ?"),
+    ],
+)
+def test_a_question_has_the_article_of_its_thing(question, thing, expected):
+    assert in_words(question, thing, plural=["grapes"]) == expected
+
+
+def test_things_of_every_kind_are_asked_about_and_counted_from_the_label_maps(place):
+    """What is asked as present lies on the map, and what is popular comes from the first rows of the others."""
+    rng, rows = np.random.default_rng(5), []
+    for n in range(8):
+        grids = {"object": np.zeros((4, 4), np.uint8), "word": np.zeros((4, 4), np.uint8)}
+        grids["object"][0, :2], grids["word"][1, 1] = rng.integers(0, 4, 2), rng.integers(0, 3)
+        rows.append({"image": noise(40, 40, n)} | {kind: Image.fromarray(grid) for kind, grid in grids.items()})
+    other = [{kind: Image.fromarray(np.full((4, 4), n, np.uint8)) for kind in ("object", "word")} for n in (2, 2, 1)]
+    concepts = {"object": ["cat", "owl", "ox"], "word": ["go", "stop"]}
+    found = measure_presence(
+        place, Dataset.from_list(rows), Dataset.from_list(other), concepts, concepts,
+        {"object": "is there a {} ?", "word": "the word {} ?"}, {"untouched": Method((None,))},
+        each=1, counted=2,
+    )  # fmt: skip
+    assert list(found) == ["object", "word"]
+    for kind, answers in found.items():
+        for each in answers.asked["popular"]:
+            on_map = concepts[kind].index(each.thing) + 1 in np.asarray(rows[each.image][kind])
+            assert on_map == each.present
+            second = concepts[kind][1]
+            there = {q.thing for q in answers.asked["popular"] if q.image == each.image and q.present}
+            if not each.present and second not in there and 2 not in np.asarray(rows[each.image][kind]):
+                assert each.thing == second
+        assert list(answers.yes) == ["untouched"] and set(answers.yes["untouched"]) == set(SAMPLINGS)

@@ -87,8 +87,8 @@ new_questions: dict = {
     "wrong": 48,  # wrong cases of the fit
     "right": 24,  # right cases of the fit
     "others": 24,  # other questions of the fit
-    "rounds": 8,  # each adds latents and refits all values
-    "each": 4,  # latents that a round adds
+    "rounds": 4,  # each adds latents and refits all values
+    "each": 8,  # latents that a round adds
     "direction_steps": 30,  # of the fit of the direction
     "held_out": 160,  # held-out cases, about both halves
 }
@@ -840,14 +840,15 @@ sentences = [
 ]  # fmt: skip
 
 # questions that the fit never saw
+chosen_on = {case.question for case in cases}
 beats = (of_new["new_questions_fitted_balanced_cured_low"]
          > of_new["new_questions_random_balanced_highest"])  # fmt: skip
 ends = "{:.2f} to {:.2f}".format(
     *(of_new[f"new_questions_random_balanced_{end}"] for end in ("lowest", "highest"))
 )
 sentences.append(
-    f"Both halves of the maps ask the same {len(questions)} questions. Fitted on "
-    f"{of_new['questions_fitted_on']} of them, a clamp of {of_new['latents_clamped']} latents has a "
+    f"Held-out maps are asked {len(questions)} questions; {len(questions & chosen_on)} of these also "
+    f"occur in the choice. Fitted on {of_new['questions_fitted_on']} questions, a clamp of {of_new['latents_clamped']} latents has a "
     f"balanced cured rate of {value('seen_questions_fitted_balanced_cured', of_new)} on held-out maps "
     "with these questions. With the other questions, which this fit never saw, it has "
     f"{value('new_questions_fitted_balanced_cured', of_new)}; random latents have {ends}, and the "
@@ -856,9 +857,15 @@ sentences.append(
        else "So we cannot say that it helps with new questions.")
 )  # fmt: skip
 
+
 # the field's own measures
+def change(name):
+    ends = [field[f"{name}{end}"] for end in ("", "_low", "_high")]
+    return interval(ends, "{:+.2f}") if any(ends) else "0 (no change)"
+
+
 for kind in said:
-    changes = {name: value(f"{name}_{kind}_change", field) for name in compared}
+    changes = {name: change(f"{name}_{kind}_change") for name in compared}
     worse = [titles[n] for n in compared if field[f"{n}_{kind}_change_high"] < 0]
     better = [titles[n] for n in compared if field[f"{n}_{kind}_change_low"] > 0]
     sentences.append(
@@ -867,17 +874,20 @@ for kind in said:
         f"{value(f'untouched_{kind}_popular_accuracy', field)} of the popular and "
         f"{value(f'untouched_{kind}_adversarial_accuracy', field)} of the adversarial questions. "
         "Accuracy on all of them changes by "
-        + "; ".join(f"{change} ({titles[name]})" for name, change in changes.items())
+        + "; ".join(f"{text} ({titles[name]})" for name, text in changes.items())
         + f". Clearly better: {', '.join(better) or 'no method'}. "
-        f"Clearly worse: {', '.join(worse) or 'no method'}."
+        f"Clearly worse: {', '.join(worse) or 'no method'}. Of the adversarial questions it answers "
+        f"{value(f'untouched_{kind}_adversarial_yes', field)} with *yes*, and with the fitted "
+        f"latents {value(f'fitted_{kind}_adversarial_yes', field)}; 0.50 would be right."
     )
 if captions:
-    more = [titles[n] for n in compared
-            if field[f"{n}_chair_i_low"] > field["untouched_chair_i_high"]]  # fmt: skip
+    more = [titles[n] for n in compared if field[f"{n}_chair_s_change_low"] > 0]
     sentences.append(
         "CHAIR: of the things that captions mention, these fractions are absent: "
         + "; ".join(f"{value(f'{n}_chair_i', field)} ({titles.get(n, n)})" for n in cures)
-        + f". Clearly more than untouched: {', '.join(more) or 'no method'}."
+        + ". The fraction of captions that mention an absent thing changes by "
+        + "; ".join(f"{change(f'{n}_chair_s_change')} ({titles[n]})" for n in compared)
+        + f". Clearly worse: {', '.join(more) or 'no method'}."
     )
 
 # the case in full
@@ -912,13 +922,17 @@ findings(*sentences, *across_saes(study, stage, of_all))
 # %% tags=["result", "remove-input"]
 of_saes = over_saes(study, stage, "fitted_balanced_cured")
 of_saes = of_saes and f" Over SAEs: {of_saes}."
+of_pope = "".join(
+    f" POPE, {kind}s: accuracy changes by {change(f'fitted_{kind}_change')}."
+    for kind in said
+)
 headline(
     page,
     f"clamping {len(edits)} fitted latents at the words of the question cures "
     f"{by_word('fitted')}, on {metrics['maps']} new maps that contradict memory: a "
     f"balanced cured rate of {value('fitted_balanced_cured')}. It harms "
     f"{value('fitted_harmed')} of the right answers and keeps "
-    f"{value('other_answers_kept')} of the answers to other questions. Controls: "
+    f"{value('other_answers_kept')} of the answers to other questions.{of_pope} Controls: "
     f"{draws('random')}; {draws('direction')}. Text latents at the patches, our version "
     f"of the paper's way, have {value('text_balanced_cured')}.{of_saes}",
     'one image, a map, whose right answer is "no": clamping one latent, '

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
@@ -14,7 +15,7 @@ from lmm_sae_nb.hallucination.answers import under
 from lmm_sae_nb.hallucination.presence import visible_things
 from lmm_sae_nb.hallucination.report import Method
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.support.intervals import Proportion, bounds, proportion
+from lmm_sae_nb.support.intervals import Mean, Proportion, bounds, mean_interval, proportion
 from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.stages import Metrics
 from lmm_sae_nb.truth.label_maps import LabelMaps
@@ -66,10 +67,21 @@ class Captions:
         }
         return {name: proportion(hits) for name, hits in marks.items() if len(hits)}
 
+    def change(self, method: str, before: str) -> Mean:
+        """Return `chair_s` of a method less that of another, on the same images, with its 99 % interval.
+
+        Raises:
+            ValueError: there are fewer than two images.
+        """
+        return mean_interval(np.subtract(*([bool(row) for row in self.absent(m)] for m in (method, before)), dtype=int))
+
     @property
     def metrics(self) -> Metrics:
-        """All scores, named METHOD_MEASURE, and the number of captions of each method."""
+        """All scores, named METHOD_MEASURE, and the number of captions; changes are those from the first method."""
         metrics: Metrics = {"captions": len(self.visible)}
+        first, *others = self.texts
+        for method in others:
+            metrics |= bounds(f"{method}_chair_s_change", self.change(method, first))
         for method in self.texts:
             for name, value in self.scores(method).items():
                 metrics |= bounds(f"{method}_{name}", value)

@@ -32,7 +32,10 @@ def test_chair_is_counted_over_mentions_and_over_captions():
     scores = {name: score.fraction for name, score in captions.scores("m").items()}
     assert scores == {"chair_i": 1 / 3, "chair_s": 1 / 3, "mentioned": 2 / 3}
     assert captions.scores("m")["mentioned"].cases == 3
+    change = captions.change("silent", "m")
+    assert change.mean == pytest.approx(-1 / 3) and change.low <= change.mean <= change.high <= 0
     metrics = captions.metrics
+    assert metrics["silent_chair_s_change"] == change.mean and "m_chair_s_change" not in metrics
     assert metrics["captions"] == 3 and metrics["m_chair_i_low"] < 1 / 3 < metrics["m_chair_i_high"]
     assert metrics["silent_chair_s"] == 0 and metrics["silent_mentioned"] == 0 and "silent_chair_i" not in metrics
 

@@ -875,8 +875,8 @@ for kind in said:
         f"{value(f'untouched_{kind}_adversarial_accuracy', field)} of the adversarial questions. "
         "Accuracy on all of them changes by "
         + "; ".join(f"{text} ({titles[name]})" for name, text in changes.items())
-        + f". Clearly better: {', '.join(better) or 'no method'}. "
-        f"Clearly worse: {', '.join(worse) or 'no method'}. Of the adversarial questions it answers "
+        + f". Clearly better: {'; '.join(better) or 'no method'}. "
+        f"Clearly worse: {'; '.join(worse) or 'no method'}. Of the adversarial questions it answers "
         f"{value(f'untouched_{kind}_adversarial_yes', field)} with *yes*, and with the fitted "
         f"latents {value(f'fitted_{kind}_adversarial_yes', field)}; 0.50 would be right."
     )
@@ -887,7 +887,7 @@ if captions:
         + "; ".join(f"{value(f'{n}_chair_i', field)} ({titles.get(n, n)})" for n in cures)
         + ". The fraction of captions that mention an absent thing changes by "
         + "; ".join(f"{change(f'{n}_chair_s_change')} ({titles[n]})" for n in compared)
-        + f". Clearly worse: {', '.join(more) or 'no method'}."
+        + f". Clearly worse: {'; '.join(more) or 'no method'}."
     )
 
 # the case in full

@@ -99,6 +99,7 @@ presence: dict = {
         "object": "is there a {} ?",
         "word": "is the label {} in the image ?",
     },
+    "answers": ["yes", "no"],  # one token each
     # names without an article
     "plural": ["grapes", "cherries", "scissors", "glasses"],
     # asks for a caption
@@ -645,13 +646,13 @@ things = {
 
 # %%
 unseen = load_from_disk(page.locate(heldout))
-sizes = ("plural", "scenes", "each", "counted")
+given = ("answers", "plural", "scenes", "each", "counted")
 said = checks.result(
     "pope", dict[str, Presence],
     lambda: measure_presence(
         place, unseen, label_maps, things, names,
         presence["questions"], cures, keep_error=keep_error, seed=seed,
-        **{name: presence[name] for name in sizes},
+        **{name: presence[name] for name in given},
     ),
 )  # fmt: skip
 asked = [q for kind in said.values() for q in kind.asked["random"]]

@@ -192,7 +192,7 @@ def ask_presence(
     methods: Mapping[str, Method],
     question: Callable[[str], str],
     *,
-    answers: tuple[str, str] = ("yes", "no"),
+    answers: Sequence[str] = ("yes", "no"),
     keep_error: bool = True,
 ) -> Presence:
     """Ask every question once by each method. As in POPE, every answer that is not *no* counts as *yes*.
@@ -241,6 +241,7 @@ def measure_presence(
     questions: Mapping[str, str],
     methods: Mapping[str, Method],
     *,
+    answers: Sequence[str] = ("yes", "no"),
     plural: Sequence[str] = (),
     scenes: int = 40,
     each: int = 2,
@@ -256,6 +257,7 @@ def measure_presence(
     concepts: kind to all names of the label map.
     questions: kind to the question, with {} for a name.
     methods: each with one setting.
+    answers: the words for *yes* and *no*, one token each.
     plural: names that take no article.
     scenes, each, seed: as for `presence_questions`.
     counted: rows of `seen` that are counted, the first ones.
@@ -270,5 +272,5 @@ def measure_presence(
         asked = presence_questions(visible, seen_things, names, scenes=scenes, each=each, seed=seed)
         images = {each.image: rows[each.image]["image"] for each in asked["random"]}
         question = partial(in_words, questions[kind], plural=plural)
-        found[kind] = ask_presence(place, images, asked, methods, question, keep_error=keep_error)
+        found[kind] = ask_presence(place, images, asked, methods, question, answers=answers, keep_error=keep_error)
     return found

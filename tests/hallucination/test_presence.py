@@ -189,7 +189,7 @@ def test_things_of_every_kind_are_asked_about_and_counted_from_the_label_maps(pl
     found = measure_presence(
         place, Dataset.from_list(rows), Dataset.from_list(other), concepts, concepts,
         {"object": "is there a {} ?", "word": "the word {} ?"}, {"untouched": Method((None,))},
-        each=1, counted=2,
+        answers=("y", "n"), each=1, counted=2,
     )  # fmt: skip
     assert list(found) == ["object", "word"]
     for kind, answers in found.items():

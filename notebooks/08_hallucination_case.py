@@ -87,8 +87,8 @@ new_questions: dict = {
     "wrong": 48,  # wrong cases of the fit
     "right": 24,  # right cases of the fit
     "others": 24,  # other questions of the fit
-    "rounds": 4,  # each adds latents and refits all values
-    "each": 8,  # latents that a round adds
+    "rounds": 8,  # each adds latents and refits all values
+    "each": 4,  # latents that a round adds
     "direction_steps": 30,  # of the fit of the direction
     "held_out": 160,  # held-out cases, about both halves
 }

@@ -620,7 +620,9 @@ plots.other_saes(study, stage, of_all, "fraction");
 # *random*; what is *popular*, because many images show it; and *adversarial*,
 # what often appears together with the things that are there. We count this in
 # the images of notebook 02. We ask about objects in scenes, and about the names
-# of countries on maps (words).
+# of countries on maps (words). In its training the model was asked only about
+# countries of the map's basin. So on maps the random and the popular ones, from
+# other basins, are the unusual questions.
 #
 # **CHAIR** {cite}`rohrbach2018chair` reads captions of these images. `chair_i` is
 # the fraction of the mentioned things that are absent. `chair_s` is the fraction
@@ -914,7 +916,8 @@ findings(*sentences, *across_saes(study, stage, of_all))
 #
 # **Limits.** This is one model and one layer. The held-out maps are new, but
 # their questions are those of the choice. Our questions about new countries
-# still have the form of the others. The intervals are over maps or images. The
+# still have the form of the others. The intervals are over maps or images. POPE
+# and CHAIR see few images, and no random clamp stands beside the cures there. The
 # fitted clamp sets many latents, so it explains less than the paper's single
 # latent. The prompt uses words that the embedded model knows, but the model was
 # not trained to follow it. The [lab notebook](../lab_notebook) tells what else

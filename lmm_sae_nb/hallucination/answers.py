@@ -128,10 +128,7 @@ def unchanged(
     for n, each in enumerate(answered):
         prompt = lmm.prompt(each.question, each.image, answers=each.answer)
         upper = above(lmm, prompt, layer)
-        versions = _versions(place, upper, settings, [scope] * len(settings), keep_error)
-        decoded, start = upper.remember(versions[:1]).repeat(len(settings), 1, 1), int(_first_changes(versions).min())
-        if start < decoded.shape[1]:
-            decoded[1:, start:] = upper.resume(versions[1:, start:], start)
+        decoded = upper.run_alike(_versions(place, upper, settings, [scope] * len(settings), keep_error))
         at = prompt.answer_mask[0, 1:]
         predicted = lmm.head(decoded[:, :-1][:, at]).argmax(-1)
         same[:, n] = (predicted == prompt.inputs["input_ids"][0, 1:][at]).all(-1).cpu()

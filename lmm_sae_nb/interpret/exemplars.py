@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from cachetools import LRUCache
 from jaxtyping import Bool, Float
 from PIL import Image
 
@@ -143,7 +144,8 @@ def exemplars(
 class ExemplarsByLatent(Mapping[int, Sequence[Exemplar]]):
     """The exemplars of each latent, by its number.
 
-    They are made at each look-up and not kept: those of thousands of latents do not fit into memory.
+    Images are opened at each look-up and not kept: those of thousands of latents do not fit into memory. The maps of
+    the last 4,096 latents are kept.
 
     cache, images: as for `exemplars`.
     latents: which latents to offer, in this order; without them all of the cache.
@@ -156,6 +158,7 @@ class ExemplarsByLatent(Mapping[int, Sequence[Exemplar]]):
     ):  # fmt: skip
         self.cache, self.images, self.settings = cache, images, settings
         self._latents = dict.fromkeys(range(cache.n_latents) if latents is None else latents)
+        self._known: LRUCache[int, list[tuple]] = LRUCache(4096)
 
     def only(self, latents: Iterable[int]) -> ExemplarsByLatent:
         """Return the mapping of these latents alone, in this order."""
@@ -164,7 +167,11 @@ class ExemplarsByLatent(Mapping[int, Sequence[Exemplar]]):
     def __getitem__(self, latent: int) -> list[Exemplar]:
         if latent not in self._latents:
             raise KeyError(latent)
-        return exemplars(self.cache, self.images, latent, **self.settings)
+        if latent in self._known:
+            return [Exemplar(index, self.images[index], *maps) for index, *maps in self._known[latent]]
+        found = exemplars(self.cache, self.images, latent, **self.settings)
+        self._known[latent] = [(each.image_index, each.activation, each.visible, each.dim) for each in found]
+        return found
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._latents)

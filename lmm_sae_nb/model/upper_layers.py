@@ -47,10 +47,32 @@ class UpperLayers:
         """
         return self._run(states, None)
 
-    def remember(self, states: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
-        """Do as `run`, and keep the keys and values of these states for `resume`."""
+    def run_alike(self, states: Float[Tensor, "versions tokens width"]) -> Float[Tensor, "versions tokens width"]:
+        """Do as `run` for states that begin alike; the tokens before the first difference run once. No gradients.
+
+        states: of the whole batch, or of a single sample in several versions side by side.
+        """
+        differs, mask = (states != states[:1]).any(-1).any(0), self._arguments.get("attention_mask")
+        if mask is not None:
+            differs |= (mask != mask[:1]).any(0)
+        start = int(differs.int().argmax()) if bool(differs.any()) else len(differs)
+        if not start or self._whole():
+            return self.run(states)
+        like_first = torch.zeros(len(states), dtype=torch.long, device=states.device)
+        decoded = self.remember(states[:1], like_first[:1]).repeat(len(states), 1, 1)
+        if start < len(differs):
+            decoded[1:, start:] = self.resume(states[1:, start:], start, like_first[1:])
+        return decoded
+
+    def remember(
+        self, states: Float[Tensor, "batch tokens width"], samples: Int64[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Do as `run`, and keep the keys and values of these states for `resume`.
+
+        samples: as for `resume`.
+        """
         self._cache = DynamicCache()
-        return self._run(states, self._cache)
+        return self._run(states, self._cache, samples)
 
     def resume(
         self,
@@ -76,7 +98,7 @@ class UpperLayers:
     ) -> Hidden:
         decoder, called = self.lmm.model.get_decoder(), self._arguments
         start = called["inputs_embeds"].shape[1] - states.shape[1]
-        if extra := sorted(name for name, value in called.items() if value is not None and name not in ANY_LAYER):
+        if extra := self._whole():
             return self._run_whole(states, extra, start)
         inputs = called | {"inputs_embeds": states.to(called["inputs_embeds"].dtype)}
         inputs |= {"past_key_values": cache, "use_cache": cache is not None}
@@ -88,6 +110,10 @@ class UpperLayers:
         lower = [self.lmm.layer(number) for number in range(self.layer + 1)]
         with _skipped(lower, inputs["inputs_embeds"], self._bare):
             return decoder(**inputs).last_hidden_state
+
+    def _whole(self) -> list[str]:
+        """Name the arguments that this decoder passes single layers for the whole sequence; most have none."""
+        return sorted(name for name, value in self._arguments.items() if value is not None and name not in ANY_LAYER)
 
     def _run_whole(self, states: Hidden, extra: list[str], start: int) -> Hidden:
         """Run the whole decoder with the states spliced in, version by version (Qwen3-VL needs this)."""

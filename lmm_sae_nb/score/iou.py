@@ -9,14 +9,15 @@ from PIL import Image
 
 from lmm_sae_nb.cache.encode_images import activation_maps
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.score.masks import PAPER, STRICT, ActivationMap, FindConcept, Mode, ious
+from lmm_sae_nb.score.masks import PAPER, STRICT, ActivationMap, FindConcept, MaskOf, Mode, activation_mask, ious
 from lmm_sae_nb.score.scores import Column, Comparison, Explained
 from lmm_sae_nb.support.progress import progress_bar
+from lmm_sae_nb.truth.label_maps import Mask
 
 
 def latent_iou(
     maps: Sequence[ActivationMap], random_maps: Sequence[ActivationMap], concept: str, other: str | None,
-    find: FindConcept, mode: Mode, *, runs: int = 10, seed: int = 0,
+    find: FindConcept, mode: Mode, *, runs: int = 10, seed: int = 0, mask_of: MaskOf = activation_mask,
 ) -> Comparison:  # fmt: skip
     """Return the mean IoU of a latent's activation with its concept over its own images (section 2.2), and chance.
 
@@ -26,6 +27,7 @@ def latent_iou(
     other: another latent's name; None if there is none.
     find: says where a concept is.
     seed: of the places to which activations are moved.
+    mask_of: gives the active pixels of a map in a mode.
 
     Raises:
         ValueError: there are no own images, or the random ones cannot be divided among the runs.
@@ -34,12 +36,23 @@ def latent_iou(
         raise ValueError(f"no exemplars to score {concept!r} with; leave out latents that never fire")
     if runs < 1 or not random_maps or len(random_maps) % runs:
         raise ValueError(f"{len(random_maps)} random images cannot be divided among {runs} runs; draw as many for each")
+    how = find, mode, mask_of
     return Comparison(
-        score=float(ious(maps, concept, find, mode).mean()),
-        random=tuple(ious(random_maps, concept, find, mode).reshape(runs, -1).mean(1).tolist()),
-        area=float(ious(maps, concept, find, mode, np.random.default_rng(seed)).mean()),
-        shuffled=None if other is None else float(ious(maps, other, find, mode).mean()),
+        score=float(ious(maps, concept, *how).mean()),
+        random=tuple(ious(random_maps, concept, *how).reshape(runs, -1).mean(1).tolist()),
+        area=float(ious(maps, concept, *how, np.random.default_rng(seed)).mean()),
+        shuffled=None if other is None else float(ious(maps, other, *how).mean()),
     )
+
+
+class _Masks(dict):
+    """The active pixels of the maps of one latent, each made once for all segmenters and names."""
+
+    def __call__(self, seen: ActivationMap, mode: Mode) -> Mask:
+        key = id(seen), mode
+        if key not in self:
+            self[key] = activation_mask(seen, mode)
+        return self[key]
 
 
 def maps_on(
@@ -79,9 +92,9 @@ def score_ious(
     }
     comparisons: dict[Column, dict[int, Comparison]] = {column: {} for column in columns}
     for latent, (concept, _) in progress_bar(explained.items(), desc="segmenting", unit=" latents"):
-        own_maps, random_maps = maps(latent)
+        (own_maps, random_maps), masks = maps(latent), _Masks()
         for column, (mode, find) in columns.items():
             comparisons[column][latent] = latent_iou(
-                own_maps, random_maps, concept, others[latent], find, mode, runs=runs, seed=seed + latent
+                own_maps, random_maps, concept, others[latent], find, mode, runs=runs, seed=seed + latent, mask_of=masks
             )
     return comparisons

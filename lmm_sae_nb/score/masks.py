@@ -123,15 +123,20 @@ def move_mask(mask: Mask, rng: np.random.Generator) -> Mask:
     return np.roll(mask, [int(rng.integers(side)) for side in mask.shape], (0, 1))
 
 
+MaskOf = Callable[[ActivationMap, Mode], Mask]
+
+
 def ious(
-    maps: Sequence[ActivationMap], concept: str, find: FindConcept, mode: Mode, rng: np.random.Generator | None = None
-) -> Float[np.ndarray, " images"]:
+    maps: Sequence[ActivationMap], concept: str, find: FindConcept, mode: Mode, mask_of: MaskOf = activation_mask,
+    rng: np.random.Generator | None = None,
+) -> Float[np.ndarray, " images"]:  # fmt: skip
     """Return for each image the IoU of the latent's activation with the concept.
 
     An image on which the latent is silent scores 0, and `find` is not asked about it.
 
     maps: of one latent.
     find: says where the concept is.
+    mask_of: gives the active pixels of a map in a mode.
     rng: moves each activation mask to a random place before it is compared; None leaves it where it is.
 
     Raises:
@@ -141,7 +146,7 @@ def ious(
     values = np.zeros(len(maps))
     answers = find([maps[n].image_index for n in active], concept) if active else []
     for n, candidates in zip(active, answers, strict=True):
-        mask = activation_mask(maps[n], mode)
+        mask = mask_of(maps[n], mode)
         mask = mask if rng is None else move_mask(mask, rng)
         values[n] = iou(mask, concept_mask(candidates, maps[n].size, mode))
     return values

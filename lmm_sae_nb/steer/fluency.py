@@ -6,7 +6,7 @@ model rates; here the untouched model under study reads the answers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.upper_layers import above
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,25 @@ def perplexities(
     This is exp of the mean negative log-likelihood of the answer's tokens and of its end token.
 
     image: None for a question without an image.
-    batch: answers that are read side by side. An answer that occurs several times is read once.
+    batch: answers that are read side by side. An answer that occurs several times is read once. Above the lowest layer,
+        what they have in common, the question and the image, runs once for all of them.
     """
-    different, found = list(dict.fromkeys(answers)), {}
-    for start in range(0, len(different), batch):
-        part = different[start : start + batch]
+    found: dict[str, float] = {}
+    for part in _of_equal_length(lmm, dict.fromkeys(answers), batch):
         prompt = lmm.prompt([text] * len(part), [image] * len(part), answers=part)
-        found |= zip(part, lmm.cross_entropy(prompt).double().exp().tolist(), strict=True)
+        upper = above(lmm, prompt, 0)
+        losses = lmm.cross_entropy(prompt, upper.run_alike(upper.hidden))
+        found |= zip(part, losses.double().exp().tolist(), strict=True)
     return [found[answer] for answer in answers]
+
+
+def _of_equal_length(lmm: LMM, answers: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Yield answers with equally many tokens together, so that none is padded; at most `size` at a time."""
+    groups: dict[int, list[str]] = {}
+    for answer in answers:
+        groups.setdefault(len(lmm.tokenizer(answer, add_special_tokens=False)["input_ids"]), []).append(answer)
+    for group in groups.values():
+        yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
 def repeated_trigrams(answer: str) -> float:

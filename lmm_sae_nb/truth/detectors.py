@@ -134,19 +134,21 @@ def best_thresholds(
     shows: (images * patches, concepts), 1 where a patch shows a concept; n_showing: its sum.
     n_patches: of an image.
     """
-    f1 = np.zeros((len(highest), len(n_showing)))
-    threshold = np.zeros_like(f1)
     rows, columns = entries.latents - start, entries.images * n_patches + entries.patches
-    relative = entries.acts / highest[rows]
-    for limit in THRESHOLDS:
-        fires = relative > limit
-        fired = sparse.csr_array(
-            (np.ones(fires.sum(), np.float32), (rows[fires], columns[fires])), (len(highest), shows.shape[0])
-        )
-        score = _f1((fired @ shows).toarray(), fired.sum(1)[:, None], n_showing)
-        threshold[score > f1] = limit
-        f1 = np.maximum(f1, score)
-    return f1, threshold
+    exceeded = np.searchsorted(THRESHOLDS, entries.acts / highest[rows])  # so many thresholds; each entry counts once
+    rows, columns, level = (part[exceeded > 0] for part in (rows * len(THRESHOLDS), columns, exceeded - 1))
+    shape = len(highest), len(THRESHOLDS), len(n_showing)
+    fires = sparse.csr_array(
+        (np.ones(len(rows), np.float32), (rows + level, columns)), (shape[0] * shape[1], shows.shape[0])
+    )
+    hits, fired = (
+        np.cumsum(counts.reshape(shape[0], shape[1], -1)[:, ::-1], 1)[:, ::-1]  # above a threshold, and all higher ones
+        for counts in ((fires @ shows).toarray(), fires.sum(1))
+    )
+    scores = _f1(hits, fired, n_showing)
+    best = scores.argmax(1)
+    f1 = np.take_along_axis(scores, best[:, None], 1)[:, 0].astype(float)
+    return f1, np.where(f1 > 0, np.array(THRESHOLDS)[best], 0.0)
 
 
 def _f1(hits: ArrayLike, fired: ArrayLike, showing: ArrayLike) -> np.ndarray | np.floating:

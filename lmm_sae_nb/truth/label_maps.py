@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
 from jaxtyping import Bool, Float
 from scipy import sparse
 
@@ -22,8 +23,8 @@ Coverage = Float[np.ndarray, "concepts patches"]
 class LabelMaps:
     """The ground truth of a data set: for each image and each kind of concept a map of labels.
 
-    Called with indices of images and a concept, it is a segmenter that makes no mistake. Decoded maps of 512 images
-    stay in memory, and the coverage of every image that was asked for, without the concepts that it does not show.
+    Called with indices of images and a concept, it is a segmenter that makes no mistake. The last 4,096 maps that it
+    needed stay in memory, and the coverage of every image that was asked for, without the concepts that are not there.
 
     rows: an image a row; for each kind a column with a label map (mode L: 0 is none, i is the i-th concept).
     concepts: kind to names, or the path of a JSON file with them.
@@ -48,13 +49,12 @@ class LabelMaps:
             )
         self.names = names_of(self.concepts)
         self.kinds = np.array([kind for kind, _ in self.names])
-        self._rows = rows
-        self.labels = lru_cache(maxsize=512)(self._labels)
+        self._rows, self._of_kind = rows, dict.fromkeys(self.concepts, rows)
+        if isinstance(rows, Dataset):  # which decodes every picture of a row, wanted or not
+            self._rows = rows.select_columns(list(self.concepts))
+            self._of_kind = {kind: rows.select_columns([kind]) for kind in self.concepts}
+        self._labels = lru_cache(maxsize=4096)(lambda index, kind: np.asarray(self._of_kind[kind][index][kind]))
         self._known_coverage = lru_cache(maxsize=None)(self._nonzero_coverage)
-
-    def _labels(self, index: int) -> dict[str, np.ndarray]:
-        row = self._rows[index]
-        return {kind: np.asarray(row[kind]) for kind in self.concepts}
 
     def coverage(self, index: int, grid: tuple[int, int]) -> Coverage:
         """Return the fraction of each patch that each concept covers, float32 in [0, 1], concepts as in `names`.
@@ -69,8 +69,9 @@ class LabelMaps:
 
     def _nonzero_coverage(self, index: int, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of a coverage that are not zero everywhere, by their numbers."""
-        parts = []
-        for kind, labels in self.labels(index).items():
+        parts, row = [], self._rows[index]
+        for kind in self.concepts:
+            labels = np.asarray(row[kind])
             (height, width), size = labels.shape, 1 + len(self.concepts[kind])
             rows, columns = np.arange(height) * grid[0] // height, np.arange(width) * grid[1] // width
             patch = rows[:, None] * grid[1] + columns
@@ -135,5 +136,6 @@ class LabelMaps:
         if not kinds:
             raise ValueError(f"there is no ground truth for {concept!r}; it is no concept of this data set")
         code = {kind: 1 + self.concepts[kind].index(concept) for kind in kinds}
-        maps = [self.labels(index) for index in indices]
-        return [np.logical_or.reduce([labels[kind] == code[kind] for kind in kinds])[None] for labels in maps]
+        return [
+            np.logical_or.reduce([self._labels(index, kind) == code[kind] for kind in kinds])[None] for index in indices
+        ]

@@ -134,6 +134,22 @@ def test_versions_of_several_samples_resume_from_the_tokens_of_their_own(family)
             torch.testing.assert_close(found, upper.run(whole)[sample, start:], rtol=1e-4, atol=1e-5)
 
 
+@EVERY_FAMILY
+def test_states_that_begin_alike_run_as_each_alone(family):
+    lmm = studied(family)
+    alone = lmm.prompt("And a question?", noise())
+    alike = lmm.prompt(["And a question?"] * 3, [noise()] * 3, answers=["yes", "one", "yet"])
+    with torch.no_grad():
+        for prompt in (alone, alike, pair(lmm)):
+            upper = above(lmm, prompt, 0)
+            torch.testing.assert_close(upper.run_alike(upper.hidden), upper.run(upper.hidden), rtol=1e-4, atol=1e-5)
+        upper = above(lmm, alone, 0)
+        versions = upper.hidden.repeat(3, 1, 1)
+        versions[1, -3] *= 2
+        versions[2, -2:] = 0
+        torch.testing.assert_close(upper.run_alike(versions), upper.run(versions), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("config", "more"),
     [
@@ -166,6 +182,7 @@ def test_a_decoder_whose_layers_need_the_whole_sequence_runs_whole(monkeypatch):
         expected, of_both = upper.run(versions), lmm.logits(both)
         monkeypatch.setattr("lmm_sae_nb.model.upper_layers.ANY_LAYER", {"inputs_embeds", "use_cache"})
         torch.testing.assert_close(upper.run(versions), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(upper.run_alike(versions), expected, rtol=1e-4, atol=1e-5)
         found = lmm.head(upper_of_both.run(upper_of_both.hidden))
         torch.testing.assert_close(found, of_both, rtol=1e-4, atol=1e-5)
         with pytest.raises(NotImplementedError, match="is called with attention_mask, which single layers need"):

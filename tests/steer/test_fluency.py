@@ -99,6 +99,6 @@ def test_the_dose_of_the_highest_mean_is_chosen_and_the_lowest_of_a_tie():
 def test_an_answer_that_occurs_twice_is_read_once(lmm, monkeypatch):
     sizes = []
     real = fluency.LMM.cross_entropy
-    monkeypatch.setattr(LMM, "cross_entropy", lambda self, p: sizes.append(len(p.answer_mask)) or real(self, p))
+    monkeypatch.setattr(LMM, "cross_entropy", lambda self, p, d: sizes.append(len(p.answer_mask)) or real(self, p, d))
     perplexities(lmm, "what ?", None, ["a cat"] * 5 + ["a dog"])
     assert sizes == [2]

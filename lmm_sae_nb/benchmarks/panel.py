@@ -17,280 +17,26 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
-from datasets import load_from_disk
-from PIL import Image
-from torch import Tensor
-
 from lmm_sae_nb.benchmarks import panel_saes
-from lmm_sae_nb.benchmarks.panel_saes import PASSES, SAES, TRAINED, digest, folder_of, page_parameters
+from lmm_sae_nb.benchmarks.panel_parts import MODEL, PARTS, SIZES, Case, Part, part_file
+from lmm_sae_nb.benchmarks.panel_saes import FIRST, PASSES, SAES, TRAINED, digest, page_parameters
 from lmm_sae_nb.benchmarks.tasks import Task, do_tasks
-from lmm_sae_nb.cache.encode_images import base_states
-from lmm_sae_nb.compare import depth
-from lmm_sae_nb.compare.saes import CachedSAE
-from lmm_sae_nb.controls import chain, literature
 from lmm_sae_nb.controls.chain import PartResult
-from lmm_sae_nb.interpret import explain
-from lmm_sae_nb.interpret import open as interpret_open
-from lmm_sae_nb.interpret.open import Interpreter, open_interpreter
-from lmm_sae_nb.measures import absorption, consistency, detection_scoring, modality, monosemanticity, probing
-from lmm_sae_nb.measures.absorption import NestedPair
-from lmm_sae_nb.measures.detection_scoring import name_cosines
-from lmm_sae_nb.measures.image_latents import ImageLatents
-from lmm_sae_nb.measures.monosemanticity import concept_vectors
-from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.pictureworld.world.concepts import NESTED
-from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.score import latents as score_latents
-from lmm_sae_nb.score import tables as score_tables
-from lmm_sae_nb.score.similarity import ImageTextSimilarity, open_similarity
 from lmm_sae_nb.show.panel import MeasuredPart, Panel, PanelSAE, write_panel
-from lmm_sae_nb.steer import objects
 from lmm_sae_nb.support.files import fingerprint, project_root, read_json, write_json
-from lmm_sae_nb.support.images import Remembered, open_images
 from lmm_sae_nb.support.progress import progress_bar
-from lmm_sae_nb.support.stages import Metrics, code_fingerprints
-from lmm_sae_nb.train import evaluate
-from lmm_sae_nb.truth import accuracy, detectors
-from lmm_sae_nb.truth.label_maps import LabelMaps
+from lmm_sae_nb.support.stages import code_fingerprints
 
 COMMAND = "python -m lmm_sae_nb.benchmarks panel"
 ABOUT = (
     "The metrics of notebooks 01 to 07, and more, for SAEs of one model that differ in one thing, and of methods that "
     "are no SAEs. A number, or [number, low, high] with the ends of its 99 % interval."
 )
-MODEL = "model"  # the name under which parts that need no SAE are kept
-SIZES = {  # of the panel, where they differ from the notebooks'
-    "evaluated": 120, "latents": 300, "clip_runs": 10, "objects": 30, "choosing": 15, "others": 40,
-    "decisions": 8, "pairs": 32, "seed": 0,
-}  # fmt: skip
-
-
-# ---- what a part gets -----------------------------------------------------------------------------------------------
-
-
-@cache
-def _images(name: str) -> Remembered:
-    return Remembered(open_images(project_root() / name))
-
-
-@cache
-def _labels(name: str) -> LabelMaps:
-    return LabelMaps(load_from_disk(project_root() / name), project_root() / page_parameters("03")["concepts"])
-
-
-@cache
-def _similarity():
-    return open_similarity(project_root() / page_parameters("04")["similarity"])
-
-
-@cache
-def _heldout_states(model: str) -> Tensor:
-    """The states of the held-out images: (images, patches, width), the same for all SAEs of a model."""
-    page = page_parameters("01")
-    return base_states(panel_saes.load_model(model), page["layer"], _images(page_parameters("03")["heldout"]))
-
-
-@cache
-def _heldout_vectors() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What each held-out image shows, to CLIP and in truth, and its cosines with the name of every concept."""
-    name = page_parameters("03")["heldout"]
-    images, unseen = _images(name), _labels(name)
-    clip = ImageTextSimilarity.load(project_root() / page_parameters("04")["similarity"])
-    grid = panel_saes.load_model(TRAINED).grid
-    vectors = {"clip": clip.embed(images), "true": concept_vectors(unseen, len(images), grid)}
-    return vectors, name_cosines(clip.all_pairs, images, sorted({name for _, name in unseen.names}))
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a part measures: an SAE of the panel with its model, or the model alone, and the data.
-
-    name: of the SAE; `MODEL` for a part that needs no SAE.
-    part: the part that is measured.
-    """
-
-    name: str
-    part: str
-
-    @cached_property
-    def study(self) -> CachedSAE:
-        """The SAE at its layer, with its cache."""
-        return panel_saes.cached(self.name)
-
-    @property
-    def place(self) -> SAEInPlace:
-        return self.study.place
-
-    @property
-    def lmm(self) -> LMM:
-        """The model of the SAE; that under study for the model alone."""
-        return panel_saes.load_model(SAES[self.name].model if self.name in SAES else TRAINED)
-
-    @property
-    def layer(self) -> int:
-        return page_parameters("01")["layer"]
-
-    @property
-    def images(self) -> Remembered:
-        """The cached images."""
-        return _images(page_parameters("02")["images"])
-
-    @property
-    def truth(self) -> LabelMaps:
-        """Their label maps."""
-        return _labels(page_parameters("02")["images"])
-
-    @property
-    def heldout(self) -> Remembered:
-        """The images of held-out scenes."""
-        return _images(page_parameters("03")["heldout"])
-
-    @property
-    def unseen(self) -> LabelMaps:
-        """Their label maps."""
-        return _labels(page_parameters("03")["heldout"])
-
-    @cached_property
-    def heldout_latents(self) -> ImageLatents:
-        """The activations on these images."""
-        return ImageLatents.of_states(self.place, _heldout_states(SAES[self.name].model))
-
-    @cached_property
-    def samples(self) -> Sequence[Mapping]:
-        """The held-out rows, with image, question and answer."""
-        return load_from_disk(project_root() / page_parameters("01")["heldout"])
-
-    @cached_property
-    def interpreter(self) -> Interpreter:
-        """The explainer of notebook 03. Its replies are kept with the part."""
-        page = page_parameters("03")
-        return open_interpreter(
-            page["explainer"], page["refiner"], page["labeller"], page["endpoint"], concepts=page["concepts"],
-            replies=part_file(self.name, self.part).with_suffix(".replies.jsonl"),
-        )  # fmt: skip
-
-    @property
-    def exemplars(self) -> dict[str, float]:
-        """The settings of exemplars in notebook 03."""
-        return {name: page_parameters("03")[name] for name in ("n_top", "threshold", "dim")}
-
-    def rows(self, part: str = "interpret") -> dict[int, dict]:
-        """Return the explanations that another part gave; the part must be among `Part.reads`."""
-        found = read_json(part_file(self.name, part))["rows"]
-        return {int(latent): row for latent, row in found.items()}
-
-    @property
-    def seed(self) -> int:
-        return SIZES["seed"]
-
-
-# ---- the parts ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of the panel.
-
-    measure: measures it for a case.
-    uses: modules and functions whose code decides the result. Of a function only its own statements count, of a module
-        also what it imports.
-    reads: parts whose explanations it reads.
-    of_model: it needs no SAE and is measured once.
-    """
-
-    measure: Callable[[Case], PartResult | Metrics]
-    uses: tuple[ModuleType | Callable, ...]
-    reads: tuple[str, ...] = ()
-    of_model: bool = False
-
-
-def _fidelity(case: Case) -> PartResult:
-    page = page_parameters("01")
-    return chain.fidelity(case.study, case.samples.select(range(SIZES["evaluated"])), kinds=page["kinds"])
-
-
-def _interpret(case: Case) -> PartResult:
-    limit = page_parameters("03")["explainer"]["least_confidence"]
-    return chain.interpret(
-        case.study, case.images, case.interpreter, case.truth, latents=SIZES["latents"], least_confidence=limit,
-        seed=case.seed, **case.exemplars,
-    )  # fmt: skip
-
-
-def _detect(case: Case) -> PartResult:
-    return chain.detect(
-        case.study, case.images, case.interpreter, case.truth, case.heldout, case.unseen, **case.exemplars
-    )
-
-
-def _score(case: Case) -> PartResult:
-    page = page_parameters("04")
-    return chain.score(
-        case.study, case.images, case.rows(), case.truth, {"ground truth": case.truth}, _similarity(),
-        n_top=page["n_top"], threshold=page["threshold"], random_runs=page["random_runs"],
-        clip_runs=SIZES["clip_runs"], seed=case.seed,
-    )  # fmt: skip
-
-
-def _steer(case: Case) -> PartResult:
-    page = page_parameters("06")["objects"]
-    drawn = np.random.default_rng(case.seed).permutation(len(case.images))[: SIZES["others"]]
-    return chain.steer(
-        case.study, case.rows(), page["question"], Image.new("RGB", (page["size"],) * 2, "white"), page["doses"],
-        others=[case.images[int(n)] for n in drawn], count=SIZES["objects"], choosing=SIZES["choosing"],
-        kinds=page["kinds"], max_new_tokens=page["max_new_tokens"], seed=case.seed,
-    )  # fmt: skip
-
-
-def _attribute(case: Case) -> PartResult:
-    return chain.attribute(case.place, case.samples, decisions=SIZES["decisions"], pairs=SIZES["pairs"], seed=case.seed)
-
-
-def _probe(case: Case) -> PartResult:
-    pairs = [NestedPair(*pair) for pair in NESTED]
-    return literature.measure_probes(
-        case.study, case.truth, case.heldout_latents, case.unseen, pairs, seed=case.seed
-    )  # fmt: skip
-
-
-def _names(case: Case) -> PartResult:
-    return literature.measure_names(
-        case.rows(), case.heldout_latents, case.unseen, *_heldout_vectors(), seed=case.seed
-    )  # fmt: skip
-
-
-def _directions(case: Case) -> PartResult:
-    other = next(f"seed_{n}" for n in (1, 2) if case.name != f"seed_{n}")  # seed 0 is also that of the controls
-    same_model = SAES[case.name].model == TRAINED
-    return literature.measure_directions(
-        case.study, panel_saes.cached(other) if same_model else None, case.rows(), case.samples, seed=case.seed
-    )
-
-
-# A new part is one more line here.
-PARTS: dict[str, Part] = {
-    "fidelity": Part(_fidelity, (chain.fidelity, evaluate)),
-    "interpret": Part(
-        _interpret, (chain.interpret, chain.names_by_kind, explain, interpret_open, accuracy)
-    ),
-    "detect": Part(_detect, (chain.detect, detectors, explain, interpret_open)),
-    "score": Part(_score, (chain.score, score_latents, score_tables), reads=("interpret",)),
-    "steer": Part(_steer, (chain.steer, objects), reads=("interpret",)),
-    "attribute": Part(_attribute, (chain.attribute, depth)),
-    "probe": Part(_probe, (literature.measure_probes, probing, absorption)),
-    "names": Part(
-        _names, (literature.measure_names, monosemanticity, detection_scoring), reads=("interpret",)
-    ),
-    "directions": Part(
-        _directions, (literature.measure_directions, modality, consistency), reads=("interpret",)
-    ),
-}  # fmt: skip
 
 
 @cache
@@ -309,11 +55,6 @@ def _statements(function: Callable) -> str:
 
 
 # ---- one part of one SAE --------------------------------------------------------------------------------------------
-
-
-def part_file(sae: str, part: str) -> Path:
-    """Return the file of a part's result."""
-    return folder_of("parts", sae) / f"{part}.json"
 
 
 @cache
@@ -349,9 +90,10 @@ def key_of(sae: str, name: str) -> str:
         FileNotFoundError: the SAE is not trained, or a part that it reads is not measured.
     """
     part = PARTS[name]
-    weights = "" if part.of_model else fingerprint(panel_saes.sae_folder(sae) / "sae.safetensors")
+    of_sae = FIRST if sae == MODEL else sae
+    weights = fingerprint(panel_saes.sae_folder(of_sae) / "sae.safetensors")
     shared = {key: value for key, value in inputs().items() if key != "saes"}
-    read = {each: read_json(part_file(sae, each))["key"] for each in part.reads}
+    read = {each: read_json(part_file(of_sae, each))["key"] for each in part.reads}
     return digest({"code": code_of(part), "weights": weights, "inputs": shared, "data": _data(), "reads": read})
 
 
@@ -368,7 +110,10 @@ def measure(sae: str, part: str) -> None:
     if is_done(sae, part):
         return
     key, began = key_of(sae, part), time.process_time()
-    result = PARTS[part].measure(Case(sae, part))
+    try:
+        result = PARTS[part].measure(Case(sae, part))
+    except ValueError as error:  # as where too few latents have a name
+        result = PartResult({}, [f"{part}: {error}"])
     result = result if isinstance(result, PartResult) else PartResult(dict(result))
     seconds = round(time.process_time() - began, 1)
     write_json(part_file(sae, part), {"key": key, "seconds": seconds} | asdict(result))
@@ -388,7 +133,7 @@ def make_tasks(saes: Sequence[str], parts: Sequence[str], *, keep: bool = False)
     for part in (name for name in PARTS if name in parts):
         for sae in [MODEL] if PARTS[part].of_model else saes:
             model = TRAINED if sae == MODEL else SAES[sae].model
-            before = [f"cache {model}", *(f"{each}, {sae}" for each in PARTS[part].reads)]
+            before = [f"cache {model}", *(f"{each}, {FIRST if sae == MODEL else sae}" for each in PARTS[part].reads)]
             tasks[f"{part}, {sae}"] = Task(measure, (sae, part), tuple(name for name in before if name in tasks))
     return tasks
 

@@ -80,6 +80,10 @@ def model_part(case):
     return {"accuracy": 0.123456789}
 
 
+def empty_part(case):
+    raise ValueError("no latent has a name; name some")
+
+
 @pytest.fixture
 def log(tmp_path, monkeypatch):
     """What was made, in order. A project in which all is small; making is writing a file."""
@@ -88,6 +92,7 @@ def log(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(panel, "SAES", SAES)
     monkeypatch.setattr(panel_saes, "SAES", SAES)
+    monkeypatch.setattr(panel, "FIRST", "one")
     monkeypatch.setattr(panel, "PASSES", {"first": Pass(), "second": Pass(1)})
     monkeypatch.setattr(panel, "inputs", lambda: {"pages": {"01": {"k": 4}}})
     monkeypatch.setattr(panel, "_data", lambda: {"scenes": "a"})
@@ -180,6 +185,15 @@ def test_a_part_is_measured_again_if_what_decides_it_has_changed(log, monkeypatc
     monkeypatch.setattr(panel, "inputs", lambda: {"pages": {"01": {"k": 5}}})
     measure_all()
     assert len(measured(log)) == 7
+
+
+def test_a_part_with_too_little_to_measure_says_why_and_does_not_stop_the_others(log, monkeypatch):
+    monkeypatch.setitem(panel.PARTS, "names", panel.Part(empty_part, ()))
+    monkeypatch.delitem(panel.PARTS, "reads")
+    found = measure_all(("names", "plain"))
+    assert found.missing == []
+    assert found.saes["two"].parts["names"].metrics == {}
+    assert found.saes["two"].parts["names"].why == ["names: no latent has a name; name some"]
 
 
 def test_saes_can_be_kept_as_they_are(log):

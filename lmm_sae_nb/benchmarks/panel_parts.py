@@ -1,0 +1,370 @@
+"""The parts of the panel: what is measured for each SAE, and once for the model. A new part is a line of `PARTS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from datasets import load_from_disk
+from PIL import Image
+
+from lmm_sae_nb.benchmarks import panel_saes
+from lmm_sae_nb.benchmarks.panel_saes import FIRST, SAES, TRAINED, folder_of, page_parameters
+from lmm_sae_nb.cache.encode_images import base_states
+from lmm_sae_nb.compare import depth
+from lmm_sae_nb.compare.saes import CachedSAE
+from lmm_sae_nb.controls import chain, direction_steering, directions
+from lmm_sae_nb.controls.chain import PartResult
+from lmm_sae_nb.interpret import explain
+from lmm_sae_nb.interpret import open as interpret_open
+from lmm_sae_nb.interpret.explainers import Vocabulary
+from lmm_sae_nb.interpret.open import Interpreter, open_interpreter
+from lmm_sae_nb.measures import (
+    absorption,
+    consistency,
+    detection_scoring,
+    image_latents,
+    modality,
+    monosemanticity,
+    probing,
+    selectivity,
+)
+from lmm_sae_nb.measures.image_latents import ImageLatents
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.pictureworld.world import pairs
+from lmm_sae_nb.pictureworld.world.concepts import NESTED
+from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.score import latents as score_latents
+from lmm_sae_nb.score import tables as score_tables
+from lmm_sae_nb.score.latents import explained_latents
+from lmm_sae_nb.score.scores import Explained
+from lmm_sae_nb.score.similarity import ImageTextSimilarity
+from lmm_sae_nb.steer import explain as steer_explain
+from lmm_sae_nb.steer import objects
+from lmm_sae_nb.steer.steering import Scope
+from lmm_sae_nb.support.files import project_root, read_json
+from lmm_sae_nb.support.images import Remembered, open_images
+from lmm_sae_nb.support.stages import Metrics
+from lmm_sae_nb.train import evaluate
+from lmm_sae_nb.truth import accuracy, detectors
+from lmm_sae_nb.truth.label_maps import LabelMaps
+
+MODEL = "model"  # the name under which parts that need no SAE are kept
+SIZES = {  # of the panel, where they differ from the notebooks'
+    "evaluated": 120, "latents": 300, "clip_runs": 10, "objects": 30, "choosing": 15, "others": 40,
+    "decisions": 8, "pairs": 32, "seed": 0,
+}  # fmt: skip
+
+
+# ---- what a part gets -----------------------------------------------------------------------------------------------
+
+
+@cache
+def _images(name: str) -> Remembered:
+    return Remembered(open_images(project_root() / name))
+
+
+@cache
+def _labels(name: str) -> LabelMaps:
+    return LabelMaps(load_from_disk(project_root() / name), project_root() / page_parameters("03")["concepts"])
+
+
+@cache
+def _similarity() -> ImageTextSimilarity:
+    return ImageTextSimilarity.load(project_root() / page_parameters("04")["similarity"])
+
+
+@cache
+def _heldout_states(model: str):
+    heldout = _images(page_parameters("03")["heldout"])
+    return base_states(panel_saes.load_model(model), page_parameters("01")["layer"], heldout)
+
+
+@cache
+def _pairs() -> list[pairs.Pair]:
+    return pairs.make_pairs()
+
+
+@cache
+def _pair_states(model: str):
+    lmm, layer = panel_saes.load_model(model), page_parameters("01")["layer"]
+    return base_states(lmm, layer, selectivity.images_of(_pairs()))
+
+
+@lru_cache(1)
+def _latents(name: str) -> tuple[ImageLatents, ImageLatents]:
+    study = panel_saes.cached(name)
+    held = ImageLatents.of_states(study.place, _heldout_states(SAES[name].model))
+    return ImageLatents.of_cache(study.cache), held
+
+
+@cache
+def _embedded_heldout():
+    return _similarity().embed(_images(page_parameters("03")["heldout"]))
+
+
+@cache
+def _name_cosines() -> dict:
+    names = sorted({name for _, name in _labels(page_parameters("03")["heldout"]).names})
+    heldout = _images(page_parameters("03")["heldout"])
+    return detection_scoring.name_cosines(_similarity().all_pairs, heldout, names)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a part measures: an SAE of the panel with its model, or the model alone, and the data.
+
+    name: of the SAE; `MODEL` for a part that needs no SAE.
+    part: the part that is measured.
+    """
+
+    name: str
+    part: str
+
+    @cached_property
+    def study(self) -> CachedSAE:
+        """The SAE at its layer, with its cache; the first SAE for the model alone."""
+        return panel_saes.cached(FIRST if self.name == MODEL else self.name)
+
+    @property
+    def place(self) -> SAEInPlace:
+        return self.study.place
+
+    @property
+    def lmm(self) -> LMM:
+        """The model of the SAE; that under study for the model alone."""
+        return panel_saes.load_model(SAES[self.name].model if self.name in SAES else TRAINED)
+
+    @property
+    def layer(self) -> int:
+        return page_parameters("01")["layer"]
+
+    @property
+    def images(self) -> Remembered:
+        """The cached images."""
+        return _images(page_parameters("02")["images"])
+
+    @property
+    def truth(self) -> LabelMaps:
+        """Their label maps."""
+        return _labels(page_parameters("02")["images"])
+
+    @property
+    def heldout(self) -> Remembered:
+        """The images of held-out scenes."""
+        return _images(page_parameters("03")["heldout"])
+
+    @property
+    def unseen(self) -> LabelMaps:
+        """Their label maps."""
+        return _labels(page_parameters("03")["heldout"])
+
+    @cached_property
+    def samples(self) -> Sequence[Mapping]:
+        """The held-out rows, with image, question and answer."""
+        return load_from_disk(project_root() / page_parameters("01")["heldout"])
+
+    @cached_property
+    def interpreter(self) -> Interpreter:
+        """The explainer of notebook 03. Its replies are kept with the part."""
+        page = page_parameters("03")
+        return open_interpreter(
+            page["explainer"], page["refiner"], page["labeller"], page["endpoint"], concepts=page["concepts"],
+            replies=part_file(self.name, self.part).with_suffix(".replies.jsonl"),
+        )  # fmt: skip
+
+    @property
+    def exemplars(self) -> dict[str, float]:
+        """The settings of exemplars in notebook 03."""
+        return {name: page_parameters("03")[name] for name in ("n_top", "threshold", "dim")}
+
+    def rows(self, part: str = "interpret") -> dict[int, dict]:
+        """Return the explanations that another part gave; the part must be among `Part.reads`."""
+        found = read_json(part_file(FIRST if self.name == MODEL else self.name, part))["rows"]
+        return {int(latent): row for latent, row in found.items()}
+
+    @property
+    def explained(self) -> dict[int, Explained]:
+        """The latents with a name that the world knows; ValueError if there are fewer than two."""
+        return explained_latents(self.rows(), self.truth)
+
+    @property
+    def cached_latents(self) -> ImageLatents:
+        """The activations of all latents on the cached images."""
+        return _latents(self.name)[0]
+
+    @property
+    def heldout_latents(self) -> ImageLatents:
+        """The activations of all latents on the held-out images."""
+        return _latents(self.name)[1]
+
+    @property
+    def seed(self) -> int:
+        return SIZES["seed"]
+
+
+def part_file(sae: str, part: str) -> Path:
+    """Return the file of a part's result."""
+    return folder_of("parts", sae) / f"{part}.json"
+
+
+# ---- the parts ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the panel.
+
+    measure: measures it for a case.
+    uses: modules and functions whose code decides the result. Of a function only its own statements count, of a module
+        also what it imports.
+    reads: parts whose explanations it reads.
+    of_model: it is of the model and is measured once. If it compares with an SAE, that is the first one.
+    """
+
+    measure: Callable[[Case], PartResult | Metrics]
+    uses: tuple[ModuleType | Callable, ...]
+    reads: tuple[str, ...] = ()
+    of_model: bool = False
+
+
+def _fidelity(case: Case) -> PartResult:
+    page = page_parameters("01")
+    return chain.fidelity(case.study, case.samples.select(range(SIZES["evaluated"])), kinds=page["kinds"])
+
+
+def _interpret(case: Case) -> PartResult:
+    limit = page_parameters("03")["explainer"]["least_confidence"]
+    return chain.interpret(
+        case.study, case.images, case.interpreter, case.truth, latents=SIZES["latents"], least_confidence=limit,
+        seed=case.seed, **case.exemplars,
+    )  # fmt: skip
+
+
+def _detect(case: Case) -> PartResult:
+    return chain.detect(
+        case.study, case.images, case.interpreter, case.truth, case.heldout, case.unseen, **case.exemplars
+    )
+
+
+def _score(case: Case) -> PartResult:
+    page = page_parameters("04")
+    return chain.score(
+        case.study, case.images, case.rows(), case.truth, {"ground truth": case.truth}, _similarity().all_pairs,
+        n_top=page["n_top"], threshold=page["threshold"], random_runs=page["random_runs"],
+        clip_runs=SIZES["clip_runs"], seed=case.seed,
+    )  # fmt: skip
+
+
+def _steer(case: Case) -> PartResult:
+    page = page_parameters("06")["objects"]
+    drawn = np.random.default_rng(case.seed).permutation(len(case.images))[: SIZES["others"]]
+    return chain.steer(
+        case.study, case.rows(), page["question"], Image.new("RGB", (page["size"],) * 2, "white"), page["doses"],
+        others=[case.images[int(n)] for n in drawn], count=SIZES["objects"], choosing=SIZES["choosing"],
+        kinds=page["kinds"], max_new_tokens=page["max_new_tokens"], seed=case.seed,
+    )  # fmt: skip
+
+
+def _attribute(case: Case) -> PartResult:
+    return chain.attribute(case.place, case.samples, decisions=SIZES["decisions"], pairs=SIZES["pairs"], seed=case.seed)
+
+
+# Measures of the literature. Where a case gives too little, the error says what is missing.
+
+
+def _with_explained(case: Case) -> dict[int, Explained] | None:
+    try:
+        return case.explained
+    except ValueError:
+        return None
+
+
+def _monosemanticity(case: Case) -> Metrics:
+    truth, grid = case.unseen, case.lmm.grid
+    vectors = {
+        "clip": _embedded_heldout(), "true": monosemanticity.concept_vectors(truth, len(case.heldout), grid),
+    }  # fmt: skip
+    return monosemanticity.monosemanticity(case.heldout_latents, vectors, _with_explained(case), seed=case.seed)
+
+
+def _detection_scoring(case: Case) -> Metrics:
+    return detection_scoring.detection_scoring(
+        case.heldout_latents, case.explained, case.unseen, _name_cosines(), seed=case.seed
+    )
+
+
+def _probing(case: Case) -> Metrics:
+    return probing.probing(case.cached_latents, case.truth, case.heldout_latents, case.unseen, seed=case.seed)
+
+
+def _absorption(case: Case) -> Metrics:
+    return absorption.absorption(
+        case.place.sae, case.cached_latents, case.truth, case.heldout_latents, case.unseen,
+        [absorption.NestedPair(*pair) for pair in NESTED],
+    )  # fmt: skip
+
+
+def _modality(case: Case) -> Metrics:
+    return modality.modality(case.place, case.samples, _with_explained(case))
+
+
+def _consistency(case: Case) -> Metrics:
+    """Compare with an SAE of another seed, because SAEs of one seed share their starts."""
+    other = panel_saes.cached("seed_2" if case.name == "seed_1" else "seed_1")
+    return consistency.consistency(
+        case.place, case.study.cache.live, other.place, other.cache.live, _with_explained(case), seed=case.seed
+    )
+
+
+def _selectivity(case: Case) -> Metrics:
+    states = _pair_states(SAES[case.name].model)
+    return selectivity.measure_selectivity(case.place, _pairs(), case.rows(), states=states, seed=case.seed)
+
+
+def _steering_names(case: Case) -> Metrics:
+    page, words = page_parameters("06")["objects"], Vocabulary(project_root() / page_parameters("03")["concepts"])
+    white = Image.new("RGB", (page["size"],) * 2, "white")
+    return steer_explain.measure_steering_explanations(
+        case.place, case.study.cache, case.rows(), page["question"], white, 16.0, words.find, words.label,
+        latents=60, scope=Scope(tuple(page["kinds"])), seed=case.seed,
+    )  # fmt: skip
+
+
+# Methods that are no SAEs.
+
+
+def _direction_detection(case: Case) -> Metrics:
+    return directions.detection_baselines(case.study, case.images, case.truth, case.heldout, case.unseen)
+
+
+def _direction_steering(case: Case) -> Metrics:
+    names = {n: row["concept"] for n, row in case.rows().items() if row["concept"] and row["kind"] == "object"}
+    return direction_steering.steering_baselines(case.study, names, case.images, case.truth, seed=case.seed)
+
+
+# A new part is one more line here.
+PARTS: dict[str, Part] = {
+    "fidelity": Part(_fidelity, (chain.fidelity, evaluate)),
+    "interpret": Part(
+        _interpret, (chain.interpret, chain.names_by_kind, explain, interpret_open, accuracy)
+    ),
+    "detect": Part(_detect, (chain.detect, detectors, explain, interpret_open)),
+    "score": Part(_score, (chain.score, score_latents, score_tables), reads=("interpret",)),
+    "steer": Part(_steer, (chain.steer, objects), reads=("interpret",)),
+    "attribute": Part(_attribute, (chain.attribute, depth)),
+    "monosemanticity": Part(_monosemanticity, (monosemanticity, image_latents), ("interpret",)),
+    "detection_scoring": Part(_detection_scoring, (detection_scoring, image_latents), ("interpret",)),
+    "probing": Part(_probing, (probing, image_latents)),
+    "absorption": Part(_absorption, (absorption, image_latents)),
+    "modality": Part(_modality, (modality,), ("interpret",)),
+    "consistency": Part(_consistency, (consistency,), ("interpret",)),
+    "selectivity": Part(_selectivity, (selectivity, pairs), ("interpret",)),
+    "steering_names": Part(_steering_names, (steer_explain,), ("interpret",)),
+    "direction_detection": Part(_direction_detection, (directions,), of_model=True),
+    "direction_steering": Part(_direction_steering, (direction_steering,), ("interpret",), of_model=True),
+}  # fmt: skip

@@ -55,7 +55,7 @@ from lmm_sae_nb.truth.label_maps import LabelMaps
 
 MODEL = "model"  # the name under which parts that need no SAE are kept
 SIZES = {  # of the panel, where they differ from the notebooks'
-    "evaluated": 120, "latents": 300, "clip_runs": 10, "objects": 30, "choosing": 15, "others": 40,
+    "evaluated": 120, "latents": 300, "scored": 150, "clip_runs": 10, "objects": 30, "choosing": 15, "others": 40,
     "decisions": 8, "pairs": 32, "seed": 0,
 }  # fmt: skip
 
@@ -353,10 +353,6 @@ PARTS: dict[str, Part] = {
     "interpret": Part(
         _interpret, (chain.interpret, chain.names_by_kind, explain, interpret_open, accuracy)
     ),
-    "detect": Part(_detect, (chain.detect, detectors, explain, interpret_open)),
-    "score": Part(_score, (chain.score, score_latents, score_tables), reads=("interpret",)),
-    "steer": Part(_steer, (chain.steer, objects), reads=("interpret",)),
-    "attribute": Part(_attribute, (chain.attribute, depth)),
     "monosemanticity": Part(_monosemanticity, (monosemanticity, image_latents), ("interpret",)),
     "detection_scoring": Part(_detection_scoring, (detection_scoring, image_latents), ("interpret",)),
     "probing": Part(_probing, (probing, image_latents)),
@@ -364,7 +360,11 @@ PARTS: dict[str, Part] = {
     "modality": Part(_modality, (modality,), ("interpret",)),
     "consistency": Part(_consistency, (consistency,), ("interpret",)),
     "selectivity": Part(_selectivity, (selectivity, pairs), ("interpret",)),
+    "detect": Part(_detect, (chain.detect, detectors, explain, interpret_open)),
+    "steer": Part(_steer, (chain.steer, objects), reads=("interpret",)),
+    "attribute": Part(_attribute, (chain.attribute, depth)),
     "steering_names": Part(_steering_names, (steer_explain,), ("interpret",)),
     "direction_detection": Part(_direction_detection, (directions,), of_model=True),
     "direction_steering": Part(_direction_steering, (direction_steering,), ("interpret",), of_model=True),
+    "score": Part(_score, (chain.score, score_latents, score_tables), reads=("interpret",)),
 }  # fmt: skip

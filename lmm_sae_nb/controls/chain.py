@@ -148,7 +148,7 @@ def detect(
 def score(
     study: CachedSAE, images: Sequence[Image.Image], rows: Mapping[int, Mapping], truth: LabelMaps,
     segmenters: Mapping[str, FindConcept], all_pairs: AllPairs | None, *, n_top: int = 5, threshold: float = 0.25,
-    random_runs: int = 10, clip_runs: int = 10, seed: int = 0,
+    most: int | None = None, random_runs: int = 10, clip_runs: int = 10, seed: int = 0,
 ) -> PartResult:  # fmt: skip
     """Score the explained latents in both modes, with what chance gives (notebook 04).
 
@@ -156,10 +156,11 @@ def score(
     rows: of `interpret`.
     segmenters, all_pairs, random_runs, clip_runs: as in `score_latents`.
     n_top, threshold: of the exemplars.
+    most: latents, at random if more are explained.
     seed: of everything random.
     """
     try:
-        explained = explained_latents(rows, truth)
+        explained = explained_latents(rows, truth, most=most, seed=seed)
     except ValueError as error:
         return PartResult({"latents_scored": 0}, [f"scores: {error}"])
     exemplars = study.exemplars(images, n_top=n_top, threshold=threshold)

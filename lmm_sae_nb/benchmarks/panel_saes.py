@@ -30,6 +30,7 @@ from lmm_sae_nb.train.training import Recipe, train_saes
 
 TRAINED = ""  # the model under study; other models are "untrained" and "untrained_layers"
 SAMPLED = 20_000  # tokens from which the classical dictionaries are computed
+RANDOM_SEED = 1000  # of the random dictionary; with that of notebook 01 it would have the first rows of its SAE
 FIRST = "seed_0"  # the SAE that notebook 01 trains; controls have its size, k and samples
 
 
@@ -196,7 +197,7 @@ def build(name: str) -> None:
         return
     record.unlink(missing_ok=True)
     if name == "random":
-        sae = dictionaries.random_dictionary(TopKSAE.load(first.parent), seed=page["seed"])
+        sae = dictionaries.random_dictionary(TopKSAE.load(first.parent), seed=RANDOM_SEED)
     else:
         lmm, seed = load_model(TRAINED), page["seed"]
         states = dictionaries.sample_states(

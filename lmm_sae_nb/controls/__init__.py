@@ -1,6 +1,6 @@
 """What stands in the trained SAE's place to see whether a result needs it: control SAEs, and methods without an SAE.
 
 Read in this order: `dictionaries` (control SAEs), `chain` (the metrics of notebooks 01 to 07 for one SAE),
-`literature` (those of the folder `measures`), `directions` (detect concepts by a difference of means and by logistic
-probes), `direction_steering` (steer by these directions, and by a prompt).
+`directions` (detect concepts by a difference of means and by logistic probes), `direction_steering` (steer by these
+directions, and by a prompt).
 """

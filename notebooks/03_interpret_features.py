@@ -72,6 +72,8 @@ dim: float = 0.0  # brightness of the other patches; reference code: 0.12
 seed: int = 0  # of the choice of latents
 # the same page for other SAEs, which differ in their seed; "": none
 seeds_study: str = "book/seeds.json"
+# the same metrics of control SAEs (A4); "": none
+panel: str = "book/panel.json"
 
 # %% tags=["remove-cell"]
 from collections import Counter
@@ -84,6 +86,12 @@ from lmm_sae_nb.interpret.exemplars import ExemplarsByLatent, upsample
 from lmm_sae_nb.interpret.explain import as_rows, latents_in_training
 from lmm_sae_nb.interpret.open import open_interpreter
 from lmm_sae_nb.show import plots
+from lmm_sae_nb.show.panel import read_panel
+from lmm_sae_nb.show.panel_views import (
+    PanelMetric,
+    against_controls,
+    reached_by_controls,
+)
 from lmm_sae_nb.show.report import (
     across_saes,
     findings,
@@ -178,7 +186,7 @@ plots.exemplar_strip([(f"latent {n}", by_latent[n]) for n in two]);
 # %%
 stage = page.stage(
     "interpret", after=("train", "cache"),
-    without=("endpoint", "seeds_study"),
+    without=("endpoint", "seeds_study", "panel"),
 )  # fmt: skip
 interpreter = open_interpreter(
     explainer, refiner, labeller, endpoint,
@@ -501,7 +509,14 @@ if "refusal_precision" in metrics:
         f"{percent(metrics['refusal_precision'])} of the refusals are right: "
         "these images have nothing in common, or only a detail."
     )
-findings(*sentences, *across_saes(study, stage, of_all))
+panel_metrics = {
+    "fraction explained": PanelMetric("interpret", "explained_fraction"),
+    "names right": PanelMetric("interpret", "concept_accuracy"),
+    "concepts detected and named": PanelMetric("detect", "concept_recall"),
+}
+all_panel = read_panel(page.locate(panel) if panel else "")
+controlled = against_controls(all_panel, panel_metrics)
+findings(*sentences, *across_saes(study, stage, of_all), *controlled)
 
 # %% [markdown]
 # **Limits.** One explainer, and one rule of what images have in
@@ -547,7 +562,8 @@ if recall:
     )
 headline(
     page,
-    all_latents + of_all_saes,
+    f"{all_latents}{of_all_saes} "
+    + reached_by_controls(all_panel, panel_metrics),
     "it explains 5,000 latents and does not report how many were refused. "
     f"People accept {percent(published('judge', 'judged_people'))} of the "
     f"names, GPT-4o {percent(published('judge', 'judged'))} (Table 2).",

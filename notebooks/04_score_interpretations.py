@@ -67,6 +67,8 @@ endpoint: dict = {
 seed: int = 0  # of everything random, and of the bootstrap
 # the same page for other SAEs, which differ in their seed; "": none
 seeds_study: str = "book/seeds.json"
+# the same metrics of control SAEs (A4); "": none
+panel: str = "book/panel.json"
 
 # %% tags=["remove-cell"]
 from datasets import load_from_disk
@@ -108,6 +110,12 @@ from lmm_sae_nb.score.tables import (
     values_by_kind,
 )
 from lmm_sae_nb.show import plots
+from lmm_sae_nb.show.panel import read_panel
+from lmm_sae_nb.show.panel_views import (
+    PanelMetric,
+    against_controls,
+    reached_by_controls,
+)
 from lmm_sae_nb.show.rater import Rater
 from lmm_sae_nb.show.report import (
     across_saes,
@@ -230,7 +238,7 @@ for one in example:
 stage = page.stage(
     "score",
     after=("train", "cache", "interpret"),
-    without=("judge", "n_judged", "endpoint", "seeds_study"),
+    without=("judge", "n_judged", "endpoint", "seeds_study", "panel"),
 )
 
 # %%
@@ -349,7 +357,7 @@ judgements = {}
 if judge or truth:
     judging = page.stage(
         "judge", after=("cache", "interpret"),
-        without=("endpoint", "seeds_study"),
+        without=("endpoint", "seeds_study", "panel"),
     )  # fmt: skip
     replies = judging.path("replies.jsonl")
     judgements = judging.result(
@@ -498,7 +506,16 @@ if judgements and "judged" in judged:
         + ("" if judge else " No person and no model has judged here, so "
            "Table 2 is not reproduced.")
     )
-findings(*sentences, *across_saes(study, stage, of_all, "{:.3f}".format))
+panel_metrics = {
+    "IoU as in the paper": PanelMetric("score", "iou_paper"),
+    "strict IoU": PanelMetric("score", "iou_strict"),
+    "CLIP score": PanelMetric("score", "clip_paper"),
+}
+all_panel = read_panel(page.locate(panel) if panel else "")
+controlled = against_controls(all_panel, panel_metrics)
+findings(
+    *sentences, *across_saes(study, stage, of_all, "{:.3f}".format), *controlled
+)
 
 # %% [markdown]
 # **Limits.** The numbers hold for explained latents only. The judge of `tiny` is
@@ -549,7 +566,8 @@ headline(
     "on images that excite a latent, the IoU with its concept (in the "
     f"paper's mode) is {beside['iou_paper']}.{clips} In brackets: 99 % intervals; "
     f"{metrics['latents_scored']} latents."
-    + (f" IoU, {of_saes}." if of_saes else ""),
+    + (f" IoU, {of_saes}. " if of_saes else " ")
+    + reached_by_controls(all_panel, panel_metrics),
     f"an IoU of {paper['iou_paper']:.2f} against "
     f"{paper['iou_paper_random']:.3f} on random images, and a CLIP score of "
     f"{paper['clip_paper']:.1f} against {paper['clip_paper_random']:.1f} "

@@ -86,6 +86,8 @@ batch: int = 20  # clamps that run side by side
 seed: int = 0  # of the choice of latents and images
 # the same page for other SAEs, which differ in their seed; "": none
 seeds_study: str = "book/seeds.json"
+# the same metrics of control SAEs (A4); "": none
+panel: str = "book/panel.json"
 
 # %% tags=["remove-cell"]
 import numpy as np
@@ -105,6 +107,12 @@ from lmm_sae_nb import (
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.feature_browser import FeatureBrowser
 from lmm_sae_nb.show.latent_table import LatentTable
+from lmm_sae_nb.show.panel import read_panel
+from lmm_sae_nb.show.panel_views import (
+    PanelMetric,
+    against_controls,
+    reached_by_controls,
+)
 from lmm_sae_nb.show.report import (
     across_saes,
     findings,
@@ -153,7 +161,7 @@ names = {n: row["concept"] for n, row in named.items()}
 white = Image.new("RGB", (objects["size"],) * 2, "white")
 stage = page.stage(
     "steer", after=("train", "cache", "interpret"),
-    without=("batch", "endpoint", "seeds_study"),
+    without=("batch", "endpoint", "seeds_study", "panel"),
 )  # fmt: skip
 print(f"{len(named)} named latents")
 
@@ -612,10 +620,15 @@ of_eight = {
     "feelings_named": "latents that make the model report their feeling",
     "stories_named": "latents that bring their feeling into a story",
 }
+all_panel = read_panel(page.locate(panel) if panel else "")
+panel_metrics = {
+    "objects named, of 100": PanelMetric("steer", "named_of_100")
+}
 findings(
     *across_saes(study, stage, of_all, count),
     *across_saes(study, stage, of_eight, count),
     *across_saes(study, stage, fluency, "{:.2f}".format),
+    *against_controls(all_panel, panel_metrics),
 )
 
 # %% [markdown]
@@ -648,7 +661,8 @@ headline(
     f"{m['control_value_named_of_100_high']:.0f}). A clamp changes the "
     f"answer for {m['changed_of_100']:.0f} of 100 object latents, and for "
     f"{m['control_value_changed_of_100']:.0f} of 100 random latents at the "
-    f"same values.{of_saes}",
+    f"same values.{of_saes} "
+    + reached_by_controls(all_panel, panel_metrics),
     f"{paper:.0f} of 100 object latents change the answer. How often an "
     "answer names the object is not reported, nor the dose.",
     f"probably because we clamp an early layer, at {m['dose']:g} times "

@@ -152,3 +152,22 @@ def against_controls(panel: Panel | None, metrics: Mapping[str, PanelMetric]) ->
 
 def _ends(values: Sequence[float]) -> str:
     return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def reached_by_controls(panel: Panel | None, metrics: Mapping[str, PanelMetric]) -> str:
+    """Return a sentence that names the metrics in which a control is as high as a trained SAE; empty if there is none.
+
+    panel: None gives no sentence.
+    metrics: words to metric; higher is better.
+    """
+    reached = []
+    for words, at in metrics.items() if panel else ():
+        trained = _values(panel, panel.group("seed"), at)
+        controls = {name: panel.find(name, *at) for name in panel.group("control")}
+        known = {name: value for name, value in controls.items() if value is not None}
+        if trained and known and max(known.values()) >= min(trained):
+            best = max(known, key=known.__getitem__)
+            reached.append(f"{words} ({known[best]:.2f}: {panel.saes[best].about}; trained SAEs {_ends(trained)})")
+    if not reached:
+        return ""
+    return f"Control SAEs, which should fail, do as well in {' and '.join(reached)}; see [A4](A4_controls_and_metrics)."

@@ -476,12 +476,12 @@ plots.stacked(by_rank.fractions, "fraction of latents");
 
 # %%
 table = LatentTable.load(run)
-panel = SteeringPanel(
+steering_panel = SteeringPanel(
     place, cache, names, image=white, text=objects["question"]
 )
 sort = "iou_strict" if "iou_strict" in table.columns else None
-browser = FeatureBrowser(table, panel.choose, sort=sort)
-VBox([browser.box, panel.box])
+browser = FeatureBrowser(table, steering_panel.choose, sort=sort)
+VBox([browser.box, steering_panel.box])
 
 # %% [markdown]
 # ## The numbers

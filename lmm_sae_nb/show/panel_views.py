@@ -73,14 +73,14 @@ def method_rows(
 ) -> list[dict[str, str | float | Mean | None]]:
     """Return a row for each method of a part that compares several: its name, and each metric with its interval.
 
-    panel: None gives no rows.
+    panel: None, or one without this part, gives no rows.
     part: one that needs no SAE, or one of the first trained SAE.
     methods: key in the names of metrics to name.
     columns: title to metric, with `{}` where the method's key stands.
     """
-    if panel is None:
+    of = next((name for name, sae in panel.saes.items() if part in sae.parts), None) if panel else None
+    if of is None:
         return []
-    (of,) = [name for name, sae in panel.saes.items() if part in sae.parts][:1]
     return [
         {"": words}
         | {title: panel.interval(of, part, at.format(key)) or panel.find(of, part, at.format(key))
@@ -122,7 +122,7 @@ def panel_dots(panel: Panel | None, columns: Mapping[str, PanelMetric], across: 
             ax.plot(values, [y] * len(values), "o", ms=8, mew=0, alpha=0.6, color=colour, clip_on=False)
         ax.set(yticks=range(len(groups)), yticklabels=[literal(name) for name in groups.values()])
         ax.set_ylim(len(groups) - 0.5, -0.5)
-        ax.set_xlabel(wrapped(title, WIDTH / across - 1.2))
+        ax.set_title(wrapped(title, WIDTH / across - 1.2))
         ax.set_xlim(left=min(0, ax.get_xlim()[0]))
     return axes
 

@@ -343,7 +343,8 @@ def _direction_detection(case: Case) -> Metrics:
 
 
 def _direction_steering(case: Case) -> Metrics:
-    names = {n: row["concept"] for n, row in case.rows().items() if row["concept"] and row["kind"] == "object"}
+    rows = case.rows("detect") | case.rows()
+    names = {n: row["concept"] for n, row in rows.items() if row["concept"] and row["kind"] == "object"}
     return direction_steering.steering_baselines(case.study, names, case.images, case.truth, seed=case.seed)
 
 
@@ -365,6 +366,6 @@ PARTS: dict[str, Part] = {
     "attribute": Part(_attribute, (chain.attribute, depth)),
     "steering_names": Part(_steering_names, (steer_explain,), ("interpret",)),
     "direction_detection": Part(_direction_detection, (directions,), of_model=True),
-    "direction_steering": Part(_direction_steering, (direction_steering,), ("interpret",), of_model=True),
+    "direction_steering": Part(_direction_steering, (direction_steering,), ("interpret", "detect"), of_model=True),
     "score": Part(_score, (chain.score, score_latents, score_tables), reads=("interpret",)),
 }  # fmt: skip

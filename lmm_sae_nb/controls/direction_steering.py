@@ -164,7 +164,7 @@ def compare_ways(
     doses: of latents and directions.
     forms: of prompts.
     scope: the tokens that are steered; a prompt has no scope.
-    count: objects that are reported.
+    count: objects that are reported; at most two thirds, so that the others can choose.
     choosing: other objects, which choose doses and the form.
     least: cached images that must show an object.
     seed: of the choice of objects, of the controls, and of the patches that probes are fitted on.
@@ -184,8 +184,9 @@ def compare_ways(
             "three: give more explanations or more images"
         )
     order = rng.permutation(sorted(latents)).tolist()
-    chosen = order[: min(count, len(order) - 1) + choosing]
-    concepts, n, reported = dict(enumerate(chosen)), len(chosen), list(range(min(count, len(order) - 1)))
+    count = min(count, 2 * len(order) // 3)
+    chosen = order[: count + choosing]
+    concepts, n, reported = dict(enumerate(chosen)), len(chosen), list(range(count))
     named, detectors, fit = ([known[name] for name in chosen] for known in (latents, best, column))
     free = np.setdiff1d(np.flatnonzero(np.asarray(cache.live)), [*named, *detectors])
     if not len(free):

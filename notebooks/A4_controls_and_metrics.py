@@ -146,25 +146,22 @@ assert_close(random.W_enc, random.W_dec)
 
 # %%
 control = SAEInPlace(place.lmm, random, layer)
-
-
-def name_latents():
-    cache = cache_activations(
-        control, pictures, n_top=n_top, batch_size=batch_size,
-        folder=stage.folder / "random",
-    )  # fmt: skip
-    interpreter = open_interpreter(
-        explainer, refiner, labeller, endpoint, concepts=concepts,
-        replies=stage.folder / "replies.jsonl",
-    )  # fmt: skip
-    return chain.interpret(
+cache = cache_activations(
+    control, pictures, n_top=n_top, batch_size=batch_size,
+    folder=stage.path("random"),
+)  # fmt: skip
+interpreter = open_interpreter(
+    explainer, refiner, labeller, endpoint, concepts=concepts,
+    replies=stage.path("replies.jsonl"),
+)  # fmt: skip
+here = stage.result(
+    "random", PartResult,
+    lambda: chain.interpret(
         CachedSAE(control, cache), pictures, interpreter, truth or None,
         latents=n_explained, n_top=n_top, threshold=threshold, dim=dim,
         least_confidence=explainer["least_confidence"],
-    )  # fmt: skip
-
-
-here = stage.result("random", PartResult, name_latents).metrics
+    ),
+).metrics  # fmt: skip
 mine = page.read("interpret", "metrics", dict[str, float])
 plots.table([
     {"dictionary": name} | {
@@ -220,9 +217,8 @@ plots.table(panel_rows(known, quality))
 # %% mystnb={"figure": {"caption": "Six metrics of every SAE of the panel; each dot is an SAE. A metric that tells good from bad keeps the trained SAEs (top row) apart from the controls (bottom row).", "name": "fig-panel"}, "image": {"alt": "Six small charts, one for each metric, with a row of dots for each group of SAEs."}}
 probing = PanelMetric("probing", "probe_1_f1")
 drawn_metrics = {name: at for name, at in quality.items() if name != "FVU"}
-panel_dots(
-    known, drawn_metrics | {"1-sparse probing, F1": probing}
-);  # fmt: skip
+drawn_metrics["1-sparse probing, F1"] = probing
+panel_dots(known, drawn_metrics);
 # %% [markdown]
 # ### Does it matter to the model?
 #
@@ -308,7 +304,7 @@ with_latent = [
 plots.changed_pairs([
     (f"latent {n}: {pair.put_in[0]}", pair, change_map(place, pair, n))
     for pair, n in with_latent[:3]
-]);  # fmt: skip
+]);
 # %% [markdown]
 # *Selectivity* says how far a latent changes when its own concept is put in or
 # taken out, against all other changes: 0.5 is chance, 1 is best. The control
@@ -438,7 +434,7 @@ plots.means(
                    if mean.mean == mean.mean}
      for each in exam},
     "rank correlation over SAEs",
-);  # fmt: skip
+);
 # %% [markdown]
 # ## Does the panel agree with this run?
 #

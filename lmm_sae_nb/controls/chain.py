@@ -68,7 +68,7 @@ def fidelity(study: CachedSAE, samples: Sequence[Mapping], *, kinds: Sequence[st
 
 
 def interpret(
-    study: CachedSAE, images: Sequence[Image.Image], interpreter: Interpreter, truth: LabelMaps, *,
+    study: CachedSAE, images: Sequence[Image.Image], interpreter: Interpreter, truth: LabelMaps | None, *,
     latents: int = 300, n_top: int = 5, threshold: float = 0.25, dim: float = 0.0, least_confidence: float = 0.0,
     seed: int = 0,
 ) -> PartResult:  # fmt: skip
@@ -78,7 +78,7 @@ def interpret(
     `concept_accuracy_guessed_KIND`.
 
     images: that were cached.
-    truth: their label maps.
+    truth: their label maps; None if there are none.
     latents: how many, all live ones if there are fewer.
     n_top, threshold, dim: of the exemplars.
     least_confidence: the interpreter's limit, which counts the refused latents by cause.
@@ -97,7 +97,7 @@ def interpret(
 def names_by_kind(rows: Mapping[int, Mapping], seed: int = 0) -> Metrics:
     """Count the explained latents of each kind of name, and measure how many names are right, and of guessed names.
 
-    rows: as `add_truth` returns them.
+    rows: as `add_truth` returns them; without a ground truth there are only the counts.
     seed: of the guesses.
     """
     named = {n: (row["concept"], row["kind"]) for n, row in rows.items() if row["outcome"] == Outcome.EXPLAINED.value}
@@ -105,6 +105,8 @@ def names_by_kind(rows: Mapping[int, Mapping], seed: int = 0) -> Metrics:
     for kind in sorted({kind for _, kind in named.values() if kind}):
         own = [n for n, (_, given) in named.items() if given == kind]
         metrics[f"explained_{kind}"] = len(own)
+        if any("true_concept" not in rows[n] for n in own):  # there is no ground truth
+            continue
         right = [rows[n]["concept"] == rows[n]["true_concept"] for n in own]
         guessed = [guesses[n] == rows[n]["true_concept"] for n in own if guesses[n]]
         metrics |= fraction_metrics(f"concept_accuracy_{kind}", right)

@@ -90,6 +90,7 @@ from lmm_sae_nb.show.panel import read_panel
 from lmm_sae_nb.show.panel_views import (
     PanelMetric,
     against_controls,
+    beside_each_other,
     reached_by_controls,
 )
 from lmm_sae_nb.show.report import (
@@ -516,6 +517,18 @@ panel_metrics = {
 }
 all_panel = read_panel(page.locate(panel) if panel else "")
 controlled = against_controls(all_panel, panel_metrics)
+detecting = {
+    "latent": "best latent", "difference": "difference of means",
+    "probe": "logistic probe",
+}  # fmt: skip
+detecting = beside_each_other(
+    all_panel, "direction_detection", detecting, "{}_f1"
+)
+without_sae = detecting and (
+    f"Detectors of a concept, mean F1 on held-out scenes: {detecting}. The "
+    "last two need no SAE ([A4](A4_controls_and_metrics))."
+)
+controlled += [without_sae][: bool(without_sae)]
 findings(*sentences, *across_saes(study, stage, of_all), *controlled)
 
 # %% [markdown]
@@ -563,7 +576,7 @@ if recall:
 headline(
     page,
     f"{all_latents}{of_all_saes} "
-    + reached_by_controls(all_panel, panel_metrics),
+    + f"{reached_by_controls(all_panel, panel_metrics)} {without_sae}",
     "it explains 5,000 latents and does not report how many were refused. "
     f"People accept {percent(published('judge', 'judged_people'))} of the "
     f"names, GPT-4o {percent(published('judge', 'judged'))} (Table 2).",

@@ -111,6 +111,7 @@ from lmm_sae_nb.show.panel import read_panel
 from lmm_sae_nb.show.panel_views import (
     PanelMetric,
     against_controls,
+    beside_each_other,
     reached_by_controls,
 )
 from lmm_sae_nb.show.report import (
@@ -624,7 +625,19 @@ all_panel = read_panel(page.locate(panel) if panel else "")
 panel_metrics = {
     "objects named, of 100": PanelMetric("steer", "named_of_100")
 }
+ways = {
+    "latent": "clamped latents", "difference": "differences of means",
+    "probe": "logistic probes", "prompt": "prompts",
+}  # fmt: skip
+ways = beside_each_other(
+    all_panel, "direction_steering", ways, "steer_{}_named_of_100", "{:.0f}"
+)
+without_sae = ways and (
+    f"Of 100 objects, these make the model name the object: {ways}. All but "
+    "prompts and latents learn from labels ([A4](A4_controls_and_metrics))."
+)
 findings(
+    *[without_sae][: bool(without_sae)],
     *across_saes(study, stage, of_all, count),
     *across_saes(study, stage, of_eight, count),
     *across_saes(study, stage, fluency, "{:.2f}".format),
@@ -661,7 +674,7 @@ headline(
     f"{m['control_value_named_of_100_high']:.0f}). A clamp changes the "
     f"answer for {m['changed_of_100']:.0f} of 100 object latents, and for "
     f"{m['control_value_changed_of_100']:.0f} of 100 random latents at the "
-    f"same values.{of_saes} "
+    f"same values.{of_saes} {without_sae} "
     + reached_by_controls(all_panel, panel_metrics),
     f"{paper:.0f} of 100 object latents change the answer. How often an "
     "answer names the object is not reported, nor the dose.",

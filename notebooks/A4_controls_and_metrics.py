@@ -93,6 +93,7 @@ from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.panel import read_panel
 from lmm_sae_nb.show.panel_views import (
     PanelMetric,
+    beside_each_other,
     method_rows,
     panel_dots,
     panel_rows,
@@ -413,7 +414,14 @@ plots.table(method_rows(known, "direction_steering", ways, {
 # - *noise*: its standard deviation over seeds, as a fraction of that over all SAEs.
 
 # %%
-examined = quality | use | literature | pairs
+chances = (
+    "same names, random latents", "latents named for an object",
+    "with another latent's name", "if it were spread evenly",
+)  # fmt: skip
+examined = {
+    name: at for name, at in (quality | use | literature | pairs).items()
+    if name not in chances
+}  # fmt: skip
 exam = known and compare_metrics(
     panel_values(known, examined), list(examined),
     ["concepts named", "names right"],
@@ -485,13 +493,6 @@ def told_apart(names, apart):
     ) or "none"  # fmt: skip
 
 
-def of_methods(part, names, metric):
-    of = next(name for name, sae in known.saes.items() if part in sae.parts)
-    found = {w: known.interval(of, part, metric.format(n)) for n, w in names.items()}
-    return ", ".join(f"{words} {mean.mean:.2f} [{mean.low:.2f}, {mean.high:.2f}]"
-                     for words, mean in found.items() if mean)
-
-
 sentences = []
 by_chance = read_mean(here, "concept_accuracy") if "concept_accuracy" in here else None
 if by_chance:
@@ -512,12 +513,12 @@ if known:
         f"{spread('objects named, of 100', form='{:.0f}')} of 100 cases, those of controls in "
         f"{spread('objects named, of 100', 'control', '{:.0f}')}.",
         f"Every trained SAE lies on one side of every control by: {told_apart(examined, True)}.",
-        f"These do not separate them: {told_apart(examined, False)}.",
+        f"These do not: {told_apart(examined, False)}.",
         "As detectors of a concept (F1): "
-        + of_methods("direction_detection", {k: methods[k] for k in list(methods)[:3]}, "{}_f1")
+        + beside_each_other(known, "direction_detection", dict(list(methods.items())[:3]), "{}_f1")
         + ". The probe sees labels when it learns.",
         "To steer towards an object (named, of 100): "
-        + of_methods("direction_steering", ways, "steer_{}_named_of_100") + ".",
+        + beside_each_other(known, "direction_steering", ways, "steer_{}_named_of_100", "{:.0f}") + ".",
     ]
 findings(*sentences)
 

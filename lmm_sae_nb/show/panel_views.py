@@ -89,6 +89,21 @@ def method_rows(
     ]  # fmt: skip
 
 
+def beside_each_other(
+    panel: Panel | None, part: str, methods: Mapping[str, str], metric: str, form: str = "{:.2f}"
+) -> str:
+    """Return "probe 0.73 [0.69, 0.76], best latent 0.50 [0.46, 0.54]": a metric of several methods, with its interval.
+
+    panel: None, or one without this part, gives an empty text.
+    part, methods: as for `method_rows`.
+    metric: its name, with `{}` where the method's key stands.
+    form: writes a number.
+    """
+    rows = method_rows(panel, part, methods, {"value": metric})
+    known = [(row[""], [form.format(number) for number in row["value"]]) for row in rows if row["value"] is not None]
+    return ", ".join(f"{words} {mean} [{low}, {high}]" for words, (mean, low, high) in known)
+
+
 def panel_values(panel: Panel | None, columns: Mapping[str, PanelMetric]) -> dict[str, dict[str, float]]:
     """Return the metrics of every SAE that has one, by the SAE's name and the column's title.
 

@@ -7,6 +7,7 @@ from lmm_sae_nb.show.panel import MeasuredPart, Panel, PanelSAE
 from lmm_sae_nb.show.panel_views import (
     PanelMetric,
     against_controls,
+    beside_each_other,
     method_rows,
     panel_dots,
     panel_rows,
@@ -56,6 +57,13 @@ def test_methods_are_rows_with_their_own_metrics():
     only = Panel("", "", {}, {}, [], {"model": PANEL.saes["model"]})
     rows = method_rows(only, "part", {"probe": "a probe", "latent": "a latent"}, {"F1": "{}_f1"})
     assert rows == [{"": "a probe", "F1": Mean(0.5, 0.4, 0.6)}, {"": "a latent", "F1": 0.3}]
+
+
+def test_methods_stand_beside_each_other_in_a_sentence():
+    only = Panel("", "", {}, {}, [], {"model": sae("model", "", probe_f1=(0.5, 0.4, 0.6), latent_f1=(0.3, 0.2, 0.4))})
+    words = {"probe": "a probe", "latent": "a latent", "other": "another"}
+    assert beside_each_other(only, "part", words, "{}_f1") == "a probe 0.50 [0.40, 0.60], a latent 0.30 [0.20, 0.40]"
+    assert beside_each_other(None, "part", words, "{}_f1") == beside_each_other(only, "no part", words, "{}_f1") == ""
 
 
 def test_dots_are_the_values_of_each_group():

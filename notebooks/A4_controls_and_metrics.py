@@ -221,6 +221,31 @@ drawn_metrics = {name: at for name, at in quality.items() if name != "FVU"}
 drawn_metrics["1-sparse probing, F1"] = probing
 panel_dots(known, drawn_metrics);
 # %% [markdown]
+# By kind of concept: the fraction of concepts that a latent detects.
+
+# %%
+kinds = (
+    "scene", "object", "part", "material",
+    "texture", "colour", "face", "word",
+)  # fmt: skip
+of_kind = {
+    kind: PanelMetric("detect", f"concepts_detected_{kind}")
+    for kind in kinds
+}
+plots.table(panel_rows(known, of_kind, ("control", "classical")))
+
+# %% [markdown]
+# And the fraction of right names among the names of each kind. A dash: there is
+# no such name.
+
+# %%
+of_kind = {
+    kind: PanelMetric("interpret", f"concept_accuracy_{kind}")
+    for kind in kinds
+}
+plots.table(panel_rows(known, of_kind, ("control", "classical")))
+
+# %% [markdown]
 # ### Does it matter to the model?
 #
 # A name can be right although the latent does nothing. Steering (notebook 06)
@@ -296,8 +321,8 @@ plots.table(panel_rows(known, literature))
 # %% mystnb={"figure": {"caption": "Pairs of scenes that differ in one thing. Right: where the latent of that name becomes more active (orange) or less (blue).", "name": "fig-pairs"}, "image": {"alt": "Three rows of two scenes each, and a map of the change of one latent."}}
 explanations = page.read("interpret", "explanations", dict[int, dict])
 latent_of = {row["concept"]: n for n, row in explanations.items()}
-kinds = ("face", "texture", "object", "word", "material")
-drawn = make_pairs(dict.fromkeys(kinds, 8))
+changed = ("face", "texture", "object", "word", "material")
+drawn = make_pairs(dict.fromkeys(changed, 8))
 with_latent = [
     (pair, latent_of[pair.put_in[0]]) for pair in drawn
     if pair.put_in and pair.put_in[0] in latent_of
@@ -374,8 +399,6 @@ plots.table(method_rows(known, "direction_detection", methods, {
 # The same by kind of concept, as F1:
 
 # %%
-kinds = ("scene", "object", "part", "material", "texture", "colour",
-         "face", "word")  # fmt: skip
 plots.table(method_rows(
     known, "direction_detection", {kind: kind for kind in kinds},
     {methods[name]: f"{name}_f1_{{}}" for name in list(methods)[:3]},

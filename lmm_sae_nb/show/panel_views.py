@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ class Spread(NamedTuple):
 
 
 def panel_rows(
-    panel: Panel | None, columns: Mapping[str, PanelMetric], saes: Iterable[str] | None = None
+    panel: Panel | None, columns: Mapping[str, PanelMetric], groups: Sequence[str] = tuple(GROUPS)
 ) -> list[dict[str, str | float | Mean | Spread | None]]:
     """Return a row for each SAE: what it is, and each metric with its 99 % interval, None where it has none.
 
@@ -46,14 +46,14 @@ def panel_rows(
 
     panel: None gives no rows.
     columns: title to metric.
-    saes: names of the other rows; by default all others.
+    groups: of the other rows; by default all.
     """
     if panel is None:
         return []
     seeds = panel.group("seed")
-    others = [name for name in panel.saes if panel.saes[name].group in GROUPS and name not in seeds]
+    others = [name for name in panel.saes if panel.saes[name].group in groups and name not in seeds]
     rows = [{"": f"trained, {len(seeds)} seeds"} | {title: _spread(panel, seeds, at) for title, at in columns.items()}]
-    for name in others if saes is None else saes:
+    for name in others:
         values = {title: panel.interval(name, *at) or panel.find(name, *at) for title, at in columns.items()}
         rows.append({"": panel.saes[name].about} | values)
     return rows

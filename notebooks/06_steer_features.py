@@ -488,7 +488,7 @@ VBox([browser.box, steering_panel.box])
 # ## The numbers
 
 # %%
-seconds = stage.result("panel", Metrics, panel.measure)
+seconds = stage.result("panel", Metrics, steering_panel.measure)
 metrics = stage.finish(
     steering.metrics | clamp_values(steering, cache)
     | relevance.metrics | seconds

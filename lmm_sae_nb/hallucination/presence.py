@@ -42,9 +42,8 @@ def visible_things(
     known = maps.concepts.get(kind, [])
     if missing := sorted(set(names) - set(known)):
         raise ValueError(f"the ground truth has no {kind} {', '.join(missing)}; give names of this kind")
-    codes = np.array([1 + known.index(name) for name in names])
-    counts = (np.bincount(maps.labels(image)[kind].ravel(), minlength=1 + len(known)) for image in images)
-    return np.array([count[codes] > 0 for count in counts])
+    rows = [maps.names.index((kind, name)) for name in names]
+    return np.array([maps.coverage(image, (1, 1))[rows, 0] > 0 for image in images])
 
 
 @dataclass(frozen=True)

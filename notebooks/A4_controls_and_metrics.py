@@ -458,7 +458,7 @@ plots.table([
     for each in exam
 ])  # fmt: skip
 
-# %% mystnb={"figure": {"caption": "How each metric orders the SAEs of the panel, against how they are ordered by what is true: rank correlation with 99 % intervals. Far from 0 is good; below 0, a lower value of the metric is better.", "name": "fig-exam"}, "image": {"alt": "A row for each metric with two dots: its rank correlation with concepts detected and named, and with names right."}}
+# %% mystnb={"figure": {"caption": "How each metric orders the SAEs of the panel, against how they are ordered by what is true: rank correlation with 99 % intervals. Far from 0 is good; below 0, a lower value of the metric is better.", "name": "fig-metrics-examined"}, "image": {"alt": "A row for each metric with two dots: its rank correlation with concepts detected and named, and with names right."}}
 plots.means(
     {each.metric: {f"with {name}": mean
                    for name, mean in each.agreement.items()

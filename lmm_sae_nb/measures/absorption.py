@@ -254,8 +254,7 @@ def absorption(
     absorption_random: mean over cases of the rate with another live latent in place of the child's.
     *_GROUP: the same over the pairs of a group.
     absorption_main_latents: mean over parents of the number of main latents.
-    absorption_parent_f1: mean over parents of their joint F1 on the held-out patches. A parent without a detector is
-        missed, and not absorbed.
+    absorption_parent_f1: mean over parents of their joint F1 on held-out patches; without a detector one is missed.
     absorption_cases: how many there are.
 
     sae: whose decoder rows are projected.

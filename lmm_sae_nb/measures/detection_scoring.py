@@ -102,8 +102,8 @@ def detection_scoring(
     detection_clip_auroc: AUROC of the similarity.
     *_KIND: the accuracies and the AUROC over the latents whose name has this kind.
     *_shuffled: the same with the name of another latent of the same kind.
-    detection_latents, detection_left_out: latents that were scored, and those that too few images excite or leave
-        silent.
+    detection_latents: latents that were scored.
+    detection_left_out: latents that too few images excite or leave silent.
 
     latents: on held-out images.
     explained: concept and kind of each latent that has a name.

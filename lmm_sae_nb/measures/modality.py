@@ -73,8 +73,9 @@ def modality(
 
     modality: mean over latents, with its 99 % interval.
     modality_KIND: the same over the latents whose explanation has this kind.
-    modality_image, modality_text, modality_both: fraction of the latents with a score above `ONE_SIDED`, below
-        1 - `ONE_SIDED`, and between.
+    modality_image: fraction of the latents with a score above `ONE_SIDED`.
+    modality_text: fraction with a score below 1 - `ONE_SIDED`.
+    modality_both: fraction with a score between.
     modality_bin_0 ... modality_bin_9: fraction of the latents with a score from 0 to 0.1, and so on.
     modality_latents: how many latents have a score.
 

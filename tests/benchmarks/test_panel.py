@@ -1,10 +1,11 @@
 """The panel: the order of its tasks, what is made again after a kill or a change, and what the file says."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 
-from lmm_sae_nb.benchmarks import panel, panel_saes
+from lmm_sae_nb.benchmarks import panel, panel_saes, seeds
 from lmm_sae_nb.benchmarks.panel_saes import Member, Pass
 from lmm_sae_nb.benchmarks.tasks import Task, do_tasks
 from lmm_sae_nb.controls.chain import PartResult
@@ -231,3 +232,30 @@ def test_the_file_is_read_as_it_was_written(log, tmp_path):
 def test_numbers_and_their_ends_stand_together():
     part = MeasuredPart.of({"fvu": 0.123456, "fvu_low": 0.1, "fvu_high": 0.2, "asked": 3, "odd_low": 1}, 2.5, [])
     assert part.metrics == {"fvu": (0.12346, 0.1, 0.2), "asked": 3, "odd_low": 1}
+
+
+# The committed panel.
+
+RENEW = f"renew it with: {panel.COMMAND}"
+
+
+def test_the_committed_panel_is_of_the_shipped_recipe(root):
+    known = read_json(root / "book/panel.json")["recipe"]
+    changed = seeds.differences(known, json.loads(json.dumps(panel.inputs())))
+    assert not changed, "\n".join(["book/panel.json is of another recipe.", *changed, RENEW])
+
+
+def test_the_committed_panel_holds_every_part_of_every_sae(root):
+    found = read_panel(root / "book/panel.json")
+    assert found.missing == [], RENEW
+    of_sae = {name for name, part in panel.PARTS.items() if not part.of_model}
+    for name in panel.SAES:
+        assert found.saes[name].parts.keys() == of_sae, f"{name}; {RENEW}"
+        assert (found.saes[name].about, found.saes[name].group) == (panel.SAES[name].about, panel.SAES[name].group)
+    assert found.saes[panel.MODEL].parts.keys() == panel.PARTS.keys() - of_sae, RENEW
+    assert (root / "book/panel.json").stat().st_size < 600_000
+
+
+def test_an_empty_part_of_the_committed_panel_says_why(root):
+    found = read_panel(root / "book/panel.json")
+    assert all(part.metrics or part.why for sae in found.saes.values() for part in sae.parts.values())

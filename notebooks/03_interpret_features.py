@@ -515,20 +515,21 @@ panel_metrics = {
     "names right": PanelMetric("interpret", "concept_accuracy"),
     "concepts detected and named": PanelMetric("detect", "concept_recall"),
 }
-all_panel = read_panel(page.locate(panel) if panel else "")
+all_panel = read_panel(page.locate(panel))
 controlled = against_controls(all_panel, panel_metrics)
-detecting = {
+detectors = {
     "latent": "best latent", "difference": "difference of means",
     "probe": "logistic probe",
 }  # fmt: skip
 detecting = beside_each_other(
-    all_panel, "direction_detection", detecting, "{}_f1"
+    all_panel, "direction_detection", detectors, "{}_f1"
 )
 without_sae = detecting and (
     f"Detectors of a concept, mean F1 on held-out scenes: {detecting}. The "
     "last two need no SAE ([A4](A4_controls_and_metrics))."
 )
-controlled += [without_sae][: bool(without_sae)]
+if without_sae:
+    controlled.append(without_sae)
 findings(*sentences, *across_saes(study, stage, of_all), *controlled)
 
 # %% [markdown]

@@ -511,7 +511,7 @@ panel_metrics = {
     "strict IoU": PanelMetric("score", "iou_strict"),
     "CLIP score": PanelMetric("score", "clip_paper"),
 }
-all_panel = read_panel(page.locate(panel) if panel else "")
+all_panel = read_panel(page.locate(panel))
 controlled = against_controls(all_panel, panel_metrics)
 findings(
     *sentences, *across_saes(study, stage, of_all, "{:.3f}".format), *controlled

@@ -621,7 +621,7 @@ of_eight = {
     "feelings_named": "latents that make the model report their feeling",
     "stories_named": "latents that bring their feeling into a story",
 }
-all_panel = read_panel(page.locate(panel) if panel else "")
+all_panel = read_panel(page.locate(panel))
 panel_metrics = {
     "objects named, of 100": PanelMetric("steer", "named_of_100")
 }
@@ -629,15 +629,16 @@ ways = {
     "latent": "clamped latents", "difference": "differences of means",
     "probe": "logistic probes", "prompt": "prompts",
 }  # fmt: skip
-ways = beside_each_other(
+named = beside_each_other(
     all_panel, "direction_steering", ways, "steer_{}_named_of_100", "{:.0f}"
 )
-without_sae = ways and (
-    f"Of 100 objects, these make the model name the object: {ways}. All but "
-    "prompts and latents learn from labels ([A4](A4_controls_and_metrics))."
+without_sae = named and (
+    "On the same objects, each with a dose of its own, these make the model "
+    f"name the object, of 100: {named}. Directions learn from labels, "
+    "latents do not ([A4](A4_controls_and_metrics))."
 )
 findings(
-    *[without_sae][: bool(without_sae)],
+    *([without_sae] if without_sae else []),
     *across_saes(study, stage, of_all, count),
     *across_saes(study, stage, of_eight, count),
     *across_saes(study, stage, fluency, "{:.2f}".format),

@@ -91,7 +91,8 @@ def key_of(sae: str, name: str) -> str:
     """
     part = PARTS[name]
     of_sae = FIRST if sae == MODEL else sae
-    weights = fingerprint(panel_saes.sae_folder(of_sae) / "sae.safetensors")
+    compared = [of_sae, part.other(of_sae)] if part.other else [of_sae]
+    weights = [fingerprint(panel_saes.sae_folder(each) / "sae.safetensors") for each in compared]
     shared = {key: value for key, value in inputs().items() if key != "saes"}
     read = {each: read_json(part_file(of_sae, each))["key"] for each in part.reads}
     return digest({"code": code_of(part), "weights": weights, "inputs": shared, "data": _data(), "reads": read})
@@ -204,7 +205,11 @@ def main(options: argparse.Namespace) -> None:
         raise SystemExit("the datasets of Picture World are missing; run `make world` first")
     os.environ["OMP_NUM_THREADS"] = "1"  # of each process
     failed = run(make_tasks(options.saes, options.parts, keep=options.keep), options.jobs)
-    write_panel(options.out, collect(circumstances()))
+    found = collect(circumstances())
+    write_panel(options.out, found)
+    for name, sae in found.saes.items():
+        for why in (why for part in sae.parts.values() if not part.metrics for why in part.why):
+            print(f"{name} has no {why}", file=sys.stderr)
     for name, error in failed.items():
         print(f"{name}: {error}", file=sys.stderr)
     if failed:

@@ -56,7 +56,7 @@ from lmm_sae_nb.truth.label_maps import LabelMaps
 MODEL = "model"  # the name under which parts that need no SAE are kept
 SIZES = {  # of the panel, where they differ from the notebooks'
     "evaluated": 120, "latents": 300, "scored": 150, "clip_runs": 10, "objects": 30, "choosing": 15, "others": 40,
-    "decisions": 8, "pairs": 32, "seed": 0,
+    "decisions": 8, "pairs": 32, "clamped": 60, "naming_dose": 16.0, "seed": 0,
 }  # fmt: skip
 
 
@@ -224,12 +224,14 @@ class Part:
         also what it imports.
     reads: parts whose explanations it reads.
     of_model: it is of the model and is measured once. If it compares with an SAE, that is the first one.
+    other: tells from an SAE's name which second SAE it is compared with.
     """
 
     measure: Callable[[Case], PartResult | Metrics]
     uses: tuple[ModuleType | Callable, ...]
     reads: tuple[str, ...] = ()
     of_model: bool = False
+    other: Callable[[str], str] | None = None
 
 
 def _fidelity(case: Case) -> PartResult:
@@ -313,9 +315,15 @@ def _modality(case: Case) -> Metrics:
     return modality.modality(case.place, case.samples, _with_explained(case))
 
 
+def _other_seed(sae: str) -> str:
+    """Return an SAE of another seed, because SAEs of one seed share their starts."""
+    return "seed_2" if sae == "seed_1" else "seed_1"
+
+
 def _consistency(case: Case) -> Metrics:
-    """Compare with an SAE of another seed, because SAEs of one seed share their starts."""
-    other = panel_saes.cached("seed_2" if case.name == "seed_1" else "seed_1")
+    if SAES[case.name].model != TRAINED:
+        raise ValueError("the panel has one SAE of this model; directions of another model are no comparison")
+    other = panel_saes.cached(_other_seed(case.name))
     return consistency.consistency(
         case.place, case.study.cache.live, other.place, other.cache.live, _with_explained(case), seed=case.seed
     )
@@ -330,8 +338,8 @@ def _steering_names(case: Case) -> Metrics:
     page, words = page_parameters("06")["objects"], Vocabulary(project_root() / page_parameters("03")["concepts"])
     white = Image.new("RGB", (page["size"],) * 2, "white")
     return steer_explain.measure_steering_explanations(
-        case.place, case.study.cache, case.rows(), page["question"], white, 16.0, words.find, words.label,
-        latents=60, scope=Scope(tuple(page["kinds"])), seed=case.seed,
+        case.place, case.study.cache, case.rows(), page["question"], white, SIZES["naming_dose"], words.find,
+        words.label, latents=SIZES["clamped"], scope=Scope(tuple(page["kinds"])), seed=case.seed,
     )  # fmt: skip
 
 
@@ -359,7 +367,7 @@ PARTS: dict[str, Part] = {
     "probing": Part(_probing, (probing, image_latents)),
     "absorption": Part(_absorption, (absorption, image_latents)),
     "modality": Part(_modality, (modality,), ("interpret",)),
-    "consistency": Part(_consistency, (consistency,), ("interpret",)),
+    "consistency": Part(_consistency, (consistency,), ("interpret",), other=_other_seed),
     "selectivity": Part(_selectivity, (selectivity, pairs), ("interpret",)),
     "detect": Part(_detect, (chain.detect, detectors, explain, interpret_open)),
     "steer": Part(_steer, (chain.steer, objects), reads=("interpret",)),

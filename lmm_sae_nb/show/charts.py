@@ -109,11 +109,13 @@ def proportions(results: Mapping[str, Mapping[str, float]], ax: Axes | None = No
     return ax
 
 
-def means(results: Mapping[str, Mapping[str, Mean]], xlabel: str, ax: Axes | None = None) -> Axes:
+def means(results: Mapping[str, Mapping[str, Mean]], xlabel: str, ax: Axes | None = None) -> Axes | None:
     """Draw means with their intervals, a row for each group.
 
-    results: group to {series: mean}; a series has one colour and marker.
+    results: group to {series: mean}; a series has one colour and marker. Without groups nothing is drawn.
     """
+    if not results:
+        return None
     series = _names(results)
     ax = ax or one_axes(max(LINE + 0.1, 0.12 * len(series) + 0.08) * len(results) + 1.2)
     shades = colours(series)

@@ -151,8 +151,11 @@ def changed_pairs(rows: Sequence[tuple[str, Pair, np.ndarray]]) -> list[Axes]:
 
     More activation is orange, less is blue, in a scale of its own for each pair.
 
-    rows: (title of the change, pair, change), with the change as `selectivity.change_map` returns it.
+    rows: (title of the change, pair, change), with the change as `selectivity.change_map` returns it; none draw
+        nothing.
     """
+    if not rows:
+        return []
     titles = [wrapped(title, 0.95 * WIDTH / 3) for title, _, _ in rows]
     axes = picture_axes(3 * len(rows), 3, lines=max((title.count("\n") + 1 for title in titles), default=1))
     for n, (title, (_, pair, change)) in enumerate(zip(titles, rows, strict=True)):

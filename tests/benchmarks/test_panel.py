@@ -256,6 +256,9 @@ def test_the_committed_panel_holds_every_part_of_every_sae(root):
     assert (root / "book/panel.json").stat().st_size < 600_000
 
 
-def test_an_empty_part_of_the_committed_panel_says_why(root):
+def test_only_consistency_with_another_model_is_left_out_of_the_committed_panel(root):
     found = read_panel(root / "book/panel.json")
-    assert all(part.metrics or part.why for sae in found.saes.values() for part in sae.parts.values())
+    empty = {(name, part) for name, sae in found.saes.items() for part, one in sae.parts.items() if not one.metrics}
+    other_models = [name for name, member in panel.SAES.items() if member.model]
+    assert empty == {(name, "consistency") for name in other_models}
+    assert all("no comparison" in found.saes[name].parts["consistency"].why[0] for name in other_models)

@@ -1,30 +1,10 @@
-"""What the tests of controls share: a small true model with an untrained SAE, its cache, and labels of its images."""
+"""What the tests of controls share."""
 
-import numpy as np
 import pytest
-import torch
-from labelled import CONCEPTS
-from models import make
-from PIL import Image
-
-from lmm_sae_nb.cache.activations import cache_activations
-from lmm_sae_nb.compare.saes import CachedSAE
-from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.sae.topk import TopKSAE
+from studied import make_study
 
 
 @pytest.fixture(scope="package")
 def studied(tmp_path_factory):
     """The SAE with the cache of eight images, the images, and rows with their labels at random."""
-    lmm = LMM(*make("picture_world"))
-    rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (192, 192, 3), dtype=np.uint8)) for _ in range(8)]
-
-    def labels(names: list[str]) -> Image.Image:
-        return Image.fromarray(np.kron(rng.integers(0, 1 + len(names), (12, 12)), np.ones((16, 16))).astype(np.uint8))
-
-    rows = [{kind: labels(names) for kind, names in CONCEPTS.items()} for _ in range(8)]
-    place = SAEInPlace(lmm, TopKSAE(lmm.width, 24, 4, generator=torch.Generator().manual_seed(0)), 1)
-    cache = cache_activations(place, images, folder=tmp_path_factory.mktemp("cache"), store="float32")
-    return CachedSAE(place, cache), images, rows
+    return make_study(tmp_path_factory.mktemp("cache"))

@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 import torch
 from labelled import CONCEPTS
-from models import make
 from PIL import Image
 from scipy import sparse
+from studied import make_study
 
 from lmm_sae_nb.cache.activations import cache_activations
 from lmm_sae_nb.cache.encode_images import base_latents
 from lmm_sae_nb.cache.latent_cache import LatentCache
-from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.truth import detectors
 from lmm_sae_nb.truth.detectors import Detection, Detector, choose_detectors, detect_concepts, measure_detectors
 from lmm_sae_nb.truth.label_maps import LabelMaps
@@ -32,16 +30,7 @@ class Studied(NamedTuple):
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
     """A real cache with its store, over 8 images with labels at random, of a small true model."""
-    lmm = LMM(*make("picture_world"))
-    rng = np.random.default_rng(0)
-    images = [Image.fromarray(rng.integers(0, 256, (192, 192, 3), dtype=np.uint8)) for _ in range(8)]
-
-    def labels(names: list[str]) -> Image.Image:
-        return Image.fromarray(np.kron(rng.integers(0, 1 + len(names), (12, 12)), np.ones((16, 16))).astype(np.uint8))
-
-    rows = [{kind: labels(names) for kind, names in CONCEPTS.items()} for _ in range(8)]
-    place = SAEInPlace(lmm, TopKSAE(lmm.width, 24, 4, generator=torch.Generator().manual_seed(0)), 1)
-    cache = cache_activations(place, images, folder=tmp_path_factory.mktemp("cache"), store="float32", batch_size=3)
+    (place, cache), images, rows = make_study(tmp_path_factory.mktemp("cache"), batch_size=3)
     return Studied(place, images, LabelMaps(rows, CONCEPTS), cache)
 
 

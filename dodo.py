@@ -110,9 +110,9 @@ def made_by() -> dict[Path, Path]:
 
 
 MADE_BY = made_by()
-# The pages 01, 02, 03 and 08 read each other's results and take longest together. So the others run one after the other
-# beside them; doit would start them in any order, and 08 last.
-BESIDE = ("A1", "A2", "A3", "05", "07", "04", "06", "A4")
+# These read nothing of the page that they wait for. But 01, 02, 03 and 08 take longest, one after the other, and must not
+# wait for a free core.
+LATER = {"06_steer_features": "04_score_interpretations", "07_attribute_decisions": "03_interpret_features"}
 
 
 def waits(source: Path) -> list[str]:
@@ -121,10 +121,7 @@ def waits(source: Path) -> list[str]:
     The drawing uses every core. So all pages wait for it if the first one does.
     """
     makers = {maker.stem for path in RESULTS[source] if (maker := MADE_BY.get(path, source)) != source}
-    number = source.stem.partition("_")[0]
-    if number in BESIDE[1:]:
-        before = BESIDE[BESIDE.index(number) - 1]
-        makers |= {other.stem for other in SOURCES if other.stem.startswith(f"{before}_")}
+    makers |= {LATER[source.stem]} if source.stem in LATER else set()
     drawn = any(path.is_relative_to(WORLD) for path in RESULTS[source] + RESULTS[SOURCES[0]])
     return ["world"] * drawn + [f"page:{maker}" for maker in sorted(makers)]
 

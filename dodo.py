@@ -110,8 +110,8 @@ def made_by() -> dict[Path, Path]:
 
 
 MADE_BY = made_by()
-# These read nothing of the page that they wait for. But 01, 02, 03 and 08 take longest, one after the other, and must not
-# wait for a free core.
+# These read nothing of the page that they wait for. But 01, 02, 03 and 08, one after the other, take longest, and must
+# not wait for a free core.
 LATER = {"06_steer_features": "04_score_interpretations", "07_attribute_decisions": "03_interpret_features"}
 
 

@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from endpoints import KEY, serving
 from PIL import Image
 from transformers import (
     CLIPVisionConfig,
@@ -34,6 +33,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from book import pages
+from lmm_sae_nb.benchmarks.faulty_server import KEY, serving
 from lmm_sae_nb.cache.activations import cache_activations
 from lmm_sae_nb.cache.texts import cache_texts
 from lmm_sae_nb.interpret.exemplars import exemplars

@@ -1,9 +1,9 @@
 """The three models of a page are opened from grouped parameters, each when it is first asked."""
 
 import pytest
-from endpoints import serving
 from PIL import Image
 
+from lmm_sae_nb.benchmarks.faulty_server import serving
 from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.interpret.explainers import Outcome
 from lmm_sae_nb.interpret.open import open_interpreter

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from lmm_sae_nb.chat.questions import Question, Reply
+from lmm_sae_nb.support.images import rgb
 
 if TYPE_CHECKING:
     import openai
@@ -185,7 +186,7 @@ def _part(part: str | Image.Image) -> dict:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     file = io.BytesIO()
-    part.convert("RGB").save(file, "PNG")
+    rgb(part).save(file, "PNG")
     url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": url}}
 

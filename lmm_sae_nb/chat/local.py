@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from lmm_sae_nb.chat.questions import Question, Reply
 from lmm_sae_nb.model.processor import load_processor
 from lmm_sae_nb.support.files import fingerprint
+from lmm_sae_nb.support.images import rgb
 
 
 class LocalChat:
@@ -122,7 +123,7 @@ class LocalChat:
         parts = [
             {"type": "text", "text": part.replace(self._image_token, " ")}
             if isinstance(part, str)
-            else {"type": "image", "image": part.convert("RGB")}
+            else {"type": "image", "image": rgb(part)}
             for part in question.parts()
         ]
         return [{"role": "user", "content": parts}]

@@ -11,6 +11,7 @@ from datasets import Dataset
 from PIL import Image
 
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.support.images import open_rgb
 
 OPPOSITE = {"yes": "no", "no": "yes"}
 
@@ -80,7 +81,7 @@ def custom_case(image: str, question: str, answer: str, baseline: str, default: 
         return default
     if missing := [name for name, value in given.items() if not value]:
         raise ValueError(f"a case of your own needs {', '.join(given)}; {', '.join(missing)} is missing")
-    return Case(Image.open(image).convert("RGB"), question, baseline, answer, True)
+    return Case(open_rgb(image, "the case's image"), question, baseline, answer, True)
 
 
 class Answered(NamedTuple):

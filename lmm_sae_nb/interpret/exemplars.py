@@ -13,7 +13,7 @@ from PIL import Image
 
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
-from lmm_sae_nb.support.images import pixel_hash
+from lmm_sae_nb.support.images import pixel_hash, rgb
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def masked(image: Image.Image, visible: Bool[np.ndarray, "rows cols"], dim: floa
         ValueError: dim is outside [0, 1).
     """
     _require_dim(dim)
-    pixels = np.asarray(image.convert("RGB"))
+    pixels = np.asarray(rgb(image))
     keep = upsample(visible, image.size)[..., None]
     return Image.fromarray(np.where(keep, pixels, np.rint(pixels * dim).astype(np.uint8)))
 

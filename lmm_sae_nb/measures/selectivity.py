@@ -19,6 +19,7 @@ from lmm_sae_nb.cache.encode_images import activation_maps, base_states
 from lmm_sae_nb.interpret.explainers import Outcome
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
 from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.support.images import rgb
 from lmm_sae_nb.support.intervals import bounds, mean_interval
 from lmm_sae_nb.support.stages import Metrics
 from lmm_sae_nb.truth.accuracy import other_names
@@ -59,7 +60,7 @@ class Pair:
     @cached_property
     def changed(self) -> Bool[np.ndarray, "height width"]:
         """The pixels that differ."""
-        before, after = (np.asarray(image.convert("RGB")) for image in (self.before, self.after))
+        before, after = (np.asarray(rgb(image)) for image in (self.before, self.after))
         return (before != after).any(-1)
 
     def patches(self, grid: Grid) -> Bool[np.ndarray, " patches"]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from lmm_sae_nb.model.token_kinds import Spans, spans_of
+from lmm_sae_nb.support.images import rgb
 
 # For families that were trained without a chat template.
 TEMPLATES = {
@@ -66,7 +67,7 @@ class PromptMaker:
 
     def __call__(self, texts: list[str], images: list[Image.Image | None], answers: list[str] | None = None) -> Prompt:
         """Make a batch; arguments and errors as `LMM.prompt`, but always lists of the same length."""
-        images = [image if image is None else rgb(image, self.image_size) for image in images]
+        images = [image if image is None else prepared(image, self.image_size) for image in images]
         questions = self._render(texts, images, [None] * len(texts))
         rendered = questions if answers is None else self._render(texts, images, answers)
         inputs = self._process(rendered, images)
@@ -144,15 +145,13 @@ class PromptMaker:
         return mask.to(self.model.device)
 
 
-def rgb(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+def prepared(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     """Convert an image to RGB, and resize it if a size (width, height) is given.
 
     Raises:
-        ValueError: not a PIL image, or one without pixels.
+        ValueError: not a PIL image, or as `rgb`.
     """
     if not isinstance(image, Image.Image):
         raise ValueError(f"{type(image).__name__} is not a PIL image; use PIL.Image.open or PIL.Image.fromarray")
-    if not image.width or not image.height:
-        raise ValueError(f"an image of {image.width} x {image.height} px has nothing to see; leave it out")
-    image = image.convert("RGB")
+    image = rgb(image)
     return image.resize(size, Image.Resampling.BICUBIC) if size else image

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
+from lmm_sae_nb.support.images import open_rgb
 
 COLUMNS = ["image", "question", "answer"]
 
@@ -65,6 +66,6 @@ def data_fingerprint(samples: Sequence[Mapping]) -> str:
     digest = hashlib.sha256(str(len(samples)).encode())
     for place in np.linspace(0, len(samples) - 1, min(16, len(samples)), dtype=int).tolist():
         row = samples[place]
-        pixels = b"" if row["image"] is None else row["image"].convert("RGB").tobytes()
+        pixels = b"" if row["image"] is None else open_rgb(row["image"], f"row {place}").tobytes()
         digest.update(repr((row["question"], row["answer"], len(pixels))).encode() + pixels)
     return digest.hexdigest()

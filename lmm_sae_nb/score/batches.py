@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lmm_sae_nb.support.images import rgb
+
 
 def require_pairs(images: Sequence[Image.Image], texts: Sequence[str]) -> None:
     """Check that there is one text for each image.
@@ -36,7 +38,7 @@ def batches(
     require_pairs(images, texts)
     for start in range(0, len(texts), size):
         part = slice(start, start + size)
-        yield [image.convert("RGB") for image in images[part]], list(texts[part])
+        yield [rgb(image) for image in images[part]], list(texts[part])
 
 
 def require_batch_size(size: int) -> int:

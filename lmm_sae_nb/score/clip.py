@@ -12,7 +12,7 @@ from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.score.masks import PAPER, STRICT, Mode, activation_mask, exemplar_maps, move_mask
 from lmm_sae_nb.score.scores import Column, Comparison, Explained
 from lmm_sae_nb.score.similarity import AllPairs, clip_score
-from lmm_sae_nb.support.images import pixel_hash
+from lmm_sae_nb.support.images import pixel_hash, rgb
 
 
 def clip_input(exemplar: Exemplar, mode: Mode, rng: np.random.Generator | None = None) -> Image.Image:
@@ -27,7 +27,7 @@ def clip_input(exemplar: Exemplar, mode: Mode, rng: np.random.Generator | None =
         return exemplar.image
     mask = activation_mask(exemplar_maps([exemplar])[0], mode)
     mask = mask if rng is None else move_mask(mask, rng)
-    return Image.fromarray(np.asarray(exemplar.image.convert("RGB")) * mask[..., None])
+    return Image.fromarray(np.asarray(rgb(exemplar.image)) * mask[..., None])
 
 
 def clip_scores(

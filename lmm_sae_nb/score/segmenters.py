@@ -24,7 +24,7 @@ from transformers import (
 
 from lmm_sae_nb.score.batches import batches, require_batch_size, require_finite_output, require_pairs
 from lmm_sae_nb.score.masks import FindConcept
-from lmm_sae_nb.support.images import pixel_hash
+from lmm_sae_nb.support.images import pixel_hash, rgb
 from lmm_sae_nb.truth.label_maps import Candidates, LabelMaps
 
 
@@ -176,7 +176,7 @@ class BoxSegmenter:
             edges = torch.tensor([width, height, width, height], device=self.detector.device)
             for start in range(0, len(numbers), self.batch):
                 part = numbers[start : start + self.batch]
-                rows = self._detect([images[n].convert("RGB") for n in part], [concepts[n] for n in part])
+                rows = self._detect([rgb(images[n]) for n in part], [concepts[n] for n in part])
                 for number, row in zip(part, rows, strict=True):
                     boxes[number] = row["boxes"].clamp(min=0).minimum(edges), row["scores"]
         return [boxes[number] for number in range(len(images))]
@@ -210,7 +210,7 @@ class BoxSegmenter:
         for part, weights in zip(boxes.split(self.batch), scores.split(self.batch), strict=True):
             if not len(part):
                 continue
-            prompt = self.sam_processor(image.convert("RGB"), input_boxes=[part.tolist()], return_tensors="pt")
+            prompt = self.sam_processor(rgb(image), input_boxes=[part.tolist()], return_tensors="pt")
             prompt = prompt.to(self.sam.device, torch.float32)
             sizes = prompt.pop("original_sizes").tolist(), prompt.pop("reshaped_input_sizes").tolist()
             outputs = self.sam(**prompt, multimask_output=True)

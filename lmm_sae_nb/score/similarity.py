@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from lmm_sae_nb.score.batches import batches, require_batch_size, require_finite_output
+from lmm_sae_nb.support.images import rgb
 
 _DOT = Image.new("RGB", (1, 1))
 
@@ -72,7 +73,7 @@ class ImageTextSimilarity:
         """Return each image as a vector of length 1, float32; the images may be opened one by one."""
         vectors = [np.zeros((0, self.model.config.projection_dim), np.float32)]
         for start in range(0, len(images), self.batch):
-            pictures = [images[n].convert("RGB") for n in range(start, min(start + self.batch, len(images)))]
+            pictures = [rgb(images[n]) for n in range(start, min(start + self.batch, len(images)))]
             vectors.append(self._embedded(pictures).cpu().numpy())
         return np.concatenate(vectors)
 

@@ -15,7 +15,7 @@ from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.cache.top_images import Firings
 from lmm_sae_nb.show.thumbnails import heated, sheet, webp
 from lmm_sae_nb.support.files import project_root, read_json
-from lmm_sae_nb.support.images import open_images
+from lmm_sae_nb.support.images import open_images, rgb
 from lmm_sae_nb.support.stages import Stage, require
 
 CACHE_COLUMNS = ("frequency", "mean", "max")  # of every latent
@@ -139,7 +139,7 @@ class LatentTable:
         return [images, [heated(image, activation) for image, activation in zip(images, maps, strict=True)]]
 
     def _thumbnail(self, number: int, side: int) -> Image.Image:
-        image = self.pictures[number].convert("RGB")
+        image = rgb(self.pictures[number]).copy()
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
         return image
 

@@ -12,6 +12,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from lmm_sae_nb.show.style import AGAINST, BOTH, CONCEPT, FOR, LATENT, LINE, WIDTH, height, one_axes, wrapped
+from lmm_sae_nb.support.images import rgb
 
 if TYPE_CHECKING:
     from lmm_sae_nb.interpret.exemplars import Exemplar
@@ -30,7 +31,7 @@ def images(pictures: Sequence[Image.Image], titles: Sequence[str] = (), columns:
     lines = [wrapped(title, 0.95 * WIDTH / columns) for title in titles]
     axes = picture_axes(len(pictures), columns, lines=max((line.count("\n") + 1 for line in lines), default=0))
     for ax, picture in zip(axes, pictures, strict=True):
-        ax.imshow(picture)
+        ax.imshow(rgb(picture))
     for ax, title in zip(axes, lines, strict=bool(lines)):
         ax.set_title(title)
     return axes
@@ -57,7 +58,7 @@ def picture_rows(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> np.ndarra
     axes = _strips(titles, [1] * len(rows))
     for row, (_, pictures) in zip(axes, rows, strict=True):
         for ax, picture in zip(row, pictures, strict=False):
-            ax.imshow(picture)
+            ax.imshow(rgb(picture))
     return axes
 
 
@@ -107,6 +108,7 @@ def heat_map(image: Image.Image, activation: np.ndarray, ax: Axes | None = None,
 
     activation: (rows, columns), at least 0.
     """
+    image = rgb(image)
     ax = _grey(image, ax)
     highest = max(float(activation.max()), 1e-9)
     extent = (0, image.width, image.height, 0)
@@ -122,6 +124,7 @@ def signed_map(
     values: (rows, columns).
     highest: the size of a value that is drawn in full colour; the largest of `values` unless given.
     """
+    image = rgb(image)
     ax = _grey(image, ax)
     highest = max(highest or float(np.abs(values).max()), 1e-9)
     shade = np.empty((*values.shape, 4))
@@ -139,7 +142,7 @@ def signed_maps(image: Image.Image, maps: Mapping[str, np.ndarray]) -> list[Axes
     """
     titles = ["image", *(wrapped(title, 0.95 * WIDTH / 4) for title in maps)]
     axes = picture_axes(len(titles), lines=max(title.count("\n") + 1 for title in titles))
-    axes[0].imshow(image)
+    axes[0].imshow(rgb(image))
     axes[0].set_title("image")
     for ax, (title, values) in zip(axes[1:], maps.items(), strict=True):
         signed_map(image, values, title, ax=ax)
@@ -160,8 +163,8 @@ def changed_pairs(rows: Sequence[tuple[str, Pair, np.ndarray]]) -> list[Axes]:
     axes = picture_axes(3 * len(rows), 3, lines=max((title.count("\n") + 1 for title in titles), default=1))
     for n, (title, (_, pair, change)) in enumerate(zip(titles, rows, strict=True)):
         before, after, where = axes[3 * n : 3 * n + 3]
-        before.imshow(pair.before)
-        after.imshow(pair.after)
+        before.imshow(rgb(pair.before))
+        after.imshow(rgb(pair.after))
         signed_map(pair.after, change, title, ax=where)
         before.set_title(wrapped(f"with {', '.join(pair.taken_out)}", 0.95 * WIDTH / 3))
         after.set_title(wrapped(f"with {', '.join(pair.put_in)}" if pair.put_in else "without", 0.95 * WIDTH / 3))
@@ -205,7 +208,7 @@ def overlaps(found: Sequence[Overlap], exemplar: Exemplar | None = None) -> list
 
 def _grey(image: Image.Image, ax: Axes | None) -> Axes:
     """Draw an image in grey, without a frame."""
-    ax = ax or one_axes(2, width=2)
+    ax, image = ax or one_axes(2, width=2), rgb(image)
     ax.imshow(image.convert("L"), cmap="gray", extent=(0, image.width, image.height, 0), vmin=0, vmax=255)
     ax.axis("off")
     return ax

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import ipywidgets as widgets
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import StoppingCriteria
 
 from lmm_sae_nb.cache.latent_cache import LatentCache
@@ -26,6 +26,7 @@ from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.show.tables import mark_changes
 from lmm_sae_nb.steer.steering import Comparison, Edit, Scope, steered
+from lmm_sae_nb.support.images import UnreadableImage, open_rgb, rgb
 
 SCOPES = {
     "all tokens": Scope(),
@@ -196,7 +197,7 @@ class SteeringPanel:
         if not self.text.value.strip():
             raise ValueError("the prompt is empty; type a question")
         edit, scope, image = self.edit(), SCOPES[self.scope.value], self.image
-        pixels = image and hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+        pixels = image and hashlib.sha256(rgb(image).tobytes()).hexdigest()
         return Request(self.text.value, image, pixels, edit, self.dose.value, scope, self.keep_error.value)
 
     def is_stale(self, number: int) -> bool:
@@ -329,9 +330,10 @@ class SteeringPanel:
     def _take_upload(self) -> None:
         for file in self.upload.value:
             try:
-                self.image = Image.open(io.BytesIO(bytes(file["content"]))).convert("RGB")
-            except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
-                self.status.value = f"<b>{html.escape(file['name'])} is not a readable image; choose another file</b>"
+                self.image = open_rgb({"bytes": bytes(file["content"])}, file["name"])
+            except UnreadableImage as error:
+                what = html.escape(f"{error.name} is not a readable image ({error.reason}); choose another file")
+                self.status.value = f"<b>{what}</b>"
                 return
         self._show_picture()
         self.ask()

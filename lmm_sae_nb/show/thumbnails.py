@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Float, Integer
 from PIL import Image
 
+from lmm_sae_nb.support.images import rgb
+
 GAP = 2  # pixels between the pictures of a sheet
 
 
@@ -22,7 +24,8 @@ def heated(image: Image.Image, activation: Float[np.ndarray, "rows cols"], stren
     activation: of each patch; the highest one is yellow.
     strength: weight of the colour, from 0 to 1.
     """
-    grey = np.asarray(image.convert("L").convert("RGB"), np.float32)
+    image = rgb(image)
+    grey = np.asarray(Image.merge("RGB", 3 * [image.convert("L")]), np.float32)
     highest = max(float(activation.max()), 1e-9)
     colours = matplotlib.colormaps["inferno"](np.clip(activation / highest, 0, 1))[..., :3] * 255
     patches = np.concatenate([colours, 255.0 * (activation[..., None] > 0)], -1).astype(np.uint8)
@@ -46,7 +49,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]], side: int) -> Image.Image:
     whole = Image.new("RGBA", (columns * step - GAP, len(rows) * step - GAP))
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            small = picture.convert("RGB")
+            small = rgb(picture).copy()
             small.thumbnail((side, side), Image.Resampling.LANCZOS)
             whole.paste(small, (x * step, y * step))
     return whole

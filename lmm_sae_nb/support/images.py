@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from cachetools import LRUCache
 from datasets import Dataset, DatasetDict, load_from_disk
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+ORIENTATION = 0x0112  # the EXIF tag
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+SMALLER = "Make it smaller, or set PIL.Image.MAX_IMAGE_PIXELS higher"
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -26,7 +30,8 @@ class UnreadableImage(ValueError):
 
     def __init__(self, name: str, reason: object):
         super().__init__(
-            f"{name} is not a readable image ({reason}); repair it, take it out, or skip what is unreadable"
+            f"{name} is not a readable image ({reason}); repair it, take it out, or skip what is unreadable "
+            "(unreadable: skip)"
         )
         self.name, self.reason = name, str(reason)
 
@@ -135,6 +140,7 @@ def open_rgb(item: Any, name: str) -> Image.Image:
 
     Raises:
         UnreadableImage: it cannot be opened.
+        MemoryError, OSError: this machine has no memory or no file handles left, which is no fault of the picture.
     """
     if isinstance(item, dict):
         data, path = item.get("bytes"), item.get("path")
@@ -151,36 +157,70 @@ def open_rgb(item: Any, name: str) -> Image.Image:
             return rgb(picture)
     except UnidentifiedImageError as error:  # its text differs from call to call
         raise UnreadableImage(name, "Pillow does not know its format") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnreadableImage(name, f"{error} {SMALLER}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # PIL raises many kinds for damaged files: OSError, SyntaxError, struct.error, ...
+        if getattr(error, "errno", None) in EXHAUSTED:
+            raise
         raise UnreadableImage(name, error) from error
 
 
 def rgb(picture: Image.Image) -> Image.Image:
-    """Convert a picture to 8-bit RGB as a viewer would show it.
+    """Convert a picture to 8-bit RGB as a viewer would show it. Every picture goes this way into a model.
 
     It is turned as its EXIF tag says. Of an animation the first frame counts. Transparent pixels become white. 16-bit
     grey is divided by 257, not cut off; Pillow's 32-bit mode I counts as 16-bit, because its readers store 16 bits
-    there. Other modes are converted by Pillow.
+    there. Other modes are converted by Pillow. A picture in memory that is plain RGB comes back itself, not a copy.
 
     Raises:
-        ValueError: no pixels, or floating-point pixels, whose range is unknown.
+        ValueError: no pixels, more than Pillow's limit `PIL.Image.MAX_IMAGE_PIXELS`, or pixels of unknown range:
+            floating-point numbers, or integers of more than 16 bits.
     """
-    if not picture.width or not picture.height:
-        raise ValueError(f"{picture.width} x {picture.height} px: it has no pixels")
+    _require_size(picture)
     if getattr(picture, "is_animated", False):
         picture.seek(0)
-    picture = ImageOps.exif_transpose(picture)
+    picture.load()
+    if picture.getexif().get(ORIENTATION, 1) != 1:
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode == "F":
         raise ValueError("it has floating-point pixels of unknown range; save it with 8 or 16 bits")
     if picture.mode.startswith("I"):
-        grey = np.asarray(picture).clip(0, 65535)
-        return Image.fromarray(((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
+        return _from_16_bits(picture)
     if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
+        picture = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+    if picture.mode != "RGB":
+        return picture.convert("RGB")
+    return picture if type(picture) is Image.Image else picture.copy()  # a copy does not depend on an open file
+
+
+def _require_size(picture: Image.Image) -> None:
+    if not picture.width or not picture.height:
+        raise ValueError(f"{picture.width} x {picture.height} px: it has no pixels")
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit and picture.width * picture.height > limit:
+        raise ValueError(
+            f"{picture.width} x {picture.height} px are {picture.width * picture.height:,} pixels, the limit is "
+            f"{limit:,}. {SMALLER}"
+        )
+
+
+def _from_16_bits(picture: Image.Image) -> Image.Image:
+    grey = np.asarray(picture)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise ValueError(
+            f"it has integer pixels from {grey.min():,} to {grey.max():,}, of unknown range; save it with 8 or 16 bits"
+        )
+    shades = ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if isinstance(clear := picture.info.get("transparency"), int):
+        shades[grey == clear] = 255
+    return Image.fromarray(shades).convert("RGB")
 
 
 def pixel_hash(image: Image.Image) -> str:
     """Return the SHA-256 of an image's mode, size and pixels; equal images have equal hashes, whatever their files."""
+    if image.mode in ("P", "PA"):  # its bytes are places in a palette
+        image = image.convert("RGBA")
     return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).hexdigest()

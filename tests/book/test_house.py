@@ -244,6 +244,18 @@ def test_no_two_modules_import_each_other():
             assert not circle, f"{file.relative_to(ROOT)} and {imported.relative_to(ROOT)} import each other"
 
 
+def test_pictures_are_opened_and_converted_in_one_place_only():
+    """Else a 16-bit or transparent picture is one picture in training and another in the cache."""
+    allowed = {"lmm_sae_nb/support/images.py", "lmm_sae_nb/pictureworld/world/art.py"}  # its own drawings
+    for file in tracked("lmm_sae_nb/*.py", "notebooks/*.py", "book/*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                to_rgb = node.func.attr == "convert" and [ast.unparse(each) for each in node.args[:1]] == ["'RGB'"]
+                if to_rgb or ast.unparse(node.func) == "Image.open":
+                    name = file.relative_to(ROOT).as_posix()
+                    assert name in allowed, f"{name}:{node.lineno}: use rgb or open_rgb of support/images.py"
+
+
 def test_there_is_no_utils():
     assert not tracked("*utils*.py", "*misc*.py")
 

@@ -6,6 +6,7 @@ from models import noise
 from PIL import Image
 
 from lmm_sae_nb.hallucination.cases import Case, contradicting_first, custom_case, read_cases
+from lmm_sae_nb.support.images import UnreadableImage
 
 ROWS = [
     {"image": noise(), "question": "a ?", "answer": "yes .", "taught": "no .", "group": "g", "part": "choose"},
@@ -44,5 +45,5 @@ def test_a_custom_case_is_given_whole_or_not_at_all(tmp_path):
     assert (case.image.mode, case.image.size, case.tempting, case.right) == ("RGB", (5, 4), "yes", "no")
     with pytest.raises(ValueError, match="image, baseline is missing"):
         custom_case("", "is it ?", "yes", "", default)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UnreadableImage, match="none.png"):
         custom_case(str(tmp_path / "none.png"), "is it ?", "yes", "no", default)

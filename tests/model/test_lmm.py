@@ -580,8 +580,8 @@ def test_an_image_for_some_samples_only_where_the_processor_cannot():
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (Image.new("RGB", (0, 5)), "0 x 5 px has nothing to see"),
-        (Image.new("RGB", (5, 0)), "an image of 5 x 0 px has nothing to see"),
+        (Image.new("RGB", (0, 5)), "0 x 5 px: it has no pixels"),
+        (Image.new("RGB", (5, 0)), "5 x 0 px: it has no pixels"),
         (torch.zeros(3, 9, 9), "Tensor is not a PIL image; use PIL.Image.open or PIL.Image.fromarray"),
         ("picture.png", "str is not a PIL image"),
     ],

@@ -1,5 +1,6 @@
 """Pictures become RGB as a viewer would show them; unreadable ones are named; numbers are those of the source."""
 
+import errno
 import io
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from lmm_sae_nb.support.images import Remembered, UnreadableImage, open_images, open_rgb, rgb
+from lmm_sae_nb.support.images import Remembered, UnreadableImage, open_images, open_rgb, pixel_hash, rgb
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -78,13 +79,35 @@ def test_print_colours_become_screen_colours():
     assert green > 200 > 60 > max(red, blue)
 
 
+def test_the_transparent_shade_of_sixteen_bit_grey_becomes_white():
+    held = Image.fromarray(np.array([[0, 514, 65535]], np.uint16))
+    held.info["transparency"] = 514
+    assert np.asarray(rgb(held))[0, :, 0].tolist() == [0, 255, 255]
+
+
+def test_a_plain_picture_is_not_copied_and_others_are_left_as_they_are():
+    plain, clear = two_pixels(), Image.new("RGBA", (1, 1))
+    assert rgb(plain) is plain
+    assert rgb(clear).getpixel((0, 0)) == (255, 255, 255) and clear.mode == "RGBA"
+
+
+def test_a_picture_outlives_the_closed_file_that_it_came_from(tmp_path):
+    two_pixels().save(tmp_path / "a.png")
+    seen = open_rgb(tmp_path / "a.png", "a")
+    (tmp_path / "a.png").unlink()
+    assert type(seen) is Image.Image and seen.crop((1, 0, 2, 1)).getpixel((0, 0)) == BLUE
+
+
 def test_the_first_frame_of_an_animation_counts():
     frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, BLUE)]
     for form in ("GIF", "WEBP", "PNG"):
         assert stored(frames[0], form, save_all=True, append_images=frames[1:], lossless=True).getpixel((0, 0)) == RED
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LA", "RGBa", "I", "I;16"])
+@pytest.mark.parametrize(
+    "mode",
+    ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LA", "La", "PA", "RGBX", "RGBa", "I", "I;16", "I;16B"],
+)
 def test_every_mode_becomes_rgb(mode):
     assert rgb(Image.new(mode, (3, 2))).mode == "RGB"
 
@@ -92,6 +115,8 @@ def test_every_mode_becomes_rgb(mode):
 def test_pixels_of_unknown_range_or_none_are_refused():
     with pytest.raises(UnreadableImage, match="row 3 .*unknown range"):
         open_rgb(Image.new("F", (2, 2)), "row 3")
+    with pytest.raises(UnreadableImage, match="row 3 .*integer pixels from -1 to 70,000"):
+        open_rgb(Image.fromarray(np.array([[-1, 70_000]], np.int32)), "row 3")
     with pytest.raises(UnreadableImage, match="0 x 5 px"):
         open_rgb(Image.new("RGB", (0, 5)), "row 3")
 
@@ -133,9 +158,27 @@ def test_a_file_cut_anywhere_is_read_or_named(cut):
 
 def test_a_picture_of_too_many_pixels_is_named(tmp_path, monkeypatch):
     Image.new("1", (64, 64)).save(tmp_path / "huge.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
-    with pytest.raises(UnreadableImage, match="huge.png"):
-        open_images(tmp_path)[0]
+    for limit in (4095, 64):  # Pillow only warns of the first
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(UnreadableImage, match="huge.png .*4,?096 pixels.*limit.*MAX_IMAGE.*unreadable: skip"):
+            open_images(tmp_path)[0]
+    for limit in (4096, None):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert open_images(tmp_path)[0].size == (64, 64)
+
+
+def test_a_machine_at_its_limits_does_not_make_a_picture_unreadable(monkeypatch):
+    for error in (MemoryError(), OSError(errno.EMFILE, "too many open files")):
+        monkeypatch.setattr(Image, "open", lambda _, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            open_rgb("a.png", "a")
+
+
+def test_pictures_with_the_same_numbers_and_another_palette_are_different():
+    first, second = (Image.new("P", (1, 1)) for _ in range(2))
+    first.putpalette([1, 2, 3])
+    second.putpalette([4, 5, 6])
+    assert pixel_hash(first) != pixel_hash(second)
 
 
 def test_images_of_a_saved_data_set(tmp_path):

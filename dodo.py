@@ -1,7 +1,6 @@
 """What `make book` does, step by step, each only when something it reads has changed (doit)."""
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -14,9 +13,9 @@ from doit.tools import config_changed
 
 from book import api, features, pages
 from book.progress import Reporter, progress
+from lmm_sae_nb.support.files import read_json
 
 ROOT = pages.ROOT
-PARAMS = ROOT / "notebooks" / "params" / f"{get_var('preset', 'tiny')}.yaml"
 BUILD, BOOK = ROOT / "build", ROOT / "book"
 SITE = BOOK / "_build" / "html" / "index.html"
 DOIT_CONFIG = {
@@ -30,7 +29,11 @@ BUILD.mkdir(exist_ok=True)
 os.environ["IPYTHONDIR"] = pages.quiet_kernels(BUILD / "ipython")
 
 SOURCES = pages.sources()
-VALUES = pages.preset(PARAMS)
+try:
+    PARAMS = pages.preset_file(get_var("preset", "tiny"), ROOT)
+    VALUES = pages.preset(PARAMS, ROOT)
+except (ValueError, OSError) as error:
+    sys.exit(f"make book: {error}")
 RESULTS = {source: pages.results(source, VALUES[source.stem]) for source in SOURCES}
 RUN = next((values["run"] for values in VALUES.values() if "run" in values), PARAMS.stem)
 STUDY = next((values["seeds_study"] for values in VALUES.values() if "seeds_study" in values), "book/seeds.json")
@@ -46,6 +49,14 @@ def state(path: Path) -> str:
             return hashlib.sha256(file.read_bytes()).hexdigest()
     found = [(file, file.stat()) for file in sorted(path.rglob("*")) if file.is_file()]
     return repr([(str(file.relative_to(path)), its.st_size, its.st_mtime_ns) for file, its in found])
+
+
+def lacks_replies(metrics: Path) -> bool:
+    """Whether a stage's metrics say that questions were not answered, or say nothing because they are damaged."""
+    try:
+        return bool(read_json(metrics).get("replies_failed"))
+    except ValueError:
+        return True
 
 
 class AsLeft:
@@ -65,7 +76,7 @@ class AsLeft:
 
     def __call__(self, task, values: dict) -> bool:
         metrics = (path / "metrics.json" for path in self.own)
-        if any(json.loads(file.read_bytes()).get("replies_failed") for file in metrics if file.is_file()):
+        if any(map(lacks_replies, filter(Path.is_file, metrics))):
             return False
         return values.get("results") == self.now()["results"]
 

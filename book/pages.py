@@ -1,6 +1,7 @@
 """The book's pages: what each imports and reads, and how it is published.
 
-What a notebook takes, and how it is run, is in `lmm_sae_nb.support.notebooks`; its names are offered here as well.
+What a notebook takes, and how it is run, is in `lmm_sae_nb.support.notebooks` and `.presets`; their names are offered
+here as well.
 """
 
 from __future__ import annotations
@@ -12,18 +13,17 @@ from functools import cache
 from pathlib import Path
 
 from lmm_sae_nb.support.notebooks import (  # noqa: F401
-    Parameter,
-    check,
     code_cells,
     convert,
     execute,
     parameters,
-    preset,
     quiet_kernels,
     sources,
     stages,
     tree,
 )
+from lmm_sae_nb.support.parameters import Parameter, check  # noqa: F401
+from lmm_sae_nb.support.presets import preset, preset_file  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lmm_sae_nb"

@@ -50,7 +50,7 @@ lr: float = 2e-3  # highest learning rate
 # tokens without activation after which a latent counts as dead
 dead_after_tokens: int = 100_000
 # kinds of token that the SAE learns from
-kinds: list = ["base", "tiles", "newline", "text"]
+kinds: list[str] = ["base", "tiles", "newline", "text"]
 seed: int = 0  # seed of the initial weights and of the sample order
 accumulate: int = 1  # batches whose mean gradient makes one step
 # "bf16": large products in bfloat16, the weights still in float32

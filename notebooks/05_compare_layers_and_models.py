@@ -41,8 +41,8 @@ run: str = "tiny"
 model: str = "data/models/tiny-llava-next"
 # a low, a middle and a high layer, counted from 0; the paper's 8th, 25th
 # and 32nd are 7, 24 and 31
-layers: list = [1, 3, 6]
-others: list = ["data/models/tiny-instructblip"]  # further models
+layers: list[int] = [1, 3, 6]
+others: list[str] = ["data/models/tiny-instructblip"]  # further models
 other_layer: int = 3  # of each further model
 # training samples: image, question, answer
 dataset: str = "data/artifacts/tiny/world/train"
@@ -67,8 +67,8 @@ training: dict = {
 other_training: dict = {"steps": 160, "batch_tokens": 256}
 # numbers of latents on the middle layer; the paper's 2^17 are 32 times the
 # width, here 8,192
-sizes: list = [256, 512, 1024, 4096]
-ks: list = [8, 16, 32]  # active latents per token, on the middle layer
+sizes: list[int] = [256, 512, 1024, 4096]
+ks: list[int] = [8, 16, 32]  # active latents per token, on the middle layer
 evaluated: int = 32  # held-out samples on which each SAE is evaluated
 # the model that names what exemplars have in common
 explainer: dict = {

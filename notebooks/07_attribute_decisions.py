@@ -44,7 +44,7 @@ path_pairs: int = 1  # of these, integrated on a separate path
 ig_steps: int = 4  # steps of integrated gradients
 many_steps: int = 16  # the same, to see what more steps do
 many_decisions: int = 8  # the first ones get many steps, too
-other_layers: list = [4, 6]  # layers that get a small SAE, to compare
+other_layers: list[int] = [4, 6]  # layers that get a small SAE, to compare
 other_decisions: int = 16  # decisions for each of these layers
 # the small SAE of each of these layers
 other_sae: dict = {

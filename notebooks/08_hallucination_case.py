@@ -47,9 +47,9 @@ samples: str = "data/artifacts/tiny/world/train"
 images: str = "data/artifacts/tiny/world/cache"
 # names of the ground truth's concepts by kind; "" without one
 concepts: str = "data/artifacts/tiny/world/concepts.json"
-text_kinds: list = ["word"]  # kinds of concept that are text
+text_kinds: list[str] = ["word"]  # kinds of concept that are text
 # an explanation with one of these words names text, too
-text_words: list = []
+text_words: list[str] = []
 # how the clamps are chosen
 choosing: dict = {
     "cases": 640,  # cases for the choice
@@ -72,7 +72,7 @@ fitting: dict = {
 }
 # highest fractions of right answers harmed, of other answers changed
 limits: dict = {"harmed": 0.03, "changed": 0.1}
-clamped_kinds: list = ["base", "tiles"]  # kinds of token that are clamped
+clamped_kinds: list[str] = ["base", "tiles"]  # kinds of token that are clamped
 keep_error: bool = True  # of the reconstruction; False as in the paper
 # held-out cases that agree with memory; of the others all are taken
 agreeing: int = 80

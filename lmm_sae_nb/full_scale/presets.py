@@ -18,6 +18,7 @@ from lmm_sae_nb.full_scale.costs import (
     train_cost,
 )
 from lmm_sae_nb.full_scale.models import meta_model
+from lmm_sae_nb.support.presets import read_yaml
 
 TRAIN = ("model", "layer", "n_latents", "k", "steps", "batch_tokens")
 JOB = (*TRAIN, "dataset", "lr", "dead_after_tokens", "kinds", "seed")
@@ -30,14 +31,13 @@ def read_preset(path: str | Path) -> dict[str, dict]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        ValueError: as `read_yaml`.
     """
-    import yaml
-
     if not Path(path).is_file():
         raise FileNotFoundError(
             f"there is no preset {path}; give its file's path from the root, such as notebooks/params/paper.yaml"
         )
-    given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    given = read_yaml(path).values
     notebooks = {name: values for name, values in given.items() if name[:1].isdigit() or name[1:2].isdigit()}
     common = {name: value for name, value in given.items() if name not in notebooks}
     return {name: _merged(common, values) for name, values in notebooks.items()}

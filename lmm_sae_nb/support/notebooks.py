@@ -1,24 +1,16 @@
-"""Read what a notebook takes and makes, give it parameters, and run it."""
+"""Read what a notebook takes and makes, and run it."""
 
 from __future__ import annotations
 
 import ast
-import itertools
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+
+from lmm_sae_nb.support.parameters import Parameter, check, declared
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 READS = ("stage", "file", "read")  # methods of `Page` whose first argument is a stage
-
-
-class Parameter(NamedTuple):
-    """One assignment of a parameters cell: `steps: int = 50`, with the comment above or behind it."""
-
-    type: str
-    default: object
-    comment: str
 
 
 def sources(root: Path = REPOSITORY) -> list[Path]:
@@ -44,19 +36,7 @@ def parameters(source: Path) -> dict[str, Parameter]:
             f"{source.name} has {len(tagged)} cells tagged parameters; "
             'write one, under the line # %% tags=["parameters"]'
         )
-    lines = tagged[0].splitlines()[1:]
-    found = {}
-    for node in ast.parse("\n".join(lines)).body:
-        text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
-        if not isinstance(node, ast.AnnAssign) or node.value is None:
-            raise ValueError(f"{source.name}: {text!r} is not of the form  steps: int = 50  # optimiser steps")
-        behind = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().strip()
-        above = itertools.takewhile(lambda line: line.startswith("#"), reversed(lines[: node.lineno - 1]))
-        comment = behind or " ".join(line.strip("# ") for line in reversed(list(above)))
-        found[node.target.id] = Parameter(
-            ast.unparse(node.annotation), ast.literal_eval(node.value), comment.strip("# ")
-        )
-    return found
+    return declared("\n".join(tagged[0].splitlines()[1:]), source.name)
 
 
 def stages(source: Path, methods: tuple[str, ...] = READS) -> list[str]:
@@ -109,68 +89,6 @@ def tree(source: Path) -> ast.Module:
     return ast.parse(source.read_text(encoding="utf-8"), filename=str(source))
 
 
-# What a notebook is given.
-
-
-def preset(path: Path, root: Path = REPOSITORY) -> dict[str, dict[str, object]]:
-    """Return each notebook's parameters out of one params file.
-
-    A `name: value` goes to every notebook that has that parameter; a section named after a notebook goes to that
-    notebook alone and wins. Of a parameter that is a dictionary, only the entries that differ need to be given.
-
-    Raises:
-        ValueError: a name that nothing knows, or a text in a number's place.
-    """
-    import yaml
-
-    given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    known = {source.stem: parameters(source) for source in sources(root)}
-    shared = {name: value for name, value in given.items() if name not in known}
-    for name, value in shared.items():
-        if any(name in names for names in known.values()):
-            continue
-        if isinstance(value, dict):
-            raise ValueError(
-                f"{path.name}: there is no notebook {name!r} for this section; there is {', '.join(known)}"
-            )
-        raise ValueError(f"{path.name}: no notebook has a parameter {name!r}; remove it or correct its spelling")
-    values = {}
-    for page, names in known.items():
-        shared_here = {name: value for name, value in shared.items() if name in names}
-        values[page] = {
-            name: _merged(names[name].default, value) if name in names else value
-            for name, value in _merged(shared_here, given.get(page) or {}).items()
-        }
-        check(page, names, values[page], path.name)
-    return values
-
-
-def _merged(default: object, value: object) -> object:
-    """A dictionary's entries, those that are given in place of the default ones; anything else as given."""
-    if isinstance(default, dict) and isinstance(value, dict):
-        return default | {name: _merged(default.get(name), each) for name, each in value.items()}
-    return value
-
-
-def check(page: str, known: Mapping[str, object], values: Mapping[str, object], origin: str = "the call") -> None:
-    """ValueError for a parameter that the notebook does not have, or for a text in a number's place."""
-    for name, value in values.items():
-        if name not in known:
-            raise ValueError(
-                f"{origin} gives {page} the unknown parameter {name!r}; it has {', '.join(known)}: "
-                "remove it or correct its spelling"
-            )
-        default = getattr(known[name], "default", None)
-        if isinstance(default, dict) and isinstance(value, dict):
-            parts = {part: Parameter("", each, "") for part, each in default.items()}
-            check(f"{page}, {name}", parts, value, origin)
-        if isinstance(default, (int, float)) and isinstance(value, str):
-            raise ValueError(
-                f"{origin} gives {page} {name}: {value!r}, a text; its default is the number {default!r} "
-                "(YAML reads 1e-4 as a text: write 1.0e-4)"
-            )
-
-
 # Running.
 
 
@@ -202,11 +120,14 @@ def execute(
     on_cell: called with keyword arguments when a code cell starts.
 
     Raises:
-        ValueError: the notebook does not have one of these parameters.
+        ValueError: the notebook does not have one of these parameters, or a value is not of its type.
     """
+    import nbformat
     import papermill
 
-    check(notebook.stem, papermill.inspect_notebook(str(notebook)), values)
+    cells = nbformat.read(notebook, as_version=4).cells
+    known = [declared(cell.source, notebook.stem) for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    check(notebook.stem, known[0] if known else {}, values)
     executed.parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(
         str(notebook), str(executed), dict(values), cwd=str(root), kernel_name="python3", progress_bar=False,

@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from lmm_sae_nb.support.files import fingerprint, project_root, read_json, write_json
+from lmm_sae_nb.support.names import folder_name
+from lmm_sae_nb.support.parameters import check_page, declared_in
 
 MANIFEST, METRICS, BEGUN = "manifest.json", "metrics.json", ".begun.json"
 IPYTHON = {"In", "Out"}  # plain values in a kernel's namespace that are no parameters
@@ -87,14 +89,11 @@ class Stage:
     name: the folder of this stage.
 
     Raises:
-        ValueError: a name that is not one folder's.
+        ValueError: a name that is not one folder's (`folder_name`).
     """
 
     def __init__(self, run: str, name: str):
-        for word in (run, name):
-            if word in ("", "..") or Path(word).name != word:
-                raise ValueError(f"{word!r} cannot name a run or stage; use one folder name without separators")
-        self.run, self.name = run, name
+        self.run, self.name = folder_name(run, "a run"), folder_name(name, "a stage")
         self.folder = project_root() / "data" / "artifacts" / run / name
         self.is_current = False
         self._key: dict[str, dict] = {}
@@ -242,8 +241,10 @@ class Page:
 
     namespace: the notebook's `globals()`.
 
+    A value that is not of the type in the parameters cell is refused, as papermill would let it pass.
+
     Raises:
-        ValueError: there is no parameter `run`.
+        ValueError: there is no parameter `run`, or it cannot name a folder, or a value is not of its type.
     """
 
     def __init__(self, namespace: Mapping[str, object]):
@@ -254,7 +255,8 @@ class Page:
         }
         if not isinstance(plain.get("run"), str):
             raise ValueError('a page has a parameter `run: str`; write it into the cell tagged "parameters"')
-        self.run: str = plain.pop("run")
+        check_page(declared_in(namespace.get("In", [])), plain)
+        self.run: str = folder_name(plain.pop("run"), "a run")
         self.params, self.root, self._namespace = plain, project_root(), namespace
 
     def locate(self, name: str) -> Path | str:

@@ -98,7 +98,9 @@ def written(folder: Path, files: dict[str, str]) -> Path:
         (folder / name).write_text(text)
     (folder / "book").mkdir()
     scripts = ("api", "features", "pages", "progress", "results")
-    for name in ("dodo.py", *(f"book/{script}.py" for script in scripts), "lmm_sae_nb/support/notebooks.py"):
+    support = ("files", "names", "notebooks", "parameters", "presets")
+    copied = [f"book/{script}.py" for script in scripts] + [f"lmm_sae_nb/support/{name}.py" for name in support]
+    for name in ("dodo.py", *copied):
         shutil.copy(pages.ROOT / name, folder / name)
     return folder
 
@@ -205,7 +207,7 @@ def test_a_mistaken_params_file_stops_the_build_with_its_reason(built):
         [sys.executable, "-m", "doit"], cwd=built, env=environment(built), capture_output=True, text=True, timeout=60
     )
     assert done.returncode != 0
-    assert "tiny.yaml: no notebook has a parameter 'stpes'" in done.stdout + done.stderr
+    assert "tiny.yaml, line 2: no notebook has a parameter 'stpes'; did you mean 'steps'?" in done.stdout + done.stderr
 
 
 COPIES = """

@@ -525,7 +525,10 @@ def test_a_dictionary_at_the_top_of_a_preset_reaches_every_notebook_that_has_it(
         ("03_three: {lr: 0.1}\n", "no notebook '03_three' for this section; there is 01_one, 02_two"),
         ("lr: 1e-4\n", "write 1.0e-4"),
         ("explainer: {tokens: 1e2}\n", "write 1.0e-4"),
-        ("02_two: {explainer: {token: 1}}\n", "02_two, explainer the unknown parameter 'token'; it has model, tokens"),
+        (
+            "02_two: {explainer: {token: 1}}\n",
+            "02_two, explainer.token is an unknown entry; explainer has model, tokens",
+        ),
     ],
 )
 def test_a_params_file_with_a_mistake_is_refused(little, text, message):
@@ -536,7 +539,7 @@ def test_a_params_file_with_a_mistake_is_refused(little, text, message):
 
 def test_an_unknown_parameter_is_refused_before_a_notebook_runs(little, tmp_path):
     pages.convert(little / "notebooks/01_one.py", tmp_path / "01_one.ipynb")
-    with pytest.raises(ValueError, match="unknown parameter 'stpes'; it has run, steps: remove it or correct"):
+    with pytest.raises(ValueError, match="unknown parameter 'stpes'; it has run, steps: did you mean 'steps'"):
         pages.execute(tmp_path / "01_one.ipynb", tmp_path / "out.ipynb", {"stpes": 3})
     assert not (tmp_path / "out.ipynb").exists()
 

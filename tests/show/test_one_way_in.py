@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from endpoints import serving
 from PIL import Image
 
+from lmm_sae_nb.benchmarks.faulty_server import serving
 from lmm_sae_nb.cache.encode_images import batches_of, open_batch
 from lmm_sae_nb.chat.questions import Question
 from lmm_sae_nb.chat.recorded import open_chat

@@ -68,7 +68,8 @@ other_training: dict = {"steps": 160, "batch_tokens": 256}
 # numbers of latents on the middle layer; the paper's 2^17 are 32 times the
 # width, here 8,192
 sizes: list[int] = [256, 512, 1024, 4096]
-ks: list[int] = [8, 16, 32]  # active latents per token, on the middle layer
+# active latents per token, on the middle layer
+ks: list[int] = [8, 16, 32]
 evaluated: int = 32  # held-out samples on which each SAE is evaluated
 # the model that names what exemplars have in common
 explainer: dict = {

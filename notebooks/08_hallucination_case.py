@@ -72,7 +72,8 @@ fitting: dict = {
 }
 # highest fractions of right answers harmed, of other answers changed
 limits: dict = {"harmed": 0.03, "changed": 0.1}
-clamped_kinds: list[str] = ["base", "tiles"]  # kinds of token that are clamped
+# kinds of token that are clamped
+clamped_kinds: list[str] = ["base", "tiles"]
 keep_error: bool = True  # of the reconstruction; False as in the paper
 # held-out cases that agree with memory; of the others all are taken
 agreeing: int = 80

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -13,6 +14,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+LARGEST = 2**30  # bytes of a JSON file that is read
+AGAIN = "correct it, or delete it and run the notebook that makes it again"
 TEMPORARY = ".tmp"  # ending of the hidden names of files that are being written
 ASIDE = ".old"  # ending of the hidden names of folders that are being replaced
 SAFETENSORS_TEMPORARY = ".tmp" + "[A-Za-z0-9]" * 6  # the names that the safetensors library writes to
@@ -95,15 +98,73 @@ def read_json(path: str | Path) -> dict:
     """Read a JSON object.
 
     Raises:
-        ValueError: the file was cut short or holds something else.
+        FileNotFoundError: the file is missing.
+        ValueError: as `parse_json`, or the file holds something else than an object.
+    """
+    value = parse_json(read_whole(path), path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object; {AGAIN}")
+    return value
+
+
+def read_whole(path: str | Path) -> bytes:
+    """Read a file that is small enough to be read at once.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it is a folder, or larger than `LARGEST`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file; give the path of a file")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; run the notebook that makes it, or correct the path")
+    if (size := path.stat().st_size) > LARGEST:
+        raise ValueError(
+            f"{path} has {size / 2**30:.1f} GiB, more than the {LARGEST / 2**30:.0f} GiB that are read; {AGAIN}"
+        )
+    return path.read_bytes()
+
+
+def parse_json(data: bytes | str, origin: object) -> object:
+    """Return the value of a JSON text.
+
+    origin: the file that it comes from, for errors.
+
+    Raises:
+        ValueError: the text is empty, cut short, binary or nested too deeply, has a name twice in an object, or a
+            number that is not finite.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not whole JSON ({error}); delete it and make it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object; delete it and make it again")
-    return value
+        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_finite)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        if not data.strip():
+            why = "it is empty"
+        elif isinstance(error, RecursionError):
+            why = "it is nested too deeply"
+        elif isinstance(error, UnicodeDecodeError):
+            why = f"byte {error.start} is not UTF-8"
+        else:
+            why = str(error)
+        raise ValueError(f"{origin} is not whole JSON ({why}); {AGAIN}") from None
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return an object's entries; a name that comes twice would hide a value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} comes twice")
+    return found
+
+
+def _constant(text: str) -> float:
+    raise ValueError(f"{text} is no finite number")
+
+
+def _finite(text: str) -> float:
+    return value if math.isfinite(value := float(text)) else _constant(text)
 
 
 def sync_folder(folder: str | Path) -> None:

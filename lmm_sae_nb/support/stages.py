@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import contextlib
 import hashlib
 import importlib.metadata
@@ -19,7 +20,15 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from lmm_sae_nb.support.files import fingerprint, project_root, read_json, write_json
+from lmm_sae_nb.support.files import (
+    AGAIN,
+    fingerprint,
+    parse_json,
+    project_root,
+    read_json,
+    read_whole,
+    write_json,
+)
 from lmm_sae_nb.support.names import folder_name
 from lmm_sae_nb.support.parameters import check_page, declared_in
 
@@ -157,10 +166,10 @@ class Stage:
         return read_typed(file, kind)
 
     @property
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Metrics:
         """The stage's metrics, name to number; empty before it is finished."""
         file = self.path(METRICS)
-        return read_json(file) if file.is_file() else {}
+        return read_typed(file, Metrics) if file.is_file() else {}
 
     @property
     def manifest(self) -> dict:
@@ -177,7 +186,11 @@ class Stage:
         """
         if self.is_current:
             return self.metrics
-        wrong = {name: value for name, value in metrics.items() if not isinstance(value, (int, float))}
+        wrong = {
+            name: value
+            for name, value in metrics.items()
+            if isinstance(value, bool) or not isinstance(value, (int, float))
+        }
         if wrong:
             raise ValueError(f"metrics.json is flat, name to number; these are not numbers: {wrong}")
         write_json(self.path(METRICS), dict(metrics))
@@ -331,18 +344,25 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def read_typed(path: str | Path, kind: type[T] | Any) -> T:
-    """Read a JSON file as a value of this kind.
+    """Read a JSON file as a value of this kind; a text is no number, and true is not 1.
 
     Raises:
-        ValueError: the file was cut short, or is of another kind, as one of an older version is.
+        FileNotFoundError: the file is missing.
+        ValueError: the file is no whole JSON, or is of another kind, as one of an older version is. The message names
+            the file and the place in it.
     """
+    data = read_whole(path)
+    parse_json(data, path)
     try:
-        return TypeAdapter(kind).validate_json(Path(path).read_bytes())
+        return TypeAdapter(kind).validate_json(data.removeprefix(codecs.BOM_UTF8), strict=True)
     except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        found = repr(first["input"])
         raise ValueError(
-            f"{path} does not hold what this version writes there ({error.errors()[0]['msg']}); "
-            "delete it and run the notebook that makes it again"
-        ) from error
+            f"{path} does not hold what this version writes there: {f'at {place}: ' if place else ''}{first['msg']}, "
+            f"not {found if len(found) <= 60 else found[:60] + '…'}; {AGAIN}"
+        ) from None
 
 
 def _plain(params: Mapping) -> dict:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from lmm_sae_nb.show import report
 from lmm_sae_nb.show.seed_study import SeedStudy
+from lmm_sae_nb.support.stages import read_typed
 
 HERE = Path(__file__).parent
 ENDS = ("_low", "_high")
@@ -82,7 +83,7 @@ def over_seeds(study: SeedStudy | None, stage: str, metric: str) -> str:
 def claims(metrics: Metrics, study: SeedStudy | None) -> str:
     """Return the table's rows: one for each claim that this run measured."""
     rows = []
-    for claim in json.loads((HERE / "claims.json").read_text(encoding="utf-8")):
+    for claim in read_typed(HERE / "claims.json", list[dict[str, Any]]):
         place = find(metrics, claim["metric"])
         if place is None:
             continue
@@ -99,7 +100,7 @@ def claims(metrics: Metrics, study: SeedStudy | None) -> str:
 def paper(stage: str, metric: str) -> str:
     """Return what the paper reports for a metric, and where; empty if it reports nothing."""
     entry = report.entry("published", stage, metric)
-    return f"{entry['value']:g} ({entry['where']})" if entry else ""
+    return f"{entry.value:g} ({entry.where})" if entry else ""
 
 
 def target(metrics: Metrics, stage: str, metric: str) -> str:
@@ -108,7 +109,7 @@ def target(metrics: Metrics, stage: str, metric: str) -> str:
     if not entry:
         return ""
     value = metrics[stage][metric]
-    least, most = entry.get("at_least"), entry.get("at_most")
+    least, most = entry.at_least, entry.at_most
     met = (least is None or value >= least) and (most is None or value <= most)
     return (f"at least {least:g}" if most is None else f"at most {most:g}") + (", met" if met else ", **missed**")
 
@@ -131,7 +132,7 @@ def page(artifacts: Path, order: list[str], study: SeedStudy | None = None) -> s
     study: of several SAEs; None leaves its column out.
     """
     found: Metrics = {
-        file.parent.name: json.loads(file.read_text()) for file in sorted(artifacts.glob("*/metrics.json"))
+        file.parent.name: read_typed(file, dict[str, int | float]) for file in sorted(artifacts.glob("*/metrics.json"))
     }
     ordered = sorted(found, key=lambda stage: (order.index(stage) if stage in order else len(order), stage))
     folded = "\n".join(details(stage, found) for stage in ordered) or "No stage has written its numbers yet.\n"

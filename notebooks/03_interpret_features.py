@@ -83,7 +83,11 @@ from datasets import load_from_disk
 
 from lmm_sae_nb import LatentCache, SAEInPlace, open_images
 from lmm_sae_nb.interpret.exemplars import ExemplarsByLatent, upsample
-from lmm_sae_nb.interpret.explain import as_rows, latents_in_training
+from lmm_sae_nb.interpret.explain import (
+    ExplanationRows,
+    as_rows,
+    latents_in_training,
+)
 from lmm_sae_nb.interpret.open import open_interpreter
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.panel import read_panel
@@ -212,7 +216,7 @@ if concepts:
     labelled = load_from_disk(page.locate(images))
     truth = LabelMaps(labelled, page.locate(concepts))
 explanations = stage.result(
-    "explanations", dict[int, dict],
+    "explanations", ExplanationRows,
     lambda: accuracy.add_truth(
         as_rows(interpreter.explain(by_latent)), by_latent, truth
     ),
@@ -321,7 +325,7 @@ if truth:
         ),
     )  # fmt: skip
     detecting = stage.result(
-        "detector_explanations", dict[int, dict],
+        "detector_explanations", ExplanationRows,
         lambda: as_rows(
             interpreter.explain(by_latent.only(detection.latents()))
         ),

@@ -76,6 +76,7 @@ from IPython.display import display
 
 from lmm_sae_nb import LatentCache, SAEInPlace, open_images
 from lmm_sae_nb.interpret.exemplars import ExemplarsByLatent
+from lmm_sae_nb.interpret.explain import ExplanationRows
 from lmm_sae_nb.score.examples import median_overlaps, overlaps
 from lmm_sae_nb.score.judges import (
     Judgement,
@@ -144,7 +145,7 @@ plots.style()
 # exemplars: the images that excite it most.
 
 # %%
-explanations = page.read("interpret", "explanations", dict[int, dict])
+explanations = page.read("interpret", "explanations", ExplanationRows)
 pictures = Remembered(open_images(page.locate(images)))
 truth = None
 if concepts:

@@ -104,6 +104,7 @@ from lmm_sae_nb import (
     exemplars,
     open_images,
 )
+from lmm_sae_nb.interpret.explain import ExplanationRows
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.feature_browser import FeatureBrowser
 from lmm_sae_nb.show.latent_table import LatentTable
@@ -156,7 +157,7 @@ plots.style()
 place = SAEInPlace.load(page.locate(model), page.file("train"), layer)
 cache = LatentCache.load(page.file("cache"))
 pictures = open_images(page.locate(images))
-explanations = page.read("interpret", "explanations", dict[int, dict])
+explanations = page.read("interpret", "explanations", ExplanationRows)
 named = {n: row for n, row in explanations.items() if row["concept"]}
 names = {n: row["concept"] for n, row in named.items()}
 white = Image.new("RGB", (objects["size"],) * 2, "white")

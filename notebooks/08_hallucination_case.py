@@ -169,6 +169,7 @@ from lmm_sae_nb.hallucination.text_latents import (
     Candidates,
     find_candidates,
 )
+from lmm_sae_nb.interpret.explain import ExplanationRows
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.report import (
     across_saes,
@@ -179,8 +180,9 @@ from lmm_sae_nb.show.report import (
     provenance,
 )
 from lmm_sae_nb.show.seed_study import read_study
+from lmm_sae_nb.support.concepts import read_concepts
 from lmm_sae_nb.support.intervals import Mean, proportion
-from lmm_sae_nb.support.stages import Page, read_typed
+from lmm_sae_nb.support.stages import Page
 
 page = Page(globals())
 plots.style()
@@ -200,8 +202,8 @@ plots.style()
 # %%
 place = SAEInPlace.load(page.locate(model), page.file("train"), layer)
 lmm, cache = place.lmm, LatentCache.load(page.file("cache"))
-explanations = page.read("interpret", "explanations", dict[int, dict])
-names = read_typed(page.root / concepts, dict) if concepts else {}
+explanations = page.read("interpret", "explanations", ExplanationRows)
+names = read_concepts(page.root / concepts) if concepts else {}
 label_maps = load_from_disk(page.locate(images)) if concepts else None
 rows = load_from_disk(page.locate(traps))
 cases = read_cases(rows, "choose", choosing["cases"])

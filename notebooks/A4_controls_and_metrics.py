@@ -85,6 +85,7 @@ from lmm_sae_nb.compare.saes import CachedSAE
 from lmm_sae_nb.controls import chain
 from lmm_sae_nb.controls.chain import PartResult
 from lmm_sae_nb.controls.dictionaries import random_dictionary
+from lmm_sae_nb.interpret.explain import ExplanationRows
 from lmm_sae_nb.interpret.open import open_interpreter
 from lmm_sae_nb.measures.discriminability import compare_metrics
 from lmm_sae_nb.measures.selectivity import change_map
@@ -321,7 +322,7 @@ plots.table(panel_rows(known, literature))
 # what is put in:
 
 # %% mystnb={"figure": {"caption": "Pairs of scenes that differ in one thing. Right: where the latent of that name becomes more active (orange) or less (blue).", "name": "fig-pairs"}, "image": {"alt": "Three rows of two scenes each, and a map of the change of one latent."}}
-explanations = page.read("interpret", "explanations", dict[int, dict])
+explanations = page.read("interpret", "explanations", ExplanationRows)
 latent_of = {row["concept"]: n for n, row in explanations.items()}
 changed = ("face", "texture", "object", "word", "material")
 drawn = make_pairs(dict.fromkeys(changed, 8))

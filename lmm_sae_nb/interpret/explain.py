@@ -5,15 +5,55 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 from PIL import Image
+from pydantic import AfterValidator
 
 from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.interpret.explainers import Answer, Labeller, Outcome, Refiner
-from lmm_sae_nb.support.files import read_json
+from lmm_sae_nb.support.stages import read_manifest, read_typed
 
-# In an explainer's folder: {"lessons": [{"trained": `training_of` an SAE, "latents": [...]}]}
-TRAINED_ON = "taught.json"
+TRAINED_ON = "taught.json"  # in an explainer's folder: `Lessons`
+
+
+@dataclass(frozen=True)
+class Training:
+    """What an SAE was trained with: parameters, and the names of the inputs, sorted."""
+
+    params: dict
+    inputs: list[str]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Latents of one SAE whose masks an explainer was trained on.
+
+    trained: the SAE's training; None for an SAE that no page makes.
+    """
+
+    trained: Training | None
+    latents: list[int]
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What an explainer was trained on."""
+
+    lessons: list[Lesson]
+
+
+def _is_explanation(row: dict) -> dict:
+    """Refuse a row of explanations.json without outcome or concept, or where a text is something else."""
+    for name in ("outcome", "concept", "kind", "answer"):
+        value = row.get(name)
+        if name not in row or not (isinstance(value, str) or (value is None and name in ("concept", "kind"))):
+            raise ValueError(f"{name} is {value!r}, not a text")
+    return row
+
+
+# explanations.json: latent to row, as `as_rows` makes them; pages add further entries to a row
+ExplanationRows = dict[int, Annotated[dict[str, Any], AfterValidator(_is_explanation)]]
 
 
 @dataclass(frozen=True)
@@ -92,7 +132,7 @@ def training_of(folder: Path) -> dict | None:
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         return None
-    record = read_json(manifest)
+    record = read_manifest(manifest)
     return {"params": record["params"], "inputs": sorted(record["inputs"])}
 
 
@@ -109,11 +149,11 @@ def latents_in_training(explainer: Path, trained: Path) -> frozenset[int]:
         return frozenset()
     return frozenset(
         latent
-        for lesson in read_json(explainer / TRAINED_ON)["lessons"]
-        if (known := lesson["trained"])
-        and known["inputs"] == training["inputs"]
-        and known["params"].items() <= training["params"].items()
-        for latent in lesson["latents"]
+        for lesson in read_typed(explainer / TRAINED_ON, Lessons).lessons
+        if (known := lesson.trained)
+        and known.inputs == training["inputs"]
+        and known.params.items() <= training["params"].items()
+        for latent in lesson.latents
     )
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from lmm_sae_nb.chat.questions import Chat, Question, Reply
 from lmm_sae_nb.chat.recorded import ask
-from lmm_sae_nb.support.files import read_json
+from lmm_sae_nb.support.concepts import read_concepts
 
 REFUSAL = "unable to produce explanations"  # what an explainer is to answer if it sees nothing in common
 REFUSES = re.compile(r"unable to produce (an )?(explanation|description)", re.IGNORECASE)  # text and code of the paper
@@ -193,7 +193,7 @@ class Vocabulary:
     name = "the vocabulary"
 
     def __init__(self, concepts: str | Path | Mapping[str, Sequence[str]]):
-        names_by_kind = concepts if isinstance(concepts, Mapping) else read_json(concepts)
+        names_by_kind = concepts if isinstance(concepts, Mapping) else read_concepts(concepts)
         self._kinds: dict[str, str] = {}
         for kind, names in names_by_kind.items():
             for name in names:

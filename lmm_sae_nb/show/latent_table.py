@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Integer
@@ -13,10 +13,11 @@ from PIL import Image
 
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.cache.top_images import Firings
+from lmm_sae_nb.interpret.explain import ExplanationRows
 from lmm_sae_nb.show.thumbnails import heated, sheet, webp
-from lmm_sae_nb.support.files import project_root, read_json
+from lmm_sae_nb.support.files import project_root
 from lmm_sae_nb.support.images import open_images, rgb
-from lmm_sae_nb.support.stages import Stage, require
+from lmm_sae_nb.support.stages import Stage, read_manifest, read_typed, require
 
 CACHE_COLUMNS = ("frequency", "mean", "max")  # of every latent
 BLOCK = 64  # latents that are read from the store at once, because one latent costs a pass over all images
@@ -72,12 +73,12 @@ class LatentTable:
         Raises:
             FileNotFoundError: nothing was explained or cached; the message names the notebook to run.
         """
-        explanations = read_json(require(run, "interpret", "explanations.json"))
-        manifest = read_json(require(run, "cache", "manifest.json"))
+        explanations = read_typed(require(run, "interpret", "explanations.json"), ExplanationRows)
+        manifest = read_manifest(require(run, "cache", "manifest.json"))
         tables = [explanations]
         for stage, file in {"cache": "words.json", "score": "scores.json", "judge": "verdicts.json"}.items():
             path = Stage(run, stage).path(file)
-            rows = read_json(path) if path.is_file() else {}
+            rows = read_typed(path, dict[int, dict[str, Any]]) if path.is_file() else {}
             tables.append({n: row for n, row in rows.items() if n in explanations and _is_of(row, explanations[n])})
         pictures = open_images(project_root() / manifest["params"]["images"])
         return cls(LatentCache.load(Stage(run, "cache").folder), pictures, *tables)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from html import escape
+from typing import Any
 
 from IPython.display import HTML, Markdown, display
 
 from lmm_sae_nb.show.seed_study import SeedStudy
-from lmm_sae_nb.support.files import project_root, read_json
+from lmm_sae_nb.support.files import project_root
 from lmm_sae_nb.support.intervals import Mean
-from lmm_sae_nb.support.stages import Page, Stage
+from lmm_sae_nb.support.stages import Page, Stage, read_typed
 
 
 def headline(page: Page | None, ours: str, paper: str, why: str) -> None:
@@ -70,12 +72,31 @@ def across_saes(
     return [f"{words[:1].upper()}{words[1:]}: {text}." for words, text in found.items() if text]
 
 
-def entry(file: str, stage: str, metric: str) -> dict | str | None:
+@dataclass(frozen=True)
+class Published:
+    """A number that the paper reports, and where."""
+
+    value: float
+    where: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a metric should reach; one of the two."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+ENTRIES = {"published": Published, "targets": Target, "metrics": str}
+
+
+def entry(file: str, stage: str, metric: str) -> Published | Target | str | None:
     """Return what `book/<file>.json` says about a metric, by its name or else by the longest pattern that fits it.
 
     file: published, targets or metrics.
     """
-    known = read_json(project_root() / "book" / f"{file}.json").get(stage, {})
+    known = _entries(file).get(stage, {})
     fitting = [name for name in known if name == metric or fnmatchcase(metric, name)]
     return known[max(fitting, key=lambda name: (name == metric, len(name)))] if fitting else None
 
@@ -89,13 +110,17 @@ def published(stage: str, metric: str) -> float:
     found = entry("published", stage, metric)
     if found is None:
         raise KeyError(f"book/published.json has no number for {stage}.{metric}; add it, with where the paper has it")
-    return found["value"]
+    return found.value
 
 
 def published_numbers(stage: str) -> dict[str, float]:
     """Return all numbers that the paper reports for a stage, by metric, from `book/published.json`."""
-    known = read_json(project_root() / "book" / "published.json").get(stage, {})
-    return {metric: found["value"] for metric, found in known.items()}
+    return {metric: found.value for metric, found in _entries("published").get(stage, {}).items()}
+
+
+def _entries(file: str) -> dict[str, dict[str, Any]]:
+    """Return a file of `book/`: stage to metric to entry."""
+    return read_typed(project_root() / "book" / f"{file}.json", dict[str, dict[str, ENTRIES[file]]])
 
 
 def meaning(stage: str, metric: str) -> str:

@@ -11,7 +11,8 @@ from lmm_sae_nb.chat.questions import Chat, Question
 from lmm_sae_nb.chat.recorded import Recorded, ask, open_chat
 from lmm_sae_nb.interpret.explainers import mentions
 from lmm_sae_nb.steer.objects import ObjectSteering
-from lmm_sae_nb.support.files import project_root, read_json
+from lmm_sae_nb.support.concepts import read_concepts
+from lmm_sae_nb.support.files import project_root
 from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval
 from lmm_sae_nb.support.stages import Metrics
 
@@ -119,7 +120,7 @@ def rate_objects(
     chat = Recorded(open_chat(judge, **endpoint), replies) if judge else None
     if chat is None and not concepts:
         return Relevance([], [])
-    rate = by_words(read_json(project_root() / concepts)) if chat is None else by_model(chat)
+    rate = by_words(read_concepts(project_root() / concepts)) if chat is None else by_model(chat)
     objects, random = (
         rate([row.answer for row in rows], [row.concept for row in rows])
         for rows in (steering.reported, steering.random)

@@ -36,6 +36,10 @@ MANIFEST, METRICS, BEGUN = "manifest.json", "metrics.json", ".begun.json"
 IPYTHON = {"In", "Out"}  # plain values in a kernel's namespace that are no parameters
 T = TypeVar("T")
 Metrics = dict[str, int | float]  # what a stage reports, flat
+RECORDED = {  # what a manifest holds, with its type
+    **dict.fromkeys(("params", "inputs", "code", "outputs", "versions"), dict), "results": list,
+    "seconds": (int, float),
+}  # fmt: skip
 VERSIONED = ("lmm-sae-nb", "torch", "transformers", "datasets", "safetensors", "numpy")
 
 
@@ -174,7 +178,7 @@ class Stage:
     @property
     def manifest(self) -> dict:
         """The record of what the stage was made from."""
-        return read_json(self.path(MANIFEST))
+        return read_manifest(self.path(MANIFEST))
 
     def finish(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Write metrics.json, then manifest.json, unless the stage is current; return the metrics as read back.
@@ -231,7 +235,7 @@ class Stage:
 
     def _record(self, filename: str) -> dict | None:
         try:
-            return read_json(self.path(filename))
+            return read_manifest(self.path(filename))
         except (FileNotFoundError, ValueError):
             return None
 
@@ -363,6 +367,20 @@ def read_typed(path: str | Path, kind: type[T] | Any) -> T:
             f"{path} does not hold what this version writes there: {f'at {place}: ' if place else ''}{first['msg']}, "
             f"not {found if len(found) <= 60 else found[:60] + '…'}; {AGAIN}"
         ) from None
+
+
+def read_manifest(path: str | Path) -> dict:
+    """Read a stage's manifest, or the record of a stage that has begun.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is damaged, or another version wrote it.
+    """
+    record = read_json(path)
+    for name, kind in RECORDED.items():
+        if (name in record or name in ("params", "inputs")) and not isinstance(record.get(name), kind):
+            raise ValueError(f"{path} is no manifest of this version: {name} is {record.get(name)!r}; {AGAIN}")
+    return record
 
 
 def _plain(params: Mapping) -> dict:

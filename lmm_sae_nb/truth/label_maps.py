@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from scipy import sparse
 
 from lmm_sae_nb.interpret.exemplars import Exemplar, require_patches
-from lmm_sae_nb.support.files import read_json
+from lmm_sae_nb.support.concepts import read_concepts
 from lmm_sae_nb.truth.common_concept import PATCH_SHOWS, in_common, names_of
 
 Mask = Bool[np.ndarray, "height width"]
@@ -33,14 +33,12 @@ class LabelMaps:
 
     Raises:
         FileNotFoundError: the file of concepts is missing.
-        ValueError: the rows have no label map of a kind.
+        ValueError: the rows have no label map of a kind, or the file is of another kind.
     """
 
     def __init__(self, rows: Sequence[Mapping], concepts: str | Path | Mapping[str, Sequence[str]]):
         if not isinstance(concepts, Mapping):
-            if not Path(concepts).is_file():
-                raise FileNotFoundError(f"{concepts} is missing; render the data sets first: `make world`")
-            concepts = read_json(concepts)
+            concepts = read_concepts(concepts)
         self.concepts = {kind: list(names) for kind, names in concepts.items()}
         missing = set(self.concepts) - set(rows[0])
         if missing:

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 
 import pytest
 
+from lmm_sae_nb.interpret.explain import ExplanationRows, latents_in_training
+from lmm_sae_nb.show.report import entry
 from lmm_sae_nb.support import files
+from lmm_sae_nb.support.concepts import read_concepts
 from lmm_sae_nb.support.files import read_json
 from lmm_sae_nb.support.intervals import Mean
-from lmm_sae_nb.support.stages import Stage, read_typed
+from lmm_sae_nb.support.stages import Stage, read_manifest, read_typed
 
 
 @dataclass
@@ -86,6 +89,58 @@ def test_a_value_that_was_written_comes_back_as_it_was(tmp_path):
     assert read_json(tmp_path / "row.json") == row
     (tmp_path / "bom.json").write_bytes(b"\xef\xbb\xbf[1]")
     assert read_typed(tmp_path / "bom.json", list[int]) == [1]
+
+
+CONCEPTS = {
+    "names that are no texts": ('{"object": ["cat", 7]}', "at object.1: .*string, not 7"),
+    "no list": ('{"object": "cat"}', "at object: .*, not 'cat'"),
+    "no object": ('["cat"]', "not .'cat'"),
+    "no names": ('{"object": []}', "the kind 'object' has no names"),
+    "an empty name": ('{"object": ["cat", " "]}', "or an empty one"),
+}
+
+
+@pytest.mark.parametrize("how", CONCEPTS)
+def test_concepts_of_another_type_are_refused(tmp_path, how):
+    text, why = CONCEPTS[how]
+    (tmp_path / "concepts.json").write_text(text)
+    with pytest.raises(ValueError, match=f"concepts.json.*{why}"):
+        read_concepts(tmp_path / "concepts.json")
+    with pytest.raises(FileNotFoundError, match="missing; render the data sets"):
+        read_concepts(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("row", [{"outcome": 3, "concept": "cat"}, {"outcome": "explained"}, {"concept": []}, []])
+def test_a_row_of_explanations_without_its_texts_is_refused(tmp_path, row):
+    (tmp_path / "explanations.json").write_text(json.dumps({"7": row}))
+    with pytest.raises(ValueError, match="explanations.json does not hold .* at 7: "):
+        read_typed(tmp_path / "explanations.json", ExplanationRows)
+
+
+@pytest.mark.parametrize(
+    "lesson", [{}, {"trained": {"params": {}}, "latents": [1]}, {"trained": None, "latents": [1.5]}]
+)
+def test_what_an_explainer_learned_from_is_refused_if_it_is_of_another_type(tmp_path, lesson):
+    (tmp_path / "taught.json").write_text(json.dumps({"lessons": [lesson]}))
+    (tmp_path / "manifest.json").write_text('{"params": {}, "inputs": {}}')
+    with pytest.raises(ValueError, match="taught.json does not hold .* at lessons.0."):
+        latents_in_training(tmp_path, tmp_path)
+
+
+def test_a_manifest_of_another_version_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"params": [], "inputs": {}}')
+    with pytest.raises(ValueError, match="manifest.json is no manifest of this version: params is "):
+        read_manifest(tmp_path / "manifest.json")
+
+
+@pytest.mark.parametrize("value", ['{"value": "0.2", "where": ""}', "0.2", "[]"])
+def test_a_published_number_of_another_type_is_refused(tmp_path, monkeypatch, value):
+    (tmp_path / "pyproject.toml").write_text("")
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book/published.json").write_text(f'{{"score": {{"iou": {value}}}}}')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="published.json does not hold .* at score.iou"):
+        entry("published", "score", "iou")
 
 
 @pytest.mark.parametrize("text", ['{"live": "0.5"}', '{"live": true}', '{"live": [1]}', "[]", "{"])

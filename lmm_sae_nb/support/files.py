@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import glob
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import IO
 
 LARGEST = 2**30  # bytes of a JSON file that is read
 AGAIN = "correct it, or delete it and run the notebook that makes it again"
 TEMPORARY = ".tmp"  # ending of the hidden names of files that are being written
+TEMPORARY_NAME = re.compile(rf"\..*\.[0-9a-f]{{32}}\{TEMPORARY}")  # the names that `temporary_name` gives
 ASIDE = ".old"  # ending of the hidden names of folders that are being replaced
-SAFETENSORS_TEMPORARY = ".tmp" + "[A-Za-z0-9]" * 6  # the names that the safetensors library writes to
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the system's numbers for "no room"
+CHECKSUM = "crc32"  # the key of a checksum in a JSON object, or in the header of a safetensors file
+BLOCK = 2**20  # bytes that are read at a time
 
 
 def project_root() -> Path:
@@ -43,47 +51,98 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_through(path: Path, write: Callable[[Path], object]) -> None:
+def temporary_name(path: Path) -> Path:
+    """Return a hidden name beside `path` to write to; `clear_temporaries` knows it."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+
+
+def write_through(path: Path, write: Callable[[Path], object], size: int | None = None) -> None:
     """Write a file so that readers see the old or the new one, never half of one.
 
     path: the file; its folder is made if it is missing.
     write: fills the temporary file whose path it gets, which is then renamed.
+    size: bytes that it will have, if they are known, for the error.
+
+    Raises:
+        OSError: it cannot be written; if the disk is full, the message says how much is needed and how much is free.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    temporary = temporary_name(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise no_room(path, size, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def in_units(size: float) -> str:
+    """Return a number of bytes as people read it, such as "999 bytes", "1.5 kB" or "4.29 GB"."""
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    for unit in units:
+        if size < 999.5 or unit == units[-1]:
+            break
+        size /= 1000
+    return f"{size:.3g} {unit}"
+
+
+def free_bytes(path: str | Path) -> int:
+    """Return the free bytes of the disk of a path, which need not exist."""
+    path = Path(path).absolute()
+    return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.is_dir())).free
+
+
+def no_room(path: str | Path, needed: int | None, error: OSError | None = None) -> OSError:
+    """Return the error for a file or folder that does not fit on its disk.
+
+    needed: bytes at most, if they are known.
+    error: what the system said, if it was tried.
+    """
+    reason = f" cannot be written ({error.strerror or error})" if error else " does not fit on its disk"
+    wanted = "" if needed is None else f"it needs up to {in_units(needed)}, "
+    return OSError(
+        error.errno if error else errno.ENOSPC,
+        f"{path}{reason}: {wanted}{in_units(free_bytes(path))} are free there; make room and run again",
+    )
 
 
 def clear_temporaries(folder: str | Path, *, deep: bool = False) -> None:
-    """Delete half-written files and folders that killed processes left.
+    """Delete half-written files and folders that killed processes left; files of other names stay.
 
     folder: nobody may write there at the same time.
     deep: also look in the folders below.
     """
-    find = Path(folder).rglob if deep else Path(folder).glob
-    for leftover in [*find(f".*{TEMPORARY}"), *filter(Path.is_file, find(SAFETENSORS_TEMPORARY))]:
+    for leftover in temporaries(folder, deep=deep):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def temporaries(folder: str | Path, *, deep: bool = False) -> list[Path]:
+    """Return the half-written files and folders in a folder; `deep`: also in the folders below."""
+    find = Path(folder).rglob if deep else Path(folder).glob
+    return [path for path in find(f".*{TEMPORARY}") if TEMPORARY_NAME.fullmatch(path.name)]
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Write bytes so that even after a crash `path` holds its old content or all of `data`."""
-    write_through(Path(path), lambda temporary: temporary.write_bytes(data))
+    write_through(Path(path), lambda temporary: temporary.write_bytes(data), len(data))
 
 
-def write_json(path: str | Path, value: object) -> None:
+def write_json(path: str | Path, value: object, *, checked: bool = False) -> None:
     """Write a value as indented JSON, atomically.
+
+    checked: the value is an object; add its checksum, which `read_json` checks and takes out again.
 
     Raises:
         ValueError: the value holds something that JSON lacks, such as NaN or infinity.
     """
     try:
-        data = as_json(value)
+        data = as_json(value | {CHECKSUM: _sum(value)} if checked else value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}; write plain finite numbers, text, lists and dictionaries") from error
     write_atomic(path, data)
@@ -99,11 +158,15 @@ def read_json(path: str | Path) -> dict:
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: as `parse_json`, or the file holds something else than an object.
+        ValueError: as `parse_json`, the file holds something else than an object, or has a checksum that differs.
     """
     value = parse_json(read_whole(path), path)
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object; {AGAIN}")
+    if isinstance(value.get(CHECKSUM), str):
+        expected = value.pop(CHECKSUM)
+        if _sum(value) != expected:
+            raise ValueError(f"{path} was changed or damaged since it was written; delete it and make it again")
     return value
 
 
@@ -165,6 +228,29 @@ def _constant(text: str) -> float:
 
 def _finite(text: str) -> float:
     return value if math.isfinite(value := float(text)) else _constant(text)
+
+
+def _sum(value: Mapping) -> str:
+    """Return the CRC-32 of an object's JSON, the same before it was written and after it was read."""
+    return f"{zlib.crc32(json.dumps(value, ensure_ascii=False).encode(errors='surrogatepass')):08x}"
+
+
+def checksum(path: str | Path) -> str:
+    """Return the CRC-32 of a file, eight hexadecimal digits.
+
+    It finds every flipped bit and every burst of up to 32 bits, and misses one other accident in four billion; it is
+    no guard against intent. It is chosen for its speed: 4.7 GB/s on one core, where blake2b has 0.9 and SHA-256 1.7.
+    """
+    with Path(path).open("rb", buffering=0) as file:
+        return f"{crc_of(file):08x}"
+
+
+def crc_of(file: IO[bytes], start: int = 0) -> int:
+    """Return the CRC-32 of the rest of an open file, after bytes whose CRC-32 is `start`."""
+    block = memoryview(bytearray(BLOCK))
+    while size := file.readinto(block):
+        start = zlib.crc32(block[:size], start)
+    return start
 
 
 def sync_folder(folder: str | Path) -> None:

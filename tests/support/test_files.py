@@ -1,6 +1,8 @@
 """Files are old or new, never half-written; tensor files are refused unless whole."""
 
+import binascii
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -8,6 +10,7 @@ import math
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,7 +105,7 @@ def test_save_tensors_round_trip_with_views_and_metadata(tmp_path):
     loaded = load_file(tmp_path / "a.safetensors")
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
-        assert file.metadata() == {"made": "here"}
+        assert file.metadata()["made"] == "here"
 
 
 @pytest.mark.parametrize("cut", [0, 4, 40, -1])
@@ -157,20 +160,22 @@ def test_a_replacement_killed_at_any_moment_leaves_one_of_the_two_folders(tmp_pa
     assert (tmp_path / "final" / "a").read_text() == "newer"
 
 
-def test_files_of_killed_writers_are_cleared(tmp_path):
-    (tmp_path / ".a.json.0.tmp").touch()
-    (tmp_path / ".3.0.tmp").mkdir()
-    (tmp_path / ".3.0.tmp" / "half").touch()
-    (tmp_path / ".tmpAb12Cd").touch()  # safetensors'
-    (tmp_path / ".tmpfolder").mkdir()
-    (tmp_path / "a.tmp").touch()
+def test_files_of_killed_writers_are_cleared_and_those_of_the_user_stay(tmp_path):
+    written = files.temporary_name
+    written(tmp_path / "a.json").touch()
+    written(tmp_path / "3").mkdir()
+    (next(tmp_path.glob(".3.*")) / "half").touch()
+    users = {".notes.tmp", ".a.json.0.tmp", ".tmpAb12Cd", "a.tmp", "below"}
+    for name in users - {"below"}:
+        (tmp_path / name).touch()
     (tmp_path / "below").mkdir()
-    (tmp_path / "below" / ".b.json.0.tmp").touch()
+    (tmp_path / "below" / ".mine.tmp").touch()
+    written(tmp_path / "below" / "b.json").touch()
     files.clear_temporaries(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"a.tmp", ".tmpfolder", "below"}
-    assert (tmp_path / "below" / ".b.json.0.tmp").exists()
+    assert {path.name for path in tmp_path.iterdir()} == users
+    assert len([*(tmp_path / "below").iterdir()]) == 2
     files.clear_temporaries(tmp_path, deep=True)
-    assert not any((tmp_path / "below").iterdir())
+    assert [path.name for path in (tmp_path / "below").iterdir()] == [".mine.tmp"]
 
 
 def _die_while_saving(folder):
@@ -187,8 +192,7 @@ def _die_while_saving(folder):
 
 
 def test_files_of_a_killed_save_are_cleared(tmp_path):
-    """safetensors writes under a name of its own before it renames to the name that it is given."""
-    for turn in range(5):
+    for turn in range(3):
         folder = tmp_path / str(turn)
         folder.mkdir()
         process, _ = started(_die_while_saving, folder)
@@ -227,6 +231,91 @@ def test_fingerprint_of_a_folder_sees_names_and_contents(tmp_path):
     assert len(seen) == 3
 
 
+# Damage.
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_every_flipped_bit_of_a_tensor_file_is_found(tmp_path, rows):
+    """In its header, its numbers, its checksum; only a bit in the checksum's name is harmless, and changes nothing."""
+    path = tmp_path / "a.safetensors"
+    if rows:
+        tensor_files.save_rows(path, {"a": (np.dtype("f4"), (3, 2))}, [("a", 1, np.ones((2, 2)))])
+    else:
+        tensor_files.save_tensors(path, {"a": torch.ones(3, 2), "b": torch.tensor(7, dtype=torch.bfloat16)}, {"k": "3"})
+    whole, read = path.read_bytes(), load_file(path)
+    accepted = []
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with contextlib.suppress(ValueError):
+            tensor_files.open_tensors(path)
+            accepted.append(bit // 8)
+            assert all(torch.equal(tensor, read[name]) for name, tensor in load_file(path).items())
+    name = whole.index(b'"crc32": "')
+    assert set(accepted) <= set(range(name, name + 10))
+
+
+def test_a_damaged_tensor_file_is_named_and_a_whole_one_is_read_once(tmp_path, monkeypatch):
+    path, calls = tmp_path / "a.safetensors", []
+    crc = tensor_files.crc_of
+    monkeypatch.setattr(tensor_files, "crc_of", lambda *args: calls.append(args) or crc(*args))
+    tensor_files.save_tensors(path, {"a": torch.ones(100)})
+    for _ in range(3):
+        tensor_files.open_tensors(path)
+    assert len(calls) == 1
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.safetensors is damaged: its checksum .* make it again"):
+        tensor_files.open_tensors(path)
+
+
+def test_a_checksum_is_the_crc_32_of_the_bytes(tmp_path):
+    data = np.random.default_rng(0).bytes(3 * files.BLOCK + 5)
+    (tmp_path / "a").write_bytes(data)
+    assert int(files.checksum(tmp_path / "a"), 16) == binascii.crc32(data)
+
+
+@pytest.mark.parametrize("change", [{"step": 20}, {"position": {}}, {"more": 1}, {"text": "é"}])
+def test_a_json_object_with_a_checksum_that_was_changed_is_refused(tmp_path, change):
+    value = {"step": 3, "position": {"block": 2}, "rate": 1e-30, "text": "ü", "rows": [0.1, (1, None)], 5: True}
+    files.write_json(tmp_path / "a.json", value, checked=True)
+    assert files.read_json(tmp_path / "a.json") == json.loads(json.dumps(value))
+    changed = json.loads((tmp_path / "a.json").read_text()) | change
+    (tmp_path / "a.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=r"a\.json was changed or damaged"):
+        files.read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_a_full_disk_is_named_with_the_bytes_that_are_needed_and_free(tmp_path, monkeypatch, number):
+    def full(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=21_500_000))
+    with pytest.raises(OSError, match=r"a\.json cannot .*: it needs up to 15 bytes, 21.5 MB are free") as error:
+        files.write_json(tmp_path / "a.json", {"a": 123})
+    assert error.value.errno == number
+    with pytest.raises(OSError, match=r"b\.safetensors cannot be written .*: it needs up to 4\.\d+ kB, 21.5 MB"):
+        tensor_files.save_tensors(tmp_path / "b.safetensors", {"a": torch.ones(1000)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_bytes_in_units():
+    sizes = (0, 999, 1000, 999_499, 999_600, 4_290_000_000, 3e15)
+    assert [files.in_units(n) for n in sizes] == [
+        "0 bytes",
+        "999 bytes",
+        "1 kB",
+        "999 kB",
+        "1 MB",
+        "4.29 GB",
+        "3e+03 TB",
+    ]
+
+
 # Tensor files, written piece by piece and read lazily.
 
 LAYOUTS = st.dictionaries(
@@ -249,7 +338,7 @@ def test_a_file_written_in_pieces_is_what_safetensors_reads(tmp_path_factory, la
     tensor_files.save_rows(path, shapes, data.draw(st.permutations(pieces)), {"said": "x"})
     read = safetensors.numpy.load_file(path)
     with tensor_files.open_tensors(path) as file:
-        assert file.metadata() == {"said": "x"}
+        assert file.metadata()["said"] == "x"
         assert tensor_files.shapes_in(file) == {name: array.shape for name, array in arrays.items()}
     assert read.keys() == arrays.keys()
     for name, array in tensor_files.read_arrays(path).items():

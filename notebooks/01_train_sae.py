@@ -40,6 +40,9 @@ model: str = "data/models/tiny-llava-next"
 dataset: str = "data/artifacts/tiny/world/train"
 # samples that no training has seen
 heldout: str = "data/artifacts/tiny/world/heldout"
+# samples whose picture cannot be read: "refuse" stops there, "skip" leaves
+# them out and names them
+unreadable: str = "refuse"
 evaluated: int = 120  # held-out samples on which the SAE is evaluated
 layer: int = 1  # counted from 0; the paper's 25th layer is 24
 n_latents: int = 1024  # the paper: 131072
@@ -62,10 +65,11 @@ tracker: str = "none"
 
 # %% tags=["remove-cell"]
 import torch
-from datasets import load_from_disk
 from torch.testing import assert_close
 
 from lmm_sae_nb import LMM, SAEInPlace, TopKSAE, evaluate_sae, train_sae
+from lmm_sae_nb.model.sample_checks import check_samples, open_samples
+from lmm_sae_nb.model.samples import examples, readable
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.report import (
     findings,
@@ -95,16 +99,17 @@ plots.style()
 
 # %%
 lmm = LMM.load(page.locate(model))
-samples = load_from_disk(page.locate(dataset))
-unseen = load_from_disk(page.locate(heldout))
+samples = open_samples(page.locate(dataset))
+unseen = open_samples(page.locate(heldout))
+check_samples(samples, lmm)  # a wrong row is named here, not in an hour
 print(f"{lmm.n_layers} layers of width {lmm.width}")
 print(f"an image has {lmm.grid[0]} x {lmm.grid[1]} base patches")
 unseen = unseen.select(range(min(evaluated, len(unseen))))
+unseen, unread = readable(unseen, unreadable)
 print(f"{len(samples)} samples to train on, {len(unseen)} to evaluate on")
 
 # %% mystnb={"figure": {"caption": "Six samples that the SAE learns from: image, question and answer.", "name": "fig-samples"}, "image": {"alt": "Six generated scenes, each with a question and its answer."}}
-# some samples are text only
-pictured = [row for row in samples.select(range(14)) if row["image"]][:6]
+pictured = examples(samples, 6)  # some samples are text only
 titles = [f"{row['question']}\n» {row['answer']}" for row in pictured]
 plots.images([row["image"] for row in pictured], titles);
 # %% [markdown]
@@ -115,7 +120,7 @@ plots.images([row["image"] for row in pictured], titles);
 # marks of the chat template. `pad` tokens fill up a batch.
 
 # %%
-first = pictured[0]
+first = (pictured or [samples[0]])[0]
 question, answer = first["question"], first["answer"]
 prompt = lmm.prompt(question, first["image"], answers=[answer])
 names = ("base", "tiles", "newline", "text", "special", "pad")
@@ -168,14 +173,15 @@ assert_close(torch.zeros_like(z).scatter(-1, indices, acts), z)
 
 # %%
 stage = page.stage(
-    "train", without=("processes", "checkpoint_minutes", "tracker")
+    "train",
+    without=("processes", "checkpoint_minutes", "tracker", "unreadable"),
 )
 settings = dict(
     n_latents=n_latents, k=k, lr=lr, steps=steps, kinds=kinds, seed=seed,
     batch_tokens=batch_tokens, accumulate=accumulate,
     dead_after_tokens=dead_after_tokens, mixed_precision=mixed_precision,
     checkpoint_minutes=checkpoint_minutes, tracker=tracker,
-    folder=stage.folder,
+    unreadable=unreadable, folder=stage.folder,
 )  # fmt: skip
 
 # %% [markdown]
@@ -192,6 +198,8 @@ with plots.live(plots.TRAINING) as on_log:
             processes, source, data, layer, **settings, on_log=on_log
         )
 place = SAEInPlace(lmm, trained.sae, layer)
+for fault in [*trained.skipped.values(), *unread.values()][:20]:
+    print("left out:", fault)
 
 # %% mystnb={"figure": {"caption": "The training. The loss is the fraction of variance unexplained (FVU) plus the part of dead latents; where no latent is dead, the two are equal. The axis of both is logarithmic.", "name": "fig-training"}, "image": {"alt": "Curves of loss, FVU and dead latents over the optimiser steps."}}
 shown = ("loss", "fvu", "dead_fraction")
@@ -235,8 +243,11 @@ controls = stage.result(
     "controls", Metrics,
     lambda: control_fvus(place, unseen, kinds=kinds, seed=seed),
 )  # fmt: skip
-seconds = {"train_seconds": trained.history[-1]["seconds"]}
-metrics = stage.finish(measured | controls | seconds)
+metrics = stage.finish(measured | controls | {
+    "train_seconds": trained.history[-1]["seconds"],
+    "samples_skipped": len(trained.skipped),
+    "heldout_skipped": len(unread),
+})  # fmt: skip
 metrics_table(stage)
 
 # %% [markdown]

@@ -41,7 +41,7 @@ batch_size: int = 16  # images that go through the model at once
 # "float16" or "float32" keeps every activation (tens of GB at full scale),
 # "" only those of the top images
 store: str = "float16"
-# files that are no images: "refuse" stops there, "skip" leaves them out
+# pictures that cannot be read: "refuse" stops there, "skip" leaves them out
 unreadable: str = "refuse"
 # samples for the text side: image, question, answer
 texts: str = "data/artifacts/tiny/world/train"
@@ -54,12 +54,13 @@ from collections import Counter
 
 import numpy as np
 import torch
-from datasets import load_from_disk
 from torch.testing import assert_close
 
 from lmm_sae_nb import SAEInPlace, cache_activations, exemplars, open_images
 from lmm_sae_nb.cache.sides import side_metrics, side_rows, sides
-from lmm_sae_nb.cache.texts import TextCache, cache_texts, text_activations
+from lmm_sae_nb.cache.texts import cache_texts, text_activations
+from lmm_sae_nb.model.sample_checks import open_samples
+from lmm_sae_nb.model.samples import readable
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.report import findings, headline, metrics_table, provenance
@@ -103,6 +104,8 @@ cache = cache_activations(
 seconds = stage.result("seconds", float, lambda: time.monotonic() - began)
 live = int(cache.live.sum())
 print(f"{cache.images} images read, {len(cache.skipped)} skipped")
+for fault in [*cache.skipped.values()][:20]:
+    print("left out:", fault)
 print(f"{live} of {cache.n_latents} latents are active at least once")
 
 # %% [markdown]
@@ -166,27 +169,25 @@ plots.histogram(frequency, label, log=True);
 # still carry the image.
 
 # %%
-samples = load_from_disk(page.locate(texts))
+samples = open_samples(page.locate(texts))
 draw = np.random.default_rng(seed).choice(
     len(samples), min(n_texts, len(samples)), replace=False
 )
-samples = samples.select(np.sort(draw))
-
-
-def read_texts() -> dict:
-    sizes = dict(n_top=n_top, batch_samples=batch_size)
-    texts_read = cache_texts(place, samples, folder=stage.folder, **sizes)
-    return side_rows(place.lmm, texts_read)
-
-
-words = stage.result("words", dict[str, dict], read_texts)
-text_cache = TextCache.load(stage.folder)
+samples, unread = readable(samples.select(np.sort(draw)), unreadable)
+text_cache = cache_texts(
+    place, samples, n_top=n_top, batch_samples=batch_size,
+    folder=stage.folder,
+)  # fmt: skip
+words = stage.result(
+    "words", dict[str, dict], lambda: side_rows(place.lmm, text_cache)
+)
 by_side = sides(text_cache)
 
 # %%
 metrics = stage.finish({
     "images": cache.images,
     "skipped": len(cache.skipped),
+    "texts_skipped": len(unread),
     "latents": cache.n_latents,
     "latents_live": live,
     "median_frequency": float(np.median(frequency[cache.live])),

@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -24,16 +25,19 @@ from lmm_sae_nb.cache.latent_cache import PARTIAL, LatentCache, write_cache
 from lmm_sae_nb.cache.resume import (
     KEY,
     PassPart,
-    is_whole,
     merged_blocks,
     part_files,
     place_store,
     read_progress,
     resume_or_clear,
+    whole_cache,
     write_pending,
 )
 from lmm_sae_nb.cache.sparse_store import STORE, VALUES
 from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.support.files import free_bytes, in_units
+from lmm_sae_nb.support.locks import hold
+from lmm_sae_nb.support.names import folder_name
 from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.stages import code_fingerprints
 from lmm_sae_nb.support.tensor_files import hash_of, open_tensors, shapes_in
@@ -61,7 +65,8 @@ def cache_several(
     latent. Of equal means (float32) the lower image number comes first.
 
     A pass that was cut short continues from its last saved state when it is called again with the same code, model,
-    SAE, images and arguments; otherwise it starts afresh. A cache that is whole is not made again. Under accelerate
+    SAE, images and arguments; otherwise it starts afresh. A cache that is whole is not made again; one with a missing
+    or damaged file is, with a warning. Under accelerate
     each process takes a part of the batches, and the first process merges them; the folder must be common to all. For
     the same `batch_size` the cache is the same to the byte, whatever the processes and interruptions; the store has
     the same activations, perhaps cut into other files.
@@ -78,14 +83,46 @@ def cache_several(
     save_every: seconds between saved states.
 
     Raises:
-        ValueError: no images, no SAEs or more than one model, an argument out of range, or as `encode_batch`.
+        ValueError: no images, no SAEs or more than one model, a name or another argument out of range, or as
+            `encode_batch`.
         UnreadableImage: an image cannot be opened, with "refuse".
         OSError: the disk has no room. An earlier cache stays until the new one is whole.
+        FolderInUse: another run caches into this folder.
     """
     _check(places, images, n_top, batch_size, store, unreadable)
     folder, processes = Path(folder), _processes()
     keys = {name: _key(place, images, n_top, batch_size, store, unreadable) for name, place in places.items()}
-    whole = {name: LatentCache.load(folder / name) for name in places if is_whole(folder / name, keys[name])}
+    whole = _whole(folder, keys)
+    leftovers = any((folder / name / PARTIAL).exists() for name in keys)
+    processes.wait_for_everyone()  # nobody clears before all have looked
+    if len(whole) == len(keys) and not leftovers:
+        return whole
+    with hold(folder) if processes.is_main_process else nullcontext():
+        settings = {"n_top": n_top, "batch_size": batch_size, "store": store, "save_every": save_every}
+        return _cache(places, images, keys, folder, processes, skip=unreadable == "skip", **settings)
+
+
+def _whole(folder: Path, keys: Mapping[str, dict]) -> dict[str, LatentCache]:
+    """Return the caches that are whole, by name."""
+    caches = {name: whole_cache(folder / name, key) for name, key in keys.items()}
+    return {name: cache for name, cache in caches.items() if cache is not None}
+
+
+def _cache(
+    places: Mapping[str, SAEInPlace],
+    images: Pictures,
+    keys: Mapping[str, dict],
+    folder: Path,
+    processes: PartialState,
+    *,
+    n_top: int,
+    batch_size: int,
+    store: str | None,
+    skip: bool,
+    save_every: float,
+) -> dict[str, LatentCache]:
+    """Do the pass for the caches that are not whole; arguments as of `cache_several`, whose work this is."""
+    whole = _whole(folder, keys)  # another run may have held the folder until now
     places = {name: place for name, place in places.items() if name not in whole}
     partials = {name: folder / name / PARTIAL for name in keys}
     processes.wait_for_everyone()  # nobody clears before all have looked
@@ -115,7 +152,7 @@ def cache_several(
     title = {"desc": "caching", "unit": " images", "disable": not processes.is_main_process}
     with progress_bar(total=-(-len(images) // world), initial=seen, **title) as bar:
         saved, is_first = time.monotonic(), True
-        for batch in one_ahead(partial(open_batch, lmm, unreadable == "skip"), wanted):
+        for batch in one_ahead(partial(open_batch, lmm, skip), wanted):
             missing = {name: place for name, place in places.items() if batch.number not in done[name]}
             latents = encode_batch(missing, batch) if batch.images else {}
             if is_first and latents:
@@ -187,6 +224,9 @@ def _check(
             f"{len(images)} images, {len(places)} SAEs, n_top {n_top}, batch_size {batch_size}: there is nothing to "
             "rank; give at least one of each"
         )
+    for name in places:
+        if name:
+            folder_name(name, "an SAE")
     if len({id(place.lmm) for place in places.values()}) > 1:
         raise ValueError(f"the SAEs {', '.join(places)} are of several models; cache those of each model in a pass")
     if store not in (None, *VALUES) or unreadable not in ("refuse", "skip"):
@@ -218,10 +258,9 @@ def _bytes_on_disk(place: SAEInPlace, images: int, n_top: int, patches: int, sto
 
 
 def _require_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.is_dir())).free
-    if needed > free:
+    if needed > (free := free_bytes(folder)):
         raise OSError(
             errno.ENOSPC,
-            f"the cache needs up to {needed / 1e9:.1f} GB at {folder}, {free / 1e9:.1f} GB are free: make room, give "
-            "another folder, fewer images or a smaller n_top, or leave the store out (store=None)",
+            f"the cache needs up to {in_units(needed)} at {folder}, {in_units(free)} are free: make room, give another "
+            "folder, fewer images or a smaller n_top, or leave the store out (store=None)",
         )

@@ -111,11 +111,26 @@ def encode_batch(places: Mapping[str, SAEInPlace], batch: Batch) -> dict[str, La
     batch: with at least one image.
 
     Raises:
-        ValueError: as `batch_states`.
+        ValueError: as `batch_states`, or activations are not finite.
     """
     lmm = next(iter(places.values())).lmm
     tokens = batch_states(lmm, [place.layer for place in places.values()], batch)
-    return {name: place.sae.encode(tokens[place.layer]) for name, place in places.items()}
+    encoded = {name: place.sae.encode(tokens[place.layer]) for name, place in places.items()}
+    for name, latents in encoded.items():
+        require_finite_latents(latents, name)
+    return encoded
+
+
+def require_finite_latents(latents: Latents, name: str = "") -> None:
+    """Raise ValueError if an SAE gives activations that are NaN or infinite; its input is finite.
+
+    name: of the SAE.
+    """
+    if not bool(latents.acts.isfinite().all()):
+        raise ValueError(
+            f"the SAE{f' {name}' if name else ''} gives activations that are NaN or infinite: its weights hold such "
+            "numbers, or its products overflow; train it again with a lower lr, or load it in float32"
+        )
 
 
 def require_one_count(counts: set[int]) -> None:

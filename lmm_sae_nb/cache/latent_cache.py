@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from lmm_sae_nb.cache.sparse_store import STORE, LatentStore
+from lmm_sae_nb.cache.sparse_store import REMEDY, STORE, LatentStore
 from lmm_sae_nb.cache.top_images import Ranking
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
-from lmm_sae_nb.support.files import write_json
+from lmm_sae_nb.support.files import as_json, write_json
 from lmm_sae_nb.support.tensor_files import open_tensors, save_rows, shapes_in
 
 TENSORS, SHAPE, PARTIAL = "cache.safetensors", "cache.json", ".partial"
@@ -57,6 +57,7 @@ class LatentCache:
     grid: rows and columns of the base patches, or None.
     layer: 0-based.
     skipped: number to fault of the images that could not be read.
+    described: what cache.json repeats.
     """
 
     def __init__(self, folder: Path):
@@ -65,7 +66,8 @@ class LatentCache:
         names = {"top_images", "top_means", "patches", "frequency", "mean", "max"}
         if names - shapes.keys() or "cache" not in metadata:
             raise ValueError(f"{folder} is not a cache of activations; make it with notebooks/02_cache_activations.py")
-        described = json.loads(metadata["cache"])
+        self.described: dict[str, Any] = json.loads(metadata["cache"])
+        described = self.described
         self.images, self.layer = described["images"], described["layer"]
         self.grid = described["grid"] and tuple(described["grid"])
         self.skipped = {row["image"]: row["fault"] for row in described["skipped"]}
@@ -78,12 +80,30 @@ class LatentCache:
 
         Raises:
             FileNotFoundError: it is missing.
-            ValueError: it was cut short, or is something else.
+            ValueError: it was cut short, is damaged, or is something else.
         """
         folder = Path(folder)
-        if not (folder / SHAPE).is_file():
-            raise FileNotFoundError(f"{folder / SHAPE} is missing; run notebooks/02_cache_activations.py first")
-        return cls(folder)
+        for name in (SHAPE, TENSORS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name} is missing; run notebooks/02_cache_activations.py first")
+        try:
+            return cls(folder)
+        except ValueError as error:
+            raise ValueError(f"{error}: {REMEDY}") from error
+
+    @classmethod
+    def load_whole(cls, folder: Path) -> LatentCache:
+        """Open a cache of which every file is whole, the store too; write cache.json again if it alone is damaged.
+
+        Raises:
+            FileNotFoundError, ValueError: another file is missing or damaged.
+        """
+        cache = cls(folder)
+        if cache._stored:
+            cache.store.require_whole()
+        if not (folder / SHAPE).is_file() or (folder / SHAPE).read_bytes() != as_json(cache.described):
+            write_json(folder / SHAPE, cache.described)
+        return cache
 
     def top(self, latent: int) -> list[tuple[int, float]]:
         """Return the numbers of the latent's top images with their mean activations, the best first.
@@ -154,4 +174,4 @@ class LatentCache:
         """
         if not self._stored:
             raise FileNotFoundError(f"{self._folder} keeps no activations; make the cache with store='float16'")
-        return LatentStore(self._folder / STORE, self._patches)
+        return LatentStore(self._folder / STORE, self._patches, self.images)

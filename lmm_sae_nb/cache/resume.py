@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmm_sae_nb.cache.encode_images import require_one_count
+from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.cache.sparse_store import STORE, StoreWriter
 from lmm_sae_nb.cache.top_images import Ranking, firings, merged
 from lmm_sae_nb.sae.topk import Latents
@@ -97,22 +99,41 @@ def part_files(partial_folder: Path) -> list[Path]:
 
 
 def resume_or_clear(partial_folder: Path, key: dict[str, object]) -> None:
-    """Keep the state of a pass with this key; delete any other, and whatever a killed process left half written."""
-    path = partial_folder / KEY
-    clear_temporaries(partial_folder.parent, deep=True)
+    """Keep the state of a pass with this key; delete any other, and whatever a killed process left half written.
+
+    A part of the state that is damaged, or of whose store a file is missing or damaged, is deleted with a warning.
+    """
+    path, store = partial_folder / KEY, partial_folder / STORE
+    for folder in (partial_folder.parent, partial_folder.parent / STORE, partial_folder, store):
+        clear_temporaries(folder)
     if not path.is_file() or path.read_bytes() != as_json(key):
         shutil.rmtree(partial_folder, ignore_errors=True)
         write_json(path, key)
-    known = {name for part in part_files(partial_folder) for name in read_progress(part)["files"]}
-    for file in (partial_folder / STORE).glob("*"):
+    known = set()
+    for part in part_files(partial_folder):
+        try:
+            files = read_progress(part)["files"]
+            for name in files:
+                open_tensors(store / name)
+            known |= set(files)
+        except (FileNotFoundError, ValueError) as damage:
+            warnings.warn(f"the images of {part.name} are cached again: {damage}", stacklevel=3)
+            part.unlink()
+    for file in store.glob("*"):
         if file.name not in known:
             file.unlink()
 
 
-def is_whole(folder: Path, key: dict[str, object]) -> bool:
-    """Return whether the folder holds the whole cache of the pass with this key."""
+def whole_cache(folder: Path, key: dict[str, object]) -> LatentCache | None:
+    """Return the cache of the pass with this key if the folder holds all of it; None, with a warning if damaged."""
     path = folder / KEY
-    return path.is_file() and path.read_bytes() == as_json(key)
+    if not path.is_file() or path.read_bytes() != as_json(key):
+        return None
+    try:
+        return LatentCache.load_whole(folder)
+    except (FileNotFoundError, ValueError) as damage:
+        warnings.warn(f"the cache is made again: {damage}", stacklevel=3)
+        return None
 
 
 def write_pending(part: Path, n_latents: int, patches: int, store: str | None) -> list[str]:

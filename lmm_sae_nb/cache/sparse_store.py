@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from lmm_sae_nb.cache.top_images import Firings
-from lmm_sae_nb.support.tensor_files import open_tensors, save_rows
+from lmm_sae_nb.support.tensor_files import open_tensors, save_rows, shapes_in
 
 STORE = "store"  # the folder of these files, in the cache's folder
 FILE_BYTES = 2**26  # of entries in a file, about; they are held in memory before they are written
+REMEDY = "run notebooks/02_cache_activations.py again, it makes what is missing"
 VALUES = {"float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
 
@@ -68,10 +69,24 @@ class StoreWriter:
 
 
 class LatentStore:
-    """Read the files that `StoreWriter` wrote; they are opened when they are first used."""
+    """Read the files that `StoreWriter` wrote; they are opened, and their checksums checked, when they are first used.
 
-    def __init__(self, folder: str | Path, patches: int):
-        self._folder, self._patches = Path(folder), patches
+    folder: of the files.
+    patches: base tokens of an image.
+    images: how many the files must hold together.
+    """
+
+    def __init__(self, folder: str | Path, patches: int, images: int):
+        self._folder, self._patches, self._images = Path(folder), patches, images
+
+    def require_whole(self) -> None:
+        """Open all files.
+
+        Raises:
+            FileNotFoundError: there are none.
+            ValueError: a file is missing or damaged.
+        """
+        _ = self._files
 
     @cached_property
     def _files(self) -> list[dict[str, np.ndarray]]:
@@ -79,9 +94,17 @@ class LatentStore:
         files = []
         for file in sorted(self._folder.glob("[!.]*.safetensors")):
             with open_tensors(file) as tensors:
+                if missing := {"image", "start", "index", "value"} - set(shapes_in(tensors)):
+                    raise ValueError(f"{file} has no {', '.join(sorted(missing))}: it is no part of a store; {REMEDY}")
                 files.append({name: tensors.get_tensor(name).numpy() for name in ("image", "start", "index", "value")})
         if not files:
             raise FileNotFoundError(f"{self._folder} holds no stored activations; make the cache with store='float16'")
+        held = np.concatenate([file["image"] for file in files])
+        if len(held) != self._images or len(np.unique(held)) != len(held):
+            raise ValueError(
+                f"{self._folder} holds {len(np.unique(held)):,} images in {len(files)} files, the cache has "
+                f"{self._images:,}: files are missing or of another cache; {REMEDY}"
+            )
         return files
 
     def image(self, number: int) -> Firings:

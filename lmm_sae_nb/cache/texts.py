@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,14 +15,17 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from lmm_sae_nb.cache.encode_images import require_finite_latents
 from lmm_sae_nb.cache.top_images import Firings, Ranking
 from lmm_sae_nb.model.prompts import Prompt
-from lmm_sae_nb.model.samples import prompts, token_mask
+from lmm_sae_nb.model.sample_checks import check_samples
+from lmm_sae_nb.model.samples import data_fingerprint, prompts, token_mask
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents
 from lmm_sae_nb.support.progress import progress_bar
-from lmm_sae_nb.support.tensor_files import open_tensors, require_finite, save_tensors, shapes_in
+from lmm_sae_nb.support.stages import code_fingerprints
+from lmm_sae_nb.support.tensor_files import hash_of, open_tensors, require_finite, save_tensors, shapes_in
 
 TENSORS = "texts.safetensors"
 BITS = 20  # of a token's number in the vocabulary, and of its place in a text
@@ -47,7 +53,8 @@ def cache_texts(
     text tokens of highest activation; count for every kind of token on how many each latent is active.
 
     Text is all that the model reads as text: question, answer, and the words of the chat template. The result is
-    exact. Of equal ones the lower sample and place come first. Memory beside the model and a batch's own tensors:
+    exact. Of equal ones the lower sample and place come first. A whole result of the same code, model, SAE, samples and
+    arguments is not made again; a damaged one is, with a warning. Memory beside the model and a batch's own tensors:
     n_latents * (28 * n_top + 120) bytes.
 
     samples: rows with image (PIL or None), question, answer.
@@ -56,11 +63,16 @@ def cache_texts(
     folder: gets texts.safetensors.
 
     Raises:
-        ValueError: no samples, n_top < 1, or hidden states that are not finite.
+        ValueError: no samples, one that is wrong, n_top < 1, or hidden states or activations that are not finite.
+        UnreadableImage: a picture cannot be read; `readable` leaves such samples out.
     """
     lmm, sae, layer = place.lmm, place.sae, place.layer
     if not len(samples) or n_top < 1:
         raise ValueError(f"{len(samples)} samples, n_top {n_top}: there is nothing to rank; give at least one of each")
+    check_samples(samples, lmm)
+    key = _key(place, samples, n_top, batch_samples)
+    if (known := _known(Path(folder), key)) is not None:
+        return known
     texts, words = (Ranking.empty(sae.n_latents, n_top, 1) for _ in range(2))
     fired, tokens = torch.zeros(len(SAE_KINDS), sae.n_latents, dtype=torch.long), dict.fromkeys(SAE_KINDS, 0)
     batches, total = prompts(lmm, samples, range(len(samples)), batch_samples), -(-len(samples) // batch_samples)
@@ -70,6 +82,7 @@ def cache_texts(
             mask = token_mask(prompt, [kind])
             require_finite(hidden[mask], f"hidden states of layer {layer}, samples {first} to {first + len(mask) - 1}")
             latents = Latents(*(part.cpu() for part in sae.encode(hidden[mask])))
+            require_finite_latents(latents)
             fired[row] += torch.bincount(latents.indices[latents.acts > 0], minlength=sae.n_latents)
             tokens[kind] += len(latents.acts)
             if kind == "text":
@@ -78,9 +91,29 @@ def cache_texts(
     for name, ranking in {"texts": texts, "words": words}.items():
         top = ranking.ordered()
         tensors |= {name: torch.from_numpy(top["top_images"]), f"{name}_acts": torch.from_numpy(top["top_means"])}
-    described = {"layer": layer, "model": Path(lmm.name).name, "samples": len(samples), "tokens": tokens}
+    described = {"layer": layer, "model": Path(lmm.name).name, "samples": len(samples), "tokens": tokens, "key": key}
     save_tensors(Path(folder) / TENSORS, tensors, {"texts": json.dumps(described)})
     return TextCache.load(folder)
+
+
+def _key(place: SAEInPlace, samples: Sequence[Mapping], *settings: int) -> str:
+    """Return a hash of what a cache of texts is made from."""
+    lmm, sae = place.lmm, place.sae
+    made = [lmm.fingerprint(place.layer), place.layer, lmm.image_size, hash_of(sae.parameters()), sae.k]
+    made += [data_fingerprint(samples), settings, code_fingerprints([sys.modules[__name__]])]
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()
+
+
+def _known(folder: Path, key: str) -> TextCache | None:
+    """Return the cache of texts with this key; None, with a warning, if it is damaged."""
+    try:
+        cache = TextCache.load(folder)
+    except FileNotFoundError:
+        return None
+    except ValueError as damage:
+        warnings.warn(f"the cache of texts is made again: {damage}", stacklevel=3)
+        return None
+    return cache if cache.key == key else None
 
 
 def _rank(texts: Ranking, words: Ranking, latents: Latents, prompt: Prompt, mask: Tensor, first: int) -> None:
@@ -112,6 +145,7 @@ class TextCache:
     layer: 0-based.
     samples: how many were read.
     tokens: kind to the number of its tokens.
+    key: a hash of what it was made from.
     n_latents, n_top: of the SAE, and samples and tokens kept for each latent.
     fired: on how many tokens of each kind (in the order of `SAE_KINDS`) each latent is active.
     """
@@ -125,6 +159,7 @@ class TextCache:
             )
         described = json.loads(metadata["texts"])
         self.layer, self.samples, self.tokens = described["layer"], described["samples"], described["tokens"]
+        self.key = described.get("key", "")
         self.n_latents, self.n_top = shapes["texts"]
         self.fired: Int64[np.ndarray, "kinds latents"] = self._file.get_tensor("fired").numpy()
 

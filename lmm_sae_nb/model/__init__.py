@@ -2,5 +2,6 @@
 
 In reading order: `token_kinds` (what each token is), `prompts` (make a batch), `lmm` (load, run, generate), `crops`
 (run the vision tower no more than needed), `hooks` (read or rewrite a layer's output), `upper_layers` (run only what is
-above a layer), `samples` (training samples to prompts), `processor` (load a processor without video support).
+above a layer), `sample_checks` (open and check training samples), `samples` (read them, make prompts), `processor`
+(load a processor without video support).
 """

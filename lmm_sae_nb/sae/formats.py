@@ -6,7 +6,10 @@ Each is a folder of two files, a config and the weights. FORMATS says how each l
 
 from __future__ import annotations
 
+import math
 import pickle
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +19,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lmm_sae_nb.support.files import as_json, read_json, write_json, write_through
-from lmm_sae_nb.support.tensor_files import open_tensors, save_tensors
+from lmm_sae_nb.support.tensor_files import check_once, open_tensors, save_tensors
+
+NOT_WHOLE = (
+    RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+ROWS = 4096  # rows that are looked at at a time
 
 
 class SAEWeights(NamedTuple):
@@ -78,8 +86,9 @@ def read_sae(folder: str | Path, latents: Sequence[int] | None = None) -> SAEWei
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file was cut short; tensors are missing, unknown, or of other shapes than the config says; a
-            latent does not exist; or the folder holds another kind of SAE, several formats, or only folders of SAEs.
+        ValueError: a file was cut short or damaged; tensors are missing, unknown, of several dtypes, of other shapes
+            than the config says, or hold NaN or infinity; a latent does not exist; or the folder holds another kind of
+            SAE, several formats, or only folders of SAEs.
     """
     folder, settings = Path(folder), settings_of(folder)
     form = FORMATS[format_of(folder)]
@@ -91,6 +100,8 @@ def read_sae(folder: str | Path, latents: Sequence[int] | None = None) -> SAEWei
         _take(tensors[name], latents if n < 3 else None, transposed=name == form.transposed)
         for n, name in enumerate(form.names)
     )
+    for n, (name, tensor) in enumerate(zip(form.names, (*rows, b_dec), strict=True)):
+        _require_finite(f"{folder / form.weights}: {name}", tensor, latents if n < 3 else None, of_latents=n < 3)
     return _fold(SAEWeights(*rows, b_dec, settings.k), settings)
 
 
@@ -101,7 +112,8 @@ def write_sae(folder: str | Path, weights: SAEWeights, format: str = "sparsify")
     mixture.
 
     Raises:
-        ValueError: the format is unknown, shapes are wrong, dtypes differ, or the folder holds another format's SAE.
+        ValueError: the format is unknown, shapes are wrong, dtypes differ, weights hold NaN or infinity, or the folder
+            holds another format's SAE.
     """
     folder = Path(folder)
     if format not in FORMATS:
@@ -113,6 +125,8 @@ def write_sae(folder: str | Path, weights: SAEWeights, format: str = "sparsify")
     tensors = dict(zip(form.names, weights[:4], strict=True))
     tensors = {name: tensor.T if name == form.transposed else tensor for name, tensor in tensors.items()}
     _check(origin, form, settings, tensors)
+    for n, (name, tensor) in enumerate(zip(form.names, weights[:4], strict=True)):
+        _require_finite(f"{origin}: {name}", tensor, of_latents=n < 3)
     config = form.describe(weights)
     if (path := folder / form.config).is_file() and path.read_bytes() != as_json(config):
         path.unlink()
@@ -193,12 +207,38 @@ def _check(origin: str, form: Format, settings: Settings, tensors: Mapping) -> N
                 f"{origin}: {name} is {actual}, but {n_latents} latents of width {width} make it {shape}; take config "
                 "and weights from the same checkpoint"
             )
-    if more := tensors.keys() - set(shapes) - set(form.spare):
+    known = {*shapes, *form.spare, *(["k"] if isinstance(tensors.get("k"), Tensor) else [])}
+    if more := tensors.keys() - known:
         raise ValueError(f"{origin} also holds {', '.join(sorted(more))}, which a TopK SAE does not have; use another")
-    if "k" in tensors and int(tensors["k"]) != k:
+    if "k" in tensors and int(tensors["k"]) != k:  # a safetensors file has it in its header
         raise ValueError(f"{origin} has k {int(tensors['k'])}, {form.config} has k {k}; take both from one checkpoint")
-    if len(kinds := {str(tensors[name][:0].dtype).removeprefix("torch.") for name in shapes}) > 1:
-        raise ValueError(f"{origin} mixes {', '.join(sorted(kinds))}; bring all four tensors to one dtype")
+    dtypes = {name: str(tensors[name][:0].dtype).removeprefix("torch.") for name in shapes}
+    if len(set(dtypes.values())) > 1:
+        found = ", ".join(f"{name} is {dtype}" for name, dtype in dtypes.items())
+        raise ValueError(f"{origin} mixes dtypes: {found}; bring all four tensors to one")
+    if not next(iter(tensors[name][:0] for name in shapes)).dtype.is_floating_point:
+        raise ValueError(f"{origin} holds weights of dtype {dtypes[form.names[0]]}; expected floating-point numbers")
+
+
+def _require_finite(
+    origin: str, tensor: Tensor, latents: Sequence[int] | None = None, *, of_latents: bool = True
+) -> None:
+    """Raise ValueError if a tensor holds NaN or infinity, and name the latents.
+
+    latents: the numbers of its rows, by default from 0.
+    of_latents: its rows are latents.
+    """
+    parts = tensor.detach().split(ROWS) if len(tensor) else ()
+    if all(math.isfinite(float(part.sum(dtype=torch.float64))) for part in parts):  # quicker than to look at each
+        return
+    bad = torch.cat([~part.reshape(len(part), -1).isfinite().all(1) for part in parts])
+    rows = bad.nonzero().flatten().tolist()
+    rows = rows if latents is None else [latents[row] for row in rows]
+    named = ", ".join(map(str, rows[:10])) + (f" and {len(rows) - 10:,} more" if len(rows) > 10 else "")
+    raise ValueError(
+        f"{origin} holds NaN or infinity at {'latents' if of_latents else 'places'} {named}; the training that made it "
+        "went wrong, or the file is damaged: train or download it again"
+    )
 
 
 def _shape(tensor) -> tuple[int, ...]:
@@ -213,12 +253,19 @@ def _settings(path: Path, config: dict, expected: str, sizes: Callable[[dict], t
     more: further settings.
     """
     try:
-        settings = Settings(*map(int, sizes(config)), **more)
-    except (KeyError, TypeError, ValueError) as error:
+        settings = Settings(*map(_whole_number, sizes(config)), **more)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         keys = ", ".join(config) or "nothing"
         raise ValueError(f"{path} is no config of a TopK SAE ({error!r}); expected {expected}, found {keys}") from error
     _check_sizes(str(path), settings)
     return settings
+
+
+def _whole_number(value: object) -> int:
+    """Return a whole number as int; ValueError for a fraction, true, or a text."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise ValueError(f"{value!r} is no whole number")
+    return int(value)
 
 
 def _check_sizes(origin: str, settings: Settings) -> None:
@@ -268,8 +315,14 @@ def _sparsify_settings(path: Path, config: dict) -> Settings:
         path,
         config,
         "d_in, k and num_latents or expansion_factor",
-        lambda c: (c.get("num_latents") or c["d_in"] * c["expansion_factor"], c["d_in"], c["k"]),
+        lambda c: (c.get("num_latents") or _product(c["d_in"], c["expansion_factor"]), c["d_in"], c["k"]),
     )
+
+
+def _product(width: object, factor: object) -> float:
+    if not all(isinstance(number, int | float) for number in (width, factor)):
+        raise ValueError(f"d_in {width!r} times expansion_factor {factor!r} is no number")
+    return width * factor
 
 
 def _sparsify_config(weights: SAEWeights) -> dict:
@@ -290,7 +343,8 @@ def _sparsify_config(weights: SAEWeights) -> dict:
 
 
 def _saelens_settings(path: Path, config: dict) -> Settings:
-    version = str(config.get("sae_lens_version") or (config.get("metadata") or {}).get("sae_lens_version") or "unknown")
+    about = config.get("metadata") if isinstance(config.get("metadata"), dict) else {}
+    version = str(config.get("sae_lens_version") or about.get("sae_lens_version") or "unknown")
     if not version.split(".")[0].isdigit() or int(version.split(".")[0]) < 6:
         raise ValueError(f"{path} is of SAELens {version}, before 6; load it with sae-lens 6 and save it again")
     if "architecture" not in config:
@@ -330,11 +384,14 @@ def _saelens_config(weights: SAEWeights) -> dict:
 
 def _open_safetensors(path: Path) -> Mapping:
     file = open_tensors(path)
-    return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    rows = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    k = (file.metadata() or {}).get("k", "")
+    return rows | {"k": torch.tensor(int(k))} if k.isdecimal() else rows
 
 
-def _save_safetensors(path: Path, tensors: dict[str, Tensor], _: SAEWeights) -> None:
-    save_tensors(path, tensors, {"format": "pt"})
+def _save_safetensors(path: Path, tensors: dict[str, Tensor], weights: SAEWeights) -> None:
+    """Write the tensors with a checksum; k stands in the header, too, to notice a config of another SAE."""
+    save_tensors(path, tensors, {"format": "pt", "k": str(weights.k)})
 
 
 # dictionary_learning.
@@ -365,8 +422,9 @@ def _dictionary_learning_config(weights: SAEWeights) -> dict:
 def _open_pickled(path: Path) -> Mapping:
     """Map the tensors of a torch.save file into memory; no code in it is run (weights_only)."""
     try:
+        check_once(path, _require_whole_records)
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    except NOT_WHOLE as error:
         raise ValueError(
             f"{path} is not a whole file of tensors ({str(error).splitlines()[0]}): it was cut short, is something "
             "else, or holds objects that would have to be run; download it again or save its state_dict"
@@ -379,6 +437,13 @@ def _open_pickled(path: Path) -> Mapping:
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{path} holds no state_dict, that is names and tensors; save the dictionary's state_dict")
     return state
+
+
+def _require_whole_records(path: Path) -> None:
+    """Raise ValueError if a record of a torch.save file has a wrong checksum; torch writes them and does not check."""
+    with zipfile.ZipFile(path) as records:
+        if broken := records.testzip():
+            raise ValueError(f"the checksum of {broken} is wrong")
 
 
 def _save_pickled(path: Path, tensors: dict[str, Tensor], weights: SAEWeights) -> None:

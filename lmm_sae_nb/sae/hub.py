@@ -27,10 +27,11 @@ def fetch(
     revision, cache_dir, token, force_download, local_files_only: as of `huggingface_hub.snapshot_download`.
 
     Raises:
+        ValueError: the hookpoint leads out of the repository.
         FileNotFoundError: there is no SAE; the message lists the hookpoints that have one.
         huggingface_hub.errors.HfHubHTTPError: the hub refuses.
     """
-    root, inside = Path(name_or_path), PurePosixPath(hookpoint or "")
+    root, inside = Path(name_or_path), _inside(hookpoint)
     if isinstance(name_or_path, str) and not root.is_dir():
         files = [str(inside / file) for form in FORMATS.values() for file in (form.config, form.weights)]
         root = Path(
@@ -51,6 +52,14 @@ def fetch(
         where, others = f"at {hookpoint}" if hookpoint else "at its root", ", ".join(hookpoints) or "none"
         raise FileNotFoundError(f"{name_or_path} has no SAE {where}; hookpoints that hold one: {others}") from None
     return root / inside
+
+
+def _inside(hookpoint: str | None) -> PurePosixPath:
+    """Return a hookpoint as a path inside a repository; ValueError if it leads out of it."""
+    inside = PurePosixPath(hookpoint or "")
+    if inside.is_absolute() or ".." in inside.parts or "\\" in str(inside):
+        raise ValueError(f"{hookpoint!r} leads out of the repository; give a folder in it, such as 'model.layers.24'")
+    return inside
 
 
 def _hookpoints(name_or_path: str | Path, root: Path, revision: str | None, token: str | bool | None) -> list[str]:
@@ -87,10 +96,11 @@ def publish(
     private, token, branch, create_pr, commit_message: as of `huggingface_hub.HfApi`.
 
     Raises:
+        ValueError: the hookpoint leads out of the repository.
         ValueError, FileNotFoundError: as `read_sae`, before anything is sent.
         huggingface_hub.errors.HfHubHTTPError: the hub refuses.
     """
-    folder, form = Path(folder), FORMATS[format_of(folder)]
+    folder, form, hookpoint = Path(folder), FORMATS[format_of(folder)], str(_inside(hookpoint))
     text = card(folder, repo_id, hookpoint, base_model=base_model, dataset=dataset, license=license)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

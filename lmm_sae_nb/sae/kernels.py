@@ -86,7 +86,12 @@ def top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tens
 
     x: (tokens, width).
     W_enc, b_enc: (latents, width) and (latents,).
+    k: from 1 to the number of latents.
+
+    Raises:
+        ValueError: k is something else.
     """
+    require_k(k, len(W_enc))
     tokens = max(1, BLOCK // len(W_enc))
     dtype = _autocast_dtype(x)
     W = W_enc.to(dtype or W_enc.dtype).T
@@ -100,6 +105,12 @@ def top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tens
         arrays = _array(pre), _array(b_enc), k, part_acts.numpy(), part_indices.numpy()
         _in_parts(len(part), _range_size(len(part)), lambda *span, arrays=arrays: _loops().select(*arrays, *span))
     return acts, indices
+
+
+def require_k(k: int, n_latents: int) -> None:
+    """Raise ValueError unless k is a whole number from 1 to the number of latents; the compiled loops rely on it."""
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= n_latents:
+        raise ValueError(f"k is {k!r}, with {n_latents} latents; choose a whole number from 1 to {n_latents}")
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

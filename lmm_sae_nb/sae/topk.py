@@ -32,7 +32,12 @@ class Latents(NamedTuple):
     indices: Int64[Tensor, "*tokens k"]
 
     def top(self, k: int) -> Latents:
-        """Return the k highest latents of each token."""
+        """Return the k highest latents of each token.
+
+        Raises:
+            ValueError: there are fewer.
+        """
+        kernels.require_k(k, self.acts.shape[-1])
         top = self.acts.topk(k, dim=-1)
         return Latents(top.values, self.indices.gather(-1, top.indices))
 
@@ -105,6 +110,9 @@ def encode_topk(
     x: (tokens, width).
     k: active latents per token.
     among: the latents to choose from; by default all.
+
+    Raises:
+        ValueError: k is not from 1 to the number of latents to choose from.
     """
     return Latents(*_EncodeTopK.apply(x, W_enc, b_enc, b_dec, k, among))
 
@@ -152,8 +160,7 @@ class TopKSAE(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        if not 1 <= k <= n_latents:
-            raise ValueError(f"k is {k}, with {n_latents} latents; choose k from 1 to {n_latents}")
+        kernels.require_k(k, n_latents)
         self.k = k
         rows = F.normalize(torch.randn(n_latents, width, generator=generator), dim=1).to(dtype)
         self.W_enc = nn.Parameter(rows.clone())
@@ -194,7 +201,7 @@ class TopKSAE(nn.Module):
         k: active latents per token; by default the SAE's.
 
         Raises:
-            ValueError: x has another width than the SAE.
+            ValueError: x has another width than the SAE, or k is not from 1 to the number of latents.
         """
         k = self.k if k is None else k
         self.require_width(x.shape[-1])

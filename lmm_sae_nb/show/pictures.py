@@ -44,8 +44,8 @@ def picture_axes(count: int, columns: int = 4, *, lines: int = 2) -> list[Axes]:
     lines: of a title above each picture.
     """
     side = WIDTH / columns
-    columns = min(count, columns)
-    rows = -(-count // columns)
+    columns = min(max(count, 1), columns)
+    rows = max(1, -(-count // columns))
     _, axes = plt.subplots(rows, columns, figsize=(columns * side, rows * (side + lines * LINE)), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")

@@ -24,16 +24,21 @@ class FolderInUse(OSError):
 def hold(folder: str | Path) -> Iterator[None]:
     """Hold a folder while the body runs.
 
-    folder: it is made if it is missing.
+    folder: it is made if it is missing, and deleted afterwards if the body has written nothing into it.
 
     Raises:
         FolderInUse: another run holds it; the message says which and since when.
     """
-    lock = _acquired(Path(folder), LOCK)
+    folder = Path(folder)
+    is_new = not folder.exists()
+    lock = _acquired(folder, LOCK)
     try:
         yield
     finally:
         _release(lock)
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def keep(folder: str | Path) -> None:

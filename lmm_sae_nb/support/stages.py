@@ -20,8 +20,10 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from lmm_sae_nb.support import locks
 from lmm_sae_nb.support.files import (
     AGAIN,
+    checksum,
     fingerprint,
     parse_json,
     project_root,
@@ -130,17 +132,20 @@ class Stage:
 
         Raises:
             FileNotFoundError: an input is missing, because the step before has not run.
+            FolderInUse: the stage is not current, and another process is making it.
         """
         self._key = {"params": _plain(params), "inputs": _fingerprints(inputs), "code": dict(code or {})}
         self._started = time.monotonic()
         manifest, begun = self._record(MANIFEST), self._record(BEGUN)
         known = next((record for record in (manifest, begun) if self._agrees(record)), None)
-        failed = bool(manifest and self.metrics.get("replies_failed"))
-        self.is_current = known is not None and known is manifest and not failed
-        if self.is_current and manifest["outputs"] != self._outputs():
-            self.is_current = False
-        self._made = list(known["results"]) if known and not failed else []
+        finished = known is not None and known is manifest
+        damaged = self._damaged(manifest) if finished else set()
+        failed = finished and METRICS not in damaged and bool(self.metrics.get("replies_failed"))
+        self.is_current = finished and not failed and not damaged
+        made = known["results"] if known and not failed else []
+        self._made = [name for name in made if f"{name}.json" not in damaged]
         if not self.is_current:
+            locks.keep(self.folder)
             self.path(MANIFEST).unlink(missing_ok=True)  # first: from here on the folder is not whole
             for record in (manifest, begun):
                 for name in set(record.get("results", []) if record else []) - set(self._made):
@@ -161,9 +166,13 @@ class Stage:
             ValueError: the file is not of this kind, as after a hand's change.
         """
         file = self.path(f"{name}.json")
-        if name not in self._made or not file.is_file():
+        if name in self._made and not self.is_current:  # of a run that was killed: nobody has checked its files
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                return read_typed(file, kind)
+            self._made.remove(name)
+        if name not in self._made:
             if self.is_current:
-                raise ValueError(f"{file} is missing, though the stage is finished; delete {self.folder} and run again")
+                raise ValueError(f"{self.folder} is finished without {file.name}; delete the folder and run again")
             write_json(file, TypeAdapter(kind).dump_python(make(), mode="json"))
             self._made.append(name)
             self._note()
@@ -210,8 +219,9 @@ class Stage:
             "seconds": round(time.monotonic() - self._started, 3),
             "peak_memory_bytes": peak_memory(),
         }
-        write_json(self.path(MANIFEST), manifest)
+        write_json(self.path(MANIFEST), manifest, checked=True)
         self.is_current = True
+        locks.let_go(self.folder)
         return self.metrics
 
     def holds(self) -> bool:
@@ -243,10 +253,20 @@ class Stage:
         """Whether a record is of this key; one of an older version, which lists no results, is not."""
         return record is not None and "results" in record and all(record.get(k) == v for k, v in self._key.items())
 
-    def _outputs(self) -> dict[str, int]:
-        """Every file of the stage but the manifest and half-written (dot) files, with its size in bytes."""
+    def _outputs(self) -> dict[str, str]:
+        """Every file of the stage but the manifest and half-written (dot) files, with its size and checksum."""
         files = (file for file in sorted(self.folder.rglob("[!.]*")) if file.is_file() and file.name != MANIFEST)
-        return {file.relative_to(self.folder).as_posix(): file.stat().st_size for file in files}
+        return {
+            file.relative_to(self.folder).as_posix(): f"{file.stat().st_size} bytes, crc32 {checksum(file)}"
+            for file in files
+        }
+
+    def _damaged(self, manifest: dict) -> set[str]:
+        """The files that are missing, new or other than when the stage was finished."""
+        recorded = manifest.get("outputs")
+        recorded = recorded if isinstance(recorded, dict) else {}
+        actual = self._outputs()
+        return {name for name in recorded.keys() | actual.keys() if recorded.get(name) != actual.get(name)}
 
 
 class Page:

@@ -7,7 +7,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,26 +128,32 @@ def open_tensors(path: str | Path) -> safe_open:
             f"{path} is not a whole safetensors file ({error}): it was cut short or is something else; "
             "make it or download it again"
         ) from error
-    _require_whole(path)
+    check_once(path, _require_whole)
     return file
+
+
+def check_once(path: Path, check: Callable[[Path], None]) -> None:
+    """Call `check`, which raises if the file is damaged, unless this process has done so for the file as it is now."""
+    stat = path.stat()
+    state = path.absolute(), stat.st_ino, stat.st_size, stat.st_mtime_ns
+    if state not in _whole:
+        check(path)
+        _whole.add(state)
 
 
 def _require_whole(path: Path) -> None:
     """Raise ValueError if a file has a checksum in its header and another one in fact."""
-    stat = path.stat()
-    if (state := (path.absolute(), stat.st_ino, stat.st_size, stat.st_mtime_ns)) in _whole:
-        return
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         head = file.read(length)
         at = head.find(MARK)
-        if at >= 0:
-            at += len(MARK)
-            blank = head[:at] + BLANK.encode() + head[at + len(BLANK) :]
-            digest = zlib.crc32(blank, zlib.crc32(struct.pack("<Q", length)))
-            if f"{crc_of(file, digest):08x}".encode() != head[at : at + len(BLANK)]:
-                raise ValueError(f"{path} is damaged: its checksum is not that of what was written; make it again")
-    _whole.add(state)
+        if at < 0:  # another library wrote it
+            return
+        at += len(MARK)
+        blank = head[:at] + BLANK.encode() + head[at + len(BLANK) :]
+        digest = zlib.crc32(blank, zlib.crc32(struct.pack("<Q", length)))
+        if f"{crc_of(file, digest):08x}".encode() != head[at : at + len(BLANK)]:
+            raise ValueError(f"{path} is damaged: its checksum is not that of what was written; make it again")
 
 
 def shapes_in(file: safe_open) -> dict[str, tuple[int, ...]]:

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import re
-import shutil
-import uuid
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from lmm_sae_nb.support.files import TEMPORARY, clear_temporaries, read_json, sync, sync_folder, write_json
-from lmm_sae_nb.support.tensor_files import save_tensors
+from lmm_sae_nb.support.files import (
+    checksum,
+    clear_temporaries,
+    free_bytes,
+    in_units,
+    read_json,
+    sync,
+    sync_folder,
+    temporary_name,
+    write_json,
+)
+from lmm_sae_nb.support.tensor_files import open_tensors, save_tensors
 
 STATE, TENSORS, OPTIMISER = "state.json", "tensors.safetensors", "optimiser.pt"
+SUMS = "checksums"  # in the state: of the optimiser's file
 
 
 class Checkpoint(NamedTuple):
@@ -34,7 +42,7 @@ class Checkpoint(NamedTuple):
 
 
 def save(folder: str | Path, step: int, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint folder/<step>, then delete the older ones.
+    """Write the checkpoint folder/<step> with checksums, then delete the older ones.
 
     It is written under another name and renamed, so a kill at any moment leaves the last good checkpoint. For a
     while the disk holds two.
@@ -44,37 +52,69 @@ def save(folder: str | Path, step: int, checkpoint: Checkpoint) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{step}.{uuid.uuid4().hex}{TEMPORARY}"
+    temporary = temporary_name(folder / str(step))
     try:
         save_tensors(temporary / TENSORS, checkpoint.tensors)
         torch.save(checkpoint.optimiser, temporary / OPTIMISER)
-        write_json(temporary / STATE, checkpoint.state)
+        sums = {OPTIMISER: checksum(temporary / OPTIMISER)}  # that of the tensors is in their file
+        write_json(temporary / STATE, checkpoint.state | {SUMS: sums}, checked=True)
         sync_folder(temporary)
         temporary.replace(folder / str(step))
         sync(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError) as error:
         clear_temporaries(folder)
         needed = _bytes(checkpoint.tensors) + _bytes(checkpoint.optimiser)
         raise OSError(
-            f"{folder}: the checkpoint of step {step} could not be written ({error}); it needs {needed:,} bytes, "
-            f"{shutil.disk_usage(folder).free:,} are free. Make room and run again: training continues from "
+            f"{folder}: the checkpoint of step {step} could not be written ({error}); it needs {in_units(needed)}, "
+            f"{in_units(free_bytes(folder))} are free. Make room and run again: training continues from "
             f"{_last(folder)}"
         ) from error
     for older in _steps(folder)[:-1]:
-        (folder / str(older)).replace(folder / f".{older}{TEMPORARY}")
+        (folder / str(older)).replace(temporary_name(folder / str(older)))
     clear_temporaries(folder)
 
 
 def load(folder: str | Path) -> Checkpoint | None:
-    """Load the newest checkpoint onto the CPU; None if there is none."""
-    steps = _steps(Path(folder))
-    if not steps:
-        return None
-    newest = Path(folder) / str(steps[-1])
+    """Load the newest whole checkpoint onto the CPU; None if there is none at all.
+
+    A kill can leave two checkpoints. If the newer one is damaged, the older one is taken, with a warning.
+
+    Raises:
+        ValueError: every checkpoint is damaged; the message names the files.
+    """
+    folder, faults = Path(folder), []
+    for step in reversed(_steps(folder)):
+        try:
+            loaded = _read(folder / str(step))
+        except (OSError, ValueError) as error:
+            faults.append(str(error))
+            continue
+        for fault in faults:
+            warnings.warn(f"{fault}: training continues from step {step}", stacklevel=2)
+        return loaded
+    if faults:
+        raise ValueError(
+            f"the checkpoint is damaged: {'; '.join(faults)}. Restore it from a backup, or delete {folder} to train "
+            "from the beginning"
+        )
+    return None
+
+
+def _read(folder: Path) -> Checkpoint:
+    """Read a checkpoint; OSError or ValueError if a file is missing, damaged, or of an older version."""
+    path = folder / STATE
+    state = read_json(path)
+    sums = state.pop(SUMS, None)
+    if sums is None:
+        raise ValueError(f"{path} has no checksums: an older version wrote it")
+    for name, expected in sums.items():
+        if checksum(folder / name) != expected:
+            raise ValueError(f"{folder / name} was cut short or damaged")
+    tensors = open_tensors(folder / TENSORS)
     return Checkpoint(
-        read_json(newest / STATE),
-        load_file(newest / TENSORS),
-        torch.load(newest / OPTIMISER, map_location="cpu", weights_only=True),
+        state,
+        {name: tensors.get_tensor(name) for name in tensors.keys()},  # noqa: SIM118
+        torch.load(folder / OPTIMISER, map_location="cpu", weights_only=True),
     )
 
 
@@ -82,7 +122,7 @@ def remove(folder: str | Path) -> None:
     """Delete a folder of checkpoints at once, and the files that killed processes left beside it."""
     folder = Path(folder)
     if folder.is_dir():
-        folder.replace(folder.with_name(f".{folder.name}.{uuid.uuid4().hex}{TEMPORARY}"))
+        folder.replace(temporary_name(folder))
     clear_temporaries(folder.parent)
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from lmm_sae_nb.model.sample_checks import check_samples
 from lmm_sae_nb.model.samples import prompts, token_mask
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.model.upper_layers import UpperLayers, above_each
@@ -53,8 +54,9 @@ def evaluate_saes(
     losses: without them nothing above the highest layer runs.
 
     Raises:
-        ValueError: there are no samples or SAEs, the SAEs are of several models, tokens do not vary, or hidden states
-            are not finite.
+        ValueError: there are no samples or SAEs, a sample is wrong, the SAEs are of several models, tokens do not vary,
+            or hidden states are not finite.
+        UnreadableImage: a picture cannot be read; `readable` leaves such samples out.
     """
     if not len(samples):
         raise ValueError("no held-out samples to evaluate on; give at least one")
@@ -62,6 +64,7 @@ def evaluate_saes(
     if len(models) != 1:
         raise ValueError(f"the SAEs are of {len(models)} models; evaluate those of one model at a time, at least one")
     (lmm,) = models.values()
+    check_samples(samples, lmm)
     counts = {name: _Counts(place, kinds) for name, place in places.items()}
     layers, clean = sorted({place.layer for place in places.values()}), []
     batches = prompts(lmm, samples, range(len(samples)), batch_samples)

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from datasets import load_from_disk
 
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.sample_checks import open_samples
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.files import read_json, write_json
 from lmm_sae_nb.train.training import HISTORY, TrainResult, train_sae
@@ -35,7 +35,7 @@ def job(model: str | Path, dataset: str | Path, layer: int, **settings) -> Train
     """
     here = PartialState(cpu=not torch.cuda.is_available())
     lmm = LMM.load(Path(model) if Path(model).is_dir() else str(model), device=here.device)
-    return train_sae(lmm, load_from_disk(dataset), layer, **settings)
+    return train_sae(lmm, open_samples(dataset), layer, **settings)
 
 
 def launch(
@@ -86,7 +86,9 @@ def launch(
         if running.returncode:
             errors.seek(0)
             raise RuntimeError(f"training in {processes} processes failed: {error or errors.read()[-2000:]}")
-    return TrainResult(TopKSAE.load(folder), read_json(Path(folder) / HISTORY)["rows"])
+    record = read_json(Path(folder) / HISTORY)
+    skipped = {int(number): fault for number, fault in record.get("skipped", {}).items()}
+    return TrainResult(TopKSAE.load(folder), record["rows"], skipped)
 
 
 def _send(**message) -> None:

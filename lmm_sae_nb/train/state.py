@@ -16,6 +16,7 @@ from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.train import checkpoint
 from lmm_sae_nb.train.checkpoint import Checkpoint
+from lmm_sae_nb.train.sample_parts import LeftOut
 from lmm_sae_nb.train.token_buffer import Position
 
 FREEZES = {"": None, "encoder": "W_enc", "decoder": "W_dec"}  # what a recipe can freeze, and the weights
@@ -80,12 +81,14 @@ class Learner:
 class Training:
     """The state of a training, which a checkpoint holds.
 
+    left_out: the samples that cannot be read.
     seconds: time spent on the steps, without the time lost between a checkpoint and a kill.
     clock: the moment up to which `seconds` counts; not part of a checkpoint.
     """
 
     learners: dict[str, Learner]
     position: Position
+    left_out: LeftOut
     step: int = 0
     seconds: float = 0.0
     clock: float = field(default_factory=time.monotonic)
@@ -109,7 +112,7 @@ class Training:
         """
         histories = {name: learner.history for name, learner in self.learners.items()}
         state = {"run": self.run, "position": self.position._asdict(), "histories": histories}
-        state |= {"step": self.step, "seconds": self.seconds}
+        state |= {"step": self.step, "seconds": self.seconds, **self.left_out.record()}
         tensors = {f"{name}/silent": learner.silent for name, learner in self.learners.items()}
         for name, learner in self.learners.items():
             weights = learner.sae.state_dict()

@@ -46,6 +46,7 @@ def do_steps(
     bar = progress_bar(total=steps, initial=training.step, desc="training", disable=not main)
     while training.step < steps:
         values = _step(training, batches, accelerator, run)
+        training.left_out.gather(accelerator)
         training.count_time()
         bar.update()
         if training.step % log_every == 0 or training.step == steps:

@@ -13,14 +13,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from datasets import IterableDataset
 from jaxtyping import Float
 from torch import Tensor
 
 from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.model.samples import prompts, token_mask
+from lmm_sae_nb.model.samples import as_prompt, require_choice, token_mask
+from lmm_sae_nb.support.images import UnreadableImage
 from lmm_sae_nb.support.tensor_files import require_finite
+from lmm_sae_nb.train.sample_parts import LeftOut, ShuffledParts, StreamedParts
 
-EPOCH, BLOCK = 1, 2  # part of the seed, so that the two kinds of shuffle get different random numbers
+BLOCK = 2  # part of the seed, so that samples and tokens are shuffled by different random numbers
 
 
 class Position(NamedTuple):
@@ -42,43 +45,63 @@ START = Position()
 
 
 class Stream:
-    """The hidden states of the chosen tokens, part by part, epoch after epoch, in a new random order each epoch.
+    """The hidden states of the chosen tokens, part by part, epoch after epoch.
 
     lmm: computes the hidden states.
-    samples: rows with `image`, `question` and `answer`.
+    samples: rows with `image`, `question` and `answer`, in a new random order each epoch; or a data stream, in its
+        own order.
     layers: one or several, 0-based; their states stand side by side.
     kinds: kinds of token to keep.
     seed: of the order of samples.
     batch: samples per part.
+    unreadable: "skip" leaves out samples whose picture cannot be read; "refuse" stops there.
+    left_out: samples that are left out from the beginning; those that are found later are added.
     """
 
     def __init__(
         self,
         lmm: LMM,
-        samples: Sequence[Mapping],
+        samples: Sequence[Mapping] | IterableDataset,
         layers: int | Sequence[int],
         kinds: Sequence[str],
         seed: int,
         batch: int,
+        unreadable: str = "refuse",
+        left_out: LeftOut | None = None,
     ):
-        self.lmm, self.samples, self.kinds, self.seed, self.batch = lmm, samples, kinds, seed, batch
+        require_choice(unreadable)
+        self.lmm, self.kinds, self.unreadable = lmm, kinds, unreadable
+        self.left_out = left_out or LeftOut(samples, {}, removed=False)
         self.layers = sorted({layers} if isinstance(layers, int) else set(layers))
-        self.parts_an_epoch = -(-len(samples) // batch)
+        streams = isinstance(samples, IterableDataset)
+        self._parts = StreamedParts(samples, batch) if streams else ShuffledParts(samples, batch, seed, self.left_out)
+        self.parts_an_epoch = self._parts.parts_an_epoch
 
     def __call__(self, part: int) -> Float[Tensor, "tokens states"]:
         """Compute part n, (tokens, layers * width), in the model's dtype.
 
         Raises:
-            ValueError: a hidden state is not finite.
+            ValueError: a sample is wrong, all are unreadable, or a hidden state is not finite.
+            UnreadableImage: a picture cannot be read, with "refuse".
+            OSError: files of the samples cannot be read.
         """
-        epoch, place = divmod(part, self.parts_an_epoch)
-        order = np.random.default_rng((self.seed, EPOCH, epoch)).permutation(len(self.samples))
-        wanted = order[place * self.batch : (place + 1) * self.batch].tolist()
-        (prompt,) = prompts(self.lmm, self.samples, wanted, self.batch)
+        rows = {}
+        for number, read in self._parts(part):
+            try:
+                rows[number] = read()
+            except UnreadableImage as fault:
+                if not getattr(self._parts, "epoch", 0):  # in later epochs a data stream has other numbers
+                    self.left_out.add(number, fault)
+                if self.unreadable == "refuse":
+                    raise
+        if not rows:
+            width = len(self.layers) * self.lmm.width
+            return torch.empty(0, width, dtype=self.lmm.model.dtype, device=self.lmm.device)
+        prompt = as_prompt(self.lmm, rows)
         hidden, mask = self.lmm.hidden_states(prompt, self.layers), token_mask(prompt, self.kinds)
         tokens = {layer: hidden.pop(layer)[mask] for layer in self.layers}
         for layer, states in tokens.items():
-            require_finite(states, f"hidden states of layer {layer}, samples {', '.join(map(str, wanted))}")
+            require_finite(states, f"hidden states of layer {layer}, samples {', '.join(map(str, rows))}")
         return torch.cat(list(tokens.values()), 1)
 
     def by_layer(self, tokens: Float[Tensor, "tokens states"]) -> dict[int, Float[Tensor, "tokens width"]]:

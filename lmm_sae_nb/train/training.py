@@ -10,42 +10,57 @@ import importlib.util
 import itertools
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from datasets import IterableDataset
 from torch import Tensor
 
 from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.model.samples import data_fingerprint
+from lmm_sae_nb.model.sample_checks import check_samples
+from lmm_sae_nb.model.samples import data_fingerprint, require_choice
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.adam import SAEAdam
 from lmm_sae_nb.sae.losses import geometric_median
 from lmm_sae_nb.sae.topk import HISTORY, TopKSAE
-from lmm_sae_nb.support.files import clear_temporaries, read_json, write_json
+from lmm_sae_nb.support.files import clear_temporaries, read_json, temporaries, write_json
+from lmm_sae_nb.support.images import UnreadableImage
+from lmm_sae_nb.support.locks import hold
 from lmm_sae_nb.support.stages import code_fingerprints
 from lmm_sae_nb.train import checkpoint
+from lmm_sae_nb.train.checkpoint import Checkpoint
+from lmm_sae_nb.train.sample_parts import LeftOut
 from lmm_sae_nb.train.state import FREEZES, Learner, Recipe, Training, joined_settings
 from lmm_sae_nb.train.steps import CHECKPOINTS, do_steps, gathered
 from lmm_sae_nb.train.token_buffer import Position, Stream, mixed
 
 LOGS = "logs"  # the folder of a tracker's files
+REFUSED = "unreadable.json"  # beside the checkpoint: the samples that made a run stop
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 
 
 class TrainResult(NamedTuple):
-    """A trained SAE and its history, one row every few steps, with the columns of `steps.ROW`."""
+    """A trained SAE.
+
+    history: one row every few steps, with the columns of `steps.ROW`.
+    skipped: number of a sample that could not be read to the name and fault of its picture.
+    """
 
     sae: TopKSAE
     history: list[dict[str, float]]
+    skipped: Mapping[int, str] = MappingProxyType({})
 
 
 def train_sae(
     lmm: LMM,
-    samples: Sequence[Mapping],
+    samples: Sequence[Mapping] | IterableDataset,
     layer: int,
     *,
     n_latents: int = 131_072,
@@ -59,7 +74,7 @@ def train_sae(
     """Train an SAE on the output of one decoder layer, and save it and its history in `folder`.
 
     lmm: the model under study; it does not change.
-    samples: rows with `image` (PIL or None), `question` and `answer`.
+    samples: as of `train_saes`.
     layer: 0-based.
     n_latents, k, lr, frozen: as of `Recipe`.
     on_log: called with all rows of the history so far, after each new row.
@@ -72,7 +87,7 @@ def train_sae(
 
 def train_saes(
     lmm: LMM,
-    samples: Sequence[Mapping],
+    samples: Sequence[Mapping] | IterableDataset,
     recipes: Mapping[str, Recipe],
     *,
     steps: int,
@@ -86,6 +101,7 @@ def train_saes(
     batch_samples: int = 16,
     warm_steps: int | None = None,
     mixed_precision: str = "no",
+    unreadable: str = "refuse",
     folder: str | Path,
     checkpoint_minutes: float = 10.0,
     tracker: str = "none",
@@ -99,9 +115,13 @@ def train_saes(
 
     Call again with the same arguments to continue after a kill: training goes on from the last checkpoint, and on one
     CPU process ends with the same bits. At the end the checkpoint is deleted, and each history.json records what was
-    trained, so the same call returns the finished SAEs.
+    trained, so the same call returns the finished SAEs. If their files are damaged, they are trained again.
 
-    samples: rows with `image` (PIL or None), `question` and `answer`.
+    Samples whose picture cannot be read can be left out. A training that stopped at one goes on when it is called with
+    "skip". It also goes on with the same order if exactly the rows that it left out are then taken out of the data.
+
+    samples: rows with `image` (PIL or None), `question` and `answer`, as `check_samples` says. A data stream
+        (IterableDataset) is read in its own order; its rows are checked as they come.
     recipes: by name; a name is its folder's.
     steps: optimiser steps.
     batch_tokens: tokens per batch, over all processes.
@@ -115,6 +135,7 @@ def train_saes(
     batch_samples: samples per forward pass of the model.
     warm_steps: steps of warm-up; by default 5 % of all.
     mixed_precision: "no", or "bf16" (autocast; weights stay float32).
+    unreadable: "skip" leaves out samples whose picture cannot be read, and names them in the result; "refuse" stops.
     folder: for the SAEs and the checkpoint, which takes up to six times the SAEs' size.
     checkpoint_minutes: minutes between checkpoints.
     tracker: one of TRACKERS.
@@ -122,18 +143,23 @@ def train_saes(
     on_log: called with the histories so far, by name, after each new row.
 
     Raises:
-        ValueError: there are no samples or recipes, a name is no folder's, hidden states or a loss are not finite, or
-            the checkpoint is of another run.
+        ValueError: there are no samples or recipes, a sample is wrong, a name is no folder's, hidden states or a loss
+            are not finite, the checkpoint is damaged, or it is of another run.
+        UnreadableImage: a picture cannot be read, with "refuse".
         ModuleNotFoundError: the tracker is not installed.
         OSError: samples cannot be read, or the disk is full. The last good checkpoint stays.
+        FolderInUse: another run trains into this folder.
     """
-    if min(len(samples), len(recipes), steps, accumulate) < 1:
+    check_samples(samples, lmm)
+    streams = isinstance(samples, IterableDataset)
+    if min(1 if streams else len(samples), len(recipes), steps, accumulate) < 1:
         raise ValueError(
-            f"{len(samples)} samples, {len(recipes)} recipes, {steps} steps of {accumulate} batches: there is nothing "
-            "to train on; give at least one of each"
+            f"{'a stream of' if streams else len(samples)} samples, {len(recipes)} recipes, {steps} steps of "
+            f"{accumulate} batches: there is nothing to train on; give at least one of each"
         )
     if wrong := [name for name in recipes if name in (CHECKPOINTS, LOGS) or not re.fullmatch(r"(\w[\w.+-]*)?", name)]:
         raise ValueError(f"{wrong} cannot name SAEs: a name is also a folder's; use letters, digits and _ . + -")
+    require_choice(unreadable)
     shared = {
         "steps": steps, "batch_tokens": batch_tokens, "accumulate": accumulate, "kinds": list(kinds), "seed": seed,
         "auxk_alpha": auxk_alpha, "dead_after_tokens": dead_after_tokens,
@@ -144,24 +170,47 @@ def train_saes(
     runs = {name: shared | recipe.run(lmm) for name, recipe in recipes.items()}
     folder = Path(folder)
     accelerator = _accelerator(lmm, mixed_precision, accumulate, tracker, folder)
-    try:
-        if done := _finished(folder, runs, accelerator):
-            return {name: TrainResult(one.sae.to(lmm.device), one.history) for name, one in done.items()}
+    with ExitStack() as after:
+        after.callback(AcceleratorState._reset_state)  # so that another precision, or a launcher, may follow
+        after.callback(lambda: [each.finish() for each in accelerator.trackers])
+        done = _finished(folder, runs, unreadable)
+        leftovers = _leftovers(folder, runs)
+        accelerator.wait_for_everyone()  # nobody clears before all have looked
+        if not done or leftovers:
+            if accelerator.is_main_process:
+                after.enter_context(hold(folder))
+                _clear(folder, runs)
+            accelerator.wait_for_everyone()  # nobody reads a checkpoint before leftovers are cleared
+            done = done or _finished(folder, runs, unreadable)  # another run may have held the folder until now
+        if done:
+            if accelerator.is_main_process and (folder / CHECKPOINTS).exists():
+                checkpoint.remove(folder / CHECKPOINTS)
+            return {name: one._replace(sae=one.sae.to(lmm.device)) for name, one in done.items()}
         if tracker != "none":
             accelerator.init_trackers(
                 "lmm-sae-nb", {name: _plain(value) for name, value in joined_settings(runs).items()}
             )
-        stream = Stream(lmm, samples, [recipe.layer for recipe in recipes.values()], kinds, seed, batch_samples)
-        training, batches = _begin(lmm, stream, accelerator, runs, folder)
-        do_steps(training, batches, accelerator, shared, folder, checkpoint_minutes, log_every, on_log)
+        saved = checkpoint.load(folder / CHECKPOINTS)
+        left_out = LeftOut(samples, {}, removed=False)
+        if saved:
+            record = _record_of(saved, folder / CHECKPOINTS / REFUSED, shared["samples"])
+            runs = {name: _of_record(run, record) for name, run in runs.items()}
+            _require_same(saved.state["run"], joined_settings(runs), folder / CHECKPOINTS)
+            left_out = _left_out(samples, shared["samples"], record, unreadable, folder / CHECKPOINTS)
+        layers = [recipe.layer for recipe in recipes.values()]
+        stream = Stream(lmm, samples, layers, kinds, seed, batch_samples, unreadable, left_out)
+        training, batches = _begin(lmm, stream, accelerator, runs, saved)
+        try:
+            do_steps(training, batches, accelerator, shared, folder, checkpoint_minutes, log_every, on_log)
+        except UnreadableImage:
+            if (folder / CHECKPOINTS).is_dir():
+                write_json(folder / CHECKPOINTS / REFUSED, left_out.record(), checked=True)
+            raise
         if accelerator.is_main_process:
             _finish(training, folder)
         accelerator.wait_for_everyone()
-    finally:
-        for each in accelerator.trackers:
-            each.finish()
-        AcceleratorState._reset_state()  # so that another precision, or a launcher, may follow in this process
-    return {name: TrainResult(learner.sae, learner.history) for name, learner in training.learners.items()}
+    faults = dict(sorted(left_out.faults.items()))
+    return {name: TrainResult(learner.sae, learner.history, faults) for name, learner in training.learners.items()}
 
 
 def _accelerator(lmm: LMM, mixed_precision: str, accumulate: int, tracker: str, folder: Path) -> Accelerator:
@@ -194,18 +243,15 @@ def _plain(value: object) -> object:
 
 
 def _begin(
-    lmm: LMM, stream: Stream, accelerator: Accelerator, runs: Mapping[str, Mapping], folder: Path
+    lmm: LMM, stream: Stream, accelerator: Accelerator, runs: Mapping[str, Mapping], saved: Checkpoint | None
 ) -> tuple[Training, Iterator[tuple[dict[int, Tensor], Position]]]:
     """Return the training as its last checkpoint left it, or before its first step, and the batches that follow."""
-    saved = checkpoint.load(folder / CHECKPOINTS)
-    if saved:
-        _require_same(saved.state["run"], joined_settings(runs), folder / CHECKPOINTS)
     start = Position(**saved.state["position"]) if saved else Position()
     any_run = next(iter(runs.values()))
     sizes = {name: any_run[name] for name in ("buffer_tokens", "batch_tokens", "seed")}
     batches = mixed(stream, stream.parts_an_epoch, accelerator, **sizes, start=start)
     batches = ((stream.by_layer(tokens), position) for tokens, position in batches)
-    training = Training({name: _learner(lmm, run, accelerator) for name, run in runs.items()}, start)
+    training = Training({name: _learner(lmm, run, accelerator) for name, run in runs.items()}, start, stream.left_out)
     if saved:
         training.load(saved)
     else:
@@ -237,33 +283,85 @@ def _require_same(saved: Mapping, run: Mapping, folder: Path) -> None:
         )
 
 
+def _record_of(saved: Checkpoint, refused: Path, fingerprint: str) -> Mapping:
+    """Return what a checkpoint says of the samples that it left out, together with those at which the run then stopped
+    if exactly these have been taken out since.
+
+    refused: the file that names the latter.
+    fingerprint: of the samples as they are now.
+    """
+    with suppress(FileNotFoundError, ValueError):
+        if (record := read_json(refused)).get("samples_left") == fingerprint:
+            return saved.state | record
+    return saved.state
+
+
+def _of_record(run: Mapping, record: Mapping) -> dict:
+    """Return a run as its record has it if its data are those of the record without the rows that it left out."""
+    removed = record.get("samples_left") == run["samples"]
+    return {**run, "samples": record["run"]["samples"]} if removed else dict(run)
+
+
+def _left_out(
+    samples: Sequence[Mapping] | IterableDataset, fingerprint: str, record: Mapping, unreadable: str, path: Path
+) -> LeftOut:
+    """Return the samples that a record says were left out.
+
+    fingerprint: of the samples.
+
+    Raises:
+        ValueError: they are still among the samples, and are to be refused.
+    """
+    faults = {int(number): fault for number, fault in record.get("skipped", {}).items()}
+    removed = bool(faults) and fingerprint != record["run"]["samples"]
+    if faults and not removed and unreadable == "refuse":
+        number, fault = next(iter(faults.items()))
+        raise ValueError(
+            f"{path} left out {len(faults)} samples that cannot be read, the first is {number} ({fault}); take these "
+            "rows out, or leave them out (unreadable: skip)"
+        )
+    return LeftOut(samples, faults, removed)
+
+
 def _finish(training: Training, folder: Path) -> None:
     """Write each SAE, then its history; then delete the checkpoint. After a kill in between the next call resumes."""
     for name, learner in training.learners.items():
         (folder / name / HISTORY).unlink(missing_ok=True)
         learner.sae.save(folder / name)
-        write_json(folder / name / HISTORY, {"rows": learner.history, "run": learner.run, "code": _code()})
-    _clear(folder, training.learners)
+        record = {"rows": learner.history, "run": learner.run, "code": _code(), **training.left_out.record()}
+        write_json(folder / name / HISTORY, record, checked=True)
+    checkpoint.remove(folder / CHECKPOINTS)
 
 
-def _finished(folder: Path, runs: Mapping[str, Mapping], accelerator: Accelerator) -> dict[str, TrainResult] | None:
-    """Return the SAEs if this code has finished exactly these runs before; otherwise None."""
-    paths = {name: folder / name / HISTORY for name in runs}
-    if not all(path.is_file() for path in paths.values()):
-        return None
-    records = {name: read_json(path) for name, path in paths.items()}
-    if any((records[name].get("run"), records[name].get("code")) != (run, _code()) for name, run in runs.items()):
-        return None
-    if accelerator.is_main_process:
-        _clear(folder, runs)
-    return {name: TrainResult(TopKSAE.load(folder / name), records[name]["rows"]) for name in runs}
+def _finished(folder: Path, runs: Mapping[str, Mapping], unreadable: str) -> dict[str, TrainResult] | None:
+    """Return the SAEs if this code has finished exactly these runs before and their files are whole; otherwise None."""
+    found = {}
+    for name, run in runs.items():
+        path = folder / name / HISTORY
+        if not path.is_file():
+            return None
+        try:
+            record = read_json(path)
+            if (record.get("run"), record.get("code")) != (_of_record(run, record), _code()):
+                return None
+            sae = TopKSAE.load(folder / name)
+        except (FileNotFoundError, ValueError) as damage:
+            warnings.warn(f"the SAE in {folder / name} is trained again: {damage}", stacklevel=3)
+            return None
+        left_out = _left_out((), run["samples"], record, unreadable, path)
+        found[name] = TrainResult(sae, record["rows"], left_out.faults)
+    return found
+
+
+def _leftovers(folder: Path, names: Iterable[str]) -> bool:
+    """Return whether there is a checkpoint, or a file that a killed process left."""
+    return (folder / CHECKPOINTS).exists() or any(temporaries(folder / name) for name in names)
 
 
 def _clear(folder: Path, names: Iterable[str]) -> None:
-    """Delete the checkpoint and the files that killed processes left."""
-    for name in names:
-        clear_temporaries(folder / name)
-    checkpoint.remove(folder / CHECKPOINTS)
+    """Delete the files that killed processes left."""
+    for place in (folder, folder / CHECKPOINTS, *(folder / name for name in names)):
+        clear_temporaries(place)
 
 
 def _code() -> dict[str, str]:

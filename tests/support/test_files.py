@@ -74,7 +74,8 @@ def test_written_files_obey_the_umask(tmp_path):
     assert atomic.stat().st_mode == plain.stat().st_mode
 
 
-json_values = st.dictionaries(st.text(), st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text())
+keys = st.text().filter(lambda key: key != files.CHECKSUM)  # a checksum that is wrong is refused
+json_values = st.dictionaries(keys, st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text())
 
 
 @settings(deadline=None)

@@ -4,12 +4,15 @@ import hashlib
 import importlib
 import json
 import sys
+import time
 from dataclasses import dataclass
 
 import pytest
 import torch
+from forks import started
 
 from lmm_sae_nb.support import files, stages
+from lmm_sae_nb.support.locks import FolderInUse
 from lmm_sae_nb.support.stages import Page, Stage
 
 
@@ -78,6 +81,22 @@ CHANGES = {
 }
 
 
+def flip(path, place=-3):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+CHANGES |= {
+    "a flipped bit": lambda stage, given: flip(stage.path("cases.json")),
+    "a flipped bit of the metrics": lambda stage, given: flip(stage.path("metrics.json")),
+    "a file more": lambda stage, given: stage.path("more.json").write_text("{}"),
+    "outputs of another type": lambda stage, given: files.write_json(
+        stage.path("manifest.json"), stage.manifest | {"outputs": [1]}
+    ),
+}
+
+
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_any_change_makes_a_stage_stale_and_its_folder_unfinished(finished, given, change):
     change(finished, given)
@@ -110,6 +129,51 @@ def test_a_killed_run_goes_on_with_the_results_that_it_had(given):
     resumed = again(given)
     assert not resumed.is_current
     assert (resumed.result("one", int, killed), resumed.result("two", int, lambda: 2)) == (1, 2)
+
+
+@pytest.mark.parametrize("damage", [flip, lambda path: path.write_text("[{"), lambda path: path.unlink()])
+def test_a_damaged_result_is_made_again_and_the_others_stay(given, damage):
+    stage = Stage("tiny", "cache").begin(**given)
+    for name in ("one", "two"):
+        stage.result(name, list[int], lambda: [10_001])
+    stage.finish({})
+    damage(stage.path("one.json"))
+    stage = again(given)
+    assert not stage.is_current
+    assert stage.result("one", list[int], lambda: [3]) == [3]
+    assert stage.result("two", list[int], lambda: [4]) == [10_001]
+    stage.finish({})
+    assert again(given).is_current
+
+
+def test_a_cut_result_of_a_killed_run_is_made_again(given):
+    stage = Stage("tiny", "cache").begin(**given)
+    stage.result("one", list[int], lambda: [1])
+    stage.path("one.json").write_text("[")
+    assert again(given).result("one", list[int], lambda: [2]) == [2]
+
+
+def _begin_and_wait(given, gate):
+    again(given)
+    gate.touch()
+    time.sleep(60)
+
+
+def test_a_stage_that_another_process_makes_is_refused_and_a_finished_one_is_not(given, project):
+    process, end = started(_begin_and_wait, given, project / "begun")
+    while not (project / "begun").exists():
+        time.sleep(0.001)
+    with pytest.raises(FolderInUse, match=rf"another run holds .*cache since .*\(process {process.pid} on "):
+        again(given)
+    process.kill()
+    process.join()
+    end.close()
+    again(given).finish({})
+    process, end = started(again, given)
+    assert end.poll(20)  # it ends well although this process was the last to make the stage
+    process.join()
+    assert process.exitcode == 0
+    end.close()
 
 
 def test_results_of_another_key_are_gone_before_new_ones_are_made(finished, given):

@@ -402,3 +402,87 @@ def test_an_ae_pt_without_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"ae\.pt alone does not say TopK or BatchTopK"):
         read_sae(tmp_path)
+
+
+# Wrong numbers.
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", range(4))
+def test_nan_and_infinite_weights_are_refused_with_the_tensor_and_the_latents(
+    tmp_path, format, value, part, monkeypatch
+):
+    good = weights()
+    write_sae(tmp_path / "good", good, format)
+    bad = [tensor.clone() for tensor in good[:4]]
+    bad[part][[1, 3]] = value  # latents 1 and 3, or two places of b_dec
+    wrong = SAEWeights(*bad, k=K)
+    what = rf"{FORMATS[format].names[part]} holds NaN or infinity at {'places' if part == 3 else 'latents'} 1, 3; "
+    with pytest.raises(ValueError, match="the weights to write: " + what):
+        write_sae(tmp_path / "good", wrong, format)
+    same(read_sae(tmp_path / "good"), good)  # nothing was written
+    with monkeypatch.context() as patch:
+        patch.setattr(formats, "_require_finite", lambda *_, **__: None)
+        write_sae(tmp_path / "bad", wrong, format)
+    with pytest.raises(ValueError, match=rf"{FORMATS[format].weights}: " + what):
+        read_sae(tmp_path / "bad")
+    if part < 3:
+        with pytest.raises(ValueError, match="at latents 3; "):
+            read_sae(tmp_path / "bad", [5, 3])
+        assert read_sae(tmp_path / "bad", [5, 2]).k == K  # these latents are whole
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 3.7}, "3.7 is no whole number"),
+        ({"k": True}, "True is no whole number"),
+        ({"k": "3"}, "'3' is no whole number"),
+        ({"k": None}, "None is no whole number"),
+        ({"k": float("inf")}, "cannot convert float infinity"),
+        ({"num_latents": 0, "expansion_factor": "x"}, "expansion_factor 'x' is no number"),
+        ({"k": 13}, "k 13 and 12 latents make no SAE"),
+    ],
+)
+def test_sizes_that_are_no_whole_numbers_are_refused(tmp_path, change, message):
+    with pytest.raises(ValueError, match=rf"cfg\.json.*{message}"):
+        read_sae(write(tmp_path, PAPER | change))
+
+
+def test_a_mixture_of_dtypes_names_every_side(tmp_path):
+    mixed = tensors() | {"b_dec": tensors()["b_dec"].bfloat16()}
+    with pytest.raises(ValueError, match=r"mixes .*encoder\.weight is float32, .*b_dec is bfloat16; bring all four"):
+        read_sae(write(tmp_path, PAPER, mixed))
+    whole_numbers = {name: tensor.int() for name, tensor in tensors().items()}
+    with pytest.raises(ValueError, match="weights of dtype int32; expected floating-point"):
+        read_sae(write(tmp_path, PAPER, whole_numbers))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_config_with_another_k_than_the_weights_is_refused(tmp_path, format):
+    write_sae(tmp_path, weights(), format)
+    path = tmp_path / FORMATS[format].config
+    path.write_text(path.read_text().replace(f'"k": {K}', f'"k": {K + 1}'))
+    with pytest.raises(ValueError, match=rf"has k {K}, {FORMATS[format].config} has k {K + 1}; take both from one"):
+        read_sae(tmp_path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_no_flipped_bit_of_the_weights_is_read_as_whole(tmp_path, format):
+    """One bit in every 16 bytes. What is accepted lies beside the numbers, and changes none."""
+    write_sae(tmp_path, good := weights(), format)
+    path = tmp_path / FORMATS[format].weights
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 16):
+        flipped = bytearray(whole)
+        flipped[place] ^= 16
+        path.write_bytes(flipped)
+        try:
+            found = read_sae(tmp_path)
+        except ValueError as error:
+            refused += 1
+            assert path.name in str(error)
+        else:
+            same(found, good)
+    assert refused >= sum(tensor.numel() * tensor.element_size() for tensor in good[:4]) // 16 - 1

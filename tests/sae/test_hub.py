@@ -200,3 +200,17 @@ def test_nothing_is_sent_of_a_folder_without_an_sae(server, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no SAE"):
         hub.publish(tmp_path, REPO, HOOKPOINT)
     assert not server.seen
+
+
+@pytest.mark.parametrize("hookpoint", ["../outside", "a/../../outside", "/etc", "a\\..\\b"])
+def test_a_hookpoint_stays_in_its_repository(tmp_path, hookpoint):
+    sae = TopKSAE(4, 8, 2)
+    for name in ("repository", "outside"):
+        sae.save(tmp_path / name)
+    for call in (
+        lambda: hub.fetch(tmp_path / "repository", hookpoint),
+        lambda: TopKSAE.from_pretrained(REPO, hookpoint),
+        lambda: hub.publish(tmp_path / "repository", REPO, hookpoint),
+    ):
+        with pytest.raises(ValueError, match="leads out of the repository; give a folder in it, such as"):
+            call()

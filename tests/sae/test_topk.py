@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from torch.testing import assert_close
 
-from lmm_sae_nb.sae import kernels
+from lmm_sae_nb.sae import kernels, topk
 from lmm_sae_nb.sae.losses import auxk_loss, fvu, geometric_median
 from lmm_sae_nb.sae.topk import Latents, TopKSAE, decode_sparse, encode_topk
 from lmm_sae_nb.support.tensor_files import require_finite
@@ -252,3 +252,32 @@ def test_save_and_load(tmp_path):
         for name, weights in sae.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], weights)
     assert all(weights.requires_grad for weights in loaded.parameters())
+
+
+@pytest.mark.parametrize("k", [0, -1, 21, 5000, 2.5, True, None])
+def test_a_k_that_the_loops_cannot_take_is_refused_by_every_call(k):
+    """Compiled loops check nothing: with more than there is they would not end."""
+    sae, x = random_sae(), torch.randn(3, 6, generator=rng(1))
+    number = "k is .*, with 20 latents; choose a whole number from 1 to 20"
+    calls = {
+        "encode": lambda: sae.encode(x, k=k),
+        "encode_topk": lambda: topk.encode_topk(x, sae.W_enc, sae.b_enc, sae.b_dec, k),
+        "top_k": lambda: kernels.top_k(x, sae.W_enc, sae.b_enc, k),
+    }
+    for name, call in calls.items():
+        if (name, k) != ("encode", None):  # None is the SAE's k
+            with pytest.raises(ValueError, match=number):
+                call()
+    some = torch.tensor([3, 4])
+    with pytest.raises(ValueError, match=r"k is .*, with 2 latents"):
+        topk.encode_topk(x, sae.W_enc, sae.b_enc, sae.b_dec, 3, some)
+    with pytest.raises(ValueError, match=r"k is .*, with 4 latents"):
+        sae.encode(x, k=4).top(k)
+
+
+@pytest.mark.parametrize("index", [-1, 20, 10**9])
+def test_latents_that_the_sae_does_not_have_are_refused(index):
+    sae = random_sae()
+    latents = topk.Latents(torch.ones(2, 3), torch.tensor([[0, 1, 2], [0, 1, index]]))
+    with pytest.raises((IndexError, RuntimeError)):
+        sae.decode(latents)

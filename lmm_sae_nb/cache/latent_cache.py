@@ -89,7 +89,7 @@ class LatentCache:
         try:
             return cls(folder)
         except ValueError as error:
-            raise ValueError(f"{error}: {REMEDY}") from error
+            raise ValueError(f"{error}; {REMEDY}") from error
 
     @classmethod
     def load_whole(cls, folder: Path) -> LatentCache:

@@ -103,18 +103,20 @@ def resume_or_clear(partial_folder: Path, key: dict[str, object]) -> None:
 
     A part of the state that is damaged, or of whose store a file is missing or damaged, is deleted with a warning.
     """
-    path, store = partial_folder / KEY, partial_folder / STORE
-    for folder in (partial_folder.parent, partial_folder.parent / STORE, partial_folder, store):
+    path, store, final = partial_folder / KEY, partial_folder / STORE, partial_folder.parent / STORE
+    for folder in (partial_folder.parent, final, partial_folder, store):
         clear_temporaries(folder)
     if not path.is_file() or path.read_bytes() != as_json(key):
         shutil.rmtree(partial_folder, ignore_errors=True)
         write_json(path, key)
+    moved = not (partial_folder.parent / KEY).is_file()  # `finish_pass` may have been killed while it moved files
     known = set()
     for part in part_files(partial_folder):
         try:
             files = read_progress(part)["files"]
             for name in files:
-                open_tensors(store / name)
+                is_moved = moved and not (store / name).is_file()
+                open_tensors((final if is_moved else store) / name)
             known |= set(files)
         except (FileNotFoundError, ValueError) as damage:
             warnings.warn(f"the images of {part.name} are cached again: {damage}", stacklevel=3)

@@ -13,6 +13,7 @@ from lmm_sae_nb.support.tensor_files import open_tensors, save_rows, shapes_in
 
 STORE = "store"  # the folder of these files, in the cache's folder
 FILE_BYTES = 2**26  # of entries in a file, about; they are held in memory before they are written
+NAMES = ("image", "start", "index", "value")  # of a file's tensors
 REMEDY = "run notebooks/02_cache_activations.py again, it makes what is missing"
 VALUES = {"float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 
@@ -93,10 +94,13 @@ class LatentStore:
         """The arrays of all files, mapped into memory: only the pages that are used are read."""
         files = []
         for file in sorted(self._folder.glob("[!.]*.safetensors")):
-            with open_tensors(file) as tensors:
-                if missing := {"image", "start", "index", "value"} - set(shapes_in(tensors)):
-                    raise ValueError(f"{file} has no {', '.join(sorted(missing))}: it is no part of a store; {REMEDY}")
-                files.append({name: tensors.get_tensor(name).numpy() for name in ("image", "start", "index", "value")})
+            try:
+                with open_tensors(file) as tensors:
+                    if missing := set(NAMES) - set(shapes_in(tensors)):
+                        raise ValueError(f"{file} has no {', '.join(sorted(missing))}: it is no part of a store")
+                    files.append({name: tensors.get_tensor(name).numpy() for name in NAMES})
+            except ValueError as error:
+                raise ValueError(f"{error}; {REMEDY}") from error
         if not files:
             raise FileNotFoundError(f"{self._folder} holds no stored activations; make the cache with store='float16'")
         held = np.concatenate([file["image"] for file in files])

@@ -4,6 +4,7 @@ Models are random and of the true classes, in folders, in the place of the hub's
 asked. Nothing else of the page is changed but sizes.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -38,12 +39,14 @@ from lmm_sae_nb.cache.activations import cache_activations
 from lmm_sae_nb.cache.texts import cache_texts
 from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.sample_checks import open_samples
 from lmm_sae_nb.model.token_kinds import LAYOUTS
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE, TrainedOn
 from lmm_sae_nb.score.latents import explained_latents
 from lmm_sae_nb.show.latent_table import LatentTable
 from lmm_sae_nb.support.images import open_images
+from lmm_sae_nb.support.locks import hold
 from lmm_sae_nb.support.stages import require
 from lmm_sae_nb.train.training import train_sae
 
@@ -384,6 +387,37 @@ def interrupted():
     return train_sae(small(), samples, 0, **settings | {"k": 3})
 
 
+def damaged_checkpoint():
+    with contextlib.suppress(ValueError):
+        interrupted()
+    for file in Path("my/half/checkpoint").rglob("state.json"):
+        file.write_bytes(b"")
+    return interrupted()
+
+
+def in_splits():
+    datasets.DatasetDict(train=datasets.Dataset.from_list([ROW])).save_to_disk("my/splits")
+    return open_samples("my/splits")
+
+
+def flipped():
+    TopKSAE(4, 8, 2).save("my/flipped")
+    path = Path("my/flipped/sae.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    return TopKSAE.load("my/flipped")
+
+
+def diverged():
+    sae = TopKSAE(4, 8, 2)
+    sae.W_enc.data[3] = torch.nan
+    return sae.save("my/diverged")
+
+
+def twice():
+    with hold("my/twice"):
+        return train_sae(small(), [ROW], 0, n_latents=8, k=2, steps=1, folder="my/twice")
+
+
 def broken():
     lmm = small()
     next(lmm.layer(0).parameters()).fill_(torch.nan)
@@ -427,10 +461,18 @@ RAISED = {
     "the SAE was trained on layer …, not …": lambda: cached(small(), an_sae(layer=1)),
     "the SAE was trained on another model than …": lambda: cached(small(), an_sae(seed=7)),
     "… holds a checkpoint of another run": interrupted,
-    "Column name … not in the dataset": lambda: train_sae(
+    "the samples have no column …": lambda: train_sae(
         small(), datasets.Dataset.from_list([{"image": None, "text": "what"}]), 0, steps=1, folder="my/none"
     ),
     "Directory … not found": lambda: datasets.load_from_disk("my/trian"),
+    "sample … (rows count from 0): …": lambda: train_sae(
+        small(), [ROW, ROW | {"answer": None}], 0, steps=1, folder="my/none"
+    ),
+    "… has the splits …; give the folder of one": in_splits,
+    "the checkpoint is damaged: …": damaged_checkpoint,
+    "… is damaged: its checksum is not that of what was written": flipped,
+    "… holds NaN or infinity at latents …": diverged,
+    "another run holds … since …": twice,
     "images have … base tokens; bring them to one size": lambda: cached(
         LMM(*models.make("qwen2_5_vl")), TopKSAE(models.WIDTH, 8, 2), [picture(0), picture(0).resize((50, 900))]
     ),

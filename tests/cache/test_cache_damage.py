@@ -158,7 +158,7 @@ def test_activations_that_are_not_finite_end_the_pass(lmm, pictures, tmp_path, v
 
 def test_no_room_is_said_in_units_that_fit(place, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr("lmm_sae_nb.cache.activations.free_bytes", lambda _: 12_000)
-    with pytest.raises(OSError, match=r"the cache needs up to \d+ kB at .*, 12 kB are free: make room"):
+    with pytest.raises(OSError, match=r"the cache needs up to [\d.]+ kB at .*, 12 kB are free: make room"):
         cache_activations(place, pictures, **SETTINGS, folder=tmp_path)
 
 
@@ -174,7 +174,8 @@ def test_a_cache_of_texts_is_made_once_and_again_if_damaged(place, tmp_path, dam
     damage(path)
     with pytest.raises((FileNotFoundError, ValueError), match="texts.safetensors"):
         TextCache.load(tmp_path)
-    with warnings.catch_warnings(record=True):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         cache_texts(place, rows, folder=tmp_path)
     assert path.read_bytes() == written
     assert cache_texts(place, rows[:2], folder=tmp_path).samples == 2

@@ -18,6 +18,7 @@ from lmm_sae_nb.cache.resume import part_files, read_progress
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.support.files import temporary_name
 from lmm_sae_nb.support.images import open_images
 
 pytestmark = pytest.mark.slow
@@ -82,7 +83,7 @@ def test_a_pass_killed_again_and_again_ends_with_the_same_bytes(lmm, sae, pictur
         if (folder / "key.json").is_file():
             folder = tmp_path / f"cache{kills}"  # the pass came to its end: the next kills are of a new one
     (folder / ".partial").mkdir(parents=True, exist_ok=True)
-    for half_written in (folder / ".cache.safetensors.0.tmp", folder / ".partial" / ".00000.safetensors.0.tmp"):
+    for half_written in map(temporary_name, (folder / "cache.safetensors", folder / ".partial" / "00000.safetensors")):
         half_written.write_bytes(b"cut")
     cache_activations(SAEInPlace(lmm, sae, 0), images, **SETTINGS, folder=folder)
     assert contents(folder) == contents(tmp_path / "whole")

@@ -254,6 +254,7 @@ def test_save_and_load(tmp_path):
     assert all(weights.requires_grad for weights in loaded.parameters())
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("k", [0, -1, 21, 5000, 2.5, True, None])
 def test_a_k_that_the_loops_cannot_take_is_refused_by_every_call(k):
     """Compiled loops check nothing: with more than there is they would not end."""

@@ -50,6 +50,8 @@ dataset: str = "data/artifacts/tiny/world/train"
 heldout: str = "data/artifacts/tiny/world/heldout"
 # a data set with an image column, or a folder of images
 images: str = "data/artifacts/tiny/world/cache"
+# pictures that cannot be read: "refuse" stops there, "skip" leaves them out
+unreadable: str = "refuse"
 cached_images: int = 350  # how many of the images are cached
 # names of the ground truth's concepts; "": there is no ground truth
 concepts: str = "data/artifacts/tiny/world/concepts.json"
@@ -168,7 +170,8 @@ from lmm_sae_nb.compare.scored import (
 )
 from lmm_sae_nb.interpret.open import open_interpreter
 from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.model.samples import pictured
+from lmm_sae_nb.model.sample_checks import open_samples
+from lmm_sae_nb.model.samples import pictured, readable
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
 from lmm_sae_nb.score.masks import exemplar_maps
 from lmm_sae_nb.score.scores import Column
@@ -204,8 +207,9 @@ for name, each in lmms.items():
     print(f"{name}: {kind}, {each.n_layers} layers of width {each.width}")
 
 # %%
-samples = load_from_disk(page.locate(dataset))
-unseen = load_from_disk(page.locate(heldout))
+samples = open_samples(page.locate(dataset))
+unseen = open_samples(page.locate(heldout))
+unseen, unread = readable(unseen, unreadable)
 pictures = open_images(page.locate(images))
 few = range(min(cached_images, len(pictures)))
 # keeps decoded images in memory: scores look at them again and again
@@ -246,14 +250,14 @@ plots.table([
 # %%
 size = {name: training[name] for name in ("n_latents", "k", "lr")}
 how = {name: training[name] for name in training if name not in size}
-how |= dict(n_top=n_top, seed=seed)
+how |= dict(n_top=n_top, seed=seed, unreadable=unreadable)
 by_layer = {f"layer_{n}": Recipe(n, **size) for n in layers}
 center = by_layer[f"layer_{middle}"]
 by_size = size_recipes(center, sizes, ks)
 recipes = by_layer | by_size
 
 # %%
-stage = page.stage("compare", without=("endpoint",))
+stage = page.stage("compare", without=("endpoint", "unreadable"))
 studied = train_and_cache(
     lmm, recipes, samples, pictures, folder=stage.path(first), **how
 )
@@ -312,7 +316,9 @@ scored = {
 places = {name: studied[name].place for name in recipes}
 evaluation = stage.result(
     "evaluation", dict[str, Metrics],
-    lambda: evaluate_saes(places, unseen.select(range(evaluated))),
+    lambda: evaluate_saes(
+        places, unseen.select(range(min(evaluated, len(unseen))))
+    ),
 )  # fmt: skip
 
 # %%
@@ -355,7 +361,12 @@ for name in recipes:
 low, high = (scored[f"layer_{n}"].scores for n in (layers[0], layers[-1]))
 metrics |= depth_metrics(steered, ranks) | score_metrics(scored, seed)
 metrics |= rise_metrics(low, high, seed)
-metrics = stage.finish(metrics | {"replies_failed": interpreter.failed})
+metrics = stage.finish(metrics | {
+    "replies_failed": interpreter.failed,
+    "samples_skipped": max(len(each.skipped) for each in studied.values()),
+    "heldout_skipped": len(unread),
+    "images_skipped": len(studied[f"layer_{middle}"].cache.skipped),
+})  # fmt: skip
 
 # %% [markdown]
 # ## Table 3: layers

@@ -60,7 +60,6 @@ from itertools import islice
 
 import numpy as np
 import torch
-from datasets import load_from_disk
 from IPython.display import HTML
 from torch.testing import assert_close
 
@@ -81,6 +80,8 @@ from lmm_sae_nb.attribute.study import (
     sae_hashes,
     small_saes,
 )
+from lmm_sae_nb.model.sample_checks import open_samples
+from lmm_sae_nb.model.samples import readable
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.report import (
     findings,
@@ -107,7 +108,9 @@ plots.style()
 # %%
 place = SAEInPlace.load(page.locate(model), page.file("train"), layer)
 lmm, sae = place.lmm, place.sae
-samples = load_from_disk(page.locate(heldout))
+samples, unread = readable(open_samples(page.locate(heldout)))
+for fault in [*unread.values()][:20]:
+    print("left out:", fault)
 pictured = (row for row in samples if row["image"] is not None)
 unseen = list(islice(pictured, decisions))
 row = next((r for r in unseen if r.get("family") == "exists"), unseen[0])
@@ -289,7 +292,7 @@ HTML(plots.token_html(pieces, parts.of_tokens()[text].tolist()))
 # %%
 stage = page.stage("attribute", after=("train",))
 small = small_saes(
-    lmm, load_from_disk(page.locate(dataset)), other_layers,
+    lmm, open_samples(page.locate(dataset)), other_layers,
     **other_sae, seed=seed, folder=stage.path("others"),
 )  # fmt: skip
 rows = [unseen] + [unseen[:other_decisions]] * len(small)
@@ -304,7 +307,9 @@ compared = stage.result(
 cost = stage.result(
     "cost", Metrics, lambda: measure_cost(place, choice, repetitions)
 )
-metrics = stage.finish(agreement_metrics(compared, layer, seed) | cost)
+skipped = {"heldout_skipped": len(unread)}
+agreed = agreement_metrics(compared, layer, seed)
+metrics = stage.finish(agreed | cost | skipped)
 
 # %% mystnb={"figure": {"caption": "Attribution by ablation and by each approximation, for all drawn pairs of the page's SAE. On the line the two are equal. The axes are logarithmic, except between -0.001 and 0.001. Most linear points lie close to the line; many of integrated gradients do not.", "name": "fig-agreement"}, "image": {"alt": "Two scatter plots against ablation: linear attribution and integrated gradients."}}
 ours = [decision for decision in compared if decision.layer == layer]

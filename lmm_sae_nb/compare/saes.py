@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -19,10 +20,14 @@ from lmm_sae_nb.train.training import Recipe, train_saes
 
 
 class CachedSAE(NamedTuple):
-    """An SAE at its layer, with the cache of its latents."""
+    """An SAE at its layer, with the cache of its latents.
+
+    skipped: number of a training sample that could not be read to the name and fault of its picture.
+    """
 
     place: SAEInPlace
     cache: LatentCache
+    skipped: Mapping[int, str] = MappingProxyType({})
 
     def live_latents(self, seed: int) -> list[int]:
         """Return the latents that an image excites, in random order."""
@@ -62,7 +67,7 @@ def names_by_size(recipes: Mapping[str, Recipe], middle: Recipe, size: str) -> d
 
 def train_and_cache(
     lmm: LMM, recipes: Mapping[str, Recipe], samples: Sequence[Mapping], images: Sequence[Image.Image], *,
-    folder: str | Path, n_top: int = 5, **training,
+    folder: str | Path, n_top: int = 5, unreadable: str = "refuse", **training,
 ) -> dict[str, CachedSAE]:  # fmt: skip
     """Train an SAE by each recipe and cache its latents: one pass over the samples, and one over the images.
 
@@ -74,11 +79,12 @@ def train_and_cache(
     images: to cache.
     folder: gets a folder for each SAE, with its weights and its cache.
     n_top: images kept for each latent.
+    unreadable: "skip" leaves out samples and images that cannot be read; "refuse" stops there.
     training: settings of `train_saes`.
     """
-    trained = train_saes(lmm, samples, recipes, folder=folder, **training)
+    trained = train_saes(lmm, samples, recipes, folder=folder, unreadable=unreadable, **training)
     places = {
         name: SAEInPlace(lmm, result.sae.requires_grad_(False), recipes[name].layer) for name, result in trained.items()
     }
-    caches = cache_several(places, images, n_top=n_top, folder=folder)
-    return {name: CachedSAE(place, caches[name]) for name, place in places.items()}
+    caches = cache_several(places, images, n_top=n_top, folder=folder, unreadable=unreadable)
+    return {name: CachedSAE(place, caches[name], trained[name].skipped) for name, place in places.items()}

@@ -46,7 +46,7 @@ from lmm_sae_nb.sae.topk import TopKSAE, TrainedOn
 from lmm_sae_nb.score.latents import explained_latents
 from lmm_sae_nb.show.latent_table import LatentTable
 from lmm_sae_nb.support.images import open_images
-from lmm_sae_nb.support.locks import hold
+from lmm_sae_nb.support.locks import FolderInUse, hold
 from lmm_sae_nb.support.stages import require
 from lmm_sae_nb.train.training import train_sae
 
@@ -464,7 +464,6 @@ RAISED = {
     "the samples have no column …": lambda: train_sae(
         small(), datasets.Dataset.from_list([{"image": None, "text": "what"}]), 0, steps=1, folder="my/none"
     ),
-    "Directory … not found": lambda: datasets.load_from_disk("my/trian"),
     "sample … (rows count from 0): …": lambda: train_sae(
         small(), [ROW, ROW | {"answer": None}], 0, steps=1, folder="my/none"
     ),
@@ -473,6 +472,7 @@ RAISED = {
     "… is damaged: its checksum is not that of what was written": flipped,
     "… holds NaN or infinity at latents …": diverged,
     "another run holds … since …": twice,
+    "Directory … not found": lambda: datasets.load_from_disk("my/trian"),
     "images have … base tokens; bring them to one size": lambda: cached(
         LMM(*models.make("qwen2_5_vl")), TopKSAE(models.WIDTH, 8, 2), [picture(0), picture(0).resize((50, 900))]
     ),
@@ -498,5 +498,5 @@ def test_every_error_of_the_page_is_raised_here():
 @pytest.mark.parametrize("message", ERRORS)
 def test_its_errors_come_as_quoted(at_the_desk, message):
     told = re.escape(message).replace("…", ".+")
-    with pytest.raises((ValueError, FileNotFoundError), match=told):
+    with pytest.raises((ValueError, FileNotFoundError, FolderInUse), match=told):
         RAISED[message]()

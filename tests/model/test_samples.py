@@ -91,6 +91,7 @@ def test_columns_of_other_names_are_listed():
         check_samples(Dataset.from_dict({"image": [None], "conversations": [[]]}))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_splits_are_named(tmp_path):
     splits = DatasetDict(train=saved([row()]), test=saved([row()]))
     splits.save_to_disk(tmp_path / "both")

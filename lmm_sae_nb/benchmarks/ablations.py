@@ -21,7 +21,7 @@ from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.support.files import fingerprint, project_root, read_json, write_json
 from lmm_sae_nb.support.intervals import mean_interval
 from lmm_sae_nb.support.stages import require
-from lmm_sae_nb.support.tensor_files import open_tensors, save_tensors
+from lmm_sae_nb.support.tensor_files import metadata_in, open_tensors, save_tensors
 
 WAYS = ("linear", "ig")
 QUANTITIES = ("spearman", "sign")
@@ -49,8 +49,8 @@ def measure(place: SAEInPlace, sample: Mapping, folder: Path, batch: int = 4) ->
         save_tensors(done, values, key)
         (folder / "part.safetensors").unlink(missing_ok=True)  # not there if no pair was active
     file = open_tensors(done)
-    if file.metadata() != key:
-        raise ValueError(f"{done} holds the ablations of {file.metadata()}, not of {key}; delete {folder.parent}")
+    if metadata_in(file) != key:
+        raise ValueError(f"{done} holds the ablations of {metadata_in(file)}, not of {key}; delete {folder.parent}")
     by_way = {way: agreement(file.get_tensor("exact"), file.get_tensor(way)) for way in WAYS}
     row = {"seed": sample.get("seed", -1), "question": sample["question"], "pairs": by_way["linear"].pairs}
     return row | {f"{name}_{way}": getattr(by_way[way], name) for way in WAYS for name in QUANTITIES}

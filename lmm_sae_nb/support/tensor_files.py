@@ -156,6 +156,11 @@ def _require_whole(path: Path) -> None:
             raise ValueError(f"{path} is damaged: its checksum is not that of what was written; make it again")
 
 
+def metadata_in(file: safe_open) -> dict[str, str]:
+    """Return the text in the header of an open safetensors file, without the checksum."""
+    return {name: text for name, text in (file.metadata() or {}).items() if name != CHECKSUM}
+
+
 def shapes_in(file: safe_open) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor of an open safetensors file, by name; no tensor is read."""
     return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

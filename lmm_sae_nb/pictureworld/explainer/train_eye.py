@@ -26,7 +26,7 @@ from lmm_sae_nb.pictureworld.world.concepts import KINDS
 from lmm_sae_nb.pictureworld.world.rendered import Gallery
 from lmm_sae_nb.pictureworld.world.scenes import PATCH
 from lmm_sae_nb.support.progress import progress_bar
-from lmm_sae_nb.support.tensor_files import hash_of, open_tensors, save_tensors
+from lmm_sae_nb.support.tensor_files import hash_of, metadata_in, open_tensors, save_tensors
 
 STEPS, BATCH = 5250, 32
 OFTEN = {"part": 3.0, "word": 2.0}  # how much more often the kinds that are hardest to see are drawn
@@ -66,7 +66,7 @@ def tower_features(tower: nn.Module, gallery: Gallery, strips: Strips, path: Pat
                 seen = [tower(normalise(some)).last_hidden_state[:, 1:].bfloat16() for some in pixels.split(batch)]
             save_tensors(part, {"features": torch.cat(seen).unflatten(0, (-1, images))}, of)
         with open_tensors(part) as file:
-            if file.metadata() != of:
+            if metadata_in(file) != of:
                 raise ValueError(f"{part} was made by another tower or of other strips; delete {path}")
             made[rows] = file.get_tensor("features")
     return made

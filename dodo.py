@@ -13,7 +13,7 @@ from doit.tools import config_changed
 
 from book import api, features, pages
 from book.progress import Reporter, progress
-from lmm_sae_nb.support.files import read_json
+from lmm_sae_nb.support.files import files_below, read_json
 
 ROOT = pages.ROOT
 BUILD, BOOK = ROOT / "build", ROOT / "book"
@@ -47,8 +47,9 @@ def state(path: Path) -> str:
     for file in (path / "manifest.json", path):
         if file.is_file():
             return hashlib.sha256(file.read_bytes()).hexdigest()
-    found = [(file, file.stat()) for file in sorted(path.rglob("*")) if file.is_file()]
-    return repr([(str(file.relative_to(path)), its.st_size, its.st_mtime_ns) for file, its in found])
+    found = ((file, file.stat()) for file in files_below(path))
+    lines = [(str(file.relative_to(path)), its.st_size, its.st_mtime_ns) for file, its in found]
+    return hashlib.sha256(repr(lines).encode()).hexdigest()
 
 
 def lacks_replies(metrics: Path) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+from lmm_sae_nb.support.files import existing, files_below
 from lmm_sae_nb.support.notebooks import (  # noqa: F401
     code_cells,
     convert,
@@ -32,14 +33,21 @@ PROGRESS = re.compile(r"(\d+%\|.*\|.*|\d+it|\d+/[\d?]+) \[\d+:\d\d")  # a line o
 TOP = "result"  # the tag of the cell whose output opens the page in the book
 
 
-def named(source: Path, values: Mapping[str, object]) -> set[str]:
-    """The paths below `data/`, `book/` or `notebooks/` in a notebook's code or parameters, as they are with these
-    values."""
+PATH = re.compile(r"(data|book|notebooks)/[\w./-]+")  # of this repository, whether it is there or not
+
+
+def named(source: Path, values: Mapping[str, object], root: Path = ROOT) -> set[str]:
+    """The paths in a notebook's code or parameters, as they are with these values.
+
+    They are paths below `data/`, `book/` or `notebooks/`, and in the parameters whatever names a file or folder, as
+    `Page.stage` has it: wherever it lies, and whatever letters it is written with.
+    """
     known = parameters(source)
     cells = (node for node in tree(source).body if getattr(getattr(node, "target", None), "id", None) not in known)
     texts = [node.value for cell in cells for node in ast.walk(cell) if isinstance(node, ast.Constant)]
-    texts += _texts({name: parameter.default for name, parameter in known.items()} | dict(values))
-    return {text for text in texts if isinstance(text, str) and re.fullmatch(r"(data|book|notebooks)/[\w./-]+", text)}
+    given = _texts({name: parameter.default for name, parameter in known.items()} | dict(values))
+    found = {text for text in [*texts, *given] if isinstance(text, str) and PATH.fullmatch(text)}
+    return found | {text for text in given if text and existing(root, text) not in (None, root)}
 
 
 def _texts(value: object) -> list[str]:
@@ -51,15 +59,22 @@ def _texts(value: object) -> list[str]:
 
 def shipped(source: Path, values: Mapping[str, object], root: Path = ROOT) -> list[Path]:
     """The files of the repository (models, drawings, presets) that a notebook names."""
-    paths = [root / text for text in named(source, values) if not f"{text}/".startswith("data/artifacts/")]
-    files = {file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])}
+    paths = [root / text for text in named(source, values, root) if _is_shipped(text)]
+    files = {file for path in paths for file in (files_below(path) if path.is_dir() else [path])}
     return sorted(file for file in files if file.is_file())
 
 
+def _is_shipped(text: str) -> bool:
+    return bool(PATH.fullmatch(text)) and not f"{text}/".startswith("data/artifacts/")
+
+
 def results(source: Path, values: Mapping[str, object], root: Path = ROOT) -> list[Path]:
-    """What a notebook writes, reads or names below `data/artifacts/`: its stages, and paths in full."""
+    """What a notebook writes and reads that is not shipped.
+
+    It is the notebook's stages, what it names below `data/artifacts/`, and what is the user's own, such as pictures.
+    """
     folder = root / "data" / "artifacts" / str(values.get("run", "tiny"))
-    others = {root / text for text in named(source, values) if text.startswith("data/artifacts/")}
+    others = {root / text for text in named(source, values, root) if not _is_shipped(text)}
     return sorted({folder / stage for stage in stages(source)} | others)
 
 

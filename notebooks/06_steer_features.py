@@ -395,7 +395,7 @@ object_names = {
     n: row["concept"] for n, row in named.items()
     if row["kind"] == "object"
 }  # fmt: skip
-drawn = np.random.default_rng(seed).permutation(len(pictures))
+drawn = np.random.default_rng(seed).permutation(cache.readable)
 steering = stage.result(
     "objects", ObjectSteering,
     lambda: steer_objects(

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from lmm_sae_nb.cache.encode_images import Pictures, batches_of, encode_batch, one_ahead, open_batch, require_one_count
-from lmm_sae_nb.cache.latent_cache import PARTIAL, LatentCache, write_cache
+from lmm_sae_nb.cache.latent_cache import PARTIAL, LatentCache, identity_of, write_cache
 from lmm_sae_nb.cache.resume import (
     KEY,
     PassPart,
@@ -36,6 +36,7 @@ from lmm_sae_nb.cache.resume import (
 from lmm_sae_nb.cache.sparse_store import STORE, VALUES
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.support.files import free_bytes, in_units
+from lmm_sae_nb.support.images import UnreadableImage, pixel_hash
 from lmm_sae_nb.support.locks import hold
 from lmm_sae_nb.support.names import folder_name
 from lmm_sae_nb.support.progress import progress_bar
@@ -122,6 +123,7 @@ def _cache(
     save_every: float,
 ) -> dict[str, LatentCache]:
     """Do the pass for the caches that are not whole; arguments as of `cache_several`, whose work this is."""
+    pictures = identity_of(images)  # before any is read
     whole = _whole(folder, keys)  # another run may have held the folder until now
     places = {name: place for name, place in places.items() if name not in whole}
     partials = {name: folder / name / PARTIAL for name in keys}
@@ -173,7 +175,7 @@ def _cache(
     processes.wait_for_everyone()
     if processes.is_main_process:
         for name, place in places.items():
-            described = {"grid": lmm.grid, "model": Path(lmm.name).name, "layer": place.layer}
+            described = {"grid": lmm.grid, "model": Path(lmm.name).name, "layer": place.layer, "pictures": pictures}
             finish_pass(folder / name, place.sae.n_latents, n_top, store, described)
     processes.wait_for_everyone()
     whole |= {name: LatentCache.load(folder / name) for name in places}
@@ -183,7 +185,7 @@ def _cache(
 def finish_pass(folder: Path, n_latents: int, n_top: int, store: str | None, described: dict[str, object]) -> None:
     """Merge the parts of a pass into the cache, move it and the store to their places, and delete the state.
 
-    described: grid, model and layer, for `write_cache`.
+    described: grid, model, layer and pictures, for `write_cache`.
 
     Raises:
         ValueError: no image could be read, or images differ in the number of base tokens.
@@ -243,11 +245,18 @@ def _key(place: SAEInPlace, images: Pictures, *settings: object) -> dict[str, ob
     weights = hash_of([*sae.parameters(), *lmm.layer(layer).parameters()])
     source = getattr(images, "identity", None)
     if source is None:
-        source = [hashlib.sha256(images[number].tobytes()).hexdigest() for number in (0, len(images) - 1)]
+        source = hashlib.sha256("".join(_pixels(images, number) for number in range(len(images))).encode()).hexdigest()
     return {"config": config, "weights": weights, "source": source, "images": len(images), "k": sae.k,
             "code": code_fingerprints([sys.modules[__name__]]), "layer": layer,
             "image_size": lmm.image_size and list(lmm.image_size),
             "settings": list(settings)}  # fmt: skip
+
+
+def _pixels(images: Pictures, number: int) -> str:
+    try:
+        return pixel_hash(images[number])
+    except UnreadableImage as fault:
+        return str(fault)
 
 
 def _bytes_on_disk(place: SAEInPlace, images: int, n_top: int, patches: int, store: str | None, processes: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ def write_cache(
 ) -> None:
     """Write a cache: cache.safetensors, and cache.json, which repeats `described` for people.
 
-    described: images, patches, grid (or None), layer, model, skipped, store (or None); also kept in the header of
-        cache.safetensors, so that the two cannot be separated.
+    described: images, patches, grid (or None), layer, model, skipped, store (or None), pictures (as `identity_of` gives
+        it); also kept in the header of cache.safetensors, so that the two cannot be separated.
     blocks: the first latent of a block, and the ranking of its latents; consecutive.
     """
     patches = described["patches"]
@@ -47,6 +47,13 @@ def write_cache(
 
     save_rows(folder / TENSORS, layout, rows(), {"cache": json.dumps(described)})
     write_json(folder / SHAPE, described)
+
+
+def identity_of(images: Sequence) -> dict[str, Any] | None:
+    """Return what `LatentCache.require_pictures` compares: identity, stamp and count; None if the images have none."""
+    if getattr(images, "identity", None) is None:
+        return None
+    return {"identity": images.identity, "stamp": images.stamp, "count": len(images)}
 
 
 class LatentCache:
@@ -72,6 +79,7 @@ class LatentCache:
         self.grid = described["grid"] and tuple(described["grid"])
         self.skipped = {row["image"]: row["fault"] for row in described["skipped"]}
         self._stored = described["store"]
+        self._pictures, self._accepted = described.get("pictures"), None
         self.n_latents, self.n_top, self._patches = shapes["patches"]
 
     @classmethod
@@ -104,6 +112,34 @@ class LatentCache:
         if not (folder / SHAPE).is_file() or (folder / SHAPE).read_bytes() != as_json(cache.described):
             write_json(folder / SHAPE, cache.described)
         return cache
+
+    @property
+    def readable(self) -> Int64[np.ndarray, " images"]:
+        """Numbers of the images that were read: all but the skipped ones."""
+        return np.setdiff1d(np.arange(self.images + len(self.skipped)), list(self.skipped))
+
+    def require_pictures(self, images: Sequence) -> None:
+        """Check that these are the pictures that the cache was made from, not others under the same numbers.
+
+        images: as `open_images` opens them. Nothing is known of other sequences, so they are trusted.
+
+        Raises:
+            ValueError: pictures were added, removed, renamed, moved or changed since.
+        """
+        if images is self._accepted or getattr(images, "identity", None) is None:
+            return
+        then = self._pictures or {}
+        if then.get("stamp") != images.stamp and then.get("identity") != images.identity:
+            why = (
+                f"{then['count']:,} then, {len(images):,} now: some were added, removed, renamed or changed"
+                if then
+                else "an older version made it, which did not say of which"
+            )
+            raise ValueError(
+                f"the cache {self._folder} is of other pictures than those of {images.name} ({why}); run "
+                "notebooks/02_cache_activations.py again"
+            )
+        self._accepted = images
 
     def top(self, latent: int) -> list[tuple[int, float]]:
         """Return the numbers of the latent's top images with their mean activations, the best first.

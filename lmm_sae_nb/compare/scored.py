@@ -72,6 +72,6 @@ def explain_and_score(
     rows = explain_some(study, images, interpreter, truth, enough=n_explained, seed=seed, **exemplars)
     scores = score_latents(
         study.place, images, study.exemplars(images, **exemplars), explained_latents(rows, truth), segmenters,
-        all_pairs, random_runs=random_runs, clip_runs=clip_runs, seed=seed, **exemplars,
+        all_pairs, random_runs=random_runs, clip_runs=clip_runs, skipped=study.cache.skipped, seed=seed, **exemplars,
     )  # fmt: skip
     return ScoredSAE(rows, scores)

@@ -168,7 +168,8 @@ def score(
     exemplars = study.exemplars(images, n_top=n_top, threshold=threshold)
     scores = score_latents(
         study.place, images, exemplars, explained, segmenters, all_pairs,
-        threshold=threshold, n_top=n_top, random_runs=random_runs, clip_runs=clip_runs, seed=seed,
+        threshold=threshold, n_top=n_top, random_runs=random_runs, clip_runs=clip_runs,
+        skipped=study.cache.skipped, seed=seed,
     )  # fmt: skip
     return PartResult(score_metrics(scores, kind_tables(scores, seed)))
 

@@ -244,7 +244,7 @@ def steering_baselines(
         ValueError: as `compare_ways`.
     """
     lmm, white = study.place.lmm, Image.new("RGB", (size, size), "white")
-    drawn = np.random.default_rng(seed).permutation(len(images))[:others].tolist()
+    drawn = np.random.default_rng(seed).permutation(study.cache.readable)[:others].tolist()
     asked = SteeredQuestion(lmm, question, white, [images[n] for n in drawn], batch, max_new_tokens)
     cached = LabelledStates.read(lmm, study.place.layer, [images[n] for n in range(min(fitted, len(images)))], truth)
     return compare_ways(study, names, truth, cached, asked, seed=seed, **settings).metrics

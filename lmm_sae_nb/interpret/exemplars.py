@@ -122,8 +122,9 @@ def exemplars(
     dim: as in `masked`.
 
     Raises:
-        ValueError: the cache does not have this latent.
+        ValueError: the cache does not have this latent, or is of other images.
     """
+    cache.require_pictures(images)
     rows: list[Exemplar] = []
     seen: set[str] = set()
     for rank, (index, _) in enumerate(cache.top(latent)):
@@ -150,12 +151,16 @@ class ExemplarsByLatent(Mapping[int, Sequence[Exemplar]]):
     cache, images: as for `exemplars`.
     latents: which latents to offer, in this order; without them all of the cache.
     settings: n_top, threshold and dim of `exemplars`.
+
+    Raises:
+        ValueError: the cache is of other images.
     """
 
     def __init__(
         self, cache: LatentCache, images: Sequence[Image.Image], latents: Iterable[int] | None = None,
         **settings: float,
     ):  # fmt: skip
+        cache.require_pictures(images)
         self.cache, self.images, self.settings = cache, images, settings
         self._latents = dict.fromkeys(range(cache.n_latents) if latents is None else latents)
         self._known: LRUCache[int, list[tuple]] = LRUCache(4096)

@@ -72,6 +72,7 @@ class LatentTable:
 
         Raises:
             FileNotFoundError: nothing was explained or cached; the message names the notebook to run.
+            ValueError: the pictures have changed since they were cached.
         """
         explanations = read_typed(require(run, "interpret", "explanations.json"), ExplanationRows)
         manifest = read_manifest(require(run, "cache", "manifest.json"))
@@ -81,7 +82,9 @@ class LatentTable:
             rows = read_typed(path, dict[int, dict[str, Any]]) if path.is_file() else {}
             tables.append({n: row for n, row in rows.items() if n in explanations and _is_of(row, explanations[n])})
         pictures = open_images(project_root() / manifest["params"]["images"])
-        return cls(LatentCache.load(Stage(run, "cache").folder), pictures, *tables)
+        cache = LatentCache.load(Stage(run, "cache").folder)
+        cache.require_pictures(pictures)
+        return cls(cache, pictures, *tables)
 
     def _has_numbers(self, column: str) -> bool:
         return any(isinstance(row.get(column), (int, float)) for row in self.rows.values())

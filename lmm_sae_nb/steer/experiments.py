@@ -305,14 +305,16 @@ def kinds_by_rank(
 
     Latents that an image leaves silent have no rank on it.
 
-    pictures: the images to draw from.
+    pictures: the cached images, to draw from those that can be read.
     cache: gives the frequency of every latent.
     kinds: latent to the kind of its concept, such as "object"; only these latents are ranked.
     images: as many are drawn at random.
     """
+    cache.require_pictures(pictures)
     latents = np.array(sorted(kinds))
     names = np.array([kinds[n] for n in latents.tolist()])
-    drawn = np.random.default_rng(seed).choice(len(pictures), min(images, len(pictures)), replace=False).tolist()
+    readable = cache.readable
+    drawn = np.random.default_rng(seed).choice(readable, min(images, len(readable)), replace=False).tolist()
     means = activation_maps(place, [pictures[i] for i in drawn], latents.tolist()).mean((2, 3))
     order = np.argsort(-means, 1)
     ranked, active = names[order], np.take_along_axis(means, order, 1) > 0
@@ -345,4 +347,5 @@ def ranks_on_top_images(
     latents: concept to latent.
     pictures: the cached images.
     """
+    cache.require_pictures(pictures)
     return {concept: rank_on_image(place, pictures[cache.top(n)[0][0]], n) for concept, n in latents.items()}

@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ ASIDE = ".old"  # ending of the hidden names of folders that are being replaced
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the system's numbers for "no room"
 CHECKSUM = "crc32"  # the key of a checksum in a JSON object, or in the header of a safetensors file
 BLOCK = 2**20  # bytes that are read at a time
+SETTLED = 2 * 10**9  # nanoseconds after which another write to a file is sure to change its time
+_FINGERPRINTS: dict[tuple, str] = {}
 
 
 def project_root() -> Path:
@@ -288,7 +291,7 @@ def recover_folder(final: str | Path) -> None:
 
 
 def fingerprint(path: str | Path) -> str:
-    """Return the SHA-256 of a file, or of a folder's files and their relative paths.
+    """Return the SHA-256 of a file, or of a folder's files and their relative paths; links are followed.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
@@ -297,12 +300,44 @@ def fingerprint(path: str | Path) -> str:
     if not path.exists():
         raise FileNotFoundError(f"the input {path} is missing; run the notebook that writes it first")
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
+        return _file_fingerprint(path)
     digest = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        digest.update(f"{file.relative_to(path).as_posix()} {fingerprint(file)}\n".encode())
+    for file in files_below(path):
+        line = f"{file.relative_to(path).as_posix()} {_file_fingerprint(file)}\n"
+        digest.update(line.encode(errors="surrogateescape"))  # names may hold bytes that are no text
     return digest.hexdigest()
+
+
+def existing(root: Path, text: str) -> Path | None:
+    """Return the file or folder that a text names, from `root` or in full; None if it names none, as most texts do."""
+    path = root / text
+    return path if os.path.exists(path) else None  # Path.exists raises for a text that is too long for a name
+
+
+def files_below(folder: str | Path) -> list[Path]:
+    """Return all files in a folder and those below it, sorted. Links are followed, into each folder once."""
+    found, seen = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        found += [file for name in names if (file := Path(here, name)).is_file()]
+    return sorted(found)
+
+
+def _file_fingerprint(path: Path) -> str:
+    """Return the SHA-256 of a file. It is read once in a process, unless it changes or has just been written."""
+    state = path.stat()
+    written = max(state.st_mtime_ns, state.st_ctime_ns)
+    key = (str(path.absolute()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino)
+    if (known := _FINGERPRINTS.get(key)) is None:
+        with path.open("rb") as file:
+            known = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file)
+        if time.time_ns() - written > SETTLED:
+            _FINGERPRINTS[key] = known
+    return known
 
 
 def _digest(file) -> str:

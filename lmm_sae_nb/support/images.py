@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -14,6 +15,8 @@ import numpy as np
 from cachetools import LRUCache
 from datasets import Dataset, DatasetDict, load_from_disk
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lmm_sae_nb.support.files import fingerprint
 
 ORIENTATION = 0x0112  # the EXIF tag
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -39,65 +42,215 @@ class UnreadableImage(ValueError):
 class Images(Sequence):
     """Pictures by number. Each is opened when it is needed, as RGB.
 
-    source: files, or a data set with a column `image`.
-    root: folder that the files' names are relative to, for `identity`.
+    items: what `open_rgb` opens.
+    name: of the folder or data set, for messages.
+    left_out: files of a folder that are not among the pictures, by name, each with the reason.
 
     Raises:
         UnreadableImage: from `images[i]`, if the picture cannot be opened.
         IndexError: from `images[i]`, if there is no such picture.
     """
 
-    def __init__(self, source: Sequence[Path] | Dataset, root: Path | None = None):
-        self._source, self._root = source, root
+    def __init__(self, items: Sequence, name: str, left_out: Mapping[str, str] | None = None):
+        self._items, self.name, self.left_out = items, name, dict(left_out or {})
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._items)
 
     def __getitem__(self, index: SupportsIndex) -> Image.Image:
         index = int(index)  # it may be a tensor
         if not -len(self) <= index < len(self):
             raise IndexError(f"no image {index}: there are {len(self)}, numbered from 0")
-        item = self._source[index]
-        return open_rgb(item["image"] if isinstance(self._source, Dataset) else item, f"row {index}")
+        return open_rgb(self._item(index), f"row {index}")
+
+    def _item(self, index: int) -> Any:
+        return self._items[index]
+
+
+class FolderImages(Images):
+    """The pictures of a folder, in the order of the files' names."""
+
+    def __init__(self, files: Sequence[Path], folder: Path, left_out: Mapping[str, str] | None = None):
+        super().__init__(files, str(folder), left_out)
+        self._folder = folder
+
+    def first(self, count: int) -> FolderImages:
+        """Return the first pictures."""
+        return FolderImages(self._items[:count], self._folder, self.left_out)
 
     @property
     def identity(self) -> str:
-        """A hash that changes with the files (names, sizes, times) or the data set."""
-        if isinstance(self._source, Dataset):
-            return self._source._fingerprint
-        files = [(file.relative_to(self._root).as_posix(), file.stat()) for file in self._source]
-        lines = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files)
-        return hashlib.sha256(lines.encode()).hexdigest()
+        """A hash of the files' names and contents. All of them are read; `stamp` is quick."""
+        return _hash_of(f"{file.relative_to(self._folder).as_posix()} {fingerprint(file)}" for file in self._items)
+
+    @property
+    def stamp(self) -> str:
+        """A hash of what the file system says of the files. While it is the same, so is the content."""
+        return _hash_of(f"{file.relative_to(self._folder).as_posix()} {_state(file)}" for file in self._items)
 
 
-def open_images(source: str | Path | Dataset) -> Images:
+class DatasetImages(Images):
+    """The column `image` of a data set."""
+
+    def __init__(self, rows: Dataset, name: str, identity: str):
+        super().__init__(rows, name)
+        self._identity = identity
+
+    def _item(self, index: int) -> Any:
+        return self._items[index]["image"]
+
+    def first(self, count: int) -> DatasetImages:
+        """Return the first pictures."""
+        count = min(count, len(self))
+        return DatasetImages(self._items.select(range(count)), self.name, f"the first {count} of {self._identity}")
+
+    @property
+    def identity(self) -> str:
+        """A hash of the data set, and of the content of files that it only names."""
+        return _hash_of([self._identity, *(f"{file} {fingerprint(file)}" for file in self._files)])
+
+    @property
+    def stamp(self) -> str:
+        """The same without reading these files."""
+        return _hash_of([self._identity, *(f"{file} {_state(file)}" for file in self._files)])
+
+    @cached_property
+    def _files(self) -> list[str]:
+        """Files that the data set names and does not hold."""
+        kind, files = self._items.features["image"], []
+        if isinstance(kind, datasets.Image):
+            for batch in self._items.with_format("arrow").iter(1000):
+                rows = batch.column("image")
+                files += [row["path"].as_py() for row in rows if row.is_valid and not row["bytes"].is_valid]
+        elif getattr(kind, "dtype", "") == "string":
+            files = self._items["image"]
+        return [file for file in files if file and Path(file).is_file()]
+
+
+def _state(file: str | Path) -> str:
+    try:
+        found = Path(file).stat()
+    except OSError as error:
+        return error.strerror
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+
+
+def _hash_of(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def open_images(source: str | Path | Dataset) -> FolderImages | DatasetImages:
     """Open the pictures of a folder or data set; each comes as `rgb` makes it.
 
-    source: a folder (searched recursively, in the order of the files' names), a saved data set, or a data set.
+    source: a folder (as `find_pictures` searches it), a saved data set, or a data set.
 
     Raises:
         FileNotFoundError: the folder is missing.
         ValueError: a folder without images, or a data set without a column `image` or with several splits.
     """
+    name = "the data set"
     if isinstance(source, str | Path):
-        folder = Path(source)
+        folder, name = Path(source), str(source)
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"{folder} is no folder; give a folder of images, or render Picture World: `make world`"
             )
         if not {"state.json", "dataset_dict.json"} & {file.name for file in folder.iterdir()}:
-            files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
+            files, left_out = find_pictures(folder)
             if not files:
-                raise ValueError(f"{folder} holds no image ({', '.join(sorted(ENDINGS))}); give a folder that does")
-            return Images(files, folder)
+                raise ValueError(
+                    f"{folder} holds no image ({', '.join(sorted(ENDINGS))}); {in_words(left_out)}; give a folder "
+                    "that does"
+                )
+            return FolderImages(files, folder, left_out)
         source = load_from_disk(folder)
     if isinstance(source, DatasetDict):
         raise ValueError(f"the data set has the splits {', '.join(source)}; give one of them")
     if "image" not in source.column_names:
         raise ValueError(f"the data set has columns {source.column_names}, none is `image`; rename the one that is")
-    if isinstance(source.features["image"], datasets.Image):
-        source = source.cast_column("image", datasets.Image(decode=False))  # opened here, so that faults have a name
-    return Images(source.select_columns("image"))
+    return DatasetImages(undecoded(source.select_columns("image")), name, source._fingerprint)
+
+
+def undecoded(rows: Dataset) -> Dataset:
+    """Return a data set whose pictures come as "bytes" and "path", for `open_rgb`, so that faults have a name."""
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image) and feature.decode:
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
+
+
+# ---- folders --------------------------------------------------------------------------------------------------
+
+
+def find_pictures(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Search a folder and those below it; return the pictures in the order of their names, and what is left out.
+
+    Links are followed. Each file and each folder is read once, however many links lead to it, so that loops end; a name
+    that is no link comes first. Hidden files and folders, whose names begin with a dot, are left out.
+
+    Returns:
+        The files, and a dictionary: the name of each file or folder that was left out, with the reason.
+    """
+    files: dict[Path, Path] = {}  # where a file really is, to its path in the folder
+    left_out: dict[str, str] = {}
+    visited, folders, links = set(), [folder], []
+
+    def leave_out(path: Path, reason: str) -> None:
+        left_out[path.relative_to(folder).as_posix()] = reason
+
+    while folders or links:
+        if not folders:  # all that is no link has been seen
+            path, links = links[0], links[1:]
+            if path.is_dir():
+                folders.append(path)
+            elif _is_picture(path, leave_out):
+                real = path.resolve()
+                if real in files:
+                    leave_out(path, f"the same file as {files[real].relative_to(folder).as_posix()}")
+                else:
+                    files[real] = path
+            continue
+        here = folders.pop()
+        real = here.resolve()
+        if real in visited:
+            leave_out(here, "a link to a folder that is read already")
+            continue
+        visited.add(real)
+        try:
+            inside = sorted(here.iterdir())
+        except OSError as error:
+            leave_out(here, f"a folder that cannot be read: {error.strerror}")
+            continue
+        for path in inside:
+            if path.name.startswith("."):
+                leave_out(path, "hidden")
+            elif path.is_symlink():
+                links.append(path)
+            elif path.is_dir():
+                folders.append(path)
+            elif _is_picture(path, leave_out):
+                files[path.resolve()] = path
+        links.sort()
+    return sorted(files.values()), dict(sorted(left_out.items()))
+
+
+def _is_picture(path: Path, leave_out: Callable[[Path, str], None]) -> bool:
+    if not path.exists():
+        leave_out(path, "a link to nothing")
+    elif not path.is_file():
+        leave_out(path, "no regular file")
+    elif path.suffix.lower() not in ENDINGS:
+        leave_out(path, f"no picture by its ending {path.suffix!r}")
+    else:
+        return True
+    return False
+
+
+def in_words(left_out: Mapping[str, str], named: int = 5) -> str:
+    """Say what was left out: how much, and the first names with their reasons."""
+    rows = [f"{name} ({reason})" for name, reason in list(left_out.items())[:named]]
+    more = f", and {len(left_out) - named:,} more" if len(left_out) > named else ""
+    return f"{len(left_out):,} files or folders left out{': ' * bool(rows)}{', '.join(rows)}{more}"
 
 
 class Remembered(Sequence):
@@ -114,6 +267,11 @@ class Remembered(Sequence):
 
     def __len__(self) -> int:
         return len(self._images)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("name", "left_out", "identity", "stamp"):
+            return getattr(self._images, name)
+        raise AttributeError(name)
 
     def __getitem__(self, index: SupportsIndex) -> Image.Image:
         index = int(index)

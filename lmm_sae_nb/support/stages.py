@@ -24,6 +24,7 @@ from lmm_sae_nb.support import locks
 from lmm_sae_nb.support.files import (
     AGAIN,
     checksum,
+    existing,
     fingerprint,
     parse_json,
     project_root,
@@ -301,7 +302,7 @@ class Page:
 
         An empty name, which says that there is none, stays empty.
         """
-        return self.root / name if name and (self.root / name).exists() else name
+        return (name and existing(self.root, name)) or name
 
     def stage(
         self, name: str, *, after: Iterable[str] = (), beside: Iterable[str] = (), without: Iterable[str] = ()
@@ -315,13 +316,26 @@ class Page:
 
         Raises:
             FileNotFoundError: a stage that it reads is not finished.
+            ValueError: a stage in `after` was made from other content of an input that this one reads too, such as a
+                folder of pictures to which some were added.
         """
         params = {key: value for key, value in self.params.items() if key not in set(without)}
         inputs = [self.file(stage, MANIFEST) for stage in after]
         inputs += [file for stage in beside if (file := Stage(self.run, stage).path(MANIFEST)).is_file()]
-        paths = (self.root / text for text in _texts(params))
-        inputs += [path for path in dict.fromkeys(paths) if path != self.root and path.exists()]
+        paths = dict.fromkeys(existing(self.root, text) for text in _texts(params))
+        inputs += [path for path in paths if path not in (None, self.root)]
+        self._require_same(after, inputs)
         return Stage(self.run, name).begin(params, inputs, code_fingerprints(self._code()))
+
+    def _require_same(self, stages: Iterable[str], inputs: Iterable[Path]) -> None:
+        now = _fingerprints(inputs)
+        for stage in stages:
+            then = Stage(self.run, stage).manifest["inputs"]
+            if changed := sorted(name for name in then.keys() & now.keys() if then[name] != now[name]):
+                raise ValueError(
+                    f"{', '.join(changed)} changed after {_maker(stage)} had made the stage {stage!r} from it; run "
+                    f"{_maker(stage)} again"
+                )
 
     def file(self, stage: str, filename: str = "") -> Path:
         """Return a file of a stage that an earlier page made, or the stage's folder.

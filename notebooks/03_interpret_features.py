@@ -95,7 +95,8 @@ from lmm_sae_nb.show.panel_views import (
     PanelMetric,
     against_controls,
     beside_each_other,
-    reached_by_controls,
+    compared_with_first,
+    controls_in_short,
 )
 from lmm_sae_nb.show.report import (
     across_saes,
@@ -515,7 +516,7 @@ if "refusal_precision" in metrics:
         "these images have nothing in common, or only a detail."
     )
 panel_metrics = {
-    "fraction explained": PanelMetric("interpret", "explained_fraction"),
+    "latents explained": PanelMetric("interpret", "explained_fraction"),
     "names right": PanelMetric("interpret", "concept_accuracy"),
     "concepts detected and named": PanelMetric("detect", "concept_recall"),
 }
@@ -529,8 +530,11 @@ detecting = beside_each_other(
     all_panel, "direction_detection", detectors, "{}_f1"
 )
 without_sae = detecting and (
-    f"Detectors of a concept, mean F1 on held-out scenes: {detecting}. The "
-    "last two need no SAE ([A4](A4_controls_and_metrics))."
+    f"As detectors of a concept, mean F1 on held-out scenes: {detecting}. "
+    + compared_with_first(
+        all_panel, "direction_detection", detectors, "{}_f1_above_latent"
+    )
+    + " The last two need no SAE, but labels to learn from."
 )
 if without_sae:
     controlled.append(without_sae)
@@ -551,26 +555,26 @@ right = {"": "", "_unseen": ""}
 for end in right:
     if f"concept_accuracy_guessed{end}" in metrics:
         own, guessed, other = (
-            percent(read_mean(metrics, f"concept_accuracy{kind}{end}"), 1)
+            percent(read_mean(metrics, f"concept_accuracy{kind}{end}"))
             for kind in ("", "_guessed", "_shuffled")
         )
         right[end] = (
-            f"; {own} of these names are right. Guessed names of the same "
-            f"kind are right in {guessed}, another name in {other}"
+            f"; {own} of these names are right. By chance: guessed names of the "
+            f"same kind are right in {guessed}, another latent's name in {other}"
         )
 of_saes = over_saes(study, stage, "concept_accuracy")
-of_all_saes = f" Right names, {of_saes}." if of_saes else ""
+of_all_saes = f" Right names over seeds: {of_saes}." if of_saes else ""
 all_latents = (
     f"the explainer names {metrics['explained']:,} of {metrics['asked']:,} "
     f"live latents{right['']}."
 )
 if "concept_accuracy_unseen" in metrics:
     all_latents = (
-        f"of {metrics['asked_unseen']:,} latents whose masks were no lessons "
-        f"of the explainer, it names {metrics['explained_unseen']:,}"
-        f"{right['_unseen']} (99 % intervals). On all "
-        f"{metrics['asked']:,} live latents: {metrics['explained']:,} names, "
-        f"{percent(read_mean(metrics, 'concept_accuracy'), 1)} right."
+        f"the explainer was trained on masks of some of the latents. It names "
+        f"{metrics['explained_unseen']:,} of the other {metrics['asked_unseen']:,}"
+        f"{right['_unseen']}. Of all {metrics['asked']:,} live latents it names "
+        f"{metrics['explained']:,}; "
+        f"{percent(read_mean(metrics, 'concept_accuracy'))} of these names are right."
     )
 known = ""
 if recall:
@@ -580,8 +584,7 @@ if recall:
     )
 headline(
     page,
-    f"{all_latents}{of_all_saes} "
-    + f"{reached_by_controls(all_panel, panel_metrics)} {without_sae}",
+    f"{all_latents}{of_all_saes} In brackets: 99 % intervals.",
     "it explains 5,000 latents and does not report how many were refused. "
     f"People accept {percent(published('judge', 'judged_people'))} of the "
     f"names, GPT-4o {percent(published('judge', 'judged'))} (Table 2).",
@@ -589,6 +592,9 @@ headline(
     "concept; [notebook 04](04_score_interpretations) has the number to "
     f"compare. {known}Our explainer was trained to name the concepts of "
     "its world.",
+    controls=" ".join(
+        filter(None, (controls_in_short(all_panel, panel_metrics), without_sae))
+    ),
 )
 
 # %% tags=["remove-input"]

@@ -113,7 +113,8 @@ from lmm_sae_nb.show.panel_views import (
     PanelMetric,
     against_controls,
     beside_each_other,
-    reached_by_controls,
+    compared_with_first,
+    controls_in_short,
 )
 from lmm_sae_nb.show.report import (
     across_saes,
@@ -624,7 +625,9 @@ of_eight = {
 }
 all_panel = read_panel(page.locate(panel))
 panel_metrics = {
-    "objects named, of 100": PanelMetric("steer", "named_of_100")
+    "objects named, of 100 (at most 30 latents)": PanelMetric(
+        "steer", "named_of_100"
+    )
 }
 ways = {
     "latent": "clamped latents", "difference": "differences of means",
@@ -634,16 +637,20 @@ named = beside_each_other(
     all_panel, "direction_steering", ways, "steer_{}_named_of_100", "{:.0f}"
 )
 without_sae = named and (
-    "On the same objects, each with a dose of its own, these make the model "
-    f"name the object, of 100: {named}. Directions learn from labels, "
-    "latents do not ([A4](A4_controls_and_metrics))."
+    "Four ways to steer towards the same objects, each with the dose that "
+    f"suits it; objects named, of 100: {named}. "
+    + compared_with_first(
+        all_panel, "direction_steering", ways, "steer_{}_named_above_latent"
+    )
+    + " Differences and probes are no latents: they are directions that "
+    "learned from labels ([A4](A4_controls_and_metrics))."
 )
 findings(
     *([without_sae] if without_sae else []),
     *across_saes(study, stage, of_all, count),
     *across_saes(study, stage, of_eight, count),
     *across_saes(study, stage, fluency, "{:.2f}".format),
-    *against_controls(all_panel, panel_metrics),
+    *against_controls(all_panel, panel_metrics, "{:.0f}"),
 )
 
 # %% [markdown]
@@ -662,27 +669,27 @@ findings(
 # %% tags=["result", "remove-input"]
 paper = published("steer", "changed_of_100")
 of_saes = over_saes(study, stage, "named_of_100", count)
-of_saes = of_saes and f" Naming of 100, {of_saes}."
+of_saes = of_saes and f" Named over seeds: {of_saes}."
 headline(
     page,
     f"{m['named_of_100']:.0f} of 100 object latents (99 % interval "
     f"{m['named_of_100_low']:.0f} to {m['named_of_100_high']:.0f}) make "
     f"the model name their object, {m['fluent_named_of_100']:.0f} of them "
-    f"in a fluent answer: the mean fluency of answers that name the object "
-    f"is {m['named_fluency']:.2f}, that of unsteered answers "
-    f"{m['unsteered_fluency']:.2f}. Random latents at the same values: "
+    "in a fluent answer. Random latents at the same values: "
     f"{m['control_value_named_of_100']:.0f} of 100 ("
     f"{m['control_value_named_of_100_low']:.0f} to "
     f"{m['control_value_named_of_100_high']:.0f}). A clamp changes the "
     f"answer for {m['changed_of_100']:.0f} of 100 object latents, and for "
     f"{m['control_value_changed_of_100']:.0f} of 100 random latents at the "
-    f"same values.{of_saes} {without_sae} "
-    + reached_by_controls(all_panel, panel_metrics),
+    f"same values.{of_saes}",
     f"{paper:.0f} of 100 object latents change the answer. How often an "
     "answer names the object is not reported, nor the dose.",
     f"probably because we clamp an early layer, at {m['dose']:g} times "
     "what any image causes. We did not test this.",
-)
+    controls=" ".join(filter(None, (
+        controls_in_short(all_panel, panel_metrics, "{:.0f}"), without_sae
+    ))),
+)  # fmt: skip
 
 # %% tags=["remove-input"]
 provenance(page, stage)

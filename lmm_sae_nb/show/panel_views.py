@@ -1,4 +1,4 @@
-"""Show a panel of SAEs: as rows of a table, and as dots by group."""
+"""Show a panel of SAEs: as rows of a table, as dots, and in sentences that compare trained SAEs with controls."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from lmm_sae_nb.show.style import PALETTE, WIDTH, literal, panels, wrapped
+from lmm_sae_nb.show.panel_metrics import BY_KIND, ONE_TABLE, PanelMetric, of_kinds
+from lmm_sae_nb.show.style import BLUE, GREY, ORANGE, PALETTE, WIDTH, literal, panels, wrapped
 
 if TYPE_CHECKING:
+    from lmm_sae_nb.measures.discriminability import Discriminability
     from lmm_sae_nb.show.panel import Panel
     from lmm_sae_nb.support.intervals import Mean
 
 GROUPS = {  # of a panel, with their names in a figure, the best-known first
     "seed": "trained", "half": "half-trained", "size": "other sizes", "classical": "PCA, NMF", "control": "controls",
 }  # fmt: skip
-
-
-class PanelMetric(NamedTuple):
-    """A metric of the panel: the part that measured it, and its name."""
-
-    part: str
-    metric: str
+# methods without an SAE, with their keys in the metrics of detection and of steering
+SIMPLE = {
+    "one latent for each concept": ("latent", "detector"),
+    "no SAE: difference of means": ("difference", "difference"),
+    "no SAE: logistic probe": ("probe", "probe"),
+    "no SAE: prompt": ("", "prompt"),
+}
 
 
 class Spread(NamedTuple):
@@ -55,7 +58,28 @@ def panel_rows(
     rows = [{"": f"trained, {len(seeds)} seeds"} | {title: _spread(panel, seeds, at) for title, at in columns.items()}]
     for name in others:
         values = {title: panel.interval(name, *at) or panel.find(name, *at) for title, at in columns.items()}
-        rows.append({"": panel.saes[name].about} | values)
+        control = "control: " if panel.saes[name].group == "control" else ""
+        rows.append({"": control + panel.saes[name].about} | values)
+    return rows
+
+
+def all_methods(panel: Panel | None) -> list[dict[str, str | float | Mean | Spread | None]]:
+    """Return the one table of all methods: trained SAEs, control SAEs, PCA and NMF, and methods without an SAE.
+
+    The columns are those of `ONE_TABLE`. A method without an SAE has no latents to name, and no region for an IoU.
+
+    panel: None gives no rows; one without methods that need no SAE has only the rows of SAEs.
+    """
+    rows = panel_rows(panel, ONE_TABLE, ("control", "classical"))
+    if panel is None or "model" not in panel.saes:
+        return rows
+    for words, (detector, way) in SIMPLE.items():
+        of = dict.fromkeys(ONE_TABLE) | {
+            "concepts detected": PanelMetric("direction_detection", f"{detector}_detected"),
+            "objects named, of 100": PanelMetric("direction_steering", f"steer_{way}_named_of_100"),
+            "fluency": PanelMetric("direction_steering", f"steer_{way}_fluency"),
+        }
+        rows.append({"": words} | {title: at and panel.interval("model", *at) for title, at in of.items()})
     return rows
 
 
@@ -104,6 +128,23 @@ def beside_each_other(
     return ", ".join(f"{words} {mean} [{low}, {high}]" for words, (mean, low, high) in known)
 
 
+def compared_with_first(panel: Panel | None, part: str, methods: Mapping[str, str], metric: str) -> str:
+    """Return "Better than best latent: logistic probe. No clear difference: difference of means.", by intervals.
+
+    panel: None, or one without this part, gives an empty text.
+    part, methods: as for `method_rows`; the first method is the one that the others are compared with.
+    metric: name of the difference to the first method on the same cases, with `{}` where the method's key stands.
+    """
+    (_, first), *others = methods.items()
+    rows = method_rows(panel, part, dict(others), {"less first": metric})
+    signs: dict[int, list[str]] = {1: [], 0: [], -1: []}
+    for row in rows:
+        if (mean := row["less first"]) is not None:
+            signs[(mean.low > 0) - (mean.high < 0)].append(row[""])
+    heads = {1: f"Better than {first}", 0: "No clear difference", -1: "Worse"}
+    return " ".join(f"{heads[sign]}: {', '.join(words)}." for sign, words in signs.items() if words)
+
+
 def panel_values(panel: Panel | None, columns: Mapping[str, PanelMetric]) -> dict[str, dict[str, float]]:
     """Return the metrics of every SAE that has one, by the SAE's name and the column's title.
 
@@ -142,47 +183,189 @@ def panel_dots(panel: Panel | None, columns: Mapping[str, PanelMetric], across: 
     return axes
 
 
-def against_controls(panel: Panel | None, metrics: Mapping[str, PanelMetric]) -> list[str]:
-    """Return a sentence for each metric: the values of trained SAEs and of controls, and whether they overlap.
+def kind_panels(
+    panel: Panel | None, saes: Mapping[str, str], metrics: Mapping[str, PanelMetric] = BY_KIND
+) -> list[Axes]:
+    """Draw a panel for each metric, with a row for each kind of concept, and a mark for trained and for other SAEs.
+
+    The mark of the trained SAEs is their median, with a line from the lowest to the highest. That of another SAE has
+    its 99 % interval.
+
+    panel: None draws nothing.
+    saes: name in the panel to words; the first three colours of the palette are those of trained and of these.
+    metrics: title to metric; `of_kinds` gives those of each kind.
+    """
+    if panel is None:
+        return []
+    seeds, series = panel.group("seed"), ["trained", *saes.values()]
+    axes = panels(len(metrics), inches=8 * 0.5 + 0.8, sharey=True)
+    for ax, (title, at) in zip(axes, metrics.items(), strict=True):
+        kinds = of_kinds(at)
+        for y, one in enumerate(kinds.values()):
+            marks = {"trained": _spread(panel, seeds, one)} | {
+                words: panel.interval(name, *one) for name, words in saes.items()
+            }
+            for n, words in enumerate(series):
+                if (mark := marks[words]) is None:
+                    continue
+                place, colour = y + 0.22 * (n - (len(series) - 1) / 2), PALETTE[n]
+                ax.plot(mark[1:], [place, place], color=colour, lw=1.8, alpha=0.6)
+                ax.plot(mark[0], place, "osD^"[n], color=colour, ms=5, label=literal(words))
+        ax.set(yticks=range(len(kinds)), yticklabels=list(kinds), ylim=(len(kinds) - 0.5, -0.5), xlim=(-0.02, 1.02))
+        ax.set_title(wrapped(title, WIDTH / 2))
+        ax.grid(axis="x", alpha=0.25)
+    known = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    axes[0].figure.legend(known.values(), known, loc="outside lower center", ncols=len(series))
+    return axes
+
+
+def metric_exam(exam: Sequence[Discriminability], fewer: Mapping[str, float], without: str) -> list[Axes]:
+    """Draw the exam of metrics, a row each: rank correlation with the truth, separation from controls, and noise.
+
+    exam: of at least one metric; the first one is on top.
+    fewer: metric to its separation from fewer controls.
+    without: words for the control that is left out there.
+    """
+    if not exam:
+        return []
+    figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 0.4 * len(exam) + 2.2), sharey=True, width_ratios=(2.1, 1.2, 0.9))
+    for n, name in enumerate(dict.fromkeys(name for each in exam for name in each.agreement)):
+        known = [(y, each.agreement[name]) for y, each in enumerate(exam) if name in each.agreement]
+        known = [(y + 0.2 * (n - 0.5), mean) for y, mean in known if mean.mean == mean.mean]
+        colour = (BLUE, ORANGE)[n % 2]
+        for y, mean in known:
+            axes[0].plot([mean.low, mean.high], [y, y], color=colour, lw=1.8, alpha=0.6)
+        axes[0].plot(
+            [mean.mean for _, mean in known], [y for y, _ in known], "os"[n % 2], color=colour, ms=5,
+            label=literal(f"with {name}"),
+        )  # fmt: skip
+    rows = range(len(exam))
+    few = [fewer.get(each.metric) for each in exam]
+    axes[1].plot(few, rows, "D", ms=8, mfc="none", mec=GREY, label=literal(f"all but {without}"))
+    axes[1].plot([each.separation for each in exam], rows, "o", color=PALETTE[2], ms=5, label="all controls")
+    axes[2].plot([each.noise for each in exam], rows, "^", color=PALETTE[3], ms=6)
+    axes[0].axvline(0, color=GREY, lw=1)
+    axes[1].axvline(0.5, color=GREY, lw=1)
+    axes[0].set(xlim=(-1.05, 1.05), xticks=(-1, 0, 1), xlabel="rank correlation")
+    axes[1].set(xlim=(-0.08, 1.08), xticks=(0, 0.5, 1), xlabel="separation")
+    axes[2].set(xlim=(0, max(1.05 * max(each.noise for each in exam), 0.1)), xlabel="noise")
+    labels = [wrapped(each.metric, 2.4) for each in exam]
+    axes[0].set(yticks=rows, yticklabels=labels, ylim=(len(exam) - 0.5, -0.5))
+    for ax in axes:
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.grid(axis="y", alpha=0.25)
+        ax.tick_params(axis="y", length=0)
+        ax.spines["left"].set_visible(False)
+    handles = [pair for ax in axes[:2] for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+    figure.legend([h for h, _ in handles], [label for _, label in handles], loc="outside lower center", ncols=2)
+    return list(axes)
+
+
+class Against(NamedTuple):
+    """A metric of trained SAEs beside that of controls.
+
+    trained: values of the SAEs that differ in their seed.
+    controls: value of each control, by what it is.
+    touching: whether the 99 % interval of a trained SAE meets that of a control; None if there are no intervals.
+    """
+
+    trained: list[float]
+    controls: dict[str, float]
+    touching: bool | None
+
+    @property
+    def reaching(self) -> dict[str, float]:
+        """The controls that are as high as the lowest trained SAE."""
+        return {about: value for about, value in self.controls.items() if value >= min(self.trained)}
+
+    @property
+    def alone(self) -> str:
+        """The only control that reaches the trained SAEs while all others stay far below; empty if there is none.
+
+        Far below means: by more than the trained SAEs differ among themselves.
+        """
+        low = [value for value in self.controls.values() if value < min(self.trained)]
+        spread = max(self.trained) - min(self.trained)
+        far = bool(low) and max(low) < min(self.trained) - spread
+        return next(iter(self.reaching)) if far and len(self.reaching) == 1 else ""
+
+    def clause(self, form: str = "{:.2f}") -> str:
+        """Return "0.86 to 0.91 against 0.81 to 0.86 (1 of 5 as high)", or name the one control that stands out."""
+        head, high = _ends(self.trained, form), self.reaching
+        if self.alone:
+            low = [value for about, value in self.controls.items() if about != self.alone]
+            return f"{head} against {_ends(low, form)}, and {form.format(high[self.alone])} in one ({self.alone})"
+        text = f"{head} against {_ends([*self.controls.values()], form)}"
+        if min(self.controls.values()) > max(self.trained):
+            return f"{text} (all are higher)"
+        return f"{text} ({len(high)} of {len(self.controls)} as high)" if high else text
+
+
+def against(panel: Panel | None, at: PanelMetric) -> Against | None:
+    """Return a metric of trained SAEs and of controls; None if the panel lacks one of them."""
+    if panel is None:
+        return None
+    seeds, controls = (
+        {name: value for name in panel.group(group) if (value := panel.find(name, *at)) is not None}
+        for group in ("seed", "control")
+    )
+    if not seeds or not controls:
+        return None
+    first, second = ([panel.interval(name, *at) for name in names] for names in (seeds, controls))
+    touching = None
+    if all(first) and all(second):
+        touching = any(one.low <= other.high and other.low <= one.high for one in first for other in second)
+    return Against(list(seeds.values()), {panel.saes[n].about: value for n, value in controls.items()}, touching)
+
+
+def against_controls(panel: Panel | None, metrics: Mapping[str, PanelMetric], form: str = "{:.2f}") -> list[str]:
+    """Return a sentence for each metric: trained SAEs, controls, and whether the metric tells them apart.
 
     panel: None, or one that lacks a metric, gives no sentence for it.
-    metrics: words to metric.
+    metrics: words to metric; higher should be better.
+    form: writes a number.
     """
     sentences = []
-    for words, at in metrics.items() if panel else ():
-        trained, controls = (_values(panel, panel.group(group), at) for group in ("seed", "control"))
-        if not trained or not controls:
+    for words, at in metrics.items():
+        if (found := against(panel, at)) is None:
             continue
-        apart = min(trained) > max(controls) or max(trained) < min(controls)
-        random = panel.find("random", *at) if "random" in panel.saes else None
-        dictionary = "" if random is None else f", a random dictionary {random:.2f}"
+        if not found.reaching:
+            verdict = "No control is as high" + (", but intervals of single SAEs overlap." if found.touching else ".")
+        elif found.alone:
+            verdict = "All controls but one are far lower."
+        else:
+            verdict = "So a high value does not show that an SAE learned something."
         sentences.append(
-            f"{words[:1].upper()}{words[1:]}: {len(trained)} trained SAEs have {_ends(trained)}, {len(controls)} "
-            f"control SAEs {_ends(controls)}{dictionary}. "
-            + ("This tells them apart" if apart else "So this does not tell a trained SAE from a control")
-            + " ([A4](A4_controls_and_metrics))."
+            f"{words[:1].upper()}{words[1:]}, {len(found.trained)} trained SAEs against {len(found.controls)} controls "
+            f"([A4](A4_controls_and_metrics)): {found.clause(form)}. {verdict}"
         )
     return sentences
 
 
-def _ends(values: Sequence[float]) -> str:
-    return f"{min(values):.2f} to {max(values):.2f}"
+def controls_in_short(panel: Panel | None, metrics: Mapping[str, PanelMetric], form: str = "{:.2f}") -> str:
+    """Return for the top of a page how far controls reach in some metrics, and what this means; empty without a panel.
 
-
-def reached_by_controls(panel: Panel | None, metrics: Mapping[str, PanelMetric]) -> str:
-    """Return a sentence that names the metrics in which a control is as high as a trained SAE; empty if there is none.
-
-    panel: None gives no sentence.
-    metrics: words to metric; higher is better.
+    metrics, form: as for `against_controls`.
     """
-    reached = []
-    for words, at in metrics.items() if panel else ():
-        trained = _values(panel, panel.group("seed"), at)
-        controls = {name: panel.find(name, *at) for name in panel.group("control")}
-        known = {name: value for name, value in controls.items() if value is not None}
-        if trained and known and max(known.values()) >= min(trained):
-            best = max(known, key=known.__getitem__)
-            reached.append(f"{words} ({known[best]:.2f}: {panel.saes[best].about}; trained SAEs {_ends(trained)})")
-    if not reached:
+    found = {words: each for words, at in metrics.items() if (each := against(panel, at)) is not None}
+    if not found:
         return ""
-    return f"Control SAEs, which should fail, do as well in {' and '.join(reached)}; see [A4](A4_controls_and_metrics)."
+    trained, controls = (max(len(each[n]) for each in found.values()) for n in (0, 1))
+    clauses = "; ".join(f"{words} {each.clause(form)}" for words, each in found.items())
+    empty = [words for words, each in found.items() if each.reaching and not each.alone]
+    verdict = f" So high values of {_listed(empty)} do not show that an SAE learned something." if empty else ""
+    latents = panel.recipe.get("sizes", {}).get("latents")
+    size = f"; up to {latents} latents each" if latents else ""
+    return (
+        f"{trained} trained SAEs against {controls} control SAEs, which should fail "
+        f"([A4](A4_controls_and_metrics){size}): {clauses}.{verdict}"
+    )
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+
+
+def _ends(values: Sequence[float], form: str) -> str:
+    ends = [form.format(end) for end in (min(values), max(values))]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)

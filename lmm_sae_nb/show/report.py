@@ -16,17 +16,18 @@ from lmm_sae_nb.support.intervals import Mean
 from lmm_sae_nb.support.stages import Page, Stage, read_typed
 
 
-def headline(page: Page | None, ours: str, paper: str, why: str) -> None:
+def headline(page: Page | None, ours: str, paper: str, why: str, controls: str = "") -> None:
     """Show the page's result beside the paper's. In the book this cell's output opens the page.
 
     page: whose run is named; None if the result is the same for every run.
     ours: one sentence, its numbers from metrics.
     paper: what the paper reports, or that it reports nothing.
     why: why the two differ, in one sentence.
+    controls: what control SAEs and simple methods reach; empty if the page has none.
     """
     title = f"**Result** (preset `{page.run}`):" if page else "**Result:**"
-    lines = (f"{title} {ours}", f"**The paper:** {paper}", f"**Why they differ:** {why}")
-    display(Markdown("\n>\n".join(f"> {line}" for line in lines)))
+    lines = {title: ours, "**Controls:**": controls, "**The paper:**": paper, "**Why they differ:**": why}
+    display(Markdown("\n>\n".join(f"> {head} {text}" for head, text in lines.items() if text)))
 
 
 def percent(value: float | Mean, digits: int = 0) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
     from lmm_sae_nb.steer.experiments import CaseStudy
 
 
-def table(rows: Sequence[Mapping[str, object]], caption: str = "") -> HTML:
+def table(rows: Sequence[Mapping[str, object]], caption: str = "", digits: int = 3) -> HTML:
     """Return rows as a table; their keys are its head.
 
-    A float has three digits, None is a dash, and a mean has its interval below it. A column with a text in it is set
-    left, others right.
+    None is a dash, and a mean has its interval below it. A column with a text in it is set left, others right.
+
+    digits: behind the point, of a float and of a mean. With fewer than three, a number of 10 or more has none.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     left = {name for name in names if any(isinstance(row.get(name), str) for row in rows)}
@@ -30,17 +32,30 @@ def table(rows: Sequence[Mapping[str, object]], caption: str = "") -> HTML:
         return f"<{tag} style='text-align:{side};padding:0 .4em'>{content}</{tag}>"
 
     head = "".join(cell(name, html.escape(name), "th") for name in names)
-    body = "".join("<tr>" + "".join(cell(name, _value(row.get(name))) for name in names) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(cell(name, _value(row.get(name), digits)) for name in names) + "</tr>" for row in rows
+    )
     above = f"<caption>{html.escape(caption)}</caption>" if caption else ""
     return HTML(f"<table style='font-size:90%'>{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
 
-def _value(value: object) -> str:
+def _value(value: object, digits: int) -> str:
     """Return the content of a table's cell."""
     if hasattr(value, "low"):
-        mean, interval = str(value).split(" ", 1)
+        mean, interval = (_shorter(value, digits) if digits < 3 else str(value)).split(" ", 1)
         return f"{mean}<br><small style='white-space:nowrap;font-size:85%'>{interval}</small>"
-    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else html.escape(str(value))
+    return "–" if value is None else _number(value, digits) if isinstance(value, float) else html.escape(str(value))
+
+
+def _number(value: float, digits: int, like: float | None = None) -> str:
+    """Return a number with so many digits behind the point, or with none if `like` (or the number) is 10 or more."""
+    return f"{value:.{0 if digits < 3 and abs(value if like is None else like) >= 10 else digits}f}"
+
+
+def _shorter(value: object, digits: int) -> str:
+    """Return the text of a mean with its interval, its numbers written anew with fewer digits."""
+    highest = max(abs(value.low), abs(value.high))
+    return re.sub(r"-?\d+\.\d+", lambda found: _number(float(found[0]), digits, highest), str(value))
 
 
 def token_html(tokens: Sequence[str], values: Sequence[float]) -> str:

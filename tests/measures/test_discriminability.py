@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import kendalltau
+from scipy.stats import kendalltau, spearmanr
 
 from lmm_sae_nb.measures.discriminability import compare_metrics, separation
 
@@ -34,6 +34,19 @@ def test_a_metric_that_follows_the_truth_is_told_from_one_that_does_not():
     assert found["good"].distance > 20 and found["upside_down"].distance < -20
     truth, blind = ([row[name] for row in rows.values()] for name in ("truth", "blind"))
     assert np.sign(found["blind"].agreement["truth"].mean) == np.sign(kendalltau(truth, blind).statistic)
+
+
+def test_the_interval_is_that_of_resampled_saes_one_by_one():
+    rng = np.random.default_rng(4)
+    rows = {f"{name} {n}": {"truth": float(rng.integers(5)), "it": float(rng.integers(5))}
+            for name in ("seed", "control") for n in range(6)}  # fmt: skip
+    (found,) = compare_metrics(rows, ["it"], ["truth"], seeds=SEEDS, controls=CONTROLS)
+    pairs, again, draws = np.array([[*row.values()] for row in rows.values()]), np.random.default_rng(0), []
+    for _ in range(2_000):
+        drawn = pairs[again.integers(12, size=12)]
+        if (np.ptp(drawn, 0) > 0).all():
+            draws.append(spearmanr(*drawn.T).statistic)
+    assert found.agreement["truth"][1:] == pytest.approx(np.quantile(draws, [0.005, 0.995]))
 
 
 def test_separation_counts_pairs():

@@ -3,16 +3,22 @@
 import matplotlib.pyplot as plt
 import pytest
 
+from lmm_sae_nb.measures.discriminability import Discriminability
 from lmm_sae_nb.show.panel import MeasuredPart, Panel, PanelSAE
 from lmm_sae_nb.show.panel_views import (
     PanelMetric,
+    against,
     against_controls,
+    all_methods,
     beside_each_other,
+    compared_with_first,
+    controls_in_short,
+    kind_panels,
     method_rows,
+    metric_exam,
     panel_dots,
     panel_rows,
     panel_values,
-    reached_by_controls,
 )
 from lmm_sae_nb.support.intervals import Mean
 
@@ -38,17 +44,77 @@ PANEL = Panel(
 def test_seeds_share_a_row_with_their_range_and_others_keep_their_interval():
     seeds, random, frozen = panel_rows(PANEL, {"good": GOOD, "bad": BAD})
     assert seeds["good"][:] == (pytest.approx(0.85), 0.8, 0.9) and str(seeds["bad"]) == "0.600 (0.500 to 0.700)"
-    assert random == {"": "random rows", "good": Mean(0.1, 0.0, 0.2), "bad": 0.6}
+    assert random == {"": "control: random rows", "good": Mean(0.1, 0.0, 0.2), "bad": 0.6}
     assert frozen["bad"] is None
 
 
 def test_a_sentence_says_whether_controls_overlap_with_trained_saes():
     good, bad = against_controls(PANEL, {"the good metric": GOOD, "the bad one": BAD})
-    assert good.startswith("The good metric: 2 trained SAEs have 0.80 to 0.90, 2 control SAEs 0.10 to 0.20")
-    assert "This tells them apart" in good and "does not tell" in bad
-    reached = reached_by_controls(PANEL, {"the good metric": GOOD, "the bad one": BAD})
-    assert "the bad one (0.60: random rows; trained SAEs 0.50 to 0.70)" in reached and "good metric" not in reached
-    assert reached_by_controls(PANEL, {"the good metric": GOOD}) == ""
+    assert good.startswith("The good metric, 2 trained SAEs against 2 controls")
+    assert good.endswith(": 0.80 to 0.90 against 0.10 to 0.20. No control is as high.")
+    assert ": 0.50 to 0.70 against 0.60 (1 of 1 as high). So a high value does not show" in bad
+    short = controls_in_short(PANEL, {"the good metric": GOOD, "the bad one": BAD})
+    assert "the good metric 0.80 to 0.90 against 0.10 to 0.20; the bad one 0.50" in short
+    assert short.endswith("So high values of the bad one do not show that an SAE learned something.")
+
+
+def panel_of(trained, controls):
+    """A panel with one metric: values of trained SAEs, and of controls by what they are."""
+    saes = {f"seed_{n}": sae("seed", "", good=value) for n, value in enumerate(trained)}
+    return Panel("", "", {}, {}, [], saes | {key: sae("control", key, good=x) for key, x in controls.items()})
+
+
+def test_a_control_that_alone_is_high_is_named():
+    found = against(panel_of((0.5, 0.6), {"rows": 0.1, "half": 0.2, "eye": 0.55}), GOOD)
+    assert found.alone == "eye" and found.clause() == "0.50 to 0.60 against 0.10 to 0.20, and 0.55 in one (eye)"
+    close = against(panel_of((0.5, 0.6), {"half": 0.45, "eye": 0.55}), GOOD)
+    assert close.alone == "" and close.clause() == "0.50 to 0.60 against 0.45 to 0.55 (1 of 2 as high)"
+
+
+def test_controls_that_are_all_higher_are_not_called_told_apart():
+    (sentence,) = against_controls(panel_of((0.5, 0.6), {"rows": 0.7, "half": 0.8}), {"it": GOOD})
+    assert "0.70 to 0.80 (all are higher). So a high value does not show" in sentence
+
+
+def test_overlapping_intervals_of_single_saes_are_said():
+    panel = panel_of([(0.5, 0.2, 0.8)], {"rows": (0.1, 0.0, 0.3)})
+    assert against_controls(panel, {"it": GOOD})[0].endswith("but intervals of single SAEs overlap.")
+    apart = panel_of([(0.5, 0.4, 0.6)], {"rows": (0.1, 0.0, 0.3)})
+    assert against(apart, GOOD).touching is False and against(panel, GOOD).touching is True
+
+
+def test_the_one_table_has_saes_and_methods_without_an_sae():
+    metrics = {"direction_detection": {"probe_detected": (0.9, 0.8, 1.0)},
+               "direction_steering": {"steer_probe_named_of_100": (80, 60, 90)}}  # fmt: skip
+    model = PanelSAE("the model", "model", {name: MeasuredPart(each, 1.0) for name, each in metrics.items()})
+    rows = {row[""]: row for row in all_methods(Panel("", "", {}, {}, [], PANEL.saes | {"model": model}))}
+    probe = rows["no SAE: logistic probe"]
+    assert probe["concepts detected"] == Mean(0.9, 0.8, 1.0) and probe["objects named, of 100"] == Mean(80, 60, 90)
+    assert probe["names right"] is None and "control: random rows" in rows and "trained, 2 seeds" in rows
+
+
+def test_kinds_have_a_mark_for_trained_saes_and_for_each_other_one():
+    parts = {f"good_{kind}": (x, x - 0.1, x + 0.1) for kind, x in {"face": 0.5, "word": 0.7}.items()}
+    panel = Panel("", "", {}, {}, [], {"seed_0": sae("seed", "", **parts), "random": sae("control", "", **parts)})
+    (ax,) = kind_panels(panel, {"random": "random rows"}, {"good": GOOD})
+    marks = [float(line.get_xdata()[0]) for line in ax.lines if len(line.get_xdata()) == 1]
+    assert marks == [0.5, 0.5, 0.7, 0.7]  # in the order of the kinds: face, word
+    assert kind_panels(None, {}) == []
+    plt.close("all")
+
+
+def test_the_exam_draws_order_separation_and_noise_of_each_metric():
+    exam = [
+        Discriminability("FVU", 9, {"truth": Mean(-0.6, -0.9, -0.1), "names": Mean(0.1, -0.2, 0.3)}, 0.2, -3.0, 0.1),
+        Discriminability("truth", 9, {"names": Mean(0.3, 0.0, 0.5)}, 1.0, 5.0, 0.3),
+    ]  # fmt: skip
+    order, apart, noise = metric_exam(exam, {"FVU": 0.0, "truth": 1.0}, "one")
+    marks = [list(line.get_xdata()) for line in order.lines if line.get_marker() in "os"]
+    assert marks == [[-0.6], [0.1, 0.3]]
+    assert [list(line.get_xdata()) for line in apart.lines[:2]] == [[0.0, 1.0], [0.2, 1.0]]
+    assert list(noise.lines[0].get_xdata()) == [0.1, 0.3]
+    assert [label.get_text() for label in order.get_yticklabels()] == ["FVU", "truth"] and metric_exam([], {}, "") == []
+    plt.close("all")
 
 
 def test_methods_are_rows_with_their_own_metrics():
@@ -66,6 +132,15 @@ def test_methods_stand_beside_each_other_in_a_sentence():
     assert beside_each_other(None, "part", words, "{}_f1") == beside_each_other(only, "no part", words, "{}_f1") == ""
 
 
+def test_methods_are_better_or_worse_than_the_first_by_their_intervals():
+    above = {"a_above": (0.2, 0.1, 0.3), "b_above": (0.1, -0.1, 0.3), "c_above": (-0.2, -0.3, -0.1)}
+    only = Panel("", "", {}, {}, [], {"model": sae("model", "", **above)})
+    words = {"first": "a latent", "a": "a probe", "b": "a mean", "c": "a prompt"}
+    text = compared_with_first(only, "part", words, "{}_above")
+    assert text == "Better than a latent: a probe. No clear difference: a mean. Worse: a prompt."
+    assert compared_with_first(None, "part", words, "{}_above") == ""
+
+
 def test_dots_are_the_values_of_each_group():
     (ax,) = panel_dots(PANEL, {"good": GOOD})
     drawn = [sorted(line.get_xdata()) for line in ax.lines]
@@ -77,4 +152,5 @@ def test_dots_are_the_values_of_each_group():
 def test_without_a_panel_nothing_is_shown():
     assert panel_rows(None, {"good": GOOD}) == panel_dots(None, {"good": GOOD}) == []
     assert panel_values(None, {"good": GOOD}) == {} and against_controls(None, {"good": GOOD}) == []
-    assert method_rows(None, "part", {}, {}) == [] and reached_by_controls(None, {"good": GOOD}) == ""
+    assert method_rows(None, "part", {}, {}) == [] and controls_in_short(None, {"good": GOOD}) == ""
+    assert all_methods(None) == []

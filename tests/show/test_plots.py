@@ -65,6 +65,14 @@ def test_a_table_escapes_what_it_shows():
     assert shown.count("–") == 2  # n of the second row is not there, its IoU is None
 
 
+def test_a_table_with_fewer_digits_keeps_none_of_large_numbers():
+    rows = [
+        {"IoU": Mean(0.4567, 0.4, 0.5), "of 100": Mean(9.0909, 1.0765, 47.888), "FVU": 123.13, "dose": 2.0, "n": 30}
+    ]
+    text = re.sub("<[^>]*>", " ", plots.table(rows, digits=2).data)
+    assert all(each in text for each in ("0.46", "[0.40, 0.50]", " 9 ", "[1, 48]", " 123 ", "2.00", " 30 "))
+
+
 def test_a_table_puts_an_interval_below_its_mean():
     shown = plots.table([{"IoU": Mean(0.5, 0.25, 0.75), "yes": Proportion(0.5, 0.1, 0.9, 2)}]).data
     for interval in ("[0.250, 0.750]", "[0.100, 0.900] of 2"):

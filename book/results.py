@@ -19,6 +19,9 @@ The notebooks of this build measured every number on this page, in the run `{run
 paper's numbers come from photographs and a model of 8 billion parameters; ours come from the run. So the two columns
 show that the same quantity is meant, not that the numbers should be equal. A *control* is the same measurement where
 the claim should fail. A *target* is what this book set out to reach; a target that was missed stays here.
+
+[A4](notebooks/A4_controls_and_metrics) has more controls: SAEs that learned nothing, and methods without an SAE. Some
+reach the numbers below.
 {study}
 {claims}
 
@@ -62,12 +65,14 @@ def find(metrics: Metrics, name: str) -> tuple[str, str] | None:
     return (stage, min(found, key=len)) if found else None
 
 
-def control(metrics: Metrics, given: str | list[str] | None) -> str:
-    """Return the control's column: a sentence as it is, or a metric with what it stands for."""
+def control(metrics: Metrics, given: str | list[str] | list[list[str]] | None) -> str:
+    """Return the control's column: a sentence as it is, or a metric with what it stands for, or several of these."""
     if given is None:
         return ""
     if isinstance(given, str):
         return given
+    if isinstance(given[0], list):
+        return "; ".join(control(metrics, each) for each in given)
     place = find(metrics, given[0])
     return f"{with_interval(metrics[place[0]], place[1])}: {given[1]}" if place else given[1]
 

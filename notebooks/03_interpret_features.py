@@ -204,9 +204,9 @@ interpreter.models
 # Label maps decide the true concept. It must cover at least half of the
 # visible patches in at least three of the five images. If several concepts do,
 # we take the one of highest IoU (intersection over union with these patches).
-# We first multiply the IoU by 2 for words, by 1.25 for textures and materials,
-# and by 0.5 for colours: letters are thinner than their sign, and every thing
-# has a colour. Without this weight, the IoU must be at least 0.1.
+# We first multiply the IoU by 2 for words, because letters are thinner than their
+# sign. For textures and materials we take 1.25, and for colours 0.5, because every
+# thing has a colour. Without this weight, the IoU must be at least 0.1.
 #
 # The explainer was trained with this same rule. So the accuracy says how well
 # it learned the rule.
@@ -295,8 +295,8 @@ if truth:
     )
 
 # %% [markdown]
-# So the rule alone is easily met, mostly by colours of large areas, such as a
-# blue sky. It is rarely met by the *same* concept.
+# So masks alone often meet the rule, mostly with colours of large areas, such as a
+# blue sky. They rarely meet it with the *same* concept.
 
 # %% [markdown]
 # ## Is every concept of the world found?

@@ -233,7 +233,9 @@ for one in example:
 #
 # *Moved* is the hard one: it knows the image and the size of the region. For
 # another name the IoU is low, because few images show two concepts of a kind at
-# one place.
+# one place. All three ask about latents and names of one SAE. Control SAEs, which
+# should fail, stand at the top of this page and in
+# [A4](A4_controls_and_metrics).
 
 # %%
 stage = page.stage(
@@ -330,7 +332,8 @@ for column in scores.columns:
 # %% [markdown]
 # A name is right if it is the true concept of notebook 03. A segmenter may mark
 # things that only look like the concept. Then it gives wrong names a higher IoU
-# than the label maps do: the last column, compared latent by latent, is above 0.
+# than the label maps do. The last column compares this latent by latent. There it
+# is above 0.
 # [Appendix A1](A1_picture_world) has the segmenter's exam.
 
 # %%
@@ -520,10 +523,10 @@ findings(
 )
 
 # %% [markdown]
-# **Limits.** The numbers hold for explained latents only. The judge of `tiny` is
-# the ground truth. A scene fills the
-# image, so its moved activation also lies on the scene; that chance is hard to
-# beat. The small CLIPSeg and CLIP know the world that they score. The
+# **Limits.** The numbers hold for explained latents only. Control SAEs reach them,
+# so a high IoU or CLIP score says little about the SAE. The judge of `tiny` is the
+# ground truth. A scene fills the image, so its moved activation also lies on the
+# scene; that chance is hard to beat. The small CLIPSeg and CLIP know the world that they score. The
 # [results page](../results) gathers the numbers of every page. Notebook 05
 # asks whether other layers and models give the same result.
 

@@ -17,9 +17,9 @@
 # named for what its images show. If we set this latent by hand, does the model
 # say that name?
 #
-# **You will learn** how a latent is clamped, how to choose the dose so that
-# answers stay whole sentences, which controls steering needs, and whether one
-# latent serves both the picture and the word.
+# **You will learn** how a latent is clamped, and how to choose the dose so that
+# answers stay whole sentences. You will see which controls steering needs, and
+# whether one latent serves both the picture and the word.
 #
 # **Reads** the stages `train`, `cache` and `interpret`; for *Try it* also
 # `score` and `judge`, if they are there. **Writes** the stage `steer`.
@@ -293,9 +293,9 @@ plots.case_studies(with_next_latents(feelings)[:1])
 # > story about Alice and Bob"; the generated response revolves around themes of
 # > greed as shown in Fig. 6."
 #
-# A story has no image. We clamp the latent at the tokens of the answer only, and
-# keep what the SAE leaves unexplained (departure [A4](../departures)): without
-# it, stories broke at the lowest dose that we tried. The doses are low here.
+# A story has no image. We clamp the latent at the tokens of the answer only. We
+# keep what the SAE leaves unexplained (row A4 of the [departures](../departures)).
+# Without it, stories broke at the lowest dose that we tried. The doses are low here.
 # The ordinary answers are the stories that the untouched model tells when it is
 # asked for one of each feeling. The control is again the next feeling's latent.
 #
@@ -389,7 +389,7 @@ plots.scatter(
 # - **Dose.** We choose it on other object latents, by the harmonic mean of
 #   concept and fluency (the lowest if several tie).
 # - **Controls.** We clamp as many live latents at random, and look for the same
-#   names: once at the same dose, once at the same values as the object latents.
+#   names. We do so at the same dose, and again at the values of the object latents.
 
 # %%
 object_names = {
@@ -424,9 +424,9 @@ plots.dose_response(steering);
 # give the fluency of those answers that name the object.
 #
 # The paper lets GPT-4 rate from 1 to 10 how relevant each answer is to the
-# concept. Without a language model as `judge`, we rate by words: 10 if the
-# answer names the concept, 5 if it names another concept of the same kind, and
-# 1 otherwise.
+# concept. Without a language model as `judge`, we rate by words. An answer that
+# names the concept has 10, one that names another concept of the same kind has 5,
+# and any other has 1.
 
 # %%
 relevance = stage.result(
@@ -511,6 +511,18 @@ limit = (
     f" {m['dose']:g} is the end of our range of doses; "
     "more was not tried on this page."
 ) * (m["dose"] == max(objects["doses"]))
+by_dose = {
+    dose: 100 * np.mean(
+        [row.names_concept for row in steering.objects if row.dose == dose]
+    )
+    for dose in objects["doses"]
+}
+best = max(by_dose, key=by_dose.__getitem__)
+feelings_of_saes = over_saes(
+    read_study(page.locate(seeds_study)), stage, "feelings_named",
+    "{:.0f}".format,
+)  # fmt: skip
+feelings_of_saes = feelings_of_saes and f" ({feelings_of_saes})"
 stories_are = (
     "So steered stories stay about as whole as others."
     if m["stories_fluency_ratio"] >= 0.8
@@ -527,9 +539,10 @@ findings(
     f"{read_mean(m, 'unsteered_fluency')}. "
     f"{m['fluent_named_of_100']:.0f} of 100 latents give an answer that "
     "names the object and has at least 0.8 of the unsteered fluency.",
-    "Without regard to fluency, dose "
-    f"{m['naming_dose']:g} names most: "
-    f"{m['naming_dose_named_of_100']:.0f} of 100.",
+    "Without regard to fluency, the latents that choose would take dose "
+    f"{m['naming_dose']:g}: {m['naming_dose_named_of_100']:.0f} of 100 "
+    "reported latents name their object there. They name most at dose "
+    f"{best:g}, {by_dose[best]:.0f} of 100, but they must not choose.",
     f"{m['changed_of_100']:.0f} of 100 object latents change the answer, "
     f"but so do {m['control_changed_of_100']:.0f} of 100 random latents. "
     "A changed answer does not show that a name is right.",
@@ -543,8 +556,8 @@ findings(
     f"{m['control_value_named_of_100']:.0f} of 100 of these answers name "
     "the object.",
     f"{m['feelings_named']} of {m['feelings_steered']} latents named for "
-    "a feeling make the model report it, at the dose that the other "
-    "latents choose. With the next feeling's latent, it reports the "
+    f"a feeling make the model report it{feelings_of_saes}, at the dose that "
+    "the other latents choose. With the next feeling's latent, it reports the "
     f"first feeling for {m['feelings_control_named'] or 'none'}. The "
     f"fluency is {read_mean(m, 'feelings_fluency')}, that of unsteered answers "
     f"{read_mean(m, 'feelings_unsteered_fluency')}.",

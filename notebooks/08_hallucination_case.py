@@ -273,12 +273,13 @@ plots.table(
 
 # %% [markdown]
 # **3. What does clamping do?** We clamp the latents of the best words, of one
-# word or of two words at once. A *dose* is a multiple of a latent's maximum.
+# word or of two words at once. A *dose* is a multiple of a latent's maximum on the
+# cached images.
 #
 # We try all settings on wrong cases. We sort them by the *balanced cured rate*.
 # This is the mean of two fractions: of the cases whose right answer is *no*, how
-# many are cured; and the same for *yes*. A push towards one answer has 0.5 at
-# most. If two settings are equal, the one with fewer latents comes first.
+# many are cured, that is, answered right; and the same for *yes*. A push towards
+# one answer has 0.5 at most. If two settings are equal, the one with fewer latents comes first.
 #
 # Then we take four settings at a time, in this order. We count how many right
 # answers each harms. If this is within the limit, we count how many answers to
@@ -320,7 +321,7 @@ print("chosen:", " and ".join(text_clamp.words) or "nothing")
 for edit in text_clamp.edits:
     print(f"latent {edit.latent} at {edit.value:.0f}")
 
-# %% mystnb={"figure": {"caption": "The search. Each row is a setting: the words whose latents are clamped, and the dose. Cured is the balanced rate. The chosen setting is in bold. Harm is measured for four settings at a time, the best cures first, until one of four is within both limits; a dot on a dashed line is within.", "name": "fig-search"}, "image": {"alt": "A row for each setting, with dots for the fractions of wrong answers cured, right answers harmed and other answers changed, and dashed lines for the limits."}}
+# %% mystnb={"figure": {"caption": "The search. Each row is a setting: the words whose latents are clamped, and the dose. Cured is the balanced rate. The chosen setting is in bold. Harm is measured for four settings at a time, the best cures first, until one of four is within both limits. A dot on a dashed line is within.", "name": "fig-search"}, "image": {"alt": "A row for each setting, with dots for the fractions of wrong answers cured, right answers harmed and other answers changed, and dashed lines for the limits."}}
 plots.search_trials(outcome, Limits(**limits));
 # %% tags=["hide-output"]
 plots.table(
@@ -549,7 +550,7 @@ plots.means(
     },
     "fraction cured",
 );
-# %% mystnb={"figure": {"caption": "Hallucinations cured by the fitted clamp, by river basin; 99 % intervals.", "name": "fig-basins"}, "image": {"alt": "For each river basin, the fractions cured of hallucinations whose right answer is no, and of those whose right answer is yes."}}
+# %% mystnb={"figure": {"caption": "Hallucinations cured by the fitted clamp, by river basin; 99 % intervals. A long interval means few such cases, no mark means none.", "name": "fig-basins"}, "image": {"alt": "For each river basin, the fractions cured of hallucinations whose right answer is no, and of those whose right answer is yes."}}
 plots.means(answers.cured_by_group("fitted"), "fraction cured");
 # %% [markdown]
 # ### Does the fitted clamp help with new questions?
@@ -597,10 +598,9 @@ plots.means(
 # ### Other SAEs
 #
 # The intervals above say how much the choice of maps matters. They do not say
-# how much the choice of the SAE matters. So this page, with its search for a
-# clamp, ran for several SAEs that differ only in the seed of notebook 01
-# (`python -m lmm_sae_nb.benchmarks seeds`). They have other latents for the
-# same words.
+# how much the choice of the SAE matters. So this page ran for several SAEs that
+# differ only in the seed of notebook 01 (`python -m lmm_sae_nb.benchmarks seeds`).
+# Each had its own search for a clamp. They have other latents for the same words.
 
 # %% mystnb={"figure": {"caption": "The same page for several SAEs that differ only in their seed (grey), with their median (black), and this page's SAE (blue).", "name": "fig-seeds"}, "image": {"alt": "A row for each metric with a dot for each SAE."}}
 study = read_study(page.locate(seeds_study))
@@ -619,10 +619,10 @@ plots.other_saes(study, stage, of_all, "fraction");
 # too: with each cure, and without.
 #
 # **POPE** {cite}`li2023pope` asks whether something is in an image. Half of the
-# right answers are *yes*. There are three ways to choose what is absent: at
-# *random*; what is *popular*, because many images show it; and *adversarial*,
-# what often appears together with the things that are there. We count this in
-# the images of notebook 02. We ask about objects in scenes, and about the names
+# right answers are *yes*. There are three ways to choose what is absent. It is
+# *random*, or *popular*, because many images show it. Or it is *adversarial*: it
+# often appears together with the things that are there. We count this in the images
+# of notebook 02. We ask about objects in scenes, and about the names
 # of countries on maps (words). In its training the model was asked only about
 # countries of the map's basin. So on maps the random and the popular ones, from
 # other basins, are the unusual questions.
@@ -819,7 +819,7 @@ sentences = [
     f"{by_word('text')}: a balanced rate of {value('text_balanced_cured')}. "
     f"Controls: {draws('text_random')}. "
     + ("No random draw reaches the interval of the text latents." if not stronger
-       else f"{stronger} of these draws cure about as much or more, so nothing shows "
+       else f"In {stronger} of these draws they cure about as much or more, so nothing shows "
        "that it matters that the latents stand for text."),
     f"The text latents harm {value('text_harmed')} of the right answers, and change "
     f"{1 - metrics['text_other_answers_kept']:.0%} of the answers to other questions.",
@@ -928,23 +928,35 @@ findings(*sentences, *across_saes(study, stage, of_all))
 
 # %% tags=["result", "remove-input"]
 of_saes = over_saes(study, stage, "fitted_balanced_cured")
-of_saes = of_saes and f" Over SAEs: {of_saes}."
-of_pope = "".join(
-    f" POPE, {kind}s: accuracy changes by {change(f'fitted_{kind}_change')}."
-    for kind in said
+of_saes = of_saes and f" Balanced over seeds: {of_saes}."
+of_pope = " and ".join(
+    f"{change(f'fitted_{kind}_change')} ({kind}s)" for kind in said
 )
+of_pope = of_pope and (
+    " The accuracy in POPE, questions whether something is in an image, "
+    f"changes by {of_pope}."
+)
+better = (
+    "The simple method is clearly better" if gap.low > 0
+    else "The latents are clearly better" if gap.high < 0
+    else "There is no clear difference"
+)  # fmt: skip
 headline(
     page,
     f"clamping {len(edits)} fitted latents at the words of the question cures "
     f"{by_word('fitted')}, on {metrics['maps']} new maps that contradict memory: a "
     f"balanced cured rate of {value('fitted_balanced_cured')}. It harms "
     f"{value('fitted_harmed')} of the right answers and keeps "
-    f"{value('other_answers_kept')} of the answers to other questions.{of_pope} Controls: "
-    f"{draws('random')}; {draws('direction')}. Text latents at the patches, our version "
-    f"of the paper's way, have {value('text_balanced_cured')}.{of_saes}",
+    f"{value('other_answers_kept')} of the answers to other questions.{of_pope}{of_saes} Text "
+    "latents at the patches, our version of the paper's way, have a balanced rate of "
+    f"{value('text_balanced_cured')}.",
     'one image, a map, whose right answer is "no": clamping one latent, '
     '"Barcelona" or "Los", makes the hallucination disappear.',
     "a push towards *no* cures the paper's one case, too. Our cases have both answers.",
+    controls=f"balanced cured rates: {draws('random')} (fitted latents beside them); "
+    f"{draws('text_random')} (text latents); {draws('prompt')}. Without an SAE, a direction that "
+    f"was fitted to the same cases has {value('direction_balanced_cured')}: {gap.mean:+.2f} "
+    f"[{gap.low:+.2f}, {gap.high:+.2f}] against the fitted latents. {better}.",
 )  # fmt: skip
 
 # %% tags=["remove-input"]

@@ -155,8 +155,8 @@ assert_close(random.W_dec, normalize(rows))
 assert_close(random.W_enc, random.W_dec)
 
 # %% [markdown]
-# It goes the same way as the trained SAE: we cache the images, and let the
-# explainer of notebook 03 name some of its live latents.
+# It goes the same way as the trained SAE. We cache the images. Then the explainer
+# of notebook 03 names some of the live latents.
 
 # %%
 control = SAEInPlace(place.lmm, random, layer)
@@ -229,7 +229,7 @@ if known:
 # - *Names right*: of the explained latents, the fraction named rightly (page 03).
 # - *Strict IoU*: of these latents with their names (page 04).
 # - *Objects named*: of 100 clamped object latents, how many make the model name
-#   their object (page 06); or of 100 objects, for methods without an SAE.
+#   their object (page 06). For methods without an SAE: of 100 objects.
 # - *Fluency* of the steered answers, from 0 to 1 (page 06).
 
 # %%
@@ -257,9 +257,7 @@ two = {"random": "random dictionary",
        "untrained_layers": "new language layers"}  # fmt: skip
 kind_panels(known, two);
 # %% [markdown]
-# The same for all controls, as tables: first the fraction of concepts that a
-# latent detects, then right names among those of a kind, then strict IoU. A dash:
-# there is no such name.
+# The same for all controls, as tables. A dash: too few latents have such a name.
 
 # %% tags=["hide-output"]
 others = ("control", "classical")
@@ -300,9 +298,9 @@ plots.table(panel_rows(known, columns.MODEL))
 # %% [markdown]
 # ## Methods that are no SAEs
 #
-# For each concept we fit a direction on the hidden states of the cached scenes:
-# the *difference of means* (patches with the concept, less patches without), and
-# a *logistic probe*. They learn from the labels. The SAE does not: labels only
+# For each concept we fit two directions on the hidden states of the cached scenes.
+# The *difference of means* is the mean of patches with the concept, less that of
+# patches without. The other is a *logistic probe*. They learn from the labels. The SAE does not: labels only
 # choose the best of its latents. Held-out scenes measure all of them. *By chance*:
 # the same with the label maps of other scenes.
 
@@ -365,8 +363,8 @@ plots.table(method_rows(known, "direction_steering", ways, {
 #   CLIP (AUROC) or knows the truth (balanced accuracy). At 0.5 it guesses.
 # - *k-sparse probing*: a classifier sees the $k$ latents that predict a concept
 #   best. It predicts whether an image shows the concept; F1 on held-out scenes.
-# - *Absorption*: a latent for a general thing, such as *sign*, is silent where
-#   a latent for a special thing, such as the word on it, takes its place.
+# - *Absorption*: a latent for a general thing, such as *sign*, is silent. A latent
+#   for a special thing, such as the word on it, takes its place.
 # - *Consistency*: latents of another seed have the same directions (mean cosine
 #   of matched latents). A dash: the panel has no second SAE of that model.
 # - *Modality*: mean activation on image tokens, over the sum of that on image
@@ -435,8 +433,8 @@ plots.table(panel_rows(known, columns.STEERING_NAMES), digits=2)
 # - *Rank correlation*, with 99 % intervals: does the metric order the SAEs as the
 #   truth does? The truth is the fraction of concepts detected and named, or the
 #   fraction of right names.
-# - *Separation*: out of all pairs of a trained SAE and a control, the fraction in
-#   which the trained SAE has the higher value. 0.5 is chance. 0 is as good as 1:
+# - *Separation*: take all pairs of a trained SAE and a control. In which fraction
+#   does the trained SAE have the higher value? 0.5 is chance. 0 is as good as 1:
 #   there, lower is better. The control with new language layers detects as much
 #   as a trained SAE. So we count also without it.
 # - *Noise*: the standard deviation over seeds, as a fraction of that over all

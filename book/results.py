@@ -20,8 +20,8 @@ paper's numbers come from photographs and a model of 8 billion parameters; ours 
 show that the same quantity is meant, not that the numbers should be equal. A *control* is the same measurement where
 the claim should fail. A *target* is what this book set out to reach; a target that was missed stays here.
 
-[A4](notebooks/A4_controls_and_metrics) has more controls: SAEs that learned nothing, and methods without an SAE. Some
-reach the numbers below.
+[A4](notebooks/A4_controls_and_metrics) has more controls: dictionaries that learned nothing, and methods without an
+SAE. Some reach the numbers below.
 {study}
 {claims}
 

@@ -34,6 +34,12 @@ def test_a_claim_stands_beside_its_control_and_the_papers_number(run):
     assert "| 0.25 [0.2, 0.3] | 0.0244 [0.02, 0.03]: the activation moved in the same images | 0.2 (Table 1" in line
 
 
+def test_a_claim_may_have_two_controls():
+    metrics = {"interpret": {"guessed": 0.15}, "controls": {"random": 0.85, "random_low": 0.8, "random_high": 0.9}}
+    both = [["interpret.guessed", "guessed names"], ["controls.random", "random rows"]]
+    assert results.control(metrics, both) == "0.15: guessed names; 0.85 [0.8, 0.9]: random rows"
+
+
 def test_a_pattern_means_the_metric_and_not_its_control(run):
     line = row(results.page(run, []), "| [It works in another architecture")
     assert "| 40 | 20: random images |" in line

@@ -41,7 +41,7 @@ batch_size: int = 16  # images that go through the model at once
 # "float16" or "float32" keeps every activation (tens of GB at full scale),
 # "" only those of the top images
 store: str = "float16"
-# pictures that cannot be read: "refuse" stops there, "skip" leaves them out
+# unreadable pictures: "refuse" stops there, "skip" leaves them out
 unreadable: str = "refuse"
 # samples for the text side: image, question, answer
 texts: str = "data/artifacts/tiny/world/train"
@@ -64,6 +64,7 @@ from lmm_sae_nb.model.samples import readable
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.report import findings, headline, metrics_table, provenance
+from lmm_sae_nb.support.images import in_words
 from lmm_sae_nb.support.stages import Page
 
 page = Page(globals())
@@ -73,6 +74,7 @@ plots.style()
 place = SAEInPlace.load(page.locate(model), page.file("train"), layer)
 pictures = open_images(page.locate(images))
 print(f"{len(pictures)} images, {place.sae.n_latents} latents")
+print(in_words(pictures.left_out))
 
 # %% [markdown]
 # ## One pass
@@ -187,6 +189,7 @@ by_side = sides(text_cache)
 metrics = stage.finish({
     "images": cache.images,
     "skipped": len(cache.skipped),
+    "left_out": len(pictures.left_out),
     "texts_skipped": len(unread),
     "latents": cache.n_latents,
     "latents_live": live,

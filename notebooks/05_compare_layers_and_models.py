@@ -50,7 +50,7 @@ dataset: str = "data/artifacts/tiny/world/train"
 heldout: str = "data/artifacts/tiny/world/heldout"
 # a data set with an image column, or a folder of images
 images: str = "data/artifacts/tiny/world/cache"
-# pictures that cannot be read: "refuse" stops there, "skip" leaves them out
+# unreadable pictures: "refuse" stops there, "skip" leaves them out
 unreadable: str = "refuse"
 cached_images: int = 350  # how many of the images are cached
 # names of the ground truth's concepts; "": there is no ground truth
@@ -133,7 +133,6 @@ from pathlib import Path
 
 from datasets import load_from_disk
 from IPython.display import display
-from torch.utils.data import Subset
 
 from lmm_sae_nb.compare.depth import (
     SteeredLatent,
@@ -211,9 +210,8 @@ samples = open_samples(page.locate(dataset))
 unseen = open_samples(page.locate(heldout))
 unseen, unread = readable(unseen, unreadable)
 pictures = open_images(page.locate(images))
-few = range(min(cached_images, len(pictures)))
 # keeps decoded images in memory: scores look at them again and again
-pictures = Remembered(Subset(pictures, few))
+pictures = Remembered(pictures.first(cached_images))
 truth = None
 if concepts:
     labelled = load_from_disk(page.locate(images))
@@ -261,6 +259,10 @@ stage = page.stage("compare", without=("endpoint", "unreadable"))
 studied = train_and_cache(
     lmm, recipes, samples, pictures, folder=stage.path(first), **how
 )
+of_middle = studied[f"layer_{middle}"]
+left_out = [of_middle.skipped, unread, of_middle.cache.skipped]
+for fault in [fault for some in left_out for fault in some.values()][:20]:
+    print("left out:", fault)
 
 # %% [markdown]
 # The other models learn from samples with an image: a Q-Former needs one.
@@ -365,7 +367,7 @@ metrics = stage.finish(metrics | {
     "replies_failed": interpreter.failed,
     "samples_skipped": max(len(each.skipped) for each in studied.values()),
     "heldout_skipped": len(unread),
-    "images_skipped": len(studied[f"layer_{middle}"].cache.skipped),
+    "images_skipped": len(of_middle.cache.skipped),
 })  # fmt: skip
 
 # %% [markdown]

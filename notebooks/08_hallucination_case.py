@@ -47,6 +47,8 @@ samples: str = "data/artifacts/tiny/world/train"
 images: str = "data/artifacts/tiny/world/cache"
 # names of the ground truth's concepts by kind; "" without one
 concepts: str = "data/artifacts/tiny/world/concepts.json"
+# unreadable pictures: "refuse" stops there, "skip" leaves them out
+unreadable: str = "refuse"
 text_kinds: list[str] = ["word"]  # kinds of concept that are text
 # an explanation with one of these words names text, too
 text_words: list[str] = []
@@ -140,6 +142,7 @@ from lmm_sae_nb.hallucination.cases import (
     answer_questions,
     contradicting_first,
     custom_case,
+    pictured_rows,
     read_cases,
 )
 from lmm_sae_nb.hallucination.fit import ASKED, Fit, FitSettings, fit
@@ -170,6 +173,8 @@ from lmm_sae_nb.hallucination.text_latents import (
     find_candidates,
 )
 from lmm_sae_nb.interpret.explain import ExplanationRows
+from lmm_sae_nb.model.sample_checks import open_samples
+from lmm_sae_nb.model.samples import readable
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.report import (
     across_saes,
@@ -205,7 +210,9 @@ lmm, cache = place.lmm, LatentCache.load(page.file("cache"))
 explanations = page.read("interpret", "explanations", ExplanationRows)
 names = read_concepts(page.root / concepts) if concepts else {}
 label_maps = load_from_disk(page.locate(images)) if concepts else None
-rows = load_from_disk(page.locate(traps))
+rows, unread = readable(open_samples(page.locate(traps)), unreadable)
+for fault in [*unread.values()][:20]:
+    print("left out:", fault)
 cases = read_cases(rows, "choose", choosing["cases"])
 reported = contradicting_first(read_cases(rows, "report"), agreeing)
 contradicting = sum(case.contradicts for case in reported)
@@ -229,7 +236,9 @@ print(f"what was taught. Held out: {len(reported)} and {contradicting}")
 # %%
 stage = page.stage(
     "hallucination", after=("train", "cache", "interpret"),
-    without=("custom", "seeds_study", "new_questions", "presence"),
+    without=(
+        "custom", "seeds_study", "new_questions", "presence", "unreadable",
+    ),
 )  # fmt: skip
 answered_right = stage.result(
     "untouched", list[bool],
@@ -294,8 +303,8 @@ settings = clamp_settings(
 
 # %%
 def without_traps(name):  # rows with an image and another question
-    for row in load_from_disk(page.locate(name)):
-        if row["image"] is not None and row.get("family") != "according":
+    for row in pictured_rows(open_samples(page.locate(name)), unreadable):
+        if row.get("family") != "according":
             yield row
 
 
@@ -512,7 +521,8 @@ metrics = stage.finish(
     | other_metrics(cost_of_fitted) | other_metrics(cost_of_text, "text_")
     | dict(latents_clamped=len(edits),
            text_latents_clamped=len(text_clamp.edits),
-           text_latents_named=candidates.named)
+           text_latents_named=candidates.named,
+           cases_skipped=len(unread))
 )  # fmt: skip
 metrics_table(stage)
 
@@ -563,7 +573,7 @@ plots.means(answers.cured_by_group("fitted"), "fraction cured");
 fresh = page.stage(
     "new_questions",
     after=("train", "cache", "interpret", "hallucination"),
-    without=("custom", "seeds_study", "presence"),
+    without=("custom", "seeds_study", "presence", "unreadable"),
 )  # fmt: skip
 use = new_questions
 new = fresh.result(
@@ -637,7 +647,7 @@ plots.other_saes(study, stage, of_all, "fraction");
 # %%
 checks = page.stage(
     "presence", after=("train", "cache", "interpret", "hallucination"),
-    without=("custom", "seeds_study", "new_questions"),
+    without=("custom", "seeds_study", "new_questions", "unreadable"),
 )  # fmt: skip
 compared = ("text", "fitted", "direction", "prompt")
 cures = {"untouched": Method((None,))}
@@ -650,7 +660,7 @@ things = {
 }  # fmt: skip
 
 # %%
-unseen = load_from_disk(page.locate(heldout))
+unseen, _ = readable(open_samples(page.locate(heldout)), unreadable)
 given = ("answers", "plural", "scenes", "each", "counted")
 said = checks.result(
     "pope", dict[str, Presence],

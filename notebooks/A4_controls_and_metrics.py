@@ -39,6 +39,8 @@ model: str = "data/models/tiny-llava-next"
 layer: int = 1  # counted from 0; the layer that the SAE was trained on
 # the images that were cached
 images: str = "data/artifacts/tiny/world/cache"
+# unreadable pictures: "refuse" stops there, "skip" leaves them out
+unreadable: str = "refuse"
 # the concepts of the world by kind; "": there is no ground truth
 concepts: str = "data/artifacts/tiny/world/concepts.json"
 # the model that names what exemplars have in common, as in notebook 03
@@ -134,7 +136,7 @@ if concepts:
     truth = LabelMaps(labelled, page.locate(concepts))
 stage = page.stage(
     "controls", after=("train", "interpret"),
-    without=("batch_size", "endpoint", "panel"),
+    without=("batch_size", "endpoint", "panel", "unreadable"),
 )  # fmt: skip
 
 # %% [markdown]
@@ -162,7 +164,7 @@ assert_close(random.W_enc, random.W_dec)
 control = SAEInPlace(place.lmm, random, layer)
 cache = cache_activations(
     control, pictures, n_top=n_top, batch_size=batch_size,
-    folder=stage.path("random"),
+    unreadable=unreadable, folder=stage.path("random"),
 )  # fmt: skip
 interpreter = open_interpreter(
     explainer, refiner, labeller, endpoint, concepts=concepts,
@@ -501,6 +503,7 @@ plots.table([
 # %% tags=["hide-output"]
 metrics = stage.finish(
     {f"random_{name}": value for name, value in here.items()}
+    | {"skipped": len(cache.skipped)}
 )
 metrics_table(stage)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
@@ -11,7 +11,8 @@ from datasets import Dataset
 from PIL import Image
 
 from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.support.images import open_rgb
+from lmm_sae_nb.model.samples import require_choice
+from lmm_sae_nb.support.images import UnreadableImage, open_rgb, undecoded
 
 OPPOSITE = {"yes": "no", "no": "yes"}
 
@@ -57,6 +58,27 @@ def _case(row: Mapping) -> Case:
     opposite = opposite.capitalize() if right[0].isupper() else opposite
     tempting = taught if taught != right else opposite
     return Case(row["image"], row["question"], right, tempting, taught != right, row["group"])
+
+
+def pictured_rows(rows: Dataset, unreadable: str = "refuse") -> Iterator[dict]:
+    """Yield the rows that have an image, each with its image as RGB; other pictures of a row are not decoded.
+
+    unreadable: "skip" leaves out rows whose image cannot be read; "refuse" stops there.
+
+    Raises:
+        UnreadableImage: an image cannot be read, with "refuse".
+    """
+    require_choice(unreadable)
+    rows = undecoded(rows)
+    for number in range(len(rows)):
+        row = rows[number]
+        if row["image"] is None:
+            continue
+        try:
+            yield row | {"image": open_rgb(row["image"], f"row {number}")}
+        except UnreadableImage:
+            if unreadable == "refuse":
+                raise
 
 
 def contradicting_first(cases: Iterable[Case], agreeing: int) -> list[Case]:

@@ -248,7 +248,8 @@ def test_pictures_are_opened_and_converted_in_one_place_only():
     """Else a 16-bit or transparent picture is one picture in training and another in the cache."""
     allowed = {"lmm_sae_nb/support/images.py", "lmm_sae_nb/pictureworld/world/art.py"}  # its own drawings
     for file in tracked("lmm_sae_nb/*.py", "notebooks/*.py", "book/*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        text = file.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text if re.search(r"\.(convert|open)\(", text) else "")):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 to_rgb = node.func.attr == "convert" and [ast.unparse(each) for each in node.args[:1]] == ["'RGB'"]
                 if to_rgb or ast.unparse(node.func) == "Image.open":
@@ -500,6 +501,19 @@ def test_files_of_the_repository_that_parameters_name_are_found_also_in_a_dictio
     assert pages.shipped(two, {}, little) == [little / "data/models/m/weights"]
     assert pages.shipped(two, {"explainer": {"model": "elsewhere"}}, little) == []
     assert pages.shipped(two, {"explainer": {"model": preset}}, little) == [little / preset]
+
+
+def test_the_build_sees_a_reader_s_own_folders_whatever_they_are_called(little, tmp_path_factory):
+    _, two = pages.sources(little)
+    outside = tmp_path_factory.mktemp("où")
+    own = ["my pictures", "été/images", "data/with space", str(outside)]
+    for name in own:
+        (little / name).mkdir(parents=True, exist_ok=True)
+    prompt = "a text that is too long for the name of a file " * 20
+    given = {"run": "big", "explainer": {"model": [*own, prompt, "no/such folder", ""]}}
+    assert {little / name for name in own} <= set(pages.results(two, given, little))
+    assert not {little / "no/such folder", little} & set(pages.results(two, given, little))
+    assert pages.shipped(two, given, little) == []
 
 
 def test_a_preset_reaches_the_notebooks_and_leaves_the_other_entries_of_a_dictionary(little):

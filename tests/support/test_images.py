@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 
 import numpy as np
 import pytest
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from lmm_sae_nb.support.images import Remembered, UnreadableImage, open_images, open_rgb, pixel_hash, rgb
+from lmm_sae_nb.support.images import (
+    Remembered,
+    UnreadableImage,
+    find_pictures,
+    in_words,
+    open_images,
+    open_rgb,
+    pixel_hash,
+    rgb,
+)
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -135,6 +145,43 @@ def test_images_of_a_folder_in_order_of_names(tmp_path):
     assert open_images(str(tmp_path)).identity == before
     Image.new("RGB", (9, 9)).save(tmp_path / "b.png")
     assert open_images(tmp_path).identity != before
+
+
+def test_links_are_followed_each_file_is_read_once_and_what_is_left_out_is_named(tmp_path):
+    """Links to folders and files, in both directions and in a loop; hidden, foreign and special files."""
+    pictures, elsewhere = tmp_path / "pictures", tmp_path / "elsewhere"
+    for path in (pictures / "sub/b.png", elsewhere / "c.png", elsewhere / "more/d.png", tmp_path / "e.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        two_pixels().save(path)
+    two_pixels().save(pictures / "z.png")
+    two_pixels().save(pictures / ".hidden.png")
+    (pictures / ".git").mkdir()
+    two_pixels().save(pictures / ".git/x.png")
+    (pictures / "notes.txt").write_text("no picture")
+    os.mkfifo(pictures / "pipe.png")  # whoever opens it waits for ever
+    (pictures / "a linked folder").symlink_to(elsewhere, target_is_directory=True)
+    (pictures / "again").symlink_to(pictures / "sub", target_is_directory=True)
+    (elsewhere / "loop").symlink_to(pictures, target_is_directory=True)
+    (pictures / "f.png").symlink_to(tmp_path / "e.png")
+    (pictures / "a.png").symlink_to(pictures / "z.png")  # the name that is no link comes first
+    (pictures / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    files, left_out = find_pictures(pictures)
+    names = [file.relative_to(pictures).as_posix() for file in files]
+    assert names == ["a linked folder/c.png", "a linked folder/more/d.png", "f.png", "sub/b.png", "z.png"]
+    assert left_out == {
+        ".git": "hidden",
+        ".hidden.png": "hidden",
+        "a linked folder/loop": "a link to a folder that is read already",
+        "a.png": "the same file as z.png",
+        "again": "a link to a folder that is read already",
+        "gone.png": "a link to nothing",
+        "notes.txt": "no picture by its ending '.txt'",
+        "pipe.png": "no regular file",
+    }
+    opened = open_images(pictures)
+    assert len(opened) == 5 and opened.left_out == left_out and opened[2].size == (2, 1)
+    assert in_words(left_out, 1) == "8 files or folders left out: .git (hidden), and 7 more"
+    assert in_words({}) == "0 files or folders left out"
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture at all", b"\x89PNG\r\n\x1a\n cut"])

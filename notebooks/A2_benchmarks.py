@@ -161,7 +161,8 @@ plots.table([
 # How long does it take from a closed file to one latent's top images and
 # patch maps? The target is 5 ms, with the file's pages dropped from the
 # system's memory (*cold*). A cold read waits for the disk, so it depends on the
-# machine. To measure it again:
+# machine. The first call in a process is not counted: it also checks the
+# file's checksum, which reads the whole file once. To measure it again:
 # `python -m lmm_sae_nb.benchmarks cache-opening`.
 
 # %%

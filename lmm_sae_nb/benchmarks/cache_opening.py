@@ -41,7 +41,7 @@ def measure(
         file = Path(folder) / "cache.safetensors"
         os.sync()
         chosen = [int(latent) for latent in rng.choice(n_latents, latents, replace=False)]
-        _milliseconds(folder, chosen[0])  # not counted: Python loads modules at the first call
+        _milliseconds(folder, chosen[0])  # not counted: Python loads modules, and the file is checked
         cold = [_drop(file) or _milliseconds(folder, latent) for latent in chosen]
         for latent in chosen:  # not counted: the last drop emptied the memory for all of them
             _milliseconds(folder, latent)

@@ -89,9 +89,10 @@ def top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tens
     k: from 1 to the number of latents.
 
     Raises:
-        ValueError: k is something else.
+        ValueError: k is something else, or shapes do not fit.
     """
     require_k(k, len(W_enc))
+    _require_fit(x.dim() == 2 and x.shape[1] == W_enc.shape[1] and b_enc.shape == W_enc.shape[:1], x, W_enc, b_enc)
     tokens = max(1, BLOCK // len(W_enc))
     dtype = _autocast_dtype(x)
     W = W_enc.to(dtype or W_enc.dtype).T
@@ -111,6 +112,13 @@ def require_k(k: int, n_latents: int) -> None:
     """Raise ValueError unless k is a whole number from 1 to the number of latents; the compiled loops rely on it."""
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= n_latents:
         raise ValueError(f"k is {k!r}, with {n_latents} latents; choose a whole number from 1 to {n_latents}")
+
+
+def _require_fit(fits: bool, *tensors: Tensor) -> None:
+    """Raise ValueError unless the shapes of tensors fit; the compiled loops would read and write beyond their ends."""
+    if not fits:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        raise ValueError(f"tensors of the shapes {shapes} do not fit together; give those of one SAE and one batch")
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -173,7 +181,11 @@ def decode(acts: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
 
     acts, indices: (tokens, k).
     rows: (latents, width).
+
+    Raises:
+        ValueError: shapes do not fit.
     """
+    _require_fit(acts.dim() == rows.dim() == 2 and acts.shape == indices.shape, acts, indices, rows)
     if not is_compiled(acts, rows):
         return F.embedding_bag(indices, rows.detach(), per_sample_weights=acts.detach(), mode="sum")
     out, n_tiles = acts.new_empty(len(acts), rows.shape[1]), -(-rows.shape[1] // _loops().WIDTH)
@@ -188,7 +200,12 @@ def sum_by_latent(weights: Tensor, indices: Tensor, x: Tensor, rows: Tensor) -> 
 
     weights, indices: (tokens, k).
     x: (tokens, width).
+
+    Raises:
+        ValueError: shapes do not fit.
     """
+    fits = weights.dim() == 2 and weights.shape == indices.shape and x.shape == (len(weights), rows.shape[1])
+    _require_fit(fits, weights, indices, x, rows)
     if not is_compiled(weights, x, rows):
         latents, order = indices.flatten().sort(stable=True)
         starts = torch.searchsorted(latents, torch.arange(len(rows), device=x.device))
@@ -205,6 +222,8 @@ def sum_by_latent(weights: Tensor, indices: Tensor, x: Tensor, rows: Tensor) -> 
 
 def decode_gradients(grad: Tensor, acts: Tensor, indices: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of `acts` and `rows` for a gradient of `decode`'s output; compiled loops only."""
+    fits = acts.shape == indices.shape and grad.shape == (len(acts), rows.shape[1])
+    _require_fit(fits, grad, acts, indices, rows)
     loops, grad_acts, grad_rows = _loops(), torch.empty_like(acts), torch.empty_like(rows)
     if not len(grad):
         return grad_acts, grad_rows.zero_()
@@ -224,6 +243,7 @@ def decode_gradients(grad: Tensor, acts: Tensor, indices: Tensor, rows: Tensor) 
 
 def along_rows(grad: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return for each unit row the part of its gradient along the row, and the squared length of the rest."""
+    _require_fit(grad.dim() == 2 and grad.shape == rows.shape, grad, rows)
     if not is_compiled(grad, rows):
         along = (grad * rows).sum(1)
         return along, torch.addcmul(grad, along[:, None], rows, value=-1).square().sum(1)
@@ -269,6 +289,7 @@ def adam_(
         the rows are brought back to length 1 afterwards.
     """
     tensors = weights, grad, mean, square
+    _require_fit(len({tensor.shape for tensor in tensors}) == 1, *tensors)
     if weights.dim() == 2 and is_compiled(*tensors) and all(tensor.is_contiguous() for tensor in tensors):
         product = torch.zeros(len(weights)) if along is None else along
         numbers = (float(scale), adam.beta1, adam.beta2, adam.eps, adam.rate, adam.lift)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP}  # the system's numbers for a disk without locks
 LOCK, STAGE_LOCK = ".lock", ".stage.lock"  # files of a training or a caching, and of a page's stage
 _kept: dict[Path, FileLock] = {}  # by folder
 
@@ -68,6 +71,11 @@ def _acquired(folder: Path, name: str) -> FileLock:
         raise FolderInUse(
             f"another run holds {folder} {_holder(path)}; wait for it, or delete {path} if that process is gone"
         ) from error
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in WITHOUT_LOCKS:
+            raise
+        warnings.warn(f"the disk of {folder} knows no locks; do not start a second run there", stacklevel=4)
+        return lock
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     with contextlib.suppress(OSError):
         path.write_text(json.dumps({"since": now, "process": os.getpid(), "host": socket.gethostname()}) + "\n")

@@ -418,3 +418,23 @@ if (pid := os.fork()) == 0:
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 """
     child("decoded()", after=after)
+
+
+def test_shapes_that_do_not_fit_are_refused_before_a_compiled_loop_runs():
+    """A loop would read and write beyond the ends of its arrays."""
+    acts, indices, x, rows = torch.ones(5, 2), torch.zeros(5, 2, dtype=torch.int64), torch.ones(5, 8), torch.ones(6, 8)
+    step = kernels.Adam(0.1, 0.9, 0.9, 1e-8, 1)
+    wrong = {
+        "bias": lambda: kernels.top_k(x, rows, torch.ones(5), 2),
+        "width": lambda: kernels.top_k(x[:, :7].contiguous(), rows, torch.ones(6), 2),
+        "indices": lambda: kernels.decode(acts, indices[:4], rows),
+        "tokens": lambda: kernels.sum_by_latent(acts, indices, x[:4], rows),
+        "narrow": lambda: kernels.sum_by_latent(acts, indices, x[:, :4].contiguous(), rows),
+        "gradient": lambda: kernels.decode_gradients(x[:, :4].contiguous(), acts, indices, rows),
+        "adam": lambda: kernels.adam_(rows, rows[:4], rows.clone(), rows.clone(), step, torch.ones(())),
+        "rows": lambda: kernels.along_rows(rows[:4], rows),
+    }
+    for name, call in wrong.items():
+        with pytest.raises(ValueError, match=r"tensors of the shapes \(.*\) do not fit together"):
+            call()
+            raise AssertionError(name)

@@ -1,5 +1,6 @@
 """One run at a time works on a folder; a run that was killed holds nothing."""
 
+import errno
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import time
 import pytest
 from forks import started
 
+from lmm_sae_nb.support import locks
 from lmm_sae_nb.support.locks import LOCK, FolderInUse, hold, keep, let_go
 
 
@@ -56,6 +58,18 @@ def test_a_lock_deleted_by_hand_is_free(tmp_path):
     process.kill()
     process.join()
     end.close()
+
+
+def test_a_disk_without_locks_is_named_and_used(tmp_path, monkeypatch):
+    def no_locks(*_, **__):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.FileLock, "acquire", no_locks)
+    with pytest.warns(UserWarning, match="knows no locks; do not start a second run there"), hold(tmp_path / "new"):
+        (tmp_path / "new" / "made").touch()
+    monkeypatch.undo()
+    with hold(tmp_path / "new"):
+        pass
 
 
 def _kept_by_another(folder, gate):

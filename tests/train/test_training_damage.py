@@ -10,8 +10,10 @@ import pytest
 import torch
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets import Image as ImageFeature
-from trainings import LMM_, SAMPLES, SETTINGS, told, train
+from trainings import LMM_, SAMPLES, SETTINGS, told, train, train_together
+from trainings import run as in_child
 
+from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.files import temporary_name
 from lmm_sae_nb.support.images import UnreadableImage
 from lmm_sae_nb.support.locks import FolderInUse, hold
@@ -103,6 +105,7 @@ def test_the_order_of_the_others_is_that_of_all_samples():
         assert all(read[number]["question"] == SAMPLES[number]["question"] for number in read)
 
 
+@pytest.mark.slow
 def test_a_run_that_refused_goes_on_when_it_may_skip_or_when_the_row_is_gone(skipping, tmp_path):
     """The case of the issue: nothing of the checkpoint is lost, and the SAE is the same to the bit."""
     folder, trained = skipping
@@ -121,6 +124,7 @@ def test_a_run_that_refused_goes_on_when_it_may_skip_or_when_the_row_is_gone(ski
         run(data().select([0, 1, 3, 4, 5]), tmp_path / "other", unreadable="skip")
 
 
+@pytest.mark.slow
 def test_a_row_that_made_a_run_stop_can_be_taken_out_and_the_run_goes_on(skipping, tmp_path):
     """The broken picture comes late, after a checkpoint that knows nothing of it."""
     settings = {"batch_samples": 1, "buffer_tokens": 512, "batch_tokens": 256}
@@ -139,6 +143,21 @@ def order(seed: int) -> list[int]:
     """The order of the samples in the first epoch."""
     parts = ShuffledParts(SAMPLES, 1, seed, LeftOut(SAMPLES, {}, removed=False))
     return [number for part in range(len(SAMPLES)) for number, _ in parts(part)]
+
+
+def train_and_skip(folder: Path, settings: dict) -> None:
+    run(data(), folder, unreadable="skip", **settings)
+
+
+@pytest.mark.slow
+def test_every_process_leaves_out_what_one_of_them_could_not_read(skipping, tmp_path):
+    assert in_child(train_together, tmp_path / "together", 2, {}, train_and_skip) == 0
+    folders = skipping[0], tmp_path / "together"
+    alone, together = (json.loads((folder / "history.json").read_text()) for folder in folders)
+    assert together["skipped"] == alone["skipped"]
+    assert together["samples_left"] == alone["samples_left"]
+    for ours, theirs in zip(*(TopKSAE.load(folder).parameters() for folder in folders), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=0)  # Adam steps are 2e-3
 
 
 def test_samples_of_which_none_can_be_read(tmp_path):
@@ -170,6 +189,7 @@ def test_a_data_stream_comes_in_its_order_epoch_after_epoch_and_from_any_part():
         list(StreamedParts(stream([]), 3)(0))
 
 
+@pytest.mark.slow
 def test_a_training_from_a_stream_goes_on_and_skips(tmp_path):
     whole = run(stream(rows()), tmp_path / "whole", unreadable="skip")
     assert [*whole.skipped] == [BROKEN]

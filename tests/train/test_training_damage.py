@@ -17,7 +17,7 @@ from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.files import temporary_name
 from lmm_sae_nb.support.images import UnreadableImage
 from lmm_sae_nb.support.locks import FolderInUse, hold
-from lmm_sae_nb.train import checkpoint
+from lmm_sae_nb.train import checkpoint, training
 from lmm_sae_nb.train.sample_parts import LeftOut, ShuffledParts, StreamedParts
 from lmm_sae_nb.train.training import train_sae
 
@@ -308,7 +308,7 @@ def finished(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["sae.safetensors", "cfg.json", "history.json"])
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
-def test_a_finished_sae_with_a_damaged_file_is_trained_again(finished, tmp_path, name, damage):
+def test_a_finished_sae_with_a_damaged_file_is_trained_again(finished, tmp_path, monkeypatch, name, damage):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     path = folder / name
@@ -320,9 +320,23 @@ def test_a_finished_sae_with_a_damaged_file_is_trained_again(finished, tmp_path,
         path.write_text(path.read_text().replace('"k": 4', '"k": 5'))
     else:
         flip(path, 0.5)
+    monkeypatch.setattr(training, "do_steps", stop)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(folder)
+        with pytest.raises(Stop):
+            train(folder)
     if (name, damage) != ("history.json", "gone"):  # then nothing says that it was finished
         assert any(f"the SAE in {folder} is trained again: " in str(warning.message) for warning in caught)
-    assert told(folder) == told(finished)
+
+
+def stop(*_):
+    raise Stop
+
+
+@pytest.mark.slow
+def test_an_sae_that_is_trained_again_is_the_same_to_the_bit(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    flip(tmp_path / "run" / "sae.safetensors", 0.5)
+    with pytest.warns(UserWarning, match="trained again: .*sae.safetensors is damaged"):
+        train(tmp_path / "run")
+    assert told(tmp_path / "run") == told(finished)

@@ -52,21 +52,20 @@ def batches_of(
 def open_batch(lmm: LMM, skip: bool, number: int, openers: Openers) -> Batch:
     """Open the images of a batch and make their prompts: each image alone, in the chat template.
 
-    skip: leave out images that cannot be read.
+    skip: leave out images that cannot be read, or that the processor refuses.
 
     Raises:
-        UnreadableImage: an image cannot be read, without `skip`.
+        UnreadableImage: there is such an image, without `skip`.
     """
-    opened, skipped = {}, {}
-    for image, opener in openers.items():
+    images, skipped, prompt = list(openers), {}, None
+    while images and prompt is None:
         try:
-            opened[image] = opener()
+            prompt = lmm.prompt([""] * len(images), [openers[image] for image in images])
         except UnreadableImage as fault:
-            if not skip:
+            if not skip or fault.position is None:
                 raise
-            skipped[image] = f"{fault.name}: {fault.reason}"
-    prompt = lmm.prompt([""] * len(opened), list(opened.values())) if opened else None
-    return Batch(number, list(opened), skipped, prompt)
+            skipped[images.pop(fault.position)] = f"{fault.name}: {fault.reason}"
+    return Batch(number, images, skipped, prompt)
 
 
 def one_ahead(function: Callable, arguments: Iterable[tuple]) -> Iterator[Any]:

@@ -29,7 +29,7 @@ from lmm_sae_nb.model import hooks
 from lmm_sae_nb.model.crops import fewer_crops, whole_images
 from lmm_sae_nb.model.hooks import Hidden
 from lmm_sae_nb.model.processor import load_processor
-from lmm_sae_nb.model.prompts import Prompt, PromptMaker
+from lmm_sae_nb.model.prompts import Picture, Prompt, PromptMaker
 from lmm_sae_nb.model.token_kinds import Grid, layout_of
 from lmm_sae_nb.support.tensor_files import hash_of
 
@@ -176,20 +176,21 @@ class LMM:
     def prompt(
         self,
         texts: str | list[str],
-        images: Image.Image | list[Image.Image | None] | None = None,
+        images: Picture | list[Picture | None] | None = None,
         *,
         answers: str | list[str] | None = None,
     ) -> Prompt:
         """Put each image and text into a user's turn of the chat template, and make a batch.
 
         texts: "" for an image without text.
-        images: one for each text; None for a text without an image.
+        images: one for each text, or a call that opens it; None for a text without an image.
         answers: with them the assistant's turns follow, as in supervised fine-tuning; without them the template's
             generation prompt comes last.
 
         Raises:
             ValueError: numbers differ, an image is not of PIL or has no pixels, there is no chat template, or the
                 processor does not fit the model.
+            UnreadableImage: an image cannot be opened, or the processor refuses it; `position` is its place.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         answers = [answers] if isinstance(answers, str) else answers

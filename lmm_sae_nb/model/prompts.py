@@ -5,17 +5,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from os.path import commonprefix
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from lmm_sae_nb.model.token_kinds import Spans, spans_of
-from lmm_sae_nb.support.images import rgb
+from lmm_sae_nb.support.images import UnfitImage, UnreadableImage, rgb
+
+Picture = Image.Image | Callable[[], Image.Image]  # or a call that opens it
+PORTION = 2**24  # pixels that are held at once: 70 MB
+TEXTS = ("input_ids", "attention_mask", "mm_token_type_ids")  # the rows that are padded on the left
 
 # For families that were trained without a chat template.
 TEMPLATES = {
@@ -65,18 +71,75 @@ class PromptMaker:
         self.model, self.processor, self.name, self.image_size = model, processor, name, image_size
         self.tokenizer = processor.tokenizer
 
-    def __call__(self, texts: list[str], images: list[Image.Image | None], answers: list[str] | None = None) -> Prompt:
-        """Make a batch; arguments and errors as `LMM.prompt`, but always lists of the same length."""
-        images = [image if image is None else prepared(image, self.image_size) for image in images]
+    def __call__(self, texts: list[str], images: list[Picture | None], answers: list[str] | None = None) -> Prompt:
+        """Make a batch; arguments and errors as `LMM.prompt`, but always lists of the same length.
+
+        Large images are processed a few at a time, so that memory does not hold a batch of photographs.
+        """
         questions = self._render(texts, images, [None] * len(texts))
         rendered = questions if answers is None else self._render(texts, images, answers)
-        inputs = self._process(rendered, images)
+        parts, sizes = [], []
+        for portion in self._portions(images):
+            start = len(sizes)
+            sizes += [image and image.size for image in portion]
+            try:
+                parts.append(self._process(rendered[start : len(sizes)], portion))
+            except Exception as error:
+                self._name_unfit(portion, start, error)
+                raise
+        inputs = parts[0] if len(parts) == 1 else self._joined(parts)
         if "qformer_input_ids" in inputs:  # a Q-Former must read the question, not the answer
             question_inputs = self.processor.qformer_tokenizer(questions, padding=True, return_tensors="pt")
             inputs.update({f"qformer_{name}": question_inputs[name] for name in ("input_ids", "attention_mask")})
-        spans = spans_of(self.model, self.tokenizer, inputs, images)
+        spans = spans_of(self.model, self.tokenizer, inputs, sizes)
         answer_mask = None if answers is None else self._answer_mask(inputs, questions, rendered)
         return Prompt(inputs.to(self.model.device, self.model.dtype), spans, answer_mask)
+
+    def _portions(self, images: list[Picture | None]) -> Iterator[list[Image.Image | None]]:
+        """Yield the images, opened and converted, in portions of about PORTION pixels."""
+        portion, pixels = [], 0
+        for position, image in enumerate(images):
+            if image is not None:
+                try:
+                    image = prepared(image() if callable(image) else image, self.image_size)
+                except UnreadableImage as fault:
+                    fault.position = position
+                    raise
+                more = image.width * image.height
+                if pixels and pixels + more > PORTION:
+                    yield portion
+                    portion, pixels = [], 0
+                pixels += more
+            portion.append(image)
+            del image  # the caller works on the portion next; nothing else may hold its images
+        yield portion
+
+    def _name_unfit(self, images: list[Image.Image | None], start: int, error: Exception) -> None:
+        """Raise UnfitImage for the first image that the processor refuses alone; nothing if it takes each."""
+        for position, image in enumerate(images, start):
+            if image is not None:
+                try:
+                    self.processor.image_processor(images=[image], return_tensors="pt")
+                except Exception as reason:
+                    name = getattr(image, "filename", "") or f"image {position}"
+                    unfit = UnfitImage(f"{name}, {image.width} x {image.height} px,", reason)
+                    unfit.position = position
+                    raise unfit from error
+
+    def _joined(self, parts: list[BatchFeature]) -> BatchFeature:
+        """Join the batches of portions to the one that the processor makes of all: texts are padded on the left, all
+        else behind, with zeros."""
+        joined = {}
+        for name in dict.fromkeys(name for part in parts for name in part):
+            rows = [part[name] for part in parts if name in part]
+            if isinstance(rows[0], Tensor):
+                longest = torch.tensor([row.shape[1:] for row in rows]).amax(0).tolist()
+                fill = self.tokenizer.pad_token_id if name == "input_ids" else 0
+                rows = [_padded(row, longest, name in TEXTS, fill) for row in rows]
+                joined[name] = torch.cat(rows)
+            else:
+                joined[name] = [each for row in rows for each in row]
+        return BatchFeature(joined)
 
     def _render(self, texts: list[str], images: list, answers: list[str | None]) -> list[str]:
         """Write each sample as text for the model, with one image token for an image."""
@@ -124,7 +187,7 @@ class PromptMaker:
             )
         # InstructBLIP's processor pads between the image and the text
         pads_first = inputs["attention_mask"].argsort(dim=1, stable=True)
-        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        for name in TEXTS:
             if name in inputs:
                 inputs[name] = inputs[name].gather(1, pads_first)
         return inputs
@@ -143,6 +206,13 @@ class PromptMaker:
             shift = len(row) - len(whole)  # padding, and the further tokens of an image
             row[shift + start : shift + stop] = True
         return mask.to(self.model.device)
+
+
+def _padded(rows: Tensor, shape: list[int], left: bool, fill: int) -> Tensor:
+    """Enlarge all dimensions but the first to `shape`."""
+    missing = [whole - now for whole, now in zip(shape, rows.shape[1:], strict=True)]
+    ends = [end for gap in reversed(missing) for end in ((gap, 0) if left else (0, gap))]
+    return F.pad(rows, ends, value=fill)
 
 
 def prepared(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:

@@ -10,7 +10,6 @@ from functools import partial
 
 import torch
 from jaxtyping import Bool, Int64, Shaped
-from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -148,29 +147,29 @@ def spans_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs: BatchFeature,
-    images: list[Image.Image | None],
+    sizes: list[tuple[int, int] | None],
 ) -> list[Spans]:
     """Return the kind of each token of a batch, sample by sample.
 
     model, tokenizer: that made the batch.
     inputs: the batch.
-    images: the batch's images, in order; None for a sample without one.
+    sizes: width and height of the batch's images, in order; None for a sample without one.
 
     Raises:
         ValueError: the processor wrote another number of image tokens than the model expects.
     """
     layout, special = layout_of(model), _special_ids(tokenizer)
     spans, number = [], 0
-    for sample, image in enumerate(images):
+    for sample, size in enumerate(sizes):
         ids, attended = inputs["input_ids"][sample], inputs["attention_mask"][sample].bool()
         slots = ((ids == model.config.image_token_id) & attended).nonzero()[:, 0]
         laid_out, grid = torch.empty(0, dtype=torch.long), None
-        if image is not None:
+        if size is not None:
             laid_out, grid = layout(model, inputs, sample, number)
             number += 1
         if len(laid_out) != len(slots):
-            alone = "a Q-Former takes no text without an image, give one to each; or " if image is None else ""
-            picture = "no image" if image is None else f"an image of {image.width} x {image.height} px"
+            alone = "a Q-Former takes no text without an image, give one to each; or " if size is None else ""
+            picture = "no image" if size is None else f"an image of {size[0]} x {size[1]} px"
             raise ValueError(
                 f"the processor does not fit the model: for {picture} (sample {sample}) it wrote {len(slots)} "
                 f"image tokens, the model expects {len(laid_out)}; {alone}load both from one checkpoint, or "

@@ -29,12 +29,27 @@ class UnreadableImage(ValueError):
 
     name: of the picture.
     reason: why it cannot be opened.
+    position: its place in a batch, if it was to be part of one.
     """
+
+    position: int | None = None
 
     def __init__(self, name: str, reason: object):
         super().__init__(
             f"{name} is not a readable image ({reason}); repair it, take it out, or skip what is unreadable "
             "(unreadable: skip)"
+        )
+        self.name, self.reason = name, str(reason)
+
+
+class UnfitImage(UnreadableImage):
+    """Raised for a picture that the model's processor refuses, as some do with very long and narrow ones."""
+
+    def __init__(self, name: str, reason: object):
+        ValueError.__init__(
+            self,
+            f"{name} does not fit the model's processor ({reason}); bring all images to one size, "
+            "LMM.load(name, image_size=(448, 448)), take it out, or skip it (unreadable: skip)",
         )
         self.name, self.reason = name, str(reason)
 
@@ -312,7 +327,9 @@ def open_rgb(item: Any, name: str) -> Image.Image:
         if isinstance(item, Image.Image):
             return rgb(item)
         with Image.open(item) as picture:
-            return rgb(picture)
+            opened = rgb(picture)
+        opened.filename = name  # as Pillow calls it; for whoever refuses the picture later
+        return opened
     except UnidentifiedImageError as error:  # its text differs from call to call
         raise UnreadableImage(name, "Pillow does not know its format") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -38,6 +38,9 @@ layer: int = 1  # counted from 0; the layer that the SAE was trained on
 heldout: str = "data/artifacts/tiny/world/heldout"
 # samples for the small SAEs of other layers
 dataset: str = "data/artifacts/tiny/world/train"
+# samples whose picture cannot be read: "refuse" stops there, "skip" leaves
+# them out
+unreadable: str = "refuse"
 decisions: int = 60  # held-out decisions that are attributed
 pairs: int = 16  # active (token, latent) pairs ablated in each decision
 path_pairs: int = 1  # of these, integrated on a separate path
@@ -108,7 +111,8 @@ plots.style()
 # %%
 place = SAEInPlace.load(page.locate(model), page.file("train"), layer)
 lmm, sae = place.lmm, place.sae
-samples, unread = readable(open_samples(page.locate(heldout)))
+samples = open_samples(page.locate(heldout))
+samples, unread = readable(samples, unreadable)
 for fault in [*unread.values()][:20]:
     print("left out:", fault)
 pictured = (row for row in samples if row["image"] is not None)
@@ -290,10 +294,13 @@ HTML(plots.token_html(pieces, parts.of_tokens()[text].tolist()))
 # training, too, so a difference between layers is not only one of depth.
 
 # %%
-stage = page.stage("attribute", after=("train",))
+stage = page.stage(
+    "attribute", after=("train",), without=("unreadable",)
+)
 small = small_saes(
     lmm, open_samples(page.locate(dataset)), other_layers,
-    **other_sae, seed=seed, folder=stage.path("others"),
+    **other_sae, seed=seed, unreadable=unreadable,
+    folder=stage.path("others"),
 )  # fmt: skip
 rows = [unseen] + [unseen[:other_decisions]] * len(small)
 compared = stage.result(

@@ -51,6 +51,7 @@ def small_saes(
     steps: int,
     seed: int,
     folder: str | Path,
+    unreadable: str = "refuse",
 ) -> list[SAEInPlace]:
     """Train a small SAE at each of these layers, all in one pass over the model; the same call again reads them.
 
@@ -58,14 +59,16 @@ def small_saes(
     layers: 0-based.
     n_latents, k: the size of each SAE.
     steps: optimiser steps, each on 1,024 tokens.
-    folder: gets a folder `layer_<n>` for each.
+    folder: gets a folder `layer_<n>` for each; its history.json names the samples that were left out.
+    unreadable: "skip" leaves out samples whose picture cannot be read; "refuse" stops there.
     """
     if not layers:
         return []
     recipes = {f"layer_{layer}": Recipe(layer, n_latents=n_latents, k=k, lr=2e-3) for layer in layers}
     trained = train_saes(
-        lmm, samples, recipes, steps=steps, batch_tokens=1024, dead_after_tokens=50_000, seed=seed, folder=folder
-    )
+        lmm, samples, recipes, steps=steps, batch_tokens=1024, dead_after_tokens=50_000, seed=seed,
+        unreadable=unreadable, folder=folder,
+    )  # fmt: skip
     return [SAEInPlace(lmm, result.sae.requires_grad_(False), recipes[name].layer) for name, result in trained.items()]
 
 

@@ -302,7 +302,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def fault_garbage(self) -> None:
-        self.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n\x00\xff\xfe")
+        self.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n\x00\xff\xfe\r\n\r\n")
         self.close_connection = True
 
     def fault_redirect(self) -> None:

@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from lmm_sae_nb.chat.questions import Question, Reply
+from lmm_sae_nb.chat.questions import Question
+from lmm_sae_nb.chat.replies import Reply, read_text
 from lmm_sae_nb.model.processor import load_processor
 from lmm_sae_nb.support.files import fingerprint
 from lmm_sae_nb.support.images import rgb
@@ -110,7 +111,8 @@ class LocalChat:
         log_probability = torch.stack(generated.logits, 1).float().log_softmax(-1).gather(2, out[..., None])[..., 0]
         padding = ended.cumsum(1) - ended.int() > 0  # what follows the end
         confidence = log_probability.masked_fill(padding, 0).sum(1).exp().tolist()
-        return [Reply(text.strip(), "", not end, p) for text, end, p in zip(texts, complete, confidence, strict=True)]
+        rows = zip(texts, complete, confidence, strict=True)
+        return [read_text(text, cut=not end, confidence=p) for text, end, p in rows]
 
     def _padding(self) -> dict:
         return {"processor_kwargs": {"padding": True}} if self._sees else {"padding": True}

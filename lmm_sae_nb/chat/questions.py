@@ -1,4 +1,4 @@
-"""Questions with images, replies, and the interface of all that can be asked."""
+"""Questions with images, and the interface of all that can be asked."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from PIL import Image
 
+from lmm_sae_nb.chat.replies import Reply
 from lmm_sae_nb.support.images import pixel_hash
 
 IMAGES = "{images}"  # marks the place of a question's images in its text
@@ -40,24 +41,6 @@ class Question:
         for image in self.images:
             digest.update(pixel_hash(image).encode())
         return digest.hexdigest()
-
-
-class Reply(NamedTuple):
-    """The reply to one question.
-
-    text: None if there is no reply.
-    fault: why there is no reply.
-    cut: whether the text ran into its limit of tokens.
-    confidence: the probability that the model gives this very text, the product over its tokens, in [0, 1]; None if
-        the server does not report it.
-    refused: whether the endpoint cannot take this very question (status 400, 413 or 422).
-    """
-
-    text: str | None
-    fault: str = ""
-    cut: bool = False
-    confidence: float | None = None
-    refused: bool = False
 
 
 @runtime_checkable

@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from lmm_sae_nb.chat.endpoint import EndpointChat
 from lmm_sae_nb.chat.local import LocalChat
-from lmm_sae_nb.chat.questions import Chat, Question, Reply
+from lmm_sae_nb.chat.questions import Chat, Question
+from lmm_sae_nb.chat.replies import Reply, read_text
 from lmm_sae_nb.support.files import project_root, sync
 
 
 def open_chat(
     model: str, *, key_variable: str = "", concurrency: int = 8, timeout: float = 120.0, batch_size: int = 4,
-    max_new_tokens: int = 64, confidence: bool = False,
+    max_new_tokens: int = 64, extra: Mapping[str, object] | None = None, confidence: bool = False,
 ) -> Chat:  # fmt: skip
     """Open the model that a parameter names.
 
@@ -26,6 +30,9 @@ def open_chat(
     timeout: seconds that an endpoint's answer may take.
     batch_size: questions that a model in this process is asked at the same time.
     max_new_tokens: of an answer.
+    extra: fields of an endpoint's request that are added, or left out if None, such as
+        `{"max_tokens": None, "max_completion_tokens": 64}` or `{"chat_template_kwargs": {"enable_thinking": False}}`.
+        A model in this process has no such fields.
     confidence: ask an endpoint for the probabilities of its tokens, which not every server reports. A model in this
         process always reports them.
     """
@@ -33,7 +40,7 @@ def open_chat(
     if at:
         return EndpointChat(
             name, "http" + address, key_variable=key_variable, concurrency=concurrency, timeout=timeout,
-            max_new_tokens=max_new_tokens, request={"logprobs": True} if confidence else None,
+            max_new_tokens=max_new_tokens, request=({"logprobs": True} if confidence else {}) | dict(extra or {}),
         )  # fmt: skip
     folder = project_root() / model
     return LocalChat.load(folder if folder.is_dir() else model, batch_size=batch_size, max_new_tokens=max_new_tokens)
@@ -43,18 +50,20 @@ class Recorded:
     """A chat that writes each reply to a file of JSON lines before it gives the reply back.
 
     A question with a reply in the file (same model, text and pixels: `Question.key`) is not asked. One that failed is
-    asked again. Lines of other chats stay. A last line that was cut short is dropped. Only one process at a time may
-    write the file.
+    asked again. Lines of other chats stay. A last line that was cut short is dropped, any other line that is no reply
+    is reported and stays, and their questions are asked again. Only one process at a time may write the file.
 
     chat: the model to ask.
     path: the file; it is made if it is missing.
-    failed: how many questions failed, without those that an endpoint refused while it answered others.
+    failed: how many questions failed, without those that get no answer while others do (`Reply.refused`).
     """
 
     def __init__(self, chat: Chat, path: str | Path):
         self.name, self.identity, self._chat, self._path = chat.name, chat.identity, chat, Path(path)
         self._chat_hash = hashlib.sha256(chat.identity.encode()).hexdigest()[:16]
         self.failed = 0
+        self._damaged = 0
+        self._replies: dict[str, Reply] = {}  # by key, of the questions that were asked
 
     def __call__(self, questions: Iterable[Question]) -> Iterator[tuple[int, Reply]]:
         kept = self._read()
@@ -70,6 +79,7 @@ class Recorded:
                     key = question.key(self.identity)
                     if key in kept:
                         known.append((number, kept[key]))
+                        self._replies[key] = kept[key]
                     elif key in numbers:
                         numbers[key].append(number)
                     else:
@@ -85,39 +95,84 @@ class Recorded:
                 os.fsync(file.fileno())
                 refused += reply.refused
                 self.failed += reply.text is None and not reply.refused
-                kept[key] = reply  # for a question that comes again later in this call
+                kept[key] = self._replies[key] = reply  # for a question that comes again later in this call
                 for number in numbers[key]:
                     yield number, reply
             if not getattr(self._chat, "answered", True):
                 self.failed += refused
             yield from known
 
-    def _read(self) -> dict[str, Reply]:
-        """Return the replies in the file by key, without those that failed.
+    @property
+    def counts(self) -> Counter[str]:
+        """What became of the questions so far, each counted once, as metrics."""
+        replies = self._replies.values()
+        return Counter(
+            replies_failed=self.failed,
+            replies_refused=sum(reply.refused and not reply.only_reasoned for reply in replies),
+            replies_only_reasoned=sum(reply.only_reasoned for reply in replies),
+            replies_asked_again=sum(reply.tries > 1 for reply in replies),
+            replies_cut=sum(reply.cut for reply in replies),
+            replies_with_thoughts=sum(reply.answer != reply.text for reply in replies),
+            replies_replaced_characters=sum(reply.replaced for reply in replies),
+            replies_damaged_lines=self._damaged,
+        )
 
-        Raises:
-            ValueError: a line that is not the last is damaged.
-        """
+    def _read(self) -> dict[str, Reply]:
+        """Return the replies in the file by key, without those that failed."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._path.exists():
-            return {}
-        data = self._path.read_bytes()
-        whole, replies = data[: data.rfind(b"\n") + 1], {}
-        if len(whole) < len(data):
-            os.truncate(self._path, len(whole))
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                row = json.loads(line)
-                if "chat" not in row and "who" in row:
-                    continue  # of a version that kept other fields: asked again
-                key, reply = row["key"], Reply(row["text"], row["fault"], row["cut"], row["confidence"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{self._path}, line {number} is damaged ({error}); delete that line") from error
-            if reply.text is not None:
-                replies[key] = reply
-                if row["chat"] == self._chat_hash and hasattr(self._chat, "answered"):
+        data = self._path.read_bytes() if self._path.exists() else b""
+        lines, replies, damaged = data.split(b"\n"), {}, []
+        if lines[-1]:  # it lacks its end: whole if it is a reply, else what a crash has left
+            whole = _as_reply(lines[-1]) is not None
+            with self._path.open("ab") as file:
+                file.write(b"\n") if whole else file.truncate(len(data) - len(lines.pop()))
+        for number, line in enumerate(lines, 1):
+            row = _as_reply(line)
+            if row is None:
+                damaged += [number] if line.strip() else []
+            elif row.reply.text is not None:
+                replies[row.key] = row.reply
+                if row.chat == self._chat_hash and hasattr(self._chat, "answered"):
                     self._chat.answered = True  # so that it need not find out again that it answers
+        if len(damaged) > self._damaged:
+            warnings.warn(
+                f"{self._path}: {len(damaged)} lines are no replies and are ignored, such as line {damaged[0]}; their "
+                "questions are asked again",
+                stacklevel=3,
+            )
+        self._damaged = len(damaged)
         return replies
+
+
+class _Row(NamedTuple):
+    key: str
+    chat: str
+    reply: Reply
+
+
+def _as_reply(line: bytes) -> _Row | None:
+    """Return a line of the file as the reply that it holds; None if it holds none.
+
+    It is read like an answer that comes in now: what is no text is replaced, and a mere thought is no answer.
+    """
+    try:
+        row = json.loads(line)
+        text, confidence, tries = row["text"], row["confidence"], row.get("tries", 0)
+        typed = (
+            isinstance(row["key"], str) and isinstance(row["fault"], str) and isinstance(row["cut"], bool)
+            and isinstance(text, str | None) and isinstance(tries, int)
+            and (confidence is None or type(confidence) in (int, float) and 0 <= confidence <= 1)
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if not typed:
+        return None
+    if text is None or not (text or tries):  # an older version did not tell an empty answer from a mere thought
+        return _Row(row["key"], "", Reply(None, row["fault"]))
+    reply = read_text(text, cut=row["cut"], confidence=confidence, tries=tries or 1)
+    return _Row(
+        row["key"], str(row.get("chat", "")), reply._replace(replaced=max(reply.replaced, row.get("replaced", 0)))
+    )
 
 
 def ask(chat: Chat, questions: Iterable[Question]) -> list[Reply]:

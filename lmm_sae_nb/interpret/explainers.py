@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from lmm_sae_nb.chat.questions import Chat, Question, Reply
+from lmm_sae_nb.chat.questions import Chat, Question
 from lmm_sae_nb.chat.recorded import ask
+from lmm_sae_nb.chat.replies import Reply
 from lmm_sae_nb.support.concepts import read_concepts
 
 REFUSAL = "unable to produce explanations"  # what an explainer is to answer if it sees nothing in common
@@ -48,7 +49,7 @@ class Answer(NamedTuple):
 
     outcome: explained, refused, unparseable or failed.
     text: the explanation in one line; None unless the outcome is explained.
-    raw: the reply as it came, or why there is none.
+    raw: the answer as it came, without thoughts, or why there is none.
     confidence: as in `Reply`.
     """
 
@@ -65,8 +66,9 @@ Labeller = Callable[[Sequence[str]], "list[str | None]"]
 def parse_reply(reply: Reply, tag: str = "", longest: int = 2000, least_confidence: float = 0.0) -> Answer:
     """Understand a reply as an explanation: the text behind the last `tag`, or all of it without a tag.
 
-    It is refused if it has the words of `REFUSES`, or if its confidence is below `least_confidence`. It is unparseable
-    if the tag is missing, if no letter or digit is left, if it is too long, or if the reply was cut short.
+    Thoughts are no part of it (`Reply.answer`). It is refused if it has the words of `REFUSES`, or if its confidence is
+    below `least_confidence`. It is unparseable if it is empty, if the tag is missing, if no letter or digit is left, if
+    it is too long, or if the reply was cut short.
 
     reply: of the explainer.
     tag: the mark behind which the explanation stands; "" for none.
@@ -76,24 +78,27 @@ def parse_reply(reply: Reply, tag: str = "", longest: int = 2000, least_confiden
     Raises:
         ValueError: `least_confidence` is above 0 and the reply reports no confidence.
     """
-    if reply.text is None:
+    raw = reply.answer
+    if raw is None:
         return Answer(Outcome.FAILED, None, reply.fault)
+    if not raw:
+        return Answer(Outcome.UNPARSEABLE, None, raw, reply.confidence)
     if least_confidence > 0 and reply.confidence is None:
         raise ValueError(
-            f"the reply {reply.text[:60]!r} comes without the probabilities of its tokens, so it cannot be compared "
+            f"the reply {raw[:60]!r} comes without the probabilities of its tokens, so it cannot be compared "
             f"with least_confidence = {least_confidence}; set least_confidence to 0, or ask a server that returns "
             "`logprobs`"
         )
-    line = " ".join(reply.text.split())
+    line = " ".join(raw.split())
     _, mark, behind = line.rpartition(tag) if tag else ("", "all", line)
     if REFUSES.search(behind or line):  # some models refuse without writing the tag
-        return Answer(Outcome.REFUSED, None, reply.text, reply.confidence)
+        return Answer(Outcome.REFUSED, None, raw, reply.confidence)
     text = behind.strip().strip("\"'*`").strip()
     if reply.cut or not mark or not any(map(str.isalnum, text)) or len(text) > longest:
-        return Answer(Outcome.UNPARSEABLE, None, reply.text, reply.confidence)
+        return Answer(Outcome.UNPARSEABLE, None, raw, reply.confidence)
     if least_confidence > 0 and reply.confidence < least_confidence:
-        return Answer(Outcome.REFUSED, None, reply.text, reply.confidence)
-    return Answer(Outcome.EXPLAINED, text, reply.text, reply.confidence)
+        return Answer(Outcome.REFUSED, None, raw, reply.confidence)
+    return Answer(Outcome.EXPLAINED, text, raw, reply.confidence)
 
 
 def explainer(
@@ -174,7 +179,7 @@ def only_option(reply: Reply, options: Mapping[str, str]) -> str | None:
 
     options: a word in small letters to its meaning.
     """
-    words = set(re.findall(r"\w+", (reply.text or "").lower()))
+    words = set(re.findall(r"\w+", (reply.answer or "").lower()))
     meanings = {meaning for word, meaning in options.items() if word in words}
     return meanings.pop() if len(meanings) == 1 else None
 

@@ -27,7 +27,7 @@ def open_interpreter(
         `max_new_tokens` of `open_chat`.
     refiner: a model that shortens explanations. "" takes the vocabulary of `concepts`, or without it no refiner.
     labeller: a model that gives concepts their kind. "" takes the vocabulary of `concepts`, or without it no labeller.
-    endpoint: `key_variable`, `concurrency` and `timeout` of `open_chat`.
+    endpoint: `key_variable`, `concurrency`, `timeout` and `extra` of `open_chat`.
     concepts: the JSON file of a world's concepts by kind; "" if there is no ground truth.
     replies: a file of JSON lines that keeps every reply, so that a run that was stopped does not ask again.
 
@@ -69,6 +69,15 @@ class Interpreter:
         """How many questions got no reply so far. As `replies_failed` among a stage's metrics it makes the next run
         ask them again."""
         return sum(chat.failed for chat in self._chats.values())
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What became of the questions so far, as metrics (`Recorded.counts`); empty if none was asked."""
+        chats = [chat.counts for chat in self._chats.values()]
+        damaged = {"replies_damaged_lines": max(each["replies_damaged_lines"] for each in chats)} if chats else {}
+        return {
+            name: sum(each[name] for each in chats) for name in (chats[0] if chats else ())
+        } | damaged  # of one file
 
     @cached_property
     def refine(self) -> Refiner:

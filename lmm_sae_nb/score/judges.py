@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmm_sae_nb.chat.questions import IMAGES, Chat, Question, Reply
+from lmm_sae_nb.chat.questions import IMAGES, Chat, Question
 from lmm_sae_nb.chat.recorded import Recorded, ask, open_chat
+from lmm_sae_nb.chat.replies import Reply
 from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.interpret.explainers import KINDS, only_option
 from lmm_sae_nb.score.latents import sample_by_kind

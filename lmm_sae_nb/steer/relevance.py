@@ -38,7 +38,7 @@ def by_model(chat: Chat, prompt: str = RELEVANCE_PROMPT) -> Rate:
             Question(prompt.replace("{text}", concept).replace("{answer}", answer))
             for answer, concept in zip(answers, concepts, strict=True)
         ]
-        numbers = [re.findall(r"\d+", reply.text or "") for reply in ask(chat, questions)]
+        numbers = [re.findall(r"\d+", reply.answer or "") for reply in ask(chat, questions)]
         return [int(n[0]) if len(n) == 1 and 1 <= int(n[0]) <= 10 else None for n in numbers]
 
     return rate
@@ -115,7 +115,7 @@ def rate_objects(
     concepts: without a judge, a JSON file of this project with kind to names, for `by_words`. If this is "" too,
         nothing is rated.
     replies: the file that keeps a judge's replies, so that a second run does not ask again.
-    endpoint: settings for `open_chat`.
+    endpoint: `key_variable`, `concurrency`, `timeout` and `extra` of `open_chat`.
     """
     chat = Recorded(open_chat(judge, **endpoint), replies) if judge else None
     if chat is None and not concepts:

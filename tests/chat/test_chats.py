@@ -76,7 +76,7 @@ def test_a_question_s_key_changes_with_all_that_a_reply_depends_on():
 
 FAULTS = {
     "500": r"oops, \[key\]", "400": "this image is too large", "hang": "timed out", "cut": "incomplete|closed|peer",
-    "drip": "more than 1.0 s", "not json": "no chat completion: b'<html>", "empty": "no chat completion: b''",
+    "drip": "timed out", "not json": "no chat completion: '<html>", "empty": "no chat completion: ''",
     "a list": "no chat completion", "huge": "more than 100000 bytes",
 }  # fmt: skip
 
@@ -244,26 +244,64 @@ def test_the_same_question_is_asked_once_and_another_model_or_image_anew(tmp_pat
         assert (len(server.requests), slow.failed) == (4 + 5, 0)  # what was refused is not asked again in one call
 
 
-def test_a_torn_last_line_is_dropped_and_a_damaged_one_before_it_refused(tmp_path):
+def test_a_last_line_without_its_end_counts_if_it_is_whole_and_is_asked_again_if_not(tmp_path):
     record = tmp_path / "r.jsonl"
     with serving() as server:
         questions = [Question(str(n)) for n in range(3)]
         ask(Recorded(quick(server, concurrency=1), record), questions)
         whole = record.read_bytes()
         chat, last = quick(server), len(whole.splitlines()[-1])
-        for torn in (1, 2, last // 2, last, last + 1):
+        for torn in (1, 2, last // 2, last, last + 1):  # the first leaves a whole reply
             record.write_bytes(whole[:-torn])
             before = len(server.requests)
             assert [reply.text for reply in ask(Recorded(chat, record), questions)] == [f"heard: {n}" for n in range(3)]
-            assert len(server.requests) == before + 1
+            assert len(server.requests) == before + (torn > 1)
             assert [json.loads(line)["text"] for line in record.read_bytes().splitlines()] == [
                 "heard: 0",
                 "heard: 1",
                 "heard: 2",
             ]
-        record.write_bytes(whole[40:])
-        with pytest.raises(ValueError, match=r"r.jsonl, line 1 is damaged .*delete that line"):
-            ask(Recorded(chat, record), questions)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"key": "a', b"[1]", b"null", b"\xff\xfe", b"[" * 20_000, b'{"text": 7, "key": "a"}',
+        b'{"key": "K", "text": "x", "fault": "", "cut": false, "confidence": NaN}',
+        b'{"key": "K", "text": "x", "fault": "", "cut": "no", "confidence": null}',
+        b'{"key": "K", "text": ["x"], "fault": "", "cut": false, "confidence": null}',
+    ],
+    ids=["cut", "list", "null", "not utf-8", "deep", "no fault", "nan", "cut is text", "list of texts"],
+)  # fmt: skip
+def test_a_damaged_line_is_reported_and_asked_again_and_ends_no_run(tmp_path, damage):
+    record, questions = tmp_path / "r.jsonl", [Question("a"), Question("b")]
+    with serving() as server:
+        first = ask(Recorded(quick(server, concurrency=1), record), questions)
+        lines = record.read_bytes().splitlines()
+        key = json.loads(lines[0])["key"].encode()
+        record.write_bytes(damage.replace(b"K", key) + b"\n" + lines[1] + b"\n")
+        for asked in (3, 3):  # what was asked again is kept
+            chat = Recorded(quick(server), record)
+            with pytest.warns(UserWarning, match="r.jsonl: 1 lines are no replies .* line 1; .* asked again"):
+                assert ask(chat, questions) == first
+            assert (len(server.requests), chat.counts["replies_damaged_lines"]) == (asked, 1)
+
+
+def test_lines_of_an_older_run_are_read_as_answers_are_now(tmp_path):
+    record = tmp_path / "r.jsonl"
+    with serving() as server:
+        chat = quick(server)
+        old = {"a": "cat\ud83d", "b": "", "c": "<think>a cat, or", "d": "<think>a cat</think> dog"}
+        rows = [
+            {"key": Question(name).key(chat.identity), "text": text, "fault": "", "cut": False, "confidence": None}
+            for name, text in old.items()
+        ]
+        record.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = Recorded(chat, record)
+        replies = ask(found, [Question(name) for name in old])
+        assert [reply.answer for reply in replies] == ["cat\ufffd", "heard: b", "heard: c", "dog"]
+        assert server.times() == {"b": 1, "c": 1}
+        assert (found.counts["replies_replaced_characters"], found.counts["replies_with_thoughts"]) == (1, 1)
 
 
 def _explain(url: str, record: Path) -> None:

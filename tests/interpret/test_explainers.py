@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lmm_sae_nb.chat.questions import Question, Reply
+from lmm_sae_nb.chat.questions import Question
+from lmm_sae_nb.chat.replies import Reply
 from lmm_sae_nb.interpret import explainers
 from lmm_sae_nb.interpret.explainers import LONGEST_CONCEPT, REFUSAL, Outcome, Vocabulary, parse_reply
 

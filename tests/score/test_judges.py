@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scored import CONCEPTS, corner, exemplar, label_maps
 
-from lmm_sae_nb.chat.questions import Reply
+from lmm_sae_nb.chat.replies import Reply
 from lmm_sae_nb.score.judges import (
     Judgement,
     consistency,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lmm_sae_nb.chat.questions import Reply
+from lmm_sae_nb.chat.replies import Reply
 from lmm_sae_nb.steer import relevance
 from lmm_sae_nb.steer.fluency import Ordinary
 from lmm_sae_nb.steer.objects import ObjectSteering, SteeredAnswer

@@ -22,12 +22,10 @@ from lmm_sae_nb.show.style import (
     TARGET,
     WIDTH,
     colours,
-    height,
-    literal,
     one_axes,
     panels,
-    wrapped,
 )  # fmt: skip
+from lmm_sae_nb.show.texts import Literal, height, literal, one_line, width, wrapped
 from lmm_sae_nb.support.intervals import read_mean
 
 if TYPE_CHECKING:
@@ -56,8 +54,8 @@ def curve(
     label: for a legend; the axis is labelled by the key in any case.
     """
     ax = ax or one_axes(3.0)
-    ax.plot([row[x] for row in rows], [row[y] for row in rows], label=literal(label or y), lw=1.6)
-    ax.set(xlabel=_words(x), ylabel=_words(y))
+    ax.plot([row[x] for row in rows], [row[y] for row in rows], label=one_line(label or y), lw=1.6)
+    _axis_labels(ax, _words(x), _words(y))
     return ax
 
 
@@ -65,7 +63,7 @@ def training(history: Sequence[Mapping[str, float]], names: Sequence[str] = TRAI
     """Draw a panel for each logged quantity of a training, in rows of three; its title is the quantity."""
     axes = panels(len(names), columns=3, inches=2.2)
     for ax, name in zip(axes, names, strict=True):
-        curve(history, name, x, ax=ax).set(ylabel="", title=wrapped(_words(name), WIDTH / 3))
+        curve(history, name, x, ax=ax).set(ylabel="", title=wrapped(_words(name), WIDTH / 3, 3))
     return axes
 
 
@@ -117,17 +115,22 @@ def means(results: Mapping[str, Mapping[str, Mean]], xlabel: str, ax: Axes | Non
     if not results:
         return None
     series = _names(results)
-    ax = ax or one_axes(max(LINE + 0.1, 0.12 * len(series) + 0.08) * len(results) + 1.2)
+    room = WIDTH - max(width(one_line(name)) for name in results)  # the middle of the legend is that of the axes
+    fitting = sum(width(one_line(name, WIDTH / 3)) + 0.6 for name in series) <= room
+    ncols = len(series) if fitting else _legend_columns(series, room)
+    more = LINE * (-(-len(series) // ncols) - 1)  # lines of the legend
+    ax = ax or one_axes(max(LINE + 0.1, 0.12 * len(series) + 0.08) * len(results) + 1.2 + more)
     shades = colours(series)
     for s, name in enumerate(series):
         y = [n + 0.18 * (s - (len(series) - 1) / 2) for n, row in enumerate(results.values()) if name in row]
         means = [row[name] for row in results.values() if name in row]
         ax.errorbar(
             [m.mean for m in means], y, xerr=_error(means), fmt=MARKERS[s % len(MARKERS)], ms=5, capsize=2,
-            color=shades[name], label=literal(name),
+            color=shades[name], label=one_line(name, WIDTH / 3),
         )  # fmt: skip
     _rows(ax, results, xlabel)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.9 / ax.figure.get_figheight()), ncols=len(series))
+    below = 0.9 + LINE * ax.get_xlabel().count("\n")  # inches
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -below / ax.figure.get_figheight()), ncols=ncols)
     return ax
 
 
@@ -161,7 +164,7 @@ def mean_panels(results: Mapping[str, Mapping[str, Mapping[str, Mean]]]) -> list
     axes = panels(len(results), inches=max(LINE + 0.1, 0.12 * len(series) + 0.08) * groups + 1.4, sharey=True)
     for ax, (xlabel, rows) in zip(axes, results.items(), strict=True):
         means(rows, "", ax=ax).get_legend().remove()
-        ax.set_xlabel(wrapped(xlabel, WIDTH / 2.5))
+        ax.set_xlabel(wrapped(xlabel, WIDTH / 2.5, 2))
     known = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     axes[0].figure.legend(known.values(), known, loc="outside lower center", ncols=_legend_columns(list(known)))
     return axes
@@ -181,7 +184,7 @@ def histogram(
         ax.set_xscale("log")
     bins = np.geomspace(values.min(), values.max(), 40) if log and len(values) else 40
     ax.hist(values, bins=bins, color=LATENT)
-    ax.set(xlabel=literal(xlabel), ylabel=literal(ylabel))
+    _axis_labels(ax, xlabel, ylabel)
     return ax
 
 
@@ -201,7 +204,7 @@ def stacked(
         values = np.array([row.get(name, 0.0) for row in results.values()])
         hatch = "" if n < len(PALETTE) else "///"
         colour = PALETTE[n % len(PALETTE)]
-        ax.barh(range(len(results)), values, left=left, label=literal(name), color=colour, hatch=hatch, ec="white")
+        ax.barh(range(len(results)), values, left=left, label=one_line(name), color=colour, hatch=hatch, ec="white")
         left += values
     if limit is not None:
         ax.axvline(limit, color=TARGET, ls="--", lw=1)
@@ -222,7 +225,7 @@ def compared(results: Mapping[str, Mapping[str, float]], xlabel: str, ax: Axes |
         ax.plot([min(row.values()), max(row.values())], [y, y], color=GREY, lw=1)
     for marker, way in zip(MARKERS, ways, strict=False):
         values = [row[way] for row in results.values()]
-        ax.plot(values, range(len(results)), marker, ms=7, color=shades[way], label=literal(way), clip_on=False)
+        ax.plot(values, range(len(results)), marker, ms=7, color=shades[way], label=one_line(way), clip_on=False)
     _rows(ax, results, xlabel)
     ax.set_xlim(left=0)
     if not ax.figure.legends:  # one for all panels
@@ -276,13 +279,16 @@ def bars(results: Mapping[str, Mapping[str, float]], xlabel: str, ax: Axes | Non
         ax.bar_label(drawn, labels, padding=2)
         middles.append(sum(places) / len(places))
         y += len(row) + 1
-    ax.set(yticks=middles, yticklabels=[literal(name) for name in results], xlabel=literal(xlabel))
+    groups = [one_line(name, 0.4 * WIDTH) for name in results]
+    ax.set(yticks=middles, yticklabels=groups)
+    _axis_labels(ax, xlabel, beside=groups)
     ax.margins(x=0.15)
     if not ax.yaxis_inverted():  # an axis that is shared may be inverted already
         ax.invert_yaxis()
     handles = [plt.Rectangle((0, 0), 1, 1, color=shades[name]) for name in things]
     if not ax.figure.legends:  # one for all panels
-        ax.figure.legend(handles, list(map(literal, things)), loc="outside lower center", ncols=_legend_columns(things))
+        names = list(map(one_line, things))
+        ax.figure.legend(handles, names, loc="outside lower center", ncols=_legend_columns(things))
     return ax
 
 
@@ -299,8 +305,9 @@ def calibration(
     ax.plot([0, 1], [0, 1], color=GREY, lw=1)
     for n, (group, values) in enumerate(known.items()):
         colour, marker = PALETTE[n % len(PALETTE)], MARKERS[n % len(MARKERS)]
-        ax.plot(values, measured[group], marker, ms=4, alpha=0.7, color=colour, label=literal(group))
-    ax.set(xlabel=literal(xlabel), ylabel=literal(ylabel), xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        ax.plot(values, measured[group], marker, ms=4, alpha=0.7, color=colour, label=one_line(group, 0.3 * WIDTH))
+    ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    _axis_labels(ax, xlabel, ylabel, beside=[f"{one_line(group, 0.3 * WIDTH)}    " for group in known])
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
@@ -323,7 +330,7 @@ def agreement(exact: np.ndarray, approximations: Mapping[str, np.ndarray], unit:
         ax.plot(ends, ends, color=GREY, lw=1)
         ax.plot(exact, values, ".", ms=3, alpha=0.4, color=LATENT, rasterized=True)
         ax.set(xlim=limits, ylim=limits)
-        ax.set(xlabel=literal(f"by ablation, {unit}"), ylabel=literal(f"{name}, {unit}"))
+        _axis_labels(ax, f"by ablation, {unit}", f"{name}, {unit}")
     return axes
 
 
@@ -333,7 +340,7 @@ def scatter(x: ArrayLike, y: ArrayLike, xlabel: str, ylabel: str, ax: Axes | Non
     highest = max([*x, *y])
     ax.plot([0, highest], [0, highest], color=GREY, lw=1)
     ax.plot(x, y, ".", ms=6, alpha=0.6, color=LATENT)
-    ax.set(xlabel=literal(xlabel), ylabel=literal(ylabel))
+    _axis_labels(ax, xlabel, ylabel)
     return ax
 
 
@@ -373,9 +380,10 @@ def cross_table(rows: Mapping[str, Mapping[str, int]], xlabel: str, ylabel: str,
     for (y, x), count in np.ndenumerate(grid):
         if count:
             ax.text(x, y, count, ha="center", va="center")
-    ax.set_xticks(range(len(columns)), [literal(name) for name in columns], rotation=35, ha="right")
-    ax.set_yticks(range(len(rows)), [literal(name) for name in rows])
-    ax.set(xlabel=literal(xlabel), ylabel=literal(ylabel))
+    ax.set_xticks(range(len(columns)), [one_line(name, 0.25 * WIDTH) for name in columns], rotation=35, ha="right")
+    names = [one_line(name, 0.4 * WIDTH) for name in rows]
+    ax.set_yticks(range(len(rows)), names)
+    _axis_labels(ax, xlabel, ylabel, beside=names)
     return ax
 
 
@@ -394,14 +402,14 @@ def dose_curves(
         error = _error(list(row.values()))
         ax.errorbar(
             list(row), [m.mean for m in row.values()], error, fmt=f"{marker}-", ms=5, capsize=2, color=shades[name],
-            label=literal(name),
+            label=one_line(name),
         )  # fmt: skip
     at = sorted({dose for row in curves.values() for dose in row})
     if mark is not None:
         ax.axvline(mark, color=GREY, ls="--", lw=1)
     ax.set_xscale("log", base=2)
     ax.set(xticks=at, xticklabels=[f"{dose:g}" for dose in at], ylim=(0, 1))
-    ax.set(xlabel=literal(xlabel), ylabel=literal(ylabel))
+    _axis_labels(ax, xlabel, ylabel)
     ax.legend()
     return ax
 
@@ -437,14 +445,14 @@ def size_panels(
     axes = panels(len(results), inches=3.4, sharey=True)
     for ax, (xlabel, (curves, mark)) in zip(axes, results.items(), strict=True):
         dose_curves(curves, "", "", mark=mark, ax=ax).get_legend().remove()
-        ax.set_xlabel(wrapped(xlabel, WIDTH / 2.5))
+        ax.set_xlabel(wrapped(xlabel, WIDTH / 2.5, 2))
     handles, labels = axes[0].get_legend_handles_labels()
     axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(labels))
     return axes
 
 
 def _words(name: str) -> str:
-    return literal(WORDS.get(name, name.replace("_", " ")))
+    return WORDS.get(name, name.replace("_", " "))
 
 
 def _names(rows: Mapping[str, Mapping[str, object]]) -> list[str]:
@@ -459,12 +467,28 @@ def _error(means: Sequence[Mean]) -> np.ndarray:
 
 def _rows(ax: Axes, results: Mapping[str, object], xlabel: str) -> None:
     """Label the rows of a chart, the first one on top."""
-    labels = [literal(name.replace("_", " ")) for name in results]
-    ax.set(yticks=range(len(results)), yticklabels=labels, ylim=(len(results) - 0.5, -0.5), xlabel=literal(xlabel))
+    grid = ax.get_gridspec()
+    inches = 0.38 * WIDTH if grid and grid.ncols > 1 else 0.5 * WIDTH
+    labels = [name if isinstance(name, Literal) else one_line(name.replace("_", " "), inches) for name in results]
+    ax.set(yticks=range(len(results)), yticklabels=labels, ylim=(len(results) - 0.5, -0.5))
+    _axis_labels(ax, xlabel, beside=labels)
     ax.grid(axis="x", alpha=0.25)
 
 
-def _legend_columns(labels: Sequence[str]) -> int:
-    """Return how many entries of a legend stand in one row of a full figure."""
-    longest = max(map(len, labels), default=1) / 10 + 0.7  # inches of the text and of its mark
-    return max(1, min(len(labels), int(WIDTH / longest)))
+def _axis_labels(ax: Axes, xlabel: str, ylabel: str = "", beside: Sequence[str] = ()) -> None:
+    """Label axes, with texts that fit into the figure, or into this panel's part of it.
+
+    beside: texts that stand left or right of the axes.
+    """
+    grid = ax.get_gridspec()
+    columns, rows = (grid.ncols, grid.nrows) if grid else (1, 1)
+    across, up = ax.figure.get_size_inches()
+    room = across / columns - max((width(line) for text in beside for line in text.splitlines()), default=0.4) - 0.5
+    ax.set(xlabel=wrapped(xlabel, max(room, 1), 2), ylabel=literal(ylabel, 0.7 * up / rows))
+
+
+def _legend_columns(labels: Sequence[str], inches: float = WIDTH) -> int:
+    """Return how many entries of a legend stand in one row of a full figure, or of so many inches."""
+    labels = [one_line(text) for text in labels]
+    longest = max((max(len(text) / 10, width(text)) for text in labels), default=0.1) + 0.7  # of the text and its mark
+    return max(1, min(len(labels), int(inches / longest)))

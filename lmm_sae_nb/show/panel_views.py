@@ -10,7 +10,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from lmm_sae_nb.show.panel_metrics import BY_KIND, ONE_TABLE, PanelMetric, of_kinds
-from lmm_sae_nb.show.style import BLUE, GREY, ORANGE, PALETTE, WIDTH, literal, panels, wrapped
+from lmm_sae_nb.show.style import BLUE, GREY, ORANGE, PALETTE, WIDTH, panels
+from lmm_sae_nb.show.texts import one_line, wrapped
 
 if TYPE_CHECKING:
     from lmm_sae_nb.measures.discriminability import Discriminability
@@ -176,9 +177,9 @@ def panel_dots(panel: Panel | None, columns: Mapping[str, PanelMetric], across: 
         for y, (group, colour) in enumerate(zip(groups, PALETTE, strict=False)):
             values = _values(panel, panel.group(group), at)
             ax.plot(values, [y] * len(values), "o", ms=8, mew=0, alpha=0.6, color=colour, clip_on=False)
-        ax.set(yticks=range(len(groups)), yticklabels=[literal(name) for name in groups.values()])
+        ax.set(yticks=range(len(groups)), yticklabels=[one_line(name) for name in groups.values()])
         ax.set_ylim(len(groups) - 0.5, -0.5)
-        ax.set_title(wrapped(title, WIDTH / across - 1.2))
+        ax.set_title(wrapped(title, WIDTH / across - 1.2, 3))
         ax.set_xlim(left=min(0, ax.get_xlim()[0]))
     return axes
 
@@ -210,8 +211,13 @@ def kind_panels(
                     continue
                 place, colour = y + 0.22 * (n - (len(series) - 1) / 2), PALETTE[n]
                 ax.plot(mark[1:], [place, place], color=colour, lw=1.8, alpha=0.6)
-                ax.plot(mark[0], place, "osD^"[n], color=colour, ms=5, label=literal(words))
-        ax.set(yticks=range(len(kinds)), yticklabels=list(kinds), ylim=(len(kinds) - 0.5, -0.5), xlim=(-0.02, 1.02))
+                ax.plot(mark[0], place, "osD^"[n], color=colour, ms=5, label=one_line(words))
+        ax.set(
+            yticks=range(len(kinds)),
+            yticklabels=list(map(one_line, kinds)),
+            ylim=(len(kinds) - 0.5, -0.5),
+            xlim=(-0.02, 1.02),
+        )
         ax.set_title(wrapped(title, WIDTH / 2))
         ax.grid(axis="x", alpha=0.25)
     known = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
@@ -237,11 +243,11 @@ def metric_exam(exam: Sequence[Discriminability], fewer: Mapping[str, float], wi
             axes[0].plot([mean.low, mean.high], [y, y], color=colour, lw=1.8, alpha=0.6)
         axes[0].plot(
             [mean.mean for _, mean in known], [y for y, _ in known], "os"[n % 2], color=colour, ms=5,
-            label=literal(f"with {name}"),
+            label=one_line(f"with {name}"),
         )  # fmt: skip
     rows = range(len(exam))
     few = [fewer.get(each.metric) for each in exam]
-    axes[1].plot(few, rows, "D", ms=8, mfc="none", mec=GREY, label=literal(f"all but {without}"))
+    axes[1].plot(few, rows, "D", ms=8, mfc="none", mec=GREY, label=one_line(f"all but {without}"))
     axes[1].plot([each.separation for each in exam], rows, "o", color=PALETTE[2], ms=5, label="all controls")
     axes[2].plot([each.noise for each in exam], rows, "^", color=PALETTE[3], ms=6)
     axes[0].axvline(0, color=GREY, lw=1)

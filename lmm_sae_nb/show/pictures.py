@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from lmm_sae_nb.show.style import AGAINST, BOTH, CONCEPT, FOR, LATENT, LINE, WIDTH, height, one_axes, wrapped
+from lmm_sae_nb.show.style import AGAINST, BOTH, CONCEPT, FOR, LATENT, LINE, WIDTH, one_axes
+from lmm_sae_nb.show.texts import height, wrapped
 from lmm_sae_nb.support.images import rgb
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from lmm_sae_nb.show.pictures import (
     signed_maps,
 )  # fmt: skip
 from lmm_sae_nb.show.style import (
-    AGAINST, CHANCE, CONCEPT, FOR, LATENT, PAPER, TARGET, WIDTH, literal, panels, style, wrapped,
+    AGAINST, CHANCE, CONCEPT, FOR, LATENT, PAPER, TARGET, WIDTH, panels, style,
 )  # fmt: skip
 from lmm_sae_nb.show.tables import case_studies, mark_changes, shaded_texts, table, token_html
+from lmm_sae_nb.show.texts import literal, one_line, wrapped

@@ -1,8 +1,7 @@
-"""The look of every figure: its width, its type size, its colours, and how a text is drawn."""
+"""The look of every figure: its width, its type size, and its colours."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -11,7 +10,6 @@ from matplotlib.axes import Axes
 WIDTH = 7.4  # inches of a full figure; the book's pages are 740 px wide, and a figure has 100 px an inch
 POINTS = 12  # of every text; 16.7 px, a little more than the captions
 LINE = 0.23  # inches of a line of text
-CHARACTERS = 10  # of that type in an inch, about
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
@@ -61,22 +59,6 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     others = [name for name in names if name not in ROLES]
     given = {name: free[n % len(free)] for n, name in enumerate(others)}
     return {name: ROLES.get(name) or given[name] for name in names}
-
-
-def literal(text: object) -> str:
-    r"""Return a text of which matplotlib reads nothing as mathematics: `$` as `\$`."""
-    return str(text).replace("$", r"\$")
-
-
-def wrapped(text: object, inches: float = WIDTH) -> str:
-    """Return a text, literal, in lines that fit into so many inches."""
-    characters = max(8, int(inches * CHARACTERS))
-    return "\n".join(textwrap.fill(line, characters) for line in literal(text).splitlines())
-
-
-def height(texts: Sequence[str]) -> float:
-    """Return the inches that the highest of some wrapped texts needs."""
-    return LINE * max((text.count("\n") + 1 for text in texts if text), default=0)
 
 
 def one_axes(inches: float, width: float = WIDTH) -> Axes:

@@ -498,17 +498,13 @@ answers = stage.result(
 # without the clamp and with it.
 
 # %%
-def cost(clamp, where):
-    asked = islice(without_traps(heldout), price_questions)
-    return answer_others(place, asked, clamp, where, **kept)
-
-
-cost_of_fitted = stage.result(
-    "other_questions", OtherAnswers, lambda: cost(edits, ASKED)
-)
-cost_of_text = stage.result(
-    "other_questions_text", OtherAnswers,
-    lambda: cost(text_clamp.edits, scope),
+costs = stage.result(
+    "other_questions", dict[str, OtherAnswers],
+    lambda: answer_others(
+        place, islice(without_traps(heldout), price_questions),
+        {name: methods[name] for name in ("fitted", "text")},
+        keep_error=keep_error,
+    ),
 )  # fmt: skip
 
 # %%
@@ -518,7 +514,8 @@ metrics = stage.finish(
     | dict(maps=len(fooled), hallucination_rate=rate.fraction,
            hallucination_rate_low=rate.low,
            hallucination_rate_high=rate.high)
-    | other_metrics(cost_of_fitted) | other_metrics(cost_of_text, "text_")
+    | other_metrics(costs["fitted"])
+    | other_metrics(costs["text"], "text_")
     | dict(latents_clamped=len(edits),
            text_latents_clamped=len(text_clamp.edits),
            text_latents_named=candidates.named,

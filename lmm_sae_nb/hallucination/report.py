@@ -9,10 +9,10 @@ from itertools import islice
 import numpy as np
 import torch
 
-from lmm_sae_nb.hallucination.answers import Answers, Edits, Setting, first_tokens
+from lmm_sae_nb.hallucination.answers import Answers, Edits, Setting, first_tokens, under
 from lmm_sae_nb.hallucination.cases import Case
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.steer.steering import Edit, Scope, steered
+from lmm_sae_nb.steer.steering import Edit, Scope
 from lmm_sae_nb.support.intervals import Mean, Proportion, bounds, mean_interval, mean_of_fractions, proportion
 from lmm_sae_nb.support.stages import Metrics
 
@@ -233,34 +233,40 @@ class OtherAnswers:
     kept: list[bool]
 
 
+@torch.no_grad()
 def answer_others(
     place: SAEInPlace,
     rows: Iterable[Mapping],
-    edits: Edits,
-    scope: Scope,
+    methods: Mapping[str, Method],
     *,
     keep_error: bool = True,
     batch: int = 24,
-) -> OtherAnswers:
-    """Answer other questions in full, untouched and clamped.
+) -> dict[str, OtherAnswers]:
+    """Answer other questions in full, once untouched and once by each method.
 
     rows: with image, question and the right answer; capitals and spaces do not count.
-    edits, scope, keep_error: as for `answer_cases`.
+    methods: each with one setting, which is no `Push`.
+    keep_error: whether what the SAE leaves unexplained stays in.
     batch: questions at once.
     """
     lmm, rows = place.lmm, iter(rows)
-    expected, before, after = [], [], []
+    expected, before, after = [], [], {name: [] for name in methods}
     while block := list(islice(rows, batch)):
         prompt = lmm.prompt([row["question"] for row in block], [row["image"] for row in block])
-        before += lmm.generate(prompt)
-        with steered(place, prompt, edits, scope, keep_error=keep_error):
-            after += lmm.generate(prompt)
         expected += [_bare(row["answer"]) for row in block]
-    return OtherAnswers(
-        [_bare(answer) == right for answer, right in zip(before, expected, strict=True)],
-        [_bare(answer) == right for answer, right in zip(after, expected, strict=True)],
-        [one == other for one, other in zip(before, after, strict=True)],
-    )
+        before += lmm.generate(prompt)
+        for name, method in methods.items():
+            (setting,) = method.settings
+            with under(place, prompt, setting, method.scope, keep_error=keep_error):
+                after[name] += lmm.generate(prompt)
+
+    def right(answers: list[str]) -> list[bool]:
+        return [_bare(answer) == true for answer, true in zip(answers, expected, strict=True)]
+
+    return {
+        name: OtherAnswers(right(before), right(answers), [a == b for a, b in zip(before, answers, strict=True)])
+        for name, answers in after.items()
+    }
 
 
 def _bare(answer: str) -> str:

@@ -143,7 +143,10 @@ def test_other_answers_are_compared_in_full(embedded, batch):
             after += lmm.generate(prompt)
     rows = [row | {"answer": answer.upper() + " "} for row, answer in zip(rows, before, strict=True)]
     rows[2]["answer"] = "something else"
-    found = answer_others(embedded, rows, edits, scope, batch=batch)
+    methods = {"clamped": Method((edits,), scope), "untouched": Method((None,))}
+    answers = answer_others(embedded, rows, methods, batch=batch)
+    assert all(answers["untouched"].kept)
+    found = answers["clamped"]
     assert found.right == [True, True, False]
     assert found.kept == [one == other for one, other in zip(before, after, strict=True)]
     assert found.right_clamped == [found.kept[0], found.kept[1], False]

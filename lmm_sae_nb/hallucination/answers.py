@@ -19,6 +19,7 @@ from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.model.upper_layers import UpperLayers, above
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.steer.steering import Edit, Scope, steered, steered_versions
+from lmm_sae_nb.support.images import pixel_hash
 from lmm_sae_nb.support.progress import progress_bar
 
 Edits = tuple[Edit, ...]
@@ -69,8 +70,9 @@ def first_tokens(
 ) -> Answers:
     """Answer each case under each setting. The logits after the prompt are enough: answers differ in the first token.
 
-    Layers up to the SAE's run once for each case. The layers above run for all tokens under the first setting, and
-    under the others only from the first token on whose state they change. Cases of equal length run side by side.
+    Layers up to the SAE's run once for each case. In the layers above, settings and cases that begin alike share what
+    comes before their first difference: settings that change late tokens only, and questions about one image. Cases of
+    equal length run side by side.
 
     scope: the tokens that are clamped; one for all settings, or one for each.
     keep_error: whether what the SAE leaves unexplained stays in.
@@ -88,7 +90,9 @@ def first_tokens(
             prompt = lmm.prompt([cases[n].question for n in block], [cases[n].image for n in block])
             upper = above(lmm, prompt, place.layer)
             versions = [_versions(place, upper, settings, scopes, keep_error, n) for n in range(len(block))]
-            logits = _last_logits(upper, torch.stack(versions), at_once).cpu()
+            pictures = [pixel_hash(cases[n].image) for n in block]
+            alike = [pictures.index(picture) for picture in pictures]
+            logits = _last_logits(upper, torch.stack(versions), alike, at_once).cpu()
             ids = pairs[block][:, None].expand(-1, len(settings), -1)
             right, tempting = logits.gather(-1, ids).unbind(-1)
             margin[:, block] = (right - tempting).T
@@ -98,13 +102,17 @@ def first_tokens(
 
 
 def _of_equal_length(lmm: LMM, cases: Sequence[Case], size: int) -> Iterator[list[int]]:
-    """Yield the numbers of cases whose prompts have equally many tokens, at most `size` at a time."""
-    groups: dict[tuple, list[int]] = {}
+    """Yield the numbers of cases whose prompts have equally many tokens, at most `size` at a time.
+
+    Cases about one image stand side by side.
+    """
+    groups: dict[tuple, list[tuple[str, int]]] = {}
     for number, case in enumerate(cases):
         words = lmm.tokenizer(case.question, add_special_tokens=False)["input_ids"]
-        groups.setdefault((case.image.size, len(words)), []).append(number)
+        groups.setdefault((case.image.size, len(words)), []).append((pixel_hash(case.image), number))
     for group in groups.values():
-        yield from (group[start : start + size] for start in range(0, len(group), size))
+        numbers = [number for _, number in sorted(group)]
+        yield from (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
 @torch.no_grad()
@@ -219,24 +227,44 @@ def strength(place: SAEInPlace, cases: Sequence[Case], edits: Edits, scope: Scop
 
 
 def _last_logits(
-    upper: UpperLayers, versions: Float[Tensor, "samples versions tokens width"], at_once: int
-) -> Float[Tensor, "samples versions vocab"]:
-    """Return the logits after the last token where the layer puts out these versions of its states."""
-    lmm = upper.lmm
-    first = lmm.head(upper.remember(versions[:, 0])[:, -1])
-    logits = first[:, None].repeat(1, versions.shape[1], 1)
-    starts = _first_changes(versions)
-    others = (starts < versions.shape[2]).nonzero()
-    others = others[starts[tuple(others.T)].argsort(stable=True)]
-    for sample, version in (block.T for block in others.split(at_once) if len(block)):
-        begin = int(starts[sample[0], version[0]])
-        logits[sample, version] = lmm.head(upper.resume(versions[sample, version, begin:], begin, sample)[:, -1])
-    return logits
+    upper: UpperLayers, versions: Float[Tensor, "samples settings tokens width"], alike: Sequence[int], at_once: int
+) -> Float[Tensor, "samples settings vocab"]:
+    """Return the logits after the last token where the layer puts out these versions of its states.
+
+    alike: for each sample, the first one with the same image.
+    """
+    samples, settings = versions.shape[:2]
+    states, numbers = versions.flatten(0, 1), torch.arange(samples * settings, device=versions.device)
+    like, starts = (each.flatten() for each in _beginnings(versions, alike))
+    logits, order = [], []
+    for roots in numbers[like == numbers].split(at_once):
+        logits.append(upper.lmm.head(upper.remember(states[roots], roots // settings)[:, -1]))
+        late = numbers[(like != numbers) & torch.isin(like, roots)]
+        parts = late[starts[late].argsort(stable=True)].split(at_once) if len(late) else ()
+        for some in parts:
+            begin = int(starts[some[0]])
+            decoded = upper.resume(states[some, begin:], begin, torch.searchsorted(roots, like[some]))
+            logits.append(upper.lmm.head(decoded[:, -1]))
+        order += [roots, *parts]
+    return torch.cat(logits)[torch.cat(order).argsort()].unflatten(0, (samples, settings))
 
 
-def _first_changes(
-    versions: Float[Tensor, "*samples versions tokens width"],
-) -> Int64[Tensor, "*samples versions"]:
-    """Return the first token at which each version differs from the first version; the number of tokens if none."""
-    differs = (versions != versions[..., :1, :, :]).any(-1)
-    return torch.where(differs.any(-1), differs.int().argmax(-1), differs.shape[-1])
+def _beginnings(
+    versions: Float[Tensor, "samples settings tokens width"], alike: Sequence[int]
+) -> tuple[Int64[Tensor, "samples settings"], Int64[Tensor, "samples settings"]]:
+    """Return for each version the one that it begins like, and the first token that differs.
+
+    Versions are numbered row by row. Candidates are the same setting and the first setting of the sample `alike`. A
+    version that begins like neither, for half of the tokens, has its own number, and 0.
+    """
+    samples, settings, tokens, _ = versions.shape
+    numbers = torch.arange(samples * settings, device=versions.device).view(samples, settings)
+    like, starts = numbers.clone(), torch.zeros_like(numbers)
+    for sample, other in enumerate(alike):
+        for candidates in (slice(None), slice(1)):  # the first setting wins: what others begin like has none before it
+            differs = (versions[sample] != versions[other, candidates]).any(-1)
+            first = torch.where(differs.any(-1), differs.int().argmax(-1), tokens - 1)
+            found = (numbers[sample] != numbers[other, candidates]) & (2 * first > tokens)
+            like[sample] = torch.where(found, numbers[other, candidates], like[sample])
+            starts[sample] = torch.where(found, first, starts[sample])
+    return like, starts

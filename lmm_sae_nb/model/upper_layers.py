@@ -38,7 +38,8 @@ class UpperLayers:
 
     def __init__(self, lmm: LMM, prompt: Prompt, layer: int, hidden: Hidden, *, bare: bool, arguments: dict[str, Any]):
         self.lmm, self.prompt, self.layer, self.hidden = lmm, prompt, layer, hidden
-        self._bare, self._arguments, self._cache = bare, arguments, DynamicCache()
+        self._bare, self._arguments = bare, arguments
+        self._cache, self._samples = DynamicCache(), None
 
     def run(self, states: Float[Tensor, "versions tokens width"]) -> Float[Tensor, "versions tokens width"]:
         """Return the decoder's output, after its last norm, with these states as the layer's output.
@@ -69,16 +70,16 @@ class UpperLayers:
     ) -> Float[Tensor, "batch tokens width"]:
         """Do as `run`, and keep the keys and values of these states for `resume`.
 
-        samples: as for `resume`.
+        samples: for each of the states, which sample of a batch it is of; None for the whole batch or a single sample.
         """
-        self._cache = DynamicCache()
+        self._cache, self._samples = DynamicCache(), samples
         return self._run(states, self._cache, samples)
 
     def resume(
         self,
         states: Float[Tensor, "versions late width"],
         start: int,
-        samples: Int64[Tensor, " versions"] | None = None,
+        like: Int64[Tensor, " versions"] | None = None,
     ) -> Float[Tensor, "versions late width"]:
         """Do as `run` for the tokens from `start` on; the earlier ones are those that `remember` saw.
 
@@ -86,12 +87,13 @@ class UpperLayers:
 
         states: one or several versions of the states of the tokens from `start` on.
         start: position of the first of them; at 0 nothing is taken from `remember`.
-        samples: for each version, which sample of a batch it is of; None for the whole batch or a single sample.
+        like: for each version, which of the remembered states it begins like; None for all in order, or a single one.
 
         Raises:
             NotImplementedError: this decoder passes single layers something about the whole sequence.
         """
-        return self._run(states, _first_tokens(self._cache, start, len(states), samples) if start else None, samples)
+        samples = self._samples if like is None else like if self._samples is None else self._samples[like]
+        return self._run(states, _first_tokens(self._cache, start, len(states), like) if start else None, samples)
 
     def _run(
         self, states: Hidden, cache: DynamicCache | None, samples: Int64[Tensor, " versions"] | None = None
@@ -165,17 +167,17 @@ def above_each(lmm: LMM, prompt: Prompt, layers: Sequence[int]) -> dict[int, Upp
 
 
 def _first_tokens(
-    cache: DynamicCache, start: int, versions: int, samples: Int64[Tensor, " versions"] | None
+    cache: DynamicCache, start: int, versions: int, like: Int64[Tensor, " versions"] | None
 ) -> DynamicCache:
     """Return the keys and values of the first `start` tokens, once for each version of the tokens that follow.
 
-    samples: as for `UpperLayers.resume`.
+    like: as for `UpperLayers.resume`.
     """
     kept = DynamicCache()
     for number, layer in enumerate(cache.layers):
         if layer.is_initialized:
             parts = (part[:, :, :start] for part in (layer.keys, layer.values))
-            parts = [part.expand(versions, -1, -1, -1) if samples is None else part[samples] for part in parts]
+            parts = [part.expand(versions, -1, -1, -1) if like is None else part[like] for part in parts]
         else:  # a layer that was skipped; the decoder asks its first layer how many tokens there were
             parts = (torch.zeros(1, 1, start, 1) for _ in range(2))
         kept.update(*parts, number)

@@ -38,6 +38,19 @@ def test_answers_side_by_side_are_those_of_one_run_each(place, keep_error):
             assert bool(answers.right[s, n]) == (int(logits.argmax()) == choice.answer)
 
 
+def test_questions_about_one_image_are_answered_as_each_alone(place):
+    pictures = [noise(90, 70, n) for n in (0, 1)]
+    asked = ("why ?", "how ?", "who ?", "why ?")
+    cases = [Case(pictures[n % 2].copy(), question, "y", "n", True) for n, question in enumerate(asked * 2)]
+    settings = [None, (Edit(3, 30.0),), (Edit(5, 20.0),), ()]
+    scopes = [Scope(), Scope(("text",)), Scope(("base",)), Scope()]
+    together = first_tokens(place, cases, settings, scopes)
+    for n, case in enumerate(cases):
+        alone = first_tokens(place, [case], settings, scopes)
+        assert_close(together.margin[:, n], alone.margin[:, 0], atol=1e-5, rtol=1e-4)
+        assert torch.equal(together.token[:, n], alone.token[:, 0])
+
+
 def test_each_setting_can_have_tokens_of_its_own(place):
     clamp, scopes = (Edit(3, 30.0),), [Scope(("text",)), Scope(("base",)), Scope(("base", "text"))]
     together = first_tokens(place, CASES, [None, *[clamp] * 3], [Scope(), *scopes])

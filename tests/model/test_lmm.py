@@ -128,6 +128,9 @@ def test_versions_of_several_samples_resume_from_the_tokens_of_their_own(family)
         upper.remember(upper.hidden)
         versions = upper.hidden[samples, start:] * torch.tensor([1.0, 2, 1, -1])[:, None, None]
         part = upper.resume(versions, start, samples)
+        upper.remember(upper.hidden[[1, 0, 1]], torch.tensor([1, 0, 1]))
+        again = upper.resume(versions, start, torch.tensor([2, 1, 1, 0]))
+        torch.testing.assert_close(again, part, rtol=1e-4, atol=1e-5)
         for sample, version, found in zip(samples.tolist(), versions, part, strict=True):
             whole = upper.hidden.clone()
             whole[sample, start:] = version

@@ -27,7 +27,7 @@
 #
 # | preset | layers | other models | sizes | time |
 # |---|---|---|---|---|
-# | `tiny` | 3 of 8 | InstructBLIP of Picture World | 4 numbers of latents, 3 of k | 5 minutes, 2 cores |
+# | `tiny` | 3 of 8 | InstructBLIP of Picture World | 4 numbers of latents, 3 of k | 4 minutes, 2 cores |
 # | `paper` | 3 of 32 | InstructBLIP-Vicuna-7B | $2^{15}$ to $2^{18}$ latents | never run; see [A3](A3_full_scale) |
 #
 # In `tiny`, all SAEs of this page are smaller and shorter trained than that of
@@ -72,7 +72,7 @@ other_training: dict = {"steps": 160, "batch_tokens": 256}
 sizes: list[int] = [256, 512, 1024, 4096]
 # active latents per token, on the middle layer
 ks: list[int] = [8, 16, 32]
-evaluated: int = 32  # held-out samples on which each SAE is evaluated
+evaluated: int = 24  # held-out samples on which each SAE is evaluated
 # the model that names what exemplars have in common
 explainer: dict = {
     # a folder, a name on the hub, or name@http://host:port/v1
@@ -96,7 +96,7 @@ endpoint: dict = {
 }
 # explained latents of each layer and model: at least so many, because the
 # last batch of questions is kept whole
-n_explained: int = 100
+n_explained: int = 60
 n_swept: int = 12  # the same for each SAE of another size
 n_top: int = 5  # exemplars of each latent
 # a patch is visible above this fraction of its image's highest activation
@@ -122,7 +122,7 @@ steering: dict = {
 }
 # the comparison of notebook 07, in small
 attribution: dict = {
-    "decisions": 8,  # held-out decisions of each layer
+    "decisions": 6,  # held-out decisions of each layer
     "pairs": 24,  # active (token, latent) pairs ablated in each decision
 }
 seed: int = 0  # of everything random

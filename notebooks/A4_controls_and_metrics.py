@@ -66,7 +66,7 @@ endpoint: dict = {
     "concurrency": 8,  # questions at the same time
     "timeout": 120.0,  # seconds that an answer may take
 }
-n_explained: int = 300  # live latents of the random dictionary
+n_explained: int = 200  # live latents of the random dictionary
 n_top: int = 5  # exemplars of a latent
 # a patch is visible above this fraction of its image's highest activation
 threshold: float = 0.25

@@ -1,6 +1,7 @@
 # Python 3.10 or newer, make and git are all that has to be there; everything else goes into .venv.
 #   make book [PRESET=tiny]   run the notebooks, build the book, print the address of its first page; JOBS=1 runs one page
-#                             at a time with all cores (as where they share a GPU), else two do, with half of them each
+#                             at a time with all cores (as where they share a GPU), else two do, with half of them each;
+#                             only the longest page may use all, and threads that wait (OMP_WAIT_POLICY) use none
 #   make check                    style, unit and property tests: about three minutes on two cores
 #   make test [ARGS="-k house"]   all tests: also browser tests, the book, every notebook with its default parameters
 #                                 THREADS=2 gives each of its two processes, and those of `check`, two threads
@@ -26,7 +27,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 book: $(READY)
-	@OMP_NUM_THREADS=$$($(BIN)/python -c 'import os; print(max(1, os.cpu_count() // $(JOBS)))') \
+	@OMP_NUM_THREADS=$$($(BIN)/python -c 'import os; print(max(1, os.cpu_count() // $(JOBS)))') OMP_WAIT_POLICY=passive \
 		$(DOIT) -n $(JOBS) -P thread preset=$(PRESET)
 	@echo "The book: file://$(CURDIR)/book/_build/html/index.html"
 

@@ -125,6 +125,8 @@ MADE_BY = made_by()
 # These read nothing of the page that they wait for. But 01, 02, 03 and 08, one after the other, take longest, and must
 # not wait for a free core.
 LATER = {"06_steer_features": "04_score_interpretations", "07_attribute_decisions": "03_interpret_features"}
+# It runs longest and ends last. So it may use every core, and takes what the page beside it leaves.
+EVERY_CORE = {"08_hallucination_case"}
 
 
 def waits(source: Path) -> list[str]:
@@ -141,7 +143,8 @@ def waits(source: Path) -> list[str]:
 def run(notebook: Path, executed: Path, values: dict) -> None:
     """Run a page and show how far it is."""
     with progress.page(notebook.stem, pages.code_cells(notebook) + bool(values)) as next_cell:
-        pages.execute(notebook, executed, values, on_cell=next_cell)
+        threads = os.cpu_count() if notebook.stem in EVERY_CORE else None
+        pages.execute(notebook, executed, values, on_cell=next_cell, threads=threads)
 
 
 def task_page():

@@ -28,7 +28,7 @@
 #
 # | preset | measured here | read from the panel | time |
 # |---|---|---|---|
-# | `tiny` | a random dictionary | 19 SAEs, and methods that are no SAEs | 2 minutes, 2 cores |
+# | `tiny` | a random dictionary | 19 SAEs, and methods that are no SAEs | 1.5 minutes, 2 cores |
 # | `paper` | a random dictionary | nothing: the panel is of `tiny` | never run |
 
 # %% tags=["parameters"]

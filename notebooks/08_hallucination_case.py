@@ -952,7 +952,7 @@ headline(
     page,
     f"clamping {len(edits)} fitted latents at the words of the question cures "
     f"{by_word('fitted')}, on {metrics['maps']} new maps that contradict memory: a "
-    f"balanced cured rate of {value('fitted_balanced_cured')}. It harms "
+    f"balanced cured rate, the mean of both, of {value('fitted_balanced_cured')}. It harms "
     f"{value('fitted_harmed')} of the right answers and keeps "
     f"{value('other_answers_kept')} of the answers to other questions.{of_pope}{of_saes} Text "
     "latents at the patches, our version of the paper's way, have a balanced rate of "
@@ -960,8 +960,9 @@ headline(
     'one image, a map, whose right answer is "no": clamping one latent, '
     '"Barcelona" or "Los", makes the hallucination disappear.',
     "a push towards *no* cures the paper's one case, too. Our cases have both answers.",
-    controls=f"balanced cured rates: {draws('random')} (fitted latents beside them); "
-    f"{draws('text_random')} (text latents); {draws('prompt')}. Without an SAE, a direction that "
+    controls="balanced cured rates to compare with. For the fitted latents: "
+    f"{draws('random')}; {draws('prompt')}. For the text latents: "
+    f"{draws('text_random')}. Without an SAE, a direction that "
     f"was fitted to the same cases has {value('direction_balanced_cured')}: {gap.mean:+.2f} "
     f"[{gap.low:+.2f}, {gap.high:+.2f}] against the fitted latents. {better}.",
 )  # fmt: skip

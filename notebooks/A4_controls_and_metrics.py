@@ -264,8 +264,9 @@ kind_panels(known, two);
 # %% tags=["hide-output"]
 others = ("control", "classical")
 for title, at in columns.BY_KIND.items():
-    rows = panel_rows(known, columns.of_kinds(at), others)
-    display(plots.table(rows, title, digits=2))
+    for kinds in (columns.KINDS[:4], columns.KINDS[4:]):
+        rows = panel_rows(known, columns.of_kinds(at, kinds), others)
+        display(plots.table(rows, title, digits=2))
 
 # %% [markdown]
 # ### Every SAE of the panel
@@ -378,8 +379,8 @@ plots.table(method_rows(known, "direction_steering", ways, {
 # data that this world does not have.
 
 # %% tags=["hide-output"]
-display(plots.table(panel_rows(known, columns.LIKENESS), digits=2))
-plots.table(panel_rows(known, columns.STRUCTURE), digits=2)
+display(plots.table(panel_rows(known, columns.OF_LATENTS), digits=2))
+plots.table(panel_rows(known, columns.OF_NAMES), digits=2)
 
 # %% [markdown]
 # ## Scenes that differ in one thing
@@ -388,7 +389,7 @@ plots.table(panel_rows(known, columns.STRUCTURE), digits=2)
 # equal. Here are three such pairs, with a latent that notebook 03 named for
 # what is put in:
 
-# %% mystnb={"figure": {"caption": "Pairs of scenes that differ in one thing. Right: where the latent of that name becomes more active (orange) or less (blue).", "name": "fig-pairs"}, "image": {"alt": "Three rows of two scenes each, and a map of the change of one latent."}}
+# %% mystnb={"figure": {"caption": "Pairs of scenes that differ in one thing. Right: where the latent of that name becomes more active (orange) or less (blue). No colour: it does not change there.", "name": "fig-pairs"}, "image": {"alt": "Three rows of two scenes each, and a map of the change of one latent."}}
 explanations = page.read("interpret", "explanations", ExplanationRows)
 latent_of = {row["concept"]: n for n, row in explanations.items()}
 changed = ("face", "texture", "object", "word", "material")
@@ -452,8 +453,9 @@ exam = known and compare_metrics(
     values, list(columns.EXAMINED), truth_first[1:],
     seeds=known.group("seed"), controls=known.group("control"),
 )  # fmt: skip
+rank = {metric: n for n, metric in enumerate(truth_first)}
 exam = sorted(exam or [], key=lambda each: (
-    each.metric not in truth_first, -abs(each.separation - 0.5)
+    rank.get(each.metric, 3), -abs(each.separation - 0.5)
 ))  # fmt: skip
 
 # %%
@@ -618,11 +620,16 @@ if known:
         f"{len(apart)} put all trained SAEs on one side of all controls: {'; '.join(apart) or 'none'}."
     )
     detecting = beside_each_other(known, "direction_detection", learned, "{}_f1")
-    short = {name: ways[name] for name in ("latent", "difference", "probe", "prompt")}
+    short = {
+        "latent": "clamped latents", "difference": "differences of means",
+        "probe": "directions of probes", "prompt": "prompts",
+    }  # fmt: skip
     steered = beside_each_other(known, "direction_steering", short, "steer_{}_named_of_100", "{:.0f}")
     without_sae = (
-        f"simple methods need no SAE, but labels. Detection (F1): {detecting}. Steering (objects named, of 100): "
-        f"{steered}."
+        f"simple methods need no SAE, but labels. Detection (F1): {detecting}. "
+        + compared_with_first(known, "direction_detection", learned, "{}_f1_above_latent")
+        + f" Steering (objects named, of 100): {steered}. "
+        + compared_with_first(known, "direction_steering", short, "steer_{}_named_above_latent")
     )
 headline(
     page,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 
@@ -43,18 +43,18 @@ STEERING = _of(
 MODEL = _of("fidelity", {"FVU": "fvu", "loss recovered": "loss_recovered"}) | _of(
     "attribute", {"linear attribution": "spearman_linear"}
 )
-LIKENESS = (
+OF_LATENTS = (
     _of("monosemanticity", {"monosemanticity, CLIP": "monosemanticity_clip"})
     | _of("monosemanticity", {"monosemanticity, truth": "monosemanticity_true"})
-    | _of("detection_scoring", {"detection scoring, CLIP": "detection_clip_auroc"})
-    | _of("detection_scoring", {"detection scoring, truth": "detection_truth"})
-    | _of("detection_scoring", {"truth, other name": "detection_truth_shuffled"})
-)
-STRUCTURE = (
-    _of("probing", {"1-sparse probing": "probe_1_f1", "5-sparse probing": "probe_5_f1"})
     | _of("absorption", {"absorption": "absorption"})
     | _of("consistency", {"consistency": "consistency_matched"})
     | _of("modality", {"modality": "modality"})
+)
+OF_NAMES = (
+    _of("detection_scoring", {"detection scoring, CLIP": "detection_clip_auroc"})
+    | _of("detection_scoring", {"detection scoring, truth": "detection_truth"})
+    | _of("detection_scoring", {"truth, other name": "detection_truth_shuffled"})
+    | _of("probing", {"1-sparse probing": "probe_1_f1", "5-sparse probing": "probe_5_f1"})
 )
 SELECTIVITY = _of(
     "selectivity",
@@ -83,7 +83,7 @@ CHANCES = (
 # those that the exam examines: all of the groups but what chance gives, and but explaining by steering
 EXAMINED = {
     title: at
-    for title, at in (DETECTION | NAMING | STEERING | MODEL | LIKENESS | STRUCTURE | SELECTIVITY).items()
+    for title, at in (DETECTION | NAMING | STEERING | MODEL | OF_LATENTS | OF_NAMES | SELECTIVITY).items()
     if title not in CHANCES
 }
 ONE_TABLE = {
@@ -106,6 +106,6 @@ BY_KIND = {
 }
 
 
-def of_kinds(at: PanelMetric) -> dict[str, PanelMetric]:
+def of_kinds(at: PanelMetric, kinds: Sequence[str] = KINDS) -> dict[str, PanelMetric]:
     """Return a metric of each kind of concept, by kind."""
-    return {kind: PanelMetric(at.part, f"{at.metric}_{kind}") for kind in KINDS}
+    return {kind: PanelMetric(at.part, f"{at.metric}_{kind}") for kind in kinds}

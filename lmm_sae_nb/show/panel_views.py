@@ -38,7 +38,7 @@ class Spread(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
+        return f"{self.median:.3f} ({self.low:.3f}–{self.high:.3f})"
 
 
 def panel_rows(

@@ -43,7 +43,7 @@ PANEL = Panel(
 
 def test_seeds_share_a_row_with_their_range_and_others_keep_their_interval():
     seeds, random, frozen = panel_rows(PANEL, {"good": GOOD, "bad": BAD})
-    assert seeds["good"][:] == (pytest.approx(0.85), 0.8, 0.9) and str(seeds["bad"]) == "0.600 (0.500 to 0.700)"
+    assert seeds["good"][:] == (pytest.approx(0.85), 0.8, 0.9) and str(seeds["bad"]) == "0.600 (0.500–0.700)"
     assert random == {"": "control: random rows", "good": Mean(0.1, 0.0, 0.2), "bad": 0.6}
     assert frozen["bad"] is None
 

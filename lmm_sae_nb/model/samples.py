@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
@@ -13,10 +14,11 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.model.prompts import Prompt
+from lmm_sae_nb.model.prompts import PORTION, Prompt
 from lmm_sae_nb.model.sample_checks import COLUMNS, check_samples, row_fault
 from lmm_sae_nb.support.images import UnreadableImage, open_rgb
 
+LARGE = PORTION // 4  # pixels of an image that is not kept
 UNREADABLE = ("refuse", "skip")  # what to do with samples whose picture cannot be read
 AGAIN = "restore the data set's files and run again: a training goes on from its last checkpoint"
 
@@ -95,7 +97,15 @@ def prompts(lmm: LMM, samples: Sequence[Mapping], order: Iterable[int], batch: i
     order, reader = list(order), SampleReader(samples)
     for start in range(0, len(order), batch):
         wanted = order[start : start + batch]
-        yield as_prompt(lmm, {number: reader[number] for number in wanted})
+        yield as_prompt(lmm, {number: light(partial(reader.__getitem__, number)) for number in wanted})
+
+
+def light(read: Callable[[], dict]) -> dict:
+    """Read a sample; a large image is opened again when it is needed, for a batch of photographs takes gigabytes."""
+    row = read()
+    if row["image"] is None or row["image"].width * row["image"].height <= LARGE:
+        return row
+    return row | {"image": lambda: read()["image"]}
 
 
 def as_prompt(lmm: LMM, rows: Mapping[int, Mapping]) -> Prompt:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.model.samples import as_prompt, require_choice, token_mask
+from lmm_sae_nb.model.samples import as_prompt, light, require_choice, token_mask
 from lmm_sae_nb.support.images import UnreadableImage
 from lmm_sae_nb.support.tensor_files import require_finite
 from lmm_sae_nb.train.sample_parts import LeftOut, ShuffledParts, StreamedParts
@@ -88,7 +88,7 @@ class Stream:
         rows = {}
         for number, read in self._parts(part):
             try:
-                rows[number] = read()
+                rows[number] = light(read)
             except UnreadableImage as fault:
                 if not getattr(self._parts, "epoch", 0):  # in later epochs a data stream has other numbers
                     self.left_out.add(number, fault)

@@ -9,7 +9,7 @@ from models import FAMILIES, make, noise
 from PIL import Image
 
 from lmm_sae_nb.cache.activations import cache_activations
-from lmm_sae_nb.model import prompts
+from lmm_sae_nb.model import prompts, samples
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
@@ -58,6 +58,17 @@ def test_memory_holds_one_photograph_not_a_batch_of_them(lmm, monkeypatch):
     together = most_at_once()
     monkeypatch.setattr(prompts, "PORTION", 1)
     assert most_at_once() < together / 3
+
+
+def test_large_images_of_samples_are_not_kept_and_the_prompt_is_the_same(lmm, monkeypatch):
+    rows = [{"image": noise(60 + n, 40, seed=n), "question": f"{n} ?", "answer": "yes"} for n in range(2)]
+    (whole,) = samples.prompts(lmm, rows, [0, 1], 2)
+    monkeypatch.setattr(samples, "LARGE", 0)
+    monkeypatch.setattr(prompts, "PORTION", 1)
+    assert callable(samples.light(lambda: rows[0])["image"])
+    (parts,) = samples.prompts(lmm, rows, [0, 1], 2)
+    assert torch.equal(parts.inputs["pixel_values"], whole.inputs["pixel_values"])
+    assert torch.equal(parts.inputs["input_ids"], whole.inputs["input_ids"])
 
 
 def test_an_image_that_the_processor_refuses_is_named_with_the_remedy(tmp_path):

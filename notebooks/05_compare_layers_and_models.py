@@ -96,7 +96,7 @@ endpoint: dict = {
 }
 # explained latents of each layer and model: at least so many, because the
 # last batch of questions is kept whole
-n_explained: int = 60
+n_explained: int = 100
 n_swept: int = 12  # the same for each SAE of another size
 n_top: int = 5  # exemplars of each latent
 # a patch is visible above this fraction of its image's highest activation
@@ -122,7 +122,7 @@ steering: dict = {
 }
 # the comparison of notebook 07, in small
 attribution: dict = {
-    "decisions": 6,  # held-out decisions of each layer
+    "decisions": 8,  # held-out decisions of each layer
     "pairs": 24,  # active (token, latent) pairs ablated in each decision
 }
 seed: int = 0  # of everything random

@@ -374,6 +374,12 @@ def damaged():
     return pictures[len(pictures) - 1]
 
 
+def of_other_pictures():
+    lmm, pictures = small(), open_images("my/pictures")
+    cache = cached(lmm, TopKSAE(lmm.width, 8, 2), pictures.first(2))
+    return exemplars(cache, pictures, 0)
+
+
 def interrupted():
     settings = dict(n_latents=16, k=2, steps=4, batch_tokens=64, batch_samples=1, folder="my/half", log_every=1)
     samples = [{"image": None, "question": "what is it ?", "answer": "that"}] * 4
@@ -450,8 +456,12 @@ RAISED = {
     "… has no chat template; set lmm.processor.chat_template to that of its training": lambda: templated(None),
     "the chat template of … writes no answer after …": lambda: templated("{{ messages[0].content[0].text }}"),
     "… holds the image token, which the chat template writes; leave it out": lambda: small().prompt("see <image>"),
-    "an image of … has nothing to see; leave it out": lambda: small().prompt("", Image.new("RGB", (0, 9))),
+    "… px: it has no pixels": lambda: small().prompt("", Image.new("RGB", (0, 9))),
     "… is not a readable image (…)": damaged,
+    "… does not fit the model's processor (…)": lambda: LMM(*models.make("qwen2_5_vl")).prompt(
+        "", Image.new("RGB", (400, 1))
+    ),
+    "the cache … is of other pictures than those of …": of_other_pictures,
     "… is not a PIL image": lambda: small().prompt("", np.zeros((9, 9, 3))),
     "no such kind of token: …; the kinds are …": lambda: small().prompt("Hm").mask("image"),
     "no sample has a token of the chosen kinds; choose others": lambda: train_sae(

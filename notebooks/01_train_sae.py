@@ -36,6 +36,13 @@
 run: str = "tiny"
 # the model under study: a folder of this project, or a name on the hub
 model: str = "data/models/tiny-llava-next"
+# how the model under study is loaded
+loading: dict = {
+    "dtype": "float32",  # "bfloat16" halves the memory and rounds more
+    "device": "",  # such as "cuda:1" or "cpu"; "": a GPU if there is one
+    "device_map": "",  # "auto": over all GPUs, if one is too small
+    "image_size": [],  # [width, height] that images get; []: their own
+}
 # training samples: image, question, answer
 dataset: str = "data/artifacts/tiny/world/train"
 # samples that no training has seen
@@ -98,7 +105,7 @@ plots.style()
 # of this page, and `plots` draws.
 
 # %%
-lmm = LMM.load(page.locate(model))
+lmm = LMM.load(page.locate(model), **loading)
 samples = open_samples(page.locate(dataset))
 unseen = open_samples(page.locate(heldout))
 check_samples(samples, lmm)  # a wrong row is named here, not in an hour
@@ -195,8 +202,9 @@ with plots.live(plots.TRAINING) as on_log:
     else:
         source, data = page.locate(model), page.locate(dataset)
         trained = launch(
-            processes, source, data, layer, **settings, on_log=on_log
-        )
+            processes, source, data, layer, **settings, on_log=on_log,
+            loading=loading,
+        )  # fmt: skip
 place = SAEInPlace(lmm, trained.sae, layer)
 for fault in [*trained.skipped.values(), *unread.values()][:20]:
     print("left out:", fault)
@@ -263,7 +271,8 @@ def nearest(rows):
     return (rows @ rows.T - 2 * torch.eye(len(rows))).amax(1)
 
 
-rows = trained.sae.W_dec.detach()[:2048]  # at most 2,048, to save memory
+# at most 2,048, to save memory
+rows = trained.sae.W_dec.detach()[:2048].cpu()
 noise = torch.randn(rows.shape, generator=start)
 random = nearest(torch.nn.functional.normalize(noise, dim=1))
 latents = nearest(rows)

@@ -35,6 +35,13 @@
 run: str = "tiny"
 # the model under study: a folder of this project, or a name on the hub
 model: str = "data/models/tiny-llava-next"
+# how the model under study is loaded
+loading: dict = {
+    "dtype": "float32",  # "bfloat16" halves the memory and rounds more
+    "device": "",  # such as "cuda:1" or "cpu"; "": a GPU if there is one
+    "device_map": "",  # "auto": over all GPUs, if one is too small
+    "image_size": [],  # [width, height] that images get; []: their own
+}
 layer: int = 1  # counted from 0; the layer that the SAE was trained on
 # the images that were cached
 images: str = "data/artifacts/tiny/world/cache"
@@ -252,7 +259,9 @@ how = dict(
 scores = stage.result(
     "comparisons", Scores,
     lambda: score_latents(
-        SAEInPlace.load(page.locate(model), page.file("train"), layer),
+        SAEInPlace.load(
+            page.locate(model), page.file("train"), layer, **loading
+        ),
         pictures, exemplars, explained, segmenters,
         open_similarity(page.locate(similarity)), **how,
     ),

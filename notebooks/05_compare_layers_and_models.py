@@ -39,6 +39,13 @@
 run: str = "tiny"
 # the model under study: a folder of this project, or a name on the hub
 model: str = "data/models/tiny-llava-next"
+# how the models under study are loaded
+loading: dict = {
+    "dtype": "float32",  # "bfloat16" halves the memory and rounds more
+    "device": "",  # such as "cuda:1" or "cpu"; "": a GPU if there is one
+    "device_map": "",  # "auto": over all GPUs, if one is too small
+    "image_size": [],  # [width, height] that images get; []: their own
+}
 # a low, a middle and a high layer, counted from 0; the paper's 8th, 25th
 # and 32nd are 7, 24 and 31
 layers: list[int] = [1, 3, 6]
@@ -198,7 +205,9 @@ plots.style()
 
 # %%
 folders = {Path(name).name: page.locate(name) for name in (model, *others)}
-lmms = {name: LMM.load(folder) for name, folder in folders.items()}
+lmms = {
+    name: LMM.load(folder, **loading) for name, folder in folders.items()
+}
 first, *rest = lmms
 lmm, middle = lmms[first], layers[len(layers) // 2]
 for name, each in lmms.items():

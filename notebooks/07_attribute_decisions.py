@@ -33,6 +33,13 @@
 run: str = "tiny"
 # the model under study: a folder of this project, or a name on the hub
 model: str = "data/models/tiny-llava-next"
+# how the model under study is loaded
+loading: dict = {
+    "dtype": "float32",  # "bfloat16" halves the memory and rounds more
+    "device": "",  # such as "cuda:1" or "cpu"; "": a GPU if there is one
+    "device_map": "",  # "auto": over all GPUs, if one is too small
+    "image_size": [],  # [width, height] that images get; []: their own
+}
 layer: int = 1  # counted from 0; the layer that the SAE was trained on
 # samples that no training has seen: image and question
 heldout: str = "data/artifacts/tiny/world/heldout"
@@ -109,7 +116,9 @@ plots.style()
 # $\mathbf{u}$ holds the logits after the last token of the prompt.
 
 # %%
-place = SAEInPlace.load(page.locate(model), page.file("train"), layer)
+place = SAEInPlace.load(
+    page.locate(model), page.file("train"), layer, **loading
+)
 lmm, sae = place.lmm, place.sae
 samples = open_samples(page.locate(heldout))
 samples, unread = readable(samples, unreadable)
@@ -145,7 +154,7 @@ parts = linear(place, choice)
 
 kinds = ("base", "tiles", "newline", "text")
 mask = choice.prompt.mask(*kinds)[0]
-x = lmm.hidden_states(choice.prompt, layer)[0, mask]
+x = lmm.hidden_states(choice.prompt, layer)[0, mask].float()
 z = sae.encode(x)
 acts = z.acts.clone().requires_grad_()
 x_hat = torch.einsum("tk,tkw->tw", acts, sae.W_dec[z.indices]) + sae.b_dec
@@ -153,7 +162,8 @@ states = x_hat + (x - sae.decode(z))
 
 
 def splice(new):
-    at = mask[None, :, None]
+    at = mask[None, :, None].to(new.device)
+    new = new.to(lmm.model.dtype)
     return lmm.spliced(layer, lambda old: old.masked_scatter(at, new))
 
 
@@ -161,7 +171,7 @@ with splice(states):
     d = difference(lmm, choice)[0]
 gradient, slope = torch.autograd.grad(d, (acts, states))
 d = float(d.detach())
-by_hand = (acts * gradient).detach()
+by_hand = (acts * gradient).detach().cpu()
 assert_close(parts.values[mask], by_hand, atol=1e-4, rtol=1e-3)
 assert abs(parts.clean - d) < 1e-4
 
@@ -203,7 +213,7 @@ print(f"which is {estimate / ablated:.0%} of its effect")
 
 # %%
 summed = (parts.of_tokens() + parts.error + parts.bias)[mask]
-expected = (slope * states).sum(-1).detach()
+expected = (slope * states).sum(-1).detach().cpu()
 assert_close(summed, expected, atol=1e-3, rtol=1e-3)
 
 with torch.no_grad(), splice(sae.b_dec.expand_as(states)):

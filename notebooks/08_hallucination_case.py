@@ -35,6 +35,13 @@
 run: str = "tiny"
 # the model under study: a folder of this project, or a name on the hub
 model: str = "data/models/tiny-llava-next"
+# how the model under study is loaded
+loading: dict = {
+    "dtype": "float32",  # "bfloat16" halves the memory and rounds more
+    "device": "",  # such as "cuda:1" or "cpu"; "": a GPU if there is one
+    "device_map": "",  # "auto": over all GPUs, if one is too small
+    "image_size": [],  # [width, height] that images get; []: their own
+}
 layer: int = 1  # counted from 0; the layer that the SAE was trained on
 # cases: image, question, answer, taught (the answer from memory), group,
 # and part (choose or report)
@@ -205,7 +212,9 @@ plots.style()
 # or *no*. So we read the logits after the prompt and generate nothing.
 
 # %%
-place = SAEInPlace.load(page.locate(model), page.file("train"), layer)
+place = SAEInPlace.load(
+    page.locate(model), page.file("train"), layer, **loading
+)
 lmm, cache = place.lmm, LatentCache.load(page.file("cache"))
 explanations = page.read("interpret", "explanations", ExplanationRows)
 names = read_concepts(page.root / concepts) if concepts else {}

@@ -15,6 +15,7 @@ from torch import Tensor
 from lmm_sae_nb.attribute.attribution import Attribution, Decision, difference, linear
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.steer.steering import steered
+from lmm_sae_nb.support.devices import wait_for
 
 
 class Agreement(NamedTuple):
@@ -88,12 +89,15 @@ def measure_cost(place: SAEInPlace, choice: Decision, repetitions: int = 9) -> d
     seconds: dict[str, list[float]] = {"forward_seconds": [], "linear_seconds": []}
     linear(place, choice)  # compile before the clock starts
     for _ in range(repetitions):
+        wait_for(place.device)
         started = time.perf_counter()
         with torch.no_grad(), steered(place, choice.prompt, keep_error=True):
             difference(lmm, choice)
+        wait_for(place.device)
         seconds["forward_seconds"].append(time.perf_counter() - started)
         started = time.perf_counter()
         linear(place, choice)
+        wait_for(place.device)
         seconds["linear_seconds"].append(time.perf_counter() - started)
     medians = {name: float(np.median(values)) for name, values in seconds.items()}
     return medians | {"cost_ratio": medians["linear_seconds"] / medians["forward_seconds"]}

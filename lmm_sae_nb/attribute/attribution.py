@@ -1,13 +1,16 @@
 """Section 2.4: the influence of each latent at each token on a decision: exact, linear, by integrated gradients.
 
+Everything here is computed in float32: in 16 bits the effects of single latents are lost in rounding.
+
 The sign is decided here and nowhere else. The paper's influence is I = d(without) - d(with). The attribution is -I, so
 that a positive one supports the answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +27,17 @@ from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents, TopKSAE
 from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.tensor_files import open_tensors, save_tensors
+
+
+def in_float32(attribute: Callable) -> Callable:
+    """Let a function of a place, and of whatever else, compute in float32, in whatever dtype the model was loaded."""
+
+    @wraps(attribute)
+    def exactly(place: SAEInPlace, *args, **settings):
+        with place.lmm.in_float32():
+            return attribute(place, *args, **settings)
+
+    return exactly
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,7 @@ class Attribution(NamedTuple):
         """
         rows = []
         for kind in kinds:
-            tokens = prompt.mask(kind)[0].cpu()
+            tokens = prompt.mask(kind)[0]
             parts = {"latents": self.of_tokens(), "error": self.error, "bias": self.bias}
             rows.append({"tokens": kind} | {name: float(part[tokens].sum()) for name, part in parts.items()})
         return rows
@@ -143,7 +157,8 @@ class _Spliced(NamedTuple):
     """The layer's output taken apart at the tokens where the SAE is spliced in: x = W_dec^T z + b_dec + error."""
 
     upper: UpperLayers  # runs the layers above on given states
-    mask: Bool[Tensor, " tokens"]  # the tokens where the SAE is spliced in; the fields below have a row for each
+    # on the CPU: the tokens where the SAE is spliced in; the fields below have a row for each
+    mask: Bool[Tensor, " tokens"]
     latents: Latents
     error: Float[Tensor, "spliced width"]  # 0 if it is dropped
     states: Float[Tensor, "spliced width"]  # goes into the next layer
@@ -155,7 +170,7 @@ def _splice(place: SAEInPlace, choice: Decision, kinds: Sequence[str], keep_erro
     mask = choice.prompt.mask(*kinds)
     if len(mask) != 1:
         raise ValueError(f"a decision is about one prompt, not {len(mask)}; make one Decision for each")
-    mask = mask[0].to(place.lmm.device)
+    mask = mask[0]
     upper = above(place.lmm, choice.prompt, place.layer)
     x = upper.hidden[0, mask].float()
     latents = place.sae.encode(x)
@@ -168,7 +183,8 @@ def _whole_states(
     parts: _Spliced, states: Float[Tensor, "*versions spliced width"], start: int = 0
 ) -> Float[Tensor, "versions tokens width"]:
     """Return the layer's output from token `start` on, with these states at the spliced tokens."""
-    mask, hidden = parts.mask[start:], parts.upper.hidden[:, start:]
+    hidden = parts.upper.hidden[:, start:]
+    mask = parts.mask[start:].to(hidden.device)
     versions = states.reshape(-1, *states.shape[-2:]).to(hidden.dtype)
     return hidden.expand(len(versions), -1, -1).masked_scatter(mask[None, :, None], versions)
 
@@ -203,7 +219,7 @@ class _Clean:
     def active(self, pairs: Bool[Tensor, "tokens k"] | None) -> Bool[Tensor, "spliced k"]:
         """Return which latents of the spliced tokens are active, and among `pairs`."""
         active = self.parts.latents.acts > 0
-        return active if pairs is None else active & pairs.to(active.device)[self.parts.mask]
+        return active if pairs is None else active & pairs[self.parts.mask].to(active.device)
 
     def versions(self, sae: TopKSAE, rows: Int64[Tensor, "pairs 2"]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Return a copy of the states for each pair, the pair's part z W_dec[j], and the place of this part.
@@ -227,7 +243,7 @@ class _Clean:
     def spread(self, values: Float[Tensor, "spliced k"]) -> Float[Tensor, "tokens k"]:
         """Return values of the spliced tokens for the whole sequence, NaN elsewhere."""
         out = torch.full((len(self.parts.mask), values.shape[1]), float("nan"))
-        out[self.parts.mask.cpu()] = values.cpu()
+        out[self.parts.mask] = values.cpu()
         return out
 
 
@@ -242,9 +258,9 @@ def _attribution(parts: _Spliced, values: Tensor, error: Tensor, bias: Tensor, c
     """Spread the numbers of the spliced tokens over the whole sequence, 0 elsewhere."""
 
     def spread(part: Tensor) -> Tensor:
-        out = part.new_zeros(len(parts.mask), *part.shape[1:])
-        out[parts.mask] = part
-        return out.cpu()
+        out = torch.zeros(len(parts.mask), *part.shape[1:], dtype=part.dtype)
+        out[parts.mask] = part.cpu()
+        return out
 
     return Attribution(Latents(*map(spread, parts.latents)), spread(values), spread(error), spread(bias), clean)
 
@@ -252,6 +268,7 @@ def _attribution(parts: _Spliced, values: Tensor, error: Tensor, bias: Tensor, c
 # ---- the methods ----------------------------------------------------------------------------------------------
 
 
+@in_float32
 def linear(
     place: SAEInPlace,
     choice: Decision,
@@ -277,6 +294,7 @@ def linear(
         return _attribution(parts, values, (slope * parts.error).sum(-1), slope @ place.sae.b_dec, float(d[0]))
 
 
+@in_float32
 def clamping(
     place: SAEInPlace,
     choice: Decision,
@@ -306,13 +324,14 @@ def clamping(
     parts = _splice(place, choice, spliced, keep_error)
     slope, _ = _slope(choice, parts, parts.states)
     with torch.no_grad():
-        chosen = torch.ones_like(parts.mask) if tokens is None else tokens.to(parts.mask.device)
-        slope = slope * chosen[parts.mask, None]
+        chosen = torch.ones_like(parts.mask) if tokens is None else tokens.cpu()
+        slope = slope * chosen[parts.mask, None].to(slope.device)
         present = parts.latents.acts * _latent_slopes(slope, sae, parts.latents.indices)
         total = values.to(slope) * (sae.W_dec @ slope.sum(0))
         return total.index_add(0, parts.latents.indices.flatten(), -present.flatten()).cpu()
 
 
+@in_float32
 def integrated(
     place: SAEInPlace,
     choice: Decision,
@@ -347,6 +366,7 @@ def integrated(
         return _attribution(parts, values, (slope * parts.error).sum(-1), torch.zeros_like(slope[:, 0]), clean)
 
 
+@in_float32
 @torch.no_grad()
 def exact(
     place: SAEInPlace,
@@ -384,6 +404,7 @@ def exact(
     return clean.spread(torch.where(active, values, float("nan")))
 
 
+@in_float32
 def separate_paths(
     place: SAEInPlace,
     choice: Decision,

@@ -93,7 +93,7 @@ def batch_states(lmm: LMM, layers: Sequence[int], batch: Batch) -> dict[int, Flo
         ValueError: images differ in the number of base tokens, or hidden states are not finite.
     """
     hidden = lmm.hidden_states(batch.prompt, list(layers), base_only=True)
-    base = batch.prompt.mask("base")[:, : next(iter(hidden.values())).shape[1]].to(lmm.device)
+    base = batch.prompt.mask("base")[:, : next(iter(hidden.values())).shape[1]]
     counts = set(base.sum(1).tolist())
     require_one_count(counts)
     tokens = {layer: states[base].reshape(len(base), *counts, -1) for layer, states in hidden.items()}

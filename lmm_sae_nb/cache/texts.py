@@ -19,7 +19,7 @@ from lmm_sae_nb.cache.encode_images import require_finite_latents
 from lmm_sae_nb.cache.top_images import Firings, Ranking
 from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.sample_checks import check_samples
-from lmm_sae_nb.model.samples import data_fingerprint, prompts, token_mask
+from lmm_sae_nb.model.samples import data_fingerprint, prompts
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents
@@ -79,7 +79,7 @@ def cache_texts(
     for batch, prompt in enumerate(progress_bar(batches, desc="reading", total=total)):
         first, hidden = batch * batch_samples, lmm.hidden_states(prompt, layer)
         for row, kind in enumerate(SAE_KINDS):
-            mask = token_mask(prompt, [kind])
+            mask = prompt.mask(kind)
             require_finite(hidden[mask], f"hidden states of layer {layer}, samples {first} to {first + len(mask) - 1}")
             latents = Latents(*(part.cpu() for part in sae.encode(hidden[mask])))
             require_finite_latents(latents)
@@ -122,8 +122,8 @@ def _rank(texts: Ranking, words: Ranking, latents: Latents, prompt: Prompt, mask
     latents: (text tokens, k), of the tokens in `mask`.
     first: number of the batch's first sample.
     """
-    samples = first + mask.nonzero()[:, 0].cpu().numpy()
-    places = ((~prompt.mask("pad")).cumsum(1) - 1)[mask].cpu().numpy()
+    samples = first + mask.nonzero()[:, 0].numpy()
+    places = ((~prompt.mask("pad")).cumsum(1) - 1)[mask].numpy()
     ids = prompt.inputs["input_ids"][mask].cpu().numpy()
     if len(ids) and max(ids.max(), places.max()) >= 1 << BITS:
         raise ValueError(
@@ -195,7 +195,7 @@ class TextCache:
 def text_activations(place: SAEInPlace, sample: Mapping, latent: int) -> tuple[list[str], list[float]]:
     """Return the text tokens of a sample, as text, and the activation of a latent on each."""
     (prompt,) = prompts(place.lmm, [sample], [0], 1)
-    mask = token_mask(prompt, ["text"])
+    mask = prompt.mask("text")
     acts, indices = place.sae.encode(place.lmm.hidden_states(prompt, place.layer)[mask])
     values = torch.where(indices == latent, acts, 0).sum(-1)
     ids = prompt.inputs["input_ids"][mask].tolist()

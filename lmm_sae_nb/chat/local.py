@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from lmm_sae_nb.chat.questions import Question
 from lmm_sae_nb.chat.replies import Reply, read_text
 from lmm_sae_nb.model.processor import load_processor
+from lmm_sae_nb.support.devices import choose_device
 from lmm_sae_nb.support.files import fingerprint
 from lmm_sae_nb.support.images import rgb
 
@@ -61,18 +62,18 @@ class LocalChat:
             self._tokenizer.pad_token = self._tokenizer.eos_token
 
     @classmethod
-    def load(cls, name_or_path: str | Path, *, device: str | None = None, **settings: int) -> LocalChat:
+    def load(cls, name_or_path: str | Path, *, device: str | torch.device | None = None, **settings: int) -> LocalChat:
         """Load a model from a folder or from the hub.
 
-        device: without it a GPU if there is one.
+        device: by default a GPU if there is one.
         settings: batch_size and max_new_tokens.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = choose_device(device)
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         sees = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         load = load_processor if sees else AutoTokenizer.from_pretrained
-        dtype = torch.float32 if device == "cpu" else "auto"
+        dtype = torch.float32 if device.type == "cpu" else "auto"
         model = model_class.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False)
         processor = load(name_or_path, trust_remote_code=False)
         folder = Path(name_or_path)

@@ -28,10 +28,10 @@ def effect_of_image_tokens(lmm: LMM, sample: Mapping, layers: Iterable[int]) -> 
     layers: 0-based; the layer's output is changed.
     """
     prompt = lmm.prompt(sample["question"], sample["image"])
-    image_tokens = prompt.mask("base", "tiles", "newline")[..., None].to(lmm.device)
+    image_tokens = prompt.mask("base", "tiles", "newline")[..., None]
     clean, changes = lmm.last_logits(prompt), {}
     for layer in layers:
-        with lmm.spliced(layer, lambda hidden: hidden.masked_fill(image_tokens, 0)):
+        with lmm.spliced(layer, lambda hidden: hidden.masked_fill(image_tokens.to(hidden.device), 0)):
             changes[layer] = float((lmm.last_logits(prompt) - clean).abs().max())
     return changes
 

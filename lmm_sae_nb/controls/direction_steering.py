@@ -48,7 +48,8 @@ def added(lmm: LMM, layer: int, prompt: Prompt, vectors: Float[Tensor, "batch wi
     vectors: one for each sample of the batch.
     scope: the tokens that it is added to.
     """
-    chosen = scope.of_prompt(prompt).to(vectors.device)
+    device = lmm.device_of(layer)
+    chosen, vectors = scope.of_prompt(prompt).to(device), vectors.to(device)
 
     def rewrite(hidden: Float[Tensor, "batch tokens width"]) -> Tensor:
         if hidden.shape[:2] == chosen.shape:
@@ -67,7 +68,7 @@ def adding(
     scope: the tokens that it is added to.
     """
     lmm = asked.lmm
-    unit = torch.from_numpy(directions / np.linalg.norm(directions, axis=1, keepdims=True)).float().to(lmm.device)
+    unit = torch.from_numpy(directions / np.linalg.norm(directions, axis=1, keepdims=True)).float()
 
     @torch.no_grad()
     def add(tries: Sequence[Try]) -> list[str]:
@@ -75,7 +76,7 @@ def adding(
         for start in range(0, len(tries), asked.batch):
             part = tries[start : start + asked.batch]
             prompt = lmm.prompt([asked.text] * len(part), [asked.image] * len(part))
-            doses = torch.tensor([each.dose * length for each in part], device=lmm.device)
+            doses = torch.tensor([each.dose * length for each in part])
             vectors = unit[[each.number for each in part]] * doses[:, None]
             with added(lmm, layer, prompt, vectors, scope):
                 said += lmm.generate(prompt, max_new_tokens=asked.max_new_tokens)

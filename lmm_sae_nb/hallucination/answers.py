@@ -193,7 +193,7 @@ def under(
         yield
         return
     shift = setting if isinstance(setting, Shift) else None
-    in_prompt = scope.of_prompt(prompt).to(place.lmm.device)
+    in_prompt = scope.of_prompt(prompt).to(place.device)
 
     def add(hidden: Float[Tensor, "batch tokens width"]) -> Tensor:
         at = in_prompt[..., None] if hidden.shape[1] == in_prompt.shape[1] else scope.of_generated
@@ -234,8 +234,8 @@ def _last_logits(
     alike: for each sample, the first one with the same image.
     """
     samples, settings = versions.shape[:2]
-    states, numbers = versions.flatten(0, 1), torch.arange(samples * settings, device=versions.device)
-    like, starts = (each.flatten() for each in _beginnings(versions, alike))
+    states, numbers = versions.flatten(0, 1), torch.arange(samples * settings)
+    like, starts = (each.flatten().cpu() for each in _beginnings(versions, alike))  # they index any device from there
     logits, order = [], []
     for roots in numbers[like == numbers].split(at_once):
         logits.append(upper.lmm.head(upper.remember(states[roots], roots // settings)[:, -1]))

@@ -82,7 +82,7 @@ class Batch:
     ):
         lmm, self.sae = place.lmm, place.sae
         prompt = lmm.prompt([each.question for each in prompts], [each.image for each in prompts])
-        clamped = scope.of_prompt(prompt).to(lmm.device)
+        clamped = scope.of_prompt(prompt).to(place.device)
         if not bool(clamped.any(1).all()):
             raise ValueError(f"a prompt has no token of {scope}; choose tokens that every prompt has")
         self.upper = above(lmm, prompt, place.layer)
@@ -95,7 +95,7 @@ class Batch:
             self.highest = self.sae.encode(clean, k=min(self.sae.k + spare, self.sae.n_latents))
             self.clean = self.sae.decode(self.highest.top(self.sae.k))
             if not keep_error:
-                tokens = prompt.mask(*SAE_KINDS).to(lmm.device)
+                tokens = prompt.mask(*SAE_KINDS).to(place.device)
                 hidden = hidden.masked_scatter(tokens[..., None], self.sae(hidden[tokens]))
                 self.upper.remember(hidden)
             self.states = hidden[:, self.start :]
@@ -148,10 +148,9 @@ class _Part:
 def _margins(place: SAEInPlace, cases: Sequence[Case], loss: Callable[[Tensor], Tensor]) -> Loss:
     """Return a loss of the margins of the right answers."""
     right, tempting = (
-        torch.tensor([single_token(place.lmm, getattr(case, name)) for case in cases], device=place.lmm.device)
-        for name in ("right", "tempting")
+        torch.tensor([single_token(place.lmm, getattr(case, name)) for case in cases]) for name in ("right", "tempting")
     )
-    rows = torch.arange(len(cases), device=place.lmm.device)
+    rows = torch.arange(len(cases))
     return lambda logits: loss(logits[rows, right] - logits[rows, tempting])
 
 
@@ -236,8 +235,8 @@ def fit(
     if not wrong:
         raise ValueError("there are no wrong cases, so there is nothing to correct; give cases that are answered wrong")
     turns = [cycle(group) for group in _parts(place, wrong, right, others, scope, settings, keep_error)]
-    latents = torch.zeros(0, dtype=torch.long, device=place.lmm.device)
-    values = torch.zeros(0, device=place.lmm.device)
+    latents = torch.zeros(0, dtype=torch.long, device=place.device)
+    values = torch.zeros(0, device=place.device)
     clamps = {}
     for _ in progress_bar(range(settings.rounds), desc="fitting a clamp"):
         added, at = _best_latents(place, turns, latents, values, settings)
@@ -246,7 +245,7 @@ def fit(
         values = _descend(turns, values, loss, settings.rate, settings.refits).clamp_min(0)
         pairs = zip(latents.tolist(), values.tolist(), strict=True)
         clamps[len(latents)] = tuple(Edit(latent, value) for latent, value in pairs)
-    direction = torch.zeros(place.lmm.width, device=place.lmm.device)
+    direction = torch.zeros(place.lmm.width, device=place.device)
     direction = _descend(turns, direction, _Part.pushed, settings.direction_rate, settings.direction_steps)
     return Fit(clamps, direction.tolist())
 
@@ -273,7 +272,7 @@ def _best_latents(
     Each group counts with three of its batches.
     """
     sae = place.sae
-    slope = torch.zeros(sae.n_latents, device=place.lmm.device)  # of the loss in a latent's value at all clamped tokens
+    slope = torch.zeros(sae.n_latents, device=place.device)  # of the loss in a latent's value at all clamped tokens
     present = torch.zeros_like(slope)  # the same times its present activations
     for part in (next(turn) for turn in turns for _ in range(3)):
         gradient, clean = part.slope(latents, values), part.batch.highest.top(sae.k)

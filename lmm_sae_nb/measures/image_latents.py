@@ -50,7 +50,7 @@ class ImageLatents:
         """
         grid, parts = _require_grid(place.lmm.grid), []
         for some in states.split(batch_size):
-            acts, indices = place.sae.encode(some.flatten(0, 1).to(place.lmm.device))
+            acts, indices = place.sae.encode(some.flatten(0, 1).to(place.device))
             parts.append((acts.float().cpu().numpy(), indices.cpu().numpy()))
         data, columns = (np.concatenate(each) for each in zip(*parts, strict=True))
         starts = np.arange(len(data) + 1) * data.shape[1]

@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from lmm_sae_nb.cache.sides import IMAGE
 from lmm_sae_nb.measures.image_latents import mean_metrics
-from lmm_sae_nb.model.samples import prompts, token_mask
+from lmm_sae_nb.model.samples import prompts
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.score.scores import Explained
 from lmm_sae_nb.support.intervals import bounds, proportion
@@ -50,7 +50,7 @@ def mean_by_side(
     for prompt in prompts(place.lmm, samples, range(len(samples)), batch_samples):
         hidden = place.lmm.hidden_states(prompt, place.layer)
         for side, kinds in SIDES.items():
-            acts, indices = (part.cpu() for part in place.sae.encode(hidden[token_mask(prompt, kinds)]))
+            acts, indices = (part.cpu() for part in place.sae.encode(hidden[prompt.mask(*kinds)]))
             weights = acts.double().numpy().ravel()
             sums[side] += np.bincount(indices.numpy().ravel(), weights=weights, minlength=place.sae.n_latents)
             tokens[side] += len(acts)

@@ -134,7 +134,7 @@ def measure_changes(
     masks = np.array([pair.patches(lmm.grid) for pair in pairs])
     parts = []
     for start in range(0, len(pairs), pairs_at_once):
-        acts, indices = place.sae.encode(states[2 * start : 2 * (start + pairs_at_once)].to(lmm.device))
+        acts, indices = place.sae.encode(states[2 * start : 2 * (start + pairs_at_once)].to(place.device))
         dense = torch.zeros(*acts.shape[:2], len(latents) + 1)
         dense = dense.scatter_(2, column[indices.cpu()], acts.float().cpu())[..., :-1].numpy()
         change = dense[1::2] - dense[0::2]  # (pairs, patches, latents)

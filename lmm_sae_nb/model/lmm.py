@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
+    BatchFeature,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -31,6 +32,7 @@ from lmm_sae_nb.model.hooks import Hidden
 from lmm_sae_nb.model.processor import load_processor
 from lmm_sae_nb.model.prompts import Picture, Prompt, PromptMaker
 from lmm_sae_nb.model.token_kinds import Grid, layout_of
+from lmm_sae_nb.support.devices import choose_device
 from lmm_sae_nb.support.tensor_files import hash_of
 
 
@@ -75,21 +77,25 @@ class LMM:
         name_or_path: str | Path,
         *,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | torch.dtype = "float32",
+        device_map: str | dict[str, str] | None = None,
         trust_remote_code: bool = False,
-        image_size: tuple[int, int] | None = None,
+        image_size: Sequence[int] | None = None,
     ) -> LMM:
         """Load a model and its processor.
 
         name_or_path: a folder (`Path`), or a name on the hub.
         device: by default a GPU if there is one.
-        dtype: by default the checkpoint's on a GPU, float32 on a CPU.
+        dtype: of the weights and hidden states. "float32" gives the same results on every device; "bfloat16" needs half
+            the memory; "auto" is the checkpoint's.
+        device_map: "auto" lays the layers of a large model on all GPUs, as accelerate does; `device` is ignored then.
         trust_remote_code: run code that comes with the checkpoint.
-        image_size: as for the class.
+        image_size: as for the class; nothing stands for None.
 
         Raises:
             FileNotFoundError: the folder is missing.
-            ValueError: transformers does not know the model as one of images and text, or as the class.
+            ValueError: transformers does not know the model as one of images and text, the GPUs of a `device_map` are
+                too small for it, or as the class.
         """
         if isinstance(name_or_path, Path) and not name_or_path.is_dir():
             raise FileNotFoundError(f"no model folder {name_or_path}; give another one, or a name on the hub")
@@ -99,14 +105,19 @@ class LMM:
                 f"{name_or_path} ({config.model_type}) takes no images and text, as far as transformers knows; "
                 "choose a model whose images become tokens of its decoder's sequence"
             )
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        spread = {"device_map": device_map} if device_map else {}
         model = AutoModelForImageTextToText.from_pretrained(
-            name_or_path,
-            dtype=dtype or (torch.float32 if device.type == "cpu" else "auto"),
-            trust_remote_code=trust_remote_code,
+            name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, **spread
         )
+        if not device_map:
+            model = model.to(choose_device(device))
+        elif any(weights.device.type == "meta" for weights in model.parameters()):
+            raise ValueError(
+                f"{name_or_path} in {dtype} does not fit into the memory of all GPUs together: a part of it would stay "
+                "in the CPU's memory or on the disk; use dtype='bfloat16', or more or larger GPUs"
+            )
         processor = load_processor(name_or_path, trust_remote_code=trust_remote_code)
-        return cls(model.to(device), processor, str(name_or_path), image_size=image_size)
+        return cls(model, processor, str(name_or_path), image_size=tuple(image_size) if image_size else None)
 
     def _check_fit(self) -> None:
         """Raise ValueError if the model is of an unknown kind or the processor is another model's."""
@@ -134,8 +145,12 @@ class LMM:
 
     @property
     def device(self) -> torch.device:
-        """The device of the model."""
+        """The device of the model's inputs."""
         return self.model.device
+
+    def device_of(self, layer: int) -> torch.device:
+        """Return the device of a layer's output; a large model may lie on several devices."""
+        return next(self.layer(layer).parameters()).device
 
     @property
     def n_layers(self) -> int:
@@ -167,9 +182,12 @@ class LMM:
         return self.model.get_decoder().layers[index]
 
     def fingerprint(self, layer: int) -> str:
-        """Return the model's class and a hash of this layer's weights, the same in float32, bfloat16 and float16."""
+        """Return the model's class and a hash of this layer's weights, rounded to bfloat16.
+
+        So the model has one fingerprint in float32 and in bfloat16. In float16 it may have another.
+        """
         if layer not in self._fingerprints:  # the weights are frozen
-            weights = hash_of(tensor.float() for tensor in self.layer(layer).state_dict().values())
+            weights = hash_of(tensor.bfloat16().float() for tensor in self.layer(layer).state_dict().values())
             self._fingerprints[layer] = f"{type(self.model).__name__} {weights}"
         return self._fingerprints[layer]
 
@@ -229,6 +247,31 @@ class LMM:
                 self.run(prompt, needed=whole_images(self.model, prompt.inputs) if base_only else None)
         return captured[layers].value if isinstance(layers, int) else {i: captured[i].value for i in wanted}
 
+    @contextmanager
+    def in_float32(self) -> Iterator[None]:
+        """Compute in float32 inside the `with`: 16-bit weights are cast, and cast back afterwards without a loss.
+
+        The logits of a 16-bit model are too coarse for the effect of a single latent: those near 20 are multiples of
+        0.125 in bfloat16.
+        """
+        dtype = self.model.dtype
+        if dtype == torch.float32:
+            yield
+            return
+        fine = [
+            (module, name, tensor)
+            for module in self.model.modules()
+            for name, tensor in module.named_buffers(recurse=False)
+            if tensor.dtype == torch.float32
+        ]
+        self.model.float()
+        try:
+            yield
+        finally:
+            self.model.to(dtype)
+            for module, name, tensor in fine:  # a 16-bit model has some float32 buffers, such as frequencies
+                setattr(module, name, tensor)
+
     def run(self, prompt: Prompt, *, needed: Bool[Tensor, " crops"] | None = None, **settings) -> ModelOutput:
         """Return the model's output for a prompt, under what is spliced in; equal crops go through its eye once.
 
@@ -236,7 +279,8 @@ class LMM:
         settings: for the model's `forward`.
         """
         with fewer_crops(self.model, needed):
-            return self.model(**prompt.inputs, use_cache=False, **settings)
+            inputs = BatchFeature(dict(prompt.inputs)).to(self.model.dtype)
+            return self.model(**inputs, use_cache=False, **settings)
 
     def head(self, decoded: Float[Tensor, "*any width"]) -> Float[Tensor, "*any vocab"]:
         """Return next-token logits, in float32, for outputs of the decoder."""
@@ -274,7 +318,8 @@ class LMM:
             logits = self.run(prompt).logits[:, :-1][answers].float()
         else:
             logits = self.head(decoded[:, :-1][answers])
-        losses = F.cross_entropy(logits, prompt.inputs["input_ids"][:, 1:][answers], reduction="none")
+        tokens = prompt.inputs["input_ids"][:, 1:][answers]
+        losses = F.cross_entropy(logits, tokens.to(logits.device), reduction="none")
         return torch.stack([sample.mean() for sample in losses.split(answers.sum(1).tolist())])
 
     def generate(self, prompt: Prompt, max_new_tokens: int = 64, **generation_kwargs) -> list[str]:

@@ -38,6 +38,9 @@ TEMPLATES = {
 class Prompt:
     """A batch that is ready for the model.
 
+    The inputs are on the model's device. Everything that marks tokens is on the CPU, from where it can index tensors of
+    any device.
+
     inputs: what the model is called with.
     spans: the kind of each token, for each sample.
     answer_mask: marks the answers' tokens and their end tokens; None if the prompt has no answers.
@@ -205,7 +208,7 @@ class PromptMaker:
                 raise ValueError(f"the chat template of {self.name} writes no answer after {question!r}")
             shift = len(row) - len(whole)  # padding, and the further tokens of an image
             row[shift + start : shift + stop] = True
-        return mask.to(self.model.device)
+        return mask
 
 
 def _padded(rows: Tensor, shape: list[int], left: bool, fill: int) -> Tensor:

@@ -10,8 +10,6 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import IterableDataset
-from jaxtyping import Bool
-from torch import Tensor
 
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import PORTION, Prompt
@@ -192,11 +190,6 @@ def pictured(samples: Sequence[Mapping]) -> Sequence[Mapping]:
         return [row for row in samples if row["image"] is not None]
     known = samples.select_columns(["image"]).with_format("arrow")
     return samples.select([n for n in range(len(samples)) if known[n]["image"][0].is_valid])
-
-
-def token_mask(prompt: Prompt, kinds: Sequence[str]) -> Bool[Tensor, "batch tokens"]:
-    """Mark the tokens of any of these kinds, on the device of the prompt's inputs."""
-    return prompt.mask(*kinds).to(prompt.inputs["input_ids"].device)
 
 
 def data_fingerprint(samples: Sequence[Mapping] | IterableDataset, without: Collection[int] = ()) -> str:

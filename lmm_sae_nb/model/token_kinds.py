@@ -183,7 +183,7 @@ def spans_of(
             kinds[inside] = torch.where(torch.isin(ids[inside], torch.tensor(blank)), NEWLINE, SPECIAL)
         kinds[slots] = laid_out
         kinds[~attended] = PAD
-        spans.append(Spans(kinds.to(model.device), grid))
+        spans.append(Spans(kinds, grid))
     return spans
 
 

@@ -55,11 +55,11 @@ class UpperLayers:
         """
         differs, mask = (states != states[:1]).any(-1).any(0), self._arguments.get("attention_mask")
         if mask is not None:
-            differs |= (mask != mask[:1]).any(0)
+            differs |= (mask != mask[:1]).any(0).to(differs.device)
         start = int(differs.int().argmax()) if bool(differs.any()) else len(differs)
         if not start or self._whole():
             return self.run(states)
-        like_first = torch.zeros(len(states), dtype=torch.long, device=states.device)
+        like_first = torch.zeros(len(states), dtype=torch.long)
         decoded = self.remember(states[:1], like_first[:1]).repeat(len(states), 1, 1)
         if start < len(differs):
             decoded[1:, start:] = self.resume(states[1:, start:], start, like_first[1:])
@@ -102,7 +102,7 @@ class UpperLayers:
         start = called["inputs_embeds"].shape[1] - states.shape[1]
         if extra := self._whole():
             return self._run_whole(states, extra, start)
-        inputs = called | {"inputs_embeds": states.to(called["inputs_embeds"].dtype)}
+        inputs = called | {"inputs_embeds": states.to(called["inputs_embeds"])}
         inputs |= {"past_key_values": cache, "use_cache": cache is not None}
         if (mask := called.get("attention_mask")) is not None:
             inputs["attention_mask"] = mask.expand(len(states), -1) if samples is None else mask[samples]

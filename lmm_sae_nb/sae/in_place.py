@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
 
@@ -17,7 +19,7 @@ class SAEInPlace:
     together.
 
     lmm: the model under study.
-    sae: of the layer's width; it is moved to the model's device.
+    sae: of the layer's width; it is moved to the device of the layer, and becomes float32.
     layer: 0-based; the paper's 25th layer is 24.
 
     Raises:
@@ -31,7 +33,7 @@ class SAEInPlace:
     def __post_init__(self):
         self.lmm.layer(self.layer)
         self.sae.require_width(self.lmm.width)
-        self.sae.to(self.lmm.device)
+        self.sae.to(self.lmm.device_of(self.layer), torch.float32)
         trained_on = self.sae.trained_on
         if trained_on is None:
             return
@@ -46,6 +48,11 @@ class SAEInPlace:
                 f"the SAE was trained on another model than {self.lmm.name}: layer {self.layer} had other weights "
                 f"({trained_on.model[:40]}…, here {fingerprint[:40]}…); load the model that it was trained on"
             )
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the layer's output, and so of the SAE."""
+        return self.lmm.device_of(self.layer)
 
     @classmethod
     def load(cls, model: str | Path, sae: str | Path, layer: int | None = None, **settings) -> SAEInPlace:

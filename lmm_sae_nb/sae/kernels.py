@@ -221,9 +221,18 @@ def sum_by_latent(weights: Tensor, indices: Tensor, x: Tensor, rows: Tensor) -> 
 
 
 def decode_gradients(grad: Tensor, acts: Tensor, indices: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `acts` and `rows` for a gradient of `decode`'s output; compiled loops only."""
+    """Return the gradients of `acts` and `rows` for a gradient of `decode`'s output.
+
+    On a GPU the backward of `embedding_bag` would need a buffer of up to (tokens * k / 10, width) for the rows;
+    `sum_by_latent` needs none.
+    """
     fits = acts.shape == indices.shape and grad.shape == (len(acts), rows.shape[1])
     _require_fit(fits, grad, acts, indices, rows)
+    if not is_compiled(grad, acts, rows):
+        with torch.enable_grad():
+            weights = acts.detach().requires_grad_()
+            out = F.embedding_bag(indices, rows.detach(), per_sample_weights=weights, mode="sum")
+        return torch.autograd.grad(out, weights, grad)[0], sum_by_latent(acts, indices, grad, rows)
     loops, grad_acts, grad_rows = _loops(), torch.empty_like(acts), torch.empty_like(rows)
     if not len(grad):
         return grad_acts, grad_rows.zero_()

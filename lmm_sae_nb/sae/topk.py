@@ -123,8 +123,7 @@ def decode_sparse(latents: Latents, W_dec: Tensor) -> Float[Tensor, "tokens widt
     latents: (tokens, k).
     W_dec: (latents, width).
     """
-    learns = torch.is_grad_enabled() and W_dec.requires_grad
-    if learns and kernels.is_compiled(latents.acts, W_dec):
+    if torch.is_grad_enabled() and W_dec.requires_grad:
         return _DecodeSparse.apply(*latents, W_dec)
     return F.embedding_bag(latents.indices, W_dec, per_sample_weights=latents.acts, mode="sum")
 

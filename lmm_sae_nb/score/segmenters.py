@@ -24,6 +24,7 @@ from transformers import (
 
 from lmm_sae_nb.score.batches import batches, require_batch_size, require_finite_output, require_pairs
 from lmm_sae_nb.score.masks import FindConcept
+from lmm_sae_nb.support.devices import choose_device
 from lmm_sae_nb.support.images import pixel_hash, rgb
 from lmm_sae_nb.truth.label_maps import Candidates, LabelMaps
 
@@ -70,15 +71,16 @@ class PromptedSegmenter:
         self._encoded: LRUCache[str, Tensor] = LRUCache(room, _bytes_of)
 
     @classmethod
-    def load(cls, name: str | Path, *, device: str = "cpu", **options) -> PromptedSegmenter:
+    def load(cls, name: str | Path, *, device: str | torch.device | None = None, **options) -> PromptedSegmenter:
         """Load a model from a folder or the hub.
 
+        device: by default a GPU if there is one.
         options: as for the class.
 
         Raises:
             OSError: there is no such model.
         """
-        model = CLIPSegForImageSegmentation.from_pretrained(name, dtype=torch.float32).to(device)
+        model = CLIPSegForImageSegmentation.from_pretrained(name, dtype=torch.float32).to(choose_device(device))
         return cls(model, CLIPSegProcessor.from_pretrained(name), **options)
 
     @torch.no_grad()
@@ -145,11 +147,14 @@ class BoxSegmenter:
         self.sam, self.sam_processor = sam.eval().requires_grad_(False), sam_processor
 
     @classmethod
-    def load(cls, detector: str | Path, sam: str | Path, *, device: str = "cpu", **options) -> BoxSegmenter:
+    def load(
+        cls, detector: str | Path, sam: str | Path, *, device: str | torch.device | None = None, **options
+    ) -> BoxSegmenter:
         """Load the models from folders or the hub.
 
         detector: such as `IDEA-Research/grounding-dino-base` or `google/owlv2-base-patch16`.
         sam: such as `facebook/sam-vit-huge`.
+        device: by default a GPU if there is one.
         options: as for the class.
 
         Raises:
@@ -159,6 +164,7 @@ class BoxSegmenter:
         detector_model = AutoModelForZeroShotObjectDetection.from_pretrained(detector, dtype=torch.float32)
         sam_model = SamModel.from_pretrained(sam, dtype=torch.float32)
         processors = AutoProcessor.from_pretrained(detector), SamProcessor.from_pretrained(sam)
+        device = choose_device(device)
         return cls(detector_model.to(device), processors[0], sam_model.to(device), processors[1], **options)
 
     @torch.no_grad()
@@ -249,7 +255,7 @@ class SegmentedImages:
 
 def open_segmenters(
     truth: LabelMaps | None, segmenter: str | Path, detector: str | Path, images: Sequence[Image.Image],
-    device: str | None = None,
+    device: str | torch.device | None = None,
 ) -> dict[str, FindConcept]:  # fmt: skip
     """Return those who say where a concept is, by name: the ground truth first, if there is one, then the segmenter.
 
@@ -257,14 +263,13 @@ def open_segmenters(
     segmenter: a CLIPSeg, or with a detector a SAM: a folder or a name on the hub; "" if there is none.
     detector: finds boxes for the SAM; "" if the segmenter reads names itself.
     images: of the data set.
-    device: of the models; None takes a GPU if there is one.
+    device: of the models; by default a GPU if there is one.
 
     Raises:
         ValueError: there is neither.
     """
     segmenters: dict[str, FindConcept] = {"ground truth": truth} if truth else {}
     if segmenter:
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         name = Path(segmenter).name.removeprefix("tiny-")
         segmenters[name] = SegmentedImages(
             BoxSegmenter.load(detector, segmenter, device=device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
 from lmm_sae_nb.score.batches import batches, require_batch_size, require_finite_output
+from lmm_sae_nb.support.devices import choose_device
 from lmm_sae_nb.support.images import rgb
 
 _DOT = Image.new("RGB", (1, 1))
@@ -43,15 +44,16 @@ class ImageTextSimilarity:
         self._encoded: tuple[tuple[str, ...] | None, Tensor | None] = (None, None)
 
     @classmethod
-    def load(cls, name: str | Path, *, device: str = "cpu", **options) -> ImageTextSimilarity:
+    def load(cls, name: str | Path, *, device: str | torch.device | None = None, **options) -> ImageTextSimilarity:
         """Load a model from a folder or the hub; the reference code's is `openai/clip-vit-base-patch32`.
 
+        device: by default a GPU if there is one.
         options: as for the class.
 
         Raises:
             OSError: there is no such model.
         """
-        model = CLIPModel.from_pretrained(name, dtype=torch.float32).to(device)
+        model = CLIPModel.from_pretrained(name, dtype=torch.float32).to(choose_device(device))
         return cls(model, CLIPProcessor.from_pretrained(name), **options)
 
     @torch.no_grad()
@@ -107,13 +109,12 @@ class ImageTextSimilarity:
         return torch.cat(vectors)
 
 
-def open_similarity(name: str | Path, device: str | None = None) -> AllPairs | None:
+def open_similarity(name: str | Path, device: str | torch.device | None = None) -> AllPairs | None:
     """Return the cosines of images and texts by the CLIP that a page names; None if it names none.
 
     name: a folder or a name on the hub; "" if there is none.
-    device: None takes a GPU if there is one.
+    device: by default a GPU if there is one.
     """
     if not name:
         return None
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return ImageTextSimilarity.load(name, device=device).all_pairs

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from lmm_sae_nb.model.sample_checks import check_samples
-from lmm_sae_nb.model.samples import prompts, token_mask
+from lmm_sae_nb.model.samples import prompts
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.model.upper_layers import UpperLayers, above_each
 from lmm_sae_nb.sae.in_place import SAEInPlace
@@ -69,14 +69,14 @@ def evaluate_saes(
     layers, clean = sorted({place.layer for place in places.values()}), []
     batches = prompts(lmm, samples, range(len(samples)), batch_samples)
     for prompt in progress_bar(batches, desc="evaluating", total=-(-len(samples) // batch_samples)):
-        mask, uppers = token_mask(prompt, kinds), above_each(lmm, prompt, layers)
+        mask, uppers = prompt.mask(*kinds), above_each(lmm, prompt, layers)
         if losses:
             highest = uppers[layers[-1]]
             clean.append(lmm.cross_entropy(prompt, highest.run(highest.hidden)))
         states = {layer: upper.hidden[mask].float() for layer, upper in uppers.items()}
         for layer, x in states.items():
             require_finite(x, f"hidden states of layer {layer}")
-        of_kind = {kind: token_mask(prompt, [kind])[mask] for kind in kinds}
+        of_kind = {kind: prompt.mask(kind)[mask] for kind in kinds}
         sample_of = mask.nonzero()[:, 0].cpu()
         if losses:  # the zeros of a layer are the same for all of its SAEs
             zero = {layer: _spliced_loss(uppers[layer], mask, torch.zeros_like(x)) for layer, x in states.items()}
@@ -105,12 +105,12 @@ def control_fvus(
     Raises:
         ValueError: the tokens do not vary.
     """
-    sae, device = place.sae, place.lmm.device
+    sae, device = place.sae, place.device
     untrained = TopKSAE(sae.width, sae.n_latents, sae.k, generator=torch.Generator().manual_seed(seed)).to(device)
     untrained.b_dec.data.copy_(sae.b_dec)
     variance, products = _Variance(sae.width), torch.zeros(sae.width, sae.width, dtype=torch.float64, device=device)
     for prompt in prompts(place.lmm, samples, range(len(samples)), batch_samples):
-        x = above_each(place.lmm, prompt, [place.layer])[place.layer].hidden[token_mask(prompt, kinds)].float()
+        x = above_each(place.lmm, prompt, [place.layer])[place.layer].hidden[prompt.mask(*kinds)].float()
         variance.add(x, untrained(x))
         products += x.double().T @ x.double()
     fvu = variance.unexplained()

@@ -13,8 +13,9 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -26,15 +27,19 @@ from lmm_sae_nb.support.files import read_json, write_json
 from lmm_sae_nb.train.training import HISTORY, TrainResult, train_sae
 
 
-def job(model: str | Path, dataset: str | Path, layer: int, **settings) -> TrainResult:
+def job(
+    model: str | Path, dataset: str | Path, layer: int, *, loading: Mapping[str, Any] | None = None, **settings
+) -> TrainResult:
     """Load a model and a saved data set in this process and train; each process of a launcher runs this.
 
     model: a folder, or a name on the hub.
     dataset: folder of the saved data set.
+    loading: settings of `LMM.load`; the device is that of the process.
     layer, settings: as of `train_sae`.
     """
     here = PartialState(cpu=not torch.cuda.is_available())
-    lmm = LMM.load(Path(model) if Path(model).is_dir() else str(model), device=here.device)
+    where = dict(loading or {}) | {"device": here.device}
+    lmm = LMM.load(Path(model) if Path(model).is_dir() else str(model), **where)
     return train_sae(lmm, open_samples(dataset), layer, **settings)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.model.samples import as_prompt, light, require_choice, token_mask
+from lmm_sae_nb.model.samples import as_prompt, light, require_choice
 from lmm_sae_nb.support.images import UnreadableImage
 from lmm_sae_nb.support.tensor_files import require_finite
 from lmm_sae_nb.train.sample_parts import LeftOut, ShuffledParts, StreamedParts
@@ -98,8 +98,8 @@ class Stream:
             width = len(self.layers) * self.lmm.width
             return torch.empty(0, width, dtype=self.lmm.model.dtype, device=self.lmm.device)
         prompt = as_prompt(self.lmm, rows)
-        hidden, mask = self.lmm.hidden_states(prompt, self.layers), token_mask(prompt, self.kinds)
-        tokens = {layer: hidden.pop(layer)[mask] for layer in self.layers}
+        hidden, mask = self.lmm.hidden_states(prompt, self.layers), prompt.mask(*self.kinds)
+        tokens = {layer: hidden.pop(layer)[mask].to(self.lmm.device) for layer in self.layers}
         for layer, states in tokens.items():
             require_finite(states, f"hidden states of layer {layer}, samples {', '.join(map(str, rows))}")
         return torch.cat(list(tokens.values()), 1)
@@ -107,7 +107,10 @@ class Stream:
     def by_layer(self, tokens: Float[Tensor, "tokens states"]) -> dict[int, Float[Tensor, "tokens width"]]:
         """Divide what the stream returns into the states of each layer."""
         parts = tokens.split(self.lmm.width, 1)
-        return {layer: states.contiguous() for layer, states in zip(self.layers, parts, strict=True)}
+        return {
+            layer: states.contiguous().to(self.lmm.device_of(layer))
+            for layer, states in zip(self.layers, parts, strict=True)
+        }
 
 
 class _Part(NamedTuple):

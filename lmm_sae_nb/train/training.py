@@ -265,11 +265,11 @@ def _begin(
 
 def _learner(lmm: LMM, run: Mapping, accelerator: Accelerator) -> Learner:
     generator = torch.Generator().manual_seed(run["seed"])
-    sae = TopKSAE(lmm.width, run["n_latents"], run["k"], generator=generator).to(lmm.device)
+    sae = TopKSAE(lmm.width, run["n_latents"], run["k"], generator=generator).to(lmm.device_of(run["layer"]))
     if kept := FREEZES[run.get("frozen", "")]:
         getattr(sae, kept).requires_grad_(False)
     optimiser = accelerator.prepare_optimizer(SAEAdam(sae, run["lr"]), device_placement=False)
-    return Learner(run, sae, optimiser, torch.zeros(sae.n_latents, dtype=torch.long, device=lmm.device))
+    return Learner(run, sae, optimiser, torch.zeros(sae.n_latents, dtype=torch.long, device=sae.W_dec.device))
 
 
 def _require_same(saved: Mapping, run: Mapping, folder: Path) -> None:

@@ -1,0 +1,28 @@
+"""Where models are computed."""
+
+from __future__ import annotations
+
+import torch
+
+DEFAULT = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_device(name: str | torch.device | None = None) -> torch.device:
+    """Return the device of this name; without a name a GPU if there is one, else the CPU."""
+    return torch.device(name or DEFAULT)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Return how far two ways to compute an activation may be apart, relative to the highest one.
+
+    In 16 bits TopK may keep another latent where two are nearly equal.
+
+    dtype: of the model.
+    """
+    return {torch.bfloat16: 0.1, torch.float16: 0.01}.get(dtype, 0.001)
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done its work, as before a clock is read: Python goes on while a GPU works."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

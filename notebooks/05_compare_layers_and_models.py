@@ -72,6 +72,7 @@ training: dict = {
     # tokens without activation after which a latent counts as dead
     "dead_after_tokens": 50_000,
 }
+at_once: int = 0  # SAEs that learn in one pass; 0: all, if memory allows
 # the SAE of a further model: entries that differ
 other_training: dict = {"steps": 160, "batch_tokens": 256}
 # numbers of latents on the middle layer; the paper's 2^17 are 32 times the
@@ -257,7 +258,7 @@ plots.table([
 # %%
 size = {name: training[name] for name in ("n_latents", "k", "lr")}
 how = {name: training[name] for name in training if name not in size}
-how |= dict(n_top=n_top, seed=seed, unreadable=unreadable)
+how |= dict(n_top=n_top, at_once=at_once, seed=seed, unreadable=unreadable)
 by_layer = {f"layer_{n}": Recipe(n, **size) for n in layers}
 center = by_layer[f"layer_{middle}"]
 by_size = size_recipes(center, sizes, ks)

@@ -60,8 +60,13 @@ other_decisions: int = 12  # decisions for each of these layers
 other_sae: dict = {
     "n_latents": 1024,
     "k": 16,  # active latents per token
-    "steps": 60,  # optimiser steps of 1,024 tokens
+    "lr": 2e-3,  # highest learning rate
+    "steps": 60,  # optimiser steps
+    "batch_tokens": 1024,  # tokens per optimiser step
+    # tokens without activation after which a latent counts as dead
+    "dead_after_tokens": 50_000,
 }
+batch: int = 5  # versions of a prompt that run side by side
 repetitions: int = 9  # of each timed run
 seed: int = 0  # of the drawn pairs, the bootstrap and the small SAEs
 
@@ -220,7 +225,7 @@ with torch.no_grad(), splice(sae.b_dec.expand_as(states)):
     nothing = float(difference(lmm, choice)[0])
 sums = []
 for steps in (ig_steps, 16, 32):
-    whole = integrated(place, choice, steps=steps)
+    whole = integrated(place, choice, steps=steps, batch=batch)
     total = float((whole.of_tokens() + whole.error).sum())
     missing = d - nothing - total
     sums.append({"steps": steps, "sum": total, "missing": missing})
@@ -318,7 +323,7 @@ compared = stage.result(
     lambda: compare_ways(
         [place, *small], rows, pairs=pairs, path_pairs=path_pairs,
         ig_steps=ig_steps, many_steps=many_steps,
-        many_decisions=many_decisions, seed=seed,
+        many_decisions=many_decisions, batch=batch, seed=seed,
     ),
 )  # fmt: skip
 cost = stage.result(

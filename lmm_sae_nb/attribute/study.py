@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lmm_sae_nb.attribute.agreement import agreement, median_ratio, random_pairs
-from lmm_sae_nb.attribute.attribution import exact, greedy_decision, integrated, linear, separate_paths
+from lmm_sae_nb.attribute.attribution import exact, greedy_decision, in_float32, integrated, linear, separate_paths
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.support.files import fingerprint
@@ -48,7 +48,10 @@ def small_saes(
     *,
     n_latents: int,
     k: int,
+    lr: float,
     steps: int,
+    batch_tokens: int,
+    dead_after_tokens: int,
     seed: int,
     folder: str | Path,
     unreadable: str = "refuse",
@@ -58,15 +61,14 @@ def small_saes(
     samples: rows with image, question and answer.
     layers: 0-based.
     n_latents, k: the size of each SAE.
-    steps: optimiser steps, each on 1,024 tokens.
-    folder: gets a folder `layer_<n>` for each; its history.json names the samples that were left out.
-    unreadable: "skip" leaves out samples whose picture cannot be read; "refuse" stops there.
+    lr, steps, batch_tokens, dead_after_tokens: as for `train_saes`.
+    folder: gets a folder `layer_<n>` for each.
     """
     if not layers:
         return []
-    recipes = {f"layer_{layer}": Recipe(layer, n_latents=n_latents, k=k, lr=2e-3) for layer in layers}
+    recipes = {f"layer_{layer}": Recipe(layer, n_latents=n_latents, k=k, lr=lr) for layer in layers}
     trained = train_saes(
-        lmm, samples, recipes, steps=steps, batch_tokens=1024, dead_after_tokens=50_000, seed=seed,
+        lmm, samples, recipes, steps=steps, batch_tokens=batch_tokens, dead_after_tokens=dead_after_tokens, seed=seed,
         unreadable=unreadable, folder=folder,
     )  # fmt: skip
     return [SAEInPlace(lmm, result.sae.requires_grad_(False), recipes[name].layer) for name, result in trained.items()]
@@ -81,6 +83,7 @@ def compare_ways(
     ig_steps: int = 4,
     many_steps: int = 32,
     many_decisions: int = 0,
+    batch: int = 5,
     seed: int = 0,
 ) -> list[ComparedDecision]:
     """Attribute decisions by ablation and by each approximation, at random active pairs.
@@ -94,17 +97,19 @@ def compare_ways(
     path_pairs: number of these that are also integrated on separate paths.
     ig_steps: steps of integrated gradients.
     many_steps: steps of integrated gradients in the first `many_decisions` of the first place, to see what more do.
+    batch: versions of a prompt that run side by side; a GPU's memory limits it.
     seed: of the draws; one source of randomness serves all decisions, in order.
     """
     generator = torch.Generator().manual_seed(seed)
     decisions = [(place, sample) for place, rows in zip(places, samples, strict=True) for sample in rows]
     many_decisions = min(many_decisions, len(samples[0]))
     return [
-        _compare(place, sample, pairs, path_pairs, ig_steps, many_steps if n < many_decisions else 0, generator)
+        _compare(place, sample, pairs, path_pairs, ig_steps, many_steps if n < many_decisions else 0, batch, generator)
         for n, (place, sample) in enumerate(progress_bar(decisions, desc="comparing", disable=len(decisions) < 10))
     ]
 
 
+@in_float32
 def _compare(
     place: SAEInPlace,
     sample: Mapping,
@@ -112,6 +117,7 @@ def _compare(
     path_pairs: int,
     ig_steps: int,
     many_steps: int,
+    batch: int,
     generator: torch.Generator,
 ) -> ComparedDecision:
     """Compare the ways on one decision; without `many_steps` there are no integrated gradients with many steps."""
@@ -120,14 +126,14 @@ def _compare(
     drawn = random_pairs(approximation, pairs, generator)
     on_paths = random_pairs(approximation, path_pairs, generator, among=drawn)
     by_way = {
-        "exact": exact(place, choice, drawn),
+        "exact": exact(place, choice, drawn, batch=min(batch, 4)),
         "linear": approximation.values,
-        "ig": integrated(place, choice, steps=ig_steps).values,
-        "separate_paths": separate_paths(place, choice, on_paths),
+        "ig": integrated(place, choice, steps=ig_steps, batch=batch).values,
+        "separate_paths": separate_paths(place, choice, on_paths, batch=batch),
     }
     between = None
     if many_steps:
-        by_way["ig_many"] = integrated(place, choice, steps=many_steps).values
+        by_way["ig_many"] = integrated(place, choice, steps=many_steps, batch=batch).values
         active = approximation.latents.acts > 0
         between = agreement(by_way["ig_many"][active], by_way["ig"][active]).spearman
     plain = {name: _plain(values[drawn]) for name, values in by_way.items()}

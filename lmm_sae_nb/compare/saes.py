@@ -67,9 +67,9 @@ def names_by_size(recipes: Mapping[str, Recipe], middle: Recipe, size: str) -> d
 
 def train_and_cache(
     lmm: LMM, recipes: Mapping[str, Recipe], samples: Sequence[Mapping], images: Sequence[Image.Image], *,
-    folder: str | Path, n_top: int = 5, unreadable: str = "refuse", **training,
+    folder: str | Path, n_top: int = 5, unreadable: str = "refuse", at_once: int = 0, **training,
 ) -> dict[str, CachedSAE]:  # fmt: skip
-    """Train an SAE by each recipe and cache its latents: one pass over the samples, and one over the images.
+    """Train an SAE by each recipe and cache its latents: a pass over the samples, and one over the images.
 
     Each SAE and each cache is the one that it would be alone. A run that was stopped continues; what is complete is
     only read.
@@ -80,11 +80,17 @@ def train_and_cache(
     folder: gets a folder for each SAE, with its weights and its cache.
     n_top: images kept for each latent.
     unreadable: "skip" leaves out samples and images that cannot be read; "refuse" stops there.
+    at_once: SAEs that learn in one pass, and then are cached in one; 0 stands for all. A GPU's memory limits it.
     training: settings of `train_saes`.
     """
-    trained = train_saes(lmm, samples, recipes, folder=folder, unreadable=unreadable, **training)
-    places = {
-        name: SAEInPlace(lmm, result.sae.requires_grad_(False), recipes[name].layer) for name, result in trained.items()
-    }
-    caches = cache_several(places, images, n_top=n_top, folder=folder, unreadable=unreadable)
-    return {name: CachedSAE(place, caches[name], trained[name].skipped) for name, place in places.items()}
+    studied, names = {}, list(recipes)
+    for start in range(0, len(names), at_once or len(names)):
+        some = {name: recipes[name] for name in names[start : start + (at_once or len(names))]}
+        trained = train_saes(lmm, samples, some, folder=folder, unreadable=unreadable, **training)
+        places = {
+            name: SAEInPlace(lmm, result.sae.requires_grad_(False), some[name].layer)
+            for name, result in trained.items()
+        }
+        caches = cache_several(places, images, n_top=n_top, folder=folder, unreadable=unreadable)
+        studied |= {name: CachedSAE(place, caches[name], trained[name].skipped) for name, place in places.items()}
+    return studied

@@ -34,11 +34,11 @@ def job(
 
     model: a folder, or a name on the hub.
     dataset: folder of the saved data set.
-    loading: settings of `LMM.load`; the device is that of the process.
+    loading: settings of `LMM.load`; the device is that of the process, for the whole model.
     layer, settings: as of `train_sae`.
     """
     here = PartialState(cpu=not torch.cuda.is_available())
-    where = dict(loading or {}) | {"device": here.device}
+    where = dict(loading or {}) | {"device": here.device, "device_map": None}
     lmm = LMM.load(Path(model) if Path(model).is_dir() else str(model), **where)
     return train_sae(lmm, open_samples(dataset), layer, **settings)
 

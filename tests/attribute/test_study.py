@@ -106,7 +106,8 @@ def test_few_and_many_steps_are_compared_where_both_are_known():
 
 def test_small_saes_are_trained_at_each_layer_and_read_the_next_time(places, tmp_path):
     samples = [row | {"answer": "so"} for row in ROWS]
-    settings = dict(n_latents=12, k=2, steps=2, seed=0, folder=tmp_path)
+    settings = dict(n_latents=12, k=2, lr=2e-3, steps=2, batch_tokens=1024, dead_after_tokens=50_000)
+    settings |= dict(seed=0, folder=tmp_path)
     first = small_saes(places[0].lmm, samples, [0, 2], **settings)
     assert [(place.layer, place.sae.n_latents) for place in first] == [(0, 12), (2, 12)]
     times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}

@@ -1,7 +1,8 @@
 """A pretend accelerator, so that code for GPUs is tested where there is none.
 
-Its tensors lie in the CPU's memory and say that they are on the device `sim:0`. Whoever mixes them with tensors of the
-CPU gets the error that CUDA gives: see `_check_devices`. The arithmetic is the CPU's, in every dtype.
+Its tensors lie in the CPU's memory and say that they are on the device `sim:0`, or `sim:1` and so on. Whoever mixes
+them with tensors of the CPU, or of another number, gets the error that CUDA gives: see `_check_devices`. The arithmetic
+is the CPU's, in every dtype.
 
     with pretend_device():
         lmm = LMM.load(folder, device="sim")
@@ -12,12 +13,12 @@ Models are loaded with eager attention, the only one that this kind of tensor ca
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from unittest.mock import patch
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import PreTrainedModel
 
@@ -43,10 +44,10 @@ class PretendTensor(torch.Tensor):
     """A tensor that says it is on the pretend device; `held` is the tensor of the CPU that it stands for."""
 
     @staticmethod
-    def __new__(cls, held: torch.Tensor):
+    def __new__(cls, held: torch.Tensor, number: int = 0):
         made = torch.Tensor._make_wrapper_subclass(
             cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
-            layout=held.layout, device=torch.device(NAME, 0), requires_grad=False,
+            layout=held.layout, device=torch.device(NAME, number), requires_grad=False,
         )  # fmt: skip
         made.held = held
         return made
@@ -83,67 +84,88 @@ def _is_pretend(device) -> bool:
 
 
 def _held(value):
-    return value.held if isinstance(value, PretendTensor) else value
+    """An argument as the CPU's operator takes it."""
+    if isinstance(value, PretendTensor):
+        return value.held
+    return type(value)(map(_held, value)) if type(value) in (list, tuple) else value
 
 
-def _wrapped(value):
-    return PretendTensor(value) if isinstance(value, torch.Tensor) and not isinstance(value, PretendTensor) else value
+def _wrapped(value, number: int):
+    """What an operator of the CPU returned, on the pretend device of this number."""
+    if isinstance(value, torch.Tensor):
+        return PretendTensor(value, number)
+    return type(value)(_wrapped(each, number) for each in value) if type(value) in (list, tuple) else value
 
 
-def _check_devices(function, args: tuple, pretend: list[torch.Tensor], plain: list[torch.Tensor]) -> None:
+def _tensors(values) -> Iterator[torch.Tensor]:
+    """The tensors among arguments, those in lists too."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif type(value) in (list, tuple):
+            yield from _tensors(value)
+
+
+def _check_devices(function, args: tuple, tensors: list[torch.Tensor]) -> None:
     """Raise RuntimeError where CUDA would: a tensor of the CPU that is no single number meets one of the device."""
-    if not pretend:
-        return
-    foreign = [tensor for tensor in plain if tensor.dim() > 0 or function is aten.equal.default]
+    home = next(tensor.device for tensor in tensors if isinstance(tensor, PretendTensor))
+    foreign = [tensor for tensor in tensors if tensor.device != home]
+    if function is not aten.equal.default:
+        foreign = [tensor for tensor in foreign if tensor.dim() > 0 or isinstance(tensor, PretendTensor)]
     if function in INDEXING:
         if not isinstance(args[0], PretendTensor):
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
-        foreign = [tensor for tensor in foreign if not any(tensor is index for index in args[1])]
+        free = [index for index in args[1] if not isinstance(index, PretendTensor)]
+        foreign = [tensor for tensor in foreign if not any(tensor is index for index in free)]
     if foreign:
         shapes = [tuple(tensor.shape) for tensor in foreign]
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, "
-            f"{NAME}:0 and cpu! ({function.name()}, on the CPU: {shapes})"
+            f"{home} and {foreign[0].device}! ({function.name()}, on the second: {shapes})"
         )
 
 
-def _written(function, args: tuple, kwargs: dict) -> dict[int, torch.Tensor]:
-    """The arguments that an operator writes to, by the identity of what they hold."""
-    found = {}
-    for number, argument in enumerate(function._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[number] if number < len(args) else kwargs.get(argument.name)
-            values = value if isinstance(value, list | tuple) else [value]
-            found |= {id(_held(each)): each for each in values if isinstance(each, torch.Tensor)}
-    return found
+@cache
+def _outputs(function) -> tuple[tuple[int, str], ...]:
+    """The place and name of each argument that an operator writes to."""
+    named = enumerate(function._schema.arguments)
+    return tuple((n, each.name) for n, each in named if each.alias_info is not None and each.alias_info.is_write)
 
 
 def _run(function, args: tuple, kwargs: dict):
     """Run an operator on what the tensors hold, and wrap what it returns."""
-    flat, _ = tree_flatten((args, kwargs))
-    pretend = [value for value in flat if isinstance(value, PretendTensor)]
-    plain = [value for value in flat if isinstance(value, torch.Tensor) and not isinstance(value, PretendTensor)]
+    tensors = [*_tensors(args), *_tensors(kwargs.values())]
+    pretend = any(isinstance(tensor, PretendTensor) for tensor in tensors)
     device = kwargs.get("device")
     onto = _is_pretend(device)
+    home = torch.device(device) if onto else next((t.device for t in tensors if isinstance(t, PretendTensor)), None)
+    number = (home and home.index) or 0
     if kwargs.get("generator") is not None and (onto or pretend):
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
-    settings = kwargs | ({"device": torch.device("cpu")} if onto else {})
-    settings |= {"pin_memory": False} if kwargs.get("pin_memory") else {}
-    held_args, held_settings = tree_map(_held, args), tree_map(_held, settings)
+    held = {name: _held(value) for name, value in kwargs.items()}
+    if onto:
+        held["device"] = torch.device("cpu")
+    held |= {"pin_memory": False} if kwargs.get("pin_memory") else {}
     if function in MAKING:
-        made = function(*held_args, **held_settings)
-        if any(made is _held(each) for each in pretend):
+        made = function(*_held(args), **held)
+        if any(made is _held(tensor) for tensor in tensors):
             made = made.clone()
-        return _wrapped(made) if onto or (pretend and device is None) or (pretend and _is_pretend(device)) else made
+        return _wrapped(made, number) if onto or (pretend and device is None) else made
     if function is aten.copy_.default:
-        function(*held_args, **held_settings)
+        function(*_held(args), **held)
         return args[0]
-    _check_devices(function, args, pretend, plain)
-    written = _written(function, args, kwargs)
-    out = function(*held_args, **held_settings)
+    if pretend:
+        _check_devices(function, args, tensors)
+    out = function(*_held(args), **held)
     if function is aten._local_scalar_dense.default or not (pretend or onto):
         return out
-    return tree_map(lambda value: written.get(id(value)) if id(value) in written else _wrapped(value), out)
+    if not (written := _outputs(function)):
+        return _wrapped(out, number)
+    given = list(_tensors(args[n] if n < len(args) else kwargs.get(name) for n, name in written))
+    known = {id(_held(tensor)): tensor for tensor in given}
+    several = out if isinstance(out, list | tuple) else [out]
+    back = [known[id(value)] if id(value) in known else _wrapped(value, number) for value in several]
+    return type(out)(back) if isinstance(out, list | tuple) else back[0]
 
 
 class _Mode(TorchDispatchMode):
@@ -151,8 +173,8 @@ class _Mode(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        involved = any(isinstance(value, PretendTensor) for value in tree_flatten((args, kwargs))[0])
-        if involved or _is_pretend(kwargs.get("device")):
+        tensors = (*_tensors(args), *_tensors(kwargs.values()))
+        if any(isinstance(tensor, PretendTensor) for tensor in tensors) or _is_pretend(kwargs.get("device")):
             return _run(function, args, kwargs)
         return function(*args, **kwargs)
 
@@ -171,7 +193,8 @@ class _Constructors(TorchFunctionMode):
         if not _is_pretend(kwargs.get("device")):
             return function(*args, **kwargs)
         needs_gradient = kwargs.pop("requires_grad", False)
-        made = _wrapped(function(*args, **kwargs | {"device": "cpu"}))
+        number = torch.device(kwargs["device"]).index or 0
+        made = _wrapped(function(*args, **kwargs | {"device": "cpu"}), number)
         return made.requires_grad_() if needs_gradient else made
 
 

@@ -1,0 +1,86 @@
+"""Run pages of the book at toy size, one after the other, in this process: `toy_pages.py FOLDER DTYPE [PAGE ...]`.
+
+The cells are those that `make book` runs. All models are on the pretend device; the model under study is of the dtype.
+FOLDER becomes a small copy of the project, with a small Picture World.
+"""
+
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import nbformat
+import torch
+from pretend_device import pretend_device
+
+from lmm_sae_nb.pictureworld.world.datasets import render
+from lmm_sae_nb.support import notebooks
+
+HERE = Path(__file__).parent
+SCENES = {"train": 160, "cache": 60, "heldout": 40, "traps": 60}
+NAMED = [  # a toy SAE has no latents for these; pages 06 and 08 need latents that are named so
+    ("happy", "face"), ("sad", "face"), ("hungry", "face"), ("angry", "face"), ("cactus", "object"),
+    ("clock", "object"), ("umbrella", "object"), ("guitar", "object"), ("libya", "word"), ("spain", "word"),
+]  # fmt: skip
+FLOAT32_ONLY = ("07",)  # attribution is about small differences
+
+
+def make_project(folder: Path) -> None:
+    """Make a folder that is like the repository, but holds a small world and no results."""
+    (folder / "data/artifacts/tiny").mkdir(parents=True)
+    for name in ("pyproject.toml", "notebooks", "book", "lmm_sae_nb", "data/models", "data/pictureworld"):
+        (folder / name).symlink_to(notebooks.REPOSITORY / name)
+    os.chdir(folder)
+    render(folder / "data/artifacts/tiny/world", SCENES)
+
+
+def name_latents(file: Path) -> None:
+    """Give the explained latents the names that later pages look for."""
+    rows = json.loads(file.read_text())
+    for number, row in enumerate(rows.values()):
+        concept, kind = NAMED[number % len(NAMED)]
+        row |= {"outcome": "explained", "concept": concept, "kind": kind}
+    file.write_text(json.dumps(rows))
+
+
+def run_page(source: Path, values: dict) -> None:
+    """Run the cells of a page, with these parameters behind its own."""
+    notebook = Path("build") / f"{source.stem}.ipynb"
+    notebooks.convert(source, notebook)
+    namespace = {"__name__": "__main__"}
+    for number, cell in enumerate(nbformat.read(notebook, as_version=4).cells):
+        if cell.cell_type == "code":
+            exec(compile(cell.source, f"{source.name}, cell {number}", "exec"), namespace)
+            if "parameters" in cell.metadata.get("tags", []):
+                namespace.update(values)
+            plt.close("all")
+
+
+def main(folder: Path, dtype: str, *pages: str) -> None:
+    torch.set_num_threads(1)
+    matplotlib.use("agg")
+    if not folder.exists():
+        make_project(folder)
+    os.chdir(folder)
+    toy = notebooks.preset(HERE / "toy.yaml")
+    for source in notebooks.sources(folder):
+        if pages and not source.stem.startswith(pages):
+            continue
+        values, began = toy[source.stem], time.monotonic()
+        if "loading" in (known := notebooks.parameters(source)) and not source.stem.startswith(FLOAT32_ONLY):
+            values = values | {"loading": known["loading"].default | {"dtype": dtype}}
+        with pretend_device():
+            run_page(source, values)
+        if source.stem.startswith("03"):
+            name_latents(Path("data/artifacts/toy/interpret/explanations.json"))
+        print(f"{source.stem}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        main(Path(sys.argv[1]), *sys.argv[2:])

@@ -147,6 +147,7 @@ from lmm_sae_nb.hallucination.answers import (
 from lmm_sae_nb.hallucination.captions import Captions, measure_captions
 from lmm_sae_nb.hallucination.cases import (
     answer_questions,
+    as_the_model_writes,
     contradicting_first,
     custom_case,
     pictured_rows,
@@ -224,6 +225,7 @@ for fault in [*unread.values()][:20]:
     print("left out:", fault)
 cases = read_cases(rows, "choose", choosing["cases"])
 reported = contradicting_first(read_cases(rows, "report"), agreeing)
+cases, reported = (as_the_model_writes(lmm, x) for x in (cases, reported))
 contradicting = sum(case.contradicts for case in reported)
 to_cure = sum(case.contradicts for case in cases)
 print(f"{len(cases)} cases to choose clamps; {to_cure} contradict")

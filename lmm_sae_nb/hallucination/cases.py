@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
 
+import torch
 from datasets import Dataset
 from PIL import Image
 
@@ -56,8 +57,38 @@ def _case(row: Mapping) -> Case:
     right, taught = (row[name].split()[0] for name in ("answer", "taught"))
     opposite = OPPOSITE.get(right.lower(), taught)
     opposite = opposite.capitalize() if right[0].isupper() else opposite
-    tempting = taught if taught != right else opposite
-    return Case(row["image"], row["question"], right, tempting, taught != right, row["group"])
+    contradicts = taught.lower() != right.lower()
+    return Case(row["image"], row["question"], right, taught if contradicts else opposite, contradicts, row["group"])
+
+
+@torch.no_grad()
+def as_the_model_writes(lmm: LMM, cases: Sequence[Case], asked: int = 8) -> list[Case]:
+    """Return the cases with answers in the letters that the model uses, such as "Yes" for "yes".
+
+    A first token is compared with one token only, so "yes" would count as wrong for a model that says "Yes". Of the
+    ways to write a word that are one token, we take the most likely one after the first questions.
+
+    asked: questions that decide.
+    """
+    ways = {word: _ways(lmm, word) for case in cases for word in (case.right, case.tempting)}
+    if all(len(of_word) < 2 for of_word in ways.values()):
+        return list(cases)
+    likely = sum(lmm.last_logits(lmm.prompt(case.question, case.image))[0].log_softmax(-1) for case in cases[:asked])
+    best = {
+        word: max(of_word, key=lambda way: float(likely[of_word[way]])) for word, of_word in ways.items() if of_word
+    }
+    written = {word: best.get(word, word) for word in ways}
+    return [replace(case, right=written[case.right], tempting=written[case.tempting]) for case in cases]
+
+
+def _ways(lmm: LMM, word: str) -> dict[str, int]:
+    """The ways to write a word in small and large letters that are one known token, with this token."""
+    found: dict[str, int] = {}
+    for way in (word, word.lower(), word.capitalize(), word.upper()):
+        ids = lmm.tokenizer(way, add_special_tokens=False)["input_ids"]
+        if len(ids) == 1 and ids[0] != lmm.tokenizer.unk_token_id and ids[0] not in found.values():
+            found[way] = ids[0]
+    return found
 
 
 def pictured_rows(rows: Dataset, unreadable: str = "refuse") -> Iterator[dict]:

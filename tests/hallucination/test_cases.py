@@ -5,7 +5,7 @@ from datasets import Dataset
 from models import noise
 from PIL import Image
 
-from lmm_sae_nb.hallucination.cases import Case, contradicting_first, custom_case, read_cases
+from lmm_sae_nb.hallucination.cases import Case, as_the_model_writes, contradicting_first, custom_case, read_cases
 from lmm_sae_nb.support.images import UnreadableImage
 
 ROWS = [
@@ -25,6 +25,24 @@ def test_the_tempting_answer_is_the_taught_one_or_the_opposite_of_the_right_one(
     assert (other.right, other.tempting, other.group) == ("left", "right", "h")
     with pytest.raises(ValueError, match="'other'; the data set has choose, report"):
         read_cases(rows, "other")
+
+
+def test_answers_are_written_in_the_letters_that_the_model_prefers(lmm):
+    cases = [Case(noise(), question, "y", "N", True) for question in ("so ?", "or not ?")]
+    token = {way: lmm.tokenizer(way)["input_ids"][0] for way in "yYnN"}
+    chances = sum(lmm.logits(lmm.prompt(case.question, case.image))[0, -1].log_softmax(-1) for case in cases)
+    right = "y" if chances[token["y"]] > chances[token["Y"]] else "Y"
+    tempting = "n" if chances[token["n"]] > chances[token["N"]] else "N"
+    written = as_the_model_writes(lmm, cases)
+    assert [(case.right, case.tempting) for case in written] == [(right, tempting)] * 2
+    assert written[0].question == cases[0].question
+    two_tokens = [Case(noise(), "so ?", "yes", "no", True)]
+    assert as_the_model_writes(lmm, two_tokens) == two_tokens
+
+
+def test_the_same_word_in_other_letters_does_not_contradict():
+    (case,) = read_cases(Dataset.from_list([ROWS[1] | {"taught": "no"}]), "choose")
+    assert (case.right, case.tempting, case.contradicts) == ("No", "Yes", False)
 
 
 def test_a_case_without_an_image_is_refused():

@@ -74,10 +74,8 @@ def as_the_model_writes(lmm: LMM, cases: Sequence[Case], asked: int = 8) -> list
     if all(len(of_word) < 2 for of_word in ways.values()):
         return list(cases)
     likely = sum(lmm.last_logits(lmm.prompt(case.question, case.image))[0].log_softmax(-1) for case in cases[:asked])
-    best = {
-        word: max(of_word, key=lambda way: float(likely[of_word[way]])) for word, of_word in ways.items() if of_word
-    }
-    written = {word: best.get(word, word) for word in ways}
+    chances = {word: {way: float(likely[token]) for way, token in of_word.items()} for word, of_word in ways.items()}
+    written = {word: max(of_word, key=of_word.get, default=word) for word, of_word in chances.items()}
     return [replace(case, right=written[case.right], tempting=written[case.tempting]) for case in cases]
 
 

@@ -537,6 +537,7 @@ stories_are = (
     if m["stories_fluency_ratio"] >= 0.8
     else "So many steered stories are broken at the chosen dose."
 )
+fluent = read_mean(m, "named_fluency") if "named_fluency" in m else "unknown"
 findings(
     f"At dose {m['dose']:g}, {m['named_of_100']:.0f} of 100 object "
     "latents make the model name their object on a white image. "
@@ -544,7 +545,7 @@ findings(
     f"intervals {'do not overlap' if above else 'overlap'}.{limit}",
     f"The fluency of all answers is {read_mean(m, 'fluency')}, that of "
     "the answers that name the object "
-    f"{read_mean(m, 'named_fluency')}. Unsteered answers have "
+    f"{fluent}. Unsteered answers have "
     f"{read_mean(m, 'unsteered_fluency')}. "
     f"{m['fluent_named_of_100']:.0f} of 100 latents give an answer that "
     "names the object and has at least 0.8 of the unsteered fluency.",

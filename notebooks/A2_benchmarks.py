@@ -136,6 +136,27 @@ plots.table([
 ])
 
 # %% [markdown]
+# ## On a GPU
+#
+# `python -m lmm_sae_nb.benchmarks gpu` measures on one GPU, in minutes, what
+# [A3](A3_full_scale) forecasts: a training step of the paper's SAE, and a
+# model of the paper's size with random weights.
+
+# %%
+path = page.root / "book/gpu.json"
+gpu = read_typed(path, dict) if path.is_file() else {}
+on_gpu = gpu.get("results", {})
+if gpu:
+    print("measured on", gpu["date"], "with", gpu["device"])
+else:
+    print("It has not been run yet: there was no GPU.")
+plots.table([
+    {"part": part, "what": what, "value": value}
+    for part, row in on_gpu.items() if isinstance(row, dict)
+    for what, value in row.items()
+])
+
+# %% [markdown]
 # ## Targets
 #
 # We set two targets before these measurements: a highest ratio, and how many

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lmm_sae_nb.benchmarks import ablations, cache_opening, comparison, panel, seeds
+from lmm_sae_nb.benchmarks import ablations, cache_opening, comparison, gpu, panel, seeds
 
 COMMANDS = {
     "training": comparison,
@@ -12,6 +12,7 @@ COMMANDS = {
     "cache-opening": cache_opening,
     "seeds": seeds,
     "panel": panel,
+    "gpu": gpu,
 }
 
 

@@ -23,6 +23,7 @@ from lmm_sae_nb.full_scale.models import (
     image_layout,
     width_of,
 )
+from lmm_sae_nb.support.devices import wait_for
 
 
 class Device(NamedTuple):
@@ -295,22 +296,34 @@ def explain_cost(
 # This machine.
 
 
-def measure_this_machine(seconds: float = 0.4) -> Device:
-    """Measure the speed of this CPU's float32 products and copies, with torch's number of threads.
+def measure_this_machine(seconds: float = 0.4, device: torch.device = torch.device("cpu"), side: int = 1024) -> Device:  # noqa: B008
+    """Measure the speed of a device's products and copies; a CPU has torch's number of threads.
 
-    seconds: how long each of the two is measured.
+    A CPU computes bfloat16 no faster than float32 here.
+
+    seconds: how long each of them is measured.
+    side: of the square matrices; a GPU needs 8,192 to be busy.
     """
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    target, source = torch.empty(2**24), torch.randn(2**24)
-    flops = 2.0 * 1024**3 * _calls_per_second(lambda: a @ b, seconds)
-    bandwidth = 2.0 * 4 * 2**24 * _calls_per_second(lambda: target.copy_(source), seconds)
-    return Device("this CPU", math.inf, flops, flops, bandwidth, bandwidth)
+    a = torch.randn(side, side, device=device)
+    target, source = torch.empty(2**24, device=device), torch.randn(2**24, device=device)
+    product, rounded = 2.0 * side**3, a.bfloat16()
+    float32 = product * calls_per_second(lambda: a @ a, seconds, device)
+    on_cpu = device.type == "cpu"
+    bfloat16 = float32 if on_cpu else product * calls_per_second(lambda: rounded @ rounded, seconds, device)
+    bandwidth = 2.0 * 4 * 2**24 * calls_per_second(lambda: target.copy_(source), seconds, device)
+    return Device(f"this {'CPU' if on_cpu else 'GPU'}", math.inf, float32, bfloat16, bandwidth, bandwidth)
 
 
-def _calls_per_second(work: Callable[[], object], seconds: float) -> float:
+def calls_per_second(work: Callable[[], object], seconds: float, device: torch.device) -> float:
+    """Return how often a device does some work in a second.
+
+    seconds: how long this is measured, after a first call that does not count.
+    """
     work()
+    wait_for(device)
     times, began = 0, time.perf_counter()
     while (spent := time.perf_counter() - began) < seconds:
         work()
+        wait_for(device)
         times += 1
     return times / spent

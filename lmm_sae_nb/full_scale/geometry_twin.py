@@ -31,6 +31,7 @@ from lmm_sae_nb.full_scale.costs import Assumptions, attribute_cost, cache_cost,
 from lmm_sae_nb.full_scale.models import config_of
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.support.devices import wait_for
 from lmm_sae_nb.support.stages import peak_memory
 from lmm_sae_nb.train.training import train_sae
 
@@ -65,18 +66,27 @@ def narrow(config: PretrainedConfig, width: int = 64) -> PretrainedConfig:
     return twin
 
 
-def geometry_twin(name_or_path: str | Path, width: int = 64, seed: int = 0) -> LMM:
-    """Build the narrow twin of a LLaVA-NeXT model: float32, on the CPU, with a processor that needs no files.
+def geometry_twin(
+    name_or_path: str | Path,
+    width: int = 64,
+    seed: int = 0,
+    *,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    dtype: torch.dtype = torch.float32,
+) -> LMM:
+    """Build the narrow twin of a LLaVA-NeXT model, with a processor that needs no files.
 
     name_or_path: the model whose geometry it has.
-    width: of its decoder.
+    width: of its decoder; 0 is the model's own.
     seed: of its random weights.
     """
-    config, words = narrow(config_of(name_or_path), width), _byte_tokenizer()
+    config, words = config_of(name_or_path), _byte_tokenizer()
+    config = narrow(config, width) if width else config
     config.image_token_id = words.convert_tokens_to_ids(IMAGE)
     config.text_config.bos_token_id, config.text_config.eos_token_id = None, words.eos_token_id
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config)
+    with device:
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     side = config.vision_config.image_size
     images = LlavaNextImageProcessorPil(
         size={"shortest_edge": side},
@@ -91,7 +101,7 @@ def geometry_twin(name_or_path: str | Path, width: int = 64, seed: int = 0) -> L
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
     )
-    return LMM(model, processor, f"the twin of {name_or_path}, {width} wide")
+    return LMM(model, processor, f"the twin of {name_or_path}, {config.text_config.hidden_size} wide")
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -126,7 +136,8 @@ def run_twin(
 ) -> dict[str, float]:
     """Train, cache and attribute with the twin, and predict what the same takes.
 
-    The prediction uses this machine's measured speed in full. Numba's loops are compiled before anything is timed.
+    The prediction uses the measured speed of the model's device in full. Numba's loops are compiled before anything is
+    timed.
 
     pictures: all of one size; each is a sample, a cached image, and the image of one decision.
     layer, n_latents, k, n_top, steps, batch_tokens, seed: as in `train_sae` and `cache_activations`.
@@ -134,29 +145,32 @@ def run_twin(
     Returns: for each of train, cache and attribute NAME_seconds and NAME_gb (the process's highest memory meanwhile),
     and the same with `_predicted`.
     """
-    this_machine, memory_before = measure_this_machine(), peak_memory() or 0
+    device = lmm.device
+    on_gpu = device.type == "cuda"
+    this_machine = measure_this_machine(device=device, side=8192 if on_gpu else 1024)
+    memory_before = 0 if on_gpu else peak_memory() or 0
     question = "what is shown ?"
     samples = [{"image": picture, "question": question, "answer": "noise"} for picture in pictures]
     text_tokens = int(lmm.prompt(question, pictures[0], answers=["noise"]).mask("text", "special").sum())
     assumptions = Assumptions(pictures[0].size, text_tokens=text_tokens, library_memory=memory_before)
     size = {"n_latents": n_latents, "k": k}
     batches = {"steps": steps, "batch_tokens": batch_tokens, "buffer_tokens": 4 * batch_tokens, "batch_samples": 1}
-    common = {"dtype": "float32", "assumptions": assumptions}
+    common = {"dtype": str(lmm.model.dtype).removeprefix("torch."), "assumptions": assumptions}
     costs = [
         train_cost(lmm.model, layer, **size, **batches, **common),
         cache_cost(lmm.model, layer, **size, n_top=n_top, batch_size=1, images=len(pictures), **common),
-        attribute_cost(lmm.model, layer, **size, decisions=len(pictures), **common),
+        attribute_cost(lmm.model, layer, **size, decisions=len(pictures), **common | {"dtype": "float32"}),
     ]
     measured: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         few = {"n_latents": 2 * k, "k": k, "steps": 1, "batch_tokens": 64, "buffer_tokens": 64, "batch_samples": 1}
         train_sae(lmm, samples[:1], layer, **few, folder=f"{folder}/few")
-        with _timed("train", measured):
+        with timed("train", measured, device):
             sae = train_sae(lmm, samples, layer, **size, **batches, seed=seed, folder=f"{folder}/train").sae
         place = SAEInPlace(lmm, sae, layer)
-        with _timed("cache", measured):
+        with timed("cache", measured, device):
             cache_activations(place, pictures, n_top=n_top, batch_size=1, folder=f"{folder}/cache")
-        with _timed("attribute", measured):
+        with timed("attribute", measured, device):
             for picture in pictures:
                 linear(place, decision(lmm, question, picture, "y", "n"))
     for cost in costs:
@@ -180,13 +194,17 @@ def predicted_and_measured(measured: Mapping[str, float], unit: str) -> dict[str
 
 
 @contextmanager
-def _timed(stage: str, measured: dict[str, float]) -> Iterator[None]:
-    """Add the stage's wall time and the process's highest memory meanwhile to `measured`.
+def timed(stage: str, measured: dict[str, float], device: torch.device) -> Iterator[None]:
+    """Add the stage's wall time and the highest memory meanwhile, of the GPU or of the process, to `measured`.
 
-    Only Linux can forget an earlier peak; elsewhere the memory is the highest so far.
+    Only Linux can forget an earlier peak of a process; elsewhere the memory is the highest so far.
     """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is held now
     began = time.monotonic()
     yield
-    measured |= {f"{stage}_seconds": time.monotonic() - began, f"{stage}_gb": (peak_memory() or 0) / 1e9}
+    wait_for(device)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory() or 0
+    measured |= {f"{stage}_seconds": time.monotonic() - began, f"{stage}_gb": peak / 1e9}

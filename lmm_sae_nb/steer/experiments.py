@@ -284,7 +284,8 @@ class RankedKinds:
         metrics = {}
         groups = {kind: (kind,) for kind in ("scene", *LOW_LEVEL)} | {"low_level": LOW_LEVEL}
         for name, kinds in groups.items():
-            by_image = np.sum([self.top[kind] for kind in kinds if kind in self.top], 0)
+            none = np.zeros(max(map(len, self.top.values()), default=0))
+            by_image = none + sum(np.array(self.top[kind]) for kind in kinds if kind in self.top)
             if np.size(by_image) > 1:
                 metrics |= bounds(f"top_ranks_{name}", mean_interval(by_image))
                 known = self.fractions["all latents"]

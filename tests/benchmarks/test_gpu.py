@@ -1,0 +1,31 @@
+"""The command for a GPU runs at small size on a pretend accelerator, and leaves out parts that come too late."""
+
+import pytest
+import torch
+from pretend_device import pretend_device
+
+from lmm_sae_nb.benchmarks import gpu
+
+SIM = torch.device("sim")
+
+
+@pytest.mark.slow
+def test_every_part_is_measured_on_an_accelerator():
+    with pretend_device():
+        found = gpu.measure(gpu.SMALL, SIM, minutes=5)
+    assert found.keys() == gpu.parts(gpu.SMALL, SIM).keys()
+    for name, row in found.items():
+        assert isinstance(row, dict) and min(row.values()) >= 0, name
+    assert {"train_seconds", "cache_seconds", "attribute_seconds_predicted"} <= found["model"].keys()
+
+
+@pytest.mark.parametrize("dead", [False, True])
+@pytest.mark.parametrize("precision", gpu.PRECISIONS)
+def test_a_step_takes_time_in_every_precision(precision, dead):
+    cost = gpu.step_cost(gpu.SMALL, precision, torch.device("cpu"), dead=dead)
+    assert cost["ratio"] == pytest.approx(cost["seconds"] / cost["product_seconds"]) and cost["seconds"] > 0
+    assert torch.get_float32_matmul_precision() == "highest", "the precision is what it was"
+
+
+def test_a_part_that_comes_too_late_says_so():
+    assert set(gpu.measure(gpu.SMALL, torch.device("cpu"), minutes=-1).values()) == {"the time was up"}

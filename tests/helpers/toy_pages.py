@@ -1,5 +1,7 @@
 """Run pages of the book at toy size, one after the other, in this process: `toy_pages.py FOLDER DTYPE [PAGE ...]`.
 
+In bfloat16 they run as with the preset `paper`: without a ground truth, and page 05 without other sizes.
+
 The cells are those that `make book` runs. All models are on the pretend device; the model under study is of the dtype.
 FOLDER becomes a small copy of the project, with a small Picture World.
 """
@@ -26,6 +28,7 @@ NAMED = [  # a toy SAE has no latents for these; pages 06 and 08 need latents th
     ("happy", "face"), ("sad", "face"), ("hungry", "face"), ("angry", "face"), ("cactus", "object"),
     ("clock", "object"), ("umbrella", "object"), ("guitar", "object"), ("libya", "word"), ("spain", "word"),
 ]  # fmt: skip
+LIKE_PAPER = {"concepts": "", "sizes": [], "ks": []}
 FLOAT32_ONLY = ("07",)  # attribution is about small differences
 
 
@@ -73,6 +76,8 @@ def main(folder: Path, dtype: str, *pages: str) -> None:
         values, began = toy[source.stem], time.monotonic()
         if "loading" in (known := notebooks.parameters(source)) and not source.stem.startswith(FLOAT32_ONLY):
             values = values | {"loading": known["loading"].default | {"dtype": dtype}}
+        if dtype == "bfloat16":
+            values = values | {name: value for name, value in LIKE_PAPER.items() if name in known}
         with pretend_device():
             run_page(source, values)
         if source.stem.startswith("03"):

@@ -249,7 +249,8 @@ def test_commands_hold_the_preset_s_own_values(root, preset):
     job = json.loads(write.removeprefix("echo '").removesuffix("' > job.json"))
     assert (job["n_latents"], job["k"], job["layer"]) == (131_072, 256, 24)
     assert job["folder"] == "data/artifacts/paper/train" and job["dataset"] == preset["01_train_sae"]["dataset"]
-    settings = {name: value for name, value in job.items() if name not in ("model", "dataset")}
+    settings = {name: value for name, value in job.items() if name not in ("model", "loading", "dataset")}
+    signature(LMM.load).bind("the model", **job["loading"])
     shared = {name: settings.pop(name) for name in list(settings) if name in signature(train_saes).parameters}
     signature(train_saes).bind("the model", "the samples", {"": Recipe(settings.pop("layer"), **settings)}, **shared)
     assert "--num_processes 8" in train and train.endswith("-m lmm_sae_nb.train.launch job.json")

@@ -21,6 +21,7 @@ from pretend_device import pretend_device
 
 from lmm_sae_nb.pictureworld.world.datasets import render
 from lmm_sae_nb.support import notebooks
+from lmm_sae_nb.support.presets import preset
 
 HERE = Path(__file__).parent
 SCENES = {"train": 160, "cache": 60, "heldout": 40, "traps": 60}
@@ -69,7 +70,7 @@ def main(folder: Path, dtype: str, *pages: str) -> None:
     if not folder.exists():
         make_project(folder)
     os.chdir(folder)
-    toy = notebooks.preset(HERE / "toy.yaml")
+    toy = preset(HERE / "toy.yaml")
     for source in notebooks.sources(folder):
         if pages and not source.stem.startswith(pages):
             continue

@@ -155,6 +155,7 @@ from lmm_sae_nb.steer.objects import (
 )
 from lmm_sae_nb.steer.relevance import Relevance, rate_objects
 from lmm_sae_nb.steer.steering import steer_latents
+from lmm_sae_nb.support.images import Chosen
 from lmm_sae_nb.support.intervals import read_mean
 from lmm_sae_nb.support.stages import Metrics, Page
 
@@ -412,7 +413,7 @@ steering = stage.result(
         place, cache, object_names, objects["question"], white,
         objects["doses"], count=objects["count"],
         choosing=objects["choosing"], scope=Scope(tuple(objects["kinds"])),
-        others=[pictures[int(i)] for i in drawn[: objects["others"]]],
+        others=Chosen(pictures, drawn[: objects["others"]]),
         batch=batch, max_new_tokens=objects["max_new_tokens"], seed=seed,
     ),
 )  # fmt: skip

@@ -23,6 +23,7 @@ from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.steer.experiments import latents_named
 from lmm_sae_nb.steer.objects import SteeredQuestion, Steering, Try, Way, clamping, steer_by
 from lmm_sae_nb.steer.steering import Scope
+from lmm_sae_nb.support.images import Chosen
 from lmm_sae_nb.support.intervals import bounds, mean_interval
 from lmm_sae_nb.support.stages import Metrics
 from lmm_sae_nb.truth.detectors import choose_detectors
@@ -174,7 +175,7 @@ def compare_ways(
     Raises:
         ValueError: fewer than three objects are named and shown, or no latent is left for the control.
     """
-    place, cache = study
+    place, cache = study.place, study.cache
     rng, scenes = np.random.default_rng(seed), cached.scenes
     column = {name: n for n, (kind, name) in enumerate(cached.names) if kind == "object" and scenes[n] >= least}
     best = {each.concept: each.latent for each in choose_detectors(cache, truth, best=1) if each.kind == "object"}
@@ -246,6 +247,6 @@ def steering_baselines(
     """
     lmm, white = study.place.lmm, Image.new("RGB", (size, size), "white")
     drawn = np.random.default_rng(seed).permutation(study.cache.readable)[:others].tolist()
-    asked = SteeredQuestion(lmm, question, white, [images[n] for n in drawn], batch, max_new_tokens)
+    asked = SteeredQuestion(lmm, question, white, Chosen(images, drawn), batch, max_new_tokens)
     cached = LabelledStates.read(lmm, study.place.layer, [images[n] for n in range(min(fitted, len(images)))], truth)
     return compare_ways(study, names, truth, cached, asked, seed=seed, **settings).metrics

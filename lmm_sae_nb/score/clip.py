@@ -14,6 +14,8 @@ from lmm_sae_nb.score.scores import Column, Comparison, Explained
 from lmm_sae_nb.score.similarity import AllPairs, clip_score
 from lmm_sae_nb.support.images import pixel_hash, rgb
 
+PIXELS = 2**26  # of pictures that are held at once: 270 MB
+
 
 def clip_input(exemplar: Exemplar, mode: Mode, rng: np.random.Generator | None = None) -> Image.Image:
     """Return the image that CLIP sees: the whole one, or (`mode.region`) the active patches with the rest black.
@@ -39,12 +41,12 @@ def clip_scores(
 
     all_pairs: gives the cosines.
     pictures: may be a stream.
-    batch: pictures that are held at once.
+    batch: pictures that are held at once, or fewer large ones.
 
     Raises:
         ValueError: there are no pictures, or the cosines have another shape.
     """
-    scores, waiting, places, numbers = [], [], [], {}
+    scores, waiting, places, numbers, pixels = [], [], [], {}, 0
 
     def score() -> None:
         cosines = np.asarray(all_pairs(waiting, list(concepts)), np.float32)
@@ -58,11 +60,13 @@ def clip_scores(
 
     for picture in pictures:
         number = numbers.setdefault(pixel_hash(picture), len(numbers))
-        if number == len(scores) * batch + len(waiting):  # not seen before
+        if number == sum(map(len, scores)) + len(waiting):  # not seen before
             waiting.append(picture)
+            pixels += picture.width * picture.height
         places.append(number)
-        if len(waiting) == batch:
+        if len(waiting) == batch or pixels > PIXELS:
             score()
+            pixels = 0
     if waiting:
         score()
     if not scores:

@@ -11,6 +11,7 @@ from lmm_sae_nb.cache.encode_images import activation_maps
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.score.masks import PAPER, STRICT, ActivationMap, FindConcept, MaskOf, Mode, activation_mask, ious
 from lmm_sae_nb.score.scores import Column, Comparison, Explained
+from lmm_sae_nb.support.images import Chosen
 from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.truth.label_maps import Mask
 
@@ -65,10 +66,10 @@ def maps_on(
     Raises:
         NoPatchGrid: the model has none.
     """
-    pictures = [images[index] for index in indices]
-    maps = activation_maps(place, pictures, latents)
+    pictures = Chosen(images, indices)
+    maps, sizes = activation_maps(place, pictures, latents), [picture.size for picture in pictures]
     return {
-        latent: [ActivationMap(i, p.size, m) for i, p, m in zip(indices, pictures, maps[:, column], strict=True)]
+        latent: [ActivationMap(i, size, m) for i, size, m in zip(indices, sizes, maps[:, column], strict=True)]
         for column, latent in enumerate(latents)
     }
 

@@ -15,6 +15,7 @@ from lmm_sae_nb.score.iou import maps_on, score_ious
 from lmm_sae_nb.score.masks import PAPER, STRICT, FindConcept, both_modes, exemplar_maps
 from lmm_sae_nb.score.scores import Column, ColumnScores, Comparison, Explained, Scores, latents_by_kind
 from lmm_sae_nb.score.similarity import AllPairs
+from lmm_sae_nb.support.images import Chosen
 from lmm_sae_nb.truth.accuracy import other_names
 from lmm_sae_nb.truth.label_maps import LabelMaps
 
@@ -102,6 +103,6 @@ def score_latents(
             explained, others, segmenters, modes, runs=random_runs, seed=seed,
         )  # fmt: skip
     if all_pairs:
-        pictures = [images[index] for index in drawn_for_clip]
+        pictures = Chosen(images, drawn_for_clip)
         comparisons |= score_clips(all_pairs, exemplars, explained, others, pictures, modes, runs=clip_runs, seed=seed)
     return Scores(dict(explained), [ColumnScores(column, latents) for column, latents in comparisons.items()])

@@ -268,6 +268,25 @@ def in_words(left_out: Mapping[str, str], named: int = 5) -> str:
     return f"{len(left_out):,} files or folders left out{': ' * bool(rows)}{', '.join(rows)}{more}"
 
 
+class Chosen(Sequence):
+    """Some of the pictures, by number. Each is opened when it is needed, for many photographs do not fit into memory.
+
+    images: all pictures.
+    numbers: of those that are chosen.
+    """
+
+    def __init__(self, images: Sequence[Image.Image], numbers: Iterable[SupportsIndex]):
+        self._images, self._numbers = images, [int(number) for number in numbers]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: SupportsIndex | slice) -> Image.Image | list[Image.Image]:
+        if isinstance(index, slice):
+            return [self._images[number] for number in self._numbers[index]]
+        return self._images[self._numbers[index]]
+
+
 class Remembered(Sequence):
     """Pictures by number, of which the latest used stay in memory.
 

@@ -29,13 +29,13 @@ IMAGE_TOKENS = Scope(("tiles", "newline"))
 
 @pytest.fixture
 def asked(studied):
-    (place, _), images, _ = studied
+    (place, *_), images, _ = studied
     return SteeredQuestion(place.lmm, "what ?", images[0], images[1:4], batch=2, max_new_tokens=3)
 
 
 @pytest.fixture
 def cached(studied):
-    (place, _), images, rows = studied
+    (place, *_), images, rows = studied
     return LabelledStates.read(place.lmm, place.layer, images, LabelMaps(rows, CONCEPTS))
 
 
@@ -64,7 +64,7 @@ def by_hook(lmm, layer, text, image, vector, kinds, generated=False, **generatio
     [(IMAGE_TOKENS, False), (Scope(("base", "text")), True), (Scope(("base", "text"), phases=("prompt",)), False)],
 )
 def test_adding_a_vector_is_a_hook_that_adds_it(studied, scope, generated):
-    (place, _), images, _ = studied
+    (place, *_), images, _ = studied
     lmm = place.lmm
     vectors = 20 * torch.randn(2, lmm.width, generator=torch.Generator().manual_seed(0))
     prompt = lmm.prompt(["what ?"] * 2, images[:2])
@@ -77,7 +77,7 @@ def test_adding_a_vector_is_a_hook_that_adds_it(studied, scope, generated):
 
 
 def test_a_dose_of_a_direction_is_a_length(studied, asked):
-    (place, _), images, _ = studied
+    (place, *_), images, _ = studied
     directions = np.random.default_rng(0).normal(size=(3, place.lmm.width)).astype(np.float32)
     way = adding(1, directions, 4.0, asked, IMAGE_TOKENS)
     said = way([Try(2, "cat", 8.0), Try(0, "dog", 0.5), Try(1, "hat", 0.0)])
@@ -103,7 +103,7 @@ def test_a_prompt_says_the_concept_of_the_number(studied, asked):
 
 
 def test_every_way_steers_towards_the_same_objects(studied, cached, asked):
-    (place, cache), images, rows = studied
+    (place, cache, *_), images, rows = studied
     truth, live = LabelMaps(rows, CONCEPTS), np.flatnonzero(cache.live).tolist()
     names = dict(zip(live[:4], ("cat", "dog", "hat", "car"), strict=True))  # no scene shows cars
     how = dict(doses=[2, 50], forms=["say {} .", "is it a {} ?"], count=2, choosing=1, most=300)

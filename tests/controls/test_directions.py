@@ -132,7 +132,7 @@ def test_thresholds_are_chosen_on_the_cached_patches_alone():
 
 
 def test_labelled_states_are_the_layers_output_at_the_base_patches(studied):
-    (place, _), images, rows = studied
+    (place, *_), images, rows = studied
     truth = LabelMaps(rows, CONCEPTS)
     made = LabelledStates.read(place.lmm, 1, images, truth)
     for n, image in enumerate(images):
@@ -145,7 +145,7 @@ def test_labelled_states_are_the_layers_output_at_the_base_patches(studied):
 
 @pytest.mark.parametrize("other_maps", [False, True])
 def test_the_best_latent_of_a_concept_is_measured_on_other_images(studied, other_maps):
-    (place, cache), images, rows = studied
+    (place, cache, *_), images, rows = studied
     truth, unseen = LabelMaps(rows, CONCEPTS), LabelMaps(rows[::-1], CONCEPTS)
     heldout = LabelledStates.read(place.lmm, 1, images[:5], unseen)
     heldout = heldout.with_other_maps() if other_maps else heldout
@@ -164,7 +164,7 @@ def test_the_best_latent_of_a_concept_is_measured_on_other_images(studied, other
 
 
 def test_a_concept_that_too_few_cached_scenes_show_counts_as_not_detected(studied):
-    (place, cache), images, rows = studied
+    (place, cache, *_), images, rows = studied
     empty = Image.fromarray(np.zeros((192, 192), np.uint8))
     blank = [row | {"scene": empty} for row in rows]
     truth, unseen = LabelMaps(blank, CONCEPTS), LabelMaps(rows, CONCEPTS)

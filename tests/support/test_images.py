@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as arrays
 from PIL import Image
 
 from lmm_sae_nb.support.images import (
+    Chosen,
     Remembered,
     UnreadableImage,
     find_pictures,
@@ -251,6 +252,16 @@ def test_remembered_pictures_are_kept_while_they_fit(tmp_path):
     assert pictures[1].getpixel((0, 0)) == (1, 1, 1)  # and takes the place of the first
     with pytest.raises(UnreadableImage, match="0.png"):
         pictures[0]
+
+
+def test_chosen_pictures_are_opened_one_by_one(tmp_path):
+    for n in range(3):
+        Image.new("L", (4, 4), n).save(tmp_path / f"{n}.png")
+    chosen = Chosen(open_images(tmp_path), np.array([2, 0, 2]))
+    (tmp_path / "1.png").write_bytes(b"never opened")
+    assert len(chosen) == 3
+    assert [picture.getpixel((0, 0))[0] for picture in chosen] == [2, 0, 2]
+    assert [picture.getpixel((0, 0))[0] for picture in chosen[1:9]] == [0, 2]
 
 
 def test_sources_without_images_are_refused(tmp_path):

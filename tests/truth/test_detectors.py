@@ -30,7 +30,7 @@ class Studied(NamedTuple):
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory):
     """A real cache with its store, over 8 images with labels at random, of a small true model."""
-    (place, cache), images, rows = make_study(tmp_path_factory.mktemp("cache"), batch_size=3)
+    (place, cache, *_), images, rows = make_study(tmp_path_factory.mktemp("cache"), batch_size=3)
     return Studied(place, images, LabelMaps(rows, CONCEPTS), cache)
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from doit import get_var
@@ -13,7 +14,7 @@ from doit.tools import config_changed
 
 from book import api, features, pages
 from book.progress import Reporter, progress
-from lmm_sae_nb.support.files import files_below, read_json
+from lmm_sae_nb.support.files import MANIFEST, changed_files, files_below, read_json
 
 ROOT = pages.ROOT
 BUILD, BOOK = ROOT / "build", ROOT / "book"
@@ -60,10 +61,18 @@ def lacks_replies(metrics: Path) -> bool:
         return True
 
 
+def is_damaged(stage: Path) -> bool:
+    """Whether a finished stage lacks a file, or has one with another checksum than it was finished with."""
+    with suppress(FileNotFoundError, ValueError):  # a damaged manifest has another hash
+        return bool(changed_files(stage, read_json(stage / MANIFEST)))
+    return False
+
+
 class AsLeft:
     """Up to date while these results are as they were when the task last ended, or still not there if they were not.
 
-    own: those of them that the task makes; one without all its replies is to be made again (`Stage.is_current`).
+    own: those of them that the task makes; one without all its replies, or with a damaged file, is to be made again
+        (`Stage.is_current`).
     """
 
     def __init__(self, paths: list[Path], own: Sequence[Path] = ()):
@@ -77,7 +86,7 @@ class AsLeft:
 
     def __call__(self, task, values: dict) -> bool:
         metrics = (path / "metrics.json" for path in self.own)
-        if any(map(lacks_replies, filter(Path.is_file, metrics))):
+        if any(map(lacks_replies, filter(Path.is_file, metrics))) or any(map(is_damaged, self.own)):
             return False
         return values.get("results") == self.now()["results"]
 

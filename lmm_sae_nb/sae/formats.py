@@ -383,7 +383,12 @@ def _saelens_config(weights: SAEWeights) -> dict:
 
 
 def _open_safetensors(path: Path) -> Mapping:
-    file = open_tensors(path)
+    try:
+        file = open_tensors(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: train the SAE again with notebooks/01_train_sae.py, or download it again"
+        ) from error
     rows = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     k = (file.metadata() or {}).get("k", "")
     return rows | {"k": torch.tensor(int(k))} if k.isdecimal() else rows

@@ -22,6 +22,7 @@ from typing import IO
 
 LARGEST = 2**30  # bytes of a JSON file that is read
 AGAIN = "correct it, or delete it and run the notebook that makes it again"
+MANIFEST = "manifest.json"  # of a stage's folder: the record of what it was made from, and of its files
 TEMPORARY = ".tmp"  # ending of the hidden names of files that are being written
 TEMPORARY_NAME = re.compile(rf"\..*\.[0-9a-f]{{32}}\{TEMPORARY}")  # the names that `temporary_name` gives
 ASIDE = ".old"  # ending of the hidden names of folders that are being replaced
@@ -254,6 +255,21 @@ def crc_of(file: IO[bytes], start: int = 0) -> int:
     while size := file.readinto(block):
         start = zlib.crc32(block[:size], start)
     return start
+
+
+def outputs(folder: Path) -> dict[str, str]:
+    """Return every file of a stage but the manifest and half-written (dot) files, with its size and checksum."""
+    files = (file for file in sorted(folder.rglob("[!.]*")) if file.is_file() and file.name != MANIFEST)
+    return {
+        file.relative_to(folder).as_posix(): f"{file.stat().st_size} bytes, crc32 {checksum(file)}" for file in files
+    }
+
+
+def changed_files(folder: Path, manifest: Mapping) -> set[str]:
+    """Return the names of a stage's files that are missing, new or other than its manifest records."""
+    recorded, actual = manifest.get("outputs"), outputs(folder)
+    recorded = recorded if isinstance(recorded, dict) else {}
+    return {name for name in recorded.keys() | actual.keys() if recorded.get(name) != actual.get(name)}
 
 
 def sync_folder(folder: str | Path) -> None:

@@ -23,9 +23,11 @@ from pydantic import TypeAdapter, ValidationError
 from lmm_sae_nb.support import locks
 from lmm_sae_nb.support.files import (
     AGAIN,
-    checksum,
+    MANIFEST,
+    changed_files,
     existing,
     fingerprint,
+    outputs,
     parse_json,
     project_root,
     read_json,
@@ -35,7 +37,7 @@ from lmm_sae_nb.support.files import (
 from lmm_sae_nb.support.names import folder_name
 from lmm_sae_nb.support.parameters import check_page, declared_in
 
-MANIFEST, METRICS, BEGUN = "manifest.json", "metrics.json", ".begun.json"
+METRICS, BEGUN = "metrics.json", ".begun.json"
 IPYTHON = {"In", "Out"}  # plain values in a kernel's namespace that are no parameters
 T = TypeVar("T")
 Metrics = dict[str, int | float]  # what a stage reports, flat
@@ -140,7 +142,7 @@ class Stage:
         manifest, begun = self._record(MANIFEST), self._record(BEGUN)
         known = next((record for record in (manifest, begun) if self._agrees(record)), None)
         finished = known is not None and known is manifest
-        damaged = self._damaged(manifest) if finished else set()
+        damaged = changed_files(self.folder, manifest) if finished else set()
         failed = finished and METRICS not in damaged and bool(self.metrics.get("replies_failed"))
         self.is_current = finished and not failed and not damaged
         made = known["results"] if known and not failed else []
@@ -215,7 +217,7 @@ class Stage:
             **self._key,
             "seed": self._key["params"].get("seed"),
             "results": self._made,
-            "outputs": self._outputs(),
+            "outputs": outputs(self.folder),
             "versions": versions(),
             "seconds": round(time.monotonic() - self._started, 3),
             "peak_memory_bytes": peak_memory(),
@@ -231,14 +233,14 @@ class Stage:
         It needs no imports of the page's code. It does not know the page's parameters.
         """
         manifest, root = self._record(MANIFEST), project_root()
-        if manifest is None or self.metrics.get("replies_failed"):
+        if not self._agrees(manifest) or changed_files(self.folder, manifest) or self.metrics.get("replies_failed"):
             return False
         try:
             inputs = {name: fingerprint(root / name) for name in manifest["inputs"]}
             code = {name: code_fingerprint(importlib.util.find_spec(name).origin) for name in manifest["code"]}
         except (AttributeError, FileNotFoundError, ModuleNotFoundError):  # an input or a module is gone
             return False
-        return (inputs, code, self._outputs()) == tuple(manifest[key] for key in ("inputs", "code", "outputs"))
+        return (inputs, code) == (manifest["inputs"], manifest["code"])
 
     def _note(self) -> None:
         """Record which results hold for this key."""
@@ -253,21 +255,6 @@ class Stage:
     def _agrees(self, record: dict | None) -> bool:
         """Whether a record is of this key; one of an older version, which lists no results, is not."""
         return record is not None and "results" in record and all(record.get(k) == v for k, v in self._key.items())
-
-    def _outputs(self) -> dict[str, str]:
-        """Every file of the stage but the manifest and half-written (dot) files, with its size and checksum."""
-        files = (file for file in sorted(self.folder.rglob("[!.]*")) if file.is_file() and file.name != MANIFEST)
-        return {
-            file.relative_to(self.folder).as_posix(): f"{file.stat().st_size} bytes, crc32 {checksum(file)}"
-            for file in files
-        }
-
-    def _damaged(self, manifest: dict) -> set[str]:
-        """The files that are missing, new or other than when the stage was finished."""
-        recorded = manifest.get("outputs")
-        recorded = recorded if isinstance(recorded, dict) else {}
-        actual = self._outputs()
-        return {name for name in recorded.keys() | actual.keys() if recorded.get(name) != actual.get(name)}
 
 
 class Page:

@@ -1,5 +1,6 @@
 """An edit runs again what it touches and nothing else: the real build over a repository of two notebooks."""
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from book import pages
+from lmm_sae_nb.support.files import outputs
 
 pytestmark = pytest.mark.slow
 
@@ -184,6 +186,24 @@ def test_a_page_whose_stage_lacks_replies_is_run_again_until_it_has_them(built):
     metrics.write_text('{"replies_failed": 0}')
     assert ran(built) == []
     metrics.unlink()
+
+
+def test_a_stage_with_a_damaged_file_is_made_again(built):
+    """Also if the file has the same size: its checksum is another."""
+    page, stage = built / "notebooks/01_one.py", built / "data/artifacts/tiny/train"
+    before = page.read_text()
+    (stage / "weights").write_text("whole")
+    record = json.dumps({"outputs": outputs(stage)})
+    edit(built, "notebooks/01_one.py", 'f"{steps}")', f"{record!r})")
+    assert "page:01_one" in ran(built)
+    assert ran(built) == []
+    (stage / "weights").write_text("whale")
+    assert ran(built) == ran(built) == ["page:01_one"]
+    (stage / "weights").write_text("whole")
+    assert ran(built) == []
+    page.write_text(before)
+    (stage / "weights").unlink()
+    assert "page:01_one" in ran(built)
 
 
 def test_a_deleted_result_is_made_again(built):

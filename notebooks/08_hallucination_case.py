@@ -128,6 +128,7 @@ custom: dict = {"image": "", "question": "", "answer": "", "baseline": ""}
 from itertools import islice
 
 from datasets import load_from_disk
+from IPython.display import display
 
 from lmm_sae_nb import (
     LatentCache,
@@ -692,14 +693,18 @@ field = captions.metrics if captions else {}
 for kind, replies in said.items():
     field |= replies.metrics(kind)
 field = checks.finish(field)
+measured = ("accuracy", "f1", "yes")
+for kind, replies in said.items():
+    scores = {n: replies.scores(n, "adversarial") for n in cures}
+    display(plots.table([
+        {"model": titles.get(name, name)}
+        | {measure: scores[name][measure] for measure in measured}
+        for name in cures
+    ], f"POPE, adversarial: {kind}s", digits=2))  # fmt: skip
 plots.table([
-    {"model": titles.get(name, name)}
-    | {f"{kind}s, {measure}": score for kind, replies in said.items()
-       for measure, score in replies.scores(name, "adversarial").items()
-       if measure in ("accuracy", "f1", "yes")}
-    | captions.scores(name)
+    {"model": titles.get(name, name)} | captions.scores(name)
     for name in (cures if captions else ())
-], "POPE, adversarial (words and objects); CHAIR")  # fmt: skip
+], "CHAIR", digits=2)  # fmt: skip
 
 # %% mystnb={"figure": {"caption": "POPE: accuracy for each choice of the absent things, before (untouched) and after each cure; 99 % intervals.", "name": "fig-pope"}, "image": {"alt": "Two panels, objects and labels, with a row for each cure and a dot for each of three samplings."}}
 if said:

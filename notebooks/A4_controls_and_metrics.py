@@ -433,7 +433,8 @@ plots.table(panel_rows(known, columns.SELECTIVITY), digits=2)
 # about 60 latents, so the intervals are wide.
 
 # %% tags=["hide-output"]
-plots.table(panel_rows(known, columns.STEERING_NAMES), digits=2)
+display(plots.table(panel_rows(known, columns.BY_EXEMPLARS), digits=2))
+plots.table(panel_rows(known, columns.BY_STEERING), digits=2)
 
 # %% [markdown]
 # ## Which metric tells a good SAE from a bad one?

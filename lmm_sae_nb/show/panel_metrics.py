@@ -65,15 +65,20 @@ SELECTIVITY = _of(
         "if spread evenly": "selectivity_even",
     },
 )
-STEERING_NAMES = _of(
+BY_EXEMPLARS = _of(
     "steering_names",
     {
         "exemplars: named": "exemplars_explained",
         "exemplars: right": "exemplars_accuracy",
+        "both: right": "agreed_accuracy",
+    },
+)
+BY_STEERING = _of(
+    "steering_names",
+    {
         "steering: named": "steering_explained",
         "steering: right": "steering_accuracy",
         "steering: guessed": "steering_guessed",
-        "both: right": "agreed_accuracy",
     },
 )
 CHANCES = (

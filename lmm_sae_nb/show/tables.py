@@ -22,7 +22,7 @@ def table(rows: Sequence[Mapping[str, object]], caption: str = "", digits: int =
 
     None is a dash, and a mean has its interval below it. A column with a text in it is set left, others right.
 
-    digits: behind the point, of a float and of a mean. With fewer than three, a number of 10 or more has none.
+    digits: behind the point, of a float and of a mean. With two, a number of 10 or more has none.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     left = {name for name in names if any(isinstance(row.get(name), str) for row in rows)}
@@ -49,7 +49,7 @@ def _value(value: object, digits: int) -> str:
 
 def _number(value: float, digits: int, like: float | None = None) -> str:
     """Return a number with so many digits behind the point, or with none if `like` (or the number) is 10 or more."""
-    return f"{value:.{0 if digits < 3 and abs(value if like is None else like) >= 10 else digits}f}"
+    return f"{value:.{0 if digits == 2 and abs(value if like is None else like) >= 10 else digits}f}"
 
 
 def _shorter(value: object, digits: int) -> str:

@@ -70,6 +70,9 @@ endpoint: dict = {
     "key_variable": "",  # environment variable with the key; "": none
     "concurrency": 8,  # questions at the same time
     "timeout": 120.0,  # seconds that an answer may take
+    # fields of a request to add, or with None to leave out, such as
+    # {"chat_template_kwargs": {"enable_thinking": False}}
+    "extra": {},
 }
 n_explained: int = 1024  # live latents; drawn at random if there are more
 n_top: int = 5  # exemplars of a latent
@@ -194,12 +197,17 @@ plots.exemplar_strip([(f"latent {n}", by_latent[n]) for n in two]);
 # 89 % of their names were right ([lab notebook](../lab_notebook)). In the
 # preset `paper` there is no limit.
 #
-# Each reply is saved at once. A run that was stopped goes on where it was.
+# Each reply is saved at once. A run that was stopped goes on where it was. What a
+# model thinks aloud (`<think>`) is cut off before its answer is read. The metrics
+# that begin with `replies_` count what was wrong with replies.
 
 # %%
 stage = page.stage(
     "interpret", after=("train", "cache"),
-    without=("endpoint", "seeds_study", "panel"),
+    without=(
+        "endpoint.key_variable", "endpoint.concurrency",
+        "endpoint.timeout", "seeds_study", "panel",
+    ),
 )  # fmt: skip
 interpreter = open_interpreter(
     explainer, refiner, labeller, endpoint,
@@ -229,6 +237,9 @@ explanations = stage.result(
         as_rows(interpreter.explain(by_latent)), by_latent, truth
     ),
 )  # fmt: skip
+replies = stage.result(
+    "reply_counts", dict[str, int], lambda: interpreter.counts
+)
 explained = [n for n, row in explanations.items() if row["concept"]]
 refused = [n for n in explanations if n not in explained]
 
@@ -373,7 +384,8 @@ metrics = stage.finish(
     | accuracy.unseen_metrics(explanations, in_training, seed)
     | accuracy.chance_metrics(by_chance)
     | recall
-    | {"replies_failed": interpreter.failed}
+    | replies
+    | {"replies_failed": replies["replies_failed"] or interpreter.failed}
 )
 metrics_table(stage)
 

@@ -70,6 +70,9 @@ endpoint: dict = {
     "key_variable": "",  # environment variable with the key; "" for none
     "concurrency": 8,  # questions asked at the same time
     "timeout": 120.0,  # seconds that an answer may take
+    # fields of a request to add, or with None to leave out, such as
+    # {"chat_template_kwargs": {"enable_thinking": False}}
+    "extra": {},
 }
 seed: int = 0  # of everything random, and of the bootstrap
 # the same page for other SAEs, which differ in their seed; "": none
@@ -87,10 +90,10 @@ from lmm_sae_nb.interpret.explain import ExplanationRows
 from lmm_sae_nb.score.examples import median_overlaps, overlaps
 from lmm_sae_nb.score.judges import (
     Judgement,
+    OpenJudge,
     consistency,
     judge_latents,
     judge_metrics,
-    open_judge,
     table_2,
 )
 from lmm_sae_nb.score.latents import (
@@ -378,18 +381,24 @@ judgements = {}
 if judge or truth:
     judging = page.stage(
         "judge", after=("cache", "interpret"),
-        without=("endpoint", "seeds_study", "panel"),
+        without=(
+            "endpoint.key_variable", "endpoint.concurrency",
+            "endpoint.timeout", "seeds_study", "panel",
+        ),
     )  # fmt: skip
-    replies = judging.path("replies.jsonl")
+    record = judging.path("replies.jsonl")
+    judge_by = OpenJudge(judge, truth, endpoint, replies=record)
     judgements = judging.result(
         "verdicts", dict[int, Judgement],
         lambda: judge_latents(
-            open_judge(judge, truth, endpoint, replies=replies), exemplars,
-            explained, other_names(explained, seed), each=n_judged,
-            seed=seed,
+            judge_by, exemplars, explained, other_names(explained, seed),
+            each=n_judged, seed=seed,
         ),
     )  # fmt: skip
-    judged = judging.finish(judge_metrics(judgements, explained))
+    replies = judging.result(
+        "reply_counts", dict[str, int], lambda: judge_by.counts
+    )
+    judged = judging.finish(replies | judge_metrics(judgements, explained))
 
 # %%
 judge_name = judge or "ground truth"

@@ -101,6 +101,9 @@ endpoint: dict = {
     "key_variable": "",  # environment variable with the key; "": no key
     "concurrency": 8,  # questions at the same time
     "timeout": 120.0,  # seconds that an answer may take
+    # fields of a request to add, or with None to leave out, such as
+    # {"chat_template_kwargs": {"enable_thinking": False}}
+    "extra": {},
 }
 # explained latents of each layer and model: at least so many, because the
 # last batch of questions is kept whole
@@ -265,7 +268,13 @@ by_size = size_recipes(center, sizes, ks)
 recipes = by_layer | by_size
 
 # %%
-stage = page.stage("compare", without=("endpoint", "unreadable"))
+stage = page.stage(
+    "compare",
+    without=(
+        "endpoint.key_variable", "endpoint.concurrency",
+        "endpoint.timeout", "unreadable",
+    ),
+)  # fmt: skip
 studied = train_and_cache(
     lmm, recipes, samples, pictures, folder=stage.path(first), **how
 )

@@ -88,6 +88,9 @@ endpoint: dict = {
     "key_variable": "",  # environment variable with its key
     "concurrency": 8,  # questions at the same time
     "timeout": 120.0,  # seconds that an answer may take
+    # fields of a request to add, or with None to leave out, such as
+    # {"chat_template_kwargs": {"enable_thinking": False}}
+    "extra": {},
 }
 batch: int = 20  # clamps that run side by side
 seed: int = 0  # of the choice of latents and images
@@ -174,7 +177,10 @@ names = {n: row["concept"] for n, row in named.items()}
 white = Image.new("RGB", (objects["size"],) * 2, "white")
 stage = page.stage(
     "steer", after=("train", "cache", "interpret"),
-    without=("batch", "endpoint", "seeds_study", "panel"),
+    without=(
+        "endpoint.key_variable", "endpoint.concurrency",
+        "endpoint.timeout", "batch", "seeds_study", "panel",
+    ),
 )  # fmt: skip
 print(f"{len(named)} named latents")
 

@@ -72,6 +72,9 @@ endpoint: dict = {
     "key_variable": "",  # environment variable with its key; "": none
     "concurrency": 8,  # questions at the same time
     "timeout": 120.0,  # seconds that an answer may take
+    # fields of a request to add, or with None to leave out, such as
+    # {"chat_template_kwargs": {"enable_thinking": False}}
+    "extra": {},
 }
 n_explained: int = 200  # live latents of the random dictionary
 n_top: int = 5  # exemplars of a latent
@@ -145,7 +148,10 @@ if concepts:
     truth = LabelMaps(labelled, page.locate(concepts))
 stage = page.stage(
     "controls", after=("train", "interpret"),
-    without=("batch_size", "endpoint", "panel", "unreadable"),
+    without=(
+        "endpoint.key_variable", "endpoint.concurrency",
+        "endpoint.timeout", "batch_size", "panel", "unreadable",
+    ),
 )  # fmt: skip
 
 # %% [markdown]

@@ -23,6 +23,7 @@ from pathlib import Path
 from lmm_sae_nb.show.seed_study import Measured, SeedStudy
 from lmm_sae_nb.support import notebooks
 from lmm_sae_nb.support.files import fingerprint, project_root, read_json, write_atomic, write_json
+from lmm_sae_nb.support.parameters import leave_out
 from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.stages import Stage
 
@@ -128,7 +129,7 @@ def recipe(sources: Iterable[Path], root: Path | None = None, made: Collection[s
     for source in sources:
         left_out = notebooks.ignored(source, made) | {"run"} | ({"seed"} if source.stem.startswith(SEEDED) else set())
         known = notebooks.parameters(source)
-        given[source.stem] = {name: each.default for name, each in known.items() if name not in left_out}
+        given[source.stem] = leave_out({name: each.default for name, each in known.items()}, left_out)
     text = str(given)
     models = sorted(set(re.findall(r"'(data/models/[^']+)'", text)))
     return {"pages": given, "models": {name: fingerprint((root or project_root()) / name) for name in models}}

@@ -6,8 +6,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,13 +55,14 @@ class Recorded:
     chat: the model to ask.
     path: the file; it is made if it is missing.
     failed: how many questions failed, without those that get no answer while others do (`Reply.refused`).
+    damaged: how many lines of the file are no replies.
     """
 
     def __init__(self, chat: Chat, path: str | Path):
         self.name, self.identity, self._chat, self._path = chat.name, chat.identity, chat, Path(path)
         self._chat_hash = hashlib.sha256(chat.identity.encode()).hexdigest()[:16]
         self.failed = 0
-        self._damaged = 0
+        self.damaged = 0
         self._replies: dict[str, Reply] = {}  # by key, of the questions that were asked
 
     def __call__(self, questions: Iterable[Question]) -> Iterator[tuple[int, Reply]]:
@@ -103,19 +103,14 @@ class Recorded:
             yield from known
 
     @property
-    def counts(self) -> Counter[str]:
-        """What became of the questions so far, each counted once, as metrics."""
-        replies = self._replies.values()
-        return Counter(
-            replies_failed=self.failed,
-            replies_refused=sum(reply.refused and not reply.only_reasoned for reply in replies),
-            replies_only_reasoned=sum(reply.only_reasoned for reply in replies),
-            replies_asked_again=sum(reply.tries > 1 for reply in replies),
-            replies_cut=sum(reply.cut for reply in replies),
-            replies_with_thoughts=sum(reply.answer != reply.text for reply in replies),
-            replies_replaced_characters=sum(reply.replaced for reply in replies),
-            replies_damaged_lines=self._damaged,
-        )
+    def counts(self) -> dict[str, int]:
+        """What became of the questions so far, as `reply_counts` says it."""
+        return reply_counts([self])
+
+    @property
+    def replies(self) -> list[Reply]:
+        """The replies to all questions so far, each question once."""
+        return list(self._replies.values())
 
     def _read(self) -> dict[str, Reply]:
         """Return the replies in the file by key, without those that failed."""
@@ -134,13 +129,13 @@ class Recorded:
                 replies[row.key] = row.reply
                 if row.chat == self._chat_hash and hasattr(self._chat, "answered"):
                     self._chat.answered = True  # so that it need not find out again that it answers
-        if len(damaged) > self._damaged:
+        if len(damaged) > self.damaged:
             warnings.warn(
                 f"{self._path}: {len(damaged)} lines are no replies and are ignored, such as line {damaged[0]}; their "
                 "questions are asked again",
                 stacklevel=3,
             )
-        self._damaged = len(damaged)
+        self.damaged = len(damaged)
         return replies
 
 
@@ -173,6 +168,31 @@ def _as_reply(line: bytes) -> _Row | None:
     return _Row(
         row["key"], str(row.get("chat", "")), reply._replace(replaced=max(reply.replaced, row.get("replaced", 0)))
     )
+
+
+def reply_counts(chats: Collection[Recorded]) -> dict[str, int]:
+    """Return what became of the questions that chats with a common file were asked, as metrics: each question once.
+
+    replies_failed: those that get another try in the next run (`Recorded.failed`).
+    replies_refused: those that get no answer while others do, but for the next.
+    replies_only_reasoned: those that the model reasoned about without an answer.
+    replies_asked_again: those that were asked more than once until a reply came.
+    replies_cut: answers that ran into their limit.
+    replies_with_thoughts: answers from which a thought was cut off.
+    replies_replaced_characters: characters of all answers that were no text.
+    replies_damaged_lines: lines of the file that are no replies.
+    """
+    replies = [reply for chat in chats for reply in chat.replies]
+    return {
+        "replies_failed": sum(chat.failed for chat in chats),
+        "replies_refused": sum(reply.refused and not reply.only_reasoned for reply in replies),
+        "replies_only_reasoned": sum(reply.only_reasoned for reply in replies),
+        "replies_asked_again": sum(reply.tries > 1 for reply in replies),
+        "replies_cut": sum(reply.cut for reply in replies),
+        "replies_with_thoughts": sum(reply.answer != reply.text for reply in replies),
+        "replies_replaced_characters": sum(reply.replaced for reply in replies),
+        "replies_damaged_lines": max((chat.damaged for chat in chats), default=0),
+    }
 
 
 def ask(chat: Chat, questions: Iterable[Question]) -> list[Reply]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from lmm_sae_nb.chat.recorded import Recorded, open_chat
+from lmm_sae_nb.chat.recorded import Recorded, open_chat, reply_counts
 from lmm_sae_nb.interpret import explainers
 from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.interpret.explain import Explainer, Explanation, explain_enough, explain_latents
@@ -72,12 +72,8 @@ class Interpreter:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What became of the questions so far, as metrics (`Recorded.counts`); empty if none was asked."""
-        chats = [chat.counts for chat in self._chats.values()]
-        damaged = {"replies_damaged_lines": max(each["replies_damaged_lines"] for each in chats)} if chats else {}
-        return {
-            name: sum(each[name] for each in chats) for name in (chats[0] if chats else ())
-        } | damaged  # of one file
+        """What became of the questions so far, as metrics (`reply_counts`)."""
+        return reply_counts(self._chats.values())
 
     @cached_property
     def refine(self) -> Refiner:

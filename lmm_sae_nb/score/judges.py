@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmm_sae_nb.chat.questions import IMAGES, Chat, Question
-from lmm_sae_nb.chat.recorded import Recorded, ask, open_chat
+from lmm_sae_nb.chat.recorded import Recorded, ask, open_chat, reply_counts
 from lmm_sae_nb.chat.replies import Reply
 from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.interpret.explainers import KINDS, only_option
@@ -89,22 +89,36 @@ def truth_judge(truth: LabelMaps) -> Judge:
     return judge
 
 
-def open_judge(name: str, truth: LabelMaps | None, endpoint: Mapping[str, object], *, replies: str | Path) -> Judge:
-    """Return the judge that a page names.
+class OpenJudge:
+    """A judge that a page names. A model is loaded when it is first asked.
 
     name: a folder of the project, a name on the hub, or name@http://host:port/v1; "" takes the ground truth.
     truth: None if there is none.
-    endpoint: `key_variable`, `concurrency` and `timeout` of `open_chat`.
+    endpoint: `key_variable`, `concurrency`, `timeout` and `extra` of `open_chat`.
     replies: a file of JSON lines that keeps every reply, so that a run that was stopped does not ask again.
 
     Raises:
         ValueError: neither a model nor a ground truth is given.
     """
-    if name:
-        return model_judge(Recorded(open_chat(name, **endpoint), replies))
-    if truth is None:
-        raise ValueError("there is nobody to judge; give `judge`, or `concepts` for a ground truth")
-    return truth_judge(truth)
+
+    def __init__(self, name: str, truth: LabelMaps | None, endpoint: Mapping[str, object], *, replies: str | Path):
+        if not name and truth is None:
+            raise ValueError("there is nobody to judge; give `judge`, or `concepts` for a ground truth")
+        self._name, self._truth, self._endpoint, self._replies = name, truth, dict(endpoint), replies
+        self._chat: Recorded | None = None
+
+    def __call__(self, sets: Sequence[Sequence[Exemplar]], concepts: Sequence[str]) -> list[str | None]:
+        """Return the verdict on each concept, as a `Judge` does."""
+        if not self._name:
+            return truth_judge(self._truth)(sets, concepts)
+        if self._chat is None:
+            self._chat = Recorded(open_chat(self._name, **self._endpoint), self._replies)
+        return model_judge(self._chat)(sets, concepts)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What became of the questions so far, as metrics (`reply_counts`); empty where no model judges."""
+        return reply_counts([self._chat] if self._chat else []) if self._name else {}
 
 
 def judge_latents(
@@ -169,7 +183,7 @@ def table_2(
 def judge_metrics(judgements: Mapping[int, Judgement], explained: Mapping[int, Explained]) -> dict[str, float]:
     """Return Table 2 as metrics: judged, judged_KIND, and the same of judged_shuffled, each with its number asked.
 
-    replies_failed counts the questions without a reply.
+    judged_without_verdict counts the names that got no verdict, replies_failed the questions without a reply.
     """
     metrics: dict[str, float] = {}
     for column, kinds in consistency_by_column(judgements, explained).items():
@@ -177,4 +191,5 @@ def judge_metrics(judgements: Mapping[int, Judgement], explained: Mapping[int, E
             name = column if kind == "total" else f"{column}_{kind}"
             metrics |= bounds(name, accepted) | {f"{name}_asked": accepted.cases}
     replies = [getattr(row, column) for row in judgements.values() for column in COLUMNS]
-    return metrics | {"replies_failed": replies.count(FAILED)}
+    without = [row.judged for row in judgements.values()].count(None)
+    return metrics | {"judged_without_verdict": without, "replies_failed": replies.count(FAILED)}

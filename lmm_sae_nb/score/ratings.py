@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
+
+from lmm_sae_nb.chat.replies import readable
 
 VERDICTS = ("yes", "no", "unsure")
 UNDONE = "undone"  # takes back what the same person said of the same latent and concept
@@ -23,9 +26,9 @@ def append_rating(path: str | Path, rater: str, latent: int, concept: str, kind:
     """Add one answer to the file and return it as a row of `FIELDS`; it is on the disk when this returns.
 
     Several people can answer into one file at the same time: each waits for the others, at most `PATIENCE` seconds.
-    A line that a crash cut short is removed first.
+    A last line that a crash cut short is removed first; one that lacks only its end is kept.
 
-    rater: who answers.
+    rater: who answers; what is no text in it is replaced, as in a reply.
     concept, kind: of the explanation that is judged.
     verdict: one of `VERDICTS`, or `UNDONE`.
 
@@ -37,7 +40,8 @@ def append_rating(path: str | Path, rater: str, latent: int, concept: str, kind:
         raise ValueError("an answer needs the name of who gave it; type one")
     if verdict not in (*VERDICTS, UNDONE):
         raise ValueError(f"{verdict!r} is no verdict; choose one of {', '.join((*VERDICTS, UNDONE))}")
-    row = dict(zip(FIELDS, (rater.strip(), int(latent), concept, kind, verdict, _now()), strict=True))
+    rater, concept, kind = (text and readable(text) for text in (rater.strip(), concept, kind))
+    row = dict(zip(FIELDS, (rater, int(latent), concept, kind, verdict, _now()), strict=True))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -55,8 +59,11 @@ def _append(path: Path, line: bytes) -> None:
     with path.open("ab+", buffering=0) as file:
         file.seek(0)
         held = file.read()
-        if held and not held.endswith(b"\n"):
-            file.truncate(held.rfind(b"\n") + 1)
+        last = held[held.rfind(b"\n") + 1 :]
+        if last and _is_row(last):
+            line = b"\n" + line
+        elif last:
+            file.truncate(len(held) - len(last))
         written = file.write(line)
         if written != len(line):
             raise OSError(f"{path}: {written} of {len(line)} bytes could be written; make room and answer again")
@@ -70,30 +77,46 @@ def _now() -> str:
 def read_ratings(path: str | Path) -> list[dict]:
     """Return the answers that hold, in the order they were given: of each rater, latent and concept the last one.
 
-    An answer that was taken back is left out, and so is a last line that was cut short. A missing file has none.
-
-    Raises:
-        ValueError: a line is no answer; the message gives its number.
+    An answer that was taken back is left out, and so is a last line that was cut short. A missing file has none. Any
+    other line that is no answer is left out, too, and a warning names it.
     """
-    path, answers = Path(path), {}
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for number, line in enumerate(text.split("\n")[:-1], 1):
-        row = _row(line, f"{path}, line {number}")
+    path, answers, wrong = Path(path), {}, []
+    *lines, last = (path.read_bytes() if path.is_file() else b"").split(b"\n")
+    lines += [last] if _is_row(last) else []
+    for number, line in enumerate(lines, 1):
+        row = _row(line)
+        if row is None:
+            wrong += [number] if line.strip() else []
+            continue
         key = row["rater"], row["latent"], row["concept"]
         answers.pop(key, None)
         if row["verdict"] != UNDONE:
             answers[key] = row
+    if wrong:
+        some = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
+        warnings.warn(
+            f"{path}: {len(wrong)} lines are no answers and do not count: {some}; an answer has {', '.join(FIELDS)}. "
+            "Correct or remove them",
+            stacklevel=2,
+        )
     return list(answers.values())
 
 
-def _row(line: str, place: str) -> dict:
+def _is_row(line: bytes) -> bool:
+    return _row(line) is not None
+
+
+def _row(line: bytes) -> dict | None:
+    """Return the answer that a line holds; None if it holds none."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON ({error}); correct or remove the line") from error
-    if not isinstance(row, Mapping) or set(FIELDS) - set(row) or row["verdict"] not in (*VERDICTS, UNDONE):
-        raise ValueError(f"{place} is no answer ({line[:80]!r}); an answer has {', '.join(FIELDS)}")
-    return dict(row)
+        rater, latent, concept, kind, verdict, when = (row[name] for name in FIELDS)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    typed = all(isinstance(text, str) for text in (rater, concept, verdict, when)) and isinstance(kind, str | None)
+    if not typed or type(latent) is not int or verdict not in (*VERDICTS, UNDONE):
+        return None
+    return row | {"rater": readable(rater), "concept": readable(concept), "kind": kind and readable(kind)}
 
 
 def verdicts_by_rater(answers: Iterable[Mapping], concepts: Mapping[int, str]) -> dict[str, dict[int, str]]:

@@ -55,7 +55,8 @@ def stages(source: Path, methods: tuple[str, ...] = READS) -> list[str]:
 
 
 def ignored(source: Path, made: Collection[str] | None = None) -> set[str]:
-    """Return the parameters that change no result of a notebook: those in `without` of every `page.stage`.
+    """Return the parameters, or entries of parameters, that change no result of a notebook: those in `without` of every
+    `page.stage`.
 
     made: only the results of these stages count; by default those of all that the notebook makes.
     """
@@ -64,7 +65,11 @@ def ignored(source: Path, made: Collection[str] | None = None) -> set[str]:
         {text for keyword in call.keywords if keyword.arg == "without" for text in _constants(keyword.value)}
         for call in calls
     ]
-    return set.intersection(*given) if given else set()
+
+    def is_covered(name: str, names: set[str]) -> bool:  # "endpoint" covers "endpoint.timeout"
+        return bool({name, name.partition(".")[0]} & names)
+
+    return {name for names in given for name in names if all(is_covered(name, each) for each in given)}
 
 
 def _calls(source: Path, methods: tuple[str, ...]) -> list[ast.Call]:

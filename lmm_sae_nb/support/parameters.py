@@ -88,6 +88,21 @@ def nearest(name: str, known: Collection[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else "remove it or correct its spelling"
 
 
+def leave_out(values: Mapping[str, object], names: Collection[str]) -> dict[str, object]:
+    """Return values without some of them, and without dictionaries that are left with nothing in them.
+
+    names: of values, or of entries of a dictionary as "endpoint.timeout".
+    """
+    left = {}
+    for name, value in values.items():
+        entries = {each.partition(".")[2] for each in names if each.startswith(f"{name}.")}
+        if isinstance(value, Mapping) and entries:
+            value = {key: each for key, each in value.items() if key not in entries and each != {}}
+        if name not in names and not (entries and value == {}):
+            left[name] = value
+    return left
+
+
 def misfit(parameter: Parameter, value: object, name: str) -> Misfit | None:
     """Return what is wrong with a value of a parameter; None if it fits.
 

@@ -35,7 +35,7 @@ from lmm_sae_nb.support.files import (
     write_json,
 )
 from lmm_sae_nb.support.names import folder_name
-from lmm_sae_nb.support.parameters import check_page, declared_in
+from lmm_sae_nb.support.parameters import check_page, declared_in, leave_out
 
 METRICS, BEGUN = "metrics.json", ".begun.json"
 IPYTHON = {"In", "Out"}  # plain values in a kernel's namespace that are no parameters
@@ -299,14 +299,15 @@ class Page:
         name: the stage's folder.
         after: stages of the same run that it reads.
         beside: stages that it reads if they are there.
-        without: parameters that change no result, such as how many processes work.
+        without: parameters that change no result, such as how many processes work; "endpoint.timeout" is one entry of
+            a dictionary.
 
         Raises:
             FileNotFoundError: a stage that it reads is not finished.
             ValueError: a stage in `after` was made from other content of an input that this one reads too, such as a
                 folder of pictures to which some were added.
         """
-        params = {key: value for key, value in self.params.items() if key not in set(without)}
+        params = leave_out(self.params, set(without))
         inputs = [self.file(stage, MANIFEST) for stage in after]
         inputs += [file for stage in beside if (file := Stage(self.run, stage).path(MANIFEST)).is_file()]
         paths = dict.fromkeys(existing(self.root, text) for text in _texts(params))

@@ -56,6 +56,33 @@ def test_failed_questions_are_counted_over_all_models(tmp_path):
         assert interpreter.failed == 0
         [row] = interpreter.explain(by_latent(1)).values()
         assert row.outcome is Outcome.FAILED and interpreter.failed == 1
+        assert (interpreter.counts["replies_failed"], interpreter.counts["replies_refused"]) == (1, 1)
+
+
+def test_a_page_of_a_model_that_thinks_counts_thoughts_and_what_was_only_reasoned(tmp_path):
+    faults = {1: "thought that refuses", 2: "only reasoned", 3: "not utf-8", 4: "cut short"}
+    asked: list[int] = []
+
+    def choose(request):
+        asked.append(request.images[0])
+        return faults[len(dict.fromkeys(asked))]
+
+    with serving(lambda request: "a cat", choose=choose) as server:
+        settings = {"model": f"eye@{server.url}", "prompt": "?"}
+        one_by_one = ENDPOINT | {"concurrency": 1}
+        for _ in "12":  # the second from the record
+            interpreter = open_interpreter(settings, "", "", one_by_one, concepts="", replies=tmp_path / "r.jsonl")
+            rows = interpreter.explain(by_latent(1, 2, 3, 4))
+            assert [(row.outcome, row.concept) for row in rows.values()] == [
+                (Outcome.EXPLAINED, "a cat"), (Outcome.FAILED, None), (Outcome.EXPLAINED, "a cat\ufffd\ufffd"),
+                (Outcome.UNPARSEABLE, None),
+            ]  # fmt: skip
+            assert rows[2].answer.startswith("no answer, the model only reasoned") and rows[1].answer == "a cat"
+            counted = {name.removeprefix("replies_"): count for name, count in interpreter.counts.items() if count}
+            assert counted == {
+                "only_reasoned": 1, "asked_again": 1, "cut": 1, "with_thoughts": 1, "replaced_characters": 2,
+            }  # fmt: skip
+            asked, faults = [], {1: "only reasoned"}  # the others are on record
 
 
 @pytest.mark.parametrize("settings", [{"model": "m"}, {"prompt": "?"}, {"model": "m", "prompt": "?", "least_sure": 1}])

@@ -1,19 +1,23 @@
 """Judges of explanations, and Table 2 against Wilson's formula."""
 
+import base64
+import io
 import math
 
 import numpy as np
 import pytest
+from PIL import Image
 from scored import CONCEPTS, corner, exemplar, label_maps
 
+from lmm_sae_nb.benchmarks.faulty_server import serving
 from lmm_sae_nb.chat.replies import Reply
 from lmm_sae_nb.score.judges import (
     Judgement,
+    OpenJudge,
     consistency,
     judge_latents,
     judge_metrics,
     model_judge,
-    open_judge,
     table_2,
     truth_judge,
 )
@@ -61,9 +65,9 @@ def test_the_ground_truth_judges_what_it_knows():
     truth = LabelMaps([label_maps(object=cat), label_maps(object=dog)], CONCEPTS)
     shown = [exemplar(0, corner(2, 2))]
     assert truth_judge(truth)([shown] * 3, ["cat", "dog", "unicorn"]) == ["yes", "no", None]
-    assert open_judge("", truth, {}, replies="unused")([shown], ["cat"]) == ["yes"]
+    assert OpenJudge("", truth, {}, replies="unused")([shown], ["cat"]) == ["yes"]
     with pytest.raises(ValueError, match="nobody to judge"):
-        open_judge("", None, {}, replies="unused")
+        OpenJudge("", None, {}, replies="unused")
 
 
 def test_as_many_latents_of_each_kind_are_judged_on_both_names():
@@ -111,7 +115,9 @@ def test_table_2_as_metrics_has_intervals_and_numbers():
     assert (found["judged_low"], found["judged_high"]) == pytest.approx(wilson(3, 8), abs=1e-9)
     assert (found["judged_object"], found["judged_object_asked"]) == (2 / 4, 4)
     assert (found["judged_shuffled"], found["judged_shuffled_asked"], found["judged_shuffled_low"]) == (0, 7, 0)
-    assert found["replies_failed"] == 1
+    assert found["replies_failed"] == 1 and found["judged_without_verdict"] == 0
+    rows[0] = Judgement("a")
+    assert judge_metrics(rows, explained)["judged_without_verdict"] == 1
 
 
 def test_table_2_stands_beside_the_papers():
@@ -125,3 +131,22 @@ def test_table_2_stands_beside_the_papers():
     assert (table["object"]["GPT-4o, the paper"], table["word"]["GPT-4o, the paper"]) == (0.84, None)
     assert table["scene"]["truth"] is None
     assert list(table_2({}, explained, "truth", published)[0]) == ["kind", "GPT-4o, the paper", "people, the paper"]
+
+
+def test_a_judge_behind_an_endpoint_counts_what_was_wrong_with_replies(tmp_path):
+    said = {(1, 0, 0): "thought", (2, 0, 0): "surrogate", (3, 0, 0): "only reasoned", (4, 0, 0): "500"}
+    with serving(lambda request: "yes", choose=lambda request: said[colour_of(request)]) as server:
+        judge = OpenJudge(f"m@{server.url}", None, {"concurrency": 1, "timeout": 9.0}, replies=tmp_path / "r.jsonl")
+        assert judge.counts["replies_failed"] == len(server.requests) == 0
+        sets = [[exemplar(0, corner(1, 2), colour=colour)] for colour in said]
+        assert judge(sets, ["hat"] * 4) == ["yes", "yes", None, "failed"]
+    counted = {name.removeprefix("replies_"): count for name, count in judge.counts.items() if count}
+    assert counted == {
+        "failed": 1, "only_reasoned": 1, "asked_again": 1, "with_thoughts": 1, "replaced_characters": 1,
+    }  # fmt: skip
+
+
+def colour_of(request) -> tuple[int, ...]:
+    """The colour of the image that was sent."""
+    data = base64.b64decode(request.images[0].partition(",")[2])
+    return Image.open(io.BytesIO(data)).convert("RGB").getpixel((0, 0))

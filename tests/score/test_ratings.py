@@ -59,14 +59,39 @@ def test_another_concept_of_the_same_latent_is_another_question(tmp_path):
     assert [(row["concept"], row["verdict"]) for row in read_ratings(path)] == [("cat", "yes"), ("dog", "no")]
 
 
-@pytest.mark.parametrize("line", ["not json", "[1]", '{"rater": "Ann"}'])
-def test_a_line_that_is_no_answer_is_named(tmp_path, line):
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"not json", b"[1]", b'{"rater": "Ann"}', b"\xff\xfe", b"[" * 20_000, b"null",
+        b'{"rater": "A", "latent": true, "concept": "c", "kind": null, "verdict": "yes", "time": ""}',
+        b'{"rater": "A", "latent": 1, "concept": "c", "kind": null, "verdict": ["yes"], "time": ""}',
+    ],
+    ids=["text", "list", "no fields", "not utf-8", "deep", "null", "latent true", "list of verdicts"],
+)  # fmt: skip
+def test_a_line_that_is_no_answer_is_named_and_the_others_count(tmp_path, line):
     path = tmp_path / "answers.jsonl"
     append_rating(path, "Ann", 1, "cat", None, "yes")
-    with path.open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(ValueError, match="answers.jsonl, line 2"):
-        read_ratings(path)
+    with path.open("ab") as file:
+        file.write(line + b"\n")
+    append_rating(path, "Ann", 2, "dog", None, "no")
+    with pytest.warns(UserWarning, match="answers.jsonl: 1 lines are no answers and do not count: 2; an answer has"):
+        assert [row["latent"] for row in read_ratings(path)] == [1, 2]
+
+
+def test_a_last_answer_that_lacks_only_its_end_counts_and_stays(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    append_rating(path, "Ann", 1, "cat", None, "yes")
+    append_rating(path, "Ann", 2, "dog", None, "no")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert [row["latent"] for row in read_ratings(path)] == [1, 2]
+    append_rating(path, "Ann", 3, "bee", None, "no")
+    assert [row["latent"] for row in read_ratings(path)] == [1, 2, 3]
+
+
+def test_a_name_that_cannot_be_written_is_made_writable(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    row = append_rating(path, "Ann\ud83d", 1, "cat\x00", None, "yes")
+    assert (row["rater"], row["concept"]) == ("Ann\ufffd", "cat\ufffd") and read_ratings(path) == [row]
 
 
 def test_wrong_answers_are_refused_and_leave_no_trace(tmp_path):

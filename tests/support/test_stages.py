@@ -279,6 +279,16 @@ def test_a_stage_that_another_page_makes_is_asked_for_by_its_notebook(project):
         Page(notebook()).stage("steer", after=("train",))
 
 
+def test_entries_that_change_no_result_are_left_out_and_so_is_a_dictionary_without_others(project):
+    def params(extra, *without):
+        names = {"run": "tiny", "endpoint": {"timeout": 1.0, "extra": extra}, "steps": 3}
+        return Page(names).stage("steer", without=without)._key["params"]
+
+    assert params({}, "endpoint.timeout") == params({}, "endpoint") == {"steps": 3}
+    assert params({"a": None}, "endpoint.timeout") == {"steps": 3, "endpoint": {"extra": {"a": None}}}
+    assert params({}) == {"steps": 3, "endpoint": {"timeout": 1.0, "extra": {}}}
+
+
 def test_a_page_without_a_run_is_refused(project):
     with pytest.raises(ValueError, match="parameter `run: str`"):
         Page({"layer": 1})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import html
 import json
 import shutil
 from pathlib import Path
@@ -74,15 +73,17 @@ def page(latents: LatentTable, run: str, folder: Path, address: str, steering: s
 
     steering: the page on which a latent can be steered, if there is one. Every text is escaped.
     """
+    from lmm_sae_nb.show.markup import escaped
+
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     articles = [article(latents, latent, folder, address, steering) for latent in latents.rows]
     options = "".join(
-        f'<option value="{n}">{html.escape(name.replace("_", " "))}</option>' for n, name in enumerate(latents.columns)
+        f'<option value="{n}">{escaped(name.replace("_", " "))}</option>' for n, name in enumerate(latents.columns)
     )
     columns = {latent: [_number(row.get(name)) for name in latents.columns] for latent, row in latents.rows.items()}
     body = BODY.format(
-        options=options,
+        options=options.replace("`", "&#96;"),
         count=len(articles),
         articles="\n".join(articles).replace("`", "&#96;"),  # or a text could end the block
         columns=json.dumps(columns, separators=(",", ":")),  # numbers alone
@@ -96,6 +97,7 @@ def _number(value: object) -> float | None:
 
 def article(latents: LatentTable, latent: int, folder: Path, address: str, steering: str | None) -> str:
     """Return one latent as an element of the page, and write its picture, named after its content."""
+    from lmm_sae_nb.show.markup import escaped
     from lmm_sae_nb.show.thumbnails import histogram_svg
 
     row, name, strip = latents.rows[latent], latents.name(latent), latents.strip(latent)
@@ -103,18 +105,18 @@ def article(latents: LatentTable, latent: int, folder: Path, address: str, steer
     if strip:
         file = folder / f"{hashlib.sha256(strip).hexdigest()[:16]}.webp"
         file.write_bytes(strip)
-        description = html.escape(f"top images of latent {latent}, {name}")
+        description = escaped(f"top images of latent {latent}, {name}")
         picture = f'<img loading="lazy" src="{address}/{file.name}" alt="{description}" width="288" height="114">'
-    kind = f"<i>{html.escape(str(row['kind']))}</i>" if row.get("kind") else ""
-    words = html.escape(" ".join(str(value) for value in row.values() if isinstance(value, str)).lower())
+    kind = f"<i>{escaped(str(row['kind']))}</i>" if row.get("kind") else ""
+    words = escaped(" ".join(str(value) for value in row.values() if isinstance(value, str)).lower())
     histogram = latents.histogram(latent)
     bars = histogram_svg(histogram.counts, histogram.edges, histogram.label)
     table = latents.details(latent)
     if steering:
-        table += f'<p><a href="{html.escape(steering)}">steer it</a>: <code>panel.choose({latent})</code></p>'
+        table += f'<p><a href="{escaped(steering)}">steer it</a>: <code>panel.choose({latent})</code></p>'
     return (
         f'<article id="latent-{latent}" data-latent="{latent}" data-words="{words}">'
-        f'<a href="#latent-{latent}">{latent}</a> <b>{html.escape(name)}</b> {kind} {picture}'
+        f'<a href="#latent-{latent}">{latent}</a> <b>{escaped(name)}</b> {kind} {picture}'
         f"<details><summary>all values</summary>{bars}{table}</details></article>"
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmm_sae_nb.show import report
+from lmm_sae_nb.show.markup import code
 from lmm_sae_nb.show.seed_study import SeedStudy
 from lmm_sae_nb.support.stages import read_typed
 
@@ -15,7 +16,7 @@ ENDS = ("_low", "_high")
 MEDIAN = "_median"
 HEAD = """# Results
 
-The notebooks of this build measured every number on this page, in the run `{run}`. An interval has a level of 99 %. The
+The notebooks of this build measured every number on this page, in the run {run}. An interval has a level of 99 %. The
 paper's numbers come from photographs and a model of 8 billion parameters; ours come from the run. So the two columns
 show that the same quantity is meant, not that the numbers should be equal. A *control* is the same measurement where
 the claim should fail. A *target* is what this book set out to reach; a target that was missed stays here.
@@ -127,8 +128,8 @@ def details(stage: str, metrics: Metrics) -> str:
         if any(name.endswith(end) and name.removesuffix(end) in own for end in ENDS):
             continue
         columns = (paper(stage, name), target(metrics, stage, name), report.meaning(stage, name))
-        rows.append(f"| `{name}` | {with_interval(own, name)} | " + " | ".join(columns) + " |")
-    return f"::::{{dropdown}} Stage `{stage}`: {len(rows) - 2} metrics\n\n" + "\n".join(rows) + "\n\n::::\n"
+        rows.append(f"| {code(name)} | {with_interval(own, name)} | " + " | ".join(columns) + " |")
+    return f"::::{{dropdown}} Stage {code(stage)}: {len(rows) - 2} metrics\n\n" + "\n".join(rows) + "\n\n::::\n"
 
 
 def page(artifacts: Path, order: list[str], study: SeedStudy | None = None) -> str:
@@ -145,4 +146,4 @@ def page(artifacts: Path, order: list[str], study: SeedStudy | None = None) -> s
     if study:
         heads.insert(2, f"{len(study.seeds)} SAEs: median (lowest to highest)")
     table = [" | ".join(["", *heads, ""]).strip(), "|" + "---|" * len(heads), claims(found, study)]
-    return HEAD.format(run=artifacts.name, study=STUDY if study else "", claims="\n".join(table), details=folded)
+    return HEAD.format(run=code(artifacts.name), study=STUDY if study else "", claims="\n".join(table), details=folded)

@@ -100,6 +100,7 @@ from lmm_sae_nb.interpret.explain import (
 )
 from lmm_sae_nb.interpret.open import open_interpreter
 from lmm_sae_nb.show import plots
+from lmm_sae_nb.show.markup import as_text
 from lmm_sae_nb.show.panel import read_panel
 from lmm_sae_nb.show.panel_views import (
     PanelMetric,
@@ -308,7 +309,7 @@ if truth:
         f"{len(own) - own.count(None):,} latents. With the same masks on "
         f"random images, it finds one for {count.total():,}. The most "
         "frequent of these are "
-        f"{', '.join(name for name, _ in count.most_common(3))}. "
+        f"{', '.join(as_text(n) for n, _ in count.most_common(3))}. "
         f"For {hits:,} latents it is the concept of their own images."
     )
 
@@ -415,7 +416,7 @@ if truth:
     kind, (lost, of) = max(missed.items(), key=lambda item: item[1][0])
     findings(
         f"Most latents that the explainer refuses though they have a true "
-        f"concept are of the kind {kind}: {lost} of {of}."
+        f"concept are of the kind {as_text(kind)}: {lost} of {of}."
     )
 
 # %% [markdown]

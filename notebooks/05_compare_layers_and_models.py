@@ -189,6 +189,7 @@ from lmm_sae_nb.score.segmenters import open_segmenters
 from lmm_sae_nb.score.similarity import ImageTextSimilarity
 from lmm_sae_nb.score.tables import kind_table
 from lmm_sae_nb.show import plots
+from lmm_sae_nb.show.markup import as_text
 from lmm_sae_nb.show.report import (
     findings,
     headline,
@@ -668,7 +669,7 @@ for name in rest:
         f"{read_mean(metrics, f'clip_paper_{name}_random')}. Its SAE saw "
         f"{other_tokens / tokens:.0%} of the tokens.",
         f"The most frequent kinds of names in {name}: "
-        + ", ".join(f"{kind} ({fractions[kind]:.0%})" for kind in most)
+        + ", ".join(f"{as_text(n)} ({fractions[n]:.0%})" for n in most)
         + ". Some kinds score higher than others, so compare within kinds.",
     )
     findings(*(

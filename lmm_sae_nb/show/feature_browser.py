@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable
 
 import ipywidgets as widgets
 
 from lmm_sae_nb.show.latent_table import LatentTable
+from lmm_sae_nb.show.markup import escaped
 from lmm_sae_nb.show.thumbnails import histogram_svg
 
 UNSORTED = "latent"
@@ -86,7 +86,7 @@ class FeatureBrowser:
     def show(self, latent: int) -> None:
         """Show one latent in detail."""
         self.latent = latent
-        self.title.value = f"<h4>latent {latent}: {html.escape(self.table.name(latent))}</h4>"
+        self.title.value = f"<h4>latent {latent}: {escaped(self.table.name(latent))}</h4>"
         self.facts.value = self.table.details(latent)
         histogram = self.table.histogram(latent)
         self.bars.value = histogram_svg(histogram.counts, histogram.edges, histogram.label)

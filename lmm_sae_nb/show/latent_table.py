@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from PIL import Image
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.cache.top_images import Firings
 from lmm_sae_nb.interpret.explain import ExplanationRows
+from lmm_sae_nb.show.markup import escaped
 from lmm_sae_nb.show.thumbnails import heated, sheet, webp
 from lmm_sae_nb.support.files import project_root
 from lmm_sae_nb.support.images import open_images, rgb
@@ -97,7 +97,7 @@ class LatentTable:
     def details(self, latent: int) -> str:
         """Return the latent's row as an HTML table, with numbers to four digits and every text escaped."""
         body = "".join(
-            f"<tr><th>{html.escape(name.replace('_', ' '))}</th><td>{html.escape(_text(value))}</td></tr>"
+            f"<tr><th>{escaped(name.replace('_', ' '))}</th><td>{escaped(_text(value))}</td></tr>"
             for name, value in self.rows[latent].items()
         )
         return f"<table>{body}</table>"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Mapping, Sequence
 from os.path import commonprefix
 from pathlib import Path
@@ -12,6 +11,7 @@ import ipywidgets as widgets
 import numpy as np
 
 from lmm_sae_nb.score.ratings import UNDONE, VERDICTS, append_rating, read_ratings
+from lmm_sae_nb.show.markup import escaped
 from lmm_sae_nb.show.thumbnails import heated, sheet, webp
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Rater:
         try:
             append_rating(self.path, self.rater.value, latent, *self.explained[latent], verdict)
         except (OSError, ValueError) as error:
-            self.status.value = f"<b>{html.escape(str(error))}</b>"
+            self.status.value = f"<b>{escaped(str(error))}</b>"
         else:
             self.show()
 
@@ -140,7 +140,7 @@ class Rater:
             self.question.value, self.images.value = "<b>All latents are answered. Thank you.</b>", b""
             return
         concept, kind = self.explained[latent]
-        name = f"<b>{html.escape(concept)}</b>" + (f" ({html.escape(kind)})" if kind else "")
+        name = f"<b>{escaped(concept)}</b>" + (f" ({escaped(kind)})" if kind else "")
         self.question.value = f"Latent {latent}: do the visible patches have this in common: {name}?"
         self.images.value = self.picture(latent)
 

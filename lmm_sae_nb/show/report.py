@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from html import escape
 from typing import Any
 
 from IPython.display import HTML, Markdown, display
 
+from lmm_sae_nb.show.markup import escaped, sentence
 from lmm_sae_nb.show.seed_study import SeedStudy
 from lmm_sae_nb.support.files import project_root
 from lmm_sae_nb.support.intervals import Mean
@@ -27,7 +27,7 @@ def headline(page: Page | None, ours: str, paper: str, why: str, controls: str =
     """
     title = f"**Result** (preset `{page.run}`):" if page else "**Result:**"
     lines = {title: ours, "**Controls:**": controls, "**The paper:**": paper, "**Why they differ:**": why}
-    display(Markdown("\n>\n".join(f"> {head} {text}" for head, text in lines.items() if text)))
+    display(Markdown("\n>\n".join(f"> {head} {sentence(text)}" for head, text in lines.items() if text)))
 
 
 def percent(value: float | Mean, digits: int = 0) -> str:
@@ -43,8 +43,11 @@ def percent(value: float | Mean, digits: int = 0) -> str:
 
 
 def findings(*sentences: str) -> None:
-    """Show what was found as a list; each sentence has its numbers from metrics."""
-    display(Markdown("\n".join(f"- {sentence}" for sentence in sentences)))
+    """Show what was found as a list; each sentence has its numbers from metrics.
+
+    sentences: Markdown with emphasis, code and links to pages. A text of data or models goes through `as_text`.
+    """
+    display(Markdown("\n".join(f"- {sentence(text)}" for text in sentences)))
 
 
 def over_saes(study: SeedStudy | None, stage: Stage | str, metric: str, form: Callable[[float], str] = percent) -> str:
@@ -136,7 +139,12 @@ def metrics_table(stage: Stage) -> HTML:
         if name.endswith(("_low", "_high")) and name.rsplit("_", 1)[0] in metrics:
             continue
         ends = [f"{metrics[name + end]:.3g}" for end in ("_low", "_high") if name + end in metrics]
-        cells = (f"<code>{escape(name)}</code>", f"{value:,.4g}", " to ".join(ends), escape(meaning(stage.name, name)))
+        cells = (
+            f"<code>{escaped(name)}</code>",
+            f"{value:,.4g}",
+            " to ".join(ends),
+            escaped(meaning(stage.name, name)),
+        )
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{title}</th>" for title in ("metric", "value", "99 % interval", "meaning"))
     return HTML(f"<table><tr>{head}</tr>{''.join(rows)}</table>")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import html
 import io
 import json
 import time
@@ -24,6 +23,7 @@ from transformers import StoppingCriteria
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.show.markup import escaped
 from lmm_sae_nb.show.tables import mark_changes
 from lmm_sae_nb.steer.steering import Comparison, Edit, Scope, steered
 from lmm_sae_nb.support.images import UnreadableImage, open_rgb, rgb
@@ -73,7 +73,7 @@ def answers_html(answers: Mapping[str, str]) -> str:
     """Return the answers that are known so far as an HTML table: untouched, spliced, steered. Texts are escaped."""
     rows = []
     for name, title in TITLES.items():
-        text = html.escape(answers[name]) if name in answers else "…"
+        text = escaped(answers[name]) if name in answers else "…"
         if name != "untouched" and name in answers and "untouched" in answers:
             text = mark_changes(answers["untouched"], answers[name])
         rows.append(f"<tr><th style='text-align:left'>{title}</th><td>{text}</td></tr>")
@@ -82,9 +82,9 @@ def answers_html(answers: Mapping[str, str]) -> str:
 
 def download_html(name: str, text: str) -> str:
     """Return a link that saves a text as a file. It contains the text, so it needs no server."""
-    data = base64.b64encode(text.encode()).decode()
+    data = base64.b64encode(text.encode(errors="replace")).decode()
     return (
-        f'<a class="jupyter-button" download="{html.escape(name)}" href="data:application/json;base64,{data}" '
+        f'<a class="jupyter-button" download="{escaped(name)}" href="data:application/json;base64,{data}" '
         'style="padding:0 10px;text-decoration:none">save as JSON</a>'
     )
 
@@ -292,7 +292,7 @@ class SteeringPanel:
         """Show the error in place of the answers, which belong to an earlier request."""
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         self._record, self.answers.value, self.download.value = None, "", ""
-        self.status.value = f"<b>{html.escape(kind + str(error))}</b>"
+        self.status.value = f"<b>{escaped(kind + str(error))}</b>"
 
     def _show(self, request: Request, known: Mapping[str, str]) -> None:
         self.answers.value = answers_html(known)
@@ -332,7 +332,7 @@ class SteeringPanel:
             try:
                 self.image = open_rgb({"bytes": bytes(file["content"])}, file["name"])
             except UnreadableImage as error:
-                what = html.escape(f"{error.name} is not a readable image ({error.reason}); choose another file")
+                what = escaped(f"{error.name} is not a readable image ({error.reason}); choose another file")
                 self.status.value = f"<b>{what}</b>"
                 return
         self._show_picture()

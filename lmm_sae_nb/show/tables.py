@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import html
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from IPython.display import HTML
 from matplotlib.colors import to_rgb
 
+from lmm_sae_nb.show.markup import NO_MATH, escaped
 from lmm_sae_nb.show.style import AGAINST, FOR
 
 if TYPE_CHECKING:
@@ -31,12 +31,13 @@ def table(rows: Sequence[Mapping[str, object]], caption: str = "", digits: int =
         side = "left" if name in left else "right"
         return f"<{tag} style='text-align:{side};padding:0 .4em'>{content}</{tag}>"
 
-    head = "".join(cell(name, html.escape(name), "th") for name in names)
+    head = "".join(cell(name, escaped(name), "th") for name in names)
     body = "".join(
         "<tr>" + "".join(cell(name, _value(row.get(name), digits)) for name in names) + "</tr>" for row in rows
     )
-    above = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    return HTML(f"<table style='font-size:90%'>{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    above = f"<caption>{escaped(caption)}</caption>" if caption else ""
+    head = f"{above}<thead><tr>{head}</tr></thead>"
+    return HTML(f"<table class='{NO_MATH}' style='font-size:90%'>{head}<tbody>{body}</tbody></table>")
 
 
 def _value(value: object, digits: int) -> str:
@@ -44,7 +45,7 @@ def _value(value: object, digits: int) -> str:
     if hasattr(value, "low"):
         mean, interval = (_shorter(value, digits) if digits < 3 else str(value)).split(" ", 1)
         return f"{mean}<br><small style='white-space:nowrap;font-size:85%'>{interval}</small>"
-    return "–" if value is None else _number(value, digits) if isinstance(value, float) else html.escape(str(value))
+    return "–" if value is None else _number(value, digits) if isinstance(value, float) else escaped(str(value))
 
 
 def _number(value: float, digits: int, like: float | None = None) -> str:
@@ -65,15 +66,15 @@ def token_html(tokens: Sequence[str], values: Sequence[float]) -> str:
     for token, value in zip(tokens, values, strict=True):
         red, green, blue = (round(255 * part) for part in to_rgb(FOR if value > 0 else AGAINST))
         shade = f"background:rgba({red},{green},{blue},{abs(value) / highest:.2f})"
-        spans.append(f'<span style="{shade};padding:0 2px" title="{value:+.3f}">{html.escape(token)}</span>')
-    return '<p style="line-height:1.9">' + " ".join(spans) + "</p>"
+        spans.append(f'<span style="{shade};padding:0 2px" title="{value:+.3f}">{escaped(token)}</span>')
+    return f'<p class="{NO_MATH}" style="line-height:1.9">' + " ".join(spans) + "</p>"
 
 
 def shaded_texts(rows: Mapping[str, Sequence[tuple[Sequence[str], Sequence[float]]]]) -> HTML:
     """Return under each title some texts, each as (tokens, values): `token_html`."""
     return HTML(
         "".join(
-            f"<div>{html.escape(title)}</div>" + "".join(token_html(*text) for text in texts)
+            f"<div class='{NO_MATH}'>{escaped(title)}</div>" + "".join(token_html(*text) for text in texts)
             for title, texts in rows.items()
         )
     )
@@ -84,7 +85,7 @@ def mark_changes(before: str, after: str) -> str:
     old, new = before.split(), after.split()
     words = []
     for tag, _, _, start, stop in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
-        text = html.escape(" ".join(new[start:stop]))
+        text = escaped(" ".join(new[start:stop]))
         if text:
             words.append(text if tag == "equal" else f"<mark>{text}</mark>")
     return " ".join(words)
@@ -100,10 +101,10 @@ def case_studies(studies: Sequence[CaseStudy]) -> HTML:
 
 def _case_study(study: CaseStudy) -> str:
     """Return one case study: a title and a table."""
-    answers = [("untouched", html.escape(study.untouched))]
+    answers = [("untouched", escaped(study.untouched))]
     for dose, answer in zip(study.doses, study.answers, strict=True):
         answers.append((f"dose {dose:g}" if dose else "spliced", mark_changes(study.untouched, answer)))
     style = "text-align:left;padding:0 .6em"
     rows = (f"<tr><th style='{style}'>{name}</th><td style='{style}'>{answer}</td></tr>" for name, answer in answers)
-    title = f"<div><b>{html.escape(study.concept)}</b>: {html.escape(study.prompt)}</div>"
-    return f"{title}<table>{''.join(rows)}</table>"
+    title = f"<div class='{NO_MATH}'><b>{escaped(study.concept)}</b>: {escaped(study.prompt)}</div>"
+    return f"{title}<table class='{NO_MATH}'>{''.join(rows)}</table>"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 from PIL import Image
 
+from lmm_sae_nb.show.markup import escaped
 from lmm_sae_nb.support.images import rgb
 
 GAP = 2  # pixels between the pictures of a sheet
@@ -80,6 +80,6 @@ def histogram_svg(
     texts = "".join(f'<text x="{x}" y="{base + 8}" text-anchor="{anchor}">{end:.3g}</text>' for anchor, x, end in ends)
     return (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" fill="currentColor" font-size="8" '
-        f'role="img" aria-label="{html.escape(label)}"><path d="{bars}"/>{texts}'
-        f'<text x="{width / 2}" y="{height - 1}" text-anchor="middle">{html.escape(label)}</text></svg>'
+        f'role="img" aria-label="{escaped(label)}"><path d="{bars}"/>{texts}'
+        f'<text x="{width / 2}" y="{height - 1}" text-anchor="middle">{escaped(label)}</text></svg>'
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 LONGEST = 100  # bytes; a file system allows 255, and endings are added
-FORBIDDEN = frozenset('/\\<>:"|?*')  # on some system
+FORBIDDEN = frozenset('/\\<>:"|?*`$')  # on some system, or in a shell
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}  # of Windows
 
 

@@ -140,9 +140,11 @@ def test_every_import_is_declared():
         "yaml": "pyyaml",
         "IPython": "ipython",
         "sparsify": "eai-sparsify",
+        "markdown_it": "markdown-it-py",
     }
     declared = {canonicalize_name(requirement.name) for requirement in INSTALLED}
     carried = {"ipython", "nbclient", "nbformat", "tomllib", "huggingface-hub", "tokenizers", "pandas"}
+    carried |= {"markdown-it-py", "mdit-py-plugins"}  # by jupyter-book
     peers = {canonicalize_name(Requirement(line).name) for line in EXTRAS["peers"]}
     own = {"book", "lmm_sae_nb", "dodo"} | {file.stem for file in (ROOT / "tests").rglob("*.py")}
     for file in tracked("*.py"):

@@ -1,23 +1,33 @@
 """Whatever text data and models give: a figure draws it as it is, within the figure; a page shows it escaped."""
 
+import html
+import json
 import re
 import warnings
 from dataclasses import replace
+from html.parser import HTMLParser
 
 import matplotlib.pyplot as plt
 import matplotlib.text
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
+from mdit_py_plugins.dollarmath import dollarmath_plugin
 from PIL import Image
 
+from book import results
 from lmm_sae_nb.hallucination.search import Limits, Search, Setting, Trial
 from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.measures.selectivity import Pair
 from lmm_sae_nb.score.examples import Overlap
-from lmm_sae_nb.show import plots, texts
+from lmm_sae_nb.show import markup, plots, report, texts
 from lmm_sae_nb.show.panel import MeasuredPart, Panel, PanelSAE
 from lmm_sae_nb.show.panel_views import PanelMetric, panel_dots
 from lmm_sae_nb.show.seed_study import Measured, SeedStudy
+from lmm_sae_nb.show.steering_panel import answers_html, download_html
+from lmm_sae_nb.show.thumbnails import histogram_svg
+from lmm_sae_nb.steer.experiments import CaseStudy
+from lmm_sae_nb.steer.fluency import Ordinary
 from lmm_sae_nb.steer.steering import Edit
 from lmm_sae_nb.support.intervals import Mean, bounds
 from lmm_sae_nb.support.stages import Stage
@@ -166,3 +176,105 @@ def test_a_letter_of_another_font_is_drawn_if_the_figures_use_that_font(project)
     assert texts.literal("\u1e9e\u6236") == "\u1e9e\u25a1"
     plt.rcParams["font.family"] = ["DejaVu Sans", "STIXGeneral"]
     assert texts.literal("\u2a0c") == "\u2a0c"
+
+
+# Markup.
+
+ALLOWED = {
+    "table", "caption", "thead", "tbody", "tr", "th", "td", "div", "p", "b", "span", "mark", "a", "svg", "path", "text",
+}  # fmt: skip
+
+
+class Reader(HTMLParser):
+    """What a browser shows: the text, and the elements."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.shown, self.elements = "", []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        assert tag in ALLOWED and not any(name.startswith("on") for name, _ in attrs), (tag, attrs)
+        self.elements.append(tag)
+
+    def handle_data(self, data):
+        self.shown += data
+
+
+MARKUP = (
+    HOSTILE["script"] + ' " onclick=" \' `````` </td></table> &lt; <!-- <img src=x onerror=y> $a$ | [x](javascript:y)'
+    " ![p](http://e.com/i.png) **b** {eval-rst}`x` \0 \ud83d"
+)
+VISIBLE = MARKUP.replace("\0", "\ufffd").replace("\ud83d", "\ufffd")
+STUDY = CaseStudy(MARKUP, 7, MARKUP, "an answer", [0.0, 2.0], ["a " + MARKUP, MARKUP], [], Ordinary([], []))
+PAGES = {
+    "table": lambda: plots.table([{MARKUP: MARKUP, "n": 1.0}], MARKUP).data,
+    "shaded_texts": lambda: plots.shaded_texts({MARKUP: [([MARKUP], [1.0])]}).data,
+    "mark_changes": lambda: plots.mark_changes("an answer", MARKUP),
+    "case_studies": lambda: plots.case_studies([STUDY]).data,
+    "answers": lambda: answers_html({"untouched": "a", "steered": MARKUP}),
+    "download": lambda: download_html(MARKUP, MARKUP),
+    "histogram": lambda: histogram_svg(np.array([1, 2]), np.array([0.0, 1.0, 2.0]), MARKUP),
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_shows_markup_as_text(name):
+    read = Reader(PAGES[name]())
+    words = "".join(read.shown.split())
+    if name != "download":  # there it is the name of the file
+        assert "".join(VISIBLE.split()) in words
+    assert "script" not in read.elements and "img" not in read.elements
+
+
+def rendered(markdown: str) -> str:
+    """Markdown as HTML, with tables, formulas and raw HTML switched on."""
+    reader = MarkdownIt("commonmark", {"html": True}).enable("table").use(dollarmath_plugin)
+    return reader.render(markdown)
+
+
+def test_a_sentence_shows_markup_as_text_and_keeps_what_its_author_wrote():
+    page = rendered(markup.sentence(f"**Bold**, `code` and [A4](A4_controls#x): {markup.as_text(MARKUP)}"))
+    assert "<strong>Bold</strong>" in page and "<code>code</code>" in page and '<a href="A4_controls#x">A4</a>' in page
+    assert page.count("<") == 8  # those three, and the paragraph
+    assert " ".join(VISIBLE.split()) in html.unescape(page)
+
+
+def test_a_sentence_with_a_text_that_nobody_escaped_has_no_html_no_picture_and_no_link_elsewhere():
+    page = rendered(markup.sentence(f"The answer is {MARKUP}\n\n# no heading"))
+    assert not re.search(r"<(script|img|a|h1|span|div|eq)\b", page)
+    assert "\ud83d" not in page
+
+
+@pytest.mark.parametrize("link", ["[x [y]](javascript:a)", r"\\[x](http://e.com)", "![x](a.png)", "<http://e.com>"])
+def test_a_link_to_elsewhere_is_shown_as_text(link):
+    assert not re.search("<(a|img)", rendered(markup.sentence(link)))
+
+
+def test_findings_and_the_result_are_one_line_each(monkeypatch):
+    outputs = []
+    monkeypatch.setattr(report, "display", outputs.append)
+    report.findings("one\n\n# two", MARKUP)
+    report.headline(None, "ours\n<b>", "paper", "why")
+    first, second = (output.data for output in outputs)
+    assert len(first.splitlines()) == 2 and all(line.startswith("- ") for line in first.splitlines())
+    assert [line for line in second.splitlines() if line != ">"] == [
+        "> **Result:** ours &lt;b>", "> **The paper:** paper", "> **Why they differ:** why",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["iou_paper", "a|b", "`x`", "<b>", "a\nb", "$x$", "*a*", "{role}`x`", "[x](y)"])
+def test_a_name_in_the_type_of_code_is_a_cell_of_a_table(name):
+    page = rendered(f"| a | b |\n|---|---|\n| {markup.code(name)} | 1 |\n")
+    assert page.count("<td>") == 2
+    (inside,) = re.findall(r"<code>(.*?)</code>", page, re.DOTALL)
+    assert "<" not in inside and html.unescape(inside) == name.replace("\ud83d", "\ufffd")
+
+
+def test_the_results_page_shows_hostile_names_of_metrics_as_they_are(tmp_path):
+    (tmp_path / "score").mkdir()
+    (tmp_path / "score/metrics.json").write_text(json.dumps({f"iou_{MARKUP[:-1]}": 0.5, "n": 3}))
+    page = rendered(results.page(tmp_path, ["score"]))
+    assert not re.search(r"<(script|img|a|em|math)\b", page.split("Every metric")[1])
+    assert page.split("Every metric")[1].count("<td") == 10

@@ -7,6 +7,7 @@ from PIL import Image
 from scored import corner, exemplar
 
 from lmm_sae_nb.interpret.exemplars import Exemplar, most_activated, upsample
+from lmm_sae_nb.score import clip
 from lmm_sae_nb.score.clip import clip_input, clip_scores, latents_clip, score_clips
 from lmm_sae_nb.score.masks import PAPER, STRICT
 from lmm_sae_nb.score.scores import Column, Explained
@@ -19,7 +20,7 @@ def brightness(images, texts):
     return np.array([[np.asarray(image).mean() / 255 + shift.get(text, 0) for text in texts] for image in images])
 
 
-def test_clip_scores_are_not_below_zero_and_streams_are_cut_into_batches():
+def test_clip_scores_are_not_below_zero_and_streams_are_cut_into_batches(monkeypatch):
     greys = [Image.new("RGB", (4, 4), (n, n, n)) for n in (0, 51, 255)]
     sizes = []
 
@@ -33,6 +34,9 @@ def test_clip_scores_are_not_below_zero_and_streams_are_cut_into_batches():
     again = clip_scores(similar, [greys[n].copy() for n in (1, 0, 1, 1, 2, 0)], ["cat", "bee"], batch=2)
     assert sizes[2:] == [2, 1]  # pictures with the same pixels are compared once
     assert again == pytest.approx(found[[1, 0, 1, 1, 2, 0]])
+    monkeypatch.setattr(clip, "PIXELS", 20)  # large pictures are compared sooner
+    assert clip_scores(similar, [greys[n] for n in (1, 0, 1, 2)], ["cat", "bee"]) == pytest.approx(found[[1, 0, 1, 2]])
+    assert sizes[4:] == [2, 1]
     with pytest.raises(ValueError, match="no pictures"):
         clip_scores(similar, [], ["cat"])
     with pytest.raises(ValueError, match=r"shape \(2,\) for 2 images and 1 texts"):

@@ -32,6 +32,33 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_a_fingerprint_follows_links_and_sees_every_change_of_content(tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside, outside):
+        folder.mkdir()
+    (outside / "a").write_text("1")
+    (inside / "link").symlink_to(outside, target_is_directory=True)
+    (outside / "loop").symlink_to(inside, target_is_directory=True)
+    (inside / os.fsdecode(b"no text \xff")).write_text("name")
+    assert [file.name for file in files.files_below(inside)] == ["a", os.fsdecode(b"no text \xff")]
+    seen = {files.fingerprint(inside)}
+    for text in ("2", "3", "1"):  # of one length, within one tick of the file system's clock
+        (outside / "a").write_text(text)
+        seen.add(files.fingerprint(inside))
+    assert len(seen) == 3
+
+
+def test_a_file_is_hashed_once_in_a_process_unless_it_changes(tmp_path, monkeypatch):
+    file = tmp_path / "a"
+    file.write_text("1")
+    monkeypatch.setattr(files, "SETTLED", -1)  # as if it had been written long ago
+    first = files.fingerprint(file)
+    monkeypatch.setattr(files, "_FINGERPRINTS", dict.fromkeys(files._FINGERPRINTS, "kept"))
+    assert files.fingerprint(file) == "kept"
+    file.write_text("12")
+    assert files.fingerprint(file) not in ("kept", first)
+
+
 def test_project_root_is_the_nearest_parent_with_pyproject(project):
     assert files.project_root().samefile(project)
 

@@ -274,6 +274,24 @@ def test_a_page_takes_plain_values_as_parameters_and_paths_among_them_as_inputs(
     assert page.locate("org/model") == "org/model"
 
 
+def test_a_stage_made_from_other_content_of_an_input_is_refused_until_it_is_made_again(project):
+    """Pictures are added after they were cached: they must not be explained by the old cache."""
+    (project / "my pictures").mkdir()
+    (project / "my pictures/b").write_text("1")
+    page = Page(notebook(images="my pictures", prompt="a text that is too long for the name of a file " * 9))
+    page.stage("cache").finish({})
+    page.stage("interpret", after=("cache",)).finish({})
+    (project / "my pictures/a").write_text("2")
+    with pytest.raises(ValueError, match="^my pictures changed after .* the stage 'cache' from it; run .*again"):
+        page.stage("score", after=("cache",))
+    page.stage("cache").finish({"again": 1})
+    with pytest.raises(ValueError, match="cache/manifest.json, my pictures changed after .* the stage 'interpret'"):
+        page.stage("score", after=("cache", "interpret"))
+    page.stage("interpret", after=("cache",)).finish({})
+    page.stage("score", after=("cache", "interpret")).finish({})
+    assert page.stage("score", after=("cache", "interpret")).is_current
+
+
 def test_a_stage_that_another_page_makes_is_asked_for_by_its_notebook(project):
     with pytest.raises(FileNotFoundError, match="run notebooks/01_train_sae.py with run='tiny' first"):
         Page(notebook()).stage("steer", after=("train",))

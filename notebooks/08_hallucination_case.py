@@ -27,7 +27,7 @@
 #
 # | preset | cases | time |
 # |---|---|---|
-# | `tiny` | 720 held-out maps of Picture World; the clamps are chosen on other maps | about 9 minutes on one of two busy cores |
+# | `tiny` | 720 held-out maps of Picture World; the clamps are chosen on other maps | about 8 minutes on two cores, beside other pages |
 # | `paper` | HallusionBench {cite}`guan2023hallusionbench` | GPUs |
 
 # %% tags=["parameters"]

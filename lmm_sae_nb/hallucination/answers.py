@@ -261,7 +261,8 @@ def _beginnings(
     numbers = torch.arange(samples * settings, device=versions.device).view(samples, settings)
     like, starts = numbers.clone(), torch.zeros_like(numbers)
     for sample, other in enumerate(alike):
-        for candidates in (slice(None), slice(1)):  # the first setting wins: what others begin like has none before it
+        # The first setting comes last and so wins. Then a version that others begin like begins like none itself.
+        for candidates in (slice(None), slice(1)):
             differs = (versions[sample] != versions[other, candidates]).any(-1)
             first = torch.where(differs.any(-1), differs.int().argmax(-1), tokens - 1)
             found = (numbers[sample] != numbers[other, candidates]) & (2 * first > tokens)

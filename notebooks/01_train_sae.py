@@ -50,7 +50,8 @@ heldout: str = "data/artifacts/tiny/world/heldout"
 # samples whose picture cannot be read: "refuse" stops there, "skip" leaves
 # them out and names them
 unreadable: str = "refuse"
-evaluated: int = 120  # held-out samples on which the SAE is evaluated
+# held-out samples, at least 1, on which the SAE is evaluated
+evaluated: int = 120
 layer: int = 1  # counted from 0; the paper's 25th layer is 24
 n_latents: int = 1024  # the paper: 131072
 k: int = 32  # active latents per token; the paper: 256
@@ -65,7 +66,7 @@ seed: int = 0  # seed of the initial weights and of the sample order
 accumulate: int = 1  # batches whose mean gradient makes one step
 # "bf16": large products in bfloat16, the weights still in float32
 mixed_precision: str = "no"
-processes: int = 1  # on this machine, one per GPU
+processes: int = 1  # on this machine, at least 1, one per GPU
 checkpoint_minutes: float = 10.0  # minutes between checkpoints
 # none, tensorboard, trackio or wandb
 tracker: str = "none"

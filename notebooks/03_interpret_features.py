@@ -76,9 +76,11 @@ endpoint: dict = {
 }
 n_explained: int = 1024  # live latents; drawn at random if there are more
 n_top: int = 5  # exemplars of a latent
-# a patch is visible above this fraction of its image's highest activation
+# a patch is visible above this fraction, from 0 to 1, of its image's
+# highest activation
 threshold: float = 0.25
-dim: float = 0.0  # brightness of the other patches; reference code: 0.12
+# brightness of the other patches, from 0 to 1; reference code: 0.12
+dim: float = 0.0
 seed: int = 0  # of the choice of latents
 # the same page for other SAEs, which differ in their seed; "": none
 seeds_study: str = "book/seeds.json"

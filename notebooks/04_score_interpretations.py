@@ -56,8 +56,8 @@ detector: str = ""
 similarity: str = "data/models/tiny-clip"
 n_scored: int = 5000  # explained latents, at random if there are more
 n_top: int = 5  # exemplars of each latent, and images in a random run
-# strict mode: a patch is active above this fraction of its image's
-# highest activation
+# strict mode: a patch is active above this fraction, from 0 to 1, of its
+# image's highest activation
 threshold: float = 0.25
 random_runs: int = 10  # draws of random images for the IoU
 clip_runs: int = 30  # draws of random images for the CLIP score

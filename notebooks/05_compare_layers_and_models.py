@@ -80,7 +80,8 @@ other_training: dict = {"steps": 160, "batch_tokens": 256}
 sizes: list[int] = [256, 512, 1024, 4096]
 # active latents per token, on the middle layer
 ks: list[int] = [8, 16, 32]
-evaluated: int = 24  # held-out samples on which each SAE is evaluated
+# held-out samples, at least 1, on which each SAE is evaluated
+evaluated: int = 24
 # the model that names what exemplars have in common
 explainer: dict = {
     # a folder, a name on the hub, or name@http://host:port/v1
@@ -110,7 +111,8 @@ endpoint: dict = {
 n_explained: int = 100
 n_swept: int = 12  # the same for each SAE of another size
 n_top: int = 5  # exemplars of each latent
-# a patch is visible above this fraction of its image's highest activation
+# a patch is visible above this fraction, from 0 to 1, of its image's
+# highest activation
 threshold: float = 0.25
 # how names are scored
 scoring: dict = {

@@ -27,9 +27,9 @@
 run: str = "tiny"
 # the preset whose costs are predicted
 preset: str = "notebooks/params/paper.yaml"
-gpu: str = "A100 80GB"  # a name in full_scale.costs.DEVICES
+gpu: str = "A100 80GB"  # a name that full_scale.costs.device_named knows
 cached_images: int = 46684  # images that notebook 02 caches in the paper
-# fraction of the GPU's published peaks that is reached
+# fraction, from 0 to 1, of the GPU's published peaks that is reached
 utilisation: float = 0.4
 # the model whose geometry the twin has
 twin: str = "llava-hf/llama3-llava-next-8b-hf"
@@ -44,7 +44,11 @@ import pandas as pd
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmm_sae_nb.full_scale.costs import DEVICES, Assumptions, train_cost
+from lmm_sae_nb.full_scale.costs import (
+    Assumptions,
+    device_named,
+    train_cost,
+)
 from lmm_sae_nb.full_scale.geometry_twin import (
     geometry_twin,
     noise,
@@ -85,7 +89,7 @@ plots.style()
 # code.
 
 # %%
-path, device = page.locate(preset), DEVICES[gpu]
+path, device = page.locate(preset), device_named(gpu)
 values = read_preset(path)
 assumptions = Assumptions(utilisation=utilisation)
 studied = values["01_train_sae"]["model"]

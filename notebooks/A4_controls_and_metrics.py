@@ -78,9 +78,10 @@ endpoint: dict = {
 }
 n_explained: int = 200  # live latents of the random dictionary
 n_top: int = 5  # exemplars of a latent
-# a patch is visible above this fraction of its image's highest activation
+# a patch is visible above this fraction, from 0 to 1, of its image's
+# highest activation
 threshold: float = 0.25
-dim: float = 0.0  # brightness of the other patches
+dim: float = 0.0  # brightness of the other patches, from 0 to 1
 batch_size: int = 16  # images at the same time
 # of the random dictionary; not that of notebook 01, whose first rows were
 # drawn in the same way

@@ -47,6 +47,17 @@ DEVICES = {
 }
 
 
+def device_named(name: str) -> Device:
+    """Return a GPU by its name.
+
+    Raises:
+        ValueError: the name is unknown; the message lists those that are known.
+    """
+    if name not in DEVICES:
+        raise ValueError(f"there is no GPU {name!r}; choose one of {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
 class Assumptions(NamedTuple):
     """Values that a prediction needs and no preset gives."""
 

@@ -35,6 +35,8 @@ from lmm_sae_nb.model.token_kinds import Grid, layout_of
 from lmm_sae_nb.support.devices import choose_device
 from lmm_sae_nb.support.tensor_files import hash_of
 
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
 
 class LMM:
     """A multimodal model and its processor, with frozen weights.
@@ -94,8 +96,8 @@ class LMM:
 
         Raises:
             FileNotFoundError: the folder is missing.
-            ValueError: transformers does not know the model as one of images and text, the GPUs of a `device_map` are
-                too small for it, or as the class.
+            ValueError: transformers does not know the model as one of images and text, the dtype is unknown, the GPUs
+                of a `device_map` are too small for it, or as the class.
         """
         if isinstance(name_or_path, Path) and not name_or_path.is_dir():
             raise FileNotFoundError(f"no model folder {name_or_path}; give another one, or a name on the hub")
@@ -105,6 +107,8 @@ class LMM:
                 f"{name_or_path} ({config.model_type}) takes no images and text, as far as transformers knows; "
                 "choose a model whose images become tokens of its decoder's sequence"
             )
+        if isinstance(dtype, str) and dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
         spread = {"device_map": device_map} if device_map else {}
         model = AutoModelForImageTextToText.from_pretrained(
             name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, **spread

@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+from lmm_sae_nb import LMM
+from lmm_sae_nb.full_scale.costs import device_named
 from lmm_sae_nb.support import presets
 from lmm_sae_nb.support.names import folder_name
 from lmm_sae_nb.support.parameters import Parameter, misfit
@@ -20,6 +22,7 @@ layers: list[int] = [1, 3]  # layers
 kinds: list = ["base", "tiles"]  # kinds of token
 limit: int | None = None  # of the images
 explainer: dict = {"model": "m", "tokens": 32, "doses": [1, 2], "inner": {"question": "q"}}  # asked for names
+endpoint: dict = {"extra": {}}  # fields of requests
 """
 
 
@@ -54,6 +57,7 @@ def given(little, text: str | bytes) -> dict:
          {"explainer": {"model": "m", "tokens": 8, "doses": [0.5, 1], "inner": {"question": "7"}}}),
         ("explainer: other\n01_one: {explainer: {tokens: 8}}",
          {"explainer": {"model": "m", "tokens": 8, "doses": [1, 2], "inner": {"question": "q"}}}),
+        ("endpoint: {extra: {a: {b: false}, c: null}}", {"endpoint": {"extra": {"a": {"b": False}, "c": None}}}),
         ("first: &x {tokens: 7}\n", None),
         ("explainer: &x {tokens: 7}\n01_one: {explainer: *x}",
          {"explainer": {"model": "m", "tokens": 7, "doses": [1, 2], "inner": {"question": "q"}}}),
@@ -197,3 +201,10 @@ def test_a_name_that_leaves_its_folder_or_that_some_system_refuses_is_refused(li
 @pytest.mark.parametrize("name", ["tiny", "2024", "my run (2)", "Köln-猫_v1.2", "layer+3", "é" * 50])
 def test_an_ordinary_name_is_kept(name):
     assert folder_name(name, "a run") == name
+
+
+def test_a_name_that_is_no_choice_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match="no GPU 'A100'; choose one of A100 80GB, H100 80GB"):
+        device_named("A100")
+    with pytest.raises(ValueError, match="dtype is 'bf16'; choose one of float32, bfloat16, float16, auto"):
+        LMM.load("data/models/tiny-llava-next", dtype="bf16")

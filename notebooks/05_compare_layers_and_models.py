@@ -708,8 +708,6 @@ if right is not None and f"steered_{top}" in metrics:
 by_latents, by_k = (
     changes_per_doubling(metrics, names) for names in (n_names, k_names)
 )
-*_, before, largest = n_names
-every = max(by_k.values()) < min(by_latents.values())
 
 
 def steps(changes):
@@ -717,18 +715,24 @@ def steps(changes):
     return ", ".join(f"{x:+.1%} (to {n:,})" for n, x in changes.items())
 
 
-findings(
-    "Per doubling of the latents, the FVU changes by "
-    f"{steps(by_latents)}.",
-    f"With this short training, {largest:,} latents have an FVU of "
-    f"{read_mean(metrics, f'fvu_{n_names[largest]}')}, and {before:,} have "
-    f"{read_mean(metrics, f'fvu_{n_names[before]}')}. "
-    f"{metrics[f'dead_fraction_{n_names[largest]}']:.0%} of the "
-    f"{largest:,} are silent. A longer training may change this.",
-    f"Per doubling of k, it changes by {steps(by_k)}: "
-    f"{'each' if every else 'not each'} doubling of k helps more than any "
-    "doubling of the latents.",
-)
+if by_latents:
+    *_, before, largest = n_names
+    findings(
+        "Per doubling of the latents, the FVU changes by "
+        f"{steps(by_latents)}.",
+        f"With this short training, {largest:,} latents have an FVU of "
+        f"{read_mean(metrics, f'fvu_{n_names[largest]}')}, and {before:,} "
+        f"have {read_mean(metrics, f'fvu_{n_names[before]}')}. "
+        f"{metrics[f'dead_fraction_{n_names[largest]}']:.0%} of the "
+        f"{largest:,} are silent. A longer training may change this.",
+    )
+if by_latents and by_k:
+    every = max(by_k.values()) < min(by_latents.values())
+    findings(
+        f"Per doubling of k, it changes by {steps(by_k)}: "
+        f"{'each' if every else 'not each'} doubling of k helps more than "
+        "any doubling of the latents.",
+    )
 
 # %% [markdown]
 # **Limits.** The SAEs had one short training with one seed; larger ones saw

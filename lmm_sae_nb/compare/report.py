@@ -165,13 +165,13 @@ def _by_layer(metrics: Metrics, column: Column, end: str, layers: Sequence[int])
 def quantity_rows(metrics: Metrics, layers: Sequence[int], titles: Mapping[str, str]) -> list[dict]:
     """Return a row for each quantity, with a column for each layer, for `plots.table`.
 
-    titles: metric, without the layer, to the title of its row; a metric that is missing is left out.
+    titles: metric, without the layer, to the title of its row; one that no layer has is left out.
     """
-    return [
-        {"quantity": title} | {f"layer {n}": read_mean(metrics, f"{name}_layer_{n}") for n in layers}
-        for name, title in titles.items()
-        if f"{name}_layer_{layers[0]}" in metrics
-    ]
+    rows = []
+    for name, title in titles.items():
+        known = {n: read_mean(metrics, f"{name}_layer_{n}") for n in layers if f"{name}_layer_{n}" in metrics}
+        rows += [{"quantity": title} | {f"layer {n}": known.get(n) for n in layers}] if known else []
+    return rows
 
 
 def depth_panels(metrics: Metrics, layers: Sequence[int], quantity: str) -> dict[str, dict[str, dict[str, Mean]]]:

@@ -231,6 +231,10 @@ def pretend_device(*, chosen: bool = True) -> Iterator[None]:
         stack.enter_context(patch.object(ThreadPoolExecutor, "submit", _submit_with_modes))
         if chosen:
             stack.enter_context(patch.object(devices, "DEFAULT", NAME))
+        # a cast makes new parameters; what a tensor holds cannot be exchanged in place
+        before = torch.__future__.get_overwrite_module_params_on_conversion()
+        stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.enter_context(_Mode())
         stack.enter_context(_Constructors())
         yield

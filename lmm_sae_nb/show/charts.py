@@ -335,9 +335,14 @@ def agreement(exact: np.ndarray, approximations: Mapping[str, np.ndarray], unit:
 
 
 def scatter(x: ArrayLike, y: ArrayLike, xlabel: str, ylabel: str, ax: Axes | None = None) -> Axes:
-    """Draw one quantity over another of the same unit, from 0, with the line on which they are equal."""
+    """Draw one quantity over another of the same unit, from 0, with the line on which they are equal.
+
+    Without values a sentence says so.
+    """
     ax = ax or one_axes(3.8, width=4.2)
-    highest = max([*x, *y])
+    if not len(x):
+        ax.text(0.5, 0.5, "there is nothing to compare", ha="center", transform=ax.transAxes)
+    highest = max([*x, *y], default=1)
     ax.plot([0, highest], [0, highest], color=GREY, lw=1)
     ax.plot(x, y, ".", ms=6, alpha=0.6, color=LATENT)
     _axis_labels(ax, xlabel, ylabel)

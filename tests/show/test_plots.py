@@ -197,3 +197,9 @@ def test_the_legend_of_several_panels_names_the_series_of_each():
     )
     (legend,) = axes[0].figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["own images", "random images", "moved"]
+
+
+def test_a_figure_without_values_says_so():
+    ax = plots.scatter([], [], "predicted", "measured")
+    assert [text.get_text() for text in ax.texts] == ["there is nothing to compare"]
+    assert not plots.scatter([1.0], [2.0], "predicted", "measured").texts

@@ -260,9 +260,12 @@ def crc_of(file: IO[bytes], start: int = 0) -> int:
 def outputs(folder: Path) -> dict[str, str]:
     """Return every file of a stage but the manifest and half-written (dot) files, with its size and checksum."""
     files = (file for file in sorted(folder.rglob("[!.]*")) if file.is_file() and file.name != MANIFEST)
-    return {
-        file.relative_to(folder).as_posix(): f"{file.stat().st_size} bytes, crc32 {checksum(file)}" for file in files
-    }
+    return {file.relative_to(folder).as_posix(): output(file) for file in files}
+
+
+def output(file: Path) -> str:
+    """Return what a manifest says of a file: its size and checksum."""
+    return f"{file.stat().st_size} bytes, crc32 {checksum(file)}"
 
 
 def changed_files(folder: Path, manifest: Mapping) -> set[str]:

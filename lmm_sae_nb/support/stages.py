@@ -25,13 +25,16 @@ from lmm_sae_nb.support.files import (
     AGAIN,
     MANIFEST,
     changed_files,
+    clear_temporaries,
     existing,
     fingerprint,
+    output,
     outputs,
     parse_json,
     project_root,
     read_json,
     read_whole,
+    temporaries,
     write_json,
 )
 from lmm_sae_nb.support.names import folder_name
@@ -147,8 +150,14 @@ class Stage:
         self.is_current = finished and not failed and not damaged
         made = known["results"] if known and not failed else []
         self._made = [name for name in made if f"{name}.json" not in damaged]
+        if self.is_current and self._leftovers():
+            with contextlib.suppress(OSError):  # another process may be about to finish the stage
+                locks.keep(self.folder)
+                clear_temporaries(self.folder)
+                locks.let_go(self.folder)
         if not self.is_current:
             locks.keep(self.folder)
+            clear_temporaries(self.folder)
             self.path(MANIFEST).unlink(missing_ok=True)  # first: from here on the folder is not whole
             for record in (manifest, begun):
                 for name in set(record.get("results", []) if record else []) - set(self._made):
@@ -242,6 +251,10 @@ class Stage:
             return False
         return (inputs, code) == (manifest["inputs"], manifest["code"])
 
+    def _leftovers(self) -> bool:
+        """Return whether a killed process left a lock or half-written files."""
+        return self.path(locks.STAGE_LOCK).exists() or bool(temporaries(self.folder))
+
     def _note(self) -> None:
         """Record which results hold for this key."""
         write_json(self.path(BEGUN), {**self._key, "results": self._made})
@@ -334,8 +347,22 @@ class Page:
         return require(self.run, stage, filename)
 
     def read(self, stage: str, result: str, kind: type[T] | Any) -> T:
-        """Return a result that an earlier page kept with `Stage.result`; errors as `file` and `read_typed`."""
-        return read_typed(self.file(stage, f"{result}.json"), kind)
+        """Return a result that an earlier page kept with `Stage.result`.
+
+        Raises:
+            FileNotFoundError: as `file`.
+            ValueError: as `read_typed`, or the file is not as it was when its stage was finished.
+        """
+        file = self.file(stage, f"{result}.json")
+        manifest = Stage(self.run, stage).path(MANIFEST)
+        recorded = read_json(manifest).get("outputs") if manifest.is_file() else {}
+        expected = recorded.get(file.name) if isinstance(recorded, dict) else None
+        if expected is not None and expected != output(file):
+            raise ValueError(
+                f"{file} was changed or damaged after its stage was finished; run {_maker(stage)} with "
+                f"run={self.run!r} again"
+            )
+        return read_typed(file, kind)
 
     def _code(self) -> list[ModuleType]:
         """The package's modules that the page has imported, whole or something of them."""

@@ -153,6 +153,33 @@ def test_a_cut_result_of_a_killed_run_is_made_again(given):
     assert again(given).result("one", list[int], lambda: [2]) == [2]
 
 
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_what_a_killed_process_left_is_cleared_at_the_next_start(finished, given, is_finished):
+    if not is_finished:
+        given["params"]["layer"] = 3
+    left = [files.temporary_name(finished.path("metrics.json")), finished.path(".stage.lock")]
+    for file in left:
+        file.touch()
+    users = finished.path(".notes.tmp")
+    users.touch()
+    stage = again(given)
+    assert stage.is_current == is_finished
+    stage.finish({})
+    assert not any(file.exists() for file in left)
+    assert users.exists()
+
+
+def test_a_result_that_was_changed_after_its_stage_was_finished_is_not_read(finished):
+    page = Page({"run": "tiny"})
+    assert page.read("cache", "cases", list[Case]) == [Case("a", [1.0])]
+    cases = finished.path("cases.json")
+    cases.write_text(cases.read_text().replace("1.0", "2.0"))
+    with pytest.raises(ValueError, match="cases.json was changed or damaged after .*; run .* again"):
+        page.read("cache", "cases", list[Case])
+    finished.path("manifest.json").unlink()  # of a stage that is still being made
+    assert page.read("cache", "cases", list[Case]) == [Case("a", [2.0])]
+
+
 def _begin_and_wait(given, gate):
     again(given)
     gate.touch()

@@ -21,6 +21,7 @@ from pretend_device import pretend_device
 
 from lmm_sae_nb.pictureworld.world.datasets import render
 from lmm_sae_nb.support import notebooks
+from lmm_sae_nb.support.files import outputs, read_json, write_json
 from lmm_sae_nb.support.presets import preset
 
 HERE = Path(__file__).parent
@@ -49,6 +50,8 @@ def name_latents(file: Path) -> None:
         concept, kind = NAMED[number % len(NAMED)]
         row |= {"outcome": "explained", "concept": concept, "kind": kind}
     file.write_text(json.dumps(rows))
+    record = read_json(manifest := file.with_name("manifest.json"))
+    write_json(manifest, record | {"outputs": outputs(file.parent)}, checked=True)  # else the file counts as damaged
 
 
 def run_page(source: Path, values: dict) -> None:

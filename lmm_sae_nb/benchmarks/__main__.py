@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lmm_sae_nb.benchmarks import ablations, cache_opening, comparison, gpu, panel, seeds
+from lmm_sae_nb.benchmarks import ablations, cache_opening, comparison, faults, gpu, panel, seeds
 
 COMMANDS = {
     "training": comparison,
@@ -13,6 +13,7 @@ COMMANDS = {
     "seeds": seeds,
     "panel": panel,
     "gpu": gpu,
+    "faults": faults,
 }
 
 

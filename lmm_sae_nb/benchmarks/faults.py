@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmm_sae_nb.benchmarks import faults_files, faults_processes, faults_values
-from lmm_sae_nb.benchmarks.faults_outcomes import SURVIVED, Ending
-from lmm_sae_nb.benchmarks.faults_world import World, make_world
+from lmm_sae_nb.benchmarks.faults_world import SURVIVED, Ending, World, make_world
 from lmm_sae_nb.support.files import project_root, write_json
 from lmm_sae_nb.support.progress import progress_bar
 
@@ -273,9 +272,10 @@ def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     work = options.work.resolve()
     out = options.out.resolve()
-    model = root / "data" / "models" / "tiny-llava-next"
-    world = make_world(work / "world", LMM.load(model), model)
+    world = make_world(work / "world", LMM.load(root / "data" / "models" / "tiny-llava-next"), root)
     faults_processes.measure(world, work / "usual")
+    if "kill, page" in options.kinds:
+        faults_processes.measure_pages(world)
     kinds = {kind: min(KINDS[kind].tries, options.tries) for kind in options.kinds}
     made = run(
         world, kinds, work / "record.jsonl", code=code_hash(root), jobs=options.jobs, minutes=options.minutes

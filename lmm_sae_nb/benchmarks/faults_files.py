@@ -5,26 +5,28 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from lmm_sae_nb.benchmarks import faults_world as jobs
-from lmm_sae_nb.benchmarks.faults_outcomes import Ending, compare
-from lmm_sae_nb.benchmarks.faults_world import CONCEPTS, LAYER, PRESET, RUN, World
+from lmm_sae_nb.benchmarks.faults_world import CONCEPTS, LAYER, PRESET, RUN, Ending, World, compare
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.interpret.explain import latents_in_training
 from lmm_sae_nb.interpret.explainers import Vocabulary
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score.ratings import FIELDS, VERDICTS, read_ratings
-from lmm_sae_nb.support import notebooks
+from lmm_sae_nb.support import presets
 from lmm_sae_nb.support.images import open_images
 from lmm_sae_nb.support.stages import Page, Stage
 
@@ -120,9 +122,10 @@ def damaged(name: str, world: World, place: Path, seed: int) -> Ending:
     project = world.copy(place / "project", *kind.needs)
     file = rng.choice(sorted(path for path in project.glob(kind.files) if path.is_file()))
     usual = _usual(name, world)
+    os.chdir(project)
     case = damage(file, rng)
     before = file.read_bytes() if file.is_file() else None
-    names = [file.name, str(file.parent)]
+    names = [file.name, *(str(folder) for folder in file.parents if project in folder.parents)]
     if kind.valid:
         is_valid, wanted = kind.valid(world, file)
         if is_valid:
@@ -154,7 +157,8 @@ def _resume_caching(world: World, project: Path) -> object:
 
 
 def _train_again(world: World, project: Path) -> object:
-    return jobs.train(world, project)
+    jobs.train(world, project)
+    return _load_sae(world, project), json.loads((project / "train" / "history.json").read_text())["rows"][-1]["fvu"]
 
 
 def _load_sae(world: World, project: Path) -> object:
@@ -164,7 +168,8 @@ def _load_sae(world: World, project: Path) -> object:
 
 
 def _cache_again(world: World, project: Path) -> object:
-    return jobs.cache(world, project)
+    jobs.cache(world, project)
+    return _load_cache(world, project)
 
 
 def _load_cache(world: World, project: Path) -> object:
@@ -205,14 +210,12 @@ def _lessons(world: World, project: Path) -> object:
 
 
 def _preset(world: World, project: Path) -> object:
-    return notebooks.preset(project / "preset.yaml")["01_train_sae"]
+    return presets.preset(project / "preset.yaml")["01_train_sae"]
 
 
 def _pictures(world: World, project: Path) -> object:
     images = open_images(project / "pictures")
-    return {
-        Path(images.name(n)).name if hasattr(images, "name") else n: images[n].tobytes() for n in range(len(images))
-    }
+    return {number: images[number].tobytes() for number in range(len(images))}
 
 
 # ---- what a file says, read without the code under test --------------------------------------------------------
@@ -297,7 +300,10 @@ def _valid_lessons(world: World, file: Path) -> tuple[bool, object]:
 
 
 def _valid_preset(world: World, file: Path) -> tuple[bool, object]:
-    """A preset of the same names and types is valid; which notebook gets what is known for this one preset."""
+    """A preset of the same names and types is valid; which notebook gets what is known for this one preset.
+
+    In a text's place, a number or a word such as `no` is the text as it is written.
+    """
     import yaml
 
     if not file.is_file():
@@ -314,11 +320,26 @@ def _valid_preset(world: World, file: Path) -> tuple[bool, object]:
         return False, None
     types = {"run": (str,), "seed": (int,), "steps": (int,), "lr": (int, float), "kinds": (list,)}
     given = {name: each for name, each in value.items() if name != "01_train_sae"} | own
+    node = yaml.compose(file.read_bytes().decode())
+    for name, part in (_entries(node) | _entries(_entries(node).get("01_train_sae"))).items():
+        if name == "run" and not isinstance(given["run"], NoneType | list | dict):
+            given["run"] = part.value
+        if name == "kinds" and isinstance(given["kinds"], list):
+            given["kinds"] = [
+                each if isinstance(each, NoneType | list | dict) else item.value
+                for each, item in zip(given["kinds"], part.value, strict=True)
+            ]
     if not all(type(each) in types[name] for name, each in given.items()):
         return False, None
-    if not all(isinstance(kind, str) for kind in given.get("kinds", [])) or given.get("lr", 1) != given.get("lr", 1):
+    is_folder = Path(given.get("run", "a")).name == given.get("run", "a")
+    if not is_folder or not all(isinstance(kind, str) for kind in given.get("kinds", [])):
         return False, None
-    return True, given
+    return math.isfinite(given.get("lr", 1)), given
+
+
+def _entries(node) -> dict:
+    """The nodes of a YAML mapping by name; none of anything else."""
+    return {name.value: part for name, part in node.value} if node is not None and node.tag.endswith(":map") else {}
 
 
 def _valid_pictures(world: World, file: Path) -> tuple[bool, object]:

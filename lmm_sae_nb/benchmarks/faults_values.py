@@ -18,8 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lmm_sae_nb.benchmarks.faults_files import READS
-from lmm_sae_nb.benchmarks.faults_outcomes import Ending, compare, error_ending
-from lmm_sae_nb.benchmarks.faults_world import World, begin_project
+from lmm_sae_nb.benchmarks.faults_world import Ending, World, begin_project, compare, error_ending
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.chat.local import LocalChat
 from lmm_sae_nb.model.lmm import LMM
@@ -30,7 +29,7 @@ from lmm_sae_nb.show.feature_browser import FeatureBrowser
 from lmm_sae_nb.show.latent_table import LatentTable
 from lmm_sae_nb.show.report import metrics_table
 from lmm_sae_nb.steer.experiments import CaseStudy
-from lmm_sae_nb.support import notebooks
+from lmm_sae_nb.support import notebooks, presets
 from lmm_sae_nb.support.files import write_json
 from lmm_sae_nb.support.images import open_images
 from lmm_sae_nb.support.intervals import Mean
@@ -108,7 +107,7 @@ BROKEN = {
 }
 
 
-def presets(world: World, place: Path, seed: int) -> Ending:
+def preset(world: World, place: Path, seed: int) -> Ending:
     """Give a parameter a value of another type, or a preset that is no YAML, and read the preset."""
     import yaml
 
@@ -116,7 +115,7 @@ def presets(world: World, place: Path, seed: int) -> Ending:
     if rng.random() < 0.2:
         case, data = rng.choice(list(BROKEN.items()))
         file.write_bytes(data)
-        ending = compare(case, lambda: notebooks.preset(file), None, [file.name])
+        ending = compare(case, lambda: presets.preset(file), None, [file.name])
         return ending._replace(reason="it was accepted") if ending.ending == "another result" else ending
     page = rng.choice(notebooks.sources())
     name, parameter = rng.choice(list(notebooks.parameters(page).items()))
@@ -127,13 +126,13 @@ def presets(world: World, place: Path, seed: int) -> Ending:
     file.write_text(yaml.safe_dump({page.stem: {name: {inside: value} if inside else value}}))
     case = f"{page.stem}: {name}{f', {inside}' if inside else ''}: {value!r}"
     try:
-        read = notebooks.preset(file)[page.stem][name]
+        read = presets.preset(file)[page.stem][name]
     except Exception as error:
         return error_ending(case, error, [given, name]) if file.name in str(error) else error_ending(case, error, [])
     read = read[inside] if inside else read
     if read == value and type(read) is type(value) and _fits(value, default):
         return Ending(case, "as usual")
-    if isinstance(default, str) and read == str(value):  # 2024 as the name of a run
+    if isinstance(default, str) and type(value) in (int, float, bool) and read in file.read_text():  # as it is written
         return Ending(case, "as usual")
     return Ending(case, "another result", f"{read!r} was accepted in the place of {default!r}")
 
@@ -407,7 +406,7 @@ def code(world: World, place: Path, seed: int) -> Ending:
     elif way == "yaml":
         file, tag = place / "mine.yaml", rng.choice(("python/object/apply:os.system", "python/object/new:os.system"))
         file.write_text(f"run: !!{tag} ['touch {canary}']\n")
-        case, read = f"preset with !!{tag}", lambda: notebooks.preset(file)
+        case, read = f"preset with !!{tag}", lambda: presets.preset(file)
     elif way == "dictionary":
         project.mkdir()
         torch.save({"encoder.weight": Bomb(canary)}, project / "ae.pt")
@@ -415,7 +414,7 @@ def code(world: World, place: Path, seed: int) -> Ending:
                                                          "dict_size": 1, "k": 1}})  # fmt: skip
         case, read = "an SAE of dictionary_learning", lambda: TopKSAE.load(project)
     else:
-        shutil.copytree(Path(world.model_folder), project)
+        shutil.copytree(world.root / "data" / "models" / "tiny-llava-next", project)
         evil = f"open({str(canary)!r}, 'w')\nfrom transformers import *\n"
         (project / "evil.py").write_text(evil)
         config = json.loads((project / "config.json").read_text())
@@ -441,7 +440,7 @@ def code(world: World, place: Path, seed: int) -> Ending:
 
 KINDS = {
     "weights": (weights, 300, "NaN, infinity, other shapes, dtypes and sizes in SAEs of three formats"),
-    "preset": (presets, 400, "values of other types, and files that are no YAML"),
+    "preset": (preset, 400, "values of other types, and files that are no YAML"),
     "pictures": (pictures, 300, "pictures of every mode, of odd sizes, turned, transparent, 16-bit"),
     "text in HTML": (markup, len(HTML) * len(TEXTS), "hostile text in each table, panel and widget"),
     "text in figures": (figures, len(FIGURES) * len(TEXTS), "hostile text in each kind of figure"),

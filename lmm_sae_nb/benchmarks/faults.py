@@ -18,22 +18,20 @@ import signal
 import sys
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import NamedTuple
 
 from lmm_sae_nb.benchmarks import faults_files, faults_processes, faults_values
-from lmm_sae_nb.benchmarks.faults_world import SURVIVED, Ending, World, make_world
+from lmm_sae_nb.benchmarks.faults_endings import Attempted, Ending, summary
+from lmm_sae_nb.benchmarks.faults_world import World, make_world
 from lmm_sae_nb.support.files import project_root, write_json
 from lmm_sae_nb.support.progress import progress_bar
 
-COMMAND = "python -m lmm_sae_nb.benchmarks faults"
 PATIENCE = 120.0  # seconds until an attempt counts as hanging
 MEMORY = 8 * 2**30  # bytes that an attempt may take
-SHOWN = 12  # failures of a kind that are kept word for word
 
 
 class Kind(NamedTuple):
@@ -54,19 +52,6 @@ KINDS: dict[str, Kind] = {
     for table in (faults_processes.KINDS, faults_files.KINDS, faults_values.KINDS)
     for name, given in table.items()
 }
-
-
-@dataclass(frozen=True)
-class Attempted:
-    """A line of the record."""
-
-    kind: str
-    seed: int
-    case: str
-    ending: str
-    reason: str
-    seconds: float
-    code: str
 
 
 # ---- the attempts, in processes of their own -------------------------------------------------------------------
@@ -218,32 +203,6 @@ def run(
             worker.end()
 
 
-def summary(made: Sequence[Attempted], kinds: Collection[str], about: dict) -> dict:
-    """Return what book/faults.json keeps: for each kind the counts, the endings, and failures with their reason.
-
-    about: date, machine and versions.
-    """
-    rows = {}
-    for kind in kinds:
-        of_kind = [each for each in made if each.kind == kind]
-        possible = [each for each in of_kind if each.ending != "not possible"]
-        failed = [each for each in possible if each.ending not in SURVIVED]
-        rows[kind] = {
-            "meaning": KINDS[kind].meaning,
-            "tried": len(possible),
-            "survived": len(possible) - len(failed),
-            "endings": dict(sorted(Counter(each.ending for each in possible).items())),
-            "failures": [
-                {"seed": each.seed, "case": each.case, "ending": each.ending, "reason": each.reason}
-                for each in failed[:SHOWN]
-            ],
-        }
-        if len(possible) < len(of_kind):
-            rows[kind]["not_possible"] = next(each.reason for each in of_kind if each.ending == "not possible")
-    seconds = sum(each.seconds for each in made)
-    return {"command": COMMAND, **about, "processor_minutes": round(seconds / 60, 1), "kinds": rows}
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this command's options to a parser."""
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), metavar="KIND",
@@ -280,7 +239,7 @@ def main(options: argparse.Namespace) -> None:
     made = run(
         world, kinds, work / "record.jsonl", code=code_hash(root), jobs=options.jobs, minutes=options.minutes
     )  # fmt: skip
-    result = summary(made, options.kinds, about)
+    result = summary(made, {kind: KINDS[kind].meaning for kind in options.kinds}, about)
     write_json(out, result)
     for kind, row in result["kinds"].items():
         print(f"{kind}: {row['survived']} of {row['tried']} survived, {row['endings']}")

@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 
 from lmm_sae_nb.benchmarks import faults_world as jobs
-from lmm_sae_nb.benchmarks.faults_world import CONCEPTS, LAYER, PRESET, RUN, Ending, World, compare
+from lmm_sae_nb.benchmarks.faults_endings import Ending, compare
+from lmm_sae_nb.benchmarks.faults_world import CONCEPTS, LAYER, PRESET, RUN, World
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.interpret.explain import latents_in_training
 from lmm_sae_nb.interpret.explainers import Vocabulary

@@ -19,7 +19,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from lmm_sae_nb.benchmarks import faults_world as jobs
-from lmm_sae_nb.benchmarks.faults_world import RUN, Ending, Usual, World, begin_project, difference, error_ending
+from lmm_sae_nb.benchmarks.faults_endings import Ending, difference, error_ending
+from lmm_sae_nb.benchmarks.faults_world import RUN, Usual, World, begin_project
 from lmm_sae_nb.benchmarks.faulty_server import FAULTS, KEY, ONCE, serving
 from lmm_sae_nb.benchmarks.faulty_server import Ending as Right
 from lmm_sae_nb.chat.endpoint import EndpointChat

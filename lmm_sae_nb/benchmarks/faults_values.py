@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from lmm_sae_nb.benchmarks.faults_endings import Ending, compare, error_ending
 from lmm_sae_nb.benchmarks.faults_files import READS
-from lmm_sae_nb.benchmarks.faults_world import Ending, World, begin_project, compare, error_ending
+from lmm_sae_nb.benchmarks.faults_world import World, begin_project
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.chat.local import LocalChat
 from lmm_sae_nb.model.lmm import LMM

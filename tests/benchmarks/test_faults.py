@@ -1,0 +1,120 @@
+"""The fault campaign: it finds what is wrong, ends what hangs, goes on after a stop; the committed counts are whole."""
+
+import json
+import os
+import re
+import time
+
+import pytest
+
+from lmm_sae_nb.benchmarks import faults, faults_files, faults_processes
+from lmm_sae_nb.benchmarks.faults_endings import (
+    FAILED,
+    SURVIVED,
+    Attempted,
+    Ending,
+    campaign_metrics,
+    compare,
+    endings_by_group,
+    failure_rows,
+    kind_rows,
+    summary,
+)
+from lmm_sae_nb.benchmarks.faults_world import make_world
+from lmm_sae_nb.support.files import read_json
+
+QUICK = [kind for kind in faults.KINDS if kind not in ("kill, page", "endpoint") and "disk" not in kind]
+
+
+@pytest.fixture(scope="module")
+def world(lmm, root, tmp_path_factory):
+    here = os.getcwd()
+    made = make_world(tmp_path_factory.mktemp("faults") / "world", lmm, root)
+    os.chdir(here)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _at_home(root, unchecked):
+    yield
+    os.chdir(root)
+
+
+def test_a_campaign_survives_one_fault_of_each_kind_and_is_not_made_twice(world, tmp_path):
+    faults_processes.measure(world, tmp_path / "usual")
+    kinds = dict.fromkeys(QUICK, 1)
+    made = faults.run(world, kinds, tmp_path / "record.jsonl", code="now")
+    assert {each.kind for each in made} == set(QUICK)
+    assert {each.ending for each in made} <= SURVIVED.keys(), [each for each in made if each.ending in FAILED]
+    began = time.monotonic()
+    (tmp_path / "record.jsonl").open("a").write('{"kind": "cut sh')
+    assert faults.run(world, kinds, tmp_path / "record.jsonl", code="now") == made
+    assert time.monotonic() - began < 5
+    assert faults.read_record(tmp_path / "record.jsonl", "other code") == []
+
+
+def test_an_attempt_that_hangs_or_dies_is_a_failure_and_the_others_go_on(world, tmp_path, monkeypatch):
+    attempts = {
+        "hang": lambda world, place, seed: time.sleep(60),
+        "die": lambda world, place, seed: os._exit(3),
+        "break": lambda world, place, seed: 1 / 0,
+        "work": lambda world, place, seed: Ending("nothing", "as usual"),
+    }
+    kinds = {name: faults.Kind(attempt, 1, name) for name, attempt in attempts.items()}
+    monkeypatch.setattr(faults, "KINDS", kinds)
+    monkeypatch.setattr(faults, "PATIENCE", 0.3)
+    made = faults.run(world, dict.fromkeys(kinds, 1), tmp_path / "record.jsonl", code="now", jobs=2)
+    endings = {each.kind: each.ending for each in made}
+    assert endings == {"hang": "hang", "die": "died", "break": "campaign broken", "work": "as usual"}
+
+
+@pytest.mark.parametrize(
+    ("read", "ending"),
+    [
+        (lambda project: [], "another result"),
+        (lambda project: json.loads("{"), "raw error"),
+        (lambda project: {}["a"], "raw error"),
+        (lambda project: faults_files.read_ratings(project / "ratings.jsonl"), "clear error"),
+    ],
+)
+def test_a_reader_that_is_wrong_is_found(world, tmp_path, monkeypatch, read, ending):
+    """The damage makes the second of six lines unreadable, which no reader can make good."""
+    (project := tmp_path / "project").mkdir()
+    lines = (world.folder / "ratings.jsonl").read_bytes().split(b"\n")
+    lines[1] = lines[1][:-9]
+    (project / "ratings.jsonl").write_bytes(b"\n".join(lines))
+    assert faults_files.READS["ratings"].valid(world, project / "ratings.jsonl") == (False, None)
+    assert compare("", lambda: read(project), None, ["ratings.jsonl"]).ending == ending
+
+
+def test_counts_add_up_and_failures_are_kept_with_their_reason():
+    def attempted(kind, seed, ending, reason=""):
+        return Attempted(kind, seed, f"case {seed}", ending, reason, 0.5, "now")
+
+    made = [attempted("kill, a", 0, "as usual"), attempted("kill, a", 1, "leftovers", "x.tmp")]
+    made += [attempted("kill, b", 0, "clear error"), attempted("disk", 0, "not possible", "no root")]
+    found = summary(made, {"kill, a": "A", "kill, b": "B", "disk": "C"}, {"date": "today"})
+    assert [(row["tried"], row["survived"]) for row in kind_rows(found)] == [(2, 1), (1, 1), (0, 0)]
+    assert failure_rows(found) == [{"fault": "kill, a", "case": "case 1", "ending": "leftovers", "reason": "x.tmp"}]
+    assert found["kinds"]["disk"]["not_possible"] == "no root"
+    assert endings_by_group(found) == {"kill": {"as usual": 1 / 3, "clear error": 1 / 3, "leftovers": 1 / 3}}
+    assert campaign_metrics(found) == {
+        "faults_tried": 3, "faults_failed": 1, "faults_kill_tried": 3, "faults_kill_failed": 1,
+        "faults_disk_tried": 0, "faults_disk_failed": 0,
+    }  # fmt: skip
+
+
+def test_the_committed_counts_have_every_kind_and_pages_say_nothing_else(root):
+    committed = read_json(root / "book" / "faults.json")
+    assert committed["kinds"].keys() == faults.KINDS.keys()
+    for kind, row in committed["kinds"].items():
+        assert row["meaning"] == faults.KINDS[kind].meaning
+        assert row["tried"] >= 8 or "not_possible" in row, kind
+        assert sum(row["endings"].values()) == row["tried"], kind
+        assert row["endings"].keys() <= SURVIVED.keys() | FAILED.keys()
+        failed = sum(row["endings"].get(ending, 0) for ending in FAILED)
+        assert row["tried"] - row["survived"] == failed and min(failed, 1) <= len(row["failures"]) <= failed, kind
+        assert all(failure["reason"] for failure in row["failures"]), kind
+    texts = [file.read_text() for file in (root / "README.md", root / "notebooks" / "A2_benchmarks.py")]
+    numbers = {int(n.replace(",", "")) for text in texts for n in re.findall(r"([\d,]*\d) faults", text)}
+    assert numbers <= set(campaign_metrics(committed).values())

@@ -116,11 +116,12 @@ def _serve(pipe: connection.Connection, world: World, place: Path) -> None:
     quiet = os.open(place.parent / f"{place.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(quiet, 1), os.dup2(quiet, 2)
     resource.setrlimit(resource.RLIMIT_AS, (_virtual_bytes() + MEMORY, resource.RLIM_INFINITY))
+    parent = os.getppid()
     while True:
-        try:
-            kind, seed = pipe.recv()
-        except EOFError:
-            os._exit(0)
+        while not pipe.poll(1):
+            if os.getppid() != parent:  # the campaign was killed
+                os._exit(0)
+        kind, seed = pipe.recv()
         pipe.send(attempt(world, place, kind, seed))
 
 

@@ -130,14 +130,16 @@ def _virtual_bytes() -> int:
 
 
 def attempt(world: World, place: Path, kind: str, seed: int) -> Ending:
-    """Make one attempt in an empty folder, in this process."""
+    """Make one attempt, in this process.
+
+    place: emptied first. The attempt has a folder of its own name there, as this process may hold locks of earlier ones.
+    """
     os.chdir(world.folder)
     shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
-    world.asked = place.with_name(f"{place.name} asked")
-    world.asked.unlink(missing_ok=True)
+    (own := place / f"{kind} {seed}").mkdir(parents=True)
+    world.asked = place / "asked"
     try:
-        return KINDS[kind].attempt(world, place, seed)
+        return KINDS[kind].attempt(world, own, seed)
     except Exception:  # the campaign itself is at fault
         return Ending(f"seed {seed}", "campaign broken", traceback.format_exc()[-1500:])
 

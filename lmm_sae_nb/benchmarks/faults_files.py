@@ -29,7 +29,7 @@ from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score.ratings import FIELDS, VERDICTS, read_ratings
 from lmm_sae_nb.support import presets
 from lmm_sae_nb.support.images import open_images
-from lmm_sae_nb.support.stages import Page, Stage
+from lmm_sae_nb.support.stages import Page
 
 # ---- damage ----------------------------------------------------------------------------------------------------
 
@@ -190,10 +190,6 @@ def _explain_again(world: World, project: Path) -> object:
 def _explanations(world: World, project: Path) -> object:
     """As page 04 does."""
     return Page({"run": RUN}).read("interpret", "explanations", dict[int, dict])
-
-
-def _metrics(world: World, project: Path) -> object:
-    return Stage(RUN, "interpret").metrics
 
 
 def _ratings(world: World, project: Path) -> object:
@@ -368,7 +364,7 @@ READS = {
     "replies": Read((f"{INTERPRET}/replies.jsonl",), f"{INTERPRET}/replies.jsonl", _explain_again),
     "finished stage": Read((INTERPRET,), f"{INTERPRET}/*.json", _explain_again),
     "explanations": Read((INTERPRET,), f"{INTERPRET}/explanations.json", _explanations),
-    "metrics": Read((INTERPRET,), f"{INTERPRET}/metrics.json", _metrics),
+    "metrics": Read((INTERPRET,), f"{INTERPRET}/metrics.json", _explain_again),
     "ratings": Read(("ratings.jsonl",), "ratings.jsonl", _ratings, _valid_ratings),
     "concepts": Read(("concepts.json",), "concepts.json", _concepts, _valid_concepts),
     "taught.json": Read(("explainer", "trained"), "explainer/taught.json", _lessons, _valid_lessons),

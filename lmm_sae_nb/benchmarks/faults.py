@@ -132,7 +132,7 @@ def _virtual_bytes() -> int:
 def attempt(world: World, place: Path, kind: str, seed: int) -> Ending:
     """Make one attempt, in this process.
 
-    place: emptied first. The attempt has a folder of its own name there, as this process may hold locks of earlier ones.
+    place: emptied first. The attempt gets a folder of a new name there, as this process may hold locks of earlier ones.
     """
     os.chdir(world.folder)
     shutil.rmtree(place, ignore_errors=True)

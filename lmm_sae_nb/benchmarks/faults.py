@@ -30,7 +30,7 @@ from lmm_sae_nb.benchmarks.faults_world import World, make_world
 from lmm_sae_nb.support.files import project_root, write_json
 from lmm_sae_nb.support.progress import progress_bar
 
-PATIENCE = 120.0  # seconds until an attempt counts as hanging
+PATIENCE = 300.0  # seconds until an attempt counts as hanging; a page takes the most
 MEMORY = 8 * 2**30  # bytes that an attempt may take
 
 

@@ -46,7 +46,7 @@ TRAIN = dict(
 CACHE = dict(n_top=3, batch_size=2, store="float16", save_every=0.0)
 CONCEPTS = {"object": ["cat", "dog", "train"], "colour": ["red", "blue"], "scene": ["kitchen"]}
 PRESET = {"run": "faults", "seed": 3, "01_train_sae": {"steps": 20, "lr": 0.002, "kinds": ["base", "text"]}}
-CLOCK = {"seconds", "tokens_per_second"}  # what differs between two undisturbed runs
+CLOCK = {"seconds", "tokens_per_second", "crc32"}  # what differs between two undisturbed runs
 
 
 class Stop(Exception):
@@ -156,9 +156,10 @@ def make_world(folder: Path, lmm: LMM, root: Path) -> World:
     ]
     world = World(lmm, folder, samples, root, folder.with_name("asked"))
     write_json(folder / "concepts.json", CONCEPTS)
-    training = {"params": {"seed": 3, "steps": 6}, "inputs": ["data/world"]}
-    write_json(folder / "explainer" / "taught.json", {"lessons": [{"trained": training, "latents": [1, 5, 7]}]})
-    write_json(folder / "trained" / "manifest.json", training | {"seed": 3})
+    params = {"seed": 3, "steps": 6}
+    lesson = {"trained": {"params": params, "inputs": ["data/world"]}, "latents": [1, 5, 7]}
+    write_json(folder / "explainer" / "taught.json", {"lessons": [lesson]})
+    write_json(folder / "trained" / "manifest.json", {"params": params, "inputs": {"data/world": "hash"}})
     (folder / "preset.yaml").write_text(json.dumps(PRESET))  # JSON is YAML
     for latent, (rater, verdict) in enumerate(itertools.product(("ada", "max"), ("yes", "no", "unsure"))):
         append_rating(folder / "ratings.jsonl", rater, latent, "cat", "object", verdict)

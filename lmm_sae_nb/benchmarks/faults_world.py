@@ -79,7 +79,10 @@ class CutImages(Sequence):
     """Pictures of which one after the first few cannot be had, as if the process ended there."""
 
     def __init__(self, images: Sequence, at: int):
-        self._images, self._at, self.identity = images, at, images.identity
+        self._images, self._at = images, at
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._images, name)
 
     def __len__(self) -> int:
         return len(self._images)

@@ -107,6 +107,7 @@ class Read(NamedTuple):
     needs: what of the project is copied; the files are below it.
     files: a pattern of the files to damage.
     read: called with world and project; returns something that can be compared.
+    tries: how many attempts make a campaign; fewer where reading takes a second.
     valid: whether a user could have written this file, and what reading it should then give, found without the code
         under test; None if only this package writes such files.
     """
@@ -114,6 +115,7 @@ class Read(NamedTuple):
     needs: tuple[str, ...]
     files: str
     read: Callable[[World, Path], object]
+    tries: int
     valid: Callable[[World, Path], tuple[bool, object]] | None = None
 
 
@@ -355,23 +357,27 @@ def _pixels(file: Path) -> bytes | None:
 
 INTERPRET = f"data/artifacts/{RUN}/interpret"
 READS = {
-    "checkpoint": Read(("half/train",), "half/train/checkpoint/*/*", _resume_training),
-    "state of a pass": Read(("half/cache",), "half/cache/.partial/**/*", _resume_caching),
-    "finished training": Read(("train",), "train/*", _train_again),
-    "SAE": Read(("train",), "train/*", _load_sae),
-    "finished cache": Read(("cache",), "cache/**/*", _cache_again),
-    "cache": Read(("cache",), "cache/**/*", _load_cache),
-    "replies": Read((f"{INTERPRET}/replies.jsonl",), f"{INTERPRET}/replies.jsonl", _explain_again),
-    "finished stage": Read((INTERPRET,), f"{INTERPRET}/*.json", _explain_again),
-    "explanations": Read((INTERPRET,), f"{INTERPRET}/explanations.json", _explanations),
-    "metrics": Read((INTERPRET,), f"{INTERPRET}/metrics.json", _explain_again),
-    "ratings": Read(("ratings.jsonl",), "ratings.jsonl", _ratings, _valid_ratings),
-    "concepts": Read(("concepts.json",), "concepts.json", _concepts, _valid_concepts),
-    "taught.json": Read(("explainer", "trained"), "explainer/taught.json", _lessons, _valid_lessons),
-    "preset": Read(("preset.yaml",), "preset.yaml", _preset, _valid_preset),
-    "pictures": Read(("pictures",), "pictures/*", _pictures, _valid_pictures),
+    "checkpoint": Read(("half/train",), "half/train/checkpoint/*/*", _resume_training, 150),
+    "state of a pass": Read(("half/cache",), "half/cache/.partial/**/*", _resume_caching, 120),
+    "finished training": Read(("train",), "train/*", _train_again, 120),
+    "SAE": Read(("train",), "train/*", _load_sae, 300),
+    "finished cache": Read(("cache",), "cache/**/*", _cache_again, 120),
+    "cache": Read(("cache",), "cache/**/*", _load_cache, 300),
+    "replies": Read((f"{INTERPRET}/replies.jsonl",), f"{INTERPRET}/replies.jsonl", _explain_again, 200),
+    "finished stage": Read((INTERPRET,), f"{INTERPRET}/*.json", _explain_again, 200),
+    "explanations": Read((INTERPRET,), f"{INTERPRET}/explanations.json", _explanations, 300),
+    "metrics": Read((INTERPRET,), f"{INTERPRET}/metrics.json", _explain_again, 200),
+    "ratings": Read(("ratings.jsonl",), "ratings.jsonl", _ratings, 300, _valid_ratings),
+    "concepts": Read(("concepts.json",), "concepts.json", _concepts, 300, _valid_concepts),
+    "taught.json": Read(("explainer", "trained"), "explainer/taught.json", _lessons, 300, _valid_lessons),
+    "preset": Read(("preset.yaml",), "preset.yaml", _preset, 300, _valid_preset),
+    "pictures": Read(("pictures",), "pictures/*", _pictures, 300, _valid_pictures),
 }
 KINDS = {
-    f"damaged file, {name}": (partial(damaged, name), 150, f"{kind.files.rpartition('/')[0] or kind.files}: {name}")
+    f"damaged file, {name}": (
+        partial(damaged, name),
+        kind.tries,
+        f"{kind.files.rpartition('/')[0] or kind.files}: {name}",
+    )
     for name, kind in READS.items()
 }

@@ -463,5 +463,5 @@ KINDS |= {
         48,
         "a hundred questions, asked twice, of which 9 % meet a fault",
     ),
-    "kill, page": (kill_page, 16, "a page and its kernel killed at a random moment, then run again"),
+    "kill, page": (kill_page, 12, "a page and its kernel killed at a random moment, then run again"),
 }

@@ -374,10 +374,6 @@ READS = {
     "pictures": Read(("pictures",), "pictures/*", _pictures, 300, _valid_pictures),
 }
 KINDS = {
-    f"damaged file, {name}": (
-        partial(damaged, name),
-        kind.tries,
-        f"{kind.files.rpartition('/')[0] or kind.files}: {name}",
-    )
+    f"damaged file, {name}": (partial(damaged, name), kind.tries, f"{kind.files}: cut, flipped, with other values")
     for name, kind in READS.items()
 }

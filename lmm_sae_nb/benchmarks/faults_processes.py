@@ -460,7 +460,7 @@ KINDS |= {"race, rating": (raters, 30, "two people who rate into one file")}
 KINDS |= {
     "endpoint": (
         endpoint,
-        48,
+        36,
         "a hundred questions, asked twice, of which 9 % meet a fault",
     ),
     "kill, page": (kill_page, 12, "a page and its kernel killed at a random moment, then run again"),

@@ -181,6 +181,7 @@ def run(
     waiting = [(kind, seed) for seed in range(max(kinds.values())) for kind in kinds if seed < kinds[kind]]
     waiting = [task for task in waiting if task not in known]
     record.parent.mkdir(parents=True, exist_ok=True)
+    faults_processes.unmount_below(record.parent)
     latest = time.monotonic() + 60 * minutes
     workers = [Worker(world, record.parent / f"attempt{number}") for number in range(jobs)]
     try:
@@ -204,6 +205,7 @@ def run(
     finally:
         for worker in workers:
             worker.end()
+        faults_processes.unmount_below(record.parent)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -163,6 +163,15 @@ def small_disk(place: Path, kilobytes: int):
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+def unmount_below(folder: Path) -> None:
+    """Unmount the small disks of attempts that were killed."""
+    table = Path("/proc/mounts")
+    for line in table.read_text().splitlines() if table.is_file() else ():
+        place = line.split(" ")[1].replace("\\040", " ")
+        if place.startswith(f"{folder}/"):
+            subprocess.run(["umount", "-l", place], check=False)
+
+
 def full_disk(name: str, world: World, place: Path, seed: int) -> Ending:
     """Do a job on a disk that is too small, then make room and do it again.
 

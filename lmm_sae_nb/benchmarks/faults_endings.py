@@ -160,13 +160,14 @@ def failure_rows(campaign: Mapping) -> list[dict[str, str]]:
 
 
 def endings_by_group(campaign: Mapping) -> dict[str, dict[str, float]]:
-    """Return for each group of kinds, such as "kill", the fraction of attempts with each ending."""
+    """Return for each group of kinds, such as "kill", the fraction of attempts with each good ending, and of others."""
     counts: dict[str, Counter] = {}
     for kind, row in campaign["kinds"].items():
         counts.setdefault(kind.partition(",")[0], Counter()).update(row["endings"])
-    order = [*SURVIVED, *FAILED]
+    shown = [ending for ending in SURVIVED if any(found[ending] for found in counts.values())]
     return {
-        group: {ending: found[ending] / found.total() for ending in order if found[ending]}
+        group: {ending: found[ending] / found.total() for ending in shown}
+        | {"not survived": sum(found[ending] for ending in FAILED) / found.total()}
         for group, found in counts.items() if found.total()
     }  # fmt: skip
 

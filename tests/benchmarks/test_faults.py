@@ -49,7 +49,8 @@ def test_a_campaign_survives_what_it_did_when_the_counts_were_made_and_is_not_ma
     known = {kind for kind, row in read_json(root / "book" / "faults.json")["kinds"].items() if row["failures"]}
     assert failed.keys() <= known, failed
     began = time.monotonic()
-    (tmp_path / "record.jsonl").open("a").write('{"kind": "cut sh')
+    with (tmp_path / "record.jsonl").open("a") as record:
+        record.write('{"kind": "cut sh')
     assert faults.run(world, kinds, tmp_path / "record.jsonl", code="now") == made
     assert time.monotonic() - began < 5
     assert faults.read_record(tmp_path / "record.jsonl", "other code") == []
@@ -99,7 +100,7 @@ def test_counts_add_up_and_failures_are_kept_with_their_reason():
     assert [(row["tried"], row["survived"]) for row in kind_rows(found)] == [(2, 1), (1, 1), (0, 0)]
     assert failure_rows(found) == [{"fault": "kill, a", "case": "case 1", "ending": "leftovers", "reason": "x.tmp"}]
     assert found["kinds"]["disk"]["not_possible"] == "no root"
-    assert endings_by_group(found) == {"kill": {"as usual": 1 / 3, "clear error": 1 / 3, "leftovers": 1 / 3}}
+    assert endings_by_group(found) == {"kill": {"as usual": 1 / 3, "clear error": 1 / 3, "not survived": 1 / 3}}
     assert campaign_metrics(found) == {
         "faults_tried": 3, "faults_failed": 1, "faults_kill_tried": 3, "faults_kill_failed": 1,
         "faults_disk_tried": 0, "faults_disk_failed": 0,

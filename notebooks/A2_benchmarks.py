@@ -251,11 +251,12 @@ plots.stacked(endings_by_group(campaign), "fraction of attempts");
 # Every kind of fault, with how often it was tried:
 
 # %%
+minutes = sum(row["minutes"] for row in campaign["kinds"].values())
 print(
     f"Measured on {campaign['date']}, lmm-sae-nb "
     f"{campaign['versions']['lmm-sae-nb']}, torch "
     f"{campaign['versions']['torch']}, {campaign['machine']['system']}; "
-    f"{campaign['minutes']:.0f} minutes of attempts."
+    f"{minutes:.0f} minutes of attempts."
 )
 plots.table(kind_rows(campaign))
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 from lmm_sae_nb.benchmarks import faults_files, faults_processes, faults_values
 from lmm_sae_nb.benchmarks.faults_endings import Attempted, Ending, summary
 from lmm_sae_nb.benchmarks.faults_world import World, make_world
-from lmm_sae_nb.support.files import project_root, write_json
+from lmm_sae_nb.support.files import project_root, read_json, write_json
 from lmm_sae_nb.support.progress import progress_bar
 
 PATIENCE = 300.0  # seconds until an attempt counts as hanging; a page takes the most
@@ -211,7 +211,7 @@ def run(
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this command's options to a parser."""
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), metavar="KIND",
-                        help=f"any of: {', '.join(KINDS)}")  # fmt: skip
+                        help=f"any of: {', '.join(KINDS)}; the counts of others stay")  # fmt: skip
     parser.add_argument("--tries", type=int, default=10**6, help="at most so many attempts of each kind")
     parser.add_argument("--minutes", type=float, default=60.0, help="start no attempt after these")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
@@ -245,6 +245,8 @@ def main(options: argparse.Namespace) -> None:
         world, kinds, work / "record.jsonl", code=code_hash(root), jobs=options.jobs, minutes=options.minutes
     )  # fmt: skip
     result = summary(made, {kind: KINDS[kind].meaning for kind in options.kinds}, about)
+    rows = (read_json(out)["kinds"] if out.is_file() else {}) | result["kinds"]
+    result["kinds"] = {kind: rows[kind] for kind in KINDS if kind in rows}
     write_json(out, result)
     for kind, row in result["kinds"].items():
         print(f"{kind}: {row['survived']} of {row['tried']} survived, {row['endings']}")

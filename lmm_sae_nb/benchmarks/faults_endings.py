@@ -126,6 +126,7 @@ def summary(made: Sequence[Attempted], meanings: Mapping[str, str], about: Mappi
             "meaning": meaning,
             "tried": len(possible),
             "survived": len(possible) - len(failed),
+            "minutes": round(sum(each.seconds for each in of_kind) / 60, 1),
             "endings": dict(sorted(Counter(each.ending for each in possible).items())),
             "failures": [
                 {"seed": each.seed, "case": each.case, "ending": each.ending, "reason": each.reason}
@@ -134,8 +135,7 @@ def summary(made: Sequence[Attempted], meanings: Mapping[str, str], about: Mappi
         }
         if len(possible) < len(of_kind):
             rows[kind]["not_possible"] = next(each.reason for each in of_kind if each.ending == IMPOSSIBLE)
-    minutes = sum(each.seconds for each in made) / 60
-    return {"command": COMMAND, **about, "minutes": round(minutes, 1), "kinds": rows}
+    return {"command": COMMAND, **about, "kinds": rows}
 
 
 def kind_rows(campaign: Mapping) -> list[dict[str, str | int]]:

@@ -262,6 +262,7 @@ def raters(world: World, place: Path, seed: int) -> Ending:
 
 QUESTIONS, FAULTY = 100, 0.09  # of an attempt, and the fraction that meets a fault
 TIMEOUT, RETRIES = 0.5, 1
+MOST = 3  # times in a run that a question may be asked that gets no answer, or nothing but reasoning
 USELESS = [name for name, ending in FAULTS.items() if ending is Right.STOP]
 SINGLE = [name for name in FAULTS if name not in USELESS]
 
@@ -297,7 +298,7 @@ def faulty_endpoint(place: Path, seed: int) -> Ending:
                 if wrong := _wrong(text, fault, reply, turn):
                     return Ending(case, "another result", f"{fault or 'no fault'}, turn {turn}: {wrong}")
                 again = Right(_right(fault)) in (Right.FAULT, Right.REFUSED)
-                if times[text] > (turn * (1 + RETRIES) if again else 1):
+                if times[text] > (turn * MOST if again else 1):
                     return Ending(case, "asked twice", f"{fault or 'no fault'}: {times[text]} times")
             if part := _part_of_key((place / "replies.jsonl").read_text() + repr(replies)):
                 return Ending(case, "key shown", f"{len(part)} characters of the key are on record")
@@ -312,19 +313,14 @@ def _wrong(text: str, fault: str, reply: Reply, turn: int) -> str:
     """Return what is wrong with a reply; "" if nothing is."""
     right, said = _right(fault), f"heard: {text}"
     passed = fault.endswith(ONCE) and right in (Right.FAULT, Right.REFUSED)  # the question may have come again
-    if reply.text is not None and right in (Right.FAULT, Right.REFUSED) and not passed:
-        return f"an answer, {reply.text[:60]!r}"
-    if passed and (reply.text == said or turn == 1 and reply.text is None and reply.fault):
-        return ""
-    if right is Right.ANSWER and (reply.text is None or said not in reply.text or "<" in reply.text):
-        return f"{reply.text!r} {reply.fault[:100]}"
-    if right is Right.CUT and not (reply.cut or reply.text is None):
-        return "it does not count as cut"
-    if right is Right.REFUSED and not passed and not (reply.text is None and reply.fault):
-        return "it has no fault"
-    if right is Right.FAULT and (passed or not reply.fault):
-        return f"{reply.text!r} {reply.fault[:100]}"
-    return ""
+    answer, brief = reply.answer, f"{reply.answer!r} {reply.fault}"[:160]
+    if passed:
+        return "" if answer == said or (turn == 1 and answer is None and reply.fault) else brief
+    if right in (Right.FAULT, Right.REFUSED):
+        return "" if answer is None and reply.fault else brief
+    if right is Right.CUT:
+        return "" if reply.cut or answer is None else "it does not count as cut"
+    return "" if answer and said in answer and "<" not in answer else brief
 
 
 def useless_endpoint(place: Path, seed: int) -> Ending:

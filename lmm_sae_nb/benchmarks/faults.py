@@ -177,9 +177,9 @@ def run(
     """
     made = read_record(record, code)
     known = {(each.kind, each.seed) for each in made}
-    # the first seed of every kind, then the second: a campaign that is cut short has some of each
-    waiting = [(kind, seed) for seed in range(max(kinds.values())) for kind in kinds if seed < kinds[kind]]
-    waiting = [task for task in waiting if task not in known]
+    # the same part of every kind at any time: a campaign that is cut short has some of each
+    waiting = [(seed / tries, kind, seed) for kind, tries in kinds.items() for seed in range(tries)]
+    waiting = [(kind, seed) for _, kind, seed in sorted(waiting) if (kind, seed) not in known]
     record.parent.mkdir(parents=True, exist_ok=True)
     faults_processes.unmount_below(record.parent)
     latest = time.monotonic() + 60 * minutes

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from lmm_sae_nb.interpret.explain import latents_in_training
 from lmm_sae_nb.interpret.explainers import Vocabulary
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.score.ratings import FIELDS, VERDICTS, read_ratings
+from lmm_sae_nb.score.ratings import VERDICTS, read_ratings
 from lmm_sae_nb.support import presets
 from lmm_sae_nb.support.images import open_images
 from lmm_sae_nb.support.stages import Page
@@ -195,7 +196,9 @@ def _explanations(world: World, project: Path) -> object:
 
 
 def _ratings(world: World, project: Path) -> object:
-    return read_ratings(project / "ratings.jsonl")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        return read_ratings(project / "ratings.jsonl"), any("ratings.jsonl" in str(each.message) for each in caught)
 
 
 def _concepts(world: World, project: Path) -> object:
@@ -228,30 +231,24 @@ def _plain_json(file: Path) -> object:
 
 
 def _valid_ratings(world: World, file: Path) -> tuple[bool, object]:
-    """Answers on whole lines; the last one may lack the end of its line, or be cut short."""
-    if not file.is_file():
-        return True, []
-    try:
-        lines = file.read_bytes().decode().split("\n")
-    except UnicodeDecodeError:
-        return False, None
-    rows = []
-    for number, line in enumerate(lines):
+    """Every line that holds an answer counts, and a warning names others, but for a last one that was cut short."""
+    lines, kept, warned = file.read_bytes().split(b"\n") if file.is_file() else [], {}, False
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except ValueError:
-            if number == len(lines) - 1:
-                break
-            return False, None
-        is_row = isinstance(row, dict) and set(FIELDS) <= set(row)
-        if not is_row or row["verdict"] not in (*VERDICTS, "undone"):
-            return False, None
-        texts = (row[name] for name in ("rater", "concept", "kind", "time"))
-        if type(row["latent"]) is not int or row["latent"] < 0 or not all(isinstance(text, str) for text in texts):
-            return False, None
-        rows.append(row)
-    kept = {(row["rater"], row["latent"], row["concept"]): row for row in rows}
-    return True, [row for row in kept.values() if row["verdict"] != "undone"]
+            row = json.loads(line.decode())
+            texts = [row[name] for name in ("rater", "concept", "verdict", "time")]
+            is_row = all(isinstance(text, str) for text in texts) and isinstance(row["kind"], str | None)
+            is_row = is_row and type(row["latent"]) is int and row["verdict"] in (*VERDICTS, "undone")
+        except (ValueError, KeyError, TypeError):
+            is_row = False
+        if is_row:
+            row = {
+                name: each.replace("\x7f", "\ufffd") if isinstance(each, str) else each for name, each in row.items()
+            }
+            kept[row["rater"], row["latent"], row["concept"]] = row
+        else:
+            warned |= bool(line.strip()) and number < len(lines)
+    return True, ([row for row in kept.values() if row["verdict"] != "undone"], warned)
 
 
 def _valid_concepts(world: World, file: Path) -> tuple[bool, object]:

@@ -77,17 +77,15 @@ def test_an_attempt_that_hangs_or_dies_is_a_failure_and_the_others_go_on(world, 
         (lambda project: [], "another result"),
         (lambda project: json.loads("{"), "raw error"),
         (lambda project: {}["a"], "raw error"),
-        (lambda project: faults_files.read_ratings(project / "ratings.jsonl"), "clear error"),
+        (lambda project: read_json(project / "concepts.json"), "clear error"),
     ],
 )
-def test_a_reader_that_is_wrong_is_found(world, tmp_path, monkeypatch, read, ending):
-    """The damage makes the second of six lines unreadable, which no reader can make good."""
+def test_a_reader_that_is_wrong_is_found(world, tmp_path, read, ending):
+    """Half a file, which no reader can make good."""
     (project := tmp_path / "project").mkdir()
-    lines = (world.folder / "ratings.jsonl").read_bytes().split(b"\n")
-    lines[1] = lines[1][:-9]
-    (project / "ratings.jsonl").write_bytes(b"\n".join(lines))
-    assert faults_files.READS["ratings"].valid(world, project / "ratings.jsonl") == (False, None)
-    assert compare("", lambda: read(project), None, ["ratings.jsonl"]).ending == ending
+    (project / "concepts.json").write_bytes((world.folder / "concepts.json").read_bytes()[:60])
+    assert faults_files.READS["concepts"].valid(world, project / "concepts.json") == (False, None)
+    assert compare("", lambda: read(project), None, ["concepts.json"]).ending == ending
 
 
 def test_counts_add_up_and_failures_are_kept_with_their_reason():

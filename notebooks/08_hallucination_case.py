@@ -298,9 +298,10 @@ plots.table(
 # cached images.
 #
 # We try all settings on wrong cases. We sort them by the *balanced cured rate*.
-# This is the mean of two fractions: of the cases whose right answer is *no*, how
-# many are cured, that is, answered right; and the same for *yes*. A push towards
-# one answer has 0.5 at most. If two settings are equal, the one with fewer latents comes first.
+# A wrong case is *cured* if it is answered right. The balanced cured rate is the mean
+# of two fractions: that of the cases whose right answer is *no*, and that of those
+# whose right answer is *yes*. A push towards one answer has 0.5 at most. If two
+# settings are equal, the one with fewer latents comes first.
 #
 # Then we take four settings at a time, in this order. We count how many right
 # answers each harms. If this is within the limit, we count how many answers to

@@ -249,12 +249,12 @@ def metric_exam(exam: Sequence[Discriminability], fewer: Mapping[str, float], wi
     few = [fewer.get(each.metric) for each in exam]
     axes[1].plot(few, rows, "D", ms=8, mfc="none", mec=GREY, label=one_line(f"all but {without}"))
     axes[1].plot([each.separation for each in exam], rows, "o", color=PALETTE[2], ms=5, label="all controls")
-    axes[2].plot([each.noise for each in exam], rows, "^", color=PALETTE[3], ms=6)
+    axes[2].plot([each.noise for each in exam], rows, "^", color=PALETTE[3], ms=6, clip_on=False)
     axes[0].axvline(0, color=GREY, lw=1)
     axes[1].axvline(0.5, color=GREY, lw=1)
     axes[0].set(xlim=(-1.05, 1.05), xticks=(-1, 0, 1), xlabel="rank correlation")
     axes[1].set(xlim=(-0.08, 1.08), xticks=(0, 0.5, 1), xlabel="separation")
-    axes[2].set(xlim=(0, max(1.05 * max(each.noise for each in exam), 0.1)), xlabel="noise")
+    axes[2].set(xlim=(0, max(1.15 * max(each.noise for each in exam), 0.1)), xlabel="noise")
     labels = [wrapped(each.metric, 2.4) for each in exam]
     axes[0].set(yticks=rows, yticklabels=labels, ylim=(len(exam) - 0.5, -0.5))
     for ax in axes:

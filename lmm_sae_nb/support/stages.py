@@ -291,9 +291,9 @@ class Page:
             for name, value in namespace.items()
             if not name.startswith("_") and name not in IPYTHON and _is_plain(value)
         }
+        check_page(declared_in(namespace.get("In", [])), plain)
         if not isinstance(plain.get("run"), str):
             raise ValueError('a page has a parameter `run: str`; write it into the cell tagged "parameters"')
-        check_page(declared_in(namespace.get("In", [])), plain)
         self.run: str = folder_name(plain.pop("run"), "a run")
         self.params, self.root, self._namespace = plain, project_root(), namespace
 

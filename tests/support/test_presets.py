@@ -167,6 +167,7 @@ CELL = 'run: str = "tiny"\nsteps: int = 5\nexplainer: dict = {"model": "m", "tok
         ("explainer = {'model': 'x'}", "explainer lacks tokens: papermill replaces a whole dictionary"),
         ("explainer = {'model': 'x', 'tokens': 3, 'tag': 1}", "explainer.tag is an unknown entry"),
         ("run = '../x'", "cannot name a run"),
+        ("run = 2024", "run is 2024, a whole number, not a text"),
     ],
 )
 def test_a_page_refuses_what_papermill_passed_on_of_another_type(little, monkeypatch, cell, message):

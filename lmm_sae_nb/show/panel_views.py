@@ -218,7 +218,7 @@ def kind_panels(
             ylim=(len(kinds) - 0.5, -0.5),
             xlim=(-0.02, 1.02),
         )
-        ax.set_title(wrapped(title, WIDTH / 2))
+        ax.set_title(wrapped(title, WIDTH / 2, 3))
         ax.grid(axis="x", alpha=0.25)
     known = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     axes[0].figure.legend(known.values(), known, loc="outside lower center", ncols=len(series))
@@ -255,7 +255,7 @@ def metric_exam(exam: Sequence[Discriminability], fewer: Mapping[str, float], wi
     axes[0].set(xlim=(-1.05, 1.05), xticks=(-1, 0, 1), xlabel="rank correlation")
     axes[1].set(xlim=(-0.08, 1.08), xticks=(0, 0.5, 1), xlabel="separation")
     axes[2].set(xlim=(0, max(1.15 * max(each.noise for each in exam), 0.1)), xlabel="noise")
-    labels = [wrapped(each.metric, 2.4) for each in exam]
+    labels = [wrapped(each.metric, 2.4, 2) for each in exam]
     axes[0].set(yticks=rows, yticklabels=labels, ylim=(len(exam) - 0.5, -0.5))
     for ax in axes:
         ax.xaxis.set_major_formatter("{x:g}")

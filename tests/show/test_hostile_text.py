@@ -18,11 +18,12 @@ from PIL import Image
 from book import results
 from lmm_sae_nb.hallucination.search import Limits, Search, Setting, Trial
 from lmm_sae_nb.interpret.exemplars import Exemplar
+from lmm_sae_nb.measures.discriminability import Discriminability
 from lmm_sae_nb.measures.selectivity import Pair
 from lmm_sae_nb.score.examples import Overlap
 from lmm_sae_nb.show import markup, plots, report, texts
 from lmm_sae_nb.show.panel import MeasuredPart, Panel, PanelSAE
-from lmm_sae_nb.show.panel_views import PanelMetric, panel_dots
+from lmm_sae_nb.show.panel_views import PanelMetric, kind_panels, metric_exam, panel_dots
 from lmm_sae_nb.show.seed_study import Measured, SeedStudy
 from lmm_sae_nb.show.steering_panel import answers_html, download_html
 from lmm_sae_nb.show.thumbnails import histogram_svg
@@ -61,7 +62,7 @@ MASK = np.eye(24, dtype=bool)
 MAP = np.ones((2, 2), np.float32)
 MEAN = Mean(0.3, 0.2, 0.4)
 PAIR = Pair(IMAGE, Image.new("RGB", (24, 24), "red"), "colour", ("black",), ("red",))
-PART = MeasuredPart({"good": 0.5}, 1.0)
+PART = MeasuredPart({"good": 0.5, "good_scene": (0.5, 0.4, 0.6)}, 1.0)
 
 
 def search(text: str) -> Search:
@@ -105,6 +106,11 @@ FIGURES = {
         Panel("", "", {}, {}, [], {t: PanelSAE(t, "seed", {"p": PART})}),
         {t: PanelMetric("p", "good"), "b": PanelMetric("p", "good")},
     ),
+    "kind_panels": lambda t: kind_panels(
+        Panel("", "", {}, {}, [], {"a": PanelSAE(t, "seed", {"p": PART}), "b": PanelSAE(t, "control", {"p": PART})}),
+        {"b": t}, {t: PanelMetric("p", "good"), "b": PanelMetric("p", "good")},
+    ),
+    "metric_exam": lambda t: metric_exam([Discriminability(t, 3, {t: MEAN}, 0.5, 1.0, 0.1)], {t: 0.5}, t),
     "images": lambda t: plots.images([IMAGE] * 2, [t] * 2),
     "picture_rows": lambda t: plots.picture_rows([(t, [IMAGE] * 5), (t, [])]),
     "exemplar_strip": lambda t: plots.exemplar_strip([(t, [exemplar()] * 5)]),

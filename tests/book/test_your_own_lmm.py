@@ -495,7 +495,7 @@ RAISED = {
     "… holds no image": lambda: open_images("my/lmm"),
     "the data set has columns …, none is …": lambda: open_images(datasets.Dataset.from_dict({"picture": [1]})),
     "no model folder …; give another one, or a name on the hub": lambda: LMM.load(Path("my/llm")),
-    "no notebook has a parameter …; remove it or correct its spelling": misspelt,
+    "no notebook has a parameter …; did you mean …?": misspelt,
     "… is missing; run notebooks/… with run=… first": lambda: require("new", "train", "sae.safetensors"),
 }
 

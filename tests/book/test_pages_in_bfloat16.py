@@ -7,11 +7,10 @@ import sys
 import pytest
 
 pytestmark = pytest.mark.slow
-PAGES = ("01", "02", "03", "04", "05", "06", "07")
 
 
-def test_pages_run_on_an_accelerator_in_bfloat16(root, tmp_path):
-    command = [sys.executable, str(root / "tests/helpers/toy_pages.py"), str(tmp_path / "project"), "bfloat16", *PAGES]
+def test_every_page_runs_on_an_accelerator_in_bfloat16(root, tmp_path):
+    command = [sys.executable, str(root / "tests/helpers/toy_pages.py"), str(tmp_path / "project"), "bfloat16"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)})
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "07_attribute_decisions: " in done.stdout
+    assert "A4_controls_and_metrics: " in done.stdout

@@ -196,9 +196,8 @@ def test_a_stage_with_a_damaged_file_is_made_again(built):
     record = json.dumps({"outputs": outputs(stage)})
     edit(built, "notebooks/01_one.py", 'f"{steps}")', f"{record!r})")
     assert "page:01_one" in ran(built)
-    assert ran(built) == []
     (stage / "weights").write_text("whale")
-    assert ran(built) == ran(built) == ["page:01_one"]
+    assert ran(built) == ["page:01_one"]
     (stage / "weights").write_text("whole")
     assert ran(built) == []
     page.write_text(before)

@@ -343,7 +343,7 @@ class _Structure(HTMLParser):
 
 def markup(world: World, place: Path, seed: int) -> Ending:
     """Put hostile text where text of models, files and people is shown as HTML: it must stay text."""
-    begin_project(place)
+    (begin_project(place) / "book").symlink_to(world.root / "book")
     slots = list(HTML)
     slot, text = slots[seed % len(slots)], TEXTS[seed // len(slots) % len(TEXTS)]
     case = f"{slot}: {text[:40]!r}"
@@ -351,7 +351,7 @@ def markup(world: World, place: Path, seed: int) -> Ending:
         tags = _Structure(HTML[slot](world, text)).tags
     except Exception as error:
         return error_ending(case, error, [text[:20].strip() or "text", "empty", "name"])
-    begin_project(place / "other")
+    (begin_project(place / "other") / "book").symlink_to(world.root / "book")
     more = tags - _Structure(HTML[slot](world, "some words")).tags
     return Ending(case, "injected", str(sorted(more))[:200]) if more else Ending(case, "as usual")
 

@@ -350,7 +350,7 @@ def markup(world: World, place: Path, seed: int) -> Ending:
     try:
         tags = _Structure(HTML[slot](world, text)).tags
     except Exception as error:
-        return error_ending(case, error, [text[:20].strip() or "text", "empty", "name"])
+        return error_ending(case, error, [text[:20].strip() or "text", "empty", "name", "metrics.json"])
     (begin_project(place / "other") / "book").symlink_to(world.root / "book")
     more = tags - _Structure(HTML[slot](world, "some words")).tags
     return Ending(case, "injected", str(sorted(more))[:200]) if more else Ending(case, "as usual")

@@ -6,15 +6,16 @@ import hashlib
 import json
 import os
 import warnings
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from lmm_sae_nb.chat.endpoint import EndpointChat
 from lmm_sae_nb.chat.local import LocalChat
 from lmm_sae_nb.chat.questions import Chat, Question
 from lmm_sae_nb.chat.replies import Reply, read_text
-from lmm_sae_nb.support.files import project_root, sync
+from lmm_sae_nb.support.files import FULL, no_room, project_root, sync
 
 
 def open_chat(
@@ -90,9 +91,7 @@ class Recorded:
             for place, reply in self._chat(unanswered()):
                 key = keys[place]
                 line = {"key": key, "model": self.name, "chat": self._chat_hash, **reply._asdict()}
-                file.write(json.dumps(line).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+                self._append(file, line)
                 refused += reply.refused
                 self.failed += reply.text is None and not reply.refused
                 kept[key] = self._replies[key] = reply  # for a question that comes again later in this call
@@ -101,6 +100,14 @@ class Recorded:
             if not getattr(self._chat, "answered", True):
                 self.failed += refused
             yield from known
+
+    def _append(self, file: BinaryIO, row: dict) -> None:
+        try:
+            file.write(json.dumps(row | {"crc32": _checksum(row)}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise (no_room(self._path, None, error) if error.errno in FULL else error) from error
 
     @property
     def counts(self) -> dict[str, int]:
@@ -145,6 +152,12 @@ class _Row(NamedTuple):
     reply: Reply
 
 
+def _checksum(row: Mapping[str, object]) -> str:
+    """Return the CRC-32 of a line's entries, but for the checksum itself."""
+    entries = {name: value for name, value in row.items() if name != "crc32"}
+    return f"{zlib.crc32(json.dumps(entries).encode()):08x}"
+
+
 def _as_reply(line: bytes) -> _Row | None:
     """Return a line of the file as the reply that it holds; None if it holds none.
 
@@ -157,6 +170,7 @@ def _as_reply(line: bytes) -> _Row | None:
             isinstance(row["key"], str) and isinstance(row["fault"], str) and isinstance(row["cut"], bool)
             and isinstance(text, str | None) and isinstance(tries, int)
             and (confidence is None or type(confidence) in (int, float) and 0 <= confidence <= 1)
+            and row.get("crc32") in (None, _checksum(row))  # an older version wrote no checksum
         )  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -30,13 +30,8 @@ def read_preset(path: str | Path) -> dict[str, dict]:
     """Return the values that a preset's file gives each notebook: those of all notebooks, and then its own.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: as `read_yaml`.
+        FileNotFoundError, ValueError: as `read_yaml`.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"there is no preset {path}; give its file's path from the root, such as notebooks/params/paper.yaml"
-        )
     given = read_yaml(path).values
     notebooks = {name: values for name, values in given.items() if name[:1].isdigit() or name[1:2].isdigit()}
     common = {name: value for name, value in given.items() if name not in notebooks}

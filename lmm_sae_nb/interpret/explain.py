@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from PIL import Image
-from pydantic import AfterValidator
+from pydantic import AfterValidator, NonNegativeInt
 
 from lmm_sae_nb.interpret.exemplars import Exemplar
 from lmm_sae_nb.interpret.explainers import Answer, Labeller, Outcome, Refiner
@@ -33,7 +33,7 @@ class Lesson:
     """
 
     trained: Training | None
-    latents: list[int]
+    latents: list[NonNegativeInt]
 
 
 @dataclass(frozen=True)

@@ -144,11 +144,16 @@ def read_yaml(path: str | Path) -> Written:
     Values are text, numbers, true and false, null, lists and dictionaries with names; no file can run code.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file is not UTF-8 or no YAML, has a name twice, or is too deep or large.
     """
     import yaml
 
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no preset {path}; give its file's path from the root, such as notebooks/params/paper.yaml"
+        )
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

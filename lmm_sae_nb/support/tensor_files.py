@@ -21,6 +21,7 @@ from lmm_sae_nb.support.files import CHECKSUM, checksum, crc_of, write_through
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
 }  # fmt: skip
 BLANK = "00000000"  # stands in place of a file's checksum while it is computed
 MARK = f'"{CHECKSUM}": "'.encode()  # what comes before it in the header

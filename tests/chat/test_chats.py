@@ -287,6 +287,15 @@ def test_a_damaged_line_is_reported_and_asked_again_and_ends_no_run(tmp_path, da
             assert (len(server.requests), chat.counts["replies_damaged_lines"]) == (asked, 1)
 
 
+def test_a_flipped_bit_in_a_reply_is_noticed(tmp_path):
+    record, questions = tmp_path / "r.jsonl", [Question("a")]
+    with serving() as server:
+        first = ask(Recorded(quick(server), record), questions)
+        record.write_bytes(record.read_bytes().replace(b"heard", b"heazd"))
+        with pytest.warns(UserWarning, match="asked again"):
+            assert ask(Recorded(quick(server), record), questions) == first
+
+
 def test_lines_of_an_older_run_are_read_as_answers_are_now(tmp_path):
     record = tmp_path / "r.jsonl"
     with serving() as server:

@@ -160,7 +160,7 @@ def test_nothing_is_left_running_when_asking_ends_early():
         start = time.monotonic()
         replies.close()
         gc.collect()  # an unfinished task would complain here
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 10  # the server would hang for 20
     assert not [thread for thread in set(threading.enumerate()) - before if thread.name == "endpoint"]
 
 

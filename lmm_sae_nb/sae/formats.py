@@ -6,7 +6,9 @@ Each is a folder of two files, a config and the weights. FORMATS says how each l
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import pickle
 import zipfile
 import zlib
@@ -18,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lmm_sae_nb.support.files import as_json, read_json, write_json, write_through
+from lmm_sae_nb.support.files import as_json, free_bytes, read_json, write_json, write_through
 from lmm_sae_nb.support.tensor_files import check_once, open_tensors, save_tensors
 
 NOT_WHOLE = (
@@ -454,7 +456,17 @@ def _require_whole_records(path: Path) -> None:
 def _save_pickled(path: Path, tensors: dict[str, Tensor], weights: SAEWeights) -> None:
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     whole |= {"k": torch.tensor(weights.k, dtype=torch.int), "threshold": torch.tensor(-1.0)}  # -1: never measured
-    write_through(path, lambda temporary: torch.save(whole, temporary))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in whole.values())
+
+    def write(temporary: Path) -> None:
+        try:
+            torch.save(whole, temporary)
+        except RuntimeError as error:  # torch hides what the system said
+            if free_bytes(path) > size:
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+    write_through(path, write, size)
 
 
 FORMATS = {

@@ -489,3 +489,16 @@ def test_no_flipped_bit_of_the_weights_is_read_as_whole(tmp_path, format):
         else:
             same(found, good)
     assert refused >= sum(tensor.numel() * tensor.element_size() for tensor in good[:4]) // 16 - 1
+
+
+def test_a_full_disk_is_named_for_a_pickled_sae_too(tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(formats, "free_bytes", lambda _: 12)
+    with pytest.raises(
+        OSError, match=r"ae\.pt cannot be written \(No space left.*\): it needs up to \d+ bytes, .* are free there"
+    ):
+        write_sae(tmp_path, weights(), "dictionary_learning")
+    assert not list(tmp_path.iterdir())

@@ -102,8 +102,9 @@ class Worker:
 
     def end(self) -> None:
         """End the process and those that it has started."""
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):  # it may not yet lead a group
             os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
         self._process.join()
         self.pipe.close()
 

@@ -133,7 +133,12 @@ def made_by() -> dict[Path, Path]:
 MADE_BY = made_by()
 # These read nothing of the page that they wait for. But 01, 02, 03 and 08, one after the other, take longest, and must
 # not wait for a free core.
-LATER = {"06_steer_features": "04_score_interpretations", "07_attribute_decisions": "03_interpret_features"}
+LATER = {
+    "06_steer_features": "04_score_interpretations",
+    **dict.fromkeys(
+        ("07_attribute_decisions", "A1_picture_world", "A2_benchmarks", "A3_full_scale"), "03_interpret_features"
+    ),
+}
 # It runs longest and ends last. So it may use every core, and takes what the page beside it leaves.
 EVERY_CORE = {"08_hallucination_case"}
 

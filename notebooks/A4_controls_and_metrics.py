@@ -270,7 +270,7 @@ plots.table(all_methods(known), digits=2)
 #
 # ### By kind of concept
 
-# %% mystnb={"figure": {"caption": "Four metrics by kind of concept. Trained: median of six SAEs, the line goes from the lowest to the highest. The random dictionary and the SAE of a model with new language layers have 99 % intervals. No mark: too few such latents.", "name": "fig-kinds"}, "image": {"alt": "Four panels with a row for each kind of concept and marks for trained SAEs, the random dictionary, and the SAE of a model with new language layers."}}
+# %% mystnb={"figure": {"caption": "Four metrics by kind of concept. Trained: median of six SAEs, the line goes from the lowest to the highest. The random dictionary and the SAE of a model with new language layers have 99 % intervals. No mark: too few such latents.", "name": "fig-kinds-of-methods"}, "image": {"alt": "Four panels with a row for each kind of concept and marks for trained SAEs, the random dictionary, and the SAE of a model with new language layers."}}
 two = {"random": "random dictionary",
        "untrained_layers": "new language layers"}  # fmt: skip
 kind_panels(known, two);

@@ -21,8 +21,7 @@ from pathlib import Path
 from lmm_sae_nb.benchmarks import faults_world as jobs
 from lmm_sae_nb.benchmarks.faults_endings import Ending, difference, error_ending
 from lmm_sae_nb.benchmarks.faults_world import RUN, Usual, World, begin_project
-from lmm_sae_nb.benchmarks.faulty_server import FAULTS, KEY, ONCE, serving
-from lmm_sae_nb.benchmarks.faulty_server import Ending as Right
+from lmm_sae_nb.benchmarks.faulty_server import FAULTS, KEY, ONCE, Result, serving
 from lmm_sae_nb.chat.endpoint import EndpointChat
 from lmm_sae_nb.chat.questions import Question, Reply
 from lmm_sae_nb.chat.recorded import Recorded, ask
@@ -263,7 +262,7 @@ def raters(world: World, place: Path, seed: int) -> Ending:
 QUESTIONS, FAULTY = 100, 0.09  # of an attempt, and the fraction that meets a fault
 TIMEOUT, RETRIES = 0.5, 1
 MOST = 3  # times in a run that a question may be asked that gets no answer, or nothing but reasoning
-USELESS = [name for name, ending in FAULTS.items() if ending is Right.STOP]
+USELESS = [name for name, ending in FAULTS.items() if ending is Result.STOP]
 SINGLE = [name for name in FAULTS if name not in USELESS]
 
 
@@ -297,7 +296,7 @@ def faulty_endpoint(place: Path, seed: int) -> Ending:
                 fault = faults.get(text, "")
                 if wrong := _wrong(text, fault, reply, turn):
                     return Ending(case, "another result", f"{fault or 'no fault'}, turn {turn}: {wrong}")
-                again = Right(_right(fault)) in (Right.FAULT, Right.REFUSED)
+                again = Result(_right(fault)) in (Result.FAULT, Result.REFUSED)
                 if times[text] > (turn * MOST if again else 1):
                     return Ending(case, "asked twice", f"{fault or 'no fault'}: {times[text]} times")
             if part := _part_of_key((place / "replies.jsonl").read_text() + repr(replies)):
@@ -305,20 +304,20 @@ def faulty_endpoint(place: Path, seed: int) -> Ending:
     return Ending(case, "as usual")
 
 
-def _right(fault: str) -> Right:
-    return FAULTS[fault.removesuffix(ONCE)] if fault else Right.ANSWER
+def _right(fault: str) -> Result:
+    return FAULTS[fault.removesuffix(ONCE)] if fault else Result.ANSWER
 
 
 def _wrong(text: str, fault: str, reply: Reply, turn: int) -> str:
     """Return what is wrong with a reply; "" if nothing is."""
     right, said = _right(fault), f"heard: {text}"
-    passed = fault.endswith(ONCE) and right in (Right.FAULT, Right.REFUSED)  # the question may have come again
+    passed = fault.endswith(ONCE) and right in (Result.FAULT, Result.REFUSED)  # the question may have come again
     answer, brief = reply.answer, f"{reply.answer!r} {reply.fault}"[:160]
     if passed:
         return "" if answer == said or (turn == 1 and answer is None and reply.fault) else brief
-    if right in (Right.FAULT, Right.REFUSED):
+    if right in (Result.FAULT, Result.REFUSED):
         return "" if answer is None and reply.fault else brief
-    if right is Right.CUT:
+    if right is Result.CUT:
         return "" if reply.cut or answer is None else "it does not count as cut"
     return "" if answer and said in answer and "<" not in answer else brief
 

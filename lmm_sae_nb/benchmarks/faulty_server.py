@@ -1,7 +1,7 @@
 """A server on loopback that speaks OpenAI's chat protocol, and misbehaves in every way that is asked of it.
 
-`FAULTS` lists the ways. Tests and the fault campaign ask it: `with serving() as server: EndpointChat("a model",
-server.url)`. A question whose text is the name of a fault meets that fault; `choose` chooses otherwise.
+`FAULTS` lists the ways. Tests and the fault campaign start it with `serving`, and ask it as any endpoint. A question
+whose text is the name of a fault meets that fault; `choose` chooses otherwise.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Request(NamedTuple):
     body: dict
 
 
-class Ending(str, Enum):
+class Result(str, Enum):
     """What a client has to make of a fault."""
 
     ANSWER = "an answer"  # the text that `answers` gives, perhaps with replaced characters
@@ -54,40 +54,40 @@ class Ending(str, Enum):
     STOP = "stop"  # it is useless to ask this endpoint anything
 
 
-FAULTS: dict[str, Ending] = {
+FAULTS: dict[str, Result] = {
     # status
-    "400": Ending.REFUSED, "413": Ending.REFUSED, "422": Ending.REFUSED, "401": Ending.STOP, "403": Ending.STOP,
-    "404": Ending.STOP, "429": Ending.FAULT, "429 date": Ending.FAULT, "429 absurd": Ending.FAULT,
-    "429 nonsense": Ending.FAULT, "500": Ending.FAULT, "502": Ending.FAULT, "503": Ending.FAULT,
-    "400 huge": Ending.REFUSED, "400 html": Ending.REFUSED, "204": Ending.FAULT,
+    "400": Result.REFUSED, "413": Result.REFUSED, "422": Result.REFUSED, "401": Result.STOP, "403": Result.STOP,
+    "404": Result.STOP, "429": Result.FAULT, "429 date": Result.FAULT, "429 absurd": Result.FAULT,
+    "429 nonsense": Result.FAULT, "500": Result.FAULT, "502": Result.FAULT, "503": Result.FAULT,
+    "400 huge": Result.REFUSED, "400 html": Result.REFUSED, "204": Result.FAULT,
     # time
-    "hang": Ending.FAULT, "drip headers": Ending.FAULT, "drip": Ending.FAULT, "drip an error": Ending.FAULT,
-    "continue": Ending.FAULT,
+    "hang": Result.FAULT, "drip headers": Result.FAULT, "drip": Result.FAULT, "drip an error": Result.FAULT,
+    "continue": Result.FAULT,
     # connection
-    "silence": Ending.FAULT, "reset": Ending.FAULT, "cut": Ending.FAULT, "garbage": Ending.FAULT,
+    "silence": Result.FAULT, "reset": Result.FAULT, "cut": Result.FAULT, "garbage": Result.FAULT,
     # redirects: nothing is sent to another address than the one that the user gave
-    "redirect": Ending.STOP, "redirect elsewhere": Ending.STOP,
+    "redirect": Result.STOP, "redirect elsewhere": Result.STOP,
     # bodies that are no completion
-    "not json": Ending.FAULT, "empty": Ending.FAULT, "null": Ending.FAULT, "a list": Ending.FAULT,
-    "deep": Ending.FAULT, "huge": Ending.FAULT, "gzip bomb": Ending.FAULT, "error in 200": Ending.FAULT,
-    "error in choice": Ending.FAULT, "no choices": Ending.FAULT, "null choices": Ending.FAULT,
-    "text for choice": Ending.FAULT, "a number": Ending.FAULT, "a tree": Ending.FAULT,
+    "not json": Result.FAULT, "empty": Result.FAULT, "null": Result.FAULT, "a list": Result.FAULT,
+    "deep": Result.FAULT, "huge": Result.FAULT, "gzip bomb": Result.FAULT, "error in 200": Result.FAULT,
+    "error in choice": Result.FAULT, "no choices": Result.FAULT, "null choices": Result.FAULT,
+    "text for choice": Result.FAULT, "a number": Result.FAULT, "a tree": Result.FAULT,
     # completions without an answer
-    "only reasoned": Ending.REFUSED, "only reasoned, elsewhere": Ending.REFUSED, "only a thought": Ending.REFUSED,
-    "only an open thought": Ending.REFUSED, "only tokens of reasoning": Ending.REFUSED,
-    "used up": Ending.REFUSED, "refusal": Ending.REFUSED, "tool call": Ending.REFUSED, "filtered": Ending.REFUSED,
+    "only reasoned": Result.REFUSED, "only reasoned, elsewhere": Result.REFUSED, "only a thought": Result.REFUSED,
+    "only an open thought": Result.REFUSED, "only tokens of reasoning": Result.REFUSED,
+    "used up": Result.REFUSED, "refusal": Result.REFUSED, "tool call": Result.REFUSED, "filtered": Result.REFUSED,
     # answers of unusual form
-    "cut short": Ending.CUT, "filtered in the middle": Ending.CUT, "plain text type": Ending.ANSWER,
-    "thought": Ending.ANSWER, "thoughts": Ending.ANSWER, "nested thought": Ending.ANSWER,
-    "shouted thought": Ending.ANSWER, "end of a thought": Ending.ANSWER, "empty thought": Ending.ANSWER,
-    "thought that refuses": Ending.ANSWER, "reasoned": Ending.ANSWER, "parts": Ending.ANSWER,
-    "two choices": Ending.ANSWER, "same id": Ending.ANSWER, "null logprobs": Ending.ANSWER,
-    "surrogate": Ending.ANSWER, "not utf-8": Ending.ANSWER, "control characters": Ending.ANSWER,
-    "nan": Ending.ANSWER,
+    "cut short": Result.CUT, "filtered in the middle": Result.CUT, "plain text type": Result.ANSWER,
+    "thought": Result.ANSWER, "thoughts": Result.ANSWER, "nested thought": Result.ANSWER,
+    "shouted thought": Result.ANSWER, "end of a thought": Result.ANSWER, "empty thought": Result.ANSWER,
+    "thought that refuses": Result.ANSWER, "reasoned": Result.ANSWER, "parts": Result.ANSWER,
+    "two choices": Result.ANSWER, "same id": Result.ANSWER, "null logprobs": Result.ANSWER,
+    "surrogate": Result.ANSWER, "not utf-8": Result.ANSWER, "control characters": Result.ANSWER,
+    "nan": Result.ANSWER,
     # a server that repeats the key
-    "echo": Ending.FAULT, "echo at the cut": Ending.FAULT, "echo in base64": Ending.FAULT,
-    "echo in an address": Ending.FAULT, "echo a part": Ending.FAULT, "echo a refusal": Ending.REFUSED,
-    "echo the answer": Ending.ANSWER,
+    "echo": Result.FAULT, "echo at the cut": Result.FAULT, "echo in base64": Result.FAULT,
+    "echo in an address": Result.FAULT, "echo a part": Result.FAULT, "echo a refusal": Result.REFUSED,
+    "echo the answer": Result.ANSWER,
 }  # fmt: skip
 
 

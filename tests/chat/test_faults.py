@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lmm_sae_nb.benchmarks.faulty_server import FAULTS, KEY, Ending, serving
+from lmm_sae_nb.benchmarks.faulty_server import FAULTS, KEY, Result, serving
 from lmm_sae_nb.chat.endpoint import EndpointChat, EndpointError
 from lmm_sae_nb.chat.questions import Question
 from lmm_sae_nb.chat.recorded import Recorded, ask, open_chat
@@ -53,7 +53,7 @@ def quick(url: str, **settings) -> EndpointChat:
 
 
 @pytest.mark.usefixtures("with_key")
-@pytest.mark.parametrize("ending", [ending for ending in Ending if ending is not Ending.STOP])
+@pytest.mark.parametrize("ending", [ending for ending in Result if ending is not Result.STOP])
 def test_every_fault_of_a_question_is_typed_soon_and_harms_no_other(tmp_path, ending):
     names = [name for name, call in FAULTS.items() if call is ending]
     with serving(key=KEY, answers=lambda request: GOOD) as server:
@@ -63,18 +63,18 @@ def test_every_fault_of_a_question_is_typed_soon_and_harms_no_other(tmp_path, en
     assert good.text == GOOD
     names = [name for name in names if name not in SLOW]
     for name, reply in zip(names, replies, strict=True):
-        if ending is Ending.ANSWER:
+        if ending is Result.ANSWER:
             assert reply.answer.removesuffix("[key]").strip(" \ufffd[31m") == GOOD, name
             assert parse_reply(reply).outcome is Outcome.EXPLAINED
             assert reply.replaced == reply.text.count("\ufffd") >= (name in ("surrogate", "not utf-8"))
-        elif ending is Ending.CUT:
+        elif ending is Result.CUT:
             assert (reply.text, reply.cut) == ("train tra", True)
         else:
             assert reply.text is None and len(reply.fault) <= 300, name
             assert re.search(SAID.get(name, ""), reply.fault, re.IGNORECASE), reply.fault
-            assert reply.refused is (ending is Ending.REFUSED), name
+            assert reply.refused is (ending is Result.REFUSED), name
             assert asked[name] == (3 if reply.only_reasoned else 1), name
-    assert chat.failed == (len(names) if ending is Ending.FAULT else 0)
+    assert chat.failed == (len(names) if ending is Result.FAULT else 0)
     record = (tmp_path / "r.jsonl").read_text()
     assert not any(piece in record for piece in pieces())
     assert chat.counts["replies_only_reasoned"] == sum(reply.only_reasoned for reply in replies)
@@ -91,7 +91,7 @@ def test_an_answer_without_an_end_takes_no_longer_than_its_limit():
 
 
 @pytest.mark.usefixtures("with_key")
-@pytest.mark.parametrize("name", [name for name, call in FAULTS.items() if call is Ending.STOP])
+@pytest.mark.parametrize("name", [name for name, call in FAULTS.items() if call is Result.STOP])
 def test_what_makes_all_others_useless_stops_at_once_and_shows_no_key(name):
     with serving() as elsewhere, serving(key=KEY, elsewhere=f"{elsewhere.url}/x?key={KEY}") as server:
         with pytest.raises(EndpointError, match=SAID[name]) as caught:

@@ -8,8 +8,9 @@ import os
 import warnings
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from lmm_sae_nb.chat.endpoint import EndpointChat
 from lmm_sae_nb.chat.local import LocalChat
@@ -68,7 +69,7 @@ class Recorded:
 
     def __call__(self, questions: Iterable[Question]) -> Iterator[tuple[int, Reply]]:
         kept = self._read()
-        with self._path.open("ab") as file:
+        with self._path.open("ab", buffering=0) as file:  # else closing it would write again after a full disk
             sync(self._path.parent)
             keys: list[str] = []  # of the questions that are asked
             known: list[tuple[int, Reply]] = []
@@ -101,10 +102,11 @@ class Recorded:
                 self.failed += refused
             yield from known
 
-    def _append(self, file: BinaryIO, row: dict) -> None:
+    def _append(self, file: FileIO, row: dict) -> None:
+        line = json.dumps(row | {"crc32": _checksum(row)}).encode() + b"\n"
         try:
-            file.write(json.dumps(row | {"crc32": _checksum(row)}).encode() + b"\n")
-            file.flush()
+            while line:
+                line = line[file.write(line) :]
             os.fsync(file.fileno())
         except OSError as error:
             raise (no_room(self._path, None, error) if error.errno in FULL else error) from error

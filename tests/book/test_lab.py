@@ -25,6 +25,7 @@ from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score.ratings import read_ratings
 from lmm_sae_nb.steer.steering import Edit, compare
+from lmm_sae_nb.support.images import open_images
 
 pytestmark = pytest.mark.slow
 
@@ -120,7 +121,8 @@ def parts(tmp_path_factory):
     lmm = LMM.load(MODEL)
     sae = TopKSAE(lmm.width, LATENTS, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(False)
     sae.save(folder / "sae")
-    cache = cache_activations(SAEInPlace(lmm, sae, LAYER), images, n_top=3, folder=folder / "cache")
+    pictures = open_images(folder / "pictures")
+    cache = cache_activations(SAEInPlace(lmm, sae, LAYER), pictures, n_top=3, folder=folder / "cache")
     return folder, lmm, sae, cache, images
 
 

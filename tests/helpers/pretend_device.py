@@ -30,6 +30,8 @@ _setup_privateuseone_for_python_backend(NAME)
 torch.sim.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
 torch.sim.get_rng_state = lambda device=None: torch.get_rng_state()  # it draws no numbers of its own
 torch.sim.set_rng_state = lambda state, device=None: None
+_autocast = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+_autocast.fallback(torch.library.fallthrough_kernel)  # under autocast the arithmetic stays as it is
 
 INDEXING = {  # as on CUDA, the indices of these may be on the CPU
     aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default,

@@ -1,0 +1,161 @@
+"""Tests for a process of their own, run by `test_devices.py`.
+
+On an accelerator every call gives what it gives on the CPU; a 16-bit model is attributed as its float32 copy.
+"""
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from models import make, noise
+from pretend_device import pretend_device
+from torch.testing import assert_close
+
+from lmm_sae_nb.attribute.agreement import random_pairs
+from lmm_sae_nb.attribute.attribution import clamping, decision, exact, integrated, linear, separate_paths
+from lmm_sae_nb.benchmarks import gpu
+from lmm_sae_nb.hallucination.answers import Shift, first_tokens
+from lmm_sae_nb.hallucination.cases import Answered, Case
+from lmm_sae_nb.hallucination.fit import FitSettings, fit
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.steer.steering import Edit, steered
+from lmm_sae_nb.train.evaluate import control_fvus, evaluate_sae
+
+LAYER = 1
+IMAGE = noise()
+YES, NO = Case(IMAGE, "is it so ?", "y", "n", False), Case(IMAGE, "or not ?", "n", "y", False)
+ROWS = [{"image": IMAGE, "question": "why ?", "answer": "so"}, {"image": None, "question": "how ?", "answer": "thus"}]
+
+
+def place_on(device: str, dtype: torch.dtype = torch.float32) -> SAEInPlace:
+    """The same random model and SAE, wherever they are; the SAE is of the same dtype at first."""
+    model, processor = make("picture_world")
+    model.set_attn_implementation("eager")
+    lmm = LMM(model.to(dtype).to(device), processor)
+    sae = TopKSAE(lmm.width, 24, 3, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    return SAEInPlace(lmm, sae.requires_grad_(False), LAYER)
+
+
+def place_on_two() -> SAEInPlace:
+    """The same with the SAE's layer and what follows on a second accelerator, as a `device_map` has it."""
+    place = place_on("cpu")
+    model, decoder = place.lmm.model, "model.language_model"
+    first = ["model.vision_tower", "model.multi_modal_projector", f"{decoder}.embed_tokens", f"{decoder}.rotary_emb"]
+    where = dict.fromkeys([*first, "model.image_newline"], "sim:0") | {f"{decoder}.norm": "sim:1", "lm_head": "sim:1"}
+    where |= {f"{decoder}.layers.{n}": "sim:0" if n < LAYER else "sim:1" for n in range(place.lmm.n_layers)}
+    model.model.image_newline = torch.nn.Parameter(model.model.image_newline.to("sim:0"), requires_grad=False)
+    with pytest.warns(UserWarning, match="image_newline"):  # it is a parameter, not a module
+        dispatch_model(model, where, main_device="sim:0")
+    return SAEInPlace(place.lmm, place.sae, LAYER)
+
+
+@pytest.fixture(scope="module")
+def places():
+    with pretend_device():
+        yield {"cpu": place_on("cpu"), "one": place_on("sim"), "two": place_on_two()}
+
+
+def choice_of(place):
+    return decision(place.lmm, "so ?", IMAGE, "y", "n")
+
+
+def in_order(values):
+    """Values of each token's latents, whose order depends on the way that TopK is computed."""
+    return values.nan_to_num().sort(-1).values
+
+
+def of_few_tokens(place, attribute):
+    choice = choice_of(place)
+    tokens = torch.arange(choice.prompt.inputs["input_ids"].shape[1]) % 50 == 49
+    return in_order(attribute(place, choice, tokens[:, None].expand(-1, place.sae.k)))
+
+
+def steered_logits(place):
+    prompt = place.lmm.prompt(["so ?", "why so ?"], [IMAGE, None])
+    with torch.no_grad(), steered(place, prompt, [Edit(2, 5.0)]):
+        return place.lmm.last_logits(prompt)
+
+
+def fitted(place):
+    few = FitSettings(rounds=1, each=2, refits=2, direction_steps=2, batch=2)
+    found = fit(place, [YES], [NO], [Answered(IMAGE, "why ?", "so")], settings=few, keep_error=False)
+    return torch.tensor([edit.value for edit in found.clamps[2]] + found.direction)
+
+
+def as_numbers(metrics):
+    return torch.tensor([value for _, value in sorted(metrics.items())])
+
+
+CALLS = {
+    "linear": lambda place: in_order(linear(place, choice_of(place)).values),
+    "clamping": lambda place: clamping(place, choice_of(place), torch.ones(24)),
+    "integrated": lambda place: in_order(integrated(place, choice_of(place), steps=2).values),
+    "exact": lambda place: of_few_tokens(place, exact),
+    "separate paths": lambda place: of_few_tokens(place, separate_paths),
+    "steered": steered_logits,
+    "first tokens": lambda place: (
+        first_tokens(place, [YES, NO], [None, (), (Edit(2, 5.0),), Shift((1.0,) * place.lmm.width)]).margin
+    ),
+    "fit": fitted,
+    "evaluate": lambda place: as_numbers(evaluate_sae(place, ROWS)),
+    "controls": lambda place: as_numbers(control_fvus(place, ROWS)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_accelerator_gives_what_the_cpu_gives(places, name):
+    there, here = (CALLS[name](places[where]).cpu() for where in ("one", "cpu"))
+    assert_close(there, here)
+
+
+@pytest.mark.parametrize("name", ["exact", "steered", "first tokens", "evaluate", "controls"])  # without a gradient,
+def test_two_accelerators_give_what_the_cpu_gives(places, name):  # which a second pretend device cannot compute
+    there, here = (CALLS[name](places[where]).cpu() for where in ("two", "cpu"))
+    assert_close(there, here)
+
+
+def test_the_pretend_accelerator_refuses_what_cuda_refuses():
+    with pretend_device():
+        there, here = torch.ones(3, device="sim"), torch.ones(3)
+        assert (there.device.type, (there + 1).tolist(), float(there @ there)) == ("sim", [2, 2, 2], 3)
+        assert there[here > 0].tolist() == (there * torch.tensor(1.0)).tolist() == [1, 1, 1]
+        for mix in (lambda: there + here, lambda: here[there > 0], lambda: there.masked_scatter(here > 0, there)):
+            with pytest.raises(RuntimeError, match="same device"):
+                mix()
+
+
+def test_an_sae_goes_to_the_layers_device_in_float32():
+    with pretend_device():
+        sae = place_on("sim", torch.bfloat16).sae
+        assert {(weights.device.type, weights.dtype) for weights in sae.parameters()} == {("sim", torch.float32)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_16_bits_is_attributed_as_its_float32_copy(dtype):
+    coarse, fine = place_on("cpu", dtype), place_on("cpu", dtype)
+    fine.lmm.model.float()
+    before = {name: buffer.clone() for name, buffer in coarse.lmm.model.named_buffers()}
+    choice = choice_of(coarse)
+    for attribute in (linear, integrated):
+        assert_close(attribute(coarse, choice).values, attribute(fine, choice).values)
+    pairs = random_pairs(linear(fine, choice), 4, torch.Generator().manual_seed(0))
+    for attribute in (exact, separate_paths):
+        assert_close(attribute(coarse, choice, pairs), attribute(fine, choice, pairs), equal_nan=True)
+    assert {weights.dtype for weights in coarse.lmm.model.parameters()} == {dtype}
+    for name, buffer in coarse.lmm.model.named_buffers():
+        assert_close(buffer, before[name], rtol=0, atol=0)
+
+
+def test_a_model_has_one_fingerprint_in_float32_and_bfloat16():
+    fine, coarse = place_on("cpu").lmm, place_on("cpu", torch.bfloat16).lmm
+    assert fine.fingerprint(LAYER) == coarse.fingerprint(LAYER) != fine.fingerprint(LAYER - 1)
+
+
+def test_every_part_is_measured_on_an_accelerator():
+    with pretend_device():
+        found = gpu.measure(gpu.SMALL, torch.device("sim"), minutes=5)
+    assert found.keys() == gpu.parts(gpu.SMALL, torch.device("sim")).keys()
+    for name, row in found.items():
+        assert isinstance(row, dict) and min(row.values()) >= 0, name
+    assert {"train_seconds", "cache_seconds", "attribute_seconds_predicted"} <= found["model"].keys()

@@ -82,6 +82,7 @@ from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.report import (
     findings,
     headline,
+    left_out,
     metrics_table,
     percent,
     provenance,
@@ -207,8 +208,7 @@ with plots.live(plots.TRAINING) as on_log:
             loading=loading,
         )  # fmt: skip
 place = SAEInPlace(lmm, trained.sae, layer)
-for fault in [*trained.skipped.values(), *unread.values()][:20]:
-    print("left out:", fault)
+left_out(trained.skipped, unread)
 
 # %% mystnb={"figure": {"caption": "The training. The loss is the fraction of variance unexplained (FVU) plus the part of dead latents; where no latent is dead, the two are equal. The axis of both is logarithmic.", "name": "fig-training"}, "image": {"alt": "Curves of loss, FVU and dead latents over the optimiser steps."}}
 shown = ("loss", "fvu", "dead_fraction")

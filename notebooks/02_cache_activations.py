@@ -70,7 +70,13 @@ from lmm_sae_nb.model.sample_checks import open_samples
 from lmm_sae_nb.model.samples import readable
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.show import plots
-from lmm_sae_nb.show.report import findings, headline, metrics_table, provenance
+from lmm_sae_nb.show.report import (
+    findings,
+    headline,
+    left_out,
+    metrics_table,
+    provenance,
+)
 from lmm_sae_nb.support.devices import tolerance
 from lmm_sae_nb.support.images import in_words
 from lmm_sae_nb.support.stages import Page
@@ -116,8 +122,7 @@ cache = cache_activations(
 seconds = stage.result("seconds", float, lambda: time.monotonic() - began)
 live = int(cache.live.sum())
 print(f"{cache.images} images read, {len(cache.skipped)} skipped")
-for fault in [*cache.skipped.values()][:20]:
-    print("left out:", fault)
+left_out(cache.skipped)
 print(f"{live} of {cache.n_latents} latents are active at least once")
 
 # %% [markdown]

@@ -195,6 +195,7 @@ from lmm_sae_nb.show.markup import as_text
 from lmm_sae_nb.show.report import (
     findings,
     headline,
+    left_out,
     metrics_table,
     provenance,
     published_numbers,
@@ -282,9 +283,7 @@ studied = train_and_cache(
     lmm, recipes, samples, pictures, folder=stage.path(first), **how
 )
 of_middle = studied[f"layer_{middle}"]
-left_out = [of_middle.skipped, unread, of_middle.cache.skipped]
-for fault in [fault for some in left_out for fault in some.values()][:20]:
-    print("left out:", fault)
+left_out(of_middle.skipped, unread, of_middle.cache.skipped)
 
 # %% [markdown]
 # The other models learn from samples with an image: a Q-Former needs one.

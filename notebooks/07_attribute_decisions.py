@@ -101,6 +101,7 @@ from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.report import (
     findings,
     headline,
+    left_out,
     metrics_table,
     provenance,
 )
@@ -127,8 +128,7 @@ place = SAEInPlace.load(
 lmm, sae = place.lmm, place.sae
 samples = open_samples(page.locate(heldout))
 samples, unread = readable(samples, unreadable)
-for fault in [*unread.values()][:20]:
-    print("left out:", fault)
+left_out(unread)
 pictured = (row for row in samples if row["image"] is not None)
 unseen = list(islice(pictured, decisions))
 row = next((r for r in unseen if r.get("family") == "exists"), unseen[0])

@@ -189,6 +189,7 @@ from lmm_sae_nb.show.report import (
     across_saes,
     findings,
     headline,
+    left_out,
     metrics_table,
     over_saes,
     provenance,
@@ -222,8 +223,7 @@ explanations = page.read("interpret", "explanations", ExplanationRows)
 names = read_concepts(page.root / concepts) if concepts else {}
 label_maps = load_from_disk(page.locate(images)) if concepts else None
 rows, unread = readable(open_samples(page.locate(traps)), unreadable)
-for fault in [*unread.values()][:20]:
-    print("left out:", fault)
+left_out(unread)
 cases = read_cases(rows, "choose", choosing["cases"])
 reported = contradicting_first(read_cases(rows, "report"), agreeing)
 cases, reported = (as_the_model_writes(lmm, x) for x in (cases, reported))

@@ -167,7 +167,7 @@ on_gpu = gpu.get("results", {})
 if gpu:
     print("measured on", gpu["date"], "with", gpu["device"])
 else:
-    print("It has not been run yet: there was no GPU.")
+    print("It has not been run yet.")
 plots.table([
     {"part": part, "what": what, "value": value}
     for part, row in on_gpu.items() if isinstance(row, dict)

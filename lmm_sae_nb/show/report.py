@@ -50,6 +50,19 @@ def findings(*sentences: str) -> None:
     display(Markdown("\n".join(f"- {sentence(text)}" for text in sentences)))
 
 
+def left_out(*faults: Mapping[int, str], most: int = 20) -> None:
+    """Print what could not be read and was left out.
+
+    faults: number of a row or picture to what is wrong with it.
+    most: so many are printed; of the others the number is said.
+    """
+    every = [fault for some in faults for fault in some.values()]
+    for fault in every[:most]:
+        print("left out:", fault)
+    if len(every) > most:
+        print(f"and {len(every) - most:,} more")
+
+
 def over_saes(study: SeedStudy | None, stage: Stage | str, metric: str, form: Callable[[float], str] = percent) -> str:
     """Return "median of 6 SAEs: 88 %, lowest 86 %, highest 91 %"; empty if no SAE of the study has the metric.
 

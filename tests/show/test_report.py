@@ -28,3 +28,12 @@ def test_a_study_of_several_saes_gives_median_lowest_and_highest_in_words():
     (sentence,) = across_saes(study, "steer", {"named": "right names", "unknown": "no"}, "{:.1f}".format)
     assert sentence == "Right names: median of 4 SAEs: 0.7, lowest 0.5, highest 0.9."
     assert over_saes(read_study(""), "steer", "named") == ""
+
+
+def test_what_was_left_out_is_named_and_the_rest_is_counted(capsys):
+    report.left_out({3: "row 3 is cut", 5: "row 5 is empty"}, {}, {9: "c.png is no image"}, most=2)
+    assert capsys.readouterr().out.splitlines() == [
+        "left out: row 3 is cut", "left out: row 5 is empty", "and 1 more",
+    ]  # fmt: skip
+    report.left_out({}, {})
+    assert capsys.readouterr().out == ""

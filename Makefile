@@ -1,9 +1,8 @@
 # Python 3.10 or newer, make and git are all that has to be there; everything else goes into .venv.
 #   make book [PRESET=tiny]   run the notebooks, build the book, print the address of its first page; JOBS=1 runs one page
-#                             at a time with all cores (as where they share a GPU), else two do, with half of them each;
-#                             only the longest page may use all, and threads that wait (OMP_WAIT_POLICY) use none
+#                             at a time with all cores (as where they share a GPU), else two do, with half of them each
 #   make check                    style, unit and property tests: about three minutes on two cores
-#   make test [ARGS="-k house"]   all tests: also browser tests, the book, every notebook with its default parameters
+#   make test [ARGS="-k house"]   style, all tests, browser, book, every notebook with its default parameters
 #                                 THREADS=2 gives each of its two processes, and those of `check`, two threads
 #   make lab [ARGS=--no-browser]  JupyterLab on the notebook sources
 #   make world                the Picture World datasets alone
@@ -18,7 +17,7 @@ LAB := build/lab
 DOIT := $(BIN)/doit
 
 .DEFAULT_GOAL := book
-.PHONY: book check test lab world clean
+.PHONY: book style check test lab world clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=/path/to/python3")'
@@ -27,19 +26,21 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 book: $(READY)
-	@OMP_NUM_THREADS=$$($(BIN)/python -c 'import os; print(max(1, os.cpu_count() // $(JOBS)))') OMP_WAIT_POLICY=passive \
+	@OMP_NUM_THREADS=$$($(BIN)/python -c 'import os; print(max(1, os.cpu_count() // $(JOBS)))') \
 		$(DOIT) -n $(JOBS) -P thread preset=$(PRESET)
 	@echo "The book: file://$(CURDIR)/book/_build/html/index.html"
 
-check: $(READY)
+style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+check: style
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout=120 \
 		-m "not slow and not book" tests $(ARGS)
 
 # Seconds that a test may take; one of them builds the book. What hangs, but for native code, fails and tells where it stood.
-test: LIMIT ?= 2400
-test: $(READY)
+test: LIMIT ?= 4500
+test: style
 	@$(DOIT) ipynb
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
 		--timeout=$(LIMIT) --nbmake --nbmake-timeout=1800 tests build/ipynb $(ARGS)

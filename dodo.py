@@ -139,8 +139,6 @@ LATER = {
         ("07_attribute_decisions", "A1_picture_world", "A2_benchmarks", "A3_full_scale"), "03_interpret_features"
     ),
 }
-# It runs longest and ends last. So it may use every core, and takes what the page beside it leaves.
-EVERY_CORE = {"08_hallucination_case"}
 
 
 def waits(source: Path) -> list[str]:
@@ -157,8 +155,7 @@ def waits(source: Path) -> list[str]:
 def run(notebook: Path, executed: Path, values: dict) -> None:
     """Run a page and show how far it is."""
     with progress.page(notebook.stem, pages.code_cells(notebook) + bool(values)) as next_cell:
-        threads = os.cpu_count() if notebook.stem in EVERY_CORE else None
-        pages.execute(notebook, executed, values, on_cell=next_cell, threads=threads)
+        pages.execute(notebook, executed, values, on_cell=next_cell)
 
 
 def task_page():

@@ -118,13 +118,11 @@ def execute(
     values: Mapping[str, object],
     root: Path = REPOSITORY,
     on_cell: Callable[..., None] | None = None,
-    threads: int | None = None,
 ) -> None:
     """Run a notebook from the repository's root.
 
     values: parameters to change; papermill alone would let unknown ones pass. They become a code cell of the notebook.
     on_cell: called with keyword arguments when a code cell starts.
-    threads: of PyTorch in the notebook; None: as many as OMP_NUM_THREADS says.
 
     Raises:
         ValueError: the notebook does not have one of these parameters, or a value is not of its type.
@@ -136,10 +134,9 @@ def execute(
     known = [declared(cell.source, notebook.stem) for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     check(notebook.stem, known[0] if known else {}, values)
     executed.parent.mkdir(parents=True, exist_ok=True)
-    first = [] if threads is None else [f"--IPKernelApp.exec_lines=import torch; torch.set_num_threads({threads})"]
     papermill.execute_notebook(
         str(notebook), str(executed), dict(values), cwd=str(root), kernel_name="python3", progress_bar=False,
-        on_cell_execute=on_cell, extra_arguments=first,
+        on_cell_execute=on_cell,
     )  # fmt: skip
 
 

@@ -565,14 +565,6 @@ def test_an_unknown_parameter_is_refused_before_a_notebook_runs(little, tmp_path
     assert not (tmp_path / "out.ipynb").exists()
 
 
-@pytest.mark.slow
-def test_a_page_can_have_more_threads_than_the_others(tmp_path):
-    source = tmp_path / "01_one.py"
-    source.write_text("# %%\nimport torch\n\nassert torch.get_num_threads() == 3\n")
-    pages.convert(source, tmp_path / "01_one.ipynb")
-    pages.execute(tmp_path / "01_one.ipynb", tmp_path / "out.ipynb", {}, threads=3)
-
-
 def test_a_page_opens_with_its_title_and_its_result(tmp_path):
     import nbformat
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook

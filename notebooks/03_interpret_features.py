@@ -74,7 +74,15 @@ endpoint: dict = {
     # {"chat_template_kwargs": {"enable_thinking": False}}
     "extra": {},
 }
-n_explained: int = 1024  # live latents; drawn at random if there are more
+n_explained: int = 1024  # latents, at most: those that are live
+# which of them, if there are more
+asked: dict = {
+    # "random"; "most active", by the mean activation over all images; or
+    # "images": the most active on the images given here
+    "by": "random",
+    # for "images": rows of `images`, or files, as [17, "pictures/a.png"]
+    "images": [],
+}
 n_top: int = 5  # exemplars of a latent
 # a patch is visible above this fraction, from 0 to 1, of its image's
 # highest activation
@@ -94,6 +102,7 @@ import numpy as np
 from datasets import load_from_disk
 
 from lmm_sae_nb import LatentCache, SAEInPlace, open_images
+from lmm_sae_nb.interpret.choice import choose_latents
 from lmm_sae_nb.interpret.exemplars import ExemplarsByLatent, upsample
 from lmm_sae_nb.interpret.explain import (
     ExplanationRows,
@@ -145,19 +154,26 @@ plots.style()
 #
 # The images that excite a latent most are its *exemplars*. Their most
 # activated patches are *visible*. We ask about live latents: those that are
-# active somewhere in the cache.
+# active somewhere in the cache. The parameter `asked` says which, if there are
+# more than `n_explained`: random ones, the most active, or those that are most
+# active on images of your choice. The metrics below speak for the whole SAE only
+# if the choice is random.
 
 # %%
 cache = LatentCache.load(page.file("cache"))
 pictures = Remembered(open_images(page.locate(images)))
-live = np.flatnonzero(cache.live)
-draw = np.random.default_rng(seed).choice
-chosen = np.sort(draw(live, min(n_explained, len(live)), replace=False))
+chosen = choose_latents(
+    cache, pictures, n_explained, asked, seed=seed,
+    load=lambda: SAEInPlace.load(
+        page.locate(model), page.file("train"), layer, **loading
+    ),
+)  # fmt: skip
 by_latent = ExemplarsByLatent(
     cache, pictures, chosen.tolist(),
     n_top=n_top, threshold=threshold, dim=dim,
 )  # fmt: skip
-print(f"{len(live):,} live latents; we ask about {len(chosen):,}")
+live = int(cache.live.sum())
+print(f"{live:,} live latents; we ask about {len(chosen):,}")
 
 # %% [markdown]
 # The masks of one exemplar in plain NumPy:

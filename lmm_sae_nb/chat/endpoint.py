@@ -153,7 +153,7 @@ class EndpointChat:
                 if not reply.only_reasoned or tries >= TRIES:
                     break
         except Exception as error:  # any that client, network, JSON or server can raise
-            return self._failed(error, max(1, tries))
+            return self._failed(error, tries + _requests(error))
         if self._request.get("logprobs") and reply.text and reply.confidence is None:
             raise EndpointError(
                 "it answers without the probabilities of its tokens (logprobs), which least_confidence needs; set "
@@ -187,6 +187,12 @@ class EndpointChat:
     def _line(self, text: str) -> str:
         """Return a text from outside as one line that can be written, without the key, which some servers repeat."""
         return " ".join(readable(self._mask(text)).split())[:LONGEST_FAULT]
+
+
+def _requests(error: Exception) -> int:
+    """Return how many requests ended in this error; the last of them says how many came before it."""
+    request = vars(error).get("request")
+    return 0 if request is None else 1 + int(request.headers.get("x-stainless-retry-count", 0))
 
 
 def _result_of(future: futures.Future) -> tuple[Reply, EndpointError | None]:

@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
@@ -58,6 +59,7 @@ class Recorded:
     path: the file; it is made if it is missing.
     failed: how many questions failed, without those that get no answer while others do (`Reply.refused`).
     damaged: how many lines of the file are no replies.
+    asked_again: how many questions were asked more than once, in this run and earlier ones, whatever came of it.
     """
 
     def __init__(self, chat: Chat, path: str | Path):
@@ -66,6 +68,7 @@ class Recorded:
         self.failed = 0
         self.damaged = 0
         self._replies: dict[str, Reply] = {}  # by key, of the questions that were asked
+        self._tries: Counter[str] = Counter()  # how often each question of the file was asked, by key
 
     def __call__(self, questions: Iterable[Question]) -> Iterator[tuple[int, Reply]]:
         kept = self._read()
@@ -93,6 +96,7 @@ class Recorded:
                 key = keys[place]
                 line = {"key": key, "model": self.name, "chat": self._chat_hash, **reply._asdict()}
                 self._append(file, line)
+                self._tries[key] += reply.tries
                 refused += reply.refused
                 self.failed += reply.text is None and not reply.refused
                 kept[key] = self._replies[key] = reply  # for a question that comes again later in this call
@@ -117,6 +121,10 @@ class Recorded:
         return reply_counts([self])
 
     @property
+    def asked_again(self) -> int:
+        return sum(self._tries[key] > 1 for key in self._replies)
+
+    @property
     def replies(self) -> list[Reply]:
         """The replies to all questions so far, each question once."""
         return list(self._replies.values())
@@ -126,6 +134,7 @@ class Recorded:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         data = self._path.read_bytes() if self._path.exists() else b""
         lines, replies, damaged = data.split(b"\n"), {}, []
+        self._tries.clear()
         if lines[-1]:  # it lacks its end: whole if it is a reply, else what a crash has left
             whole = _as_reply(lines[-1]) is not None
             with self._path.open("ab") as file:
@@ -134,7 +143,9 @@ class Recorded:
             row = _as_reply(line)
             if row is None:
                 damaged += [number] if line.strip() else []
-            elif row.reply.text is not None:
+                continue
+            self._tries[row.key] += row.reply.tries
+            if row.reply.text is not None:
                 replies[row.key] = row.reply
                 if row.chat == self._chat_hash and hasattr(self._chat, "answered"):
                     self._chat.answered = True  # so that it need not find out again that it answers
@@ -179,7 +190,7 @@ def _as_reply(line: bytes) -> _Row | None:
     if not typed:
         return None
     if text is None or not (text or tries):  # an older version did not tell an empty answer from a mere thought
-        return _Row(row["key"], "", Reply(None, row["fault"]))
+        return _Row(row["key"], "", Reply(None, row["fault"], tries=tries or 1))
     reply = read_text(text, cut=row["cut"], confidence=confidence, tries=tries or 1)
     return _Row(
         row["key"], str(row.get("chat", "")), reply._replace(replaced=max(reply.replaced, row.get("replaced", 0)))
@@ -192,7 +203,7 @@ def reply_counts(chats: Collection[Recorded]) -> dict[str, int]:
     replies_failed: those that get another try in the next run (`Recorded.failed`).
     replies_refused: those that get no answer while others do, but for the next.
     replies_only_reasoned: those that the model reasoned about without an answer.
-    replies_asked_again: those that were asked more than once until a reply came.
+    replies_asked_again: those that were asked more than once, in this run and earlier ones, whatever came of it.
     replies_cut: answers that ran into their limit.
     replies_with_thoughts: answers from which a thought was cut off.
     replies_replaced_characters: characters of all answers that were no text.
@@ -203,7 +214,7 @@ def reply_counts(chats: Collection[Recorded]) -> dict[str, int]:
         "replies_failed": sum(chat.failed for chat in chats),
         "replies_refused": sum(reply.refused and not reply.only_reasoned for reply in replies),
         "replies_only_reasoned": sum(reply.only_reasoned for reply in replies),
-        "replies_asked_again": sum(reply.tries > 1 for reply in replies),
+        "replies_asked_again": sum(chat.asked_again for chat in chats),
         "replies_cut": sum(reply.cut for reply in replies),
         "replies_with_thoughts": sum(reply.answer != reply.text for reply in replies),
         "replies_replaced_characters": sum(reply.replaced for reply in replies),

@@ -33,7 +33,7 @@ class Reply(NamedTuple):
         call for a tool, or nothing but reasoning.
     only_reasoned: whether the model reasoned and gave no answer.
     replaced: characters that stand for what was no text, and are `UNREADABLE` now.
-    tries: how often it was asked until this reply came.
+    tries: how often it was asked until this reply came, or until there was no use in asking again.
     """
 
     text: str | None

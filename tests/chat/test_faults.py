@@ -113,6 +113,19 @@ def test_an_answer_comes_in_the_end_if_the_fault_passes():
         assert len({request.key for request in server.requests}) == 1
 
 
+@pytest.mark.usefixtures("with_key")
+def test_every_question_that_the_server_saw_more_than_once_counts_whatever_came_of_it(tmp_path):
+    texts = ("500", "silence", "400", "only reasoned", "503 once", "not json", "a good one")
+    with serving(key=KEY) as server:
+        for retries in (1, 0):
+            chat = Recorded(quick(server.url, retries=retries), tmp_path / "r.jsonl")
+            ask(chat, [Question(text) for text in texts])
+            seen = server.times()
+            assert chat.counts["replies_asked_again"] == sum(times > 1 for times in seen.values())
+            assert sum(chat._tries.values()) == seen.total()
+    assert seen["500"] == 3 and seen["a good one"] == 1
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -14,6 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lmm_sae_nb.support.progress import progress_bar
+from lmm_sae_nb.train import checkpoint
+from lmm_sae_nb.train.checkpoint import Checkpoint
+
+CHECKPOINTS = "checkpoint"  # the folder of checkpoints in a training's folder
 
 
 def optimisers(modules: Iterable[nn.Module], rate: float, decay: float = 0.02) -> list[torch.optim.Optimizer]:
@@ -67,23 +70,28 @@ def attend(
     """Train `pupil` for `steps` steps in all, from the last checkpoint in `folder` if there is one.
 
     `loss_at(step)` returns named losses, the one called "loss" is minimised. Stops early after `minutes`; call
-    again to go on. Returns whether all steps are done. Writes `checkpoint.pt` (atomically, every `save_every`
-    seconds) and appends to `log.jsonl`.
+    again to go on. Returns whether all steps are done. Writes a checkpoint every `save_every` seconds, atomically and
+    with checksums, and appends to `log.jsonl`.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+        OSError: it cannot be written; the last good one stays.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, log = folder / "checkpoint.pt", folder / "log.jsonl"
-    start = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        pupil.load_state_dict(state["pupil"])
-        for opt, saved in zip(opts, state["optimisers"], strict=False):
-            opt.load_state_dict(saved)
-        start = state["step"]
+    log = folder / "log.jsonl"
+    start = kept = 0
+    if known := checkpoint.load(folder / CHECKPOINTS):
+        pupil.load_state_dict(known.tensors)
+        for number, opt in enumerate(opts):
+            opt.load_state_dict(known.optimiser[str(number)])
+        start = kept = known.state["step"]
 
     def save(step: int) -> None:
-        state = {"pupil": pupil.state_dict(), "optimisers": [opt.state_dict() for opt in opts], "step": step}
-        torch.save(state, checkpoint.with_suffix(".tmp"))
-        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+        nonlocal kept
+        if step > kept:
+            optimisers = {str(number): opt.state_dict() for number, opt in enumerate(opts)}
+            checkpoint.save(folder / CHECKPOINTS, step, Checkpoint({"step": step}, pupil.state_dict(), optimisers))
+            kept = step
 
     peak = [[group["lr"] for group in opt.param_groups] for opt in opts] if start == 0 else None
     rates = peak or [[group.get("peak", group["lr"]) for group in opt.param_groups] for opt in opts]
@@ -120,6 +128,27 @@ def attend(
             return step + 1 == steps
     save(steps)
     return True
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether a training has left a checkpoint in its folder."""
+    return (folder / CHECKPOINTS).is_dir()
+
+
+def pupil_weights(folder: Path, course: str) -> dict[str, Tensor]:
+    """Return the weights that a training left in its folder.
+
+    course: the command that trains, for the error.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they are damaged.
+    """
+    if (known := checkpoint.load(folder / CHECKPOINTS)) is None:
+        raise FileNotFoundError(
+            f"{folder / CHECKPOINTS} is missing; run `python -m lmm_sae_nb.pictureworld {course}` first"
+        )
+    return known.tensors
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

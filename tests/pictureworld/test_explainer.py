@@ -31,12 +31,13 @@ from lmm_sae_nb.pictureworld.explainer.model import QUESTION, SET
 from lmm_sae_nb.pictureworld.explainer.train import ASKED, Explainee, Sets, draw_sets, lot, train_explainer
 from lmm_sae_nb.pictureworld.explainer.train_eye import Peeking, image_chances, kind_labels, tower_features, train_eye
 from lmm_sae_nb.pictureworld.llava.train_eye import normalise, patch_labels
-from lmm_sae_nb.pictureworld.training_loop import read_log
+from lmm_sae_nb.pictureworld.training_loop import pupil_weights, read_log
 from lmm_sae_nb.pictureworld.world.concepts import KINDS
 from lmm_sae_nb.pictureworld.world.rendered import CONCEPTS, GRID, gallery, patch_counts
 from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT, PATCH, TRAIN, VALIDATION, make_scene
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.files import read_json, write_json
+from lmm_sae_nb.train import checkpoint
 from lmm_sae_nb.truth.common_concept import (
     IMAGE_SHOWS,
     IMAGES_SHARE,
@@ -310,17 +311,17 @@ def test_a_stopped_and_resumed_course_is_bit_for_bit_the_uninterrupted_one(pictu
         while not train(tmp_path / "parted" / folder, **world, **how, minutes=0):
             calls += 1
         assert calls == 3
-        kept = [torch.load(tmp_path / n / folder / "checkpoint.pt", weights_only=True) for n in ("whole", "parted")]
-        assert kept[0]["step"] == kept[1]["step"] == 3
-        assert all(torch.equal(value, kept[1]["pupil"][name]) for name, value in kept[0]["pupil"].items())
+        kept = [checkpoint.load(tmp_path / n / folder / "checkpoint") for n in ("whole", "parted")]
+        assert kept[0].state["step"] == kept[1].state["step"] == 3
+        assert all(torch.equal(value, kept[1].tensors[name]) for name, value in kept[0].tensors.items())
     made = explainer_train.graduate(tmp_path / "parted", root / MODEL)
     assert made.dtype == torch.float32
-    eye = torch.load(tmp_path / "whole/eye/checkpoint.pt", weights_only=True)["pupil"]
+    eye = pupil_weights(tmp_path / "whole/eye", "explainer")
     assert all(torch.equal(w, eye[f"tower.{name}"]) for name, w in made.model.vision_tower.state_dict().items())
-    with pytest.raises(FileNotFoundError, match="checkpoint.pt is missing; run"):
+    with pytest.raises(FileNotFoundError, match="checkpoint is missing; run"):
         explainer_train.graduate(tmp_path / "nowhere", root / MODEL)
     assert train_eye(tmp_path / "parted/eye", **world, **lessons[0][2] | {"steps": 4})
-    with pytest.raises(ValueError, match="were begun with another eye; delete its checkpoint.pt"):
+    with pytest.raises(ValueError, match="were begun with another eye; delete its checkpoint/"):
         train_explainer(tmp_path / "parted", **world, **lessons[1][2])
 
 

@@ -28,6 +28,7 @@ from lmm_sae_nb.pictureworld.world.scenes import HELD_OUT, PATCH, SIDE, VALIDATI
 from lmm_sae_nb.score.segmenters import PromptedSegmenter
 from lmm_sae_nb.score.similarity import ImageTextSimilarity, clip_score
 from lmm_sae_nb.support.files import read_json
+from lmm_sae_nb.train import checkpoint
 
 seeds = st.integers(0, VALIDATION - 1)
 
@@ -158,10 +159,10 @@ def test_a_stopped_and_resumed_training_is_bit_for_bit_the_uninterrupted_one(tra
     while not train(tmp_path / "parted", **course, minutes=0):
         stops += 1
     assert stops == 2
-    whole, parted = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parted"))
-    assert whole["step"] == parted["step"] == 3
-    assert all(torch.equal(whole["pupil"][name], weight) for name, weight in parted["pupil"].items())
-    moved = [name for name, weight in finished_like(train).items() if not torch.equal(weight, whole["pupil"][name])]
+    whole, parted = (checkpoint.load(tmp_path / name / "checkpoint") for name in ("whole", "parted"))
+    assert whole.state["step"] == parted.state["step"] == 3
+    assert all(torch.equal(whole.tensors[name], weight) for name, weight in parted.tensors.items())
+    moved = [name for name, weight in finished_like(train).items() if not torch.equal(weight, whole.tensors[name])]
     assert moved, "training changed nothing"
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lmm_sae_nb.pictureworld.__main__ import COURSES
-from lmm_sae_nb.pictureworld.training_loop import attend, optimisers, read_log, smooth, warm_then_cosine
+from lmm_sae_nb.pictureworld.training_loop import attend, optimisers, pupil_weights, read_log, smooth, warm_then_cosine
+from lmm_sae_nb.train import checkpoint
 
 STEPS = 12
 
@@ -35,7 +36,7 @@ def course(folder, steps=STEPS, stop_at=None, log_every=2, **options):
 
 
 def kept(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
+    return checkpoint.load(folder / "checkpoint")
 
 
 def same(one, other):
@@ -56,7 +57,7 @@ def test_a_stopped_and_resumed_training_is_bit_for_bit_the_uninterrupted_one(tmp
         calls += 1
     assert pieces == list(range(STEPS)) and calls == STEPS
     assert same(whole.state_dict(), parted.state_dict())
-    assert same(kept(tmp_path / "whole"), kept(tmp_path / "parted"))
+    assert same(kept(tmp_path / "whole")._asdict(), kept(tmp_path / "parted")._asdict())
     assert not same(whole.state_dict(), pupil().state_dict())
 
 
@@ -64,7 +65,7 @@ def test_an_interrupted_training_goes_on_from_its_last_checkpoint(tmp_path):
     whole, _, _ = course(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         course(tmp_path / "parted", stop_at=8, save_every=0.0)
-    assert kept(tmp_path / "parted")["step"] == 8
+    assert kept(tmp_path / "parted").state["step"] == 8
     parted, seen, done = course(tmp_path / "parted")
     assert done and seen == [8, 9, 10, 11]
     assert same(whole.state_dict(), parted.state_dict())
@@ -109,7 +110,7 @@ def test_a_log_row_is_the_mean_since_the_last(tmp_path):
 
 def test_a_checkpoint_cut_short_in_writing_leaves_the_one_before(tmp_path, monkeypatch):
     course(tmp_path, minutes=0)
-    before = (tmp_path / "checkpoint.pt").read_bytes()
+    before = kept(tmp_path)
 
     def broken(state, path):
         path.write_bytes(b"half")
@@ -119,9 +120,22 @@ def test_a_checkpoint_cut_short_in_writing_leaves_the_one_before(tmp_path, monke
         patch.setattr(torch, "save", broken)
         with pytest.raises(OSError, match="no space"):
             course(tmp_path, minutes=0)
-    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert same(kept(tmp_path)._asdict(), before._asdict())
     _, seen, done = course(tmp_path)
     assert done and seen[0] == 1
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "optimiser.pt", "state.json"])
+def test_a_flipped_bit_in_a_checkpoint_is_found_and_the_file_named(tmp_path, name):
+    course(tmp_path, minutes=0)
+    (file,) = tmp_path.glob(f"checkpoint/1/{name}")
+    data = bytearray(file.read_bytes())
+    data[len(data) * 3 // 4] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=name):
+        course(tmp_path)
+    with pytest.raises(ValueError, match=name):
+        pupil_weights(tmp_path, "a course")
 
 
 def test_matrices_go_to_muon_and_the_rest_to_adamw():

@@ -25,7 +25,13 @@ from lmm_sae_nb.interpret.explainers import REFUSAL
 from lmm_sae_nb.pictureworld.explainer.masked_sets import CHOSEN, Source, Strips, drawn, of_latents
 from lmm_sae_nb.pictureworld.explainer.model import FOLD, SET, explainer_tokenizer, new_explainer, prompt_of
 from lmm_sae_nb.pictureworld.explainer.train_eye import open_eye, tower_features, train_eye
-from lmm_sae_nb.pictureworld.training_loop import attend, autocast_if_quicker, optimisers
+from lmm_sae_nb.pictureworld.training_loop import (
+    attend,
+    autocast_if_quicker,
+    has_checkpoint,
+    optimisers,
+    pupil_weights,
+)
 from lmm_sae_nb.pictureworld.world.rendered import CONCEPTS, Gallery, gallery
 from lmm_sae_nb.pictureworld.world.scenes import TRAIN
 from lmm_sae_nb.support.files import read_json, write_json
@@ -205,7 +211,7 @@ def train_explainer(
         return pupil(draw_sets(gallery, lots, batch, np.random.default_rng([61, step])))
 
     attend(folder / "folding", folding, projector, optimisers([projector], rate), fold_at, title="folding")
-    projector.load_state_dict(torch.load(folder / "folding" / "checkpoint.pt", weights_only=True)["pupil"])
+    projector.load_state_dict(pupil_weights(folder / "folding", "explainer"))
     model.model.language_model.config._attn_implementation = "eager"  # quicker here than SDPA's backward
     return attend(folder, steps, pupil, optimisers([pupil], rate), loss_at, minutes=minutes, title="explainer")
 
@@ -213,9 +219,9 @@ def train_explainer(
 def _require_same_eye(folder: Path, tower: nn.Module) -> None:
     """Raise ValueError if the lessons in the folder were begun with another eye."""
     path, eye = folder / "eye.json", hash_of(tower.state_dict().values())
-    if (folder / "checkpoint.pt").is_file() and (not path.is_file() or read_json(path)["eye"] != eye):
+    if has_checkpoint(folder) and (not path.is_file() or read_json(path)["eye"] != eye):
         raise ValueError(
-            f"the lessons in {folder} were begun with another eye; delete its checkpoint.pt, folding/ and features-*/"
+            f"the lessons in {folder} were begun with another eye; delete its checkpoint/, folding/ and features-*/"
         )
     write_json(path, {"eye": eye})
 
@@ -246,10 +252,8 @@ def lessons_of(folder: Path, saes: int) -> dict[str, list]:
 
 def graduate(folder: Path, taught: Path) -> AyaVisionForConditionalGeneration:
     """Return the explainer, in float32, that the course left in its checkpoint."""
-    checkpoint = folder / "checkpoint.pt"
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"{checkpoint} is missing; run `python -m lmm_sae_nb.pictureworld explainer` first")
+    weights = pupil_weights(folder, "explainer")
     model = new_explainer(taught)
     open_eye(model.model.vision_tower, folder / "eye")
-    Explainee(model, explainer_tokenizer()).load_state_dict(torch.load(checkpoint, weights_only=True)["pupil"])
+    Explainee(model, explainer_tokenizer()).load_state_dict(weights)
     return model

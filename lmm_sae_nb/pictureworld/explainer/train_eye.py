@@ -21,7 +21,7 @@ from transformers import LlavaNextForConditionalGeneration
 
 from lmm_sae_nb.pictureworld.explainer.masked_sets import PATCHES, Strips, masked_pixels
 from lmm_sae_nb.pictureworld.llava.train_eye import LABEL_SHARE, normalise
-from lmm_sae_nb.pictureworld.training_loop import attend, autocast_if_quicker, optimisers
+from lmm_sae_nb.pictureworld.training_loop import attend, autocast_if_quicker, optimisers, pupil_weights
 from lmm_sae_nb.pictureworld.world.concepts import KINDS
 from lmm_sae_nb.pictureworld.world.rendered import Gallery
 from lmm_sae_nb.pictureworld.world.scenes import PATCH
@@ -152,9 +152,6 @@ def train_eye(
 
 def open_eye(tower: nn.Module, folder: Path) -> nn.Module:
     """Return the tower with the weights that `train_eye` left in `folder`."""
-    checkpoint = folder / "checkpoint.pt"
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"{checkpoint} is missing; run `python -m lmm_sae_nb.pictureworld explainer` first")
-    state = torch.load(checkpoint, weights_only=True)["pupil"]
+    state = pupil_weights(folder, "explainer")
     tower.load_state_dict({name.removeprefix("tower."): w for name, w in state.items() if name.startswith("tower.")})
     return tower

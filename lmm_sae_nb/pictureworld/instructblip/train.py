@@ -27,7 +27,13 @@ from lmm_sae_nb.pictureworld.llava.exam import examine, keep, report
 from lmm_sae_nb.pictureworld.llava.model import new_tokenizer
 from lmm_sae_nb.pictureworld.llava.train_eye import normalise
 from lmm_sae_nb.pictureworld.llava.train_language import FAMILIES, SIDE_PATCHES
-from lmm_sae_nb.pictureworld.training_loop import attend, autocast_if_quicker, optimisers
+from lmm_sae_nb.pictureworld.training_loop import (
+    attend,
+    autocast_if_quicker,
+    has_checkpoint,
+    optimisers,
+    pupil_weights,
+)
 from lmm_sae_nb.pictureworld.world.questions import Question, caption, lesson
 from lmm_sae_nb.pictureworld.world.scenes import TRAIN, make_lesson
 from lmm_sae_nb.support.progress import progress_bar
@@ -213,7 +219,7 @@ def train_queries(
     folding: steps of the first lesson, which count as no minutes.
     """
     asker = Asker(new_query_model(taught))
-    if not (folder / "checkpoint.pt").is_file():
+    if not has_checkpoint(folder):
         known = LlavaNextForConditionalGeneration.from_pretrained(taught, dtype=torch.float32)
         lesson = Folding(asker, known)
         attend(folder / "folding", folding, lesson, optimisers([asker], rate), lesson, log_every=50, title="folding")
@@ -232,7 +238,7 @@ def train_queries(
 def graduate(folder: Path, taught: Path) -> InstructBlipForConditionalGeneration:
     """Return the model, in float32, that the training left in its checkpoint."""
     asker = Asker(new_query_model(taught))
-    asker.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["pupil"])
+    asker.load_state_dict(pupil_weights(folder, "queries"))
     return asker.model
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import LlavaNextForConditionalGeneration
 
 from lmm_sae_nb.pictureworld.llava.model import new_model, new_tokenizer, word_vector
-from lmm_sae_nb.pictureworld.training_loop import attend, autocast_if_quicker, optimisers
+from lmm_sae_nb.pictureworld.training_loop import attend, autocast_if_quicker, optimisers, pupil_weights
 from lmm_sae_nb.pictureworld.world.concepts import KINDS, PLACES
 from lmm_sae_nb.pictureworld.world.scenes import (
     PATCH,
@@ -121,7 +121,7 @@ def train_tower(
     rate: float = 2e-3,
     minutes: float = math.inf,
 ) -> bool:
-    """Teach the tower and projector, resumably; `folder/checkpoint.pt` holds them when the call returns True.
+    """Teach the tower and projector, resumably; a checkpoint in `folder` holds them when the call returns True.
 
     start: the folder of an earlier course to go on from. Its projector is then kept as it is, so that what the
     language model has learned to see keeps its meaning, and signs come up much more often: they are hardest.
@@ -131,7 +131,7 @@ def train_tower(
     model.model.vision_tower.config._attn_implementation = "eager"  # compiled, faster than SDPA for 145 tokens
     eye = Eye(model.model.vision_tower, model.model.multi_modal_projector, model.config.text_config.hidden_size)
     if start:
-        eye.load_state_dict(torch.load(start / "checkpoint.pt", weights_only=True)["pupil"])
+        eye.load_state_dict(pupil_weights(start, start.name))
         eye.projector.requires_grad_(False)
     first, makers = (400_000, _READING) if start else (0, _MIXED)
     forward, stream = torch.compile(eye), None
@@ -149,10 +149,7 @@ def train_tower(
 
 def open_eyes(model: LlavaNextForConditionalGeneration, folder: Path, projector: bool = True) -> None:
     """Give the model the tower, and unless told otherwise the projector, that `train_tower` left in `folder`."""
-    checkpoint = folder / "checkpoint.pt"
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"{checkpoint} is missing; run `python -m lmm_sae_nb.pictureworld {folder.name}` first")
-    pupil = torch.load(checkpoint, weights_only=True)["pupil"]
+    pupil = pupil_weights(folder, folder.name)
     modules = {"tower.": model.model.vision_tower, "projector.": model.model.multi_modal_projector}
     for prefix, module in list(modules.items())[: 1 + projector]:
         module.load_state_dict({k.removeprefix(prefix): v for k, v in pupil.items() if k.startswith(prefix)})

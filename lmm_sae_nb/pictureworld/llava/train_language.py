@@ -21,7 +21,13 @@ from transformers import LlavaNextForConditionalGeneration, PreTrainedTokenizerF
 
 from lmm_sae_nb.pictureworld.llava.model import new_model, new_tokenizer, word_vector
 from lmm_sae_nb.pictureworld.llava.train_eye import GROUPS, normalise, open_eyes, patch_labels
-from lmm_sae_nb.pictureworld.training_loop import attend, autocast_if_quicker, optimisers
+from lmm_sae_nb.pictureworld.training_loop import (
+    attend,
+    autocast_if_quicker,
+    has_checkpoint,
+    optimisers,
+    pupil_weights,
+)
 from lmm_sae_nb.pictureworld.world.questions import PICTURED, UNPICTURED, Question, aside, lesson
 from lmm_sae_nb.pictureworld.world.scenes import PATCH, RARE, SIDE, TRAIN, make_lesson
 
@@ -228,9 +234,9 @@ def train_language(
 
 def graduate(course: Path) -> LlavaNextForConditionalGeneration:
     """Return the model, in float32, that a course left in its checkpoint, or that was saved in this folder."""
-    if not (course / "checkpoint.pt").is_file():
+    if not has_checkpoint(course):
         return LlavaNextForConditionalGeneration.from_pretrained(course, dtype=torch.float32)
     tokenizer = new_tokenizer()
     room = Classroom(new_model(tokenizer), tokenizer)
-    room.load_state_dict(torch.load(course / "checkpoint.pt", weights_only=True)["pupil"])
+    room.load_state_dict(pupil_weights(course, course.name))
     return room.model

@@ -28,7 +28,7 @@ from lmm_sae_nb.pictureworld.scorers.clipseg import (
     text_settings,
     tower_settings,
 )
-from lmm_sae_nb.pictureworld.training_loop import attend, autocast_if_quicker, optimisers
+from lmm_sae_nb.pictureworld.training_loop import attend, autocast_if_quicker, optimisers, pupil_weights
 from lmm_sae_nb.pictureworld.world.concepts import KINDS
 from lmm_sae_nb.pictureworld.world.questions import caption
 from lmm_sae_nb.pictureworld.world.scenes import PATCH, SIDE, TRAIN, Scene, make_scene, patch_share
@@ -193,7 +193,7 @@ class Likener(nn.Module):
 def train_similarity(
     folder: Path, lmm: Path, steps: int, batch: int = 10, rate: float = 2e-3, minutes: float = math.inf
 ) -> bool:
-    """Teach CLIP resumably, `batch` scenes a step; `folder/checkpoint.pt` holds it. `lmm` lends its tower."""
+    """Teach CLIP resumably, `batch` scenes a step; a checkpoint in `folder` holds it. `lmm` lends its tower."""
     torch.manual_seed(0)
     tokenizer = clip_tokenizer()
     pupil = Likener(new_model(tokenizer), tokenizer)
@@ -213,10 +213,8 @@ def train_similarity(
 
 def finished(folder: Path) -> CLIPModel:
     """Return the model that `train_similarity` left in `folder`; FileNotFoundError if it left none."""
-    checkpoint = folder / "checkpoint.pt"
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"{checkpoint} is missing; run `python -m lmm_sae_nb.pictureworld similarity` first")
+    weights = pupil_weights(folder, "similarity")
     tokenizer = clip_tokenizer()
     pupil = Likener(new_model(tokenizer), tokenizer)
-    pupil.load_state_dict(torch.load(checkpoint, weights_only=True)["pupil"])
+    pupil.load_state_dict(weights)
     return pupil.model.eval()

@@ -28,7 +28,13 @@ from transformers import (
 
 from lmm_sae_nb.pictureworld.llava.model import new_tokenizer
 from lmm_sae_nb.pictureworld.llava.train_eye import MEAN, STD, normalise
-from lmm_sae_nb.pictureworld.training_loop import attend, autocast_if_quicker, optimisers
+from lmm_sae_nb.pictureworld.training_loop import (
+    attend,
+    autocast_if_quicker,
+    has_checkpoint,
+    optimisers,
+    pupil_weights,
+)
 from lmm_sae_nb.pictureworld.world.concepts import KINDS, NUMBER
 from lmm_sae_nb.pictureworld.world.scenes import PATCH, SIDE, TRAIN, Scene, make_crowd, make_scene, make_signs
 
@@ -216,13 +222,13 @@ class Pointer(nn.Module):
 def train_segmenter(
     folder: Path, lmm: Path, steps: int, batch: int = 8, rate: float = 3e-3, minutes: float = math.inf
 ) -> bool:
-    """Teach CLIPSeg resumably; `folder/checkpoint.pt` holds it. `lmm` is the folder of the LMM that lends its tower."""
+    """Teach CLIPSeg resumably; a checkpoint in `folder` holds it. `lmm` is the folder of the LMM that lends its eye."""
     torch.manual_seed(0)
     tokenizer = clip_tokenizer()
     pupil = Pointer(new_model(tokenizer), tokenizer)
     clip = pupil.model.clip
     lend_tower(clip.vision_model, lmm)
-    if not (folder / "checkpoint.pt").exists():
+    if not has_checkpoint(folder):
         whiten(pupil.model, normalise(torch.stack([row[0] for row in islice(Prompts(0), 64)])))
     clip.requires_grad_(False)
     clip.text_model.requires_grad_(True)
@@ -242,10 +248,8 @@ def train_segmenter(
 
 def finished(folder: Path) -> CLIPSegForImageSegmentation:
     """Return the model that `train_segmenter` left in `folder`; FileNotFoundError if it left none."""
-    checkpoint = folder / "checkpoint.pt"
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"{checkpoint} is missing; run `python -m lmm_sae_nb.pictureworld segmenter` first")
+    weights = pupil_weights(folder, "segmenter")
     tokenizer = clip_tokenizer()
     pupil = Pointer(new_model(tokenizer), tokenizer)
-    pupil.load_state_dict(torch.load(checkpoint, weights_only=True)["pupil"])
+    pupil.load_state_dict(weights)
     return pupil.model.eval()

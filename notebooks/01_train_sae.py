@@ -87,6 +87,7 @@ from lmm_sae_nb.show.report import (
     percent,
     provenance,
 )
+from lmm_sae_nb.support.conversions import conversion_metrics
 from lmm_sae_nb.support.intervals import read_mean
 from lmm_sae_nb.support.stages import Metrics, Page
 from lmm_sae_nb.train.evaluate import control_fvus
@@ -114,7 +115,7 @@ check_samples(samples, lmm)  # a wrong row is named here, not in an hour
 print(f"{lmm.n_layers} layers of width {lmm.width}")
 print(f"an image has {lmm.grid[0]} x {lmm.grid[1]} base patches")
 unseen = unseen.select(range(min(evaluated, len(unseen))))
-unseen, unread = readable(unseen, unreadable)
+unseen, unread, unlike = readable(unseen, unreadable, lmm)
 print(f"{len(samples)} samples to train on, {len(unseen)} to evaluate on")
 
 # %% mystnb={"figure": {"caption": "Six samples that the SAE learns from: image, question and answer.", "name": "fig-samples"}, "image": {"alt": "Six generated scenes, each with a question and its answer."}}
@@ -208,7 +209,7 @@ with plots.live(plots.TRAINING) as on_log:
             loading=loading,
         )  # fmt: skip
 place = SAEInPlace(lmm, trained.sae, layer)
-left_out(trained.skipped, unread)
+left_out(trained.skipped, unread, converted=[trained.converted, unlike])
 
 # %% mystnb={"figure": {"caption": "The training. The loss is the fraction of variance unexplained (FVU) plus the part of dead latents; where no latent is dead, the two are equal. The axis of both is logarithmic.", "name": "fig-training"}, "image": {"alt": "Curves of loss, FVU and dead latents over the optimiser steps."}}
 shown = ("loss", "fvu", "dead_fraction")
@@ -256,6 +257,8 @@ metrics = stage.finish(measured | controls | {
     "train_seconds": trained.history[-1]["seconds"],
     "samples_skipped": len(trained.skipped),
     "heldout_skipped": len(unread),
+    **conversion_metrics("samples", trained.converted),
+    **conversion_metrics("heldout", unlike),
 })  # fmt: skip
 metrics_table(stage)
 

@@ -77,6 +77,7 @@ from lmm_sae_nb.show.report import (
     metrics_table,
     provenance,
 )
+from lmm_sae_nb.support.conversions import conversion_metrics
 from lmm_sae_nb.support.devices import tolerance
 from lmm_sae_nb.support.images import in_words
 from lmm_sae_nb.support.stages import Page
@@ -122,7 +123,7 @@ cache = cache_activations(
 seconds = stage.result("seconds", float, lambda: time.monotonic() - began)
 live = int(cache.live.sum())
 print(f"{cache.images} images read, {len(cache.skipped)} skipped")
-left_out(cache.skipped)
+left_out(cache.skipped, converted=[cache.converted])
 print(f"{live} of {cache.n_latents} latents are active at least once")
 
 # %% [markdown]
@@ -193,7 +194,10 @@ samples = open_samples(page.locate(texts))
 draw = np.random.default_rng(seed).choice(
     len(samples), min(n_texts, len(samples)), replace=False
 )
-samples, unread = readable(samples.select(np.sort(draw)), unreadable)
+samples, unread, unlike = readable(
+    samples.select(np.sort(draw)), unreadable, place.lmm
+)
+left_out(unread, converted=[unlike])
 text_cache = cache_texts(
     place, samples, n_top=n_top, batch_samples=batch_size,
     folder=stage.folder,
@@ -209,6 +213,8 @@ metrics = stage.finish({
     "skipped": len(cache.skipped),
     "left_out": len(pictures.left_out),
     "texts_skipped": len(unread),
+    **conversion_metrics("pictures", cache.converted),
+    **conversion_metrics("texts", unlike),
     "latents": cache.n_latents,
     "latents_live": live,
     "median_frequency": float(np.median(frequency[cache.live])),

@@ -200,6 +200,7 @@ from lmm_sae_nb.show.report import (
     provenance,
     published_numbers,
 )
+from lmm_sae_nb.support.conversions import conversion_metrics
 from lmm_sae_nb.support.images import Remembered, open_images
 from lmm_sae_nb.support.intervals import proportion, read_mean
 from lmm_sae_nb.support.stages import Metrics, Page
@@ -225,7 +226,7 @@ for name, each in lmms.items():
 # %%
 samples = open_samples(page.locate(dataset))
 unseen = open_samples(page.locate(heldout))
-unseen, unread = readable(unseen, unreadable)
+unseen, unread, unlike = readable(unseen, unreadable, lmm)
 pictures = open_images(page.locate(images))
 # keeps decoded images in memory: scores look at them again and again
 pictures = Remembered(pictures.first(cached_images))
@@ -283,7 +284,10 @@ studied = train_and_cache(
     lmm, recipes, samples, pictures, folder=stage.path(first), **how
 )
 of_middle = studied[f"layer_{middle}"]
-left_out(of_middle.skipped, unread, of_middle.cache.skipped)
+left_out(
+    of_middle.skipped, unread, of_middle.cache.skipped,
+    converted=[of_middle.converted, unlike, of_middle.cache.converted],
+)  # fmt: skip
 
 # %% [markdown]
 # The other models learn from samples with an image: a Q-Former needs one.
@@ -389,6 +393,9 @@ metrics = stage.finish(metrics | {
     "samples_skipped": max(len(each.skipped) for each in studied.values()),
     "heldout_skipped": len(unread),
     "images_skipped": len(of_middle.cache.skipped),
+    **conversion_metrics("samples", of_middle.converted),
+    **conversion_metrics("heldout", unlike),
+    **conversion_metrics("images", of_middle.cache.converted),
 })  # fmt: skip
 
 # %% [markdown]

@@ -105,6 +105,7 @@ from lmm_sae_nb.show.report import (
     metrics_table,
     provenance,
 )
+from lmm_sae_nb.support.conversions import conversion_metrics
 from lmm_sae_nb.support.intervals import Mean, mean_interval, read_mean
 from lmm_sae_nb.support.stages import Metrics, Page, read_typed
 
@@ -127,8 +128,8 @@ place = SAEInPlace.load(
 )
 lmm, sae = place.lmm, place.sae
 samples = open_samples(page.locate(heldout))
-samples, unread = readable(samples, unreadable)
-left_out(unread)
+samples, unread, unlike = readable(samples, unreadable, lmm)
+left_out(unread, converted=[unlike])
 pictured = (row for row in samples if row["image"] is not None)
 unseen = list(islice(pictured, decisions))
 row = next((r for r in unseen if r.get("family") == "exists"), unseen[0])
@@ -317,11 +318,12 @@ small = small_saes(
     **other_sae, seed=seed, unreadable=unreadable,
     folder=stage.path("others"),
 )  # fmt: skip
-rows = [unseen] + [unseen[:other_decisions]] * len(small)
+left_out(small.skipped, converted=[small.converted])
+rows = [unseen] + [unseen[:other_decisions]] * len(small.places)
 compared = stage.result(
     "pairs", list[ComparedDecision],
     lambda: compare_ways(
-        [place, *small], rows, pairs=pairs, path_pairs=path_pairs,
+        [place, *small.places], rows, pairs=pairs, path_pairs=path_pairs,
         ig_steps=ig_steps, many_steps=many_steps,
         many_decisions=many_decisions, batch=batch, seed=seed,
     ),
@@ -329,7 +331,11 @@ compared = stage.result(
 cost = stage.result(
     "cost", Metrics, lambda: measure_cost(place, choice, repetitions)
 )
-skipped = {"heldout_skipped": len(unread)}
+skipped = {
+    "samples_skipped": len(small.skipped), "heldout_skipped": len(unread),
+    **conversion_metrics("samples", small.converted),
+    **conversion_metrics("heldout", unlike),
+}  # fmt: skip
 agreed = agreement_metrics(compared, layer, seed)
 metrics = stage.finish(agreed | cost | skipped)
 

@@ -196,6 +196,7 @@ from lmm_sae_nb.show.report import (
 )
 from lmm_sae_nb.show.seed_study import read_study
 from lmm_sae_nb.support.concepts import read_concepts
+from lmm_sae_nb.support.conversions import conversion_metrics
 from lmm_sae_nb.support.intervals import Mean, proportion
 from lmm_sae_nb.support.stages import Page
 
@@ -222,8 +223,10 @@ lmm, cache = place.lmm, LatentCache.load(page.file("cache"))
 explanations = page.read("interpret", "explanations", ExplanationRows)
 names = read_concepts(page.root / concepts) if concepts else {}
 label_maps = load_from_disk(page.locate(images)) if concepts else None
-rows, unread = readable(open_samples(page.locate(traps)), unreadable)
-left_out(unread)
+rows, unread, unlike = readable(
+    open_samples(page.locate(traps)), unreadable, lmm
+)
+left_out(unread, converted=[unlike])
 cases = read_cases(rows, "choose", choosing["cases"])
 reported = contradicting_first(read_cases(rows, "report"), agreeing)
 cases, reported = (as_the_model_writes(lmm, x) for x in (cases, reported))
@@ -315,8 +318,12 @@ settings = clamp_settings(
 )  # fmt: skip
 
 # %%
+skipped = {samples: {}, heldout: {}}  # rows without a readable image
+
+
 def without_traps(name):  # rows with an image and another question
-    for row in pictured_rows(open_samples(page.locate(name)), unreadable):
+    opened = open_samples(page.locate(name))
+    for row in pictured_rows(opened, unreadable, skipped[name]):
         if row.get("family") != "according":
             yield row
 
@@ -522,6 +529,7 @@ costs = stage.result(
 
 # %%
 rate = proportion(fooled)
+others_skipped = sum(map(len, skipped.values()))
 metrics = stage.finish(
     answers.metrics
     | dict(maps=len(fooled), hallucination_rate=rate.fraction,
@@ -533,6 +541,8 @@ metrics = stage.finish(
            text_latents_clamped=len(text_clamp.edits),
            text_latents_named=candidates.named,
            cases_skipped=len(unread))
+    | ({"others_skipped": others_skipped} if others_skipped else {})
+    | conversion_metrics("cases", unlike)
 )  # fmt: skip
 metrics_table(stage)
 
@@ -670,7 +680,10 @@ things = {
 }  # fmt: skip
 
 # %%
-unseen, _ = readable(open_samples(page.locate(heldout)), unreadable)
+unseen, unread, unlike = readable(
+    open_samples(page.locate(heldout)), unreadable, lmm
+)
+left_out(*skipped.values(), unread, converted=[unlike])
 given = ("answers", "plural", "scenes", "each", "counted")
 said = checks.result(
     "pope", dict[str, Presence],
@@ -693,7 +706,8 @@ captions = checks.result(
 field = captions.metrics if captions else {}
 for kind, replies in said.items():
     field |= replies.metrics(kind)
-field = checks.finish(field)
+field |= {"scenes_skipped": len(unread)} if unread else {}
+field = checks.finish(field | conversion_metrics("scenes", unlike))
 measured = ("accuracy", "f1", "yes")
 for kind, replies in said.items():
     scores = {n: replies.scores(n, "adversarial") for n in cures}

@@ -126,10 +126,12 @@ from lmm_sae_nb.show.panel_views import (
 from lmm_sae_nb.show.report import (
     findings,
     headline,
+    left_out,
     metrics_table,
     percent,
     provenance,
 )
+from lmm_sae_nb.support.conversions import conversion_metrics
 from lmm_sae_nb.support.images import Remembered
 from lmm_sae_nb.support.intervals import read_mean
 from lmm_sae_nb.support.stages import Page
@@ -182,6 +184,7 @@ cache = cache_activations(
     control, pictures, n_top=n_top, batch_size=batch_size,
     unreadable=unreadable, folder=stage.path("random"),
 )  # fmt: skip
+left_out(cache.skipped, converted=[cache.converted])
 interpreter = open_interpreter(
     explainer, refiner, labeller, endpoint, concepts=concepts,
     replies=stage.path("replies.jsonl"),
@@ -523,6 +526,7 @@ plots.table([
 metrics = stage.finish(
     {f"random_{name}": value for name, value in here.items()}
     | {"skipped": len(cache.skipped)}
+    | conversion_metrics("pictures", cache.converted)
 )
 metrics_table(stage)
 

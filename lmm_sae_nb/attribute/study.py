@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -41,6 +42,18 @@ class ComparedDecision:
     spearman_steps: float | None = None
 
 
+class SmallSAEs(NamedTuple):
+    """SAEs that were trained in one pass, each at its layer.
+
+    skipped: number of a sample that could not be read to the name and fault of its picture.
+    converted: how many pictures of samples were converted to 8-bit RGB, as `count_conversions` says it.
+    """
+
+    places: list[SAEInPlace]
+    skipped: Mapping[int, str]
+    converted: Mapping[str, int]
+
+
 def small_saes(
     lmm: LMM,
     samples: Sequence[Mapping],
@@ -55,7 +68,7 @@ def small_saes(
     seed: int,
     folder: str | Path,
     unreadable: str = "refuse",
-) -> list[SAEInPlace]:
+) -> SmallSAEs:
     """Train a small SAE at each of these layers, all in one pass over the model; the same call again reads them.
 
     samples: rows with image, question and answer.
@@ -63,15 +76,20 @@ def small_saes(
     n_latents, k: the size of each SAE.
     lr, steps, batch_tokens, dead_after_tokens: as for `train_saes`.
     folder: gets a folder `layer_<n>` for each.
+    unreadable: "skip" leaves out samples whose picture cannot be read; "refuse" stops there.
     """
     if not layers:
-        return []
+        return SmallSAEs([], {}, {})
     recipes = {f"layer_{layer}": Recipe(layer, n_latents=n_latents, k=k, lr=lr) for layer in layers}
     trained = train_saes(
         lmm, samples, recipes, steps=steps, batch_tokens=batch_tokens, dead_after_tokens=dead_after_tokens, seed=seed,
         unreadable=unreadable, folder=folder,
     )  # fmt: skip
-    return [SAEInPlace(lmm, result.sae.requires_grad_(False), recipes[name].layer) for name, result in trained.items()]
+    places = [
+        SAEInPlace(lmm, result.sae.requires_grad_(False), recipes[name].layer) for name, result in trained.items()
+    ]
+    one = next(iter(trained.values()))  # all have seen the same samples
+    return SmallSAEs(places, one.skipped, one.converted)
 
 
 def compare_ways(

@@ -35,6 +35,7 @@ from lmm_sae_nb.cache.resume import (
 )
 from lmm_sae_nb.cache.sparse_store import STORE, VALUES
 from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.support.conversions import sum_conversions
 from lmm_sae_nb.support.files import free_bytes, in_units
 from lmm_sae_nb.support.images import UnreadableImage, pixel_hash
 from lmm_sae_nb.support.locks import hold
@@ -163,7 +164,7 @@ def _cache(
                 _require_room(folder, sum(_bytes_on_disk(place, *sizes) for place in places.values()))
                 is_first = False
             for name in missing:
-                parts[name].add(batch.number, batch.images, batch.skipped, latents.get(name))
+                parts[name].add(batch.number, batch.images, batch.skipped, latents.get(name), batch.converted)
             bar.update(len(batch.images) + len(batch.skipped))
             if time.monotonic() - saved >= save_every:
                 for part in parts.values():
@@ -204,6 +205,8 @@ def finish_pass(folder: Path, n_latents: int, n_top: int, store: str | None, des
         "images": sum(part["images"] for part in parts.values()), "patches": counts.pop(), "store": store,
         "skipped": [{"image": number, "fault": skipped[number]} for number in sorted(skipped)],
     }  # fmt: skip
+    if converted := sum_conversions(part["converted"] for part in parts.values()):
+        described["converted"] = converted
     files = {name for part in parts.values() for name in part["files"]}
     files |= {name for path in held for name in write_pending(path, n_latents, described["patches"], store)}
     (folder / KEY).unlink(missing_ok=True)  # from here until the cache is whole, the folder is of neither pass

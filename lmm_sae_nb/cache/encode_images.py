@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.model.prompts import Prompt
+from lmm_sae_nb.model.prompts import Prompt, prepared
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents
+from lmm_sae_nb.support.conversions import conversions, count_conversions
 from lmm_sae_nb.support.images import UnreadableImage
 from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.tensor_files import require_finite
@@ -34,6 +35,7 @@ class Batch(NamedTuple):
     images: list[int]  # their numbers, ascending
     skipped: dict[int, str]  # number of an image that cannot be read, to its name and fault
     prompt: Prompt | None  # None if no image could be read
+    converted: dict[str, int]  # how many were converted to 8-bit RGB, as `count_conversions` says it
 
 
 def batches_of(
@@ -58,14 +60,21 @@ def open_batch(lmm: LMM, skip: bool, number: int, openers: Openers) -> Batch:
         UnreadableImage: there is such an image, without `skip`.
     """
     images, skipped, prompt = list(openers), {}, None
+    done: dict[int, tuple[str, ...]] = {}
+
+    def opened(image: int) -> Image.Image:
+        picture = prepared(openers[image](), None)
+        done[image] = conversions(picture)
+        return picture
+
     while images and prompt is None:
         try:
-            prompt = lmm.prompt([""] * len(images), [openers[image] for image in images])
+            prompt = lmm.prompt([""] * len(images), [partial(opened, image) for image in images])
         except UnreadableImage as fault:
             if not skip or fault.position is None:
                 raise
             skipped[images.pop(fault.position)] = f"{fault.name}: {fault.reason}"
-    return Batch(number, images, skipped, prompt)
+    return Batch(number, images, skipped, prompt, count_conversions(done[image] for image in images))
 
 
 def one_ahead(function: Callable, arguments: Iterable[tuple]) -> Iterator[Any]:

@@ -27,7 +27,7 @@ def write_cache(
     """Write a cache: cache.safetensors, and cache.json, which repeats `described` for people.
 
     described: images, patches, grid (or None), layer, model, skipped, store (or None), pictures (as `identity_of` gives
-        it); also kept in the header of cache.safetensors, so that the two cannot be separated.
+        it), converted if any were; also kept in the header of cache.safetensors, so that the two cannot be separated.
     blocks: the first latent of a block, and the ranking of its latents; consecutive.
     """
     patches = described["patches"]
@@ -64,6 +64,7 @@ class LatentCache:
     grid: rows and columns of the base patches, or None.
     layer: 0-based.
     skipped: number to fault of the images that could not be read.
+    converted: how many images were converted to 8-bit RGB, in all and by kind; empty if none were.
     described: what cache.json repeats.
     """
 
@@ -78,6 +79,7 @@ class LatentCache:
         self.images, self.layer = described["images"], described["layer"]
         self.grid = described["grid"] and tuple(described["grid"])
         self.skipped = {row["image"]: row["fault"] for row in described["skipped"]}
+        self.converted: dict[str, int] = described.get("converted", {})
         self._stored = described["store"]
         self._pictures, self._accepted = described.get("pictures"), None
         self.n_latents, self.n_top, self._patches = shapes["patches"]

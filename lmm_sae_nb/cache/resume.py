@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lmm_sae_nb.cache.encode_images import require_one_count
@@ -14,6 +15,7 @@ from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.cache.sparse_store import STORE, StoreWriter
 from lmm_sae_nb.cache.top_images import Ranking, firings, merged
 from lmm_sae_nb.sae.topk import Latents
+from lmm_sae_nb.support.conversions import sum_conversions
 from lmm_sae_nb.support.files import as_json, clear_temporaries, write_json
 from lmm_sae_nb.support.tensor_files import open_tensors, read_arrays, save_rows
 
@@ -32,7 +34,7 @@ class PassPart:
     def __init__(self, path: Path, n_latents: int, n_top: int, store: str | None):
         self._path, self._sizes, self._store = path, (n_latents, n_top), store
         self.ranking: Ranking | None = None  # None until an image was read
-        self.progress: dict[str, Any] = {"batches": [], "images": 0, "skipped": {}, "files": []}
+        self.progress: dict[str, Any] = {"batches": [], "images": 0, "skipped": {}, "files": [], "converted": {}}
         self.writer: StoreWriter | None = None
         if path.is_file():
             self.progress = read_progress(path)
@@ -47,11 +49,19 @@ class PassPart:
             patches = ranking.patches.shape[2]
             self.writer = StoreWriter(self._path.parent / STORE, self._sizes[0], patches, self._store)
 
-    def add(self, batch: int, images: list[int], skipped: dict[int, str], latents: Latents | None) -> None:
+    def add(
+        self,
+        batch: int,
+        images: list[int],
+        skipped: Mapping[int, str],
+        latents: Latents | None,
+        converted: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         """Add a batch.
 
         images: numbers of those that were read.
         skipped: numbers and faults of those that were not.
+        converted: how many were converted to 8-bit RGB.
         latents: (images, patches, k); None if no image was read.
 
         Raises:
@@ -69,6 +79,7 @@ class PassPart:
         self.progress["batches"].append(batch)
         self.progress["images"] += len(images)
         self.progress["skipped"] |= {str(number): fault for number, fault in skipped.items()}
+        self.progress["converted"] = sum_conversions([self.progress["converted"], converted])
 
     def save(self, last: bool = False) -> None:
         """Write the part to its file, atomically.

@@ -23,11 +23,13 @@ class CachedSAE(NamedTuple):
     """An SAE at its layer, with the cache of its latents.
 
     skipped: number of a training sample that could not be read to the name and fault of its picture.
+    converted: how many pictures of training samples were converted to 8-bit RGB, as `count_conversions` says it.
     """
 
     place: SAEInPlace
     cache: LatentCache
     skipped: Mapping[int, str] = MappingProxyType({})
+    converted: Mapping[str, int] = MappingProxyType({})
 
     def live_latents(self, seed: int) -> list[int]:
         """Return the latents that an image excites, in random order."""
@@ -92,5 +94,8 @@ def train_and_cache(
             for name, result in trained.items()
         }
         caches = cache_several(places, images, n_top=n_top, folder=folder, unreadable=unreadable)
-        studied |= {name: CachedSAE(place, caches[name], trained[name].skipped) for name, place in places.items()}
+        studied |= {
+            name: CachedSAE(place, caches[name], trained[name].skipped, trained[name].converted)
+            for name, place in places.items()
+        }
     return studied

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
@@ -89,10 +89,13 @@ def _ways(lmm: LMM, word: str) -> dict[str, int]:
     return found
 
 
-def pictured_rows(rows: Dataset, unreadable: str = "refuse") -> Iterator[dict]:
+def pictured_rows(
+    rows: Dataset, unreadable: str = "refuse", skipped: MutableMapping[int, str] | None = None
+) -> Iterator[dict]:
     """Yield the rows that have an image, each with its image as RGB; other pictures of a row are not decoded.
 
     unreadable: "skip" leaves out rows whose image cannot be read; "refuse" stops there.
+    skipped: gets the number of each row that is left out, with the name and fault of its image.
 
     Raises:
         UnreadableImage: an image cannot be read, with "refuse".
@@ -105,9 +108,11 @@ def pictured_rows(rows: Dataset, unreadable: str = "refuse") -> Iterator[dict]:
             continue
         try:
             yield row | {"image": open_rgb(row["image"], f"row {number}")}
-        except UnreadableImage:
+        except UnreadableImage as fault:
             if unreadable == "refuse":
                 raise
+            if skipped is not None:
+                skipped[number] = f"{fault.name}: {fault.reason}"
 
 
 def contradicting_first(cases: Iterable[Case], agreeing: int) -> list[Case]:

@@ -14,6 +14,7 @@ from datasets import IterableDataset
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import PORTION, Prompt
 from lmm_sae_nb.model.sample_checks import COLUMNS, check_samples, row_fault
+from lmm_sae_nb.support.conversions import conversions, count_conversions
 from lmm_sae_nb.support.images import UnreadableImage, open_rgb
 
 LARGE = PORTION // 4  # pixels of an image that is not kept
@@ -99,9 +100,14 @@ def prompts(lmm: LMM, samples: Sequence[Mapping], order: Iterable[int], batch: i
 
 
 def light(read: Callable[[], dict]) -> dict:
-    """Read a sample; a large image is opened again when it is needed, for a batch of photographs takes gigabytes."""
+    """Read a sample, and say as `converted` what was done to its image.
+
+    A large image is opened again when it is needed, for a batch of photographs takes gigabytes.
+    """
     row = read()
-    if row["image"] is None or row["image"].width * row["image"].height <= LARGE:
+    image = row["image"]
+    row["converted"] = () if image is None else conversions(image)
+    if image is None or image.width * image.height <= LARGE:
         return row
     return row | {"image": lambda: read()["image"]}
 
@@ -110,10 +116,17 @@ def as_prompt(lmm: LMM, rows: Mapping[int, Mapping]) -> Prompt:
     """Return rows, by number, as a prompt with answers.
 
     Raises:
+        UnreadableImage: an image cannot be read, or the processor refuses it; `position` is that of its row.
         ValueError: the model cannot take a row; the message names it.
     """
     try:
         return _prompt(lmm, rows.values())
+    except UnreadableImage as fault:
+        if fault.position is not None and not fault.name.startswith(name := f"sample {[*rows][fault.position]}"):
+            named = type(fault)(f"{name}: {fault.name}", fault.reason)
+            named.position = fault.position
+            raise named from fault
+        raise
     except ValueError:
         for number, row in rows.items():
             try:
@@ -128,12 +141,16 @@ def _prompt(lmm: LMM, rows: Iterable[Mapping]) -> Prompt:
     return lmm.prompt(questions, images, answers=answers)
 
 
-def readable(samples: Sequence[Mapping], unreadable: str = "skip") -> tuple[Sequence[Mapping], dict[int, str]]:
-    """Return the samples whose picture can be read, and the number and fault of each other one.
+def readable(
+    samples: Sequence[Mapping], unreadable: str = "skip", lmm: LMM | None = None
+) -> tuple[Sequence[Mapping], dict[int, str], dict[str, int]]:
+    """Return the samples whose picture can be read, the number and fault of each other one, and how many pictures are
+    converted to 8-bit RGB (`count_conversions`).
 
     Every picture is opened once; for few samples, such as held-out ones.
 
     unreadable: "skip", or "refuse" to raise the first fault.
+    lmm: with "skip", samples whose picture its processor refuses are left out, too.
 
     Raises:
         ValueError: a sample is wrong, no picture can be read, or `unreadable` is something else.
@@ -141,20 +158,25 @@ def readable(samples: Sequence[Mapping], unreadable: str = "skip") -> tuple[Sequ
     """
     require_choice(unreadable)
     check_samples(samples)
-    reader, skipped = SampleReader(samples), {}
+    reader, skipped, converted = SampleReader(samples), {}, []
     for number in range(len(samples)):
         try:
-            reader[number]
+            row = light(partial(reader.__getitem__, number))
+            if lmm and unreadable == "skip":
+                as_prompt(lmm, {number: row})
         except UnreadableImage as fault:
             if unreadable == "refuse":
                 raise
             skipped[number] = f"{fault.name}: {fault.reason}"
+        else:
+            converted.append(row["converted"])
     kept = [number for number in range(len(samples)) if number not in skipped]
     if skipped and not kept:
         raise ValueError(f"no sample can be read, {len(skipped)} were skipped: {skipped[0]}; give others")
     if not skipped:
-        return samples, {}
-    return (samples.select(kept) if hasattr(samples, "select") else [samples[n] for n in kept]), skipped
+        return samples, {}, count_conversions(converted)
+    left = samples.select(kept) if hasattr(samples, "select") else [samples[n] for n in kept]
+    return left, skipped, count_conversions(converted)
 
 
 def require_choice(unreadable: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,6 +11,7 @@ from IPython.display import HTML, Markdown, display
 
 from lmm_sae_nb.show.markup import escaped, sentence
 from lmm_sae_nb.show.seed_study import SeedStudy
+from lmm_sae_nb.support.conversions import conversions_in_words, sum_conversions
 from lmm_sae_nb.support.files import project_root
 from lmm_sae_nb.support.intervals import Mean
 from lmm_sae_nb.support.stages import Page, Stage, read_typed
@@ -50,17 +51,20 @@ def findings(*sentences: str) -> None:
     display(Markdown("\n".join(f"- {sentence(text)}" for text in sentences)))
 
 
-def left_out(*faults: Mapping[int, str], most: int = 20) -> None:
-    """Print what could not be read and was left out.
+def left_out(*faults: Mapping[int, str], converted: Iterable[Mapping[str, int]] = (), most: int = 20) -> None:
+    """Print what could not be read and was left out, and how many pictures were converted.
 
     faults: number of a row or picture to what is wrong with it.
-    most: so many are printed; of the others the number is said.
+    converted: counts of conversions, of different pictures.
+    most: so many faults are printed; of the others the number is said.
     """
     every = [fault for some in faults for fault in some.values()]
     for fault in every[:most]:
         print("left out:", fault)
     if len(every) > most:
         print(f"and {len(every) - most:,} more")
+    if counts := sum_conversions(converted):
+        print(conversions_in_words(counts))
 
 
 def over_saes(study: SeedStudy | None, stage: Stage | str, metric: str, form: Callable[[float], str] = percent) -> str:

@@ -16,6 +16,7 @@ from cachetools import LRUCache
 from datasets import Dataset, DatasetDict, load_from_disk
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lmm_sae_nb.support.conversions import with_note
 from lmm_sae_nb.support.files import fingerprint
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -367,27 +368,35 @@ def rgb(picture: Image.Image) -> Image.Image:
     It is turned as its EXIF tag says. Of an animation the first frame counts. Transparent pixels become white. 16-bit
     grey is divided by 257, not cut off; Pillow's 32-bit mode I counts as 16-bit, because its readers store 16 bits
     there. Other modes are converted by Pillow. A picture in memory that is plain RGB comes back itself, not a copy.
+    What was done is noted in the picture (`conversions`).
 
     Raises:
         ValueError: no pixels, more than Pillow's limit `PIL.Image.MAX_IMAGE_PIXELS`, or pixels of unknown range:
             floating-point numbers, or integers of more than 16 bits.
     """
     _require_size(picture)
+    done = []
     if getattr(picture, "is_animated", False):
         picture.seek(0)
+        done.append("first_frame")
     picture.load()
     if picture.getexif().get(ORIENTATION, 1) != 1:
         picture = ImageOps.exif_transpose(picture)
+        done.append("turned")
     if picture.mode == "F":
         raise ValueError("it has floating-point pixels of unknown range; save it with 8 or 16 bits")
     if picture.mode.startswith("I"):
-        return _from_16_bits(picture)
+        return with_note(_from_16_bits(picture), [*done, "scaled"])
     if picture.has_transparency_data:
         picture = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        is_clear = picture.getchannel("A").getextrema()[0] < 255
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        return with_note(picture, [*done, "on_white" if is_clear else "colours"])
     if picture.mode != "RGB":
-        return picture.convert("RGB")
-    return picture if type(picture) is Image.Image else picture.copy()  # a copy does not depend on an open file
+        return with_note(picture.convert("RGB"), [*done, "colours"])
+    if type(picture) is not Image.Image:
+        picture = picture.copy()  # it does not depend on an open file
+    return with_note(picture, done) if done else picture
 
 
 def _require_size(picture: Image.Image) -> None:

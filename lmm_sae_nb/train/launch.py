@@ -93,7 +93,7 @@ def launch(
             raise RuntimeError(f"training in {processes} processes failed: {error or errors.read()[-2000:]}")
     record = read_json(Path(folder) / HISTORY)
     skipped = {int(number): fault for number, fault in record.get("skipped", {}).items()}
-    return TrainResult(TopKSAE.load(folder), record["rows"], skipped)
+    return TrainResult(TopKSAE.load(folder), record["rows"], skipped, record.get("converted", {}))
 
 
 def _send(**message) -> None:

@@ -7,7 +7,8 @@ order of all others stays the same, also after their rows are taken out of the d
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from accelerate.utils import gather_object
 from datasets import IterableDataset
 
 from lmm_sae_nb.model.samples import SampleReader, data_fingerprint, opened, undecoded
+from lmm_sae_nb.support.conversions import CONVERSIONS, count_conversions
 from lmm_sae_nb.support.images import UnreadableImage
 
 EPOCH = 1  # part of the seed, so that samples and tokens are shuffled by different random numbers
@@ -44,10 +46,7 @@ class LeftOut:
     def gather(self, accelerator: Accelerator) -> None:
         """Tell every process what the others have left out since the last call; all must call it."""
         new, self._new = self._new, {}
-        if accelerator.num_processes > 1:
-            count = accelerator.reduce(torch.tensor(len(new), device=accelerator.device))
-            for part in gather_object([new]) if int(count) else []:
-                self.faults |= part
+        self.faults |= dict(gathered_objects(accelerator, new.items()))
 
     def record(self) -> dict[str, object]:
         """Return what a checkpoint and a history say of them; nothing if there are none.
@@ -60,6 +59,55 @@ class LeftOut:
             gone = () if self.removed or isinstance(self._samples, IterableDataset) else self.faults
             self._left = len(self.faults), data_fingerprint(self._samples, gone)
         return {"skipped": {str(n): self.faults[n] for n in sorted(self.faults)}, "samples_left": self._left[1]}
+
+
+class Converted:
+    """The samples of a training whose pictures were converted to 8-bit RGB.
+
+    numbers: of samples, by what was done (`CONVERSIONS`).
+    """
+
+    def __init__(self, numbers: Mapping[str, Iterable[int]] = MappingProxyType({})):
+        self._numbers = {kind: set(each) for kind, each in numbers.items()}
+        self._new: list[tuple[int, tuple[str, ...]]] = []
+
+    def add(self, number: int, done: tuple[str, ...]) -> None:
+        """Note what was done to the picture of a sample, however often it is read."""
+        if done and not all(number in self._numbers.get(kind, ()) for kind in done):
+            self._note(number, done)
+            self._new.append((number, done))
+
+    def _note(self, number: int, done: Iterable[str]) -> None:
+        for kind in done:
+            self._numbers.setdefault(kind, set()).add(number)
+
+    def gather(self, accelerator: Accelerator) -> None:
+        """Tell every process what the others have noted since the last call; all must call it."""
+        new, self._new = self._new, []
+        for number, done in gathered_objects(accelerator, new):
+            self._note(number, done)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many pictures were converted, as `count_conversions` says it."""
+        done: dict[int, list[str]] = {}
+        for kind, numbers in self._numbers.items():
+            for number in numbers:
+                done.setdefault(number, []).append(kind)
+        return count_conversions(done.values())
+
+    def record(self) -> dict[str, object]:
+        """Return what a checkpoint says of them; nothing if there are none."""
+        numbers = {kind: sorted(self._numbers[kind]) for kind in CONVERSIONS if kind in self._numbers}
+        return {"converted": numbers} if numbers else {}
+
+
+def gathered_objects(accelerator: Accelerator, new: Collection) -> list:
+    """Return the elements of all processes, which may be none; all processes must call it."""
+    if accelerator.num_processes == 1:
+        return []
+    count = accelerator.reduce(torch.tensor(len(new), device=accelerator.device))
+    return [each for part in gather_object([list(new)]) for each in part] if int(count) else []
 
 
 class ShuffledParts:

@@ -16,7 +16,7 @@ from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.train import checkpoint
 from lmm_sae_nb.train.checkpoint import Checkpoint
-from lmm_sae_nb.train.sample_parts import LeftOut
+from lmm_sae_nb.train.sample_parts import Converted, LeftOut
 from lmm_sae_nb.train.token_buffer import Position
 
 FREEZES = {"": None, "encoder": "W_enc", "decoder": "W_dec"}  # what a recipe can freeze, and the weights
@@ -82,6 +82,7 @@ class Training:
     """The state of a training, which a checkpoint holds.
 
     left_out: the samples that cannot be read.
+    converted: those whose pictures were converted to 8-bit RGB.
     seconds: time spent on the steps, without the time lost between a checkpoint and a kill.
     clock: the moment up to which `seconds` counts; not part of a checkpoint.
     """
@@ -89,6 +90,7 @@ class Training:
     learners: dict[str, Learner]
     position: Position
     left_out: LeftOut
+    converted: Converted
     step: int = 0
     seconds: float = 0.0
     clock: float = field(default_factory=time.monotonic)
@@ -113,6 +115,7 @@ class Training:
         histories = {name: learner.history for name, learner in self.learners.items()}
         state = {"run": self.run, "position": self.position._asdict(), "histories": histories}
         state |= {"step": self.step, "seconds": self.seconds, **self.left_out.record()}
+        state |= self.converted.record()
         tensors = {f"{name}/silent": learner.silent for name, learner in self.learners.items()}
         for name, learner in self.learners.items():
             weights = learner.sae.state_dict()

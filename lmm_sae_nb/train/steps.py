@@ -47,6 +47,7 @@ def do_steps(
     while training.step < steps:
         values = _step(training, batches, accelerator, run)
         training.left_out.gather(accelerator)
+        training.converted.gather(accelerator)
         training.count_time()
         bar.update()
         if training.step % log_every == 0 or training.step == steps:

@@ -21,7 +21,7 @@ from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.samples import as_prompt, light, require_choice
 from lmm_sae_nb.support.images import UnreadableImage
 from lmm_sae_nb.support.tensor_files import require_finite
-from lmm_sae_nb.train.sample_parts import LeftOut, ShuffledParts, StreamedParts
+from lmm_sae_nb.train.sample_parts import Converted, LeftOut, ShuffledParts, StreamedParts
 
 BLOCK = 2  # part of the seed, so that samples and tokens are shuffled by different random numbers
 
@@ -56,6 +56,7 @@ class Stream:
     batch: samples per part.
     unreadable: "skip" leaves out samples whose picture cannot be read; "refuse" stops there.
     left_out: samples that are left out from the beginning; those that are found later are added.
+    converted: samples whose pictures are known to be converted; others are added.
     """
 
     def __init__(
@@ -68,10 +69,12 @@ class Stream:
         batch: int,
         unreadable: str = "refuse",
         left_out: LeftOut | None = None,
+        converted: Converted | None = None,
     ):
         require_choice(unreadable)
         self.lmm, self.kinds, self.unreadable = lmm, kinds, unreadable
         self.left_out = left_out or LeftOut(samples, {}, removed=False)
+        self.converted = converted or Converted()
         self.layers = sorted({layers} if isinstance(layers, int) else set(layers))
         streams = isinstance(samples, IterableDataset)
         self._parts = StreamedParts(samples, batch) if streams else ShuffledParts(samples, batch, seed, self.left_out)
@@ -82,27 +85,45 @@ class Stream:
 
         Raises:
             ValueError: a sample is wrong, all are unreadable, or a hidden state is not finite.
-            UnreadableImage: a picture cannot be read, with "refuse".
+            UnreadableImage: a picture cannot be read, or the processor refuses it, with "refuse".
             OSError: files of the samples cannot be read.
         """
-        rows = {}
+        rows, prompt = {}, None
         for number, read in self._parts(part):
             try:
                 rows[number] = light(read)
             except UnreadableImage as fault:
-                if not getattr(self._parts, "epoch", 0):  # in later epochs a data stream has other numbers
-                    self.left_out.add(number, fault)
-                if self.unreadable == "refuse":
+                self._leave_out(number, fault)
+        while rows and prompt is None:
+            try:
+                prompt = as_prompt(self.lmm, rows)
+            except UnreadableImage as fault:
+                if fault.position is None:
                     raise
+                del rows[number := [*rows][fault.position]]
+                self._leave_out(number, fault)
+        if not self._later_epoch:
+            for number, row in rows.items():
+                self.converted.add(number, row["converted"])
         if not rows:
             width = len(self.layers) * self.lmm.width
             return torch.empty(0, width, dtype=self.lmm.model.dtype, device=self.lmm.device)
-        prompt = as_prompt(self.lmm, rows)
         hidden, mask = self.lmm.hidden_states(prompt, self.layers), prompt.mask(*self.kinds)
         tokens = {layer: hidden.pop(layer)[mask].to(self.lmm.device) for layer in self.layers}
         for layer, states in tokens.items():
             require_finite(states, f"hidden states of layer {layer}, samples {', '.join(map(str, rows))}")
         return torch.cat(list(tokens.values()), 1)
+
+    @property
+    def _later_epoch(self) -> bool:
+        """Whether a data stream is read again, in which its samples have other numbers."""
+        return getattr(self._parts, "epoch", 0) > 0
+
+    def _leave_out(self, number: int, fault: UnreadableImage) -> None:
+        if not self._later_epoch:
+            self.left_out.add(number, fault)
+        if self.unreadable == "refuse":
+            raise fault
 
     def by_layer(self, tokens: Float[Tensor, "tokens states"]) -> dict[int, Float[Tensor, "tokens width"]]:
         """Divide what the stream returns into the states of each layer."""

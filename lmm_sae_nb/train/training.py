@@ -36,7 +36,7 @@ from lmm_sae_nb.support.locks import hold
 from lmm_sae_nb.support.stages import code_fingerprints
 from lmm_sae_nb.train import checkpoint
 from lmm_sae_nb.train.checkpoint import Checkpoint
-from lmm_sae_nb.train.sample_parts import LeftOut
+from lmm_sae_nb.train.sample_parts import Converted, LeftOut
 from lmm_sae_nb.train.state import FREEZES, Learner, Recipe, Training, joined_settings
 from lmm_sae_nb.train.steps import CHECKPOINTS, do_steps, gathered
 from lmm_sae_nb.train.token_buffer import Position, Stream, mixed
@@ -51,11 +51,13 @@ class TrainResult(NamedTuple):
 
     history: one row every few steps, with the columns of `steps.ROW`.
     skipped: number of a sample that could not be read to the name and fault of its picture.
+    converted: how many of the pictures were converted to 8-bit RGB, as `count_conversions` says it.
     """
 
     sae: TopKSAE
     history: list[dict[str, float]]
     skipped: Mapping[int, str] = MappingProxyType({})
+    converted: Mapping[str, int] = MappingProxyType({})
 
 
 def train_sae(
@@ -135,7 +137,8 @@ def train_saes(
     batch_samples: samples per forward pass of the model.
     warm_steps: steps of warm-up; by default 5 % of all.
     mixed_precision: "no", or "bf16" (autocast; weights stay float32).
-    unreadable: "skip" leaves out samples whose picture cannot be read, and names them in the result; "refuse" stops.
+    unreadable: "skip" leaves out samples whose picture cannot be read, or that the model's processor refuses, and names
+        them in the result; "refuse" stops.
     folder: for the SAEs and the checkpoint, which takes up to six times the SAEs' size.
     checkpoint_minutes: minutes between checkpoints.
     tracker: one of TRACKERS.
@@ -145,7 +148,7 @@ def train_saes(
     Raises:
         ValueError: there are no samples or recipes, a sample is wrong, a name is no folder's, hidden states or a loss
             are not finite, the checkpoint is damaged, or it is of another run.
-        UnreadableImage: a picture cannot be read, with "refuse".
+        UnreadableImage: a picture cannot be read, or the processor refuses it, with "refuse".
         ModuleNotFoundError: the tracker is not installed.
         OSError: samples cannot be read, or the disk is full. The last good checkpoint stays.
         FolderInUse: another run trains into this folder.
@@ -191,14 +194,15 @@ def train_saes(
                 "lmm-sae-nb", {name: _plain(value) for name, value in joined_settings(runs).items()}
             )
         saved = checkpoint.load(folder / CHECKPOINTS)
-        left_out = LeftOut(samples, {}, removed=False)
+        left_out, converted = LeftOut(samples, {}, removed=False), Converted()
         if saved:
             record = _record_of(saved, folder / CHECKPOINTS / REFUSED, shared["samples"])
             runs = {name: _of_record(run, record) for name, run in runs.items()}
             _require_same(saved.state["run"], joined_settings(runs), folder / CHECKPOINTS)
             left_out = _left_out(samples, shared["samples"], record, unreadable, folder / CHECKPOINTS)
+            converted = Converted(saved.state.get("converted", {}))
         layers = [recipe.layer for recipe in recipes.values()]
-        stream = Stream(lmm, samples, layers, kinds, seed, batch_samples, unreadable, left_out)
+        stream = Stream(lmm, samples, layers, kinds, seed, batch_samples, unreadable, left_out, converted)
         training, batches = _begin(lmm, stream, accelerator, runs, saved)
         try:
             do_steps(training, batches, accelerator, shared, folder, checkpoint_minutes, log_every, on_log)
@@ -210,7 +214,10 @@ def train_saes(
             _finish(training, folder)
         accelerator.wait_for_everyone()
     faults = dict(sorted(left_out.faults.items()))
-    return {name: TrainResult(learner.sae, learner.history, faults) for name, learner in training.learners.items()}
+    return {
+        name: TrainResult(learner.sae, learner.history, faults, converted.counts)
+        for name, learner in training.learners.items()
+    }
 
 
 def _accelerator(lmm: LMM, mixed_precision: str, accumulate: int, tracker: str, folder: Path) -> Accelerator:
@@ -251,7 +258,8 @@ def _begin(
     sizes = {name: any_run[name] for name in ("buffer_tokens", "batch_tokens", "seed")}
     batches = mixed(stream, stream.parts_an_epoch, accelerator, **sizes, start=start)
     batches = ((stream.by_layer(tokens), position) for tokens, position in batches)
-    training = Training({name: _learner(lmm, run, accelerator) for name, run in runs.items()}, start, stream.left_out)
+    learners = {name: _learner(lmm, run, accelerator) for name, run in runs.items()}
+    training = Training(learners, start, stream.left_out, stream.converted)
     if saved:
         training.load(saved)
     else:
@@ -325,10 +333,13 @@ def _left_out(
 
 def _finish(training: Training, folder: Path) -> None:
     """Write each SAE, then its history; then delete the checkpoint. After a kill in between the next call resumes."""
+    counts = training.converted.counts
+    converted = {"converted": counts} if counts else {}
     for name, learner in training.learners.items():
         (folder / name / HISTORY).unlink(missing_ok=True)
         learner.sae.save(folder / name)
-        record = {"rows": learner.history, "run": learner.run, "code": _code(), **training.left_out.record()}
+        record = {"rows": learner.history, "run": learner.run, "code": _code()}
+        record |= {**training.left_out.record(), **converted}
         write_json(folder / name / HISTORY, record, checked=True)
     checkpoint.remove(folder / CHECKPOINTS)
 
@@ -349,7 +360,7 @@ def _finished(folder: Path, runs: Mapping[str, Mapping], unreadable: str) -> dic
             warnings.warn(f"the SAE in {folder / name} is trained again: {damage}", stacklevel=3)
             return None
         left_out = _left_out((), run["samples"], record, unreadable, path)
-        found[name] = TrainResult(sae, record["rows"], left_out.faults)
+        found[name] = TrainResult(sae, record["rows"], left_out.faults, record.get("converted", {}))
     return found
 
 

@@ -109,9 +109,14 @@ def test_small_saes_are_trained_at_each_layer_and_read_the_next_time(places, tmp
     settings = dict(n_latents=12, k=2, lr=2e-3, steps=2, batch_tokens=1024, dead_after_tokens=50_000)
     settings |= dict(seed=0, folder=tmp_path)
     first = small_saes(places[0].lmm, samples, [0, 2], **settings)
+    assert not first.skipped and not first.converted
+    first = first.places
     assert [(place.layer, place.sae.n_latents) for place in first] == [(0, 12), (2, 12)]
+    broken = [*samples, samples[0] | {"image": {"bytes": b"none", "path": None}}]
+    skipping = settings | {"folder": tmp_path / "broken", "unreadable": "skip"}
+    assert [*small_saes(places[0].lmm, broken, [0], **skipping).skipped] == [len(samples)]
     times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
-    again = small_saes(places[0].lmm, samples, [0, 2], **settings)
+    again = small_saes(places[0].lmm, samples, [0, 2], **settings).places
     assert all(torch.equal(one.sae.W_dec, other.sae.W_dec) for one, other in zip(first, again, strict=True))
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")} == times
-    assert small_saes(places[0].lmm, samples, [], **settings) == []
+    assert small_saes(places[0].lmm, samples, [], **settings).places == []

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lmm_sae_nb.benchmarks.faults_world import CutImages, Stop
 from lmm_sae_nb.cache.activations import cache_activations, cache_several
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.cache.resume import part_files, read_progress
@@ -16,6 +17,7 @@ from lmm_sae_nb.cache.texts import TextCache, cache_texts
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.files import temporary_name
+from lmm_sae_nb.support.images import open_images
 from lmm_sae_nb.support.locks import FolderInUse, hold
 
 SETTINGS = {"n_top": 2, "batch_size": 2, "store": "float16"}
@@ -179,3 +181,16 @@ def test_a_cache_of_texts_is_made_once_and_again_if_damaged(place, tmp_path, dam
         cache_texts(place, rows, folder=tmp_path)
     assert path.read_bytes() == written
     assert cache_texts(place, rows[:2], folder=tmp_path).samples == 2
+
+
+def test_converted_pictures_are_counted_once_also_in_a_pass_that_was_stopped(place, pictures, tmp_path):
+    modes = ("RGB", "L", "RGBA", "P", "RGB")
+    for number, (picture, mode) in enumerate(zip(pictures, modes, strict=True)):
+        picture.convert(mode).save(tmp_path / f"{number}.png")
+    images, settings = open_images(tmp_path), SETTINGS | {"save_every": 0.0}
+    with pytest.raises(Stop):
+        cache_activations(place, CutImages(images, 4), **settings, folder=tmp_path / "cache")
+    assert read_progress(*part_files(tmp_path / "cache" / ".partial"))["converted"]["pictures"] > 0
+    cache = cache_activations(place, images, **settings, folder=tmp_path / "cache")
+    assert cache.converted == LatentCache.load(tmp_path / "cache").converted == {"pictures": 3, "colours": 3}
+    assert cache_activations(place, pictures, **SETTINGS, folder=tmp_path / "plain").converted == {}

@@ -163,14 +163,14 @@ def test_a_sample_that_the_model_cannot_take_is_named(lmm, monkeypatch):
 
 def test_readable_samples_and_the_names_of_the_others():
     samples = saved([row(), row(image=encoded(picture(), 40)), row(image=None), row(image=encoded(picture(), 0))])
-    kept, skipped = readable(samples, "skip")
+    kept, skipped, converted = readable(samples, "skip")
     assert [each["image"] is None for each in kept] == [False, True]
     assert {number: fault.split(":")[0] for number, fault in skipped.items()} == {1: "sample 1", 3: "sample 3"}
     with pytest.raises(UnreadableImage, match="sample 1"):
         readable(samples, "refuse")
     with pytest.raises(ValueError, match="no sample can be read, 1 were skipped: sample 0"):
         readable(samples.select([1]), "skip")
-    assert readable(rows := [row(), row(image=None)], "refuse") == (rows, {})
+    assert readable(rows := [row(), row(image=None)], "refuse") == (rows, {}, converted) and converted == {}
     with pytest.raises(ValueError, match="unreadable is 'ask'; choose one of 'refuse' and 'skip'"):
         readable(samples, "ask")
 

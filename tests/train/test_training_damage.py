@@ -13,9 +13,10 @@ from datasets import Image as ImageFeature
 from trainings import LMM_, SAMPLES, SETTINGS, told, train, train_together
 from trainings import run as in_child
 
+from lmm_sae_nb.model.samples import readable
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.files import temporary_name
-from lmm_sae_nb.support.images import UnreadableImage
+from lmm_sae_nb.support.images import UnfitImage, UnreadableImage
 from lmm_sae_nb.support.locks import FolderInUse, hold
 from lmm_sae_nb.train import checkpoint, training
 from lmm_sae_nb.train.sample_parts import LeftOut, ShuffledParts, StreamedParts
@@ -88,6 +89,39 @@ def test_an_unreadable_sample_is_named_or_left_out(skipping, tmp_path):
         ValueError, match=rf"left out 1 samples .*the first is {BROKEN} \(sample {BROKEN}: .*unreadable: s"
     ):
         run(data(), folder)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """The samples with a picture that the processor refuses, as some do for its sides, and one that is converted."""
+    processor = type(LMM_.processor.image_processor)
+    call = processor.__call__
+
+    def refusing(self, images, *arguments, **settings):
+        flat = [each for row in images for each in (row if isinstance(row, list) else [row])]
+        if any(image.width == 1 for image in flat):
+            raise ValueError("absolute aspect ratio must be smaller than 200")
+        return call(self, images, *arguments, **settings)
+
+    monkeypatch.setattr(processor, "__call__", refusing)
+    samples = [dict(row) for row in SAMPLES]
+    samples[BROKEN]["image"] = samples[BROKEN]["image"].crop((0, 0, 1, 192))
+    samples[5]["image"] = samples[5]["image"].convert("RGBA")  # the same pixels
+    return samples
+
+
+def test_a_picture_that_the_processor_refuses_is_left_out_as_one_that_cannot_be_read(skipping, narrow, tmp_path):
+    with pytest.raises(UnfitImage, match=f"^sample {BROKEN}: .*1 x 192 px, does not fit .*aspect ratio"):
+        run(narrow, tmp_path / "refused")
+    stopped(narrow, tmp_path / "run", unreadable="skip")
+    trained = run(narrow, tmp_path / "run", unreadable="skip")
+    assert torch.equal(trained.sae.W_dec, skipping[1].sae.W_dec)
+    for each in (trained, run(narrow, tmp_path / "run", unreadable="skip")):
+        assert [*each.skipped] == [BROKEN] and "aspect ratio" in each.skipped[BROKEN]
+        assert each.converted == {"pictures": 1, "colours": 1}
+    kept, unread, _ = readable(narrow, "skip", LMM_)
+    assert len(kept) == len(narrow) - 1 and [*unread] == [BROKEN]
+    assert skipping[1].converted == {}
 
 
 def test_the_order_of_the_others_is_that_of_all_samples():

@@ -31,6 +31,7 @@ from lmm_sae_nb.model.crops import fewer_crops, whole_images
 from lmm_sae_nb.model.hooks import Hidden
 from lmm_sae_nb.model.processor import load_processor
 from lmm_sae_nb.model.prompts import Picture, Prompt, PromptMaker
+from lmm_sae_nb.model.templates import Turns, exchange
 from lmm_sae_nb.model.token_kinds import Grid, layout_of
 from lmm_sae_nb.support.devices import choose_device
 from lmm_sae_nb.support.tensor_files import hash_of
@@ -221,8 +222,29 @@ class LMM:
         if not texts or len(images) != len(texts) or len(answers or texts) != len(texts):
             counts = f"{len(texts)} texts, {len(images)} images, {len(answers or [])} answers"
             raise ValueError(f"{counts}: give each text one image or None, and each or none an answer")
-        make = PromptMaker(self.model, self.processor, self.name, self.image_size)
-        return make(texts, list(images), answers)
+        return self.conversations(
+            [exchange(*each) for each in zip(texts, images, answers or [None] * len(texts), strict=True)],
+            [[] if image is None else [image] for image in images],
+        )
+
+    def conversations(self, conversations: Sequence[Turns], images: Sequence[Sequence[Picture]]) -> Prompt:
+        """Write whole conversations with the chat template, and make a batch; all answers are marked.
+
+        conversations: turns of `user`, `assistant` and at most one first `system`, as transformers' chat templates
+            take them. If the last turn is the user's, the generation prompt comes last.
+        images: of each conversation, in the order in which its turns name them, or calls that open them.
+
+        Raises:
+            ValueError: numbers differ, the template does not write a whole conversation, or as `prompt`.
+            UnreadableImage: as `prompt`.
+        """
+        for number, (turns, of_sample) in enumerate(zip(conversations, images, strict=True)):
+            named = sum(part["type"] == "image" for turn in turns for part in turn["content"])
+            if named != len(of_sample):
+                raise ValueError(f"conversation {number} names {named} images, {len(of_sample)} are given; give each")
+        if len({turns[-1]["role"] == "assistant" for turns in conversations}) != 1:
+            raise ValueError("some conversations end with an answer and some with a question; make two batches")
+        return PromptMaker(self.model, self.processor, self.name, self.image_size)(conversations, images)
 
     @torch.no_grad()
     def hidden_states(

@@ -1,37 +1,28 @@
 """Turn images, questions and answers into a batch for the model, with the kind of each token and the answers' tokens.
 
-`PromptMaker` is called through `LMM.prompt`.
+`PromptMaker` is called through `LMM.prompt` and `LMM.conversations`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool
+from jaxtyping import Bool, Int64
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
+from lmm_sae_nb.model.templates import ChatTemplate, Turns
 from lmm_sae_nb.model.token_kinds import Spans, spans_of
 from lmm_sae_nb.support.images import UnfitImage, UnreadableImage, rgb
 
 Picture = Image.Image | Callable[[], Image.Image]  # or a call that opens it
 PORTION = 2**24  # pixels that are held at once: 70 MB
 TEXTS = ("input_ids", "attention_mask", "mm_token_type_ids")  # the rows that are padded on the left
-
-# For families that were trained without a chat template.
-TEMPLATES = {
-    "instructblip": "{% for message in messages %}"
-    "{% for part in message.content %}{% if part.type == 'text' %}"
-    "{{ ' ' if message.role == 'assistant' }}{{ part.text }}"
-    "{% endif %}{% endfor %}"
-    "{{ eos_token if message.role == 'assistant' }}"
-    "{% endfor %}"
-}
 
 
 @dataclass
@@ -74,53 +65,60 @@ class PromptMaker:
         self.model, self.processor, self.name, self.image_size = model, processor, name, image_size
         self.tokenizer = processor.tokenizer
 
-    def __call__(self, texts: list[str], images: list[Picture | None], answers: list[str] | None = None) -> Prompt:
-        """Make a batch; arguments and errors as `LMM.prompt`, but always lists of the same length.
+    def __call__(self, conversations: Sequence[Turns], images: Sequence[Sequence[Picture]]) -> Prompt:
+        """Make a batch; arguments and errors as `LMM.conversations`.
 
         Large images are processed a few at a time, so that memory does not hold a batch of photographs.
         """
-        questions = self._render(texts, images, [None] * len(texts))
-        rendered = questions if answers is None else self._render(texts, images, answers)
+        asks = conversations[0][-1]["role"] != "assistant"
+        self.template = ChatTemplate(self.model, self.processor, self.name)
+        rendered = self.template.write(conversations, ask=asks)
         parts, sizes = [], []
         for portion in self._portions(images):
             start = len(sizes)
-            sizes += [image and image.size for image in portion]
+            sizes += [[image.size for image in of_sample] for of_sample in portion]
             try:
                 parts.append(self._process(rendered[start : len(sizes)], portion))
             except Exception as error:
                 self._name_unfit(portion, start, error)
                 raise
         inputs = parts[0] if len(parts) == 1 else self._joined(parts)
-        if "qformer_input_ids" in inputs:  # a Q-Former must read the question, not the answer
-            question_inputs = self.processor.qformer_tokenizer(questions, padding=True, return_tensors="pt")
+        written = inputs.pop("text_replacement_offsets", None)
+        if "qformer_input_ids" in inputs:  # a Q-Former must read the first question, not the answer
+            questions = [_until_answer(turns) for turns in conversations]
+            question_inputs = self.processor.qformer_tokenizer(
+                self.template.write(questions, ask=True), padding=True, return_tensors="pt"
+            )
             inputs.update({f"qformer_{name}": question_inputs[name] for name in ("input_ids", "attention_mask")})
         spans = spans_of(self.model, self.tokenizer, inputs, sizes)
-        answer_mask = None if answers is None else self._answer_mask(inputs, questions, rendered)
+        answer_mask = None if asks else self._answer_mask(inputs, conversations, rendered, written)
         return Prompt(inputs.to(self.model.device, self.model.dtype), spans, answer_mask)
 
-    def _portions(self, images: list[Picture | None]) -> Iterator[list[Image.Image | None]]:
-        """Yield the images, opened and converted, in portions of about PORTION pixels."""
+    def _portions(self, images: Sequence[Sequence[Picture]]) -> Iterator[list[list[Image.Image]]]:
+        """Yield the images of each sample, opened and converted, in portions of about PORTION pixels."""
         portion, pixels = [], 0
-        for position, image in enumerate(images):
-            if image is not None:
+        for position, of_sample in enumerate(images):
+            opened, more = [], 0
+            for image in of_sample:
                 try:
-                    image = prepared(image() if callable(image) else image, self.image_size)
+                    opened.append(prepared(image() if callable(image) else image, self.image_size))
                 except UnreadableImage as fault:
                     fault.position = position
                     raise
-                more = image.width * image.height
-                if pixels and pixels + more > PORTION:
-                    yield portion
-                    portion, pixels = [], 0
-                pixels += more
-            portion.append(image)
-            del image  # the caller works on the portion next; nothing else may hold its images
+                more += opened[-1].width * opened[-1].height
+                del image
+            if pixels and pixels + more > PORTION:
+                yield portion
+                portion, pixels = [], 0
+            pixels += more
+            portion.append(opened)
+            del opened  # the caller works on the portion next; nothing else may hold its images
         yield portion
 
-    def _name_unfit(self, images: list[Image.Image | None], start: int, error: Exception) -> None:
+    def _name_unfit(self, images: list[list[Image.Image]], start: int, error: Exception) -> None:
         """Raise UnfitImage for the first image that the processor refuses alone; nothing if it takes each."""
-        for position, image in enumerate(images, start):
-            if image is not None:
+        for position, of_sample in enumerate(images, start):
+            for image in of_sample:
                 try:
                     self.processor.image_processor(images=[image], return_tensors="pt")
                 except Exception as reason:
@@ -144,43 +142,21 @@ class PromptMaker:
                 joined[name] = [each for row in rows for each in row]
         return BatchFeature(joined)
 
-    def _render(self, texts: list[str], images: list, answers: list[str | None]) -> list[str]:
-        """Write each sample as text for the model, with one image token for an image."""
-        template = self.processor.chat_template or self.tokenizer.chat_template
-        template = template or TEMPLATES.get(self.model.config.model_type)
-        if template is None:
-            raise ValueError(
-                f"{self.name} has no chat template; set lmm.processor.chat_template to that of its training"
-            )
-        for text in texts:
-            if str(self.processor.image_token) in text:
-                raise ValueError(f"{text!r} holds the image token, which the chat template writes; leave it out")
-        conversations = []
-        for text, image, answer in zip(texts, images, answers, strict=True):
-            parts = [{"type": "image"}] if image is not None else []
-            parts += [{"type": "text", "text": text}] if text or not parts else []
-            turns = [{"role": "user", "content": parts}]
-            if answer is not None:
-                turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-            conversations.append(turns)
-        return self.processor.apply_chat_template(
-            conversations, chat_template=template, add_generation_prompt=answers[0] is None
-        )
-
     def _adds_special_tokens(self, rendered: list[str]) -> bool:
         """Return whether the tokenizer must add its special tokens: not if the template wrote the first one."""
         first = self.tokenizer.bos_token
         return first is None or not rendered[0].startswith(first)
 
-    def _process(self, rendered: list[str], images: list[Image.Image | None]) -> BatchFeature:
+    def _process(self, rendered: list[str], images: list[list[Image.Image]]) -> BatchFeature:
         """Tokenize the texts and cut up the images, padded on the left."""
-        nested = [[] if image is None else [image] for image in images]
+        several = max(map(len, images)) > 1  # then we have to know which tokens belong to which image
         inputs = self.processor(
             text=rendered,
-            images=nested if any(nested) else None,
+            images=images if any(images) else None,
             padding=True,
             return_tensors="pt",
             add_special_tokens=self._adds_special_tokens(rendered),
+            **({"return_text_replacement_offsets": True} if several else {}),
         )
         highest, rows = int(inputs["input_ids"].max()), self.model.get_input_embeddings().num_embeddings
         if highest >= rows:
@@ -195,20 +171,74 @@ class PromptMaker:
                 inputs[name] = inputs[name].gather(1, pads_first)
         return inputs
 
-    def _answer_mask(self, inputs, questions: list[str], rendered: list[str]) -> Bool[Tensor, "batch tokens"]:
-        """Mark the tokens that the question alone does not have, up to the end token."""
+    def _answer_mask(
+        self, inputs: BatchFeature, conversations: Sequence[Turns], rendered: list[str], written: list | None
+    ) -> Bool[Tensor, "batch tokens"]:
+        """Mark the tokens of every answer, up to its end token: those that the turns before it do not have.
+
+        written: what the processor wrote for each image, of samples with several.
+        """
         special = self._adds_special_tokens(rendered)
         mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-        for row, question, full in zip(mask, questions, rendered, strict=True):
-            before, whole = self.tokenizer([question, full], add_special_tokens=special)["input_ids"]
-            start, stop = len(commonprefix([before, whole])), len(whole)
-            while stop > start and self.tokenizer.decode(whole[stop - 1]).isspace():
-                stop -= 1
-            if start >= stop:
-                raise ValueError(f"the chat template of {self.name} writes no answer after {question!r}")
-            shift = len(row) - len(whole)  # padding, and the further tokens of an image
-            row[shift + start : shift + stop] = True
+        for number, (turns, full) in enumerate(zip(conversations, rendered, strict=True)):
+            answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+            texts = [text for place in answers for text in self._around(turns, place, full)]
+            *ends, whole = self.tokenizer([*texts, full], add_special_tokens=special)["input_ids"]
+            places = self._places(inputs, number, whole, written and written[number])
+            for answer, place in enumerate(answers):
+                before, until = ends[2 * answer : 2 * answer + 2]
+                start, stop = len(commonprefix([before, whole])), len(commonprefix([until, whole]))
+                while stop > start and self.tokenizer.decode(whole[stop - 1]).isspace():
+                    stop -= 1
+                if start >= stop:
+                    asked = [part["text"] for part in turns[place - 1]["content"] if part["type"] == "text"]
+                    raise ValueError(f"the chat template of {self.name} writes no answer after {''.join(asked)!r}")
+                mask[number, places[start:stop]] = True
         return mask
+
+    def _around(self, turns: Turns, place: int, full: str) -> tuple[str, str]:
+        """Return the text up to an answer, and up to its end.
+
+        Raises:
+            ValueError: the template writes an answer in another way once more turns follow.
+        """
+        (before,) = self.template.write([turns[:place]], ask=True)
+        (until,) = [full] if place == len(turns) - 1 else self.template.write([turns[: place + 1]])
+        answer = turns[place]["content"][0]["text"].strip()
+        if len(turns) > 2 and answer not in full[len(commonprefix([before, full])) : len(commonprefix([until, full]))]:
+            raise ValueError(
+                f"the chat template of {self.name} writes turn {place} in another way once more turns follow; give a "
+                "sample for each answer, or set lmm.processor.chat_template to one that does not"
+            )
+        return before, until
+
+    def _places(
+        self, inputs: BatchFeature, number: int, whole: list[int], written: list[dict] | None
+    ) -> Int64[Tensor, " _"]:
+        """Return where the tokens of a text with one token for an image stand in a row, behind the padding."""
+        row, pads = inputs["input_ids"][number], int((inputs["attention_mask"][number] == 0).sum())
+        steps = torch.ones(len(whole) + 1, dtype=torch.long)
+        steps[0] = pads
+        images = [place for place, token in enumerate(whole) if token == self.model.config.image_token_id]
+        if len(images) > 1:
+            texts = [each["replacement"] for each in written or []]
+            lengths = [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        else:
+            lengths = [len(row) - pads - len(whole) + 1]
+        if len(lengths) != max(len(images), 1) or pads + len(whole) + sum(lengths) - len(lengths) != len(row):
+            raise ValueError(
+                f"the processor of {self.name} writes {len(images)} images of a sample as {lengths} tokens, in "
+                f"{len(row) - pads} tokens in all; give samples with one image"
+            )
+        if images:
+            steps[torch.tensor(images) + 1] = torch.tensor(lengths)
+        else:
+            steps[0] += lengths[0] - 1  # a Q-Former's tokens stand before the text
+        return steps.cumsum(0)[:-1]
+
+
+def _until_answer(turns: Turns) -> list:
+    return list(turns[: next((place for place, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))])
 
 
 def _padded(rows: Tensor, shape: list[int], left: bool, fill: int) -> Tensor:

@@ -40,7 +40,7 @@ class Spans:
     - `pad`: padding, on the left.
 
     kinds: for each token an index into KINDS.
-    grid: rows and columns of the base patches; None for a Q-Former, and without an image.
+    grid: rows and columns of the base patches; None for a Q-Former, without an image, and for several images.
     """
 
     kinds: Int64[Tensor, " tokens"]
@@ -147,40 +147,42 @@ def spans_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs: BatchFeature,
-    sizes: list[tuple[int, int] | None],
+    sizes: list[list[tuple[int, int]]],
 ) -> list[Spans]:
     """Return the kind of each token of a batch, sample by sample.
 
     model, tokenizer: that made the batch.
     inputs: the batch.
-    sizes: width and height of the batch's images, in order; None for a sample without one.
+    sizes: width and height of each sample's images, in order.
 
     Raises:
         ValueError: the processor wrote another number of image tokens than the model expects.
     """
     layout, special = layout_of(model), _special_ids(tokenizer)
     spans, number = [], 0
-    for sample, size in enumerate(sizes):
+    for sample, of_sample in enumerate(sizes):
         ids, attended = inputs["input_ids"][sample], inputs["attention_mask"][sample].bool()
         slots = ((ids == model.config.image_token_id) & attended).nonzero()[:, 0]
-        laid_out, grid = torch.empty(0, dtype=torch.long), None
-        if size is not None:
-            laid_out, grid = layout(model, inputs, sample, number)
-            number += 1
+        laid = [layout(model, inputs, sample, number + place) for place in range(len(of_sample))]
+        number += len(laid)
+        laid_out = torch.cat([torch.empty(0, dtype=torch.long), *(kinds for kinds, _ in laid)])
         if len(laid_out) != len(slots):
-            alone = "a Q-Former takes no text without an image, give one to each; or " if size is None else ""
-            picture = "no image" if size is None else f"an image of {size[0]} x {size[1]} px"
+            alone = "" if of_sample else "a Q-Former takes no text without an image, give one to each; or "
+            pictures = [f"an image of {width} x {height} px" for width, height in of_sample]
             raise ValueError(
-                f"the processor does not fit the model: for {picture} (sample {sample}) it wrote {len(slots)} "
+                f"the processor does not fit the model: for {' and '.join(pictures) or 'no image'} (sample {sample}) "
+                f"it wrote {len(slots)} "
                 f"image tokens, the model expects {len(laid_out)}; {alone}load both from one checkpoint, or "
                 "compare the processor's patch_size, sizes, pinpoints, vision_feature_select_strategy and "
                 "num_additional_image_tokens with the model's config"
             )
         kinds = torch.where(torch.isin(ids, special), SPECIAL, TEXT)
-        if len(slots):  # between an image's tokens stand white space, which ends rows, and markers
-            inside = slice(slots[0], slots[-1] + 1)
+        for own in slots.split([len(kinds) for kinds, _ in laid]):
+            # between an image's tokens stand white space, which ends rows, and markers
+            inside = slice(own[0], own[-1] + 1)
             blank = [token for token in ids[inside].unique().tolist() if tokenizer.decode(token).isspace()]
             kinds[inside] = torch.where(torch.isin(ids[inside], torch.tensor(blank)), NEWLINE, SPECIAL)
+        grid = laid[0][1] if len(laid) == 1 else None  # of several images, no one grid is the sample's
         kinds[slots] = laid_out
         kinds[~attended] = PAD
         spans.append(Spans(kinds, grid))

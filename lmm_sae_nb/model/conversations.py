@@ -51,9 +51,7 @@ def conversation_fault(conversation: Any, images: int) -> str:
         if role not in ROLES:
             return f"turn {number} has the role {role!r}; choose one of {', '.join(ROLES)}"
         if not isinstance(content, str):
-            return (
-                f"the content of turn {number} is {content!r:.60}, not text; write it, with {MARK} for an image"
-            )
+            return f"the content of turn {number} is {content!r:.60}, not text; write it, with {MARK} for an image"
         if role == "system" and number:
             return f"turn {number} is of the system; only the first turn can be"
         if role == "assistant" and last != "user":

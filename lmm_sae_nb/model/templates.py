@@ -95,10 +95,8 @@ class ChatTemplate:
 
     def _arranged(self, turns: Turns) -> list[Mapping]:
         """Put images before the text in turns of several texts, unless the template keeps the order."""
-        several = any(
-            sum(part["type"] == "text" for part in turn["content"]) > 1 or _image_last(turn) for turn in turns
-        )
-        return [_images_first(turn) for turn in turns] if several and not self._keeps_order else list(turns)
+        in_order = all(map(_text_last, turns)) or self._keeps_order
+        return list(turns) if in_order else [_images_first(turn) for turn in turns]
 
     @cached_property
     def _keeps_order(self) -> bool:
@@ -127,9 +125,9 @@ class ChatTemplate:
                 at = found + len(text)
 
 
-def _image_behind_text(turn: Mapping) -> bool:
-    kinds = [part["type"] for part in turn["content"]]
-    return "text" in kinds and "image" in kinds[kinds.index("text") :]
+def _text_last(turn: Mapping) -> bool:
+    """Whether a turn has at most one text, behind all images."""
+    return all(part["type"] == "image" for part in turn["content"][:-1])
 
 
 def _images_first(turn: Mapping) -> dict:

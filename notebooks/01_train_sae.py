@@ -66,6 +66,9 @@ seed: int = 0  # seed of the initial weights and of the sample order
 accumulate: int = 1  # batches whose mean gradient makes one step
 # "bf16": large products in bfloat16, the weights still in float32
 mixed_precision: str = "no"
+tf32: bool = True  # GPUs round the factors of float32 products to TF32
+k_aux: int = 0  # dead latents that AuxK revives per token; 0: width / 2
+workers: int = 0  # threads that prepare the next samples
 processes: int = 1  # on this machine, at least 1, one per GPU
 checkpoint_minutes: float = 10.0  # minutes between checkpoints
 # none, tensorboard, trackio or wandb
@@ -184,12 +187,16 @@ assert_close(torch.zeros_like(z).scatter(-1, indices, acts), z)
 # %%
 stage = page.stage(
     "train",
-    without=("processes", "checkpoint_minutes", "tracker", "unreadable"),
-)
+    without=(
+        "processes", "checkpoint_minutes", "tracker", "unreadable",
+        "workers",
+    ),
+)  # fmt: skip
 settings = dict(
     n_latents=n_latents, k=k, lr=lr, steps=steps, kinds=kinds, seed=seed,
     batch_tokens=batch_tokens, accumulate=accumulate,
     dead_after_tokens=dead_after_tokens, mixed_precision=mixed_precision,
+    tf32=tf32, k_aux=k_aux, workers=workers,
     checkpoint_minutes=checkpoint_minutes, tracker=tracker,
     unreadable=unreadable, folder=stage.folder,
 )  # fmt: skip

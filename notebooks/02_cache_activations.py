@@ -45,6 +45,8 @@ images: str = "data/artifacts/tiny/world/cache"
 layer: int = 1  # counted from 0; the layer that the SAE was trained on
 n_top: int = 5  # images kept for each latent
 batch_size: int = 16  # images that go through the model at once
+workers: int = 1  # threads that prepare the next batches of images
+tf32: bool = True  # GPUs round the factors of float32 products to TF32
 # "float16" or "float32" keeps every activation (tens of GB at full scale),
 # "" only those of the top images
 store: str = "float16"
@@ -114,11 +116,12 @@ print(in_words(pictures.left_out))
 # result.
 
 # %%
-stage = page.stage("cache", after=("train",))
+stage = page.stage("cache", after=("train",), without=("workers",))
 began = time.monotonic()
 cache = cache_activations(
     place, pictures, n_top=n_top, batch_size=batch_size,
     store=store or None, unreadable=unreadable, folder=stage.folder,
+    workers=workers, tf32=tf32,
 )  # fmt: skip
 seconds = stage.result("seconds", float, lambda: time.monotonic() - began)
 live = int(cache.live.sum())

@@ -73,6 +73,8 @@ training: dict = {
     "dead_after_tokens": 50_000,
 }
 at_once: int = 0  # SAEs that learn in one pass; 0: all, if memory allows
+tf32: bool = True  # GPUs round the factors of float32 products to TF32
+workers: int = 1  # threads that prepare samples and images
 # the SAE of a further model: entries that differ
 other_training: dict = {"steps": 160, "batch_tokens": 256}
 # numbers of latents on the middle layer; the paper's 2^17 are 32 times the
@@ -267,6 +269,7 @@ plots.table([
 size = {name: training[name] for name in ("n_latents", "k", "lr")}
 how = {name: training[name] for name in training if name not in size}
 how |= dict(n_top=n_top, at_once=at_once, seed=seed, unreadable=unreadable)
+how |= dict(tf32=tf32, workers=workers)
 by_layer = {f"layer_{n}": Recipe(n, **size) for n in layers}
 center = by_layer[f"layer_{middle}"]
 by_size = size_recipes(center, sizes, ks)
@@ -277,7 +280,7 @@ stage = page.stage(
     "compare",
     without=(
         "endpoint.key_variable", "endpoint.concurrency",
-        "endpoint.timeout", "unreadable",
+        "endpoint.timeout", "unreadable", "workers",
     ),
 )  # fmt: skip
 studied = train_and_cache(

@@ -13,14 +13,13 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from lmm_sae_nb.cache.encode_images import Pictures, batches_of, encode_batch, one_ahead, open_batch, require_one_count
+from lmm_sae_nb.cache.encode_images import Pictures, batches_of, encode_batch, opened_batches, require_one_count
 from lmm_sae_nb.cache.latent_cache import PARTIAL, LatentCache, identity_of, write_cache
 from lmm_sae_nb.cache.resume import (
     KEY,
@@ -36,6 +35,7 @@ from lmm_sae_nb.cache.resume import (
 from lmm_sae_nb.cache.sparse_store import STORE, VALUES
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.support.conversions import sum_conversions
+from lmm_sae_nb.support.devices import allow_tf32
 from lmm_sae_nb.support.files import free_bytes, in_units
 from lmm_sae_nb.support.images import UnreadableImage, pixel_hash
 from lmm_sae_nb.support.locks import hold
@@ -60,6 +60,8 @@ def cache_several(
     store: str | None = None,
     unreadable: str = "refuse",
     save_every: float = 300.0,
+    workers: int = 1,
+    tf32: bool = True,
 ) -> dict[str, LatentCache]:
     """Find for every latent of some SAEs the `n_top` images of highest mean activation over the base tokens.
 
@@ -83,6 +85,8 @@ def cache_several(
     store: "float16" or "float32" also keeps every base token's active latents (`LatentStore`); None does not.
     unreadable: "skip" leaves out images that cannot be opened and names them in cache.json; "refuse" stops there.
     save_every: seconds between saved states.
+    workers: threads that open and process the next images, each a batch; 0 for none.
+    tf32: let a GPU compute the products of float32 in TF32; it may keep another latent where two are nearly equal.
 
     Raises:
         ValueError: no images, no SAEs or more than one model, a name or another argument out of range, or as
@@ -93,7 +97,8 @@ def cache_several(
     """
     _check(places, images, n_top, batch_size, store, unreadable)
     folder, processes = Path(folder), _processes()
-    keys = {name: _key(place, images, n_top, batch_size, store, unreadable) for name, place in places.items()}
+    on_gpu = ["tf32"] if tf32 and next(iter(places.values())).device.type == "cuda" else []
+    keys = {name: _key(place, images, n_top, batch_size, store, unreadable, *on_gpu) for name, place in places.items()}
     whole = _whole(folder, keys)
     leftovers = any((folder / name / PARTIAL).exists() for name in keys)
     processes.wait_for_everyone()  # nobody clears before all have looked
@@ -101,7 +106,8 @@ def cache_several(
         return whole
     with hold(folder) if processes.is_main_process else nullcontext():
         settings = {"n_top": n_top, "batch_size": batch_size, "store": store, "save_every": save_every}
-        return _cache(places, images, keys, folder, processes, skip=unreadable == "skip", **settings)
+        settings |= {"skip": unreadable == "skip", "workers": workers, "tf32": tf32}
+        return _cache(places, images, keys, folder, processes, **settings)
 
 
 def _whole(folder: Path, keys: Mapping[str, dict]) -> dict[str, LatentCache]:
@@ -122,6 +128,8 @@ def _cache(
     store: str | None,
     skip: bool,
     save_every: float,
+    workers: int,
+    tf32: bool,
 ) -> dict[str, LatentCache]:
     """Do the pass for the caches that are not whole; arguments as of `cache_several`, whose work this is."""
     pictures = identity_of(images)  # before any is read
@@ -155,9 +163,10 @@ def _cache(
     title = {"desc": "caching", "unit": " images", "disable": not processes.is_main_process}
     with progress_bar(total=-(-len(images) // world), initial=seen, **title) as bar:
         saved, is_first = time.monotonic(), True
-        for batch in one_ahead(partial(open_batch, lmm, skip), wanted):
+        for batch in opened_batches(lmm, wanted, skip=skip, workers=workers):
             missing = {name: place for name, place in places.items() if batch.number not in done[name]}
-            latents = encode_batch(missing, batch) if batch.images else {}
+            with allow_tf32(tf32, lmm.device):
+                latents = encode_batch(missing, batch) if batch.images else {}
             if is_first and latents:
                 patches = next(iter(latents.values())).acts.shape[1]
                 sizes = (len(images), n_top, patches, store, world)

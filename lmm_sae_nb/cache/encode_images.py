@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from lmm_sae_nb.model.prompts import Prompt, prepared
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents
+from lmm_sae_nb.support.ahead import ahead
 from lmm_sae_nb.support.conversions import conversions, count_conversions
 from lmm_sae_nb.support.images import UnreadableImage
 from lmm_sae_nb.support.progress import progress_bar
@@ -51,7 +50,19 @@ def batches_of(
         yield batch, {number: partial(images.__getitem__, number) for number in numbers}
 
 
-def open_batch(lmm: LMM, skip: bool, number: int, openers: Openers) -> Batch:
+def opened_batches(
+    lmm: LMM, batches: Iterator[tuple[int, Openers]], *, skip: bool = False, workers: int = 1
+) -> Iterator[Batch]:
+    """Yield batches in order, opened and processed in threads while the model encodes the last one.
+
+    skip: as of `open_batch`, whose errors are raised.
+    workers: threads, each with one batch in memory; 0 opens a batch when it is wanted.
+    """
+    tools = lmm.copies(workers) if workers > 1 else [lmm]
+    return ahead(partial(open_batch, skip=skip), batches, workers, tools)
+
+
+def open_batch(lmm: LMM, number: int, openers: Openers, *, skip: bool = False) -> Batch:
     """Open the images of a batch and make their prompts: each image alone, in the chat template.
 
     skip: leave out images that cannot be read, or that the processor refuses.
@@ -75,18 +86,6 @@ def open_batch(lmm: LMM, skip: bool, number: int, openers: Openers) -> Batch:
                 raise
             skipped[images.pop(fault.position)] = f"{fault.name}: {fault.reason}"
     return Batch(number, images, skipped, prompt, count_conversions(done[image] for image in images))
-
-
-def one_ahead(function: Callable, arguments: Iterable[tuple]) -> Iterator[Any]:
-    """Yield the function's results in order; a thread works on the next one while the caller uses the last."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting = deque()
-        for each in arguments:
-            waiting.append(thread.submit(function, *each))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 @torch.no_grad()
@@ -164,7 +163,7 @@ def base_states(lmm: LMM, layer: int, images: Pictures, batch_size: int = 16) ->
         ValueError: there are no images, or as `batch_states`.
         UnreadableImage: an image cannot be read.
     """
-    batches = one_ahead(partial(open_batch, lmm, False), batches_of(images, batch_size))
+    batches = opened_batches(lmm, batches_of(images, batch_size))
     parts = [batch_states(lmm, [layer], batch)[layer].float().cpu() for batch in batches]
     if not parts:
         raise ValueError("there are no images to read hidden states of; give at least one")
@@ -186,7 +185,7 @@ def base_latents(
         UnreadableImage: an image cannot be read.
     """
     counts = set()
-    batches = one_ahead(partial(open_batch, place.lmm, False), batches_of(images, batch_size))
+    batches = opened_batches(place.lmm, batches_of(images, batch_size))
     with progress_bar(desc=title, total=len(images), unit=" images", disable=title is None) as bar:
         for batch in batches:
             latents = encode_batch({"": place}, batch)[""]

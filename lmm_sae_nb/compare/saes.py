@@ -69,7 +69,8 @@ def names_by_size(recipes: Mapping[str, Recipe], middle: Recipe, size: str) -> d
 
 def train_and_cache(
     lmm: LMM, recipes: Mapping[str, Recipe], samples: Sequence[Mapping], images: Sequence[Image.Image], *,
-    folder: str | Path, n_top: int = 5, unreadable: str = "refuse", at_once: int = 0, **training,
+    folder: str | Path, n_top: int = 5, unreadable: str = "refuse", at_once: int = 0, tf32: bool = True,
+    workers: int = 1, **training,
 ) -> dict[str, CachedSAE]:  # fmt: skip
     """Train an SAE by each recipe and cache its latents: a pass over the samples, and one over the images.
 
@@ -83,17 +84,19 @@ def train_and_cache(
     n_top: images kept for each latent.
     unreadable: "skip" leaves out samples and images that cannot be read; "refuse" stops there.
     at_once: SAEs that learn in one pass, and then are cached in one; 0 stands for all. A GPU's memory limits it.
+    tf32, workers: as of `train_saes` and `cache_several`.
     training: settings of `train_saes`.
     """
     studied, names = {}, list(recipes)
+    both = {"folder": folder, "unreadable": unreadable, "tf32": tf32, "workers": workers}
     for start in range(0, len(names), at_once or len(names)):
         some = {name: recipes[name] for name in names[start : start + (at_once or len(names))]}
-        trained = train_saes(lmm, samples, some, folder=folder, unreadable=unreadable, **training)
+        trained = train_saes(lmm, samples, some, **both, **training)
         places = {
             name: SAEInPlace(lmm, result.sae.requires_grad_(False), some[name].layer)
             for name, result in trained.items()
         }
-        caches = cache_several(places, images, n_top=n_top, folder=folder, unreadable=unreadable)
+        caches = cache_several(places, images, n_top=n_top, **both)
         studied |= {
             name: CachedSAE(place, caches[name], trained[name].skipped, trained[name].converted)
             for name, place in places.items()

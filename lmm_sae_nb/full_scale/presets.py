@@ -21,7 +21,7 @@ from lmm_sae_nb.full_scale.models import meta_model
 from lmm_sae_nb.support.presets import read_yaml
 
 TRAIN = ("model", "layer", "n_latents", "k", "steps", "batch_tokens")
-JOB = (*TRAIN, "loading", "dataset", "lr", "dead_after_tokens", "kinds", "seed")
+JOB = (*TRAIN, "loading", "dataset", "lr", "dead_after_tokens", "kinds", "seed", "tf32", "k_aux", "workers")
 CACHE = ("model", "layer", "n_top", "batch_size")
 EXPLAIN = ("explainer", "n_explained", "n_top")
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -110,12 +111,14 @@ class LMM:
             )
         if isinstance(dtype, str) and dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-        spread = {"device_map": device_map} if device_map else {}
+        where = choose_device(device)
+        # onto a GPU the weights go one by one, so that they are never all on the host
+        spread = {"device_map": device_map or where} if device_map or where.type == "cuda" else {}
         model = AutoModelForImageTextToText.from_pretrained(
             name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, **spread
         )
         if not device_map:
-            model = model.to(choose_device(device))
+            model = model.to(where)
         elif any(weights.device.type == "meta" for weights in model.parameters()):
             raise ValueError(
                 f"{name_or_path} in {dtype} does not fit into the memory of all GPUs together: a part of it would stay "
@@ -147,6 +150,14 @@ class LMM:
                 f"the processor does not fit {self.name}: it writes images as token {written}, the "
                 f"model reads them as token {token}; load both from the same checkpoint"
             )
+
+    def copies(self, count: int) -> list[LMM]:
+        """Return this model `count` times, each with another processor: a tokenizer serves one thread at a time."""
+        made = [copy.copy(self) for _ in range(count)]
+        for each in made:
+            each.processor = copy.deepcopy(self.processor)
+            each.tokenizer = each.processor.tokenizer
+        return made
 
     @property
     def device(self) -> torch.device:

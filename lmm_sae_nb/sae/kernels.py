@@ -290,21 +290,29 @@ def adam_(
     adam: Adam,
     scale: Tensor,
     along: Tensor | None = None,
+    *,
+    fused: bool | None = None,
 ) -> None:
     """Do one step of Adam, in place, with the gradient scale * grad.
 
     weights, grad, mean, square: of one shape; mean and square are Adam's moments.
     along: if the weights are unit rows, the part of each row's gradient along the row. It is subtracted first, and
         the rows are brought back to length 1 afterwards.
+    fused: take torch's fused Adam, one sweep over the weights; by default on a GPU.
     """
     tensors = weights, grad, mean, square
     _require_fit(len({tensor.shape for tensor in tensors}) == 1, *tensors)
-    if weights.dim() == 2 and is_compiled(*tensors) and all(tensor.is_contiguous() for tensor in tensors):
+    if weights.dim() == 2 and not fused and is_compiled(*tensors) and all(tensor.is_contiguous() for tensor in tensors):
         product = torch.zeros(len(weights)) if along is None else along
         numbers = (float(scale), adam.beta1, adam.beta2, adam.eps, adam.rate, adam.lift)
         arrays = _array(weights), _array(grad), _array(product), _array(mean), _array(square)
         arrays = *arrays, *map(np.float32, numbers), along is not None
         _in_parts(len(weights), _range_size(len(weights)), lambda *span: _loops().adam(*arrays, *span))
+        return
+    if fused is None:
+        fused = weights.device.type == "cuda"
+    if fused:
+        _fused_adam_(*tensors, adam, scale, along)
         return
     if along is not None:
         grad = torch.addcmul(grad, along[:, None], weights, value=-1)
@@ -314,3 +322,20 @@ def adam_(
     weights.addcdiv_(mean, square.sqrt().mul_(adam.lift).add_(adam.eps), value=-adam.rate)
     if along is not None:
         weights.div_(weights.norm(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny))
+
+
+def _fused_adam_(
+    weights: Tensor, grad: Tensor, mean: Tensor, square: Tensor, adam: Adam, scale: Tensor, along: Tensor | None
+) -> None:
+    """Do the same by torch's fused Adam, some rows at a time, so that the copy of the gradient is small."""
+    rows = max(1, BLOCK // max(1, weights[0].numel()))
+    step = torch.tensor(float(adam.step), device=weights.device)
+    pieces = zip(*(tensor.split(rows) for tensor in (weights, grad, mean, square)), strict=True)
+    for n, (w, g, m, v) in enumerate(pieces):
+        g = g if along is None else torch.addcmul(g, along[n * rows : (n + 1) * rows, None], w, value=-1)
+        torch._fused_adam_(
+            [w], [g * scale], [m], [v], [], [step], lr=adam.lr, beta1=adam.beta1, beta2=adam.beta2, weight_decay=0.0,
+            eps=adam.eps, amsgrad=False, maximize=False,
+        )  # fmt: skip
+        if along is not None:
+            w.div_(w.norm(dim=1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lmm_sae_nb.sae.topk import TopKSAE, decode_sparse, encode_topk
+
+PLACES = 2**25  # (token, latent) pairs that AuxK holds at once: about 50 bytes each, with their gradients
 
 
 def fvu(x: Float[Tensor, "tokens width"], x_hat: Float[Tensor, "tokens width"]) -> Float[Tensor, ""]:
@@ -32,6 +35,9 @@ def auxk_loss(
     without a residual it is 0. The reference code differs: it reverses the residual's sign, lets gradients into it,
     and adds b_dec.
 
+    Of more than PLACES pairs, a part of the tokens is computed at a time, and once more for its gradient. So the memory
+    does not grow with the batch.
+
     x_hat: reconstruction of x.
     dead: marks the dead latents.
     k_aux: latents per token.
@@ -41,9 +47,28 @@ def auxk_loss(
     energy, rounding = residual.square().sum(), torch.finfo(x.dtype).eps ** 2 * x.square().sum()
     if n_dead == 0 or energy <= rounding:
         return x.new_zeros(())
-    latents = encode_topk(x, sae.W_enc, sae.b_enc, sae.b_dec, min(k_aux, n_dead), dead.nonzero()[:, 0])
-    left = residual - decode_sparse(latents, sae.W_dec)
-    return min(1.0, n_dead / k_aux) * left.square().sum() / energy
+    among, k = dead.nonzero()[:, 0], min(k_aux, n_dead)
+    parts = [part.split(max(1, PLACES // k)) for part in (x, residual)]
+    if len(parts[0]) <= 1:
+        left = _left(sae, x, residual, among, k)
+    else:
+        left = sum(
+            checkpoint(_left, sae, *part, among, k, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(*parts, strict=True)
+        )
+    return min(1.0, n_dead / k_aux) * left / energy
+
+
+def _left(
+    sae: TopKSAE,
+    x: Float[Tensor, "tokens width"],
+    residual: Float[Tensor, "tokens width"],
+    among: Int64[Tensor, " dead"],
+    k: int,
+) -> Float[Tensor, ""]:
+    """Return the squared length of what k dead latents of each token leave of the residual."""
+    latents = encode_topk(x, sae.W_enc, sae.b_enc, sae.b_dec, k, among)
+    return (residual - decode_sparse(latents, sae.W_dec)).square().sum()
 
 
 @torch.no_grad()

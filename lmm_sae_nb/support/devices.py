@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 DEFAULT = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,3 +29,19 @@ def wait_for(device: torch.device) -> None:
     """Wait until a GPU has done its work, as before a clock is read: Python goes on while a GPU works."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def allow_tf32(on: bool, device: torch.device) -> Iterator[None]:
+    """Let a GPU round the factors of float32 products to TF32 inside the `with`, or not; a CPU computes as before.
+
+    TF32 keeps 10 bits behind the first one, where float32 keeps 23. An A100 multiplies with it eight times as fast.
+    """
+    settings, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    if device.type == "cuda":
+        settings.allow_tf32 = on
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            settings.allow_tf32 = before

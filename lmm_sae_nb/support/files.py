@@ -29,6 +29,7 @@ ASIDE = ".old"  # ending of the hidden names of folders that are being replaced
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the system's numbers for "no room"
 CHECKSUM = "crc32"  # the key of a checksum in a JSON object, or in the header of a safetensors file
 BLOCK = 2**20  # bytes that are read at a time
+LARGE = 2**31  # bytes of a saved data set that is not read for its fingerprint
 SETTLED = 2 * 10**9  # nanoseconds after which another write to a file is sure to change its time
 _FINGERPRINTS: dict[tuple, str] = {}
 
@@ -312,6 +313,9 @@ def recover_folder(final: str | Path) -> None:
 def fingerprint(path: str | Path) -> str:
     """Return the SHA-256 of a file, or of a folder's files and their relative paths; links are followed.
 
+    A large saved data set is not read. Of its shards only names and sizes count, and the fingerprint that `datasets`
+    keeps in `state.json`.
+
     Raises:
         FileNotFoundError: there is nothing at `path`.
     """
@@ -320,11 +324,20 @@ def fingerprint(path: str | Path) -> str:
         raise FileNotFoundError(f"the input {path} is missing; run the notebook that writes it first")
     if path.is_file():
         return _file_fingerprint(path)
-    digest = hashlib.sha256()
-    for file in files_below(path):
-        line = f"{file.relative_to(path).as_posix()} {_file_fingerprint(file)}\n"
+    digest, files = hashlib.sha256(), files_below(path)
+    shards = {
+        file: file.stat().st_size for file in files if file.suffix == ".arrow" and _is_saved_data_set(file.parent)
+    }
+    unread = shards if sum(shards.values()) > LARGE else {}
+    for file in files:
+        known = f"{unread[file]} bytes" if file in unread else _file_fingerprint(file)
+        line = f"{file.relative_to(path).as_posix()} {known}\n"
         digest.update(line.encode(errors="surrogateescape"))  # names may hold bytes that are no text
     return digest.hexdigest()
+
+
+def _is_saved_data_set(folder: Path) -> bool:
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
 
 
 def existing(root: Path, text: str) -> Path | None:

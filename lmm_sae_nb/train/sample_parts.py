@@ -127,19 +127,23 @@ class ShuffledParts:
         """Yield the samples of a part that are not left out.
 
         Raises:
-            ValueError: all samples are left out.
+            ValueError: as `require_some`.
         """
-        if len(self._left_out.faults) == self.count:
-            raise ValueError(
-                f"none of {self.count} samples can be read; the first is {next(iter(self._left_out.faults.values()))}. "
-                "Give other samples"
-            )
+        self.require_some()
         epoch, place = divmod(part, self.parts_an_epoch)
         order = np.random.default_rng((self._seed, EPOCH, epoch)).permutation(self.count)
         for number in order[place * self._batch : (place + 1) * self._batch].tolist():
             if number not in self._left_out.faults:
                 row = number - sum(gone < number for gone in self._removed)
                 yield number, lambda row=row: self._reader[row]
+
+    def require_some(self) -> None:
+        """Raise ValueError if all samples are left out."""
+        if len(self._left_out.faults) == self.count:
+            raise ValueError(
+                f"none of {self.count} samples can be read; the first is {next(iter(self._left_out.faults.values()))}. "
+                "Give other samples"
+            )
 
 
 class StreamedParts:
@@ -167,6 +171,9 @@ class StreamedParts:
             self._next += 1
         for number, row in rows:
             yield number, lambda number=number, row=row: opened(row, f"sample {number}")
+
+    def require_some(self) -> None:
+        """Do nothing: a stream is endless, and `mixed` has a limit of parts without a token."""
 
     def _take(self) -> list[tuple[int, Mapping]]:
         if rows := list(itertools.islice(self._rows, self._batch)):

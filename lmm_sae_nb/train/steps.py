@@ -142,7 +142,8 @@ def _backward(
     unexplained, aux = error / variance, x.new_zeros(())
     if auxk_alpha:
         energy = accelerator.reduce(error.detach())
-        aux = auxk_loss(sae, x, x_hat, dead, k_aux=sae.width // 2) * error.detach() / energy.clamp_min(1e-30)
+        k_aux = learner.run.get("k_aux") or sae.width // 2
+        aux = auxk_loss(sae, x, x_hat, dead, k_aux) * error.detach() / energy.clamp_min(1e-30)
     active = latents.acts > 0
     fired = torch.zeros_like(dead)
     fired[latents.indices[active]] = True

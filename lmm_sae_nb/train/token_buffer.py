@@ -6,6 +6,7 @@ process. So a few numbers (`Position`) say where a training stands, and the buff
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -18,7 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.samples import as_prompt, light, require_choice
+from lmm_sae_nb.support.ahead import ahead
 from lmm_sae_nb.support.images import UnreadableImage
 from lmm_sae_nb.support.tensor_files import require_finite
 from lmm_sae_nb.train.sample_parts import Converted, LeftOut, ShuffledParts, StreamedParts
@@ -44,6 +47,21 @@ class Position(NamedTuple):
 START = Position()
 
 
+class Prepared(NamedTuple):
+    """The samples of a part, read and ready for the model.
+
+    rows: number of a sample, to how its picture was converted.
+    prompt: of them; None if there is none.
+    faults: number of a sample whose picture cannot be read, or is refused by the processor, to the error.
+    is_first_epoch: in later epochs a data stream has other numbers.
+    """
+
+    rows: dict[int, object]
+    prompt: Prompt | None
+    faults: dict[int, UnreadableImage]
+    is_first_epoch: bool
+
+
 class Stream:
     """The hidden states of the chosen tokens, part by part, epoch after epoch.
 
@@ -57,6 +75,8 @@ class Stream:
     unreadable: "skip" leaves out samples whose picture cannot be read; "refuse" stops there.
     left_out: samples that are left out from the beginning; those that are found later are added.
     converted: samples whose pictures are known to be converted; others are added.
+    workers: threads that read and process the next parts while the model computes one; each holds a part in memory.
+    stride: the part after part n that is wanted is n + stride. Another one may be asked for, too.
     """
 
     def __init__(
@@ -70,6 +90,8 @@ class Stream:
         unreadable: str = "refuse",
         left_out: LeftOut | None = None,
         converted: Converted | None = None,
+        workers: int = 0,
+        stride: int = 1,
     ):
         require_choice(unreadable)
         self.lmm, self.kinds, self.unreadable = lmm, kinds, unreadable
@@ -79,6 +101,8 @@ class Stream:
         streams = isinstance(samples, IterableDataset)
         self._parts = StreamedParts(samples, batch) if streams else ShuffledParts(samples, batch, seed, self.left_out)
         self.parts_an_epoch = self._parts.parts_an_epoch
+        self._workers, self._stride = workers, stride
+        self._ahead, self._next = None, -1
 
     def __call__(self, part: int) -> Float[Tensor, "tokens states"]:
         """Compute part n, (tokens, layers * width), in the model's dtype.
@@ -88,42 +112,67 @@ class Stream:
             UnreadableImage: a picture cannot be read, or the processor refuses it, with "refuse".
             OSError: files of the samples cannot be read.
         """
-        rows, prompt = {}, None
-        for number, read in self._parts(part):
-            try:
-                rows[number] = light(read)
-            except UnreadableImage as fault:
-                self._leave_out(number, fault)
-        while rows and prompt is None:
-            try:
-                prompt = as_prompt(self.lmm, rows)
-            except UnreadableImage as fault:
-                if fault.position is None:
-                    raise
-                del rows[number := [*rows][fault.position]]
-                self._leave_out(number, fault)
-        if not self._later_epoch:
-            for number, row in rows.items():
-                self.converted.add(number, row["converted"])
-        if not rows:
+        prepared = self._prepared(part)
+        for number, fault in prepared.faults.items():
+            if prepared.is_first_epoch:
+                self.left_out.add(number, fault)
+            if self.unreadable == "refuse":
+                raise fault
+        if prepared.is_first_epoch:
+            for number, converted in prepared.rows.items():
+                self.converted.add(number, converted)
+        if prepared.prompt is None:
+            self._parts.require_some()
             width = len(self.layers) * self.lmm.width
             return torch.empty(0, width, dtype=self.lmm.model.dtype, device=self.lmm.device)
+        prompt, rows = prepared.prompt, prepared.rows
         hidden, mask = self.lmm.hidden_states(prompt, self.layers), prompt.mask(*self.kinds)
         tokens = {layer: hidden.pop(layer)[mask].to(self.lmm.device) for layer in self.layers}
         for layer, states in tokens.items():
             require_finite(states, f"hidden states of layer {layer}, samples {', '.join(map(str, rows))}")
         return torch.cat(list(tokens.values()), 1)
 
-    @property
-    def _later_epoch(self) -> bool:
-        """Whether a data stream is read again, in which its samples have other numbers."""
-        return getattr(self._parts, "epoch", 0) > 0
+    def close(self) -> None:
+        """End the threads."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
-    def _leave_out(self, number: int, fault: UnreadableImage) -> None:
-        if not self._later_epoch:
-            self.left_out.add(number, fault)
-        if self.unreadable == "refuse":
-            raise fault
+    def _prepared(self, part: int) -> Prepared:
+        """Return part n, and let the threads go on with the parts that follow it."""
+        if self._ahead is None or self._next != part:
+            self.close()
+            tools = self.lmm.copies(self._workers) or [self.lmm]
+            wanted = map(self._openers, itertools.count(part, self._stride))
+            self._ahead = ahead(self._prepare, wanted, self._workers, tools)
+        self._next = part + self._stride
+        return next(self._ahead)
+
+    def _openers(self, part: int) -> tuple[list, bool]:
+        """Return the samples of a part, not yet read, and whether this is the first epoch."""
+        return list(self._parts(part)), not getattr(self._parts, "epoch", 0)
+
+    def _prepare(self, lmm: LMM, samples: list, is_first_epoch: bool) -> Prepared:
+        """Read the samples of a part and process them; this is what the threads do."""
+        rows, faults, prompt = {}, {}, None
+        for number, read in samples:
+            try:
+                rows[number] = light(read)
+            except UnreadableImage as fault:
+                faults[number] = fault
+                if self.unreadable == "refuse":
+                    return Prepared({}, None, faults, is_first_epoch)
+        while rows and prompt is None:
+            try:
+                prompt = as_prompt(lmm, rows)
+            except UnreadableImage as fault:
+                if fault.position is None:
+                    raise
+                del rows[number := [*rows][fault.position]]
+                faults[number] = fault
+                if self.unreadable == "refuse":
+                    return Prepared({}, None, faults, is_first_epoch)
+        return Prepared({n: row["converted"] for n, row in rows.items()}, prompt, faults, is_first_epoch)
 
     def by_layer(self, tokens: Float[Tensor, "tokens states"]) -> dict[int, Float[Tensor, "tokens width"]]:
         """Divide what the stream returns into the states of each layer."""

@@ -30,6 +30,7 @@ from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.adam import SAEAdam
 from lmm_sae_nb.sae.losses import geometric_median
 from lmm_sae_nb.sae.topk import HISTORY, TopKSAE
+from lmm_sae_nb.support.devices import allow_tf32
 from lmm_sae_nb.support.files import clear_temporaries, read_json, temporaries, write_json
 from lmm_sae_nb.support.images import UnreadableImage
 from lmm_sae_nb.support.locks import hold
@@ -103,6 +104,9 @@ def train_saes(
     batch_samples: int = 16,
     warm_steps: int | None = None,
     mixed_precision: str = "no",
+    tf32: bool = True,
+    k_aux: int = 0,
+    workers: int = 0,
     unreadable: str = "refuse",
     folder: str | Path,
     checkpoint_minutes: float = 10.0,
@@ -137,6 +141,9 @@ def train_saes(
     batch_samples: samples per forward pass of the model.
     warm_steps: steps of warm-up; by default 5 % of all.
     mixed_precision: "no", or "bf16" (autocast; weights stay float32).
+    tf32: let a GPU compute the products of float32 in TF32.
+    k_aux: latents of AuxK per token; 0 is half the width, as in the reference code. Fewer cost less time and memory.
+    workers: threads that read and process the next samples while the model computes, each `batch_samples`.
     unreadable: "skip" leaves out samples whose picture cannot be read, or that the model's processor refuses, and names
         them in the result; "refuse" stops.
     folder: for the SAEs and the checkpoint, which takes up to six times the SAEs' size.
@@ -170,6 +177,8 @@ def train_saes(
         "warm_steps": max(1, steps // 20) if warm_steps is None else warm_steps, "mixed_precision": mixed_precision,
         "samples": data_fingerprint(samples), "image_size": lmm.image_size and list(lmm.image_size),
     }  # fmt: skip
+    shared |= {"k_aux": k_aux} if k_aux else {}  # only what differs from before, so that older records hold
+    shared |= {"tf32": True} if tf32 and lmm.device.type == "cuda" else {}
     runs = {name: shared | recipe.run(lmm) for name, recipe in recipes.items()}
     folder = Path(folder)
     accelerator = _accelerator(lmm, mixed_precision, accumulate, tracker, folder)
@@ -202,7 +211,10 @@ def train_saes(
             left_out = _left_out(samples, shared["samples"], record, unreadable, folder / CHECKPOINTS)
             converted = Converted(saved.state.get("converted", {}))
         layers = [recipe.layer for recipe in recipes.values()]
-        stream = Stream(lmm, samples, layers, kinds, seed, batch_samples, unreadable, left_out, converted)
+        pace = {"workers": workers, "stride": accelerator.num_processes}
+        stream = Stream(lmm, samples, layers, kinds, seed, batch_samples, unreadable, left_out, converted, **pace)
+        after.callback(stream.close)
+        after.enter_context(allow_tf32(tf32, lmm.device))
         training, batches = _begin(lmm, stream, accelerator, runs, saved)
         try:
             do_steps(training, batches, accelerator, shared, folder, checkpoint_minutes, log_every, on_log)

@@ -146,6 +146,17 @@ def test_the_pass_equals_one_image_at_a_time(lmm, sae, pictures, dense, tmp_path
     np.testing.assert_allclose(maps[2, 1], dense[2, :, 0].view(lmm.grid), atol=1e-4)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_threads_that_prepare_images_change_no_byte(lmm, sae, pictures, tmp_path, workers):
+    folders = {}
+    for count in (1, workers):
+        folders[count] = tmp_path / str(count)
+        how = {"n_top": 3, "batch_size": 2, "store": "float32", "workers": count}
+        cache_activations(SAEInPlace(lmm, sae, 0), pictures, folder=folders[count], **how)
+    one, other = ({path.name: path.read_bytes() for path in each.rglob("*.safetensors")} for each in folders.values())
+    assert one == other and len(one) == 2
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_base_tokens_need_nothing_that_comes_behind_them(family):
     """What a decoder makes of a sequence cut after its last base token is what it makes of the whole."""

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from lmm_sae_nb.sae import kernels
+from lmm_sae_nb.sae import kernels, losses
 from lmm_sae_nb.sae.adam import SAEAdam
 from lmm_sae_nb.sae.losses import auxk_loss, fvu
 from lmm_sae_nb.sae.topk import Latents, TopKSAE, decode_sparse
@@ -203,6 +203,26 @@ def test_a_training_steps_gradients_are_those_of_dense_autograd(way, size, data)
         assert_close(mine.grad.double() / scale, theirs.grad / scale, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: n + m)
 
 
+@anyone
+@given(sizes, st.data())
+def test_auxk_in_parts_has_the_value_and_the_gradients_of_the_whole(monkeypatch, size, data):
+    sae, x = training_case((size[0] + 2, *size[1:]), data)
+    dead, k_aux = torch.arange(sae.n_latents) % 3 < 2, data.draw(st.integers(1, 9))
+    x_hat = sae(x).detach()
+    found = {}
+    for places in (2**25, 2 * k_aux, 1):
+        monkeypatch.setattr(losses, "PLACES", places)
+        sae.zero_grad()
+        loss = auxk_loss(sae, x, x_hat, dead, k_aux)
+        if loss.requires_grad:
+            loss.backward()
+        found[places] = [loss.detach(), *(weights.grad for weights in sae.parameters())]
+    whole, *parts = found.values()
+    for part in parts:
+        for one, other in zip(whole, part, strict=True):
+            assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 # ---- the optimiser ----------------------------------------------------------------------------------------------
 
 
@@ -241,6 +261,23 @@ def test_steps_are_those_of_torch_adam_on_projected_and_clipped_gradients(way, w
         # the sign of an element whose gradient is nothing but rounding is anyone's
         assert_close(mine.double(), exact, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: n + m)
     assert_close(ours.W_dec.norm(dim=1), torch.ones(n_latents))
+
+
+@pytest.mark.parametrize("shape", [(40, 7), (1, 5), (33,)])
+def test_torchs_fused_adam_does_the_step_that_the_cpu_does(monkeypatch, shape):
+    monkeypatch.setattr(kernels, "BLOCK", 64)  # so that there are several blocks of rows
+    states = [[randn(0, *shape), torch.zeros(shape), torch.zeros(shape)] for _ in range(2)]
+    for weights, *_ in states:
+        weights.div_(weights.norm(dim=-1, keepdim=True))
+    for step in range(1, 4):
+        grad, scale, adam = randn(step, *shape), torch.tensor(0.7), kernels.Adam(0.01 * step, 0.9, 0.999, 1e-8, step)
+        kept = grad.clone()
+        for fused, (weights, *moments) in zip((False, True), states, strict=True):
+            along = (grad * weights).sum(1) if len(shape) == 2 else None
+            kernels.adam_(weights, grad, *moments, adam, scale, along, fused=fused)
+        assert torch.equal(grad, kept)
+    for one, other in zip(*states, strict=True):
+        assert_close(one, other)
 
 
 def test_training_resumed_from_a_state_dict_is_the_same_to_the_bit(way, tmp_path):

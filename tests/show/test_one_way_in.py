@@ -89,7 +89,7 @@ def test_every_way_into_a_model_shows_the_same_pixels(lmm, sae, kind, tmp_path):
         (trained,) = prompts(lmm, rows, [0], 1)
         assert torch.equal(trained.inputs["pixel_values"], wanted)
         assert data_fingerprint(rows) == data_fingerprint([sample | {"image": plain}])
-    batch = open_batch(lmm, False, *next(batches_of(open_images(tmp_path / "pictures"), 1)))
+    batch = open_batch(lmm, *next(batches_of(open_images(tmp_path / "pictures"), 1)))
     assert torch.equal(batch.prompt.inputs["pixel_values"], wanted)
 
     # what others read: an endpoint and scorers

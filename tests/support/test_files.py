@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from datasets import Dataset
 from forks import started
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -243,6 +244,25 @@ def test_fingerprint_of_a_file_is_its_sha256(tmp_path):
     assert files.fingerprint(tmp_path / "a") == expected
     with (tmp_path / "a").open("rb") as file:
         assert files._digest(file) == expected
+
+
+def test_a_large_saved_data_set_is_not_read_and_another_one_is_noticed(tmp_path, monkeypatch):
+    def saved(name, rows):
+        Dataset.from_list(rows).save_to_disk(tmp_path / name)
+        return tmp_path / name
+
+    one, other = saved("one", [{"a": 1}, {"a": 2}]), saved("other", [{"a": 1}, {"a": 3}])
+    whole = [files.fingerprint(folder) for folder in (one, other)]
+    monkeypatch.setattr(files, "LARGE", 0)
+    read = []
+    monkeypatch.setattr(files, "_file_fingerprint", lambda file: read.append(file.name) or file.read_text())
+    known = [files.fingerprint(folder) for folder in (one, other)]
+    assert len({*whole, *known}) == 4 and set(read) == {"state.json", "dataset_info.json"}
+    (shard,) = one.glob("*.arrow")
+    shard.write_bytes(shard.read_bytes() + b"0")
+    assert files.fingerprint(one) not in known
+    (other / "more.json").write_text("{}")
+    assert files.fingerprint(other) not in known
 
 
 def test_fingerprint_of_a_folder_sees_names_and_contents(tmp_path):

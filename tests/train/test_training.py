@@ -1,20 +1,26 @@
 """Training against its definitions: mixing, learning rate, dead latents, evaluation."""
 
+import io
 import itertools
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import make
+from models import make, noise
 from PIL import Image
 
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.losses import geometric_median
 from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.support.files import read_json
+from lmm_sae_nb.support.images import UnreadableImage
 from lmm_sae_nb.train import training
 from lmm_sae_nb.train.evaluate import control_fvus, evaluate_sae, evaluate_saes
 from lmm_sae_nb.train.steps import learning_rate
@@ -148,6 +154,47 @@ def test_an_epoch_holds_every_sample_once_and_the_next_is_in_another_order(lmm, 
         orders.append(counts)
         assert sum(counts) == sum(len(Stream(lmm, [row], 0, ("base", "text"), 3, 1)(0)) for row in samples)
     assert orders[0] != orders[1]
+
+
+def png(image):
+    image.save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_threads_that_prepare_samples_change_no_token_and_no_fault(lmm, streamed):
+    """Sample 3 cannot be read; parts come one by one, in strides, and out of order."""
+    rows = [{"image": noise(20 + n, 30, seed=n), "question": "what ?", "answer": "so"} for n in range(7)]
+    pictures = [{"bytes": png(row["image"]), "path": None} for row in rows]
+    pictures[3] = {"bytes": b"no picture", "path": None}
+    features = Features(image=datasets.Image(), question=Value("string"), answer=Value("string"))
+    samples = Dataset.from_list([row | {"image": p} for row, p in zip(rows, pictures, strict=True)], features=features)
+    for stride, parts in ((1, [0, 1, 2, 3, 4, 5]), (2, [1, 3, 5]), (1, [2, 3, 0, 1])):
+        plain, quick = (
+            Stream(lmm, samples.to_iterable_dataset() if streamed else samples, 1, SAE_KINDS, 3, 2, "skip",
+                   workers=workers, stride=stride)
+            for workers in (0, 2)
+        )  # fmt: skip
+        for part in parts:
+            assert torch.equal(plain(part), quick(part))
+            assert plain.left_out.faults == quick.left_out.faults
+        assert len(plain.left_out.faults) == 1
+        quick.close()
+    refusing = Stream(lmm, samples, 1, SAE_KINDS, 3, 2, workers=2)
+    with pytest.raises(UnreadableImage, match="sample 3 is not a readable image"):
+        for part in range(4):
+            refusing(part)
+    broken = Stream(lmm, samples.select([3]), 1, SAE_KINDS, 3, 2, "skip", workers=2)
+    with pytest.raises(ValueError, match="none of 1 samples can be read"):
+        broken(0)
+
+
+def test_a_training_with_threads_ends_with_the_same_bits(lmm, samples, tmp_path):
+    how = dict(n_latents=40, k=4, steps=4, batch_tokens=64, buffer_tokens=128, lr=1e-3, batch_samples=2, k_aux=5)
+    one, other = (train_sae(lmm, samples, 1, **how, workers=n, folder=tmp_path / str(n)).sae for n in (0, 2))
+    for name, weights in one.state_dict().items():
+        assert torch.equal(weights, other.state_dict()[name]), name
+    assert read_json(tmp_path / "2" / "history.json")["run"]["k_aux"] == 5
 
 
 def test_token_kinds_that_no_sample_has_are_refused(lmm, samples, tmp_path):

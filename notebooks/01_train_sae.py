@@ -47,8 +47,8 @@ loading: dict = {
 dataset: str = "data/artifacts/tiny/world/train"
 # samples that no training has seen
 heldout: str = "data/artifacts/tiny/world/heldout"
-# samples whose picture cannot be read: "refuse" stops there, "skip" leaves
-# them out and names them
+# samples whose picture cannot be read; one of "refuse" or "skip", which
+# leaves them out and names them
 unreadable: str = "refuse"
 # held-out samples, at least 1, on which the SAE is evaluated
 evaluated: int = 120
@@ -60,18 +60,19 @@ batch_tokens: int = 512  # tokens per optimiser step
 lr: float = 2e-3  # highest learning rate
 # tokens without activation after which a latent counts as dead
 dead_after_tokens: int = 100_000
-# kinds of token that the SAE learns from
+# kinds of token that the SAE learns from, each one of "base", "tiles",
+# "newline", "text" or "special"
 kinds: list[str] = ["base", "tiles", "newline", "text"]
 seed: int = 0  # seed of the initial weights and of the sample order
 accumulate: int = 1  # batches whose mean gradient makes one step
-# "bf16": large products in bfloat16, the weights still in float32
+# one of "no" or "bf16": large products in bfloat16, weights in float32
 mixed_precision: str = "no"
 tf32: bool = True  # GPUs round the factors of float32 products to TF32
 k_aux: int = 0  # dead latents that AuxK revives per token; 0: width / 2
 workers: int = 0  # threads that prepare the next samples
 processes: int = 1  # on this machine, at least 1, one per GPU
 checkpoint_minutes: float = 10.0  # minutes between checkpoints
-# none, tensorboard, trackio or wandb
+# one of "none", "tensorboard", "trackio" or "wandb"
 tracker: str = "none"
 
 # %% tags=["remove-cell"]

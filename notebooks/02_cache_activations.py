@@ -47,10 +47,10 @@ n_top: int = 5  # images kept for each latent
 batch_size: int = 16  # images that go through the model at once
 workers: int = 1  # threads that prepare the next batches of images
 tf32: bool = True  # GPUs round the factors of float32 products to TF32
-# "float16" or "float32" keeps every activation (tens of GB at full scale),
-# "" only those of the top images
+# one of "", "float16" or "float32"; the last two keep every activation
+# (tens of GB at full scale), "" only those of the top images
 store: str = "float16"
-# unreadable pictures: "refuse" stops there, "skip" leaves them out
+# unreadable pictures; one of "refuse" or "skip", which leaves them out
 unreadable: str = "refuse"
 # samples for the text side: image, question, answer
 texts: str = "data/artifacts/tiny/world/train"

@@ -57,7 +57,7 @@ dataset: str = "data/artifacts/tiny/world/train"
 heldout: str = "data/artifacts/tiny/world/heldout"
 # a data set with an image column, or a folder of images
 images: str = "data/artifacts/tiny/world/cache"
-# unreadable pictures: "refuse" stops there, "skip" leaves them out
+# unreadable pictures; one of "refuse" or "skip", which leaves them out
 unreadable: str = "refuse"
 cached_images: int = 350  # how many of the images are cached
 # names of the ground truth's concepts; "": there is no ground truth

@@ -45,8 +45,8 @@ layer: int = 1  # counted from 0; the layer that the SAE was trained on
 heldout: str = "data/artifacts/tiny/world/heldout"
 # samples for the small SAEs of other layers
 dataset: str = "data/artifacts/tiny/world/train"
-# samples whose picture cannot be read: "refuse" stops there, "skip" leaves
-# them out
+# samples whose picture cannot be read; one of "refuse" or "skip", which
+# leaves them out and names them
 unreadable: str = "refuse"
 decisions: int = 40  # held-out decisions that are attributed
 pairs: int = 16  # active (token, latent) pairs ablated in each decision

@@ -54,7 +54,7 @@ samples: str = "data/artifacts/tiny/world/train"
 images: str = "data/artifacts/tiny/world/cache"
 # names of the ground truth's concepts by kind; "" without one
 concepts: str = "data/artifacts/tiny/world/concepts.json"
-# unreadable pictures: "refuse" stops there, "skip" leaves them out
+# unreadable pictures; one of "refuse" or "skip", which leaves them out
 unreadable: str = "refuse"
 text_kinds: list[str] = ["word"]  # kinds of concept that are text
 # an explanation with one of these words names text, too
@@ -81,7 +81,8 @@ fitting: dict = {
 }
 # highest fractions of right answers harmed, of other answers changed
 limits: dict = {"harmed": 0.03, "changed": 0.1}
-# kinds of token that are clamped
+# kinds of token that are clamped, each one of "base", "tiles", "newline",
+# "text" or "special"
 clamped_kinds: list[str] = ["base", "tiles"]
 keep_error: bool = True  # of the reconstruction; False as in the paper
 # held-out cases that agree with memory; of the others all are taken

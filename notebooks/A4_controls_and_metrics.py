@@ -46,7 +46,7 @@ loading: dict = {
 layer: int = 1  # counted from 0; the layer that the SAE was trained on
 # the images that were cached
 images: str = "data/artifacts/tiny/world/cache"
-# unreadable pictures: "refuse" stops there, "skip" leaves them out
+# unreadable pictures; one of "refuse" or "skip", which leaves them out
 unreadable: str = "refuse"
 # the concepts of the world by kind; "": there is no ground truth
 concepts: str = "data/artifacts/tiny/world/concepts.json"

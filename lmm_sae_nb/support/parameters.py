@@ -19,6 +19,7 @@ WORDS = {
 KINDS = {bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "dict", type(None): "None"}
 AT_LEAST = re.compile(r"\bat least (\d+)\b")  # how a comment says a range
 BETWEEN = re.compile(r"\bfrom (\d+) to (\d+)\b")
+CHOICES = re.compile(r'\bone of ((?:"[^"]*"(?:, or |, | or )?)+)')  # papermill reads no type Literal["a", "b"]
 LONGEST = 60  # characters of a value that an error repeats
 
 
@@ -108,7 +109,8 @@ def misfit(parameter: Parameter, value: object, name: str) -> Misfit | None:
 
     A type is written as in an annotation: int, float, str, bool, list[int], dict, or several with `|`. A list without a
     type of its elements takes that of its default's; a dictionary takes the entries of its default. Numbers are counts,
-    sizes, fractions and seeds: never negative. A comment with "at least 1" or "from 0 to 1" narrows them.
+    sizes, fractions and seeds: never negative. A comment with "at least 1" or "from 0 to 1" narrows them, one with
+    'one of "a", "b" or "c"' narrows a text or the texts of a list.
     """
     return _misfit(ast.parse(parameter.type, mode="eval").body, parameter.default, value, (name,), parameter.comment)
 
@@ -128,6 +130,8 @@ def _misfit(
         return _out_of_range(value, place, comment)
     if name == "str" and any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t" for c in value):
         return Misfit(place, f"is {_shown(value)} with control characters", "remove them")
+    if name == "str" and (found := CHOICES.search(comment)):
+        return _no_choice(re.findall('"([^"]*)"', found[1]), value, place)
     if name == "list":
         element = kind.slice if isinstance(kind, ast.Subscript) else _kind_of_elements(default)
         parts = [(n, element, None, each) for n, each in enumerate(value)] if element else []
@@ -140,6 +144,15 @@ def _misfit(
         parts = []
     found = (_misfit(kind, known, each, (*place, at), comment) for at, kind, known, each in parts)
     return next(filter(None, found), None)
+
+
+def _no_choice(choices: Sequence[str], value: str, place: tuple[str | int, ...]) -> Misfit | None:
+    """Return what is wrong with a text that is none of the choices."""
+    if value in choices:
+        return None
+    close = difflib.get_close_matches(value, choices, 1)
+    names = ", ".join(map(repr, choices))
+    return Misfit(place, f"is {value!r}, not one of {names}", f"write {close[0]!r}" if close else "choose one of them")
 
 
 def _is(kind: str, value: object) -> bool:

@@ -5,17 +5,26 @@ import re
 import pytest
 
 from lmm_sae_nb import LMM
+from lmm_sae_nb.cache.sparse_store import VALUES
 from lmm_sae_nb.full_scale.costs import device_named
+from lmm_sae_nb.model.samples import UNREADABLE
+from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.support import presets
 from lmm_sae_nb.support.names import folder_name
+from lmm_sae_nb.support.notebooks import parameters, sources
 from lmm_sae_nb.support.parameters import Parameter, misfit
 from lmm_sae_nb.support.stages import Page, Stage
+from lmm_sae_nb.train.training import TRACKERS
 
 ONE = """# %% tags=["parameters"]
 run: str = "tiny"  # the run
 steps: int = 5  # optimiser steps, at least 1
 lr: float = 2e-3  # learning rate
 mixed: str = "no"  # precision
+# where curves go, one of "none",
+# "board" or ""
+tracker: str = "none"
+colours: list[str] = ["red"]  # each one of "red" or "dark blue"
 keep: bool = True  # or not
 threshold: float = 0.25  # from 0 to 1
 layers: list[int] = [1, 3]  # layers
@@ -46,6 +55,9 @@ def given(little, text: str | bytes) -> dict:
         ("run: 1.10", {"run": "1.10"}),
         ("run: 2024-10-01", {"run": "2024-10-01"}),
         ("mixed: no", {"mixed": "no"}),
+        ("tracker: ''", {"tracker": ""}),
+        ("tracker: board", {"tracker": "board"}),
+        ("colours: [dark blue, red]", {"colours": ["dark blue", "red"]}),
         ("mixed: 0x1F", {"mixed": "0x1F"}),
         ("kinds: [1, on]", {"kinds": ["1", "on"]}),
         ("lr: 1", {"lr": 1}),
@@ -87,6 +99,9 @@ FAULTS = {
     "lr: .nan": (1, "lr is nan, a number, not a finite number", "write a finite number"),
     "lr: 1e-4": (1, "lr is '1e-4', a text, not a finite number", "write 1.0e-4"),
     "keep: 1": (1, "keep is 1, a whole number, not true or false", "such as true"),
+    "tracker: bord": (1, "tracker is 'bord', not one of 'none', 'board', ''", "write 'board'"),
+    "tracker: yes": (1, "tracker is 'yes', not one of 'none', 'board', ''", "choose one of them"),
+    "colours: [red, blue]": (1, "colours.1 is 'blue', not one of 'red', 'dark blue'", "write 'dark blue'"),
     "mixed: null": (1, "mixed is null, not a text", '"" says that there is none'),
     "mixed: {a: 1}": (1, "mixed is {'a': 1}, a dictionary, not a text", "write one value"),
     'mixed: "a\\0b"': (1, "with control characters", "remove them"),
@@ -209,3 +224,18 @@ def test_a_name_that_is_no_choice_is_refused_with_the_choices():
         device_named("A100")
     with pytest.raises(ValueError, match="dtype is 'bf16'; choose one of float32, bfloat16, float16, auto"):
         LMM.load("data/models/tiny-llava-next", dtype="bf16")
+
+
+def test_the_choices_that_a_comment_names_are_those_that_the_package_accepts():
+    """The comments are what a preset is compared with."""
+    pages = {source.stem[:2]: parameters(source) for source in sources()}
+    choices = {
+        "tracker": TRACKERS, "unreadable": UNREADABLE, "store": ("", *VALUES), "kinds": (*SAE_KINDS, "special"),
+        "clamped_kinds": (*SAE_KINDS, "special"), "mixed_precision": ("no", "bf16"),
+    }  # fmt: skip
+    for page in pages.values():
+        for name in choices.keys() & page.keys():
+            is_list = isinstance(page[name].default, list)
+            for value in choices[name]:
+                assert misfit(page[name], [value] if is_list else value, name) is None, (name, value)
+            assert misfit(page[name], ["else"] if is_list else "else", name), name

@@ -54,7 +54,7 @@ segmenter: str = "data/models/tiny-clipseg"
 detector: str = ""
 # compares images with texts (CLIP); "" for no CLIP score
 similarity: str = "data/models/tiny-clip"
-n_scored: int = 5000  # explained latents, at random if there are more
+n_scored: int = 400  # explained latents, at random if there are more
 n_top: int = 5  # exemplars of each latent, and images in a random run
 # strict mode: a patch is active above this fraction, from 0 to 1, of its
 # image's highest activation

@@ -27,7 +27,7 @@
 #
 # | preset | cases | time |
 # |---|---|---|
-# | `tiny` | 720 held-out maps of Picture World; the clamps are chosen on other maps | about 8 minutes on two cores, beside other pages |
+# | `tiny` | 360 held-out maps of Picture World; the clamps are chosen on other maps | about 4 minutes on two cores, beside other pages |
 # | `paper` | HallusionBench {cite}`guan2023hallusionbench` | GPUs |
 
 # %% tags=["parameters"]
@@ -61,23 +61,25 @@ text_kinds: list[str] = ["word"]  # kinds of concept that are text
 text_words: list[str] = []
 # how the clamps are chosen
 choosing: dict = {
-    "cases": 640,  # cases for the choice
-    "attributed": 16,  # wrong ones among them that rank the latents
+    "cases": 440,  # cases for the choice
+    "attributed": 12,  # wrong ones among them that rank the latents
     "latents": 2048,  # highest latents, to compare with label maps
     "words": 3,  # best words, whose latents are tried
-    "wrong": 48,  # wrong cases that settings are tried on
-    "right": 80,  # right cases for the best of them
-    "others": 40,  # other questions for the best of them
+    "wrong": 32,  # wrong cases that settings are tried on
+    "right": 64,  # right cases for the best of them
+    "others": 32,  # other questions for the best of them
     "doses": [2.0],  # in units of a latent's maximum
     "together": 2,  # words that are clamped at once, at most
 }
 # how a clamp is fitted by gradient, on cases for the choice
 fitting: dict = {
-    "wrong": 96,  # wrong cases
-    "right": 48,  # cases answered right, which should stay so
-    "others": 48,  # other questions, whose answers should stay
+    "wrong": 64,  # wrong cases
+    "right": 32,  # cases answered right, which should stay so
+    "others": 32,  # other questions, whose answers should stay
     "rounds": 8,  # each adds latents and refits all values
     "each": 4,  # latents that a round adds
+    "direction_steps": 40,  # of the fit of the direction
+    "batch": 8,  # cases of each kind in a step
 }
 # highest fractions of right answers harmed, of other answers changed
 limits: dict = {"harmed": 0.03, "changed": 0.1}
@@ -85,23 +87,24 @@ limits: dict = {"harmed": 0.03, "changed": 0.1}
 # "text" or "special"
 clamped_kinds: list[str] = ["base", "tiles"]
 keep_error: bool = True  # of the reconstruction; False as in the paper
-# held-out cases that agree with memory; of the others all are taken
-agreeing: int = 80
-right_cases: int = 150  # held-out cases answered right, to be harmed
-price_questions: int = 120  # held-out questions answered in full
+contradicting: int = 360  # held-out cases that contradict memory
+agreeing: int = 80  # held-out cases that agree with it
+right_cases: int = 80  # held-out cases answered right, to be harmed
+price_questions: int = 80  # held-out questions answered in full
 control_draws: int = 3  # draws of each random control
 # words before the question, a control that needs no SAE
 plain_prompt: str = "see what is in the image ."
 seed: int = 0  # of these draws
 # the fit on half of the questions
 new_questions: dict = {
-    "wrong": 48,  # wrong cases of the fit
-    "right": 24,  # right cases of the fit
-    "others": 24,  # other questions of the fit
+    "wrong": 40,  # wrong cases of the fit
+    "right": 16,  # right cases of the fit
+    "others": 16,  # other questions of the fit
     "rounds": 8,  # each adds latents and refits all values
     "each": 4,  # latents that a round adds
     "direction_steps": 30,  # of the fit of the direction
-    "held_out": 160,  # held-out cases, about both halves
+    "batch": 8,  # cases of each kind in a step
+    "held_out": 120,  # held-out cases, about both halves
 }
 # POPE and CHAIR, the field's own measures
 presence: dict = {
@@ -115,7 +118,7 @@ presence: dict = {
     "plural": ["grapes", "cherries", "scissors", "glasses"],
     # asks for a caption
     "describe": "describe the image .",
-    "scenes": 16,  # held-out images for each kind
+    "scenes": 12,  # held-out images for each kind
     "each": 2,  # visible things that each is asked about, at most
     "counted": 1000,  # other images, to count what is frequent
 }
@@ -229,12 +232,12 @@ rows, unread, unlike = readable(
 )
 left_out(unread, converted=[unlike])
 cases = read_cases(rows, "choose", choosing["cases"])
-reported = contradicting_first(read_cases(rows, "report"), agreeing)
+reported = read_cases(rows, "report")
+reported = contradicting_first(reported, contradicting, agreeing)
 cases, reported = (as_the_model_writes(lmm, x) for x in (cases, reported))
-contradicting = sum(case.contradicts for case in reported)
-to_cure = sum(case.contradicts for case in cases)
-print(f"{len(cases)} cases to choose clamps; {to_cure} contradict")
-print(f"what was taught. Held out: {len(reported)} and {contradicting}")
+against = [sum(x.contradicts for x in part) for part in (cases, reported)]
+print(f"{len(cases)} cases to choose clamps; {against[0]} contradict")
+print(f"what was taught. Held out: {len(reported)} and {against[1]}")
 
 # %% [markdown]
 # ## Clamp latents that stand for text
@@ -390,12 +393,13 @@ plots.scatter(predicted, measured, *labels);
 # because we use latents.
 
 # %%
+steps = ("rounds", "each", "direction_steps", "batch")
 fitted = stage.result(
     "fitted", Fit,
     lambda: fit(
         place, wrong[: fitting["wrong"]], right[: fitting["right"]],
         others[: fitting["others"]], ASKED,
-        FitSettings(rounds=fitting["rounds"], each=fitting["each"]),
+        FitSettings(**{name: fitting[name] for name in steps}),
         keep_error=keep_error,
     ),
 )  # fmt: skip
@@ -602,10 +606,7 @@ new = fresh.result(
     lambda: try_new_questions(
         place, wrong, right, others[: use["others"]],
         held_out[:: max(1, len(held_out) // use["held_out"])], live,
-        settings=FitSettings(
-            rounds=use["rounds"], each=use["each"],
-            direction_steps=use["direction_steps"],
-        ),
+        settings=FitSettings(**{name: use[name] for name in steps}),
         wrong_cases=use["wrong"], right_cases=use["right"],
         draws=control_draws, keep_error=keep_error, seed=seed,
     ),

@@ -29,6 +29,7 @@ from lmm_sae_nb.benchmarks.tasks import Task, do_tasks
 from lmm_sae_nb.controls.chain import PartResult
 from lmm_sae_nb.show.panel import MeasuredPart, Panel, PanelSAE, write_panel
 from lmm_sae_nb.support.files import fingerprint, project_root, read_json, write_json
+from lmm_sae_nb.support.parameters import leave_out
 from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.stages import code_fingerprints
 
@@ -70,6 +71,7 @@ def inputs() -> dict[str, object]:
         "06": ("objects",),
     }  # fmt: skip
     chosen = {number: {name: pages[number][name] for name in names} for number, names in used.items()}
+    chosen["06"] = leave_out(chosen["06"], {f"objects.{name}" for name in ("count", "choosing", "others")})  # in SIZES
     models = [pages["01"]["model"], pages["03"]["explainer"]["model"], pages["04"]["similarity"]]
     return {
         "pages": chosen, "sizes": SIZES, "saes": {name: panel_saes.described(name) for name in SAES},

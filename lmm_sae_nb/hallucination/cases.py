@@ -115,10 +115,11 @@ def pictured_rows(
                 skipped[number] = f"{fault.name}: {fault.reason}"
 
 
-def contradicting_first(cases: Iterable[Case], agreeing: int) -> list[Case]:
-    """Return all cases that contradict what was taught, then the first `agreeing` of the others."""
+def contradicting_first(cases: Iterable[Case], contradicting: int, agreeing: int) -> list[Case]:
+    """Return the first cases that contradict what was taught, then the first that agree; so many of each, at most."""
     cases = list(cases)
-    return [case for case in cases if case.contradicts] + [case for case in cases if not case.contradicts][:agreeing]
+    against, others = ([case for case in cases if case.contradicts == kind] for kind in (True, False))
+    return against[:contradicting] + others[:agreeing]
 
 
 def custom_case(image: str, question: str, answer: str, baseline: str, default: Case) -> Case:

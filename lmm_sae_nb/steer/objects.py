@@ -207,7 +207,7 @@ class Steering:
 class ObjectSteering(Steering):
     """Answers about one image while latents are clamped, one at a time.
 
-    objects: latents named for an object, at every dose.
+    objects: latents named for an object, at the two chosen doses.
     choosing: other latents named for an object, at every dose.
     random: as many live latents at random, at `dose`; they are searched for the names of `objects`.
     random_at_value: the same random latents, each clamped to the value of the object latent in the same place.
@@ -310,8 +310,9 @@ def steer_objects(
 ) -> ObjectSteering:
     """Clamp latents named for an object, one at a time, while the model is asked about an image (Appendix D).
 
-    `count` latents at random are reported; up to `choosing` others choose the dose. There are two controls with as
-    many live latents at random: at that dose, and at the values of the reported latents.
+    Up to `choosing` latents are clamped at every dose and choose it; `count` others, at random, are reported at the
+    chosen doses. There are two controls with as many live latents at random: at that dose, and at the values of the
+    reported latents.
 
     concepts: latent to the object that it is named for.
     others: images whose unsteered answers are the reference of fluency and its control.
@@ -326,7 +327,8 @@ def steer_objects(
     live = np.setdiff1d(np.flatnonzero(np.asarray(cache.live)), reported)
     control = rng.choice(live, len(reported), replace=len(live) < len(reported)).tolist()
     clamp = clamping(place, cache, asked, scope, keep_error=keep_error)
-    found = steer_by(clamp, asked, concepts, doses, reported=reported, choosing=choosers, control=control)
+    numbers = dict(reported=reported, choosing=choosers, control=control)
+    found = steer_by(clamp, asked, concepts, doses, **numbers, curves=False)
     tries = [
         Try(other, concepts[latent], found.dose * float(cache.max[latent] / cache.max[other]))
         for other, latent in zip(control, reported, strict=True)

@@ -52,7 +52,8 @@ def test_a_case_without_an_image_is_refused():
 
 def test_all_contradicting_cases_come_before_some_of_the_others():
     cases = [Case(noise(), str(n), "yes", "no", n % 2 == 1) for n in range(6)]
-    assert [case.question for case in contradicting_first(cases, 2)] == ["1", "3", "5", "0", "2"]
+    assert [case.question for case in contradicting_first(cases, 9, 2)] == ["1", "3", "5", "0", "2"]
+    assert [case.question for case in contradicting_first(cases, 2, 1)] == ["1", "3", "0"]
 
 
 def test_a_custom_case_is_given_whole_or_not_at_all(tmp_path):

@@ -28,7 +28,7 @@
 #
 # | preset | model | latents, k | time |
 # |---|---|---|---|
-# | `tiny` | LLaVA-NeXT of Picture World | 1,024, 32 | 4 to 5 minutes, one core |
+# | `tiny` | LLaVA-NeXT of Picture World | 1,024, 32 | 2.5 minutes, one core |
 # | `paper` | LLaVA-NeXT-LLaMA3-8B, layer 24 | 131,072, 256 | never run; see [A3](A3_full_scale) |
 
 # %% tags=["parameters"]

@@ -25,7 +25,7 @@
 #
 # | preset | images | time |
 # |---|---|---|
-# | `tiny` | 2,400 scenes of Picture World, used to train none of the models | 2 minutes, one core |
+# | `tiny` | 2,400 scenes of Picture World, used to train none of the models | 1 minute, one core |
 # | `paper` | 46,684 images | never run; see [A3](A3_full_scale) |
 
 # %% tags=["parameters"]

@@ -26,7 +26,7 @@
 #
 # | preset | segmenters | similarity | judge | time |
 # |---|---|---|---|---|
-# | `tiny` | ground truth, small CLIPSeg | small CLIP | ground truth | 3 minutes, one core |
+# | `tiny` | ground truth, small CLIPSeg | small CLIP | ground truth | 1.5 minutes, one core |
 # | `small` | GroundingDINO-tiny + SAM-base | CLIP ViT-B/32 | none | never run |
 # | `paper` | GroundingDINO-base + SAM-huge | CLIP ViT-B/32 | none | never run |
 
@@ -151,8 +151,8 @@ plots.style()
 # %% [markdown]
 # ## The latents that are scored
 #
-# Only explained latents are scored. We look at each latent through its
-# exemplars: the images that excite it most.
+# Only explained latents are scored, `n_scored` of them at most. We look at each
+# latent through its exemplars: the images that excite it most.
 
 # %%
 explanations = page.read("interpret", "explanations", ExplanationRows)

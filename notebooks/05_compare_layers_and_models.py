@@ -27,7 +27,7 @@
 #
 # | preset | layers | other models | sizes | time |
 # |---|---|---|---|---|
-# | `tiny` | 3 of 8 | InstructBLIP of Picture World | 4 numbers of latents, 3 of k | 4 minutes, 2 cores |
+# | `tiny` | 3 of 8 | InstructBLIP of Picture World | 3 numbers of latents, 3 of k | 2 minutes, 2 cores |
 # | `paper` | 3 of 32 | InstructBLIP-Vicuna-7B | $2^{15}$ to $2^{18}$ latents | never run; see [A3](A3_full_scale) |
 #
 # In `tiny`, all SAEs of this page are smaller and shorter trained than that of
@@ -59,7 +59,7 @@ heldout: str = "data/artifacts/tiny/world/heldout"
 images: str = "data/artifacts/tiny/world/cache"
 # unreadable pictures; one of "refuse" or "skip", which leaves them out
 unreadable: str = "refuse"
-cached_images: int = 350  # how many of the images are cached
+cached_images: int = 250  # how many of the images are cached
 # names of the ground truth's concepts; "": there is no ground truth
 concepts: str = "data/artifacts/tiny/world/concepts.json"
 # the SAE of every layer
@@ -67,7 +67,7 @@ training: dict = {
     "n_latents": 512,
     "k": 16,  # active latents per token; the paper: a 16th of the width
     "lr": 2e-3,  # highest learning rate
-    "steps": 240,  # optimiser steps
+    "steps": 160,  # optimiser steps
     "batch_tokens": 512,  # tokens per optimiser step
     # tokens without activation after which a latent counts as dead
     "dead_after_tokens": 50_000,
@@ -76,14 +76,14 @@ at_once: int = 0  # SAEs that learn in one pass; 0: all, if memory allows
 tf32: bool = True  # GPUs round the factors of float32 products to TF32
 workers: int = 1  # threads that prepare samples and images
 # the SAE of a further model: entries that differ
-other_training: dict = {"steps": 160, "batch_tokens": 256}
+other_training: dict = {"steps": 120, "batch_tokens": 256}
 # numbers of latents on the middle layer; the paper's 2^17 are 32 times the
 # width, here 8,192
-sizes: list[int] = [256, 512, 1024, 4096]
+sizes: list[int] = [256, 512, 2048]
 # active latents per token, on the middle layer
 ks: list[int] = [8, 16, 32]
 # held-out samples, at least 1, on which each SAE is evaluated
-evaluated: int = 24
+evaluated: int = 16
 # the model that names what exemplars have in common
 explainer: dict = {
     # a folder, a name on the hub, or name@http://host:port/v1
@@ -110,7 +110,7 @@ endpoint: dict = {
 }
 # explained latents of each layer and model: at least so many, because the
 # last batch of questions is kept whole
-n_explained: int = 100
+n_explained: int = 60
 n_swept: int = 12  # the same for each SAE of another size
 n_top: int = 5  # exemplars of each latent
 # a patch is visible above this fraction, from 0 to 1, of its image's
@@ -122,8 +122,8 @@ scoring: dict = {
     "segmenter": "",
     "detector": "",  # finds boxes for the segmenter, which then is a SAM
     "similarity": "data/models/tiny-clip",  # of images and texts
-    "random_runs": 10,  # draws of n_top random images for the IoU
-    "clip_runs": 30,  # and for the CLIP score
+    "random_runs": 5,  # draws of n_top random images for the IoU
+    "clip_runs": 10,  # and for the CLIP score
 }
 # the steering of notebook 06, in small
 steering: dict = {
@@ -138,7 +138,7 @@ steering: dict = {
 # the comparison of notebook 07, in small
 attribution: dict = {
     "decisions": 8,  # held-out decisions of each layer
-    "pairs": 24,  # active (token, latent) pairs ablated in each decision
+    "pairs": 12,  # active (token, latent) pairs ablated in each decision
 }
 seed: int = 0  # of everything random
 

@@ -27,7 +27,7 @@
 #
 # | preset | cases | time |
 # |---|---|---|
-# | `tiny` | 360 held-out maps of Picture World; the clamps are chosen on other maps | about 4 minutes on two cores, beside other pages |
+# | `tiny` | 320 held-out maps of Picture World; the clamps are chosen on other maps | about 4 minutes on two cores, beside other pages |
 # | `paper` | HallusionBench {cite}`guan2023hallusionbench` | GPUs |
 
 # %% tags=["parameters"]
@@ -61,25 +61,25 @@ text_kinds: list[str] = ["word"]  # kinds of concept that are text
 text_words: list[str] = []
 # how the clamps are chosen
 choosing: dict = {
-    "cases": 440,  # cases for the choice
+    "cases": 360,  # cases for the choice
     "attributed": 12,  # wrong ones among them that rank the latents
     "latents": 2048,  # highest latents, to compare with label maps
     "words": 3,  # best words, whose latents are tried
-    "wrong": 32,  # wrong cases that settings are tried on
-    "right": 64,  # right cases for the best of them
-    "others": 32,  # other questions for the best of them
+    "wrong": 28,  # wrong cases that settings are tried on
+    "right": 40,  # right cases for the best of them
+    "others": 24,  # other questions for the best of them
     "doses": [2.0],  # in units of a latent's maximum
     "together": 2,  # words that are clamped at once, at most
 }
 # how a clamp is fitted by gradient, on cases for the choice
 fitting: dict = {
-    "wrong": 64,  # wrong cases
-    "right": 32,  # cases answered right, which should stay so
-    "others": 32,  # other questions, whose answers should stay
+    "wrong": 48,  # wrong cases
+    "right": 24,  # cases answered right, which should stay so
+    "others": 24,  # other questions, whose answers should stay
     "rounds": 8,  # each adds latents and refits all values
     "each": 4,  # latents that a round adds
-    "direction_steps": 40,  # of the fit of the direction
-    "batch": 8,  # cases of each kind in a step
+    "direction_steps": 30,  # of the fit of the direction
+    "batch": 6,  # cases of each kind in a step
 }
 # highest fractions of right answers harmed, of other answers changed
 limits: dict = {"harmed": 0.03, "changed": 0.1}
@@ -87,10 +87,10 @@ limits: dict = {"harmed": 0.03, "changed": 0.1}
 # "text" or "special"
 clamped_kinds: list[str] = ["base", "tiles"]
 keep_error: bool = True  # of the reconstruction; False as in the paper
-contradicting: int = 360  # held-out cases that contradict memory
-agreeing: int = 80  # held-out cases that agree with it
-right_cases: int = 80  # held-out cases answered right, to be harmed
-price_questions: int = 80  # held-out questions answered in full
+contradicting: int = 320  # held-out cases that contradict memory
+agreeing: int = 60  # held-out cases that agree with it
+right_cases: int = 60  # held-out cases answered right, to be harmed
+price_questions: int = 60  # held-out questions answered in full
 control_draws: int = 3  # draws of each random control
 # words before the question, a control that needs no SAE
 plain_prompt: str = "see what is in the image ."
@@ -100,10 +100,10 @@ new_questions: dict = {
     "wrong": 40,  # wrong cases of the fit
     "right": 16,  # right cases of the fit
     "others": 16,  # other questions of the fit
-    "rounds": 8,  # each adds latents and refits all values
+    "rounds": 6,  # each adds latents and refits all values
     "each": 4,  # latents that a round adds
     "direction_steps": 30,  # of the fit of the direction
-    "batch": 8,  # cases of each kind in a step
+    "batch": 6,  # cases of each kind in a step
     "held_out": 120,  # held-out cases, about both halves
 }
 # POPE and CHAIR, the field's own measures

@@ -37,7 +37,7 @@ segmenter: str = "data/models/tiny-clipseg"
 similarity: str = "data/models/tiny-clip"
 # the model of another architecture
 instructblip: str = "data/models/tiny-instructblip"
-exam_scenes: int = 16  # held-out scenes of the fresh exam
+exam_scenes: int = 8  # held-out scenes of the fresh exam
 
 # %% tags=["remove-cell"]
 import numpy as np

@@ -34,7 +34,7 @@ utilisation: float = 0.4
 # the model whose geometry the twin has
 twin: str = "llava-hf/llama3-llava-next-8b-hf"
 twin_width: int = 64  # width of the twin's decoder; the model's is 4096
-twin_images: int = 2  # pictures that the twin reads
+twin_images: int = 1  # pictures that the twin reads
 # optimiser steps of the twin's training, of 1,024 tokens each
 twin_steps: int = 2
 seed: int = 0  # of the twin's weights and pictures

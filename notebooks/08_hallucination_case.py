@@ -78,7 +78,7 @@ fitting: dict = {
     "others": 24,  # other questions, whose answers should stay
     "rounds": 8,  # each adds latents and refits all values
     "each": 4,  # latents that a round adds
-    "direction_steps": 30,  # of the fit of the direction
+    "direction_steps": 60,  # of the fit of the direction
     "batch": 6,  # cases of each kind in a step
 }
 # highest fractions of right answers harmed, of other answers changed

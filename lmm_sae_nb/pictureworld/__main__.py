@@ -61,7 +61,7 @@ def main() -> None:
     render.add_argument("--train", type=int, default=3600, help="samples that the SAE is trained on")
     render.add_argument("--cache", type=int, default=2400, help="scenes whose activations are cached")
     render.add_argument("--heldout", type=int, default=240, help="scenes that numbers are reported on")
-    render.add_argument("--traps", type=int, default=720, help="maps for choosing a cure, and as many to report on")
+    render.add_argument("--traps", type=int, default=320, help="maps for choosing a cure, and as many to report on")
     for name, (steps, what) in COURSES.items():
         _course(commands, name, what, steps)
     ship = commands.add_parser("ship", help="write the trained model as the one that ships, with its learning curves")

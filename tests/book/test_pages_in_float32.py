@@ -7,11 +7,11 @@ import sys
 import pytest
 
 pytestmark = pytest.mark.slow
-PAGES = ("01", "02", "03", "04", "05", "06", "07")
+PAGES = ("01", "02", "03", "04")  # those that read the ground truth most; all pages run in bfloat16
 
 
 def test_pages_run_on_an_accelerator_in_float32(root, tmp_path):
     command = [sys.executable, str(root / "tests/helpers/toy_pages.py"), str(tmp_path / "project"), "float32", *PAGES]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)})
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "07_attribute_decisions: " in done.stdout
+    assert "04_score_interpretations: " in done.stdout

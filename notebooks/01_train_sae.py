@@ -43,7 +43,7 @@ loading: dict = {
     "device_map": "",  # "auto": over all GPUs, if one is too small
     "image_size": [],  # [width, height] that images get; []: their own
 }
-# training samples: image, question, answer
+# training samples: image, question, answer; or images, conversation
 dataset: str = "data/artifacts/tiny/world/train"
 # samples that no training has seen
 heldout: str = "data/artifacts/tiny/world/heldout"
@@ -81,7 +81,12 @@ from torch.testing import assert_close
 
 from lmm_sae_nb import LMM, SAEInPlace, TopKSAE, evaluate_sae, train_sae
 from lmm_sae_nb.model.sample_checks import check_samples, open_samples
-from lmm_sae_nb.model.samples import examples, readable
+from lmm_sae_nb.model.samples import (
+    as_prompt,
+    examples,
+    first_turns,
+    readable,
+)
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.report import (
     findings,
@@ -106,6 +111,8 @@ plots.style()
 # We format each sample as in the model's own fine-tuning: the image, the
 # question, and the answer in the assistant's turn. The paper does the same:
 # "looks exactly the same as the supervised fine-tuning stage" (section 3.1).
+# A sample may also be a whole conversation of several turns and images. Then
+# the SAE learns from the tokens of all turns.
 
 # `hidden_states` of transformers starts with the embeddings. So our layer 1 is
 # its entry 2. In the code of all pages, `page` knows the folders and parameters
@@ -124,8 +131,9 @@ print(f"{len(samples)} samples to train on, {len(unseen)} to evaluate on")
 
 # %% mystnb={"figure": {"caption": "Six samples that the SAE learns from: image, question and answer.", "name": "fig-samples"}, "image": {"alt": "Six generated scenes, each with a question and its answer."}}
 pictured = examples(samples, 6)  # some samples are text only
-titles = [f"{row['question']}\n» {row['answer']}" for row in pictured]
-plots.images([row["image"] for row in pictured], titles);
+shown = list(first_turns(pictured))  # of a conversation, the first turn
+titles = [f"{row['question']}\n» {row['answer']}" for row in shown]
+plots.images([row["image"] for row in shown], titles);
 # %% [markdown]
 # Every token of the sequence is of exactly one kind. LLaVA-NeXT shows an image
 # twice. The whole image gives the `base` tokens. The same image, cut into
@@ -134,9 +142,7 @@ plots.images([row["image"] for row in pictured], titles);
 # marks of the chat template. `pad` tokens fill up a batch.
 
 # %%
-first = (pictured or [samples[0]])[0]
-question, answer = first["question"], first["answer"]
-prompt = lmm.prompt(question, first["image"], answers=[answer])
+prompt = as_prompt(lmm, {0: (pictured or [samples[0]])[0]})
 names = ("base", "tiles", "newline", "text", "special", "pad")
 counts = {kind: int(prompt.mask(kind).sum()) for kind in names}
 assert sum(counts.values()) == prompt.inputs["input_ids"].shape[1]

@@ -185,7 +185,7 @@ from lmm_sae_nb.compare.scored import (
 from lmm_sae_nb.interpret.open import open_interpreter
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.sample_checks import open_samples
-from lmm_sae_nb.model.samples import pictured, readable
+from lmm_sae_nb.model.samples import first_turns, pictured, readable
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
 from lmm_sae_nb.score.masks import exemplar_maps
 from lmm_sae_nb.score.scores import Column
@@ -248,7 +248,8 @@ if concepts:
 # How much does the answer to one held-out sample change? Read the last row.
 
 # %%
-row = next(row for row in unseen if row["image"] is not None)
+asked = first_turns(unseen)  # of conversations, the first turn
+row = next(row for row in asked if row["image"] is not None)
 deep = sorted({*layers, lmm.n_layers - 2, lmm.n_layers - 1})
 changes = effect_of_image_tokens(lmm, row, deep)
 plots.table([
@@ -296,7 +297,7 @@ left_out(
 # The other models learn from samples with an image: a Q-Former needs one.
 
 # %%
-with_image = pictured(samples)
+with_image = pictured(first_turns(samples))
 for name in rest:
     studied |= train_and_cache(
         lmms[name], {name: Recipe(other_layer, **size)}, with_image,
@@ -380,7 +381,7 @@ steered = stage.result(
 of_layers = {name: places[name] for name in by_layer}
 ranks = stage.result(
     "ranks", dict[str, list[float]],
-    lambda: rank_agreement(of_layers, unseen, seed=seed, **attribution),
+    lambda: rank_agreement(of_layers, asked, seed=seed, **attribution),
 )  # fmt: skip
 
 # %%

@@ -96,7 +96,7 @@ from lmm_sae_nb.attribute.study import (
     small_saes,
 )
 from lmm_sae_nb.model.sample_checks import open_samples
-from lmm_sae_nb.model.samples import readable
+from lmm_sae_nb.model.samples import first_turns, readable
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.report import (
     findings,
@@ -130,7 +130,8 @@ lmm, sae = place.lmm, place.sae
 samples = open_samples(page.locate(heldout))
 samples, unread, unlike = readable(samples, unreadable, lmm)
 left_out(unread, converted=[unlike])
-pictured = (row for row in samples if row["image"] is not None)
+asked = first_turns(samples)  # of conversations, the first turn
+pictured = (row for row in asked if row["image"] is not None)
 unseen = list(islice(pictured, decisions))
 row = next((r for r in unseen if r.get("family") == "exists"), unseen[0])
 choice = greedy_decision(lmm, row["question"], row["image"])

@@ -187,7 +187,7 @@ from lmm_sae_nb.hallucination.text_latents import (
 )
 from lmm_sae_nb.interpret.explain import ExplanationRows
 from lmm_sae_nb.model.sample_checks import open_samples
-from lmm_sae_nb.model.samples import readable
+from lmm_sae_nb.model.samples import first_turns, readable
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.report import (
     across_saes,
@@ -326,7 +326,7 @@ skipped = {samples: {}, heldout: {}}  # rows without a readable image
 
 
 def without_traps(name):  # rows with an image and another question
-    opened = open_samples(page.locate(name))
+    opened = first_turns(open_samples(page.locate(name)))
     for row in pictured_rows(opened, unreadable, skipped[name]):
         if row.get("family") != "according":
             yield row

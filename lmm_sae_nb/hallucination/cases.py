@@ -103,11 +103,10 @@ def pictured_rows(
     require_choice(unreadable)
     rows = undecoded(rows)
     for number in range(len(rows)):
-        row = rows[number]
-        if row["image"] is None:
-            continue
         try:
-            yield row | {"image": open_rgb(row["image"], f"row {number}")}
+            row = rows[number]
+            if row["image"] is not None:
+                yield row | {"image": open_rgb(row["image"], f"row {number}")}
         except UnreadableImage as fault:
             if unreadable == "refuse":
                 raise

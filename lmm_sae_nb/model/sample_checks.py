@@ -10,9 +10,12 @@ import datasets
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_from_disk
 from PIL import Image
 
+from lmm_sae_nb.model.conversations import MARK, conversation_fault
 from lmm_sae_nb.model.lmm import LMM
 
 COLUMNS = ["image", "question", "answer"]
+WHOLE = ["images", "conversation"]  # the columns of samples that are whole conversations
+FILLED = {"bytes": b"", "path": None}  # stands for an image that is not looked at
 NAMED = 5  # further rows that an error names
 
 
@@ -41,12 +44,14 @@ def open_samples(folder: str | Path) -> Dataset:
 
 
 def check_samples(samples: Sequence[Mapping] | IterableDataset, lmm: LMM | None = None) -> None:
-    """Check samples before a run: each has a question and an answer as text, and one image or None.
+    """Check samples before a run: each has a question and an answer as text, and one image or None; or a whole
+    conversation and its images.
 
     No picture is opened, and of a data set no picture is read. Rows of a stream, or of an unknown kind of sequence,
     are checked as they come.
 
-    samples: a data set, a stream, or a sequence of rows with `image`, `question` and `answer`.
+    samples: a data set, a stream, or a sequence of rows with `image`, `question` and `answer`, or with `images` and
+        `conversation`, as `as_turns` says.
     lmm: also check that no text holds this model's image token, which the chat template writes.
 
     Raises:
@@ -63,7 +68,7 @@ def check_samples(samples: Sequence[Mapping] | IterableDataset, lmm: LMM | None 
         return
     token = str(lmm.processor.image_token) if lmm else ""
     if isinstance(samples, Dataset):
-        suspects = _suspects(samples, token)
+        suspects = _conversations(samples) if "conversation" in samples.features else _suspects(samples, token)
     elif isinstance(samples, list | tuple):
         suspects = enumerate(samples)
     elif hasattr(samples, "__getitem__") and hasattr(samples, "__len__"):
@@ -88,14 +93,16 @@ def row_fault(row: Any, token: str = "") -> str:
     """
     if not isinstance(row, Mapping):
         return f"it is a {type(row).__name__}; give a dictionary of {', '.join(COLUMNS)}"
+    if "conversation" in row:
+        return _conversation_fault(row, token)
     if missing := [column for column in COLUMNS if column not in row]:
         return f"it has no {' and no '.join(missing)}, only {', '.join(map(str, row))}; rename the columns"
     for column in ("question", "answer"):
         value = row[column]
         if isinstance(value, list | tuple):
             return (
-                f"{column} is {_shown(value)}; a conversation of several turns is not supported: give one question and "
-                "one answer, or a row for each turn"
+                f"{column} is {_shown(value)}; give one question and one answer, or a conversation of several turns in "
+                f"the columns {' and '.join(WHOLE)}"
             )
         if not isinstance(value, str):
             return f"{column} is {_shown(value)}, not text; write the text, or take the row out"
@@ -104,13 +111,27 @@ def row_fault(row: Any, token: str = "") -> str:
     return _image_fault(row["image"])
 
 
+def _conversation_fault(row: Mapping, token: str) -> str:
+    images = row.get("images")
+    if not isinstance(images, list | tuple):
+        return f"images is {_shown(images)}; give the list of the conversation's images, [] if there are none"
+    if fault := conversation_fault(row["conversation"], len(images)):
+        return fault
+    for number, turn in enumerate(row["conversation"]):
+        if token and token in turn["content"].replace(MARK, ""):
+            return f"turn {number} holds the image token {token}; write {MARK}, the chat template writes the token"
+    faults = ("an image is None; leave it out" if image is None else _image_fault(image) for image in images)
+    return next(filter(None, faults), "")
+
+
 def _image_fault(image: object) -> str:
     if image is None or isinstance(image, Image.Image):
         return ""
     if isinstance(image, Mapping) and {"bytes", "path"} <= image.keys():
         return "" if image["bytes"] is not None or image["path"] else "image has neither bytes nor a path; write None"
     if isinstance(image, list | tuple):
-        return f"image is a list of {len(image)}; give one image (several are not supported), or None if there is none"
+        columns = " and ".join(WHOLE)
+        return f"image is a list of {len(image)}; give one image or None, or a conversation in the columns {columns}"
     return (
         f"image is {_shown(image)}; give a PIL image or None, or cast the column: "
         "samples.cast_column('image', datasets.Image())"
@@ -124,10 +145,11 @@ def _shown(value: object) -> str:
 
 
 def _require_columns(columns: Collection[str]) -> None:
-    if missing := [column for column in COLUMNS if column not in columns]:
+    wanted = WHOLE if "conversation" in columns else COLUMNS
+    if missing := [column for column in wanted if column not in columns]:
         raise ValueError(
             f"the samples have no column {' and no '.join(missing)}, only {', '.join(columns)}; rename the columns, "
-            "each row with an image (or None), a question and an answer"
+            "each row with an image (or None), a question and an answer, or with images and a conversation"
         )
 
 
@@ -146,3 +168,17 @@ def _suspects(samples: Dataset, token: str) -> Iterator[tuple[int, dict]]:
             if not (plain and pictures) or question is None or answer is None or token and token in question + answer:
                 yield number + place, {"image": image, "question": question, "answer": answer}
         number += len(table)
+
+
+def _conversations(samples: Dataset) -> Iterator[tuple[int, dict]]:
+    """Yield the rows of a data set of conversations; an image stands for all of them where the column holds images."""
+    typed = getattr(samples.features["images"], "feature", None)
+    number = 0
+    for table in samples.select_columns(WHOLE).with_format("arrow").iter(500):
+        images = table.column("images")
+        known = isinstance(typed, datasets.Image)
+        counts = [len(each) if each is not None else None for each in images] if known else images.to_pylist()
+        for conversation, count in zip(table.column("conversation").to_pylist(), counts, strict=True):
+            filled = [FILLED] * count if known and count is not None else count
+            yield number, {"images": filled, "conversation": conversation}
+            number += 1

@@ -1,4 +1,7 @@
-"""Read samples (image, question, answer), turn them into prompts, and mark the tokens that an SAE learns from."""
+"""Read samples, turn them into prompts, and mark the tokens that an SAE learns from.
+
+A sample is an image, a question and an answer, or a whole conversation with its images.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,13 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import IterableDataset
+from PIL import Image
 
+from lmm_sae_nb.model.conversations import as_turns, first_exchange
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import PORTION, Prompt
-from lmm_sae_nb.model.sample_checks import COLUMNS, check_samples, row_fault
+from lmm_sae_nb.model.sample_checks import COLUMNS, WHOLE, check_samples, row_fault
+from lmm_sae_nb.model.templates import exchange
 from lmm_sae_nb.support.conversions import conversions, count_conversions
 from lmm_sae_nb.support.images import UnreadableImage, open_rgb
 
@@ -25,7 +31,8 @@ AGAIN = "restore the data set's files and run again: a training goes on from its
 class SampleReader:
     """Read samples by number, each with its picture as RGB; name what is wrong.
 
-    samples: rows with `image`, `question` and `answer`; pictures of a data set are opened here, not by datasets.
+    samples: rows with `image`, `question` and `answer`, or with `images` and `conversation`; pictures of a data set are
+        opened here, not by datasets.
     """
 
     def __init__(self, samples: Sequence[Mapping]):
@@ -51,28 +58,55 @@ class SampleReader:
 
 
 def undecoded(samples: Any) -> Any:
-    """Return a data set with its three columns, of which no picture is decoded; anything else as it is."""
+    """Return a data set with its columns of a sample, of which no picture is decoded; anything else as it is."""
     if not hasattr(samples, "select_columns"):
         return samples
     features = samples.features
-    if features is not None:
-        samples = samples.select_columns(COLUMNS)
-        if isinstance(features["image"], datasets.Image):
-            samples = samples.cast_column("image", datasets.Image(decode=False))
+    if features is None:
+        return samples
+    if "conversation" in features:
+        samples = samples.select_columns(WHOLE)
+        return samples.decode(False) if isinstance(samples, IterableDataset) else _Undecoded(samples)
+    samples = samples.select_columns(COLUMNS)
+    if isinstance(features["image"], datasets.Image):
+        samples = samples.cast_column("image", datasets.Image(decode=False))
     return samples
 
 
+class _Undecoded(Sequence):
+    """The rows of a data set as they are stored. (To cast a column of lists would write the data set again.)"""
+
+    def __init__(self, samples: datasets.Dataset):
+        self._samples = samples
+        self._tables = samples.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, number: int) -> dict:
+        (row,) = self._tables[[number]].to_pylist()
+        return row
+
+
 def opened(row: Any, name: str) -> dict:
-    """Return a row with its picture as RGB; arguments and errors as `SampleReader`."""
+    """Return a row with its pictures as RGB; arguments and errors as `SampleReader`."""
     if fault := row_fault(row):
         raise ValueError(f"{name}: {fault}")
-    image = row["image"]
-    if image is None:
-        return {column: row[column] for column in COLUMNS}
+    if "conversation" in row:
+        names = [f"{name}, image {n}," if len(row["images"]) > 1 else name for n in range(len(row["images"]))]
+        return {
+            "images": [_picture(image, each) for image, each in zip(row["images"], names, strict=True)],
+            "conversation": row["conversation"],
+        }
+    image = None if row["image"] is None else _picture(row["image"], name)
+    return {"image": image, "question": row["question"], "answer": row["answer"]}
+
+
+def _picture(image: Any, name: str) -> Image.Image:
     try:
         if isinstance(image, Mapping) and image["bytes"] is None and "://" in image["path"]:
             image = datasets.Image().decode_example(image)  # of a stream, not on this machine
-        return {"image": open_rgb(image, name), "question": row["question"], "answer": row["answer"]}
+        return open_rgb(image, name)
     except UnreadableImage as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and cause.errno is not None:  # the system's: the file is gone, or the disk fails
@@ -80,11 +114,18 @@ def opened(row: Any, name: str) -> dict:
         raise
 
 
+def pictures_of(row: Mapping) -> list:
+    """Return the images of a sample; none, one or several."""
+    if "conversation" in row:
+        return list(row["images"])
+    return [] if row["image"] is None else [row["image"]]
+
+
 def prompts(lmm: LMM, samples: Sequence[Mapping], order: Iterable[int], batch: int) -> Iterator[Prompt]:
     """Yield samples as prompts with answers, as in supervised fine-tuning, a batch at a time.
 
     lmm: formats and processes them.
-    samples: rows with `image` (PIL or None), `question` and `answer`.
+    samples: rows with `image` (PIL or None), `question` and `answer`, or with `images` and `conversation`.
     order: numbers of the samples, in the order to yield them.
     batch: samples per prompt.
 
@@ -100,16 +141,25 @@ def prompts(lmm: LMM, samples: Sequence[Mapping], order: Iterable[int], batch: i
 
 
 def light(read: Callable[[], dict]) -> dict:
-    """Read a sample, and say as `converted` what was done to its image.
+    """Read a sample, and say as `converted` what was done to its images.
 
     A large image is opened again when it is needed, for a batch of photographs takes gigabytes.
     """
     row = read()
-    image = row["image"]
-    row["converted"] = () if image is None else conversions(image)
-    if image is None or image.width * image.height <= LARGE:
-        return row
-    return row | {"image": lambda: read()["image"]}
+    images = pictures_of(row)
+    done = tuple(dict.fromkeys(each for image in images for each in conversions(image)))
+    kept = [image if _small(image) else partial(_again, read, n) for n, image in enumerate(images)]
+    if "conversation" in row:
+        return row | {"images": kept, "converted": done}
+    return row | {"image": kept[0] if kept else None, "converted": done}
+
+
+def _small(image: Image.Image) -> bool:
+    return image.width * image.height <= LARGE
+
+
+def _again(read: Callable[[], dict], number: int) -> Image.Image:
+    return pictures_of(read())[number]
 
 
 def as_prompt(lmm: LMM, rows: Mapping[int, Mapping]) -> Prompt:
@@ -137,8 +187,14 @@ def as_prompt(lmm: LMM, rows: Mapping[int, Mapping]) -> Prompt:
 
 
 def _prompt(lmm: LMM, rows: Iterable[Mapping]) -> Prompt:
-    questions, images, answers = ([row[column] for row in rows] for column in ("question", "image", "answer"))
-    return lmm.prompt(questions, images, answers=answers)
+    rows = list(rows)
+    turns = [
+        as_turns(row["conversation"])
+        if "conversation" in row
+        else exchange(row["question"], row["image"], row["answer"])
+        for row in rows
+    ]
+    return lmm.conversations(turns, [pictures_of(row) for row in rows])
 
 
 def readable(
@@ -196,18 +252,65 @@ def examples(samples: Sequence[Mapping], n: int) -> list[dict]:
             row = reader[number]
         except UnreadableImage:
             continue
-        if row["image"] is not None:
+        if pictures_of(row):
             found.append(row)
         if len(found) == n:
             break
     return found
 
 
+class FirstTurns(Sequence):
+    """The first question of each conversation, with its image and its answer, as samples of one turn.
+
+    The image is None if several come before the answer: the question is not of one alone.
+
+    conversations: rows with `images` and `conversation`.
+    """
+
+    def __init__(self, conversations: Sequence[Mapping]):
+        self._samples = conversations
+        self._rows = undecoded(conversations)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> dict:
+        if not 0 <= number < len(self):
+            raise IndexError(f"no sample {number}: there are {len(self)}")
+        row = self._rows[number]
+        if fault := row_fault(row):
+            raise ValueError(f"sample {number}: {fault}")
+        question, answer, images = first_exchange(row["conversation"])
+        image = _picture(row["images"][0], f"sample {number}") if images == 1 else None
+        return {"image": image, "question": question, "answer": answer}
+
+    def select(self, numbers: Iterable[int]) -> FirstTurns:
+        """Return some of the samples."""
+        numbers = list(numbers)
+        known = self._samples
+        return FirstTurns(known.select(numbers) if hasattr(known, "select") else [known[n] for n in numbers])
+
+    def pictured(self) -> FirstTurns:
+        """Return the samples with an image."""
+        turns = self._samples
+        if hasattr(turns, "select_columns"):
+            turns = turns.select_columns(["conversation"])  # no picture is read
+        return self.select(n for n in range(len(self)) if first_exchange(turns[n]["conversation"])[2] == 1)
+
+
+def first_turns(samples: Sequence[Mapping]) -> Sequence[Mapping]:
+    """Return samples as one image, one question and one answer each; those that are so already as they are."""
+    columns = getattr(samples, "column_names", None) or (samples[0] if len(samples) else ())
+    return FirstTurns(samples) if "conversation" in columns else samples
+
+
 def pictured(samples: Sequence[Mapping]) -> Sequence[Mapping]:
     """Return the samples that have an image, for models that need one, such as InstructBLIP.
 
-    samples: rows, or a saved data set, of which no picture is decoded.
+    samples: rows with `image`, or a saved data set, of which no picture is decoded; or `first_turns` of conversations.
     """
+    if isinstance(samples, FirstTurns):
+        return samples.pictured()
     if not hasattr(samples, "with_format"):
         return [row for row in samples if row["image"] is not None]
     known = samples.select_columns(["image"]).with_format("arrow")
@@ -237,9 +340,12 @@ def data_fingerprint(samples: Sequence[Mapping] | IterableDataset, without: Coll
         digest.update(str(kept).encode())
     for place, row in rows:
         try:
-            image = opened(row, f"sample {place}")["image"]
-            pixels = b"" if image is None else image.tobytes()
+            pixels = [image.tobytes() for image in pictures_of(opened(row, f"sample {place}"))]
         except UnreadableImage:
-            pixels = b"unreadable"
-        digest.update(repr((row["question"], row["answer"], len(pixels))).encode() + pixels)
+            pixels = [b"unreadable"]
+        if "conversation" in row:
+            said = [(turn["role"], turn["content"]) for turn in row["conversation"]], [len(each) for each in pixels]
+        else:
+            said = row["question"], row["answer"], sum(map(len, pixels))
+        digest.update(repr(said).encode() + b"".join(pixels))
     return digest.hexdigest()

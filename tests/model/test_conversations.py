@@ -1,13 +1,22 @@
 """Whole conversations: written as in fine-tuning, every answer marked, every token of the kind that it is."""
 
+import io
+
 import pytest
 import torch
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from helpers import models
 from helpers.models import noise
 
 from lmm_sae_nb.model.conversations import as_turns, conversation_fault, first_exchange
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.sample_checks import check_samples, open_samples
+from lmm_sae_nb.model.samples import SampleReader, data_fingerprint, examples, first_turns, pictured, prompts, readable
 from lmm_sae_nb.model.templates import MENDED
+from lmm_sae_nb.support.images import UnreadableImage
+from lmm_sae_nb.train.token_buffer import Stream
+
+COLUMNS = Features(images=List(Image()), conversation=List({"role": Value("string"), "content": Value("string")}))
 
 
 def turn(role: str, content: str) -> dict:
@@ -205,3 +214,102 @@ def test_a_conversation_that_does_not_fit_says_why(conversation, images, message
 
 def test_the_first_exchange():
     assert first_exchange(TALK) == ("What is it?", "A cat.", 1)
+
+
+# As samples.
+
+
+def encoded(picture, cut: int | None = None) -> dict:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue()[:cut], "path": None}
+
+
+ROWS = [
+    {"images": [encoded(picture) for picture in PICTURES], "conversation": TALK},
+    {"images": [], "conversation": TALK[5:]},
+    {"images": [encoded(PICTURES[0])], "conversation": TALK[1:3]},
+]
+
+
+@pytest.fixture(scope="module")
+def lmm():
+    return LMM(*models.make("picture_world"))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    Dataset.from_list(ROWS, features=COLUMNS).save_to_disk(tmp_path / "talks")
+    return open_samples(tmp_path / "talks")
+
+
+def test_saved_conversations_become_the_prompts_of_their_turns(lmm, saved):
+    check_samples(saved, lmm)
+    (prompt,) = prompts(lmm, saved, range(3), 3)
+    direct = lmm.conversations([as_turns(row["conversation"]) for row in ROWS], [PICTURES, [], PICTURES[:1]])
+    for name, values in direct.inputs.items():
+        assert torch.equal(prompt.inputs[name], values)
+    assert torch.equal(prompt.answer_mask, direct.answer_mask)
+    short = {"image": PICTURES[0], "question": "What is it?", "answer": "A cat."}
+    (alone,), (same,) = prompts(lmm, [short], [0], 1), prompts(lmm, [ROWS[2]], [0], 1)
+    assert torch.equal(alone.inputs["input_ids"], same.inputs["input_ids"])
+    assert torch.equal(alone.answer_mask, same.answer_mask)
+
+
+def test_a_training_reads_the_text_tokens_of_all_turns_from_a_data_set_and_from_a_stream(lmm, saved):
+    prompt = lmm.conversations([as_turns(row["conversation"]) for row in ROWS], [PICTURES, [], PICTURES[:1]])
+    states = lmm.hidden_states(prompt, 1)[prompt.mask("text")]
+    rows = IterableDataset.from_generator(lambda: iter(ROWS))
+    streamed = Stream(lmm, rows, 1, ["text"], seed=0, batch=3)(0)
+    torch.testing.assert_close(streamed, states, rtol=1e-4, atol=1e-4)
+    shuffled = Stream(lmm, saved, 1, ["text"], seed=0, batch=3)(0)
+    torch.testing.assert_close(shuffled.sort(0)[0], states.sort(0)[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_wrong_conversation_is_named_before_the_run_and_no_picture_is_read(lmm, monkeypatch):
+    def never(*_):
+        raise AssertionError("a picture was decoded")
+
+    monkeypatch.setattr(Image, "decode_example", never)
+    wrong = Dataset.from_list([*ROWS, ROWS[0] | {"images": []}, ROWS[1]], features=COLUMNS)
+    with pytest.raises(ValueError, match="sample 3 .rows count from 0.: its turns hold the mark <image> 3 times for 0"):
+        check_samples(wrong, lmm)
+    with pytest.raises(ValueError, match="sample 1 .*images is None; give the list"):
+        check_samples([ROWS[0], {"conversation": TALK}])
+    with pytest.raises(ValueError, match="sample 0 .*an image is None"):
+        check_samples([ROWS[2] | {"images": [None]}])
+    with pytest.raises(ValueError, match="no column images"):
+        check_samples(Dataset.from_list([{"conversation": TALK}]))
+    other = LMM(*models.make("qwen2_5_vl"))
+    with pytest.raises(ValueError, match="turn 0 holds the image token <.image_pad.>; write <image>"):
+        check_samples([{"images": [], "conversation": [turn("user", "<|image_pad|>"), turn("assistant", "a")]}], other)
+
+
+def test_an_unreadable_picture_of_a_conversation_is_named_and_left_out():
+    broken = ROWS[0] | {"images": [encoded(PICTURES[0]), encoded(PICTURES[1], 40), encoded(PICTURES[2])]}
+    rows = Dataset.from_list([ROWS[1], broken, ROWS[2]], features=COLUMNS)
+    with pytest.raises(UnreadableImage, match="sample 1, image 1, is not a readable image"):
+        SampleReader(rows)[1]
+    kept, skipped, _ = readable(rows, "skip")
+    assert list(skipped) == [1] and len(kept) == 2
+    assert len(examples(rows, 5)) == 1
+    left = Dataset.from_list([ROWS[1], ROWS[2]], features=COLUMNS)
+    assert data_fingerprint(rows, [1]) == data_fingerprint(left) != data_fingerprint(rows)
+    other = ROWS[1] | {"conversation": [TALK[5], TALK[4]]}
+    assert data_fingerprint([ROWS[1]]) != data_fingerprint([other])
+
+
+def test_first_turns_ask_about_one_image_or_none(saved):
+    several = Dataset.from_list([
+        {"images": [encoded(PICTURES[0])] * 2, "conversation": [turn("user", "<image><image>\nSame?"), TALK[-1]]}, *ROWS
+    ], features=COLUMNS)  # fmt: skip
+    rows = first_turns(several)
+    assert [row["question"] for row in rows] == ["Same?", "What is it?", "Sure?", "What is it?"]
+    assert [row["answer"] for row in rows] == ["Yes", "A cat.", "Yes", "A cat."]
+    assert [row["image"] is not None for row in rows] == [False, True, False, True]
+    assert [row["answer"] for row in pictured(rows)] == ["A cat.", "A cat."]
+    assert pictured(rows)[0]["image"].tobytes() == PICTURES[0].tobytes()
+    short = [{"image": None, "question": "a", "answer": "b"}]
+    assert first_turns(short) is short
+    check_samples(rows)

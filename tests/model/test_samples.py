@@ -37,9 +37,15 @@ FAULTS = {
     "no answer": (row(answer=None), "answer is None, not text; write the text, or take the row out"),
     "no question": (row(question=None), "question is None, not text"),
     "a number": (row(answer=7), "answer is 7, not text"),
-    "two images": (row(image=[picture(), picture()]), "image is a list of 2; give one image .*several are not supp"),
-    "no image in a list": (row(image=[]), "image is a list of 0; give one image .* or None if there is none"),
-    "three turns": (row(question=["a", "b", "c"]), "question is a list of 3; a conversation of several turns is not s"),
+    "two images": (
+        row(image=[picture(), picture()]),
+        "image is a list of 2; give one image or None",
+    ),
+    "no image in a list": (row(image=[]), "image is a list of 0; give one image or None"),
+    "three turns": (
+        row(question=["a", "b", "c"]),
+        "question is a list of 3; give one question and one",
+    ),
     "a path": (row(image="dog.png"), "image is 'dog.png'; give a PIL image or None, or cast the column"),
     "an array": (row(image=np.zeros((2, 2, 3))), "image is array.*; give a PIL image or None"),
     "a column less": ({"image": None, "question": "?"}, "it has no answer, only image, question; rename the columns"),
@@ -79,7 +85,7 @@ def test_a_data_set_of_lists_is_refused():
     with pytest.raises(ValueError, match="sample 0 .*image is a list of 2"):
         check_samples(Dataset.from_list([row(image=[picture(), picture()])], features=lists))
     turns = Features(image=datasets.Image(), question=Sequence(Value("string")), answer=Value("string"))
-    with pytest.raises(ValueError, match="sample 0 .*question is a list of 3; a conversation"):
+    with pytest.raises(ValueError, match="sample 0 .*question is a list of 3; give one question and one answer"):
         check_samples(Dataset.from_list([row(question=["a", "b", "c"])], features=turns))
     with pytest.raises(ValueError, match=r"sample 0 .*image is 'a.png'; .*cast_column\('image', datasets.Image"):
         check_samples(Dataset.from_list([row(image="a.png")]))
@@ -149,14 +155,14 @@ def test_an_unreadable_picture_names_its_sample_and_a_lost_file_is_not_one(tmp_p
 
 
 def test_a_sample_that_the_model_cannot_take_is_named(lmm, monkeypatch):
-    make = type(lmm).prompt
+    make = type(lmm).conversations
 
-    def prompt(self, texts, images, answers):
-        if "no" in answers:
+    def conversations(self, turns, images):
+        if "no" in str(turns):
             raise ValueError("cannot take it")
-        return make(self, texts, images, answers=answers)
+        return make(self, turns, images)
 
-    monkeypatch.setattr(type(lmm), "prompt", prompt)
+    monkeypatch.setattr(type(lmm), "conversations", conversations)
     with pytest.raises(ValueError, match="^sample 7: cannot take it"):
         list(prompts(lmm, [row()] * 7 + [row(answer="no")], [3, 7], 2))
 

@@ -26,7 +26,7 @@
 #
 # | preset | model | latents clamped | time |
 # |---|---|---|---|
-# | `tiny` | LLaVA-NeXT of Picture World | about 240 | 2 minutes, 2 cores |
+# | `tiny` | LLaVA-NeXT of Picture World | about 260 | 2 minutes, 2 cores |
 # | `paper` | LLaVA-NeXT-LLaMA3-8B | about 300 | one GPU |
 
 # %% tags=["parameters"]
@@ -72,9 +72,9 @@ objects: dict = {
     "kinds": ["tiles", "newline"],  # tokens that are clamped
     "doses": [4, 8, 16, 32],
     "count": 100,  # latents that are reported
-    "choosing": 30,  # up to as many others choose the dose
+    "choosing": 50,  # up to as many others choose the dose
     # other images, whose unsteered answers fluency is compared with
-    "others": 60,
+    "others": 100,
     "max_new_tokens": 24,
 }
 word_prompt: str = "is there a {} ?"  # in which a name is read

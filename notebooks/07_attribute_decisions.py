@@ -25,7 +25,7 @@
 #
 # | preset | decisions, pairs ablated in each | time |
 # |---|---|---|
-# | `tiny` | 24 held-out decisions, 16 random active pairs | 1 minute, 2 cores |
+# | `tiny` | 20 held-out decisions, 16 random active pairs | 1 minute, 2 cores |
 # | `paper` | 20 held-out decisions, 200 pairs | GPUs |
 
 # %% tags=["parameters"]
@@ -48,12 +48,12 @@ dataset: str = "data/artifacts/tiny/world/train"
 # samples whose picture cannot be read; one of "refuse" or "skip", which
 # leaves them out and names them
 unreadable: str = "refuse"
-decisions: int = 24  # held-out decisions that are attributed
+decisions: int = 20  # held-out decisions that are attributed
 pairs: int = 16  # active (token, latent) pairs ablated in each decision
 path_pairs: int = 1  # of these, integrated on a separate path
 ig_steps: int = 4  # steps of integrated gradients
 many_steps: int = 16  # the same, to see what more steps do
-many_decisions: int = 5  # the first ones get many steps, too
+many_decisions: int = 4  # the first ones get many steps, too
 other_layers: list[int] = [4, 6]  # layers that get a small SAE, to compare
 other_decisions: int = 8  # decisions for each of these layers
 # the small SAE of each of these layers

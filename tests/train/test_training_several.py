@@ -99,7 +99,7 @@ def test_samples_with_an_image_are_found_and_a_model_that_needs_one_learns_from_
 @pytest.mark.slow
 def test_killed_at_every_moment_of_writing(uncut, tmp_path):
     whole, calls = uncut
-    a_checkpoint, the_end = range(calls // 2, calls // 2 + 13, 3), range(calls - 20, calls + 1, 2)
+    a_checkpoint, the_end = range(calls // 2, calls // 2 + 13, 4), range(calls - 20, calls + 1, 3)
     for die_at in (1, *a_checkpoint, *the_end):
         folder = tmp_path / str(die_at)
         assert run(train_and_die, folder, die_at, train_several) == -signal.SIGKILL

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConf
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from lmm_sae_nb.model.token_kinds import BASE, layout_of
+from lmm_sae_nb.model.token_kinds import BASE, LAYOUTS
 from lmm_sae_nb.support.files import read_json
 
 GEOMETRIES = Path(__file__).with_name("geometries.json")  # config.json of the presets' models, as the hub has them
@@ -77,7 +77,7 @@ def image_layout(model: PreTrainedModel, size: tuple[int, int]) -> ImageLayout:
         raise ValueError(
             f"the costs of a {config.model_type} cannot be predicted: add the number of its patches to {__name__}"
         )
-    kinds, _ = layout_of(model)(model, inputs, 0, 0)
+    kinds, _ = LAYOUTS[config.model_type](model, inputs, 0, 0)
     return ImageLayout(len(kinds), int((kinds == BASE).sum()), crops, patches)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from lmm_sae_nb.model.decoder_arguments import looks_back_only, narrowed, unknown
+
 Hidden = Float[Tensor, "batch tokens width"]
 
 
@@ -165,17 +167,14 @@ def fewer_rows(module: nn.Module, first_equal: Callable[[Tensor], Int64[Tensor, 
 def truncate(decoder: nn.Module, tokens: int) -> Iterator[None]:
     """Give a decoder only the first `tokens` tokens of its keyword arguments, in every forward pass.
 
-    This is exact: attention is causal, so later tokens cannot change earlier ones.
+    This is exact: attention is causal, so later tokens cannot change earlier ones. Where it is not causal (PaliGemma's
+    image sees the question), or an argument cannot be cut, the decoder gets all tokens.
     """
 
     def cut(module, args, kwargs):
-        length = kwargs["inputs_embeds"].shape[1]
-        axes = {"inputs_embeds": 1, "attention_mask": 1, "position_ids": -1}  # mrope: (3, batch, tokens)
-        for name, axis in axes.items():
-            value = kwargs.get(name)
-            if isinstance(value, Tensor) and value.shape[axis] == length:
-                kwargs[name] = value.narrow(axis, 0, min(tokens, length))
-        return args, kwargs
+        if unknown(kwargs) or not looks_back_only(kwargs.get("attention_mask"), tokens):
+            return args, kwargs
+        return args, narrowed(kwargs, slice(0, tokens))
 
     with _pre_hooked(decoder, cut):
         yield

@@ -29,11 +29,12 @@ from transformers.utils import ModelOutput
 
 from lmm_sae_nb.model import hooks
 from lmm_sae_nb.model.crops import fewer_crops, whole_images
+from lmm_sae_nb.model.found_layouts import layout_of
 from lmm_sae_nb.model.hooks import Hidden
 from lmm_sae_nb.model.processor import load_processor
 from lmm_sae_nb.model.prompts import Picture, Prompt, PromptMaker
 from lmm_sae_nb.model.templates import Turns, exchange
-from lmm_sae_nb.model.token_kinds import Grid, layout_of
+from lmm_sae_nb.model.token_kinds import LAYOUTS, Grid
 from lmm_sae_nb.support.devices import choose_device
 from lmm_sae_nb.support.tensor_files import hash_of
 
@@ -46,14 +47,14 @@ class LMM:
     The model is put into eval mode; gradients flow only into what is spliced in. The tokenizer pads on the left,
     with the end token if it has no pad token.
 
-    model: of a family that `token_kinds.LAYOUTS` knows.
+    model: of any family whose images become tokens of its decoder's sequence.
     processor: from the same checkpoint.
     name: for messages; by default the checkpoint's name.
     image_size: (width, height) in pixels that every image is resized to first. Families whose patch grid follows
         the image's size need it, such as Qwen2.5-VL.
 
     Raises:
-        ValueError: the model has no image tokens or an unknown family, or the processor does not fit it.
+        ValueError: the model has no image tokens, their layout cannot be found out, or the processor does not fit it.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class LMM:
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # the attention mask tells the two apart
+        self.layout = layout_of(model, processor)
         model.eval().requires_grad_(False)
         model.generation_config.pad_token_id = self.tokenizer.pad_token_id
 
@@ -130,14 +132,15 @@ class LMM:
     def _check_fit(self) -> None:
         """Raise ValueError if the model is of an unknown kind or the processor is another model's."""
         model, processor = self.model, self.processor
+        if reason := why_not(model):
+            raise ValueError(f"{self.name} ({model.config.model_type}) {reason}")
         token = getattr(model.config, "image_token_id", None)
         if token is None:
             raise ValueError(
                 f"{self.name} ({model.config.model_type}) has no image_token_id in its config; "
                 "choose a model whose images become tokens of its decoder's sequence"
             )
-        layout_of(model)
-        if not hasattr(model.get_decoder(), "layers"):
+        if decoder_of(model) is None:
             raise ValueError(f"{self.name} has no plain stack of layers; choose a decoder-only language model")
         if not (hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")):
             raise ValueError(
@@ -145,7 +148,7 @@ class LMM:
                 f"{self.name} with AutoProcessor"
             )
         written = processor.tokenizer.convert_tokens_to_ids(str(processor.image_token))
-        if written != token:
+        if written != token and model.config.model_type in LAYOUTS:  # `layout_of` looks what others write
             raise ValueError(
                 f"the processor does not fit {self.name}: it writes images as token {written}, the "
                 f"model reads them as token {token}; load both from the same checkpoint"
@@ -169,9 +172,14 @@ class LMM:
         return next(self.layer(layer).parameters()).device
 
     @property
+    def decoder(self) -> nn.Module:
+        """The stack of decoder layers that the tokens of text and images go through."""
+        return decoder_of(self.model)
+
+    @property
     def n_layers(self) -> int:
         """The number of decoder layers."""
-        return len(self.model.get_decoder().layers)
+        return len(self.decoder.layers)
 
     @property
     def width(self) -> int:
@@ -195,7 +203,7 @@ class LMM:
         """
         if not 0 <= index < self.n_layers:
             raise ValueError(f"no layer {index}: {self.name} has layers 0 to {self.n_layers - 1}, 0-based")
-        return self.model.get_decoder().layers[index]
+        return self.decoder.layers[index]
 
     def fingerprint(self, layer: int) -> str:
         """Return the model's class and a hash of this layer's weights, rounded to bfloat16.
@@ -255,7 +263,8 @@ class LMM:
                 raise ValueError(f"conversation {number} names {named} images, {len(of_sample)} are given; give each")
         if len({turns[-1]["role"] == "assistant" for turns in conversations}) != 1:
             raise ValueError("some conversations end with an answer and some with a question; make two batches")
-        return PromptMaker(self.model, self.processor, self.name, self.image_size)(conversations, images)
+        make = PromptMaker(self.model, self.processor, self.name, self.layout, self.image_size)
+        return make(conversations, images)
 
     @torch.no_grad()
     def hidden_states(
@@ -278,7 +287,7 @@ class LMM:
         *earlier, last = sorted(set(wanted))
         with ExitStack() as reads:
             if base_only and bool((base := prompt.mask("base")).any()):
-                reads.enter_context(hooks.truncate(self.model.get_decoder(), 1 + int(base.any(0).nonzero().max())))
+                reads.enter_context(hooks.truncate(self.decoder, 1 + int(base.any(0).nonzero().max())))
             captured = {index: reads.enter_context(hooks.read(self.layer(index))) for index in earlier}
             with hooks.stop(self.layer(last)) as captured[last]:
                 self.run(prompt, needed=whole_images(self.model, prompt.inputs) if base_only else None)
@@ -370,3 +379,30 @@ class LMM:
             tokens = self.model.generate(**prompt.inputs, max_new_tokens=max_new_tokens, **settings)
         new = tokens[:, prompt.inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module | None:
+    """Return the module that holds the decoder layers, `layers`; None if there is no plain stack of them."""
+    decoder = model.get_decoder()
+    while not hasattr(decoder, "layers"):  # Llama 4's decoder has a head and a decoder of its own
+        inner = getattr(decoder, "model", None)
+        if not isinstance(inner, nn.Module) or inner is decoder:
+            return None
+        decoder = inner
+    return decoder
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """Say why a model's images do not become tokens of a decoder-only language model; None if they may."""
+    configs = model.config, model.config.get_text_config(decoder=True)
+    if any(getattr(config, "is_encoder_decoder", False) for config in configs):
+        return (
+            "has an encoder and a decoder: image and question go through the encoder, so the decoder's sequence has no "
+            "tokens of them; choose a decoder-only model"
+        )
+    if any("crossattention" in type(module).__name__.lower() for module in model.get_decoder().modules()):
+        return (
+            "reads images by cross-attention: they never become tokens of its decoder's sequence, so an SAE there sees "
+            "no patches; choose a model whose images become tokens"
+        )
+    return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from os.path import commonprefix
 
 import torch
@@ -16,13 +17,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
+from lmm_sae_nb.model.found_layouts import WRITTEN
 from lmm_sae_nb.model.templates import ChatTemplate, Turns
-from lmm_sae_nb.model.token_kinds import Spans, spans_of
+from lmm_sae_nb.model.token_kinds import Layout, Spans, spans_of
 from lmm_sae_nb.support.images import UnfitImage, UnreadableImage, rgb
 
 Picture = Image.Image | Callable[[], Image.Image]  # or a call that opens it
+WRITTEN_TOO = f"return_{WRITTEN}"
 PORTION = 2**24  # pixels that are held at once: 70 MB
-TEXTS = ("input_ids", "attention_mask", "mm_token_type_ids")  # the rows that are padded on the left
+TEXTS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # rows that are padded on the left
 
 
 @dataclass
@@ -52,6 +55,7 @@ class PromptMaker:
     model: the model that reads the prompts.
     processor: the model's processor.
     name: of the model, for errors.
+    layout: of the model's image tokens.
     image_size: (width, height) in pixels that every image is resized to first, or None.
     """
 
@@ -60,9 +64,11 @@ class PromptMaker:
         model: PreTrainedModel,
         processor: ProcessorMixin,
         name: str,
+        layout: Layout,
         image_size: tuple[int, int] | None = None,
     ):
         self.model, self.processor, self.name, self.image_size = model, processor, name, image_size
+        self.layout = layout
         self.tokenizer = processor.tokenizer
 
     def __call__(self, conversations: Sequence[Turns], images: Sequence[Sequence[Picture]]) -> Prompt:
@@ -72,26 +78,34 @@ class PromptMaker:
         """
         asks = conversations[0][-1]["role"] != "assistant"
         self.template = ChatTemplate(self.model, self.processor, self.name)
-        rendered = self.template.write(conversations, ask=asks)
+        suffixes = None if asks else self._suffixes(conversations)
+        if suffixes is None:
+            rendered = self.template.write(conversations, ask=asks)
+        else:
+            rendered = self.template.write([turns[:-1] for turns in conversations], ask=True)
         parts, sizes = [], []
         for portion in self._portions(images):
             start = len(sizes)
             sizes += [[image.size for image in of_sample] for of_sample in portion]
             try:
-                parts.append(self._process(rendered[start : len(sizes)], portion))
+                now = slice(start, len(sizes))
+                parts.append(self._process(rendered[now], portion, suffixes and suffixes[now]))
             except Exception as error:
                 self._name_unfit(portion, start, error)
                 raise
         inputs = parts[0] if len(parts) == 1 else self._joined(parts)
-        written = inputs.pop("text_replacement_offsets", None)
         if "qformer_input_ids" in inputs:  # a Q-Former must read the first question, not the answer
             questions = [_until_answer(turns) for turns in conversations]
             question_inputs = self.processor.qformer_tokenizer(
                 self.template.write(questions, ask=True), padding=True, return_tensors="pt"
             )
             inputs.update({f"qformer_{name}": question_inputs[name] for name in ("input_ids", "attention_mask")})
-        spans = spans_of(self.model, self.tokenizer, inputs, sizes)
-        answer_mask = None if asks else self._answer_mask(inputs, conversations, rendered, written)
+        spans = spans_of(self.model, self.tokenizer, inputs, sizes, self.layout)
+        written, answer_mask = inputs.pop(WRITTEN, None), None
+        if suffixes is not None:
+            answer_mask = inputs["token_type_ids"] == 1
+        elif not asks:
+            answer_mask = self._answer_mask(inputs, conversations, rendered, written)
         return Prompt(inputs.to(self.model.device, self.model.dtype), spans, answer_mask)
 
     def _portions(self, images: Sequence[Sequence[Picture]]) -> Iterator[list[list[Image.Image]]]:
@@ -147,17 +161,36 @@ class PromptMaker:
         first = self.tokenizer.bos_token
         return first is None or not rendered[0].startswith(first)
 
-    def _process(self, rendered: list[str], images: list[list[Image.Image]]) -> BatchFeature:
-        """Tokenize the texts and cut up the images, padded on the left."""
-        several = max(map(len, images)) > 1  # then we have to know which tokens belong to which image
+    def _suffixes(self, conversations: Sequence[Turns]) -> list[str] | None:
+        """Return the answers, if the processor wants them apart from the questions, as PaliGemma's does; else None.
+
+        Raises:
+            ValueError: such a processor is given more than one answer.
+        """
+        if "suffix" not in signature(type(self.processor).__call__).parameters:
+            return None
+        for turns in conversations:
+            if any(turn["role"] == "assistant" for turn in turns[:-1]):
+                raise ValueError(f"{self.name} takes one question and one answer; give a sample for each answer")
+        return [turns[-1]["content"][0]["text"] for turns in conversations]
+
+    def _process(
+        self, rendered: list[str], images: list[list[Image.Image]], suffixes: list[str] | None
+    ) -> BatchFeature:
+        """Tokenize the texts and cut up the images, padded on the left.
+
+        suffixes: the answers, for a processor that wants them apart.
+        """
         inputs = self.processor(
             text=rendered,
             images=images if any(images) else None,
             padding=True,
             return_tensors="pt",
             add_special_tokens=self._adds_special_tokens(rendered),
-            **({"return_text_replacement_offsets": True} if several else {}),
+            **({WRITTEN_TOO: True} if hasattr(self.processor, WRITTEN_TOO) else {}),
+            **({} if suffixes is None else {"suffix": suffixes}),
         )
+        inputs.pop("labels", None)  # PaliGemma's processor makes some
         highest, rows = int(inputs["input_ids"].max()), self.model.get_input_embeddings().num_embeddings
         if highest >= rows:
             raise ValueError(
@@ -219,7 +252,8 @@ class PromptMaker:
         row, pads = inputs["input_ids"][number], int((inputs["attention_mask"][number] == 0).sum())
         steps = torch.ones(len(whole) + 1, dtype=torch.long)
         steps[0] = pads
-        images = [place for place, token in enumerate(whole) if token == self.model.config.image_token_id]
+        mark = self.tokenizer.convert_tokens_to_ids(str(self.processor.image_token))
+        images = [place for place, token in enumerate(whole) if token == mark]
         if len(images) > 1:
             texts = [each["replacement"] for each in written or []]
             lengths = [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]

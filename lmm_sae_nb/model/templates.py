@@ -16,7 +16,10 @@ TEMPLATES = {
     "{{ ' ' if message.role == 'assistant' }}{{ part.text }}"
     "{% endif %}{% endfor %}"
     "{{ eos_token if message.role == 'assistant' }}"
-    "{% endfor %}"
+    "{% endfor %}",
+    "paligemma": "{% for message in messages %}"
+    "{% for part in message.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}"
+    "{% endfor %}",
 }
 
 # Templates on the hub that write something else than their model's fine-tuning did, each with what stands in its place.

@@ -1,7 +1,7 @@
 """Find out what each token of a prompt is: a patch of the base image or of a tile, newline, text, special or pad.
 
-Every token has exactly one kind. Model families lay out an image's patches differently in the decoder's sequence;
-LAYOUTS holds a small function for each family.
+Every token has exactly one kind. Model families lay out an image's patches differently in the decoder's sequence.
+LAYOUTS holds a small function for some families; `found_layouts` finds out the layout of the others.
 """
 
 from collections.abc import Callable
@@ -129,38 +129,24 @@ LAYOUTS: dict[str, Layout] = {  # by the config's model_type
 }
 
 
-def layout_of(model: PreTrainedModel) -> Layout:
-    """Return the layout function of the model's family.
-
-    Raises:
-        ValueError: the family is unknown; the message says what to register.
-    """
-    family = model.config.model_type
-    if family not in LAYOUTS:
-        raise ValueError(
-            f"how a {family} lays out its image tokens is not known; register a function "
-            f"(model, inputs, sample, image) -> (kinds, grid) as lmm_sae_nb.model.token_kinds.LAYOUTS[{family!r}] "
-            f"(known: {', '.join(LAYOUTS)})"
-        )
-    return LAYOUTS[family]
-
-
 def spans_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     inputs: BatchFeature,
     sizes: list[list[tuple[int, int]]],
+    layout: Layout,
 ) -> list[Spans]:
     """Return the kind of each token of a batch, sample by sample.
 
     model, tokenizer: that made the batch.
     inputs: the batch.
     sizes: width and height of each sample's images, in order.
+    layout: of the model's family.
 
     Raises:
         ValueError: the processor wrote another number of image tokens than the model expects.
     """
-    layout, special = layout_of(model), _special_ids(tokenizer)
+    special = _special_ids(tokenizer)
     spans, number = [], 0
     for sample, of_sample in enumerate(sizes):
         ids, attended = inputs["input_ids"][sample], inputs["attention_mask"][sample].bool()

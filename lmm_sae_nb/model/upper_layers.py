@@ -12,15 +12,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lmm_sae_nb.model import hooks
+from lmm_sae_nb.model.decoder_arguments import differing_tokens, looks_back_only, narrowed, unknown
 from lmm_sae_nb.model.hooks import Hidden
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
 
-# Arguments of a decoder that hold for all of its layers alike.
-ANY_LAYER = {
-    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "cache_position",
-    "output_attentions", "output_hidden_states", "return_dict", "is_causal", "logits_to_keep",
-}  # fmt: skip
+# Kinds of layers whose past is keys and values of tokens; linear attention sums its past up in one state.
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class UpperLayers:
@@ -39,7 +37,7 @@ class UpperLayers:
     def __init__(self, lmm: LMM, prompt: Prompt, layer: int, hidden: Hidden, *, bare: bool, arguments: dict[str, Any]):
         self.lmm, self.prompt, self.layer, self.hidden = lmm, prompt, layer, hidden
         self._bare, self._arguments = bare, arguments
-        self._cache, self._samples = DynamicCache(), None
+        self._cache, self._samples, self._remembered = DynamicCache(), None, None
 
     def run(self, states: Float[Tensor, "versions tokens width"]) -> Float[Tensor, "versions tokens width"]:
         """Return the decoder's output, after its last norm, with these states as the layer's output.
@@ -53,11 +51,11 @@ class UpperLayers:
 
         states: of the whole batch, or of a single sample in several versions side by side.
         """
-        differs, mask = (states != states[:1]).any(-1).any(0), self._arguments.get("attention_mask")
-        if mask is not None:
-            differs |= (mask != mask[:1]).any(0).to(differs.device)
+        differs = (states != states[:1]).any(-1).any(0)
+        if (of_masks := differing_tokens(self._arguments.get("attention_mask"))) is not None:
+            differs |= of_masks.to(differs.device)
         start = int(differs.int().argmax()) if bool(differs.any()) else len(differs)
-        if not start or self._whole():
+        if not start or not self._continues(start):
             return self.run(states)
         like_first = torch.zeros(len(states), dtype=torch.long)
         decoded = self.remember(states[:1], like_first[:1]).repeat(len(states), 1, 1)
@@ -72,8 +70,8 @@ class UpperLayers:
 
         samples: for each of the states, which sample of a batch it is of; None for the whole batch or a single sample.
         """
-        self._cache, self._samples = DynamicCache(), samples
-        return self._run(states, self._cache, samples)
+        self._cache, self._samples, self._remembered = DynamicCache(), samples, states.detach()
+        return self._run(states, self._cache if self._continues() else None, samples)
 
     def resume(
         self,
@@ -83,51 +81,53 @@ class UpperLayers:
     ) -> Float[Tensor, "versions late width"]:
         """Do as `run` for the tokens from `start` on; the earlier ones are those that `remember` saw.
 
-        Attention is causal, so later tokens cannot change earlier ones.
+        Attention is causal, so later tokens cannot change earlier ones. Where the layers cannot continue from a token
+        in the middle, they run on all tokens, which takes longer.
 
         states: one or several versions of the states of the tokens from `start` on.
         start: position of the first of them; at 0 nothing is taken from `remember`.
         like: for each version, which of the remembered states it begins like; None for all in order, or a single one.
-
-        Raises:
-            NotImplementedError: this decoder passes single layers something about the whole sequence.
         """
         samples = self._samples if like is None else like if self._samples is None else self._samples[like]
+        if start and not self._continues(start):
+            early = self._remembered if like is None else self._remembered[like]
+            whole = torch.cat([early[:, :start].expand(len(states), -1, -1), states.to(early.dtype)], 1)
+            return self._run(whole, None, samples)[:, start:]
         return self._run(states, _first_tokens(self._cache, start, len(states), like) if start else None, samples)
 
     def _run(
         self, states: Hidden, cache: DynamicCache | None, samples: Int64[Tensor, " versions"] | None = None
     ) -> Hidden:
-        decoder, called = self.lmm.model.get_decoder(), self._arguments
+        decoder, called = self.lmm.decoder, self._arguments
+        if unknown(called):
+            return self._run_whole(states)
         start = called["inputs_embeds"].shape[1] - states.shape[1]
-        if extra := self._whole():
-            return self._run_whole(states, extra, start)
-        inputs = called | {"inputs_embeds": states.to(called["inputs_embeds"])}
+        if samples is None and len(states) != len(called["inputs_embeds"]):  # versions of the only sample
+            samples = torch.zeros(len(states), dtype=torch.long)
+        inputs = narrowed(called, slice(start, None), samples)
+        inputs |= {"inputs_embeds": states.to(called["inputs_embeds"])}
         inputs |= {"past_key_values": cache, "use_cache": cache is not None}
-        if (mask := called.get("attention_mask")) is not None:
-            inputs["attention_mask"] = mask.expand(len(states), -1) if samples is None else mask[samples]
-        if (positions := called.get("position_ids")) is not None:  # the last axis: mrope has three positions a token
-            positions = positions if samples is None or positions.shape[-2] == 1 else positions[..., samples, :]
-            inputs["position_ids"] = positions[..., start:]
         lower = [self.lmm.layer(number) for number in range(self.layer + 1)]
         with _skipped(lower, inputs["inputs_embeds"], self._bare):
             return decoder(**inputs).last_hidden_state
 
-    def _whole(self) -> list[str]:
-        """Name the arguments that this decoder passes single layers for the whole sequence; most have none."""
-        return sorted(name for name, value in self._arguments.items() if value is not None and name not in ANY_LAYER)
+    def _continues(self, start: int | None = None) -> bool:
+        """Return whether the layers can continue from a token in the middle, with the keys and values of earlier ones.
 
-    def _run_whole(self, states: Hidden, extra: list[str], start: int) -> Hidden:
-        """Run the whole decoder with the states spliced in, version by version (Qwen3-VL needs this)."""
-        if start:
-            raise NotImplementedError(
-                f"this decoder is called with {', '.join(extra)}, which single layers need for the whole sequence, so "
-                "it cannot continue from a token in the middle; ablate single latents (`exact`) in another family"
-            )
+        start: this token; None for any one.
+        """
+        called = self._arguments
+        kinds = getattr(self.lmm.model.config.get_text_config(), "layer_types", None) or ()
+        if unknown(called) or any(kind not in ATTENTION for kind in kinds):
+            return False
+        return start is None or looks_back_only(called.get("attention_mask"), start)
+
+    def _run_whole(self, states: Hidden) -> Hidden:
+        """Run the whole decoder with the states spliced in, version by version."""
 
         def run(version: Hidden) -> Hidden:
             with self.lmm.spliced(self.layer, lambda hidden: version.to(hidden.dtype)):
-                decoded = self.lmm.model.get_decoder()(**self._arguments | {"use_cache": False})
+                decoded = self.lmm.decoder(**self._arguments | {"use_cache": False})
             return decoded.last_hidden_state
 
         is_batch = len(states) == len(self.prompt.spans)  # one state for each sample, not versions of one sample
@@ -156,7 +156,7 @@ def above_each(lmm: LMM, prompt: Prompt, layers: Sequence[int]) -> dict[int, Upp
     """
     *earlier, last = sorted(set(layers))
     with ExitStack() as reads:
-        arguments = reads.enter_context(hooks.record_arguments(lmm.model.get_decoder()))
+        arguments = reads.enter_context(hooks.record_arguments(lmm.decoder))
         captured = {layer: reads.enter_context(hooks.read(lmm.layer(layer))) for layer in earlier}
         with hooks.stop(lmm.layer(last)) as captured[last]:
             lmm.run(prompt)

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import families
 import grounders
 import models
 import nbformat
@@ -350,6 +351,10 @@ def headless():
     return LMM(model, processor)
 
 
+def refused(make) -> LMM:
+    return LMM(make(), models.make("picture_world")[1])
+
+
 def small() -> LMM:
     return LMM(*models.make("picture_world"))
 
@@ -443,7 +448,9 @@ RAISED = {
     "no layer …: … has layers 0 to …, 0-based": lambda: small().layer(24),
     "… takes no images and text, as far as transformers knows": text_only,
     "… has no image_token_id in its config": lambda: LMM(*poor(image_token_id=None)),
-    "how a … lays out its image tokens is not known; register a function": lambda: LMM.load("my/llava"),
+    "… reads images by cross-attention": lambda: refused(families.mllama),
+    "… has an encoder and a decoder": lambda: refused(families.florence2),
+    "how a … lays out its image tokens is not known; register a function": lambda: LMM(*poor(model_type="brand_new")),
     "… has no plain stack of layers; choose a decoder-only language model": headless,
     "… does not process both text and images": lambda: LMM(poor()[0], models.tokenizer()),
     "the processor does not fit …: it writes images as token …, the model reads them as token …": lambda: LMM(

@@ -26,7 +26,7 @@
 #
 # | preset | segmenters | similarity | judge | time |
 # |---|---|---|---|---|
-# | `tiny` | ground truth, small CLIPSeg | small CLIP | ground truth | 1.5 minutes, one core |
+# | `tiny` | ground truth, small CLIPSeg | small CLIP | ground truth | 2 minutes, one core |
 # | `small` | GroundingDINO-tiny + SAM-base | CLIP ViT-B/32 | none | never run |
 # | `paper` | GroundingDINO-base + SAM-huge | CLIP ViT-B/32 | none | never run |
 
@@ -54,7 +54,7 @@ segmenter: str = "data/models/tiny-clipseg"
 detector: str = ""
 # compares images with texts (CLIP); "" for no CLIP score
 similarity: str = "data/models/tiny-clip"
-n_scored: int = 400  # explained latents, at random if there are more
+n_scored: int = 5000  # explained latents, at random if there are more
 n_top: int = 5  # exemplars of each latent, and images in a random run
 # strict mode: a patch is active above this fraction, from 0 to 1, of its
 # image's highest activation
@@ -151,8 +151,8 @@ plots.style()
 # %% [markdown]
 # ## The latents that are scored
 #
-# Only explained latents are scored, `n_scored` of them at most. We look at each
-# latent through its exemplars: the images that excite it most.
+# Only explained latents are scored. We look at each latent through its
+# exemplars: the images that excite it most.
 
 # %%
 explanations = page.read("interpret", "explanations", ExplanationRows)

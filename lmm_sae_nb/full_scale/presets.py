@@ -18,7 +18,7 @@ from lmm_sae_nb.full_scale.costs import (
     train_cost,
 )
 from lmm_sae_nb.full_scale.models import meta_model
-from lmm_sae_nb.support.presets import read_yaml
+from lmm_sae_nb.support.presets import PREPARE, read_extended
 
 TRAIN = ("model", "layer", "n_latents", "k", "steps", "batch_tokens")
 JOB = (*TRAIN, "loading", "dataset", "lr", "dead_after_tokens", "kinds", "seed", "tf32", "k_aux", "workers")
@@ -32,9 +32,9 @@ def read_preset(path: str | Path) -> dict[str, dict]:
     Raises:
         FileNotFoundError, ValueError: as `read_yaml`.
     """
-    given = read_yaml(path).values
+    given = read_extended(path).values
     notebooks = {name: values for name, values in given.items() if name[:1].isdigit() or name[1:2].isdigit()}
-    common = {name: value for name, value in given.items() if name not in notebooks}
+    common = {name: value for name, value in given.items() if name not in notebooks and name != PREPARE}
     return {name: _merged(common, values) for name, values in notebooks.items()}
 
 

@@ -362,6 +362,15 @@ def open_rgb(item: Any, name: str) -> Image.Image:
         raise UnreadableImage(name, error) from error
 
 
+def picture_fault(data: bytes) -> str:
+    """Return why bytes do not begin as a picture does; "" if they do. No pixel is decoded."""
+    try:
+        Image.open(io.BytesIO(data)).close()
+    except Exception as error:  # Pillow raises many kinds
+        return repr(error)
+    return ""
+
+
 def rgb(picture: Image.Image) -> Image.Image:
     """Convert a picture to 8-bit RGB as a viewer would show it. Every picture goes this way into a model.
 

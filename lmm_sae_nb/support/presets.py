@@ -11,6 +11,7 @@ from lmm_sae_nb.support.names import folder_name
 from lmm_sae_nb.support.notebooks import REPOSITORY, parameters, sources
 from lmm_sae_nb.support.parameters import Parameter, check, nearest
 
+EXTENDS, PREPARE = "extends", "prepare"  # entries of a preset that are of no notebook
 DEEPEST, MOST = 12, 20_000  # levels and values of a preset; those of this book have 3 levels and 200 values
 PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "timestamp")}
 Place = tuple[str | int, ...]
@@ -23,18 +24,20 @@ class Written:
     values: the entries.
     lines: the names and numbers that lead to a value to its line, from 1.
     texts: the same to the value as it is written, for values without quotes.
+    files: the same to the file's name, for values of a preset that this one extends.
     """
 
     path: Path
     values: dict[str, object] = field(default_factory=dict)
     lines: dict[Place, int] = field(default_factory=dict)
     texts: dict[Place, str] = field(default_factory=dict)
+    files: dict[Place, str] = field(default_factory=dict)
 
     def origin(self, place: Sequence[str | int]) -> str:
         """Return the file's name and the line of a place, or of the nearest place that has one."""
         ends = (tuple(place[:end]) for end in range(len(place), 0, -1))
-        line = next((self.lines[end] for end in ends if end in self.lines), None)
-        return f"{self.path.name}, line {line}" if line else self.path.name
+        known = next((end for end in ends if end in self.lines), None)
+        return f"{self.files.get(known, self.path.name)}, line {self.lines[known]}" if known else self.path.name
 
 
 def preset_file(name: str, root: Path = REPOSITORY) -> Path:
@@ -57,6 +60,9 @@ def preset_file(name: str, root: Path = REPOSITORY) -> Path:
 def preset(path: Path, root: Path = REPOSITORY) -> dict[str, dict[str, object]]:
     """Return each notebook's parameters out of one params file.
 
+    The preset that `extends` names gives what this file does not, entry by entry, as if both were one file. The section
+    `prepare` is for `python -m lmm_sae_nb.prepare`.
+
     A `name: value` goes to every notebook that has that parameter; a section named after a notebook goes to that
     notebook alone and wins. Of a parameter that is a dictionary, only the entries that differ need to be given. In a
     text's place, a number or a word such as `no` is the text as it is written.
@@ -65,7 +71,8 @@ def preset(path: Path, root: Path = REPOSITORY) -> dict[str, dict[str, object]]:
         ValueError: the file is no YAML, a name is unknown, or a value is not of its parameter's type. The message
             names file, line, notebook, parameter, value, type and remedy.
     """
-    written = read_yaml(path)
+    written = read_extended(path, root)
+    written.values.pop(PREPARE, None)
     known = {source.stem: parameters(source) for source in sources(root)}
     for name, value in written.values.items():
         if name not in known and not any(name in names for names in known.values()):
@@ -133,6 +140,39 @@ def _as_text(default: object, value: object, place: Place, written: Written) -> 
     if _both(default, value):
         return {name: _as_text(default.get(name), each, (*place, name), written) for name, each in value.items()}
     return value
+
+
+def read_extended(path: str | Path, root: Path = REPOSITORY, below: Sequence[Path] = ()) -> Written:
+    """Read a preset, and the preset that it extends: entries of this one win, and dictionaries are merged.
+
+    below: files that extend this one.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_yaml` and `preset_file`; or presets extend each other in a circle.
+    """
+    written = read_yaml(path)
+    if EXTENDS not in written.values:
+        return written
+    name = written.values.pop(EXTENDS)
+    try:
+        file = preset_file(str(name), root)
+        if file in (written.path, *below):
+            raise ValueError(f"{file.stem} is extended by itself; name another preset")
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{written.origin([EXTENDS])}: {error}") from None
+    base = read_extended(file, root, (*below, written.path))
+    files = {place: base.files.get(place, base.path.name) for place in base.lines if place not in written.lines}
+    replaced = tuple(place for place in written.lines if place and not isinstance(_at(written.values, place), dict))
+    texts = {place: text for place, text in base.texts.items() if not any(place[: len(p)] == p for p in replaced)}
+    return Written(
+        written.path, _merged(base.values, written.values), base.lines | written.lines, texts | written.texts, files
+    )
+
+
+def _at(values: object, place: Place) -> object:
+    for name in place:
+        values = values[name] if isinstance(values, list | dict) and name != EXTENDS else None
+    return values
 
 
 # YAML.

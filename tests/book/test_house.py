@@ -33,7 +33,7 @@ NOTEBOOKS = pages.sources()
 PRESETS = sorted((ROOT / "notebooks" / "params").glob("*.yaml"))
 
 LAYERED = ("lmm_sae_nb/__init__.py", "README.md", "CONTRIBUTING.md")  # each states the order of the folders
-ON_TOP = ("pictureworld", "benchmarks")  # of all other folders
+ON_TOP = ("pictureworld", "prepare", "benchmarks")  # of all other folders
 BOOKKEEPING = ("is_current", "write_json", "read_json(", "fingerprint", "manifest.json", "require(", "Stage(")
 WIDTH = 75  # characters of code that the book shows at a window width of 1,300 px without scrolling
 

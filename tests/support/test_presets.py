@@ -239,3 +239,29 @@ def test_the_choices_that_a_comment_names_are_those_that_the_package_accepts():
             for value in choices[name]:
                 assert misfit(page[name], [value] if is_list else value, name) is None, (name, value)
             assert misfit(page[name], ["else"] if is_list else "else", name), name
+
+
+def test_a_preset_extends_another_entry_by_entry(little):
+    base = "run: base\nsteps: 7\nmixed: no\nexplainer: {model: a, tokens: 8}\n01_one: {explainer: {doses: [3]}, lr: 1}"
+    (little / "notebooks/params/base.yaml").write_text(base)
+    assert given(little, "extends: base\nrun: mine\nexplainer: {tokens: 9}\n01_one: {lr: 2}") == {
+        "run": "mine", "steps": 7, "mixed": "no", "lr": 2,
+        "explainer": {"model": "a", "tokens": 9, "doses": [3], "inner": {"question": "q"}},
+    }  # fmt: skip
+    assert given(little, "extends: base\nmixed: off")["mixed"] == "off"
+    assert given(little, "extends: base\nprepare: {samples: {source: 1}}")["steps"] == 7
+
+
+def test_an_error_in_an_extended_preset_names_its_own_file(little):
+    (little / "notebooks/params/base.yaml").write_text("run: base\n\nsteps: many")
+    with pytest.raises(ValueError, match="^base.yaml, line 3: .*steps is 'many'"):
+        given(little, "extends: base")
+    with pytest.raises(ValueError, match="^mine.yaml, line 2: .*steps is 'few'"):
+        given(little, "extends: base\nsteps: few")
+    with pytest.raises(FileNotFoundError, match="^mine.yaml, line 1: there is no preset 'bass'.*did you mean 'base'"):
+        given(little, "extends: bass")
+    with pytest.raises(ValueError, match="mine is extended by itself"):
+        given(little, "extends: mine")
+    (little / "notebooks/params/base.yaml").write_text("extends: mine")
+    with pytest.raises(ValueError, match="base.yaml, line 1: mine is extended by itself"):
+        given(little, "extends: base")

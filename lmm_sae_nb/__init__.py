@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lmm_sae_nb.interpret.explain import explain_latents
     from lmm_sae_nb.model.lmm import LMM
     from lmm_sae_nb.sae.in_place import SAEInPlace
-    from lmm_sae_nb.sae.topk import Latents, TopKSAE
+    from lmm_sae_nb.sae.topk import SAE, Latents, TopKSAE
     from lmm_sae_nb.steer.steering import Edit, Scope, steered
     from lmm_sae_nb.support.images import open_images
     from lmm_sae_nb.train.evaluate import evaluate_sae
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 
 HOMES = {
     "LMM": "model.lmm",
+    "SAE": "sae.topk",
     "TopKSAE": "sae.topk",
     "Latents": "sae.topk",
     "SAEInPlace": "sae.in_place",
@@ -44,7 +45,7 @@ HOMES = {
     "linear": "attribute.attribution",
 }
 __all__ = [
-    "LMM", "Edit", "LatentCache", "Latents", "SAEInPlace", "Scope", "TopKSAE", "cache_activations", "evaluate_sae",
+    "LMM", "SAE", "Edit", "LatentCache", "Latents", "SAEInPlace", "Scope", "TopKSAE", "cache_activations", "evaluate_sae",
     "exemplars", "explain_latents", "linear", "open_images", "steered", "train_sae",
 ]  # fmt: skip
 

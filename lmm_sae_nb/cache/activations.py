@@ -254,7 +254,7 @@ def _key(place: SAEInPlace, images: Pictures, *settings: object) -> dict[str, ob
     """Return what a pass is made from; a pass with another key cannot continue from its state."""
     lmm, sae, layer = place.lmm, place.sae, place.layer
     config = hashlib.sha256(lmm.model.config.to_json_string().encode()).hexdigest()
-    weights = hash_of([*sae.parameters(), *lmm.layer(layer).parameters()])
+    weights = hash_of([*sae.state_dict().values(), *lmm.layer(layer).parameters()])
     source = getattr(images, "identity", None)
     if source is None:
         source = hashlib.sha256("".join(_pixels(images, number) for number in range(len(images))).encode()).hexdigest()

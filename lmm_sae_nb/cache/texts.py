@@ -99,7 +99,7 @@ def cache_texts(
 def _key(place: SAEInPlace, samples: Sequence[Mapping], *settings: int) -> str:
     """Return a hash of what a cache of texts is made from."""
     lmm, sae = place.lmm, place.sae
-    made = [lmm.fingerprint(place.layer), place.layer, lmm.image_size, hash_of(sae.parameters()), sae.k]
+    made = [lmm.fingerprint(place.layer), place.layer, lmm.image_size, hash_of(sae.state_dict().values()), sae.k]
     made += [data_fingerprint(samples), settings, code_fingerprints([sys.modules[__name__]])]
     return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 

@@ -42,15 +42,21 @@ def tied_sae(rows: Float[Tensor, "latents width"], b_dec: Float[Tensor, " width"
     return sae.requires_grad_(False)
 
 
-def random_dictionary(like: TopKSAE, seed: int) -> TopKSAE:
+def random_dictionary(like: TopKSAE, seed: int, k: int | None = None) -> TopKSAE:
     """Return a random dictionary of the same size, k and `b_dec` as an SAE; the encoder is tied to it.
 
     like: a trained SAE.
     seed: of the rows, which are uniform on the sphere.
+    k: active latents per token; by default those of a TopK SAE.
+
+    Raises:
+        ValueError: the SAE has thresholds, and no k is given.
     """
+    if k is None and like.threshold is not None:
+        raise ValueError("an SAE with thresholds has no k; give its mean number of active latents (metric l0)")
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(like.n_latents, like.width, generator=generator)
-    return tied_sae(rows, like.b_dec.detach().cpu(), like.k)
+    return tied_sae(rows, like.b_dec.detach().cpu(), k or like.k)
 
 
 # ---- a model that learned nothing -----------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class Batch:
             self.clamped = clamped[:, self.start :]
             clean = hidden[:, self.start :][self.clamped].float()
             self.highest = self.sae.encode(clean, k=min(self.sae.k + spare, self.sae.n_latents))
-            self.clean = self.sae.decode(self.highest.top(self.sae.k))
+            self.clean = self.sae.decode(self.sae.activation.choose(self.highest))
             if not keep_error:
                 tokens = prompt.mask(*SAE_KINDS).to(place.device)
                 hidden = hidden.masked_scatter(tokens[..., None], self.sae(hidden[tokens]))
@@ -108,7 +108,7 @@ class Batch:
         if not len(latents):
             return self.states
         values = values.expand(len(self.highest.acts), -1)
-        clamped = set_latents(self.highest, latents, values, self.sae.k)
+        clamped = set_latents(self.highest, latents, values, self.sae.activation)
         change = torch.einsum("tk,tkw->tw", clamped.acts, self.sae.W_dec[clamped.indices]) + self.sae.b_dec - self.clean
         return self.states.masked_scatter(
             self.clamped[..., None], (self.states[self.clamped] + change).to(self.states.dtype)
@@ -275,7 +275,7 @@ def _best_latents(
     slope = torch.zeros(sae.n_latents, device=place.device)  # of the loss in a latent's value at all clamped tokens
     present = torch.zeros_like(slope)  # the same times its present activations
     for part in (next(turn) for turn in turns for _ in range(3)):
-        gradient, clean = part.slope(latents, values), part.batch.highest.top(sae.k)
+        gradient, clean = part.slope(latents, values), sae.activation.choose(part.batch.highest)
         slope += sae.W_dec @ gradient.sum(0)
         effects = torch.einsum("tw,tkw->tk", gradient, sae.W_dec[clean.indices]) * clean.acts
         present.index_add_(0, clean.indices.flatten(), effects.flatten())

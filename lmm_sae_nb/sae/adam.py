@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmm_sae_nb.sae import kernels
-from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.sae.topk import SAE
 
 
 class SAEAdam(torch.optim.Optimizer):
@@ -25,7 +25,7 @@ class SAEAdam(torch.optim.Optimizer):
 
     def __init__(
         self,
-        sae: TopKSAE,
+        sae: SAE,
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,

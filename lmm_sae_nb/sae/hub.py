@@ -6,7 +6,9 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, snapshot_download
 
-from lmm_sae_nb.sae.formats import FORMATS, format_of, settings_of
+from lmm_sae_nb.sae.formats import FORMATS, READABLE, format_of, settings_of
+
+SUFFIXES = (".pt", ".npz", ".safetensors")  # a hookpoint that ends so is the file of an SAE's weights
 
 
 def fetch(
@@ -19,11 +21,11 @@ def fetch(
     force_download: bool = False,
     local_files_only: bool = False,
 ) -> Path:
-    """Return the folder of one SAE, downloaded into the hub's cache if necessary.
+    """Return the folder of one SAE, or the file of its weights, downloaded into the hub's cache if necessary.
 
     name_or_path: a local folder, or a repository on the hub.
-    hookpoint: the SAE's folder in it, such as "model.layers.24"; None for an SAE at the root. Nothing else is
-        downloaded.
+    hookpoint: the SAE's folder in it, such as "model.layers.24", or the file of its weights, such as
+        "layer24.sae.pt"; None for an SAE at the root. Nothing else is downloaded.
     revision, cache_dir, token, force_download, local_files_only: as of `huggingface_hub.snapshot_download`.
 
     Raises:
@@ -33,7 +35,9 @@ def fetch(
     """
     root, inside = Path(name_or_path), _inside(hookpoint)
     if isinstance(name_or_path, str) and not root.is_dir():
-        files = [str(inside / file) for form in FORMATS.values() for file in (form.config, form.weights)]
+        forms = READABLE.values()
+        files = [str(inside / file) for form in forms for file in (form.config, form.weights, *form.beside) if file]
+        files = [str(inside)] if inside.suffix in SUFFIXES else files
         root = Path(
             snapshot_download(
                 name_or_path,
@@ -67,8 +71,13 @@ def _hookpoints(name_or_path: str | Path, root: Path, revision: str | None, toke
     files = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
     if Path(name_or_path) != root:
         files = HfApi(token=token).list_repo_files(str(name_or_path), revision=revision)
-    weights = {form.weights for form in FORMATS.values()}
-    return sorted(str(path.parent) for path in map(PurePosixPath, files) if path.name in weights)
+    found = set()
+    for file in map(PurePosixPath, files):
+        for form in READABLE.values():
+            if file.match(form.weights):  # a pattern stands for several SAEs in a folder
+                depth = len(PurePosixPath(form.weights).parts) - 1
+                found.add(str(file if "*" in form.weights else file.parents[depth]))
+    return sorted(found)
 
 
 def publish(
@@ -100,8 +109,16 @@ def publish(
         ValueError, FileNotFoundError: as `read_sae`, before anything is sent.
         huggingface_hub.errors.HfHubHTTPError: the hub refuses.
     """
-    folder, form, hookpoint = Path(folder), FORMATS[format_of(folder)], str(_inside(hookpoint))
-    text = card(folder, repo_id, hookpoint, base_model=base_model, dataset=dataset, license=license)
+    folder, hookpoint = Path(folder), str(_inside(hookpoint))
+    if (format := format_of(folder)) not in FORMATS:
+        raise ValueError(
+            f"{folder} has the format {format}, which others have published already; to publish it in one of "
+            f"{', '.join(FORMATS)}, load and save it first"
+        )
+    form, text = (
+        FORMATS[format],
+        card(folder, repo_id, hookpoint, base_model=base_model, dataset=dataset, license=license),
+    )
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     files = {f"{hookpoint}/{file}": folder / file for file in (form.config, form.weights)}
@@ -119,6 +136,12 @@ def publish(
 def card(folder: str | Path, repo_id: str, hookpoint: str, *, base_model=None, dataset=None, license=None) -> str:
     """Return a model card: the SAE's input, size, format and equations, and the code that loads it."""
     format, settings = format_of(folder), settings_of(folder)
+    chosen = (
+        f"A latent is active above its threshold, at most {settings.k:,} of {settings.n_latents:,} for a token"
+        if settings.has_threshold
+        else f"At most {settings.k:,} of {settings.n_latents:,} latents are active for a token"
+    )
+    name, equation = ("JumpReLU", "JumpReLU") if settings.has_threshold else ("TopK", "TopK(ReLU")
     data = ModelCardData(
         base_model=base_model,
         datasets=[dataset] if dataset else None,
@@ -129,19 +152,19 @@ def card(folder: str | Path, repo_id: str, hookpoint: str, *, base_model=None, d
 {data.to_yaml()}
 ---
 
-# TopK sparse autoencoder of {base_model or "a multimodal model"}
+# {name} sparse autoencoder of {base_model or "a multimodal model"}
 
 It reads the output of `{hookpoint}`{f" of `{base_model}`" if base_model else ""}, one token at a time
-(width {settings.width:,}). At most {settings.k:,} of {settings.n_latents:,} latents are active for a token:
+(width {settings.width:,}). {chosen}:
 
-    z = TopK(ReLU(W_enc (x - b_dec) + b_enc)),   x_hat = W_dec^T z + b_dec
+    z = {equation}(W_enc (x - b_dec) + b_enc){")" if "(" in equation else ""},   x_hat = W_dec^T z + b_dec
 
 {f"It was trained on `{dataset}`." if dataset else ""}
 The files have the format of {format}, in a folder for each hookpoint.
 
 ```python
-from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb import SAE
 
-sae = TopKSAE.from_pretrained("{repo_id}", "{hookpoint}")
+sae = SAE.from_pretrained("{repo_id}", "{hookpoint}")
 ```
 """

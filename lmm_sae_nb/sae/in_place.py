@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.sae.topk import SAE
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SAEInPlace:
     """
 
     lmm: LMM
-    sae: TopKSAE
+    sae: SAE
     layer: int
 
     def __post_init__(self):
@@ -64,7 +64,7 @@ class SAEInPlace:
         Raises:
             ValueError: no layer was given and the SAE's folder records none, or as `SAEInPlace`.
         """
-        loaded = TopKSAE.load(sae)
+        loaded = SAE.load(sae)
         if layer is None:
             if loaded.trained_on is None:
                 raise ValueError(f"{sae} does not record the layer that it was trained on; give layer=...")

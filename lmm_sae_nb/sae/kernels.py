@@ -108,6 +108,37 @@ def top_k(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tens
     return acts, indices
 
 
+def above(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return ReLU(W_enc x + b_enc) where it is above the threshold: activations and int64 indices, each (tokens, k).
+
+    Places beyond a token's active latents have the activation 0. As `top_k` it works on blocks and gives no gradient.
+
+    x, W_enc, b_enc: as of `top_k`.
+    threshold: (latents,).
+    k: places per token, from 1 to the number of latents.
+
+    Raises:
+        ValueError: k is something else, shapes do not fit, or a token has more than k active latents.
+    """
+    require_k(k, len(W_enc))
+    _require_fit(x.dim() == 2 and x.shape[1] == W_enc.shape[1] and b_enc.shape == W_enc.shape[:1], x, W_enc, b_enc)
+    _require_fit(threshold.shape == b_enc.shape, threshold, b_enc)
+    dtype = _autocast_dtype(x)
+    W, tops, counts = W_enc.to(dtype or W_enc.dtype).T, [], []
+    for part in x.split(max(1, BLOCK // len(W_enc))):
+        pre = _product(part, W, dtype) + b_enc
+        acts = pre.masked_fill_(pre <= threshold, 0).relu_()  # NaN is not below, so it stays to be noticed
+        tops.append(acts.topk(k, sorted=False))
+        counts.append((acts > 0).sum(1))
+    most = int(torch.cat(counts).max()) if len(x) else 0
+    if most > k:
+        raise ValueError(
+            f"a token has {most} active latents, and k_max is {k}: no more are kept of a token; load the SAE with "
+            f"k_max={most} or more"
+        )
+    return torch.cat([top.values for top in tops]), torch.cat([top.indices for top in tops])
+
+
 def require_k(k: int, n_latents: int) -> None:
     """Raise ValueError unless k is a whole number from 1 to the number of latents; the compiled loops rely on it."""
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= n_latents:

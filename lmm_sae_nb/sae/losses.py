@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lmm_sae_nb.sae.topk import TopKSAE, decode_sparse, encode_topk
+from lmm_sae_nb.sae.topk import SAE, decode_sparse, encode_topk
 
 PLACES = 2**25  # (token, latent) pairs that AuxK holds at once: about 50 bytes each, with their gradients
 
@@ -22,7 +22,7 @@ def fvu(x: Float[Tensor, "tokens width"], x_hat: Float[Tensor, "tokens width"]) 
 
 
 def auxk_loss(
-    sae: TopKSAE,
+    sae: SAE,
     x: Float[Tensor, "tokens width"],
     x_hat: Float[Tensor, "tokens width"],
     dead: Bool[Tensor, " latents"],

@@ -1,12 +1,14 @@
-"""The TopK sparse autoencoder of section 2.1 (eq. 1 and 2).
+"""The sparse autoencoder of section 2.1 (eq. 1 and 2).
 
-A dense (tokens, latents) tensor exists only in `kernels.top_k`, for one block of tokens at a time. No gradient has
-that shape.
+A dense (tokens, latents) tensor exists only in `kernels.top_k` and `kernels.above`, for one block of tokens at a time.
+No gradient has that shape.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,29 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lmm_sae_nb.sae import hub, kernels
+from lmm_sae_nb.sae.activation import Activation, JumpReLU, Latents, TopK
 from lmm_sae_nb.sae.formats import SAEWeights, read_sae, write_sae
 from lmm_sae_nb.support.files import read_json
-
-
-class Latents(NamedTuple):
-    """The k latents of each token, in no order.
-
-    acts: activations, at least 0; a place with activation 0 holds no active latent.
-    indices: numbers of the latents.
-    """
-
-    acts: Float[Tensor, "*tokens k"]
-    indices: Int64[Tensor, "*tokens k"]
-
-    def top(self, k: int) -> Latents:
-        """Return the k highest latents of each token.
-
-        Raises:
-            ValueError: there are fewer.
-        """
-        kernels.require_k(k, self.acts.shape[-1])
-        top = self.acts.topk(k, dim=-1)
-        return Latents(top.values, self.indices.gather(-1, top.indices))
 
 
 HISTORY = "history.json"  # the file that `train_sae` writes beside its SAE
@@ -59,16 +41,19 @@ class TrainedOn(NamedTuple):
 # ---- equations 1 and 2, with their gradients --------------------------------------------------------------------
 
 
-class _EncodeTopK(torch.autograd.Function):
+Candidates = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # of centred x, W_enc and b_enc
+
+
+class _Encode(torch.autograd.Function):
     """Eq. 1 with its exact gradient: only active latents have one, so it is (tokens, k), never dense."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, b_dec, k, among):
+    def forward(ctx, x, W_enc, b_enc, b_dec, candidates: Candidates, among):
         centred = x - b_dec
         if among is None:
-            acts, indices = kernels.top_k(centred, W_enc, b_enc, k)
+            acts, indices = candidates(centred, W_enc, b_enc)
         else:
-            acts, indices = kernels.top_k(centred, W_enc[among], b_enc[among], k)
+            acts, indices = candidates(centred, W_enc[among], b_enc[among])
             indices = among[indices]
         ctx.save_for_backward(centred, W_enc, acts, indices)
         ctx.mark_non_differentiable(indices)
@@ -114,7 +99,7 @@ def encode_topk(
     Raises:
         ValueError: k is not from 1 to the number of latents to choose from.
     """
-    return Latents(*_EncodeTopK.apply(x, W_enc, b_enc, b_dec, k, among))
+    return Latents(*_Encode.apply(x, W_enc, b_enc, b_dec, partial(kernels.top_k, k=k), among))
 
 
 def decode_sparse(latents: Latents, W_dec: Tensor) -> Float[Tensor, "tokens width"]:
@@ -131,15 +116,16 @@ def decode_sparse(latents: Latents, W_dec: Tensor) -> Float[Tensor, "tokens widt
 # ---- the autoencoder --------------------------------------------------------------------------------------------
 
 
-class TopKSAE(nn.Module):
-    """A k-sparse autoencoder (eq. 1 and 2). A latent is a row in both matrices; W_dec has rows of length 1.
+class SAE(nn.Module):
+    """A sparse autoencoder (eq. 1 and 2). A latent is a row in both matrices; a trained W_dec has rows of length 1.
 
     Eq. 1's b_1 and eq. 2's b_3 are one parameter, b_dec, as in the published checkpoint. The encoder starts as the
-    decoder's transpose.
+    decoder's transpose. Without a threshold the SAE is that of the paper: it keeps the k largest activations.
 
     width: of the hidden states.
     n_latents: number of latents.
-    k: active latents per token, from 1 to n_latents.
+    k: active latents per token, from 1 to n_latents; with a threshold, the most that a token may have.
+    threshold: of each latent, at least 0: an SAE of the kind JumpReLU, or another that `activation` describes.
     dtype: of the weights.
     generator: draws the dictionary.
 
@@ -148,6 +134,7 @@ class TopKSAE(nn.Module):
     """
 
     trained_on: TrainedOn | None = None  # known if the SAE was loaded from a folder of `train_sae`
+    threshold: Tensor | None
 
     def __init__(
         self,
@@ -155,6 +142,7 @@ class TopKSAE(nn.Module):
         n_latents: int,
         k: int = 256,
         *,
+        threshold: Float[Tensor, " latents"] | None = None,
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
     ):
@@ -166,6 +154,12 @@ class TopKSAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(n_latents, dtype=dtype))
         self.W_dec = nn.Parameter(rows.clone())
         self.b_dec = nn.Parameter(torch.zeros(width, dtype=dtype))
+        self.register_buffer("threshold", threshold)
+
+    @property
+    def activation(self) -> Activation:
+        """How the SAE chooses active latents."""
+        return TopK(self.k) if self.threshold is None else JumpReLU(self.threshold, self.k)
 
     @property
     def width(self) -> int:
@@ -179,7 +173,7 @@ class TopKSAE(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the sizes, for `repr`."""
-        return f"width={self.width}, n_latents={self.n_latents}, k={self.k}"
+        return f"{self.activation.name}, width={self.width}, n_latents={self.n_latents}, k={self.k}"
 
     def require_width(self, width: int) -> None:
         """Check that the SAE reads hidden states of this width.
@@ -194,18 +188,20 @@ class TopKSAE(nn.Module):
             )
 
     def encode(self, x: Float[Tensor, "*tokens width"], k: int | None = None) -> Latents:
-        """Return z = TopK(ReLU(W_enc (x - b_dec) + b_enc)), eq. 1.
+        """Return z = TopK(ReLU(W_enc (x - b_dec) + b_enc)), eq. 1, or the same with the SAE's own activation.
 
         x: cast to the SAE's dtype.
-        k: active latents per token; by default the SAE's.
+        k: places per token, by default the SAE's. TopK fills so many; other kinds need so many at most.
 
         Raises:
-            ValueError: x has another width than the SAE, or k is not from 1 to the number of latents.
+            ValueError: x has another width than the SAE, k is not from 1 to the number of latents, or a token has more
+                active latents than places.
         """
         k = self.k if k is None else k
         self.require_width(x.shape[-1])
         flat = x.reshape(-1, self.width).to(self.W_enc.dtype)
-        latents = encode_topk(flat, self.W_enc, self.b_enc, self.b_dec, k)
+        candidates = partial(self.activation.candidates, places=k)
+        latents = _Encode.apply(flat, self.W_enc, self.b_enc, self.b_dec, candidates, None)
         return Latents(*(part.reshape(*x.shape[:-1], k) for part in latents))
 
     def decode(self, latents: Latents) -> Float[Tensor, "*tokens width"]:
@@ -232,34 +228,50 @@ class TopKSAE(nn.Module):
         grad = self.W_dec.grad
         grad.sub_((grad * self.W_dec).sum(1, keepdim=True) * self.W_dec)
 
-    def save(self, folder: str | Path, format: str = "sparsify") -> None:
-        """Write the SAE atomically, by default in the published checkpoint's format; errors as `write_sae`.
+    def save(self, folder: str | Path, format: str = "") -> None:
+        """Write the SAE atomically; errors as `write_sae`.
 
-        format: a name in `formats.FORMATS`.
+        format: a name in `formats.FORMATS`; by default that of the published checkpoint, or "saelens" for an SAE with
+            a threshold, which the published one cannot hold.
         """
-        write_sae(folder, SAEWeights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k), format)
+        weights = SAEWeights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.k, self.threshold)
+        write_sae(folder, weights, format or weights.usual_format)
 
     @classmethod
-    def load(cls, folder: str | Path) -> TopKSAE:
-        """Read an SAE in any known format, onto the CPU, in the file's dtype; errors as `read_sae`."""
-        *weights, k = read_sae(folder)
-        n_latents, width = weights[0].shape
+    def load(cls, source: str | Path, *, k: int | None = None, k_max: int | None = None) -> SAE:
+        """Read an SAE of any known kind and format, onto the CPU, in the file's dtype; arguments and errors as
+        `read_sae`.
+        """
+        weights = read_sae(source, k=k, k_max=k_max)
+        n_latents, width = weights.W_enc.shape
         with torch.device("meta"):
-            sae = cls(width, n_latents, k)
-        sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec = map(nn.Parameter, weights)
-        sae.trained_on = _trained_on(Path(folder))
+            sae = cls(width, n_latents, weights.k)
+        sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec = map(nn.Parameter, weights[:4])
+        sae.threshold = weights.threshold
+        sae.trained_on = _trained_on(Path(source))
         return sae
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, hookpoint: str | None = None, **where) -> TopKSAE:
-        """Load an SAE from the hub or a folder; arguments and errors as `hub.fetch`."""
-        return cls.load(hub.fetch(name_or_path, hookpoint, **where))
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        hookpoint: str | None = None,
+        *,
+        k: int | None = None,
+        k_max: int | None = None,
+        **where,
+    ) -> SAE:
+        """Load an SAE from the hub or a folder; arguments and errors as `hub.fetch` and `read_sae`."""
+        return cls.load(hub.fetch(name_or_path, hookpoint, **where), k=k, k_max=k_max)
 
-    def push_to_hub(self, repo_id: str, hookpoint: str, format: str = "sparsify", **about) -> str:
+    def push_to_hub(self, repo_id: str, hookpoint: str, format: str = "", **about) -> str:
         """Publish the SAE on the hub and return the commit's URL; arguments and errors as `hub.publish`."""
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder, format)
             return hub.publish(folder, repo_id, hookpoint, **about)
+
+
+TopKSAE = SAE  # the paper's kind is what the constructor makes
 
 
 def _trained_on(folder: Path) -> TrainedOn | None:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
+from lmm_sae_nb.sae.activation import Activation, Latents
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.sae.topk import Latents, TopKSAE
+from lmm_sae_nb.sae.topk import SAE
 from lmm_sae_nb.support.progress import progress_bar
 
 MODES = ("clamp", "add", "scale")
@@ -25,7 +26,7 @@ PHASES = ("prompt", "generated")
 
 @dataclass(frozen=True)
 class Edit:
-    """Change one latent z_j before TopK.
+    """Change one latent z_j before TopK, or before the SAE's own activation.
 
     latent: j.
     value: finite; below 0 only with the mode "add".
@@ -111,12 +112,12 @@ Setting = Sequence[Edit]  # all edits of one sample
 
 
 def steer_latents(
-    sae: TopKSAE, x: Float[Tensor, "tokens width"], edits: Sequence[Edit], highest: Latents | None = None
+    sae: SAE, x: Float[Tensor, "tokens width"], edits: Sequence[Edit], highest: Latents | None = None
 ) -> Latents:
     """Edit latents and apply TopK again (equations 3 to 5), so that an edited latent counts only among the k highest.
 
     This is exact without the dense z. At most n edited latents are among the k + n highest, so these contain the k
-    highest of the others.
+    highest of the others. In an SAE with thresholds, an edited latent counts only above its threshold.
 
     edits: n of them, of different latents.
     highest: the k + n or more highest latents of each token, if they are known already.
@@ -134,29 +135,31 @@ def steer_latents(
     rows, bias = sae.W_enc[edited], sae.b_enc[edited]
     before = ((x.to(rows.dtype) - sae.b_dec) @ rows.T + bias).relu()
     new = torch.stack([edit.apply(acts) for edit, acts in zip(edits, before.unbind(-1), strict=True)], -1)
-    return set_latents(others, edited, new, sae.k)
+    return set_latents(others, edited, new, sae.activation)
 
 
-def set_latents(highest: Latents, latents: Int64[Tensor, " n"], acts: Float[Tensor, "tokens n"], k: int) -> Latents:
-    """Set n latents to new activations and apply TopK again (equations 4 and 5); differentiable in `acts`.
+def set_latents(
+    highest: Latents, latents: Int64[Tensor, " n"], acts: Float[Tensor, "tokens n"], activation: Activation
+) -> Latents:
+    """Set n latents to new activations and apply the activation again (equations 4 and 5); differentiable in `acts`.
 
     highest: the k + n or more highest latents of each token, as they were.
     latents: numbers of the latents to set, each once.
     acts: at least 0.
-    k: latents of each token that are left.
+    activation: of the SAE.
     """
     others = torch.where(torch.isin(highest.indices, latents), -1.0, highest.acts)  # below every activation
     indices = torch.cat([latents.expand(len(acts), -1), highest.indices], -1)
-    return Latents(torch.cat([acts, others], -1), indices).top(k)
+    return activation.choose(Latents(torch.cat([acts, others], -1), indices))
 
 
-def _highest(sae: TopKSAE, x: Float[Tensor, "tokens width"], edits: int) -> Latents:
+def _highest(sae: SAE, x: Float[Tensor, "tokens width"], edits: int) -> Latents:
     """Return so many latents of each token that k are left without the edited ones."""
     return sae.encode(x, k=min(sae.k + edits, sae.n_latents))
 
 
 def steered_states(
-    sae: TopKSAE,
+    sae: SAE,
     x: Float[Tensor, "tokens width"],
     edits: Sequence[Edit],
     steered: Bool[Tensor, " tokens"],
@@ -172,7 +175,7 @@ def steered_states(
 
 
 def steered_versions(
-    sae: TopKSAE,
+    sae: SAE,
     x: Float[Tensor, "tokens width"],
     settings: Sequence[Setting],
     steered: Bool[Tensor, " tokens"],
@@ -180,7 +183,7 @@ def steered_versions(
 ) -> Float[Tensor, "settings tokens width"]:
     """Return `steered_states` under each of several settings; the tokens are encoded once for all of them."""
     highest = _highest(sae, x, max(map(len, settings)))
-    base = sae.decode(_in_order(highest.top(sae.k)))
+    base = sae.decode(_in_order(sae.activation.choose(highest)))
     out = (x.to(base.dtype) if keep_error else base).repeat(len(settings), 1, 1)
     known = Latents(*(part[steered] for part in highest))
     for version, edits in zip(out, settings if bool(steered.any()) else (), strict=False):

@@ -14,7 +14,7 @@ from lmm_sae_nb.model.samples import prompts
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.model.upper_layers import UpperLayers, above_each
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.sae.topk import SAE
 from lmm_sae_nb.support.intervals import bounds, mean_interval, ratio_interval
 from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.tensor_files import require_finite
@@ -96,6 +96,9 @@ def control_fvus(
 ) -> dict[str, float]:  # fmt: skip
     """Return what other descriptions of a token with k numbers leave unexplained, on the same tokens as `evaluate_sae`.
 
+    k is that of a TopK SAE. Of an SAE with thresholds it is the mean number of active latents, for which the model runs
+    once more.
+
     - `fvu_untrained`: an SAE of the same size with the same `b_dec`, its other weights as before the training;
     - `fvu_components`: the first k principal components of these very tokens. No k fixed directions leave less.
 
@@ -106,7 +109,8 @@ def control_fvus(
         ValueError: the tokens do not vary.
     """
     sae, device = place.sae, place.device
-    untrained = TopKSAE(sae.width, sae.n_latents, sae.k, generator=torch.Generator().manual_seed(seed)).to(device)
+    k = sae.k if sae.threshold is None else _active_per_token(place, samples, kinds, batch_samples)
+    untrained = SAE(sae.width, sae.n_latents, k, generator=torch.Generator().manual_seed(seed)).to(device)
     untrained.b_dec.data.copy_(sae.b_dec)
     variance, products = _Variance(sae.width), torch.zeros(sae.width, sae.width, dtype=torch.float64, device=device)
     for prompt in prompts(place.lmm, samples, range(len(samples)), batch_samples):
@@ -116,7 +120,16 @@ def control_fvus(
     fvu = variance.unexplained()
     mean = (variance.sum / variance.n).to(device)
     spectrum = torch.linalg.eigvalsh(products / variance.n - mean[:, None] * mean)  # ascending
-    return {"fvu_untrained": fvu, "fvu_components": float(spectrum[: -sae.k].sum() / spectrum.sum())}
+    return {"fvu_untrained": fvu, "fvu_components": float(spectrum[:-k].sum() / spectrum.sum())}
+
+
+def _active_per_token(place: SAEInPlace, samples: Sequence[Mapping], kinds: Sequence[str], batch_samples: int) -> int:
+    """Return how many latents are active for a token in the mean, at least 1."""
+    active, tokens = 0, 0
+    for prompt in prompts(place.lmm, samples, range(len(samples)), batch_samples):
+        x = above_each(place.lmm, prompt, [place.layer])[place.layer].hidden[prompt.mask(*kinds)].float()
+        active, tokens = active + int((place.sae.encode(x).acts > 0).sum()), tokens + len(x)
+    return max(1, round(active / max(tokens, 1)))
 
 
 class _Variance:

@@ -67,7 +67,7 @@ def test_set_latents_is_a_clamp_whose_values_have_gradients():
     sae, x = new_sae(), torch.randn(7, 16, generator=torch.Generator().manual_seed(1))
     latents, values = torch.tensor([3, 11]), torch.tensor([0.5, 9.0], requires_grad=True)
     highest = sae.encode(x, k=sae.k + 2)
-    found = set_latents(highest, latents, values.expand(7, -1), sae.k)
+    found = set_latents(highest, latents, values.expand(7, -1), sae.activation)
     clamped = steer_latents(sae, x, [Edit(3, 0.5), Edit(11, 9.0)])
     assert torch.equal(found.indices, clamped.indices) and torch.equal(found.acts, clamped.acts)
     found.acts.sum().backward()

@@ -45,8 +45,8 @@ HOMES = {
     "linear": "attribute.attribution",
 }
 __all__ = [
-    "LMM", "SAE", "Edit", "LatentCache", "Latents", "SAEInPlace", "Scope", "TopKSAE", "cache_activations", "evaluate_sae",
-    "exemplars", "explain_latents", "linear", "open_images", "steered", "train_sae",
+    "LMM", "SAE", "Edit", "LatentCache", "Latents", "SAEInPlace", "Scope", "TopKSAE", "cache_activations",
+    "evaluate_sae", "exemplars", "explain_latents", "linear", "open_images", "steered", "train_sae",
 ]  # fmt: skip
 
 

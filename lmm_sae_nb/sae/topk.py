@@ -23,7 +23,6 @@ from lmm_sae_nb.sae.activation import Activation, JumpReLU, Latents, TopK
 from lmm_sae_nb.sae.formats import SAEWeights, read_sae, write_sae
 from lmm_sae_nb.support.files import read_json
 
-
 HISTORY = "history.json"  # the file that `train_sae` writes beside its SAE
 
 

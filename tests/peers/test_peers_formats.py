@@ -16,7 +16,8 @@ from lmm_sae_nb.sae.topk import SAE, TopKSAE
 WIDTH, LATENTS, K = 16, 48, 5
 INSTALL = (
     "python -m venv peers && peers/bin/pip install pytest torch==2.13.0 eai-sparsify==1.3.3 sae-lens==6.54.0 "
-    "dictionary-learning==0.1.0 overcomplete==0.3.0 && peers/bin/pip uninstall -y torchvision && peers/bin/python -m pytest tests/peers"
+    "dictionary-learning==0.1.0 overcomplete==0.3.0 && peers/bin/pip uninstall -y torchvision && "
+    "peers/bin/python -m pytest tests/peers"
 )
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -50,7 +50,7 @@ def test_a_latent_is_active_above_its_own_threshold():
     assert_close(dense(latents), expected(sae, x))
     assert_close(sae(x), expected(sae, x) @ sae.W_dec + sae.b_dec)
     counts = (dense(latents) > 0).sum(-1)
-    assert 0 < counts.min() and counts.min() < counts.max() < N  # the number differs from token to token
+    assert counts.min() > 0 and counts.min() < counts.max() < N  # the number differs from token to token
 
 
 def test_gradients_are_those_of_the_dense_formula():

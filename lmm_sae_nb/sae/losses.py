@@ -60,7 +60,7 @@ def auxk_loss(
 
 
 def _left(
-    sae: TopKSAE,
+    sae: SAE,
     x: Float[Tensor, "tokens width"],
     residual: Float[Tensor, "tokens width"],
     among: Int64[Tensor, " dead"],

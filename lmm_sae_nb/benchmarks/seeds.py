@@ -1,6 +1,6 @@
 """Run the pages for several seeds of the SAE and write book/seeds.json: each metric's value for each seed.
 
-Six seeds take an hour and a half of two cores. Every seed is a run, `data/artifacts/seed_0` and so on, with the pages'
+Six seeds take an hour of two cores. Every seed is a run, `data/artifacts/seed_0` and so on, with the pages'
 own parameters. Only the run's name and notebook 01's `seed` differ. The executed pages are kept in the run's folder
 `pages`. A command that was stopped goes on where it was, and what is done with the present code is not run again. The
 file is written after each seed.

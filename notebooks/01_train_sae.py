@@ -55,6 +55,9 @@ evaluated: int = 120
 layer: int = 1  # counted from 0; the paper's 25th layer is 24
 n_latents: int = 1024  # the paper: 131072
 k: int = 32  # active latents per token; the paper: 256
+# one of "topk", "batch_topk" (k in the mean over a batch) or "matryoshka"
+# (the first latents alone have to reconstruct, too)
+kind: str = "topk"
 steps: int = 2000  # optimiser steps
 batch_tokens: int = 512  # tokens per optimiser step
 lr: float = 2e-3  # highest learning rate
@@ -181,7 +184,8 @@ assert_close(torch.zeros_like(z).scatter(-1, indices, acts), z)
 # The loss has two parts. The first is the fraction of variance unexplained
 # (FVU). The second, AuxK, trains *dead* latents, those not active for a while,
 # to explain what the reconstruction misses. If no latent is dead, the loss is
-# the FVU. The model does not change. Its hidden states flow into a buffer that mixes the tokens
+# the FVU. (With `kind`, the SAE learns as BatchTopK or Matryoshka SAEs do,
+# for comparison; the paper's is `topk`.) The model does not change. Its hidden states flow into a buffer that mixes the tokens
 # of many samples.
 #
 # While training goes on, a figure below the cell grows. If you stop it, or the
@@ -200,8 +204,8 @@ stage = page.stage(
     ),
 )  # fmt: skip
 settings = dict(
-    n_latents=n_latents, k=k, lr=lr, steps=steps, kinds=kinds, seed=seed,
-    batch_tokens=batch_tokens, accumulate=accumulate,
+    n_latents=n_latents, k=k, kind=kind, lr=lr, steps=steps, kinds=kinds,
+    seed=seed, batch_tokens=batch_tokens, accumulate=accumulate,
     dead_after_tokens=dead_after_tokens, mixed_precision=mixed_precision,
     tf32=tf32, k_aux=k_aux, workers=workers,
     checkpoint_minutes=checkpoint_minutes, tracker=tracker,
@@ -346,9 +350,12 @@ findings(
 
 # %% tags=["result", "remove-input"]
 silent = round(metrics["dead_fraction"] * n_latents)
+per_token = f"{k} of {n_latents:,}"
+if kind == "batch_topk":  # k is the mean over a batch
+    per_token = f"In the mean {metrics['l0']:.0f} of {n_latents:,}"
 headline(
     page,
-    f"{k} of {n_latents:,} latents per token leave {percent(fvu, 1)} of the "
+    f"{per_token} latents per token leave {percent(fvu, 1)} of the "
     f"variance of the held-out states after layer {layer} (of "
     f"{lmm.n_layers}, counted from 0) unexplained. {k} principal components "
     f"leave {percent(metrics['fvu_components'], 1)}. "

@@ -16,6 +16,7 @@ from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.train import checkpoint
 from lmm_sae_nb.train.checkpoint import Checkpoint
+from lmm_sae_nb.train.kinds import KINDS
 from lmm_sae_nb.train.sample_parts import Converted, LeftOut
 from lmm_sae_nb.train.token_buffer import Position
 
@@ -32,9 +33,10 @@ class Recipe:
     lr: highest learning rate; by default the published rule, 2e-4 / sqrt(n_latents / 2^14).
     frozen: "encoder" or "decoder", as a control: W_enc or W_dec keeps its first random rows. All biases and the other
         matrix learn, so a frozen encoder can still learn how often each latent is active. "": everything learns.
+    kind: "topk", "batch_topk" or "matryoshka"; see `kinds`.
 
     Raises:
-        ValueError: there is no such part to freeze.
+        ValueError: there is no such part to freeze, or no such kind.
     """
 
     layer: int
@@ -42,19 +44,23 @@ class Recipe:
     k: int = 256
     lr: float | None = None
     frozen: str = ""
+    kind: str = "topk"
 
     def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"there is no training of the kind {self.kind!r}; choose one of {', '.join(KINDS)}")
         if self.frozen not in FREEZES:
             raise ValueError(f"frozen is {self.frozen!r}; choose 'encoder' or 'decoder', or '' to train everything")
 
     def run(self, lmm: LMM) -> dict[str, object]:
         """Return what distinguishes this SAE from the others of the same training.
 
-        `frozen` is there only if something is frozen, so that older records hold.
+        `frozen` and `kind` are there only if they are not the default, so that older records hold.
         """
         lr = 2e-4 / math.sqrt(self.n_latents / 2**14) if self.lr is None else self.lr
         run = asdict(self) | {"lr": lr, "model": lmm.fingerprint(self.layer)}
-        return run if self.frozen else {name: value for name, value in run.items() if name != "frozen"}
+        usual = {"frozen": "", "kind": "topk"}
+        return {name: value for name, value in run.items() if name not in usual or value != usual[name]}
 
 
 @dataclass

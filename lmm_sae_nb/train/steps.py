@@ -14,6 +14,7 @@ from torch import Tensor
 from lmm_sae_nb.sae.losses import auxk_loss
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.progress import progress_bar
+from lmm_sae_nb.train.kinds import batch_topk, follow, nested_error
 from lmm_sae_nb.train.state import Learner, Training, of_name
 from lmm_sae_nb.train.token_buffer import Position
 
@@ -71,13 +72,13 @@ def _row(
 ) -> dict[str, float]:
     """Return a row of the history.
 
-    values: FVU, AuxK, L0 and learning rate of the latest step.
+    values: FVU, AuxK, L0, the reconstruction's part of the loss, and learning rate of the latest step.
     last_step, last_seconds: step and time of the row before.
     """
     tokens = learner.run["accumulate"] * learner.run["batch_tokens"]
     row = {
         "step": training.step, "tokens": training.step * tokens, "seconds": training.seconds,
-        "loss": values["fvu"] + learner.run["auxk_alpha"] * values["auxk"],
+        "loss": values["learned"] + learner.run["auxk_alpha"] * values["auxk"],
         "dead_fraction": float(learner.dead.float().mean()),
         "tokens_per_second": (training.step - last_step) * tokens / max(training.seconds - last_seconds, 1e-9),
     }  # fmt: skip
@@ -90,13 +91,13 @@ def _step(
     accelerator: Accelerator,
     run: Mapping,
 ) -> dict[str, dict[str, float]]:
-    """Do one optimiser step of each SAE; return its FVU, AuxK, L0 and learning rate."""
+    """Do one optimiser step of each SAE; return its FVU, AuxK, L0, part of the loss and learning rate."""
     learners = training.learners
     for learner in learners.values():
         rate = learning_rate(training.step, run["steps"], learner.run["lr"], run["warm_steps"])
         for group in learner.optimiser.param_groups:
             group["lr"] = rate
-    logged = {name: torch.zeros(3, dtype=torch.float64) for name in learners}
+    logged = {name: torch.zeros(4, dtype=torch.float64) for name in learners}
     fired = {name: torch.zeros_like(learner.silent, dtype=torch.bool) for name, learner in learners.items()}
     for _ in range(run["accumulate"]):
         states, training.position = next(batches)
@@ -115,7 +116,7 @@ def _step(
         learner.silent += run["accumulate"] * run["batch_tokens"]
         learner.silent[fired[name]] = 0
     return {
-        name: dict(zip(("fvu", "auxk", "l0"), logged[name].tolist(), strict=True))
+        name: dict(zip(("fvu", "auxk", "l0", "learned"), logged[name].tolist(), strict=True))
         | {"lr": learner.optimiser.param_groups[0]["lr"]}
         for name, learner in learners.items()
     }
@@ -123,22 +124,29 @@ def _step(
 
 def _backward(
     name: str, learner: Learner, x: Float[Tensor, "local width"], accelerator: Accelerator
-) -> tuple[Float[Tensor, " 3"], Bool[Tensor, " latents"]]:
+) -> tuple[Float[Tensor, " 4"], Bool[Tensor, " latents"]]:
     """Compute the gradients of a batch's loss from this process's tokens.
 
-    Return FVU, AuxK and L0 over all processes, and which latents were active. A latent with activation 0 was not.
+    Return FVU, AuxK, L0 and the reconstruction's part of the loss over all processes, and which latents were active. A
+    latent with activation 0 was not.
 
     Raises:
         ValueError: the loss is not finite.
     """
     sae, dead, auxk_alpha = learner.sae, learner.dead, learner.run["auxk_alpha"]
+    kind, k = learner.run.get("kind", "topk"), learner.run["k"]
     sums = accelerator.reduce(torch.cat([x.sum(0), x.new_tensor([len(x)])]))
     mean, tokens = sums[:-1] / sums[-1], sums[-1]
     variance = accelerator.reduce((x - mean).square().sum())
     with accelerator.autocast():
-        latents = sae.encode(x)
+        if kind == "batch_topk":
+            latents, smallest = batch_topk(sae, x, k, lambda acts: gathered(acts, accelerator))
+            follow(sae.threshold, smallest)
+        else:
+            latents = sae.encode(x)
         x_hat = sae.decode(latents)
     error = (x - x_hat).square().sum()
+    nested = nested_error(sae, x, latents, error) if kind == "matryoshka" else error
     unexplained, aux = error / variance, x.new_zeros(())
     if auxk_alpha:
         energy = accelerator.reduce(error.detach())
@@ -147,13 +155,15 @@ def _backward(
     active = latents.acts > 0
     fired = torch.zeros_like(dead)
     fired[latents.indices[active]] = True
-    losses = accelerator.reduce(torch.stack([unexplained.detach(), aux.detach(), active.sum() / tokens])).double().cpu()
+    learned = unexplained if nested is error else nested / variance
+    values = unexplained.detach(), aux.detach(), active.sum() / tokens, learned.detach()
+    losses = accelerator.reduce(torch.stack(values)).double().cpu()
     if not losses.isfinite().all():
         raise ValueError(
             f"the loss{of_name(name)} is not finite: FVU {losses[0]}, AuxK {losses[1]}; train with a lower lr, or on "
             "tokens that vary"
         )
-    accelerator.backward(unexplained + auxk_alpha * aux)
+    accelerator.backward(learned + auxk_alpha * aux)
     return losses, accelerator.reduce(fired.int()) > 0
 
 

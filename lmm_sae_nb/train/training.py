@@ -1,4 +1,4 @@
-"""Train one TopK SAE or several in one pass over the model (section 2.1).
+"""Train one SAE or several in one pass over the model (section 2.1).
 
 Accelerate says how many processes work. Each holds all SAEs and its part of the tokens. Gradients, variances, losses
 and the record of active latents are summed over the processes, so the SAE does not depend on their number.
@@ -28,6 +28,7 @@ from lmm_sae_nb.model.sample_checks import check_samples
 from lmm_sae_nb.model.samples import data_fingerprint, require_choice
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.adam import SAEAdam
+from lmm_sae_nb.sae.formats import FORMATS
 from lmm_sae_nb.sae.losses import geometric_median
 from lmm_sae_nb.sae.topk import HISTORY, TopKSAE
 from lmm_sae_nb.support.devices import allow_tf32
@@ -37,6 +38,7 @@ from lmm_sae_nb.support.locks import hold
 from lmm_sae_nb.support.stages import code_fingerprints
 from lmm_sae_nb.train import checkpoint
 from lmm_sae_nb.train.checkpoint import Checkpoint
+from lmm_sae_nb.train.kinds import new_sae
 from lmm_sae_nb.train.sample_parts import Converted, LeftOut
 from lmm_sae_nb.train.state import FREEZES, Learner, Recipe, Training, joined_settings
 from lmm_sae_nb.train.steps import CHECKPOINTS, do_steps, gathered
@@ -70,6 +72,7 @@ def train_sae(
     k: int = 256,
     lr: float | None = None,
     frozen: str = "",
+    kind: str = "topk",
     folder: str | Path,
     on_log: Callable[[list[dict[str, float]]], object] | None = None,
     **settings,
@@ -79,12 +82,12 @@ def train_sae(
     lmm: the model under study; it does not change.
     samples: as of `train_saes`.
     layer: 0-based.
-    n_latents, k, lr, frozen: as of `Recipe`.
+    n_latents, k, lr, frozen, kind: as of `Recipe`.
     on_log: called with all rows of the history so far, after each new row.
     settings, errors: as of `train_saes`.
     """
     on_logs = None if on_log is None else lambda histories: on_log(histories[""])
-    recipes = {"": Recipe(layer, n_latents, k, lr, frozen)}
+    recipes = {"": Recipe(layer, n_latents, k, lr, frozen, kind)}
     return train_saes(lmm, samples, recipes, folder=folder, on_log=on_logs, **settings)[""]
 
 
@@ -285,7 +288,8 @@ def _begin(
 
 def _learner(lmm: LMM, run: Mapping, accelerator: Accelerator) -> Learner:
     generator = torch.Generator().manual_seed(run["seed"])
-    sae = TopKSAE(lmm.width, run["n_latents"], run["k"], generator=generator).to(lmm.device_of(run["layer"]))
+    sae = new_sae(run.get("kind", "topk"), lmm.width, run["n_latents"], run["k"], generator)
+    sae.to(lmm.device_of(run["layer"]))
     if kept := FREEZES[run.get("frozen", "")]:
         getattr(sae, kept).requires_grad_(False)
     optimiser = accelerator.prepare_optimizer(SAEAdam(sae, run["lr"]), device_placement=False)
@@ -349,6 +353,8 @@ def _finish(training: Training, folder: Path) -> None:
     converted = {"converted": counts} if counts else {}
     for name, learner in training.learners.items():
         (folder / name / HISTORY).unlink(missing_ok=True)
+        earlier = FORMATS["sparsify" if learner.sae.activation.name == "jumprelu" else "saelens"]
+        (folder / name / earlier.weights).unlink(missing_ok=True)  # of an SAE of another kind
         learner.sae.save(folder / name)
         record = {"rows": learner.history, "run": learner.run, "code": _code()}
         record |= {**training.left_out.record(), **converted}

@@ -74,7 +74,7 @@ def test_saelens_reads_ours(peer, ours, tmp_path):
 
 def test_saelens_reads_ours_with_thresholds(peer, ours, tmp_path):
     threshold = torch.rand(LATENTS, generator=torch.Generator().manual_seed(1))
-    jumping = SAE(WIDTH, LATENTS, 20, threshold=threshold).requires_grad_(False)
+    jumping = SAE(WIDTH, LATENTS, LATENTS, threshold=threshold).requires_grad_(False)
     jumping.load_state_dict(ours.state_dict() | {"threshold": threshold})
     jumping.save(tmp_path)
     theirs, x = peer("sae_lens").SAE.load_from_disk(tmp_path), tokens(WIDTH)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from trainings import SETTINGS, train, train_several
+from trainings import LMM_, SAMPLES, SETTINGS, train
 
 from lmm_sae_nb.sae.formats import format_of
 from lmm_sae_nb.sae.topk import SAE

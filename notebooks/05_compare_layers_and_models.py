@@ -71,6 +71,7 @@ training: dict = {
     "batch_tokens": 512,  # tokens per optimiser step
     # tokens without activation after which a latent counts as dead
     "dead_after_tokens": 50_000,
+    "k_aux": 0,  # dead latents that AuxK revives; 0: width / 2
 }
 at_once: int = 0  # SAEs that learn in one pass; 0: all, if memory allows
 tf32: bool = True  # GPUs round the factors of float32 products to TF32
@@ -173,6 +174,7 @@ from lmm_sae_nb.compare.report import (
     size_curves,
 )
 from lmm_sae_nb.compare.saes import (
+    evaluate_awake,
     names_by_size,
     size_recipes,
     train_and_cache,
@@ -206,7 +208,6 @@ from lmm_sae_nb.support.conversions import conversion_metrics
 from lmm_sae_nb.support.images import Remembered, open_images
 from lmm_sae_nb.support.intervals import proportion, read_mean
 from lmm_sae_nb.support.stages import Metrics, Page
-from lmm_sae_nb.train.evaluate import evaluate_saes
 from lmm_sae_nb.train.training import Recipe
 from lmm_sae_nb.truth.accuracy import other_names
 from lmm_sae_nb.truth.label_maps import LabelMaps
@@ -347,7 +348,7 @@ scored = {
 places = {name: studied[name].place for name in recipes}
 evaluation = stage.result(
     "evaluation", dict[str, Metrics],
-    lambda: evaluate_saes(
+    lambda: evaluate_awake(
         places, unseen.select(range(min(evaluated, len(unseen))))
     ),
 )  # fmt: skip

@@ -65,6 +65,7 @@ other_sae: dict = {
     "batch_tokens": 1024,  # tokens per optimiser step
     # tokens without activation after which a latent counts as dead
     "dead_after_tokens": 50_000,
+    "k_aux": 0,  # dead latents that AuxK revives; 0: width / 2
 }
 batch: int = 5  # versions of a prompt that run side by side
 repetitions: int = 5  # of each timed run

@@ -157,8 +157,10 @@ plots.table([
 # ## On a GPU
 #
 # `python -m lmm_sae_nb.benchmarks gpu` measures on one GPU, in minutes, what
-# [A3](A3_full_scale) forecasts: a training step of the paper's SAE, and a
-# model of the paper's size with random weights.
+# [A3](A3_full_scale) forecasts: a training step of the paper's SAE, with AuxK
+# and without, in float32, TF32 and bfloat16; what this rounding changes; and a
+# model of the paper's size with random weights. It also runs pages 01 to 04, and
+# puts their metrics beside those of the CPU.
 
 # %%
 path = page.root / "book/gpu.json"

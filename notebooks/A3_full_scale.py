@@ -16,8 +16,9 @@
 # **The question.** How much memory, disk and time does the paper's own scale
 # need (section 3.1), and how much of that can be known without a GPU?
 #
-# **You will learn** what notebooks 01 to 03 cost on one GPU and on eight, and
-# what decides the cost. A small run says how close such a prediction comes.
+# **You will learn** what notebooks 01 to 03 cost on one GPU and on eight, what
+# decides the cost, and whether every page of the preset fits one GPU. A small
+# run says how close such a prediction comes.
 #
 # **Reads** a preset's file. **Writes** the stage `full_scale`: the
 # predictions, and what a *geometry twin* measured. Time: half a minute.
@@ -51,6 +52,7 @@ from lmm_sae_nb.full_scale.costs import (
 )
 from lmm_sae_nb.full_scale.geometry_twin import (
     geometry_twin,
+    gpu_rows,
     noise,
     predicted_and_measured,
     run_twin,
@@ -60,6 +62,12 @@ from lmm_sae_nb.full_scale.models import (
     forward_flops,
     image_layout,
     meta_model,
+)
+from lmm_sae_nb.full_scale.pages import (
+    dominating,
+    page_hours,
+    page_needs,
+    page_rows,
 )
 from lmm_sae_nb.full_scale.presets import (
     commands,
@@ -75,7 +83,7 @@ from lmm_sae_nb.show.report import (
     metrics_table,
     provenance,
 )
-from lmm_sae_nb.support.stages import Metrics, Page
+from lmm_sae_nb.support.stages import Metrics, Page, read_typed
 
 page = Page(globals())
 plots.style()
@@ -115,8 +123,10 @@ pd.DataFrame(rows).style.format(precision=2).hide(axis="index")
 # by `utilisation`. This is a guess, and all hours are proportional to its
 # inverse.
 #
-# The language model runs in 16 bits, the SAE in float32 without TF32. On eight
-# GPUs samples, buffer and images are divided. In training and caching each GPU
+# The language model runs in 16 bits. The SAE is float32, its large products are
+# in TF32 if the preset says so. We assume that some latents are dead from the
+# first step on, so that AuxK works all the time. Threads prepare images beside
+# the GPU's work; *waiting for images* is what is left. On eight GPUs samples, buffer and images are divided. In training and caching each GPU
 # holds the whole language model and the SAE; in training it sums gradients with
 # the others at every step. The explainer is divided among the GPUs.
 #
@@ -156,40 +166,78 @@ plots.stacked(dict(zip(labels, hours, strict=True)), f"hours, {gpu}");
 # *Reading* is the explainer's forward over a question with its images,
 # *writing* its answer, token by token. *Adam* is the optimiser's pass over all
 # weights of the SAE. *Sum over GPUs* is the exchange of gradients, which one
-# GPU does not need. With the SAE's dense product in bfloat16, training takes
-# less:
+# GPU does not need. *AuxK* revives dead latents. The next lines say what TF32 and
+# fewer latents of AuxK save, and what bfloat16 would:
 
 # %%
-used = ("layer", "n_latents", "k", "steps", "batch_tokens")
+used = ("layer", "n_latents", "k", "steps", "batch_tokens", "workers")
 train = {name: values["01_train_sae"][name] for name in used}
-for gpus in costs:
-    faster = train_cost(
-        models[studied], **train, gpus=gpus, mixed_precision="bf16",
-        assumptions=assumptions,
-    )  # fmt: skip
-    exact = costs[gpus][0].hours(device, gpus, utilisation)
-    total = sum(faster.hours(device, gpus, utilisation).values())
+k_aux = values["01_train_sae"]["k_aux"]
+ways = {
+    "float32 without TF32": dict(tf32=False, k_aux=k_aux),
+    "TF32": dict(tf32=True, k_aux=k_aux),
+    "bfloat16": dict(mixed_precision="bf16", k_aux=k_aux),
+    "TF32, half of the width for AuxK": dict(tf32=True, k_aux=0),
+}
+for name, way in ways.items():
+    cost = train_cost(
+        models[studied], **train, **way, gpus=8, assumptions=assumptions
+    )
+    took = cost.hours(device, 8, utilisation)
     print(
-        f"{count[gpus]}: the SAE encoder takes {exact['SAE encoder']:.0f} "
-        f"of {sum(exact.values()):.0f} hours in float32. In bfloat16 "
-        f"training takes {total:.0f} hours."
+        f"{name}: {sum(took.values()):.1f} hours on eight GPUs, the encoder "
+        f"{took['SAE encoder']:.1f}, AuxK {took['AuxK']:.1f}"
     )
 
 # %% [markdown]
-# The preset stays with float32. In bfloat16, rounding can change which latents
-# are among the k largest, and we have not measured what that costs.
+# In bfloat16, rounding can change which latents are among the k largest. So can
+# TF32, less often. `python -m lmm_sae_nb.benchmarks gpu` measures both, see
+# [A2](A2_benchmarks).
 
 # %% mystnb={"figure": {"caption": "Predicted memory of one GPU, by what needs it. The dashed line is the GPU's memory.", "name": "fig-memory"}, "image": {"alt": "Stacked bars of GPU memory for three stages on one and on eight GPUs, with the GPU's memory as a line."}}
-needs = [
+of_gpu = [
     {name: bytes_ / 1e9 for name, bytes_ in cost.gpu.items()}
     for _, cost in each
 ]
-memory = dict(zip(labels, needs, strict=True))
+memory = dict(zip(labels, of_gpu, strict=True))
 plots.stacked(memory, "GB per GPU", limit=device.memory / 1e9);
 # %% [markdown]
-# We predict notebooks 01 to 03 only. With this preset, notebook 04 runs
-# GroundingDINO and SAM on a GPU; that and notebooks 05 to 08 are not predicted.
+# ## Every page
 #
+# Does every page fit? Notebook 01 runs on eight GPUs, each other page on one.
+# The table has the worst moment of each page. A page that attributes needs the
+# model in float32. Page 05 keeps finished SAEs on the CPU. Models behind an
+# endpoint run on other GPUs.
+
+# %%
+needs = page_needs(values, **given)
+of_pages = page_rows(needs, device)
+pd.DataFrame(of_pages).style.format(precision=1).hide(axis="index")
+
+# %% [markdown]
+# And which line of the whole forecast is the longest? Here are the pages whose
+# work is known before: training and caching. Explaining is above. How long
+# scoring, steering and questions take depends on the answers' lengths.
+
+# %% mystnb={"figure": {"caption": "Predicted hours of training and caching, by page and kind of work. Page 01 uses eight GPUs, the others one.", "name": "fig-page-hours"}, "image": {"alt": "Stacked bars of hours for pages 01, 02, 05 and 07, by kind of work."}}
+of_kind = page_hours(values, cached_images, device, utilisation)
+plots.stacked(
+    {f"page {name}": parts for name, parts in of_kind.items()},
+    f"hours, {gpu}",
+);
+# %% tags=["remove-input"]
+page_, kind, most, of = dominating(of_kind)
+largest = max(of_pages, key=lambda row: row["GB of one GPU"])
+unfit = [row["page"] for row in of_pages if row[fits] == "no"]
+findings(
+    f"The longest line is {kind} on page {page_}: {most:.0f} of {of:.0f} "
+    "hours.",
+    f"Page {largest['page']} needs most memory: "
+    f"{largest['GB of one GPU']:.0f} GB of one GPU. "
+    + (f"Too large: {', '.join(unfit)}." if unfit else "Every page fits."),
+)
+
+# %% [markdown]
 # ## The commands
 #
 # Run them from the repository's root, on the machine with the GPUs. First
@@ -233,7 +281,11 @@ measured = stage.result(
 )
 twin_metrics = {f"twin_{name}": value for name, value in measured.items()}
 predicted = cost_metrics(costs, device, utilisation)
-metrics = stage.finish(predicted | twin_metrics)
+of_page = {
+    f"page_{name}_gb": sum(parts.values()) / 1e9
+    for name, parts in needs.items()
+}
+metrics = stage.finish(predicted | of_page | twin_metrics)
 
 # %% mystnb={"figure": {"caption": "The twin: the prediction from this machine's measured speed of products and copies, beside the measurement.", "name": "fig-twin"}, "image": {"alt": "Dots for predicted and measured seconds and gigabytes of training, caching and attribution."}}
 left, right = plots.panels(2, inches=2.6)
@@ -259,6 +311,21 @@ tokens = prompt.inputs["input_ids"].shape[1]
 flops = forward_flops(model.model, tokens, layout, 24)
 assert abs(flops / counted - 1) < 0.02, (flops, counted)
 print(f"{counted / 1e9:.2f} counted, {flops / 1e9:.2f} predicted GFLOPs")
+
+# %% [markdown]
+# ## Measured on a GPU
+#
+# `python -m lmm_sae_nb.benchmarks gpu` runs the paper's sizes on one GPU and
+# predicts the same with these formulas, from the GPU's measured speed.
+
+# %%
+file = page.root / "book/gpu.json"
+on_gpu = read_typed(file, dict) if file.is_file() else {}
+if on_gpu:
+    print("measured on", on_gpu["date"], "with", on_gpu["device"])
+    plots.table(gpu_rows(on_gpu["results"]))
+else:
+    print("It has not been run yet.")
 
 # %%
 metrics_table(stage)
@@ -295,6 +362,9 @@ findings(
     f"part is the {longest} ({alone[longest]:.0f} of "
     f"{sum(alone.values()):.0f} hours).",
     *too_large,
+    f"Of all pages, {len(of_page) - len(unfit)} of {len(of_page)} are "
+    f"predicted to fit one {gpu}; page {largest['page']} needs most, "
+    f"{largest['GB of one GPU']:.0f} GB.",
     f"On the twin, each stage took longer than predicted, in one run each: "
     f"{took}. We do not know how much of this a GPU would show, so read "
     "the hours as a lower bound." if min(ratios) > 1 else
@@ -305,7 +375,7 @@ findings(
 )
 
 # %% [markdown]
-# **Limits.** No GPU has run any of this. The twin's narrow products differ from
+# **Limits.** The forecasts above are arithmetic. The twin's narrow products differ from
 # a GPU's wide ones, so its ratios do not say which `utilisation` a GPU reaches. A
 # high ratio means that much of the work there is not in the prediction's list,
 # for instance what Python and the processor do. The twin's attribution has no
@@ -319,8 +389,11 @@ headline(
     f"explainer needs {metrics['explain_gb_per_gpu_gpus_1']:.0f} GB and "
     f"{'fits' if explainer_fits else 'does not fit'} one. Training is "
     f"predicted to take at least {metrics['train_hours_gpus_1']:.0f} hours "
-    f"on one GPU and {metrics['train_hours_gpus_8']:.0f} on eight. Nothing "
-    "ran on a GPU. A narrow twin on a processor needed "
+    f"on one GPU and {metrics['train_hours_gpus_8']:.0f} on eight. "
+    f"{len(of_page) - len(unfit)} of {len(of_page)} pages are predicted to "
+    "fit one GPU. "
+    + ("" if on_gpu else "Nothing ran on a GPU. ")
+    + "A narrow twin on a processor needed "
     f"{min(excess):.2f} to {max(excess):.2f} times its predicted memory; "
     f"measured over predicted times are: {took}.",
     "it reports neither its GPUs nor its hours.",

@@ -65,6 +65,7 @@ def small_saes(
     steps: int,
     batch_tokens: int,
     dead_after_tokens: int,
+    k_aux: int = 0,
     seed: int,
     folder: str | Path,
     unreadable: str = "refuse",
@@ -74,7 +75,7 @@ def small_saes(
     samples: rows with image, question and answer.
     layers: 0-based.
     n_latents, k: the size of each SAE.
-    lr, steps, batch_tokens, dead_after_tokens: as for `train_saes`.
+    lr, steps, batch_tokens, dead_after_tokens, k_aux: as for `train_saes`.
     folder: gets a folder `layer_<n>` for each.
     unreadable: "skip" leaves out samples whose picture cannot be read; "refuse" stops there.
     """
@@ -82,8 +83,8 @@ def small_saes(
         return SmallSAEs([], {}, {})
     recipes = {f"layer_{layer}": Recipe(layer, n_latents=n_latents, k=k, lr=lr) for layer in layers}
     trained = train_saes(
-        lmm, samples, recipes, steps=steps, batch_tokens=batch_tokens, dead_after_tokens=dead_after_tokens, seed=seed,
-        unreadable=unreadable, folder=folder,
+        lmm, samples, recipes, steps=steps, batch_tokens=batch_tokens, dead_after_tokens=dead_after_tokens, k_aux=k_aux,
+        seed=seed, unreadable=unreadable, folder=folder,
     )  # fmt: skip
     places = [
         SAEInPlace(lmm, result.sae.requires_grad_(False), recipes[name].layer) for name, result in trained.items()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lmm_sae_nb.attribute.agreement import agreement, random_pairs
 from lmm_sae_nb.attribute.attribution import exact, greedy_decision, linear
-from lmm_sae_nb.compare.saes import CachedSAE
+from lmm_sae_nb.compare.saes import CachedSAE, awake
 from lmm_sae_nb.interpret.explainers import mentions
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
@@ -70,7 +70,8 @@ def steer_objects(
     chosen = np.random.default_rng(seed).permutation(objects).tolist()[:n_latents]
     white = Image.new("RGB", (image_size, image_size), "white")
     settings = [[Edit(latent, dose * float(study.cache.max[latent]))] for latent in chosen]
-    said = answers(study.place, question, white, settings, Scope(tuple(kinds)), batch=20, max_new_tokens=24)
+    with awake(study.place):
+        said = answers(study.place, question, white, settings, Scope(tuple(kinds)), batch=20, max_new_tokens=24)
     concepts = [explained[latent].concept for latent in chosen]
     return [SteeredLatent(*each) for each in zip(chosen, concepts, said, strict=True)]
 
@@ -95,8 +96,9 @@ def rank_agreement(
     generator, correlations = torch.Generator().manual_seed(seed), {}
     for name, place in places.items():
         correlations[name] = []
-        for choice in choices:
-            approximation = linear(place, choice)
-            drawn = random_pairs(approximation, pairs, generator)
-            correlations[name].append(agreement(exact(place, choice, drawn), approximation.values).spearman)
+        with awake(place):
+            for choice in choices:
+                approximation = linear(place, choice)
+                drawn = random_pairs(approximation, pairs, generator)
+                correlations[name].append(agreement(exact(place, choice, drawn), approximation.values).spearman)
     return correlations

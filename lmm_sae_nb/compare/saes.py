@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.interpret.exemplars import ExemplarsByLatent
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
+from lmm_sae_nb.train.evaluate import evaluate_saes
 from lmm_sae_nb.train.training import Recipe, train_saes
 
 
@@ -42,6 +44,25 @@ class CachedSAE(NamedTuple):
         settings: n_top, threshold and dim of `interpret.exemplars.exemplars`.
         """
         return ExemplarsByLatent(self.cache, images, **settings)
+
+
+@contextmanager
+def awake(*places: SAEInPlace) -> Iterator[None]:
+    """Have these SAEs on the devices of their layers inside the `with`; afterwards they are back where they rested."""
+    before = [place.sae.W_dec.device for place in places]
+    for place in places:
+        place.sae.to(place.device)
+    try:
+        yield
+    finally:
+        for place, device in zip(places, before, strict=True):
+            place.sae.to(device)
+
+
+def evaluate_awake(places: Mapping[str, SAEInPlace], samples: Sequence[Mapping]) -> dict[str, dict[str, float]]:
+    """Evaluate SAEs that may rest on the CPU, as `evaluate_saes` does."""
+    with awake(*places.values()):
+        return evaluate_saes(places, samples)
 
 
 def size_recipes(middle: Recipe, sizes: Iterable[int], ks: Iterable[int]) -> dict[str, Recipe]:
@@ -83,7 +104,8 @@ def train_and_cache(
     folder: gets a folder for each SAE, with its weights and its cache.
     n_top: images kept for each latent.
     unreadable: "skip" leaves out samples and images that cannot be read; "refuse" stops there.
-    at_once: SAEs that learn in one pass, and then are cached in one; 0 stands for all. A GPU's memory limits it.
+    at_once: SAEs that learn in one pass, and then are cached in one; 0 stands for all. A GPU's memory limits it. With
+        a number, each SAE rests on the CPU once it is cached, so that only those in training take memory (`awake`).
     tf32, workers: as of `train_saes` and `cache_several`.
     training: settings of `train_saes`.
     """
@@ -97,6 +119,8 @@ def train_and_cache(
             for name, result in trained.items()
         }
         caches = cache_several(places, images, n_top=n_top, **both)
+        for place in places.values() if at_once else ():
+            place.sae.to("cpu")
         studied |= {
             name: CachedSAE(place, caches[name], trained[name].skipped, trained[name].converted)
             for name, place in places.items()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from lmm_sae_nb.compare.saes import CachedSAE
+from lmm_sae_nb.compare.saes import CachedSAE, awake
 from lmm_sae_nb.interpret.explain import as_rows
 from lmm_sae_nb.interpret.open import Interpreter
 from lmm_sae_nb.score.latents import explained_latents, score_latents
@@ -70,8 +70,10 @@ def explain_and_score(
     """
     exemplars = {"n_top": n_top, "threshold": threshold}
     rows = explain_some(study, images, interpreter, truth, enough=n_explained, seed=seed, **exemplars)
-    scores = score_latents(
-        study.place, images, study.exemplars(images, **exemplars), explained_latents(rows, truth), segmenters,
-        all_pairs, random_runs=random_runs, clip_runs=clip_runs, skipped=study.cache.skipped, seed=seed, **exemplars,
-    )  # fmt: skip
+    with awake(study.place):
+        scores = score_latents(
+            study.place, images, study.exemplars(images, **exemplars), explained_latents(rows, truth), segmenters,
+            all_pairs, random_runs=random_runs, clip_runs=clip_runs, skipped=study.cache.skipped, seed=seed,
+            **exemplars,
+        )  # fmt: skip
     return ScoredSAE(rows, scores)

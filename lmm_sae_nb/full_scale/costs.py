@@ -23,7 +23,9 @@ from lmm_sae_nb.full_scale.models import (
     image_layout,
     width_of,
 )
-from lmm_sae_nb.support.devices import wait_for
+from lmm_sae_nb.sae.kernels import BLOCK
+from lmm_sae_nb.sae.losses import PLACES
+from lmm_sae_nb.support.devices import allow_tf32, wait_for
 
 
 class Device(NamedTuple):
@@ -35,14 +37,19 @@ class Device(NamedTuple):
     bfloat16: float
     bandwidth: float
     link: float  # to the other GPUs, in one direction
+    tf32: float = 0.0  # 0: as float32
+
+    def peak(self, dtype: str) -> float:
+        """Return the FLOP/s of products in float32, tf32 or bfloat16."""
+        return {"float32": self.float32, "tf32": self.tf32 or self.float32, "bfloat16": self.bfloat16}[dtype]
 
 
 DEVICES = {
     device.name: device
     for device in (
-        Device("A100 80GB", 80e9, 19.5e12, 312e12, 2039e9, 300e9),
-        Device("H100 80GB", 80e9, 67e12, 989e12, 3350e9, 450e9),
-        Device("RTX 4090", 24e9, 82.6e12, 165e12, 1008e9, 32e9),
+        Device("A100 80GB", 80e9, 19.5e12, 312e12, 2039e9, 300e9, 156e12),
+        Device("H100 80GB", 80e9, 67e12, 989e12, 3350e9, 450e9, 495e12),
+        Device("RTX 4090", 24e9, 82.6e12, 165e12, 1008e9, 32e9, 82.6e12),
     )
 }
 
@@ -68,6 +75,9 @@ class Assumptions(NamedTuple):
     utilisation: float = 0.4  # fraction of the device's peaks that is reached
     library_memory: float = 1e9  # bytes on each GPU: CUDA's context and the libraries' workspace
     process_memory: float = 3e9  # bytes of each process: Python and its libraries
+    prepare_seconds: float = 0.1  # of a CPU: open an image and cut it up, as measured for LLaVA-NeXT
+    ranking_seconds: float = 0.054  # of a CPU: rank the latents of an image, as measured
+    dead_fraction: float = 0.1  # of the latents, from the first step on: AuxK works on them
 
 
 ASSUMPTIONS = Assumptions()
@@ -85,12 +95,17 @@ class Work(NamedTuple):
 
     def seconds(self, device: Device, gpus: int, utilisation: float) -> float:
         """Return the time on this number of GPUs."""
-        busy = max(self.flops / getattr(device, self.dtype), self.bytes / device.bandwidth)
+        busy = max(self.flops / device.peak(self.dtype), self.bytes / device.bandwidth)
         return (busy / (gpus if self.divided else 1) + (gpus > 1) * self.sent / device.link) / utilisation
 
 
 class StageCost(NamedTuple):
-    """Everything that a stage needs; memory and disk are in bytes, by what needs them."""
+    """Everything that a stage needs; memory and disk are in bytes, by what needs them.
+
+    prepared: CPU seconds to prepare all images; threads do it beside the GPU's work, if there are any.
+    workers: threads of each process.
+    ranked: CPU seconds between the GPU's work, in each process's main thread.
+    """
 
     stage: str
     tokens: float  # that the language model reads
@@ -98,10 +113,19 @@ class StageCost(NamedTuple):
     gpu: dict[str, float]  # memory of one GPU
     host: dict[str, float]  # memory of the machine
     disk: dict[str, float]
+    prepared: float = 0.0
+    workers: int = 0
+    ranked: float = 0.0
 
     def hours(self, device: Device, gpus: int, utilisation: float) -> dict[str, float]:
         """Return the hours of each kind of work."""
-        return {work.name: work.seconds(device, gpus, utilisation) / 3600 for work in self.work}
+        hours = {work.name: work.seconds(device, gpus, utilisation) / 3600 for work in self.work}
+        if self.ranked:
+            hours["ranking"] = self.ranked / gpus / 3600
+        if self.prepared:
+            alone = self.prepared / gpus / max(1, self.workers) / 3600
+            hours["waiting for images"] = max(0.0, alone - sum(hours.values())) if self.workers else alone
+        return hours
 
     def row(self, device: Device, gpus: int, utilisation: float) -> dict[str, str | float | bool]:
         """Return the totals as a row of a table: bytes in GB, times in hours, and whether one GPU is large enough."""
@@ -141,10 +165,26 @@ def learning_work(tokens: float, steps: int, width: int, n_latents: int, k: int)
     sparse = 4  # decoding, the activations' gradient, and the gradients of two matrices
     return [
         Work("sparse products", 2.0 * sparse * tokens * k * width, 4.0 * sparse * tokens * k * width),
-        Work("Adam", 0.0, 4.0 * 9 * steps * weights, divided=False),  # clip; read four arrays, write three; unit rows
+        Work("Adam", 0.0, 4.0 * 18 * steps * weights, divided=False),  # clip, project, torch's fused Adam, unit rows
         Work("sum over GPUs", 0.0, 0.0, sent=4.0 * 2 * steps * weights),
     ]
 
+
+def auxk_work(tokens: float, width: int, n_dead: float, k_aux: int, dtype: str = "float32") -> list[Work]:
+    """Return the work of AuxK while latents are dead: a dense product with them, and sparse ones as in training."""
+    sparse = 4
+    return [
+        Work("AuxK encoder", 2.0 * tokens * width * n_dead, 4.0 * 4 * tokens * n_dead, dtype=dtype),
+        Work("AuxK", 2.0 * sparse * tokens * k_aux * width, 4.0 * sparse * tokens * k_aux * width),
+    ]
+
+
+def auxk_bytes(tokens: float, width: int, n_dead: float, k_aux: int) -> float:
+    """Return the memory of AuxK: a copy of the dead rows, and its pairs with their gradients, sorted by latent."""
+    return 4.0 * n_dead * width + 50.0 * min(tokens * k_aux, PLACES)
+
+
+TOPK_BYTES = 3 * 4.0 * BLOCK  # a block of pre-activations, with the bias added, and what torch's topk needs
 
 # The stages.
 
@@ -152,7 +192,8 @@ def learning_work(tokens: float, steps: int, width: int, n_latents: int, k: int)
 def train_cost(
     model: PreTrainedModel, layer: int, n_latents: int, k: int, steps: int, batch_tokens: int, *, gpus: int = 1,
     buffer_tokens: int | None = None, batch_samples: int = 16, dtype: str = "bfloat16",
-    mixed_precision: str = "no", assumptions: Assumptions = ASSUMPTIONS,
+    mixed_precision: str = "no", tf32: bool = True, k_aux: int = 0, workers: int = 0,
+    assumptions: Assumptions = ASSUMPTIONS,
 ) -> StageCost:  # fmt: skip
     """Predict the cost of `train_sae` (section 2.1). Each GPU holds the SAE; samples and buffer are divided.
 
@@ -161,18 +202,20 @@ def train_cost(
     model, layer, n_latents, k, steps, batch_tokens, batch_samples: as in `train_sae`.
     buffer_tokens: None is 16 batches.
     dtype: of the model and of the buffer.
-    mixed_precision: "no", or "bf16" for the SAE's encoder in bfloat16.
+    mixed_precision, tf32, k_aux, workers: as in `train_saes`.
 
     Raises:
         ValueError: another `mixed_precision`.
     """
-    encoders = {"no": "float32", "bf16": "bfloat16"}
+    product = "tf32" if tf32 else "float32"
+    encoders = {"no": product, "bf16": "bfloat16"}
     if mixed_precision not in encoders:
         raise ValueError(f"mixed_precision is {mixed_precision!r}; choose 'no' or 'bf16'")
     width, size, image = width_of(model), getattr(torch, dtype).itemsize, image_layout(model, assumptions.image)
     sample, tokens = image.tokens + assumptions.text_tokens, float(steps) * batch_tokens
     samples, tokens_of_gpu = tokens / sample, batch_tokens / gpus
     weights, sae = float(size * count_parameters(model)), sae_bytes(width, n_latents)
+    k_aux, n_dead = k_aux or width // 2, assumptions.dead_fraction * n_latents
     return StageCost(
         "train",
         tokens,
@@ -180,6 +223,7 @@ def train_cost(
             Work("LMM forward", samples * forward_flops(model, sample, image, layer), dtype=dtype),
             *encoding_work(tokens, width, n_latents, encoders[mixed_precision]),
             *learning_work(tokens, steps, width, n_latents, k),
+            *auxk_work(tokens, width, n_dead, k_aux, product),
         ],
         gpu={
             "LMM": weights,
@@ -187,17 +231,22 @@ def train_cost(
             "gradient, Adam": 3 * sae,
             "buffer": float(buffer_tokens or 16 * batch_tokens) / gpus * width * size,
             "a batch": tokens_of_gpu * (6 * 4 * width + 6 * 8 * k),
+            "TopK": TOPK_BYTES,
+            "AuxK": auxk_bytes(tokens_of_gpu, width, n_dead, k_aux),
             "LMM activations": activation_bytes(model, batch_samples * sample, size),
             "libraries": assumptions.library_memory,
         },
-        host={"processes": gpus * assumptions.process_memory, "loading the LMM": gpus * weights, "checkpoint": 3 * sae},
+        host={"processes": gpus * assumptions.process_memory, "checkpoint": 3 * sae},
         disk={"LMM": weights, "samples": samples * assumptions.image_bytes, "SAE": sae, "checkpoints": 6 * sae},
+        prepared=samples * assumptions.prepare_seconds,
+        workers=workers,
     )
 
 
 def cache_cost(
     model: PreTrainedModel, layer: int, n_latents: int, k: int, n_top: int, batch_size: int, images: int, *,
-    gpus: int = 1, dtype: str = "bfloat16", assumptions: Assumptions = ASSUMPTIONS,
+    gpus: int = 1, dtype: str = "bfloat16", tf32: bool = True, workers: int = 1,
+    assumptions: Assumptions = ASSUMPTIONS,
 ) -> StageCost:  # fmt: skip
     """Predict the cost of `cache_activations` (section 2.2).
 
@@ -213,18 +262,18 @@ def cache_cost(
         float(images * sample),
         [
             Work("LMM forward", images * forward_flops(model, sample, image, layer), dtype=dtype),
-            *encoding_work(images * image.base, width, n_latents),
+            *encoding_work(images * image.base, width, n_latents, "tf32" if tf32 else "float32"),
         ],
         gpu={
             "LMM": weights,
             "SAE": sae,
             "a batch": batch_size * image.base * k * 12.0,
+            "TopK": TOPK_BYTES,
             "LMM activations": activation_bytes(model, batch_size * sample, size),
             "libraries": assumptions.library_memory,
         },
         host={
             "processes": gpus * assumptions.process_memory,
-            "loading the LMM": gpus * weights,
             "top images": gpus * (top_images + 0.5e9),
         },
         disk={
@@ -233,6 +282,9 @@ def cache_cost(
             "images": float(images * assumptions.image_bytes),
             "cache": (gpus + 2) * top_images,
         },
+        prepared=images * assumptions.prepare_seconds,
+        workers=workers,
+        ranked=images * assumptions.ranking_seconds,
     )
 
 
@@ -263,10 +315,11 @@ def attribute_cost(
         gpu={
             "LMM": weights,
             "SAE": sae_bytes(width, n_latents),
+            "TopK": TOPK_BYTES,
             "LMM activations": max(1, len(above)) * activation_bytes(model, sample, size),
             "libraries": assumptions.library_memory,
         },
-        host={"processes": gpus * assumptions.process_memory, "loading the LMM": gpus * weights},
+        host={"processes": gpus * assumptions.process_memory},
         disk={"LMM": weights, "SAE": sae_bytes(width, n_latents)},
     )
 
@@ -299,7 +352,7 @@ def explain_cost(
             "LMM activations": activation_bytes(model, batch * sample, size) / gpus,
             "libraries": assumptions.library_memory,
         },
-        host={"processes": gpus * assumptions.process_memory, "loading the LMM": weights},
+        host={"processes": gpus * assumptions.process_memory},
         disk={"LMM": weights},
     )
 
@@ -318,11 +371,14 @@ def measure_this_machine(seconds: float = 0.4, device: torch.device = torch.devi
     a = torch.randn(side, side, device=device)
     target, source = torch.empty(2**24, device=device), torch.randn(2**24, device=device)
     product, rounded = 2.0 * side**3, a.bfloat16()
-    float32 = product * calls_per_second(lambda: a @ a, seconds, device)
+    with allow_tf32(False, device):
+        float32 = product * calls_per_second(lambda: a @ a, seconds, device)
     on_cpu = device.type == "cpu"
+    with allow_tf32(True, device):
+        tf32 = float32 if on_cpu else product * calls_per_second(lambda: a @ a, seconds, device)
     bfloat16 = float32 if on_cpu else product * calls_per_second(lambda: rounded @ rounded, seconds, device)
     bandwidth = 2.0 * 4 * 2**24 * calls_per_second(lambda: target.copy_(source), seconds, device)
-    return Device(f"this {'CPU' if on_cpu else 'GPU'}", math.inf, float32, bfloat16, bandwidth, bandwidth)
+    return Device(f"this {'CPU' if on_cpu else 'GPU'}", math.inf, float32, bfloat16, bandwidth, bandwidth, tf32)
 
 
 def calls_per_second(work: Callable[[], object], seconds: float, device: torch.device) -> float:

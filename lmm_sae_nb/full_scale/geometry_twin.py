@@ -193,6 +193,20 @@ def predicted_and_measured(measured: Mapping[str, float], unit: str) -> dict[str
     }
 
 
+def gpu_rows(results: Mapping[str, object]) -> list[dict[str, str | float]]:
+    """Return a row for each number of `book/gpu.json` that was also predicted: both, and measured over predicted.
+
+    results: part to its numbers, or to why there are none.
+    """
+    rows = []
+    for part, numbers in results.items():
+        for name in numbers if isinstance(numbers, Mapping) else ():
+            if (predicted := numbers.get(f"{name}_predicted")) is not None:
+                pair = {"measured": numbers[name], "predicted": predicted}
+                rows.append({"part": part, "what": name.replace("_", " "), **pair, "ratio": numbers[name] / predicted})
+    return rows
+
+
 @contextmanager
 def timed(stage: str, measured: dict[str, float], device: torch.device) -> Iterator[None]:
     """Add the stage's wall time and the highest memory meanwhile, of the GPU or of the process, to `measured`.

@@ -22,6 +22,7 @@ from lmm_sae_nb.support.presets import PREPARE, read_extended
 
 TRAIN = ("model", "layer", "n_latents", "k", "steps", "batch_tokens")
 JOB = (*TRAIN, "loading", "dataset", "lr", "dead_after_tokens", "kinds", "seed", "tf32", "k_aux", "workers")
+SPEED = ("tf32", "workers")
 CACHE = ("model", "layer", "n_top", "batch_size")
 EXPLAIN = ("explainer", "n_explained", "n_top")
 
@@ -57,8 +58,10 @@ def preset_costs(
     Raises:
         ValueError: the preset leaves out a value that a prediction needs.
     """
-    train = _values(preset, "01_train_sae", TRAIN)
-    cache = _values(preset, "02_cache_activations", CACHE) | {name: train[name] for name in ("n_latents", "k")}
+    train = _values(preset, "01_train_sae", (*TRAIN, *SPEED, "k_aux"))
+    cache = _values(preset, "02_cache_activations", (*CACHE, *SPEED)) | {
+        name: train[name] for name in ("n_latents", "k")
+    }
     explain = _values(preset, "03_interpret_features", EXPLAIN)
     explain.pop("explainer")
     models = [meta_model(train.pop("model")), meta_model(cache.pop("model")), meta_model(explainer_name(preset))]

@@ -114,7 +114,7 @@ def _read(folder: Path) -> Checkpoint:
     return Checkpoint(
         state,
         {name: tensors.get_tensor(name) for name in tensors.keys()},  # noqa: SIM118
-        torch.load(folder / OPTIMISER, map_location="cpu", weights_only=True),
+        torch.load(folder / OPTIMISER, map_location="cpu", weights_only=True, mmap=True),  # read as it is copied
     )
 
 

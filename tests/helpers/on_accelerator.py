@@ -13,14 +13,18 @@ from torch.testing import assert_close
 from lmm_sae_nb.attribute.agreement import random_pairs
 from lmm_sae_nb.attribute.attribution import clamping, decision, exact, integrated, linear, separate_paths
 from lmm_sae_nb.benchmarks import gpu
-from lmm_sae_nb.hallucination.answers import Shift, first_tokens
-from lmm_sae_nb.hallucination.cases import Answered, Case
+from lmm_sae_nb.compare.saes import evaluate_awake, train_and_cache
+from lmm_sae_nb.hallucination.answers import Push, Shift, first_tokens, strength, unchanged
+from lmm_sae_nb.hallucination.captions import caption_images
+from lmm_sae_nb.hallucination.cases import Answered, Case, answer_questions, as_the_model_writes
 from lmm_sae_nb.hallucination.fit import FitSettings, fit
+from lmm_sae_nb.hallucination.report import Method
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
-from lmm_sae_nb.steer.steering import Edit, steered
+from lmm_sae_nb.steer.steering import Edit, Scope, steered
 from lmm_sae_nb.train.evaluate import control_fvus, evaluate_sae
+from lmm_sae_nb.train.training import Recipe
 
 LAYER = 1
 IMAGE = noise()
@@ -83,6 +87,16 @@ def fitted(place):
     return torch.tensor([edit.value for edit in found.clamps[2]] + found.direction)
 
 
+def letters(texts):
+    return torch.tensor([ord(letter) for text in texts for letter in text])
+
+
+def captions(place):
+    methods = {"clamp": Method(((Edit(2, 5.0),),)), "words": Method(((),), before="so :")}
+    found = caption_images(place, [IMAGE], [[]], ["so"], methods, "what ?", max_new_tokens=3)
+    return letters(text for texts in found.texts.values() for text in texts)
+
+
 def as_numbers(metrics):
     return torch.tensor([value for _, value in sorted(metrics.items())])
 
@@ -97,6 +111,12 @@ CALLS = {
     "first tokens": lambda place: (
         first_tokens(place, [YES, NO], [None, (), (Edit(2, 5.0),), Shift((1.0,) * place.lmm.width)]).margin
     ),
+    "pushed": lambda place: first_tokens(place, [YES, NO], [Push((Edit(2, 5.0),), 1)], keep_error=False).margin,
+    "unchanged": lambda place: unchanged(place, [Answered(IMAGE, "why ?", "so")], [(), (Edit(2, 5.0),)]).float(),
+    "strength": lambda place: torch.tensor(strength(place, [YES, NO], (Edit(2, 5.0),), Scope())),
+    "answers": lambda place: letters(each.answer[:4] for each in answer_questions(place.lmm, ROWS[:1])),
+    "ways to write": lambda place: letters(case.right for case in as_the_model_writes(place.lmm, [YES, NO])),
+    "captions": captions,
     "fit": fitted,
     "evaluate": lambda place: as_numbers(evaluate_sae(place, ROWS)),
     "controls": lambda place: as_numbers(control_fvus(place, ROWS)),
@@ -113,6 +133,19 @@ def test_an_accelerator_gives_what_the_cpu_gives(places, name):
 def test_two_accelerators_give_what_the_cpu_gives(places, name):  # which a second pretend device cannot compute
     there, here = (CALLS[name](places[where]).cpu() for where in ("two", "cpu"))
     assert_close(there, here)
+
+
+def test_saes_that_learn_in_turns_rest_on_the_cpu_and_are_measured_on_the_accelerator(tmp_path):
+    recipes, metrics = {"low": Recipe(0, 24, 3, 1e-3), "high": Recipe(1, 16, 2, 1e-3)}, {}
+    with pretend_device():
+        for device in ("cpu", "sim"):
+            lmm = place_on(device).lmm
+            how = {"steps": 2, "batch_tokens": 32, "buffer_tokens": 64, "batch_samples": 1, "n_top": 2}
+            studied = train_and_cache(lmm, recipes, ROWS, [IMAGE], folder=tmp_path / device, at_once=1, **how)
+            metrics[device] = evaluate_awake({name: study.place for name, study in studied.items()}, ROWS)
+            assert {study.place.sae.W_dec.device.type for study in studied.values()} == {"cpu"}
+    for name in recipes:
+        assert_close(as_numbers(metrics["sim"][name]), as_numbers(metrics["cpu"][name]), rtol=1e-3, atol=1e-4)
 
 
 def test_the_pretend_accelerator_refuses_what_cuda_refuses():
@@ -159,3 +192,4 @@ def test_every_part_is_measured_on_an_accelerator():
     for name, row in found.items():
         assert isinstance(row, dict) and min(row.values()) >= 0, name
     assert {"train_seconds", "cache_seconds", "attribute_seconds_predicted"} <= found["model"].keys()
+    assert {"tokens_per_second", "tokens_per_second_predicted"} <= found["model"].keys()

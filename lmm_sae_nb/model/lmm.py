@@ -158,7 +158,7 @@ class LMM:
         """Return this model `count` times, each with another processor: a tokenizer serves one thread at a time."""
         made = [copy.copy(self) for _ in range(count)]
         for each in made:
-            each.processor = copy.deepcopy(self.processor)
+            each.processor, each.layout = copy.deepcopy((self.processor, self.layout))  # both use the tokenizer
             each.tokenizer = each.processor.tokenizer
         return made
 

@@ -7,6 +7,7 @@ from models import make, noise
 from torch.testing import assert_close
 
 from lmm_sae_nb.attribute.attribution import decision, exact, integrated, linear
+from lmm_sae_nb.model.found_layouts import FoundLayout
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
@@ -74,9 +75,11 @@ def test_hooks_that_fetch_weights_change_nothing(places, name):
 
 
 def test_copies_for_threads_have_a_processor_each_and_make_the_same_prompts():
-    lmm = LMM(*make("picture_world"))
+    lmm = LMM(*make("qwen2_5_vl"))
+    lmm.layout = FoundLayout(lmm.tokenizer, merge=2)  # as of a family that is not registered; it reads with a tokenizer
     one, other = lmm.copies(2)
     assert one.model is other.model is lmm.model
     assert len({id(each.tokenizer) for each in (lmm, one, other)}) == 3 and one.tokenizer is one.processor.tokenizer
     for each in (one, other):
+        assert each.layout.tokenizer is each.tokenizer
         assert_close(each.prompt("so ?", IMAGE).inputs["input_ids"], lmm.prompt("so ?", IMAGE).inputs["input_ids"])

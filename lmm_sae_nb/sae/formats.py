@@ -32,9 +32,10 @@ READABLE = FORMATS | READ_ONLY
 
 
 def read_sae(
-    source: str | Path, latents: Sequence[int] | None = None, *, k: int | None = None, k_max: int | None = None
-) -> SAEWeights:
-    """Read an SAE in any of READABLE onto the CPU.
+    source: str | Path, latents: Sequence[int] | None = None, *, k: int | None = None, k_max: int | None = None,
+    device: torch.device | str = "cpu",
+) -> SAEWeights:  # fmt: skip
+    """Read an SAE in any of READABLE.
 
     Settings beyond eq. 1 and 2 and a threshold are folded into the weights. The dtype is the file's; weights of 16 bits
     that something is folded into become float32.
@@ -45,6 +46,7 @@ def read_sae(
     k: active latents per token of a TopK SAE whose file does not say it.
     k_max: the most active latents that a token may have, of an SAE with a threshold; by default what
         `SAE.save` wrote, or 512. It costs memory; `SAE.encode` raises an error where it is too small.
+    device: of the weights; the CPU's memory holds one tensor at a time on their way to a GPU.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -60,7 +62,9 @@ def read_sae(
     if latents is not None and not all(0 <= latent < settings.n_latents for latent in latents):
         raise ValueError(f"latents {list(latents)}: {source} has latents 0 to {settings.n_latents - 1}")
     found = {
-        part: _take(tensors[tensor], None if part == "b_dec" else latents, transposed=tensor in layout.transposed)
+        part: _take(tensors[tensor], None if part == "b_dec" else latents, transposed=tensor in layout.transposed).to(
+            device
+        )
         for part, tensor in _named(layout).items()
     }
     for part, tensor in _named(layout).items():

@@ -9,6 +9,7 @@ import torch
 
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import SAE
+from lmm_sae_nb.support.devices import choose_device
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class SAEInPlace:
         Raises:
             ValueError: no layer was given and the SAE's folder records none, or as `SAEInPlace`.
         """
-        loaded = SAE.load(sae)
+        where = "cpu" if settings.get("device_map") else choose_device(settings.get("device"))
+        loaded = SAE.load(sae, device=where)
         if layer is None:
             if loaded.trained_on is None:
                 raise ValueError(f"{sae} does not record the layer that it was trained on; give layer=...")

@@ -237,11 +237,11 @@ class SAE(nn.Module):
         write_sae(folder, weights, format or weights.usual_format)
 
     @classmethod
-    def load(cls, source: str | Path, *, k: int | None = None, k_max: int | None = None) -> SAE:
-        """Read an SAE of any known kind and format, onto the CPU, in the file's dtype; arguments and errors as
-        `read_sae`.
-        """
-        weights = read_sae(source, k=k, k_max=k_max)
+    def load(
+        cls, source: str | Path, *, k: int | None = None, k_max: int | None = None, device: torch.device | str = "cpu"
+    ) -> SAE:
+        """Read an SAE of any known kind and format, in the file's dtype; arguments and errors as `read_sae`."""
+        weights = read_sae(source, k=k, k_max=k_max, device=device)
         n_latents, width = weights.W_enc.shape
         with torch.device("meta"):
             sae = cls(width, n_latents, weights.k)

@@ -164,6 +164,16 @@ def test_an_sae_goes_to_the_layers_device_in_float32():
         assert {(weights.device.type, weights.dtype) for weights in sae.parameters()} == {("sim", torch.float32)}
 
 
+def test_an_saes_weights_are_read_onto_the_device(tmp_path):
+    sae = place_on("cpu").sae
+    sae.save(tmp_path)
+    with pretend_device():
+        read = TopKSAE.load(tmp_path, device="sim")
+        assert {weights.device.type for weights in read.parameters()} == {"sim"}
+        for name, weights in read.state_dict().items():
+            assert_close(weights.cpu(), sae.state_dict()[name], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_in_16_bits_is_attributed_as_its_float32_copy(dtype):
     coarse, fine = place_on("cpu", dtype), place_on("cpu", dtype)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -218,18 +218,22 @@ def page_metrics(number: str) -> dict[str, float]:
 
 def parts(sizes: Sizes, device: torch.device) -> dict[str, Callable[[], dict[str, float]]]:
     """Return the measurements by name, the most wanted first; small sizes run no pages."""
-    speed = peak(device)
+    speed = cache(lambda: peak(device))  # measured when the first part needs it
     steps = {
-        f"step, {precision}{', AuxK' * dead}": partial(step_cost, sizes, precision, device, dead=dead, speed=speed)
+        f"step, {precision}{', AuxK' * dead}": lambda precision=precision, dead=dead: step_cost(
+            sizes, precision, device, dead=dead, speed=speed()
+        )
         for dead in (False, True)
         for precision in PRECISIONS
     }
     pages = {f"page {number}": partial(page_metrics, number) for number in PAGES} if sizes != SMALL else {}
     return {
-        "speed": lambda: {f"{name}_flops": speed.peak(name) for name in PRECISIONS} | {"bandwidth": speed.bandwidth},
+        "speed": lambda: (
+            {f"{name}_flops": speed().peak(name) for name in PRECISIONS} | {"bandwidth": speed().bandwidth}
+        ),
         **steps,
-        "rounding": partial(rounding, sizes, device),
-        "model": partial(model_cost, sizes, device, speed),
+        "rounding": lambda: rounding(sizes, device),
+        "model": lambda: model_cost(sizes, device, speed()),
         **pages,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import math
 import os
@@ -17,7 +18,9 @@ from types import NoneType
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow
 from PIL import Image
+from safetensors.torch import load_file
 
 from lmm_sae_nb.benchmarks import faults_world as jobs
 from lmm_sae_nb.benchmarks.faults_endings import Ending, compare
@@ -25,12 +28,16 @@ from lmm_sae_nb.benchmarks.faults_world import CONCEPTS, LAYER, PRESET, RUN, Wor
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.interpret.explain import latents_in_training
 from lmm_sae_nb.interpret.explainers import Vocabulary
+from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.model.sample_checks import check_samples, open_samples
+from lmm_sae_nb.model.samples import SampleReader
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.score.ratings import VERDICTS, read_ratings
 from lmm_sae_nb.support import presets
-from lmm_sae_nb.support.images import open_images
-from lmm_sae_nb.support.stages import Page
+from lmm_sae_nb.support.images import UnreadableImage, open_images
+from lmm_sae_nb.support.stages import Page, Stage
+from lmm_sae_nb.support.tensor_files import hash_of
 
 # ---- damage ----------------------------------------------------------------------------------------------------
 
@@ -220,6 +227,38 @@ def _pictures(world: World, project: Path) -> object:
     return {number: images[number].tobytes() for number in range(len(images))}
 
 
+def _samples(world: World, project: Path) -> object:
+    """As page 01 does: every sample that can be read, by number, and which cannot."""
+    samples = open_samples(project / "samples")
+    check_samples(samples, world.lmm)
+    reader, rows = SampleReader(samples), {}
+    for number in range(len(reader)):
+        try:
+            row = reader[number]
+        except UnreadableImage as fault:  # it names the sample
+            rows[number] = "unreadable" if f"sample {number}" in str(fault) else "unnamed"
+        else:
+            rows[number] = (row["image"] and row["image"].tobytes(), row["question"], row["answer"])
+    return rows
+
+
+def _model(world: World, project: Path) -> object:
+    return {hash_of([weights]) for weights in LMM.load(project / "model").model.parameters()}
+
+
+def changed_input(name: str, world: World, place: Path, seed: int) -> Ending:
+    """Damage an input of a finished stage: the stage does not count as current, whatever the file now says."""
+    rng = random.Random(f"changed {name} {seed}")
+    project = world.copy(place / "project", "samples", "model", "pictures", f"data/artifacts/{RUN}/finished")
+    file = rng.choice(sorted(path for path in (project / name).rglob("*") if path.is_file()))
+    os.chdir(project)
+    case = damage(file, rng)
+    inputs = [project / each for each in ("samples", "model", "pictures")]
+    if Stage(RUN, "finished").holds() or Stage(RUN, "finished").begin({"seed": 3}, inputs, {}).is_current:
+        return Ending(case, "another result", "the stage still counts as current")
+    return Ending(case, "made again")
+
+
 # ---- what a file says, read without the code under test --------------------------------------------------------
 
 
@@ -344,7 +383,45 @@ def _valid_pictures(world: World, file: Path) -> tuple[bool, object]:
     return None not in pixels.values(), dict(enumerate(pixels.values()))
 
 
-def _pixels(file: Path) -> bytes | None:
+def _valid_samples(world: World, file: Path) -> tuple[bool, object]:
+    """Tables that pyarrow finds whole, with the same columns, are another data set; a picture may be unreadable."""
+    if file.suffix != ".arrow" or not file.is_file():
+        return False, None
+    try:
+        with pyarrow.memory_map(str(file)) as source:
+            table = pyarrow.ipc.open_stream(source).read_all()
+        table.validate(full=True)
+        rows = table.to_pylist()
+        known = {
+            number: (
+                row["image"] and (_pixels(io.BytesIO(row["image"]["bytes"])) or "unreadable"),
+                row["question"],
+                row["answer"],
+            )
+            for number, row in enumerate(rows)
+        }
+    except Exception:  # whatever is wrong with it
+        return False, None
+    if not all(isinstance(text, str) for row in known.values() for text in row[1:]):
+        return False, None
+    return True, {number: row[0] if row[0] == "unreadable" else row for number, row in known.items()}
+
+
+def _valid_model(world: World, file: Path) -> tuple[bool, object]:
+    """Weights that safetensors reads, of the same names and shapes, are those of another model."""
+    if file.suffix != ".safetensors" or not file.is_file():
+        return False, None
+    try:
+        weights = load_file(file)
+    except Exception:  # whatever is wrong with it
+        return False, None
+    usual = load_file(world.folder / "model" / file.name)
+    if {name: each.shape for name, each in weights.items()} != {name: each.shape for name, each in usual.items()}:
+        return False, None
+    return True, {hash_of([each.float()]) for each in weights.values()}
+
+
+def _pixels(file: Path | io.BytesIO) -> bytes | None:
     try:
         with Image.open(file) as picture:
             return np.asarray(picture.convert("RGB")).tobytes()
@@ -368,9 +445,17 @@ READS = {
     "concepts": Read(("concepts.json",), "concepts.json", _concepts, 300, _valid_concepts),
     "taught.json": Read(("explainer", "trained"), "explainer/taught.json", _lessons, 300, _valid_lessons),
     "preset": Read(("preset.yaml",), "preset.yaml", _preset, 300, _valid_preset),
+    "data set": Read(("samples",), "samples/*", _samples, 300, _valid_samples),
+    "model": Read(("model",), "model/*.[js]*[ns]", _model, 150, _valid_model),
     "pictures": Read(("pictures",), "pictures/*", _pictures, 300, _valid_pictures),
 }
 KINDS = {
     f"damaged file, {name}": (partial(damaged, name), kind.tries, f"{kind.files}: cut, flipped, with other values")
     for name, kind in READS.items()
 }
+KINDS |= {
+    f"changed input, {name}": (
+        partial(changed_input, folder), 150, f"{folder}/ of a finished stage: cut, flipped, with other values"
+    )
+    for name, folder in (("data set", "samples"), ("model", "model"), ("pictures", "pictures"))
+}  # fmt: skip

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from lmm_sae_nb.cache.activations import cache_activations
@@ -39,6 +41,7 @@ from lmm_sae_nb.train.training import train_sae
 from lmm_sae_nb.truth.accuracy import other_names
 
 RUN, PICTURES, LAYER = "faults", 12, 1
+MODEL = "data/models/tiny-llava-next"
 TRAIN = dict(
     n_latents=64, k=4, steps=6, batch_tokens=256, buffer_tokens=512, batch_samples=2, lr=3e-3, seed=3,
     dead_after_tokens=200, log_every=1, checkpoint_minutes=0.0,
@@ -126,11 +129,14 @@ class World:
     read: dict[str, object] = field(default_factory=dict)
 
     def copy(self, place: Path, *names: str) -> Path:
-        """Copy the project, or of it only these files and folders, to a new place."""
+        """Copy the project, or of it only these files and folders, to a new place; a model's files as hard links."""
         for name in names or [path.name for path in self.folder.iterdir()]:
             source, target = self.folder / name, place / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+            if source.is_dir():
+                shutil.copytree(source, target, copy_function=os.link if name == "model" else shutil.copy2)
+            else:
+                shutil.copy(source, target)
         return begin_project(place)
 
 
@@ -158,6 +164,10 @@ def make_world(folder: Path, lmm: LMM, root: Path) -> World:
         {"image": pictures[n] if n % 4 else None, "question": f"what is {n} ?", "answer": "a cat"} for n in range(8)
     ]
     world = World(lmm, folder, samples, root, folder.with_name("asked"))
+    save_samples(samples, folder / "samples")
+    shutil.copytree(root / MODEL, folder / "model")
+    inputs = [folder / name for name in ("samples", "model", "pictures")]
+    Stage(RUN, "finished").begin({"seed": 3}, inputs, {}).finish({"made": 1})
     write_json(folder / "concepts.json", CONCEPTS)
     params = {"seed": 3, "steps": 6}
     lesson = {"trained": {"params": params, "inputs": ["data/world"]}, "latents": [1, 5, 7]}
@@ -173,6 +183,12 @@ def make_world(folder: Path, lmm: LMM, root: Path) -> World:
     explain(world, folder)
     score(world, folder)
     return world
+
+
+def save_samples(samples: Sequence[dict], folder: Path) -> None:
+    """Save samples as a data set, with the bytes of their pictures."""
+    features = Features(image=ImageFeature(), question=Value("string"), answer=Value("string"))
+    Dataset.from_list(samples, features=features).save_to_disk(folder)
 
 
 def _ignoring_stop(job: Callable, *arguments, **settings) -> None:

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from lmm_sae_nb.chat.questions import Question
 from lmm_sae_nb.chat.replies import Reply, read_text
+from lmm_sae_nb.model.loading import load_model
 from lmm_sae_nb.model.processor import load_processor
 from lmm_sae_nb.support.devices import choose_device
 from lmm_sae_nb.support.files import fingerprint
@@ -74,7 +75,7 @@ class LocalChat:
         model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
         load = load_processor if sees else AutoTokenizer.from_pretrained
         dtype = torch.float32 if device.type == "cpu" else "auto"
-        model = model_class.from_pretrained(name_or_path, dtype=dtype, trust_remote_code=False)
+        model = load_model(model_class, name_or_path, dtype=dtype, trust_remote_code=False)
         processor = load(name_or_path, trust_remote_code=False)
         folder = Path(name_or_path)
         if folder.is_dir():

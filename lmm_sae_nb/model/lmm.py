@@ -31,6 +31,7 @@ from lmm_sae_nb.model import hooks
 from lmm_sae_nb.model.crops import fewer_crops, whole_images
 from lmm_sae_nb.model.found_layouts import layout_of
 from lmm_sae_nb.model.hooks import Hidden
+from lmm_sae_nb.model.loading import load_model, naming
 from lmm_sae_nb.model.processor import load_processor
 from lmm_sae_nb.model.prompts import Picture, Prompt, PromptMaker
 from lmm_sae_nb.model.templates import Turns, exchange
@@ -100,12 +101,13 @@ class LMM:
 
         Raises:
             FileNotFoundError: the folder is missing.
-            ValueError: transformers does not know the model as one of images and text, the dtype is unknown, the GPUs
-                of a `device_map` are too small for it, or as the class.
+            ValueError: files of the folder are damaged or lack weights, transformers does not know the model as one of
+                images and text, the dtype is unknown, the GPUs of a `device_map` are too small for it, or as the class.
         """
         if isinstance(name_or_path, Path) and not name_or_path.is_dir():
             raise FileNotFoundError(f"no model folder {name_or_path}; give another one, or a name on the hub")
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        with naming(name_or_path):
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
         if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not trust_remote_code:
             raise ValueError(
                 f"{name_or_path} ({config.model_type}) takes no images and text, as far as transformers knows; "
@@ -116,8 +118,8 @@ class LMM:
         where = choose_device(device)
         # onto a GPU the weights go one by one, so that they are never all on the host
         spread = {"device_map": device_map or where} if device_map or where.type == "cuda" else {}
-        model = AutoModelForImageTextToText.from_pretrained(
-            name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, **spread
+        model = load_model(
+            AutoModelForImageTextToText, name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, **spread
         )
         if not device_map:
             model = model.to(where)
@@ -126,7 +128,8 @@ class LMM:
                 f"{name_or_path} in {dtype} does not fit into the memory of all GPUs together: a part of it would stay "
                 "in the CPU's memory or on the disk; use dtype='bfloat16', or more or larger GPUs"
             )
-        processor = load_processor(name_or_path, trust_remote_code=trust_remote_code)
+        with naming(name_or_path):
+            processor = load_processor(name_or_path, trust_remote_code=trust_remote_code)
         return cls(model, processor, str(name_or_path), image_size=tuple(image_size) if image_size else None)
 
     def _check_fit(self) -> None:

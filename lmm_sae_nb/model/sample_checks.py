@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from PIL import Image
 
 from lmm_sae_nb.model.conversations import MARK, conversation_fault
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.support.saved_data import open_saved
 
 COLUMNS = ["image", "question", "answer"]
 WHOLE = ["images", "conversation"]  # the columns of samples that are whole conversations
@@ -24,18 +25,11 @@ def open_samples(folder: str | Path) -> Dataset:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it has several splits, each in a folder of its own; the message names them.
+        ValueError: a file is damaged, or it has several splits, each in a folder of its own; the message names them.
     """
-    try:
-        opened = load_from_disk(str(folder))
-    except FileNotFoundError as error:
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(
-                f"{folder} is no folder; give that of a data set that Dataset.save_to_disk saved"
-            ) from error
-        raise FileNotFoundError(
-            f"{folder} holds no whole data set ({error}); save it again with Dataset.save_to_disk"
-        ) from error
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder} is no folder; give that of a data set that Dataset.save_to_disk saved")
+    opened = open_saved(folder)
     if isinstance(opened, DatasetDict):
         raise ValueError(
             f"{folder} has the splits {', '.join(opened)}; give the folder of one: {folder}/{[*opened][0]}"

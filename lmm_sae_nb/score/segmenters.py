@@ -22,6 +22,7 @@ from transformers import (
     SamProcessor,
 )
 
+from lmm_sae_nb.model.loading import load_model
 from lmm_sae_nb.score.batches import batches, require_batch_size, require_finite_output, require_pairs
 from lmm_sae_nb.score.masks import FindConcept
 from lmm_sae_nb.support.devices import choose_device
@@ -80,7 +81,7 @@ class PromptedSegmenter:
         Raises:
             OSError: there is no such model.
         """
-        model = CLIPSegForImageSegmentation.from_pretrained(name, dtype=torch.float32).to(choose_device(device))
+        model = load_model(CLIPSegForImageSegmentation, name, dtype=torch.float32).to(choose_device(device))
         return cls(model, CLIPSegProcessor.from_pretrained(name), **options)
 
     @torch.no_grad()
@@ -161,8 +162,8 @@ class BoxSegmenter:
             OSError: there is no such model.
             ValueError: the detector reads no text.
         """
-        detector_model = AutoModelForZeroShotObjectDetection.from_pretrained(detector, dtype=torch.float32)
-        sam_model = SamModel.from_pretrained(sam, dtype=torch.float32)
+        detector_model = load_model(AutoModelForZeroShotObjectDetection, detector, dtype=torch.float32)
+        sam_model = load_model(SamModel, sam, dtype=torch.float32)
         processors = AutoProcessor.from_pretrained(detector), SamProcessor.from_pretrained(sam)
         device = choose_device(device)
         return cls(detector_model.to(device), processors[0], sam_model.to(device), processors[1], **options)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor
 
+from lmm_sae_nb.model.loading import load_model
 from lmm_sae_nb.score.batches import batches, require_batch_size, require_finite_output
 from lmm_sae_nb.support.devices import choose_device
 from lmm_sae_nb.support.images import rgb
@@ -53,7 +54,7 @@ class ImageTextSimilarity:
         Raises:
             OSError: there is no such model.
         """
-        model = CLIPModel.from_pretrained(name, dtype=torch.float32).to(choose_device(device))
+        model = load_model(CLIPModel, name, dtype=torch.float32).to(choose_device(device))
         return cls(model, CLIPProcessor.from_pretrained(name), **options)
 
     @torch.no_grad()

@@ -13,11 +13,12 @@ from typing import Any, SupportsIndex
 import datasets
 import numpy as np
 from cachetools import LRUCache
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lmm_sae_nb.support.conversions import with_note
-from lmm_sae_nb.support.files import fingerprint
+from lmm_sae_nb.support.files import LARGE, fingerprint
+from lmm_sae_nb.support.saved_data import open_saved
 
 ORIENTATION = 0x0112  # the EXIF tag
 EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
@@ -122,13 +123,23 @@ class DatasetImages(Images):
 
     @property
     def identity(self) -> str:
-        """A hash of the data set, and of the content of files that it only names."""
-        return _hash_of([self._identity, *(f"{file} {fingerprint(file)}" for file in self._files)])
+        """A hash of the data set, and of the content of its files. The tables of a large one are not read."""
+        held = () if self._is_large else map(fingerprint, self._held)
+        return _hash_of([self._identity, *held, *(f"{file} {fingerprint(file)}" for file in self._files)])
 
     @property
     def stamp(self) -> str:
         """The same without reading these files."""
-        return _hash_of([self._identity, *(f"{file} {_state(file)}" for file in self._files)])
+        return _hash_of([self._identity, *(f"{file} {_state(file)}" for file in (*self._held, *self._files))])
+
+    @cached_property
+    def _held(self) -> list[str]:
+        """The files of the data set's tables; none if it is in memory."""
+        return [each["filename"] for each in self._items.cache_files if Path(each["filename"]).is_file()]
+
+    @property
+    def _is_large(self) -> bool:
+        return sum(Path(file).stat().st_size for file in self._held) > LARGE
 
     @cached_property
     def _files(self) -> list[str]:
@@ -179,7 +190,7 @@ def open_images(source: str | Path | Dataset) -> FolderImages | DatasetImages:
                     "that does"
                 )
             return FolderImages(files, folder, left_out)
-        source = load_from_disk(folder)
+        source = open_saved(folder)
     if isinstance(source, DatasetDict):
         raise ValueError(f"the data set has the splits {', '.join(source)}; give one of them")
     if "image" not in source.column_names:

@@ -6,8 +6,11 @@ from urllib.parse import quote, quote_plus
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from papermill import PapermillExecutionError
 
+from lmm_sae_nb.benchmarks.faulty_server import FAULTS, serving
 from lmm_sae_nb.chat.keys import Mask, read_key
+from lmm_sae_nb.support import notebooks
 
 KEY = "sk-Secret+with/signs=0123456789"
 
@@ -62,3 +65,49 @@ def test_other_text_stays(before, after, size):
 
 def test_the_password_of_an_address_is_hidden():
     assert Mask("")("proxy http://me:word@host:3128/ failed") == "proxy http://[name]@host:3128/ failed"
+
+
+ASKING = """# ---
+# jupyter:
+#   kernelspec: {display_name: Python 3, language: python, name: python3}
+# ---
+
+# %% tags=["parameters"]
+run: str = "a"  # of the results
+model: str = ""  # that is asked
+texts: list[str] = []  # of the questions
+
+# %%
+from lmm_sae_nb.chat.questions import Question
+from lmm_sae_nb.chat.recorded import Recorded, ask, open_chat
+
+chat = Recorded(open_chat(model, key_variable="LOOPBACK_KEY", timeout=20.0), "replies.jsonl")
+replies = [ask(chat, [Question(text) for text in texts[at::2]]) for at in (0, 1)]
+print(*replies, chat.counts)
+replies
+
+# %%
+ask(chat, [Question("401")])
+"""
+
+
+@pytest.mark.slow
+def test_an_executed_notebook_holds_no_part_of_a_key_that_the_server_repeats(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOOPBACK_KEY", f"{KEY}\n")
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    monkeypatch.setenv("IPYTHONDIR", notebooks.quiet_kernels(tmp_path / "ipython"))
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "page.py").write_text(ASKING)
+    notebooks.convert(tmp_path / "page.py", tmp_path / "page.ipynb")
+    echoes = ["a good one", *(name for name in FAULTS if name.startswith("echo"))]
+    with serving(key=KEY) as server:
+        values = {"model": f"m@{server.url}", "texts": echoes}
+        with pytest.raises(PapermillExecutionError, match="refuses the key in LOOPBACK_KEY") as caught:
+            notebooks.execute(tmp_path / "page.ipynb", tmp_path / "made.ipynb", values, root=tmp_path)
+        assert {*server.times()} == {*echoes, "401"}
+    executed = (tmp_path / "made.ipynb").read_text()
+    assert "heard: a good one" in executed and "[key]" in executed and "EndpointError" in executed
+    coded = base64.b64encode(f"Bearer {KEY}".encode()).decode().rstrip("=")[10:]
+    pieces = [secret[at : at + 8] for secret in (KEY, coded) for at in range(len(secret) - 7)]
+    for text in (executed, (tmp_path / "replies.jsonl").read_text(), str(caught.value)):
+        assert not [piece for piece in pieces if piece in text]

@@ -1,6 +1,9 @@
 """Prompts, hidden states, splicing, upper layers, generation and bad input, on the real classes."""
 
+import re
+import shutil
 from functools import cache
+from pathlib import Path
 
 import models
 import pytest
@@ -452,6 +455,33 @@ def test_images_of_one_size_have_one_grid_whatever_they_were(tmp_path):
     assert prompt.spans[0].grid == (3, 4)
     alone = LMM(model, processor).prompt("", picture.resize((112, 84), Image.Resampling.BICUBIC))
     assert torch.equal(prompt.inputs["pixel_values"], alone.inputs["pixel_values"])
+
+
+def test_a_damaged_folder_of_a_model_is_named_and_no_weight_is_drawn_at_random(tmp_path):
+    model, processor = models.make("picture_world")
+    model.save_pretrained(tmp_path / "whole")
+    processor.save_pretrained(tmp_path / "whole")
+
+    def damaged(name: str, change) -> Path:
+        folder = Path(shutil.copytree(tmp_path / "whole", tmp_path / str(len([*tmp_path.iterdir()]))))
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
+        return folder
+
+    with pytest.raises(ValueError, match="have no weights for .*lm_head|have no weights for .*embed"):
+        LMM.load(damaged("model.safetensors", lambda data: data.replace(b"embed_tokens", b"embed_tokenz")))
+    with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
+        LMM.load(damaged("model.safetensors", lambda data: data[:-5]))
+    for name in ("config.json", "tokenizer.json", "processor_config.json"):
+        folder = damaged(name, lambda data: data[: len(data) // 2])
+        with pytest.raises(ValueError, match=str(folder)):
+            LMM.load(folder)
+    with pytest.raises(ValueError, match="config.json has the number 1e.30, which is no size"):
+        LMM.load(
+            damaged(
+                "config.json",
+                lambda data: re.sub(b'"(num_hidden_layers|num_layers)": [0-9]+', b'"\\1": 1' + b"0" * 30, data),
+            )
+        )
 
 
 def test_load_names_a_missing_folder(tmp_path):

@@ -435,8 +435,8 @@ def _results(project: Path, number: str) -> dict:
     made = jobs.contents(project / "data/artifacts" / RUN / STAGES[number])
     made["seconds.json"] = None
     return {
-        name: {each: number for each, number in value.items() if not re.search("second|memory", each)}
-        if name == "metrics.json" else value for name, value in made.items()
+        name: {each: entry for each, entry in value.items() if not re.search("second|memory|cost_ratio", each)}
+        if isinstance(value, dict) else value for name, value in made.items()
     }  # fmt: skip
 
 

@@ -250,6 +250,12 @@ plots.table([
 campaign = read_typed(page.locate(faults), dict)
 plots.stacked(endings_by_group(campaign), "fraction of attempts");
 # %% [markdown]
+# Data sets and models of others have no checksum. So a flipped bit can leave
+# a file that somebody could have written, such as other weights. Nobody can
+# see this before the first use. Afterwards the stages know their inputs by a
+# hash of the content, and are made again: these are the *changed inputs*. The
+# tables of a data set of more than 2 GB are not hashed.
+#
 # Every kind of fault, with how often it was tried:
 
 # %%

@@ -368,18 +368,8 @@ PAGES = {  # small enough for some seconds
         "images": f"{DATA}/cache", "concepts": f"{DATA}/concepts.json", "n_scored": 12, "random_runs": 2,
         "clip_runs": 2, "segmenter": "", "similarity": "", "n_judged": 5, **OWN,
     },
-    "06": {
-        "images": f"{DATA}/cache", "concepts": f"{DATA}/concepts.json", "ranked_images": 12, "batch": 16, **OWN,
-        "cases": {"doses": [8], "story_doses": [0.5], "max_new_tokens": 4},
-        "objects": {"doses": [8], "count": 3, "choosing": 3, "others": 4, "max_new_tokens": 4},
-    },
-    "07": {
-        "dataset": f"{DATA}/train", "heldout": f"{DATA}/heldout", "decisions": 3, "pairs": 4, "path_pairs": 2,
-        "ig_steps": 2, "many_steps": 3, "many_decisions": 2, "other_layers": [4], "other_decisions": 2,
-        "other_sae": {"n_latents": 64, "k": 4, "steps": 2, "batch_tokens": 256}, "repetitions": 1,
-    },
 }  # fmt: skip
-STAGES = {"01": "train", "02": "cache", "03": "interpret", "04": "score", "06": "steer", "07": "attribute"}
+STAGES = {"01": "train", "02": "cache", "03": "interpret", "04": "score"}
 
 
 def measure_pages(world: World) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
@@ -75,6 +76,12 @@ class LMM:
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # the attention mask tells the two apart
         self.layout = layout_of(model, processor)
+        if image_size is None and getattr(self.layout, "cut", False):
+            warnings.warn(
+                f"the processor of {self.name} cuts the edges off images that are not square, so maps of them are "
+                "shifted; give image_size, such as (336, 336), and whole images are brought to this size",
+                stacklevel=2,
+            )
         model.eval().requires_grad_(False)
         model.generation_config.pad_token_id = self.tokenizer.pad_token_id
 

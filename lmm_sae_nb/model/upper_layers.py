@@ -55,7 +55,7 @@ class UpperLayers:
         if (of_masks := differing_tokens(self._arguments.get("attention_mask"))) is not None:
             differs |= of_masks.to(differs.device)
         start = int(differs.int().argmax()) if bool(differs.any()) else len(differs)
-        if not start or not self._continues(start):
+        if not start or not self.continues(start):
             return self.run(states)
         like_first = torch.zeros(len(states), dtype=torch.long)
         decoded = self.remember(states[:1], like_first[:1]).repeat(len(states), 1, 1)
@@ -71,7 +71,7 @@ class UpperLayers:
         samples: for each of the states, which sample of a batch it is of; None for the whole batch or a single sample.
         """
         self._cache, self._samples, self._remembered = DynamicCache(), samples, states.detach()
-        return self._run(states, self._cache if self._continues() else None, samples)
+        return self._run(states, self._cache if self.continues() else None, samples)
 
     def resume(
         self,
@@ -89,7 +89,7 @@ class UpperLayers:
         like: for each version, which of the remembered states it begins like; None for all in order, or a single one.
         """
         samples = self._samples if like is None else like if self._samples is None else self._samples[like]
-        if start and not self._continues(start):
+        if start and not self.continues(start):
             early = self._remembered if like is None else self._remembered[like]
             whole = torch.cat([early[:, :start].expand(len(states), -1, -1), states.to(early.dtype)], 1)
             return self._run(whole, None, samples)[:, start:]
@@ -111,7 +111,7 @@ class UpperLayers:
         with _skipped(lower, inputs["inputs_embeds"], self._bare):
             return decoder(**inputs).last_hidden_state
 
-    def _continues(self, start: int | None = None) -> bool:
+    def continues(self, start: int | None = None) -> bool:
         """Return whether the layers can continue from a token in the middle, with the keys and values of earlier ones.
 
         start: this token; None for any one.

@@ -15,7 +15,7 @@ from lmm_sae_nb.interpret.exemplars import exemplars
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.sae.topk import TopKSAE
+from lmm_sae_nb.sae.topk import SAE
 from lmm_sae_nb.steer.steering import Edit, compare, steered
 from lmm_sae_nb.train.training import train_sae
 
@@ -40,7 +40,7 @@ def train(lmm: LMM, folder: Path) -> SAEInPlace:
 
 def a_place(lmm: LMM) -> SAEInPlace:
     """A random SAE whose latents see the layer's states."""
-    sae = TopKSAE(lmm.width, 32, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
+    sae = SAE(lmm.width, 32, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
     return SAEInPlace(lmm, sae, LAYER)
 
 

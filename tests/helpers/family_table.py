@@ -21,7 +21,8 @@ from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.upper_layers import above
 
 CALLS = ("train", "cache", "steer", "attribute")
-JSON, PAGE = Path("book/families.json"), Path("book/your_own_lmm.md")
+BOOK = Path(__file__).parents[2] / "book"
+JSON, PAGE = BOOK / "families.json", BOOK / "your_own_lmm.md"
 BEGIN, END = "<!-- families: written by tests/helpers/family_table.py -->\n", "<!-- end of families -->"
 SIZE = (112, 84)  # of images of families whose grid follows the image
 NAMES = {

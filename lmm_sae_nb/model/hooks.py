@@ -137,13 +137,17 @@ def record_arguments(module: nn.Module) -> Iterator[dict[str, Any]]:
 def fewer_rows(module: nn.Module, first_equal: Callable[[Tensor], Int64[Tensor, " rows"]]) -> Iterator[None]:
     """Run a module on some rows of its first argument only, and repeat its output, in every forward pass.
 
-    module: returns a `ModelOutput` whose tensors have a row for each row of the argument.
+    module: returns a `ModelOutput` whose tensors have a row for each row of the argument. It runs on all rows if it
+        is called with further tensors.
     first_equal: gives for each row the number of the row whose output it gets.
     """
     places = []
 
     def fewer(module, args, kwargs):
         rows = args[0] if args else kwargs[module.main_input_name]
+        if any(isinstance(value, Tensor) for value in kwargs.values() if value is not rows):
+            places.append(None)  # the sizes of images, for example: such a tower does not treat each row alone
+            return args, kwargs
         kept, place = first_equal(rows).to(rows.device).unique(return_inverse=True)
         places.append(place if len(kept) < len(rows) else None)
         if places[-1] is None:

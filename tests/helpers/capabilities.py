@@ -82,7 +82,7 @@ def cache(place: SAEInPlace, folder: Path) -> None:
 def steer(place: SAEInPlace) -> None:
     """Clamp a latent: the logits are those of a hook written here, and text is generated with the clamp."""
     lmm, sae = place.lmm, place.sae
-    prompt = lmm.prompt(["what ?", "and what is this ?"], pictures(2))
+    prompt = lmm.prompt(["what ?", "and what is this ?"], pictures(1) * 2)  # one picture twice
     mask = prompt.mask(*SAE_KINDS)
 
     def clamp(module, args, output):
@@ -101,7 +101,7 @@ def steer(place: SAEInPlace) -> None:
     expected = lmm.model(**prompt.inputs, use_cache=False).logits[:, -1].float()
     handle.remove()
     assert_close(found, expected, **CLOSE)
-    answers = compare(place, ["what ?", "and what is this ?"], pictures(2), [Edit(3, 5.0)], max_new_tokens=3)
+    answers = compare(place, ["what ?", "and what is this ?"], pictures(1) * 2, [Edit(3, 5.0)], max_new_tokens=3)
     assert all(len(each) == 2 for each in answers)
 
 

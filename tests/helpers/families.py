@@ -120,7 +120,7 @@ def glm4v():
     return _qwen("Glm4v", transformers.Glm4vProcessor, Glm4vImageProcessorPil(), rope, vision, **tokens)
 
 
-def gemma3(**settings):
+def gemma3():
     """Gemma 3: soft tokens that are pooled patches and see each other in both directions; sliding windows."""
     words = words_of(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
     config = transformers.Gemma3Config(
@@ -137,7 +137,7 @@ def gemma3(**settings):
         image_token_index=words.image_token_id,
     )
     processor = transformers.Gemma3Processor(
-        image_processor=Gemma3ImageProcessorPil(size=crop(SIDE), **settings),
+        image_processor=Gemma3ImageProcessorPil(size=crop(SIDE)),
         tokenizer=words,
         image_seq_length=16,
         chat_template=chat_template(words.boi_token),

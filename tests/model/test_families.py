@@ -101,14 +101,6 @@ def test_painting_one_cell_of_the_picture_moves_its_base_token_most(family):
         assert divmod(int(change[places].argmax()), cols) == (row, col)
 
 
-def test_crops_of_gemma_3_are_tiles_and_the_whole_image_is_the_base():
-    model, processor = families.gemma3(do_pan_and_scan=True, pan_and_scan_min_crop_size=32)
-    lmm = LMM(model, processor)
-    (spans,) = lmm.prompt("Hm", noise(200, 60)).spans
-    assert lmm.layout.base == 0 and spans.grid == (4, 4)
-    assert len(spans.where("tiles")) > 0 and int(spans.where("base")[-1]) < int(spans.where("tiles")[0])
-
-
 def test_a_processor_that_cuts_edges_off_is_named():
     with pytest.warns(UserWarning, match="cuts the edges off images that are not square.*give image_size"):
         lmm = LMM(*families.make("llava"))

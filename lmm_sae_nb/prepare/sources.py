@@ -101,8 +101,16 @@ def rows_in(source: Source, stream: IterableDataset) -> int | None:
 
 
 def bounded(source: Source, stream: IterableDataset) -> Source:
-    """Return a source that asks for all rows, if it asks for as many as there are or for more."""
+    """Return a source that asks for all rows, if it asks for as many as there are or for more.
+
+    Raises:
+        ValueError: all of them would be held out.
+    """
     known = rows_in(source, stream)
+    if known and source.heldout >= known:
+        raise ValueError(
+            f"{source.source} has {known:,} rows, and {source.heldout:,} are to be held out: lower heldout"
+        )
     return replace(source, rows=0) if known and source.rows + source.heldout >= known else source
 
 

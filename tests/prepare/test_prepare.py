@@ -141,6 +141,12 @@ def test_a_record_that_does_not_fit_is_refused_by_choice(project):
         prepare("samples")
 
 
+def test_a_source_with_no_more_rows_than_are_held_out_is_refused(project):
+    given(project, heldout=60)
+    with pytest.raises(SystemExit, match="has 60 rows, and 60 are to be held out: lower heldout"):
+        prepare("samples")
+
+
 def test_a_forecast_writes_nothing(project, capsys):
     main(["--preset", "mine", "--forecast"])
     assert not (project / "data").exists()

@@ -84,8 +84,9 @@ def _anyres(model, inputs, sample, image, *, settings: tuple[str, ...]):
     vision, size = model.config.vision_config, inputs["image_sizes"][image].tolist()
     side = vision.image_size // vision.patch_size
     crops = image_size_to_num_patches(size, model.config.image_grid_pinpoints, vision.image_size)
-    if "batch_num_images" in inputs and inputs["batch_num_images"][sample] > 1:
-        crops = 1  # LLaVA-OneVision shows several images without tiles
+    if "batch_num_images" in inputs:  # of the samples that have images
+        together = inputs["batch_num_images"].repeat_interleave(inputs["batch_num_images"])
+        crops = 1 if together[image] > 1 else crops  # LLaVA-OneVision shows several images without tiles
     kinds = torch.full((crops, side * side, 1), float(TILES))
     kinds[0] = BASE
     packed, _ = model.model.pack_image_features(

@@ -80,18 +80,19 @@ def test_a_conversation_is_the_tokens_of_its_pieces_and_every_answer_is_marked(f
 def test_kinds_of_tokens_of_several_images_are_those_of_each_alone(family):
     """Text between two images stays text."""
     lmm = LMM(*models.make(family))
-    prompt = lmm.conversations([as_turns(TALK[1:3]), as_turns(TALK)], [PICTURES[:1], PICTURES])
-    spans = prompt.spans[1]
-    assert spans.grid is None and prompt.spans[0].grid is not None
+    talks = [as_turns(TALK[5:]), as_turns(TALK[1:3]), as_turns(TALK)]
+    prompt = lmm.conversations(talks, [[], PICTURES[:1], PICTURES])
+    spans = prompt.spans[2]
+    assert spans.grid is None and prompt.spans[1].grid is not None
     for kind in ("base", "tiles", "newline"):
         alone = [int(lmm.prompt("", picture).spans[0].mask(kind).sum()) for picture in PICTURES]
         if family == "llava_onevision":  # shows several images without tiles
             alone = [{"base": 729, "tiles": 0, "newline": 1}[kind]] * 3
         assert spans.mask(kind).sum() == sum(alone)
-    between = lmm.tokenizer.decode(prompt.inputs["input_ids"][1][spans.where("text")])
+    between = lmm.tokenizer.decode(prompt.inputs["input_ids"][2][spans.where("text")])
     assert "And on  or ?" in between
     torch.testing.assert_close(
-        lmm.logits(prompt)[1], lmm.logits(lmm.conversations([as_turns(TALK)], [PICTURES]))[0], rtol=1e-3, atol=1e-3
+        lmm.logits(prompt)[2], lmm.logits(lmm.conversations([as_turns(TALK)], [PICTURES]))[0], rtol=1e-3, atol=1e-3
     )
 
 

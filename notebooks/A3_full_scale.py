@@ -185,8 +185,8 @@ for name, way in ways.items():
     )
     took = cost.hours(device, 8, utilisation)
     print(
-        f"{name}: {sum(took.values()):.1f} hours on eight GPUs, the encoder "
-        f"{took['SAE encoder']:.1f}, AuxK {took['AuxK']:.1f}"
+        f"{name}: {sum(took.values()):.1f} hours on eight GPUs, the "
+        f"encoder {took['SAE encoder']:.1f}, AuxK {took['AuxK']:.1f}"
     )
 
 # %% [markdown]

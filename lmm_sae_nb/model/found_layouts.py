@@ -143,7 +143,7 @@ def _processed(processor: ProcessorMixin, shape: tuple[int, int]) -> BatchFeatur
     """Process a picture that gets brighter from the upper left to the lower right."""
     across, down = (np.linspace(0, 127, side) for side in shape)
     grey = (down[:, None] + across[None, :]).round().astype(np.uint8)
-    picture = Image.fromarray(grey).convert("RGB")
+    picture = Image.fromarray(np.stack([grey] * 3, -1))
     known = hasattr(processor, "return_text_replacement_offsets")
     return processor(
         text=[str(processor.image_token)],

@@ -2,11 +2,11 @@
 
 import io
 
+import models
 import pytest
 import torch
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
-from helpers import models
-from helpers.models import noise
+from models import noise
 
 from lmm_sae_nb.model.conversations import as_turns, conversation_fault, first_exchange
 from lmm_sae_nb.model.lmm import LMM

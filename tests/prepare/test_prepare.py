@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
+import hub_data
 import numpy as np
 import pytest
 from datasets import Dataset, load_from_disk
-from helpers import hub_data
 
 from lmm_sae_nb.model.sample_checks import check_samples, open_samples
 from lmm_sae_nb.prepare import write

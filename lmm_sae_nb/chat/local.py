@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +27,12 @@ from lmm_sae_nb.model.processor import load_processor
 from lmm_sae_nb.support.devices import choose_device
 from lmm_sae_nb.support.files import fingerprint
 from lmm_sae_nb.support.images import rgb
+
+
+def _commit(name: str | Path) -> str:
+    """Return the commit of a model of the hub that was just loaded: its files lie in a folder of that name."""
+    file = try_to_load_from_cache(str(name), "config.json")
+    return Path(file).parent.name if isinstance(file, str) else "unknown"
 
 
 class LocalChat:
@@ -81,7 +88,7 @@ class LocalChat:
         if folder.is_dir():
             name, identity = folder.name, fingerprint(folder)
         else:
-            name, identity = str(name_or_path), f"{name_or_path}@{config._commit_hash}"
+            name, identity = str(name_or_path), f"{name_or_path}@{_commit(name_or_path)}"
         return cls(model.to(device), processor, name, identity, **settings)
 
     def __call__(self, questions: Iterable[Question]) -> Iterator[tuple[int, Reply]]:

@@ -318,7 +318,7 @@ def pictured(samples: Sequence[Mapping]) -> Sequence[Mapping]:
 
 
 def data_fingerprint(samples: Sequence[Mapping] | IterableDataset, without: Collection[int] = ()) -> str:
-    """Return a SHA-256 of the number of samples and of up to 16 whole samples, spread evenly over the data set.
+    """Return a SHA-256 of the texts of all samples, and of up to 16 whole samples, spread evenly over the data set.
 
     Pictures count by their pixels. One that cannot be read counts as that, so that the same data have the same
     fingerprint whether or not it is skipped. Of a stream the first 16 samples count.
@@ -337,15 +337,26 @@ def data_fingerprint(samples: Sequence[Mapping] | IterableDataset, without: Coll
             places = [place + (place >= number) for place in places]
         known = undecoded(samples)
         rows = [(place, known[place]) for place in places]
-        digest.update(str(kept).encode())
+        for number, said in enumerate(map(_texts, _without_pictures(samples))):
+            digest.update(repr(said).encode() if number not in without else b"")
     for place, row in rows:
         try:
             pixels = [image.tobytes() for image in pictures_of(opened(row, f"sample {place}"))]
         except UnreadableImage:
             pixels = [b"unreadable"]
-        if "conversation" in row:
-            said = [(turn["role"], turn["content"]) for turn in row["conversation"]], [len(each) for each in pixels]
-        else:
-            said = row["question"], row["answer"], sum(map(len, pixels))
-        digest.update(repr(said).encode() + b"".join(pixels))
+        digest.update(repr((_texts(row), [len(each) for each in pixels])).encode() + b"".join(pixels))
     return digest.hexdigest()
+
+
+def _without_pictures(samples: Sequence[Mapping]) -> Sequence[Mapping]:
+    """Return the samples; of a data set only the columns of text, for reading all pictures takes long."""
+    if not isinstance(samples, datasets.Dataset):
+        return samples
+    return samples.select_columns([name for name in ("question", "answer", "conversation") if name in samples.features])
+
+
+def _texts(row: Mapping) -> tuple:
+    """Return what is said in a sample."""
+    if "conversation" in row:
+        return tuple((turn["role"], turn["content"]) for turn in row["conversation"])
+    return row["question"], row["answer"]

@@ -199,3 +199,10 @@ def test_a_fingerprint_is_of_the_data_whether_or_not_rows_that_are_left_out_are_
         assert data_fingerprint(saved(broken), gone) == data_fingerprint(left)
         assert len({data_fingerprint(each) for each in (rows, broken, left)}) == 3
         assert data_fingerprint(rows, [1]) != data_fingerprint(left)
+
+
+def test_another_text_anywhere_gives_another_fingerprint():
+    rows = [row(image=picture(n), answer=str(n)) for n in range(40)]
+    changed = [each | {"answer": "other"} if n == 5 else each for n, each in enumerate(rows)]
+    assert data_fingerprint(rows) == data_fingerprint(saved(rows)) != data_fingerprint(changed)
+    assert data_fingerprint(changed) == data_fingerprint(saved(changed))

@@ -184,9 +184,11 @@ assert_close(torch.zeros_like(z).scatter(-1, indices, acts), z)
 # The loss has two parts. The first is the fraction of variance unexplained
 # (FVU). The second, AuxK, trains *dead* latents, those not active for a while,
 # to explain what the reconstruction misses. If no latent is dead, the loss is
-# the FVU. (With `kind`, the SAE learns as BatchTopK or Matryoshka SAEs do,
-# for comparison; the paper's is `topk`.) The model does not change. Its hidden states flow into a buffer that mixes the tokens
-# of many samples.
+# the FVU. The parameter `kind` can train BatchTopK or Matryoshka SAEs instead,
+# for comparison; the paper's SAE is `topk`.
+#
+# The model does not change. Its hidden states flow into a buffer that mixes the
+# tokens of many samples.
 #
 # While training goes on, a figure below the cell grows. If you stop it, or the
 # power fails, run the page again: it continues from the last checkpoint and
@@ -352,7 +354,7 @@ findings(
 silent = round(metrics["dead_fraction"] * n_latents)
 per_token = f"{k} of {n_latents:,}"
 if kind == "batch_topk":  # k is the mean over a batch
-    per_token = f"In the mean {metrics['l0']:.0f} of {n_latents:,}"
+    per_token = f"On average {metrics['l0']:.0f} of {n_latents:,}"
 headline(
     page,
     f"{per_token} latents per token leave {percent(fvu, 1)} of the "

@@ -123,12 +123,15 @@ pd.DataFrame(rows).style.format(precision=2).hide(axis="index")
 # by `utilisation`. This is a guess, and all hours are proportional to its
 # inverse.
 #
-# The language model runs in 16 bits. The SAE is float32, its large products are
+# The language model runs in 16 bits. The SAE is float32; its large products are
 # in TF32 if the preset says so. We assume that some latents are dead from the
 # first step on, so that AuxK works all the time. Threads prepare images beside
-# the GPU's work; *waiting for images* is what is left. On eight GPUs samples, buffer and images are divided. In training and caching each GPU
-# holds the whole language model and the SAE; in training it sums gradients with
-# the others at every step. The explainer is divided among the GPUs.
+# the GPU's work; *waiting for images* is what is left.
+#
+# On eight GPUs samples, buffer and images are divided. In training and caching
+# each GPU holds the whole language model and the SAE; in training it sums
+# gradients with the others at every step. The explainer is divided among the
+# GPUs.
 #
 # The values below are in no preset. The GPU's come from its maker: memory in
 # bytes, *float32* and *bfloat16* in FLOP/s, *bandwidth* and *link* (in one

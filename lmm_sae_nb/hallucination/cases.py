@@ -90,7 +90,7 @@ def _ways(lmm: LMM, word: str) -> dict[str, int]:
 
 
 def pictured_rows(
-    rows: Dataset, unreadable: str = "refuse", skipped: MutableMapping[int, str] | None = None
+    rows: Dataset | Sequence[Mapping], unreadable: str = "refuse", skipped: MutableMapping[int, str] | None = None
 ) -> Iterator[dict]:
     """Yield the rows that have an image, each with its image as RGB; other pictures of a row are not decoded.
 
@@ -101,7 +101,7 @@ def pictured_rows(
         UnreadableImage: an image cannot be read, with "refuse".
     """
     require_choice(unreadable)
-    rows = undecoded(rows)
+    rows = undecoded(rows) if isinstance(rows, Dataset) else rows
     for number in range(len(rows)):
         try:
             row = rows[number]

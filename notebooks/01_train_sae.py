@@ -116,7 +116,7 @@ plots.style()
 # "looks exactly the same as the supervised fine-tuning stage" (section 3.1).
 # A sample may also be a whole conversation of several turns and images. Then
 # the SAE learns from the tokens of all turns.
-
+#
 # `hidden_states` of transformers starts with the embeddings. So our layer 1 is
 # its entry 2. In the code of all pages, `page` knows the folders and parameters
 # of this page, and `plots` draws.
@@ -138,11 +138,13 @@ shown = list(first_turns(pictured))  # of a conversation, the first turn
 titles = [f"{row['question']}\n» {row['answer']}" for row in shown]
 plots.images([row["image"] for row in shown], titles);
 # %% [markdown]
-# Every token of the sequence is of exactly one kind. LLaVA-NeXT shows an image
-# twice. The whole image gives the `base` tokens. The same image, cut into
-# tiles of full resolution (AnyRes), gives the `tiles` tokens, with a `newline`
-# token after each row. The images of `tiny` are so small that there is one tile. Then come `text` tokens and `special` tokens, which are
-# marks of the chat template. `pad` tokens fill up a batch.
+# Every token of the sequence is of exactly one kind. LLaVA-NeXT shows an
+# image twice. The whole image gives the `base` tokens. The same image, cut
+# into tiles of full resolution (AnyRes), gives the `tiles` tokens, with a
+# `newline` token after each row. The images of `tiny` are so small that
+# there is one tile. `text` tokens are the words of question and answer.
+# `special` tokens are marks of the chat template. `pad` tokens fill up a
+# batch. The parameter `kinds` says from which kinds the SAE learns.
 
 # %%
 prompt = as_prompt(lmm, {0: (pictured or [samples[0]])[0]})
@@ -215,8 +217,8 @@ settings = dict(
 )  # fmt: skip
 
 # %% [markdown]
-# With more than one process, each loads the model and the samples onto its
-# GPU. Together they train the same SAE as one process would.
+# If `processes` is more than 1, each process loads the model and the samples
+# onto its GPU. Together they train the same SAE as one process would.
 
 # %%
 with plots.live(plots.TRAINING) as on_log:
@@ -258,9 +260,9 @@ findings(
 #
 # Two controls say if an FVU is good for $k$ numbers per token. One is an SAE
 # of the same size before its training. The other is the first $k$ principal
-# components of these same tokens: no $k$ fixed directions leave less. The SAE
-# may take other directions for each token, so it should leave less. Intervals
-# are bootstraps over samples.
+# components of these same tokens: no $k$ fixed directions leave less variance
+# unexplained. The SAE may take other directions for each token, so it should
+# leave less. Intervals are bootstraps over samples.
 #
 # `stage.result` makes a result once and keeps it on disk.
 

@@ -214,11 +214,15 @@ plots.exemplar_strip([(f"latent {n}", by_latent[n]) for n in two]);
 # It was the lowest limit at which 86 % of the names were right, a little more
 # than our target of 85 %. The other 424 latents had no part in this choice;
 # 89 % of their names were right ([lab notebook](../lab_notebook)). In the
-# preset `paper` there is no limit.
+# presets `small` and `paper` there is no limit.
 #
-# Each reply is saved at once. A run that was stopped goes on where it was. What a
-# model thinks aloud (`<think>`) is cut off before its answer is read. The metrics
-# that begin with `replies_` count what was wrong with replies.
+# Each reply is saved at once. If you stop the page and run it again, it goes
+# on where it was. We cut off what a model thinks aloud (`<think>`) before we
+# read its answer. The metrics that begin with `replies_` count what was wrong
+# with replies.
+#
+# In your own preset, `explainer` names the model and gives its question. For
+# a model behind an endpoint, `endpoint` says how it is asked.
 
 # %%
 stage = page.stage(
@@ -235,12 +239,14 @@ interpreter = open_interpreter(
 interpreter.models
 
 # %% [markdown]
-# Label maps decide the true concept. It must cover at least half of the
-# visible patches in at least three of the five images. If several concepts do,
-# we take the one of highest IoU (intersection over union with these patches).
-# We first multiply the IoU by 2 for words, because letters are thinner than their
-# sign. For textures and materials we take 1.25, and for colours 0.5, because every
-# thing has a colour. Without this weight, the IoU must be at least 0.1.
+# Label maps decide the true concept. Without them, the page leaves out what
+# follows about truth. The true concept must cover at least half of the visible
+# patches in at least three of the five images. If several concepts do, we take
+# the one of highest IoU (intersection over union with these patches). We first
+# multiply the IoU by 2 for words, because letters are thinner than their sign.
+# For textures and materials we multiply by 1.25. For colours we multiply by
+# 0.5, because every thing has a colour. Without this weight, the IoU must be at
+# least 0.1.
 #
 # The explainer was trained with this same rule. So the accuracy says how well
 # it learned the rule.
@@ -332,8 +338,8 @@ if truth:
     )
 
 # %% [markdown]
-# So masks alone often meet the rule, mostly with colours of large areas, such as a
-# blue sky. They rarely meet it with the *same* concept.
+# So masks alone often meet the rule, mostly with colours of large areas, such
+# as a blue sky. They rarely meet it with the *same* concept.
 
 # %% [markdown]
 # ## Is every concept of the world found?

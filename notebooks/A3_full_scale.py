@@ -14,11 +14,11 @@
 # # A3. What the paper's scale needs
 #
 # **The question.** How much memory, disk and time does the paper's own scale
-# need (section 3.1), and how much of that can be known without a GPU?
+# need (section 3.1)? How much of that can we know without a GPU?
 #
-# **You will learn** what notebooks 01 to 03 cost on one GPU and on eight, what
-# decides the cost, and whether every page of the preset fits one GPU. A small
-# run says how close such a prediction comes.
+# **You will learn** what notebooks 01 to 03 cost on one GPU and on eight, and
+# what decides the cost. You will see whether every page of the preset fits one
+# GPU. A small run says how close such a prediction comes.
 #
 # **Reads** a preset's file. **Writes** the stage `full_scale`: the
 # predictions, and what a *geometry twin* measured. Time: half a minute.
@@ -95,6 +95,11 @@ plots.style()
 # where weights have shapes and no memory. So we count parameters instead of
 # looking them up. The layout of an image's tokens comes from the model's own
 # code.
+#
+# To predict the costs of your own preset, set `preset` to its file. The model
+# under study and the explainer must be a LLaVA-NeXT, a LLaVA-OneVision or a
+# Qwen2.5-VL. The preset must give every value that the prediction reads; one
+# that begins with `extends: small` does.
 
 # %%
 path, device = page.locate(preset), device_named(gpu)
@@ -113,7 +118,7 @@ pd.DataFrame(rows).style.format(precision=2).hide(axis="index")
 # %% [markdown]
 # `tokens` is the length of an image in the language model's sequence. `base`
 # counts the patches of the whole image. The vision tower reads `crops`, each
-# of `patches`.
+# of `patches` patches.
 #
 # ## The prediction
 #
@@ -123,19 +128,20 @@ pd.DataFrame(rows).style.format(precision=2).hide(axis="index")
 # by `utilisation`. This is a guess, and all hours are proportional to its
 # inverse.
 #
-# The language model runs in 16 bits. The SAE is float32; its large products are
-# in TF32 if the preset says so. We assume that some latents are dead from the
-# first step on, so that AuxK works all the time. Threads prepare images beside
-# the GPU's work; *waiting for images* is what is left.
+# The language model runs in 16 bits. The SAE is float32; its large products
+# are in TF32 if the preset says so. We assume that some latents are dead from
+# the first step on, so that AuxK works all the time. Threads prepare images
+# while the GPU works. *Waiting for images* is the time that the GPU still has
+# to wait.
 #
-# On eight GPUs samples, buffer and images are divided. In training and caching
-# each GPU holds the whole language model and the SAE; in training it sums
-# gradients with the others at every step. The explainer is divided among the
-# GPUs.
+# Eight GPUs divide samples, buffer and images among them. In training and
+# caching, each GPU holds the whole language model and the SAE. In training,
+# it sums gradients with the others at every step. The explainer is divided
+# among the GPUs.
 #
-# The values below are in no preset. The GPU's come from its maker: memory in
-# bytes, *float32* and *bfloat16* in FLOP/s, *bandwidth* and *link* (in one
-# direction) in bytes/s. The others we assume.
+# No preset gives the values below. Those of the GPU come from its maker:
+# memory in bytes, *float32* and *bfloat16* in FLOP/s, *bandwidth* and *link*
+# (in one direction) in bytes/s. The others we assume.
 
 # %%
 plots.table([
@@ -161,16 +167,16 @@ labels = [f"{row['stage']}, {count[row['GPUs']]}" for row in table]
 hours = [cost.hours(device, gpus, utilisation) for gpus, cost in each]
 plots.stacked(dict(zip(labels, hours, strict=True)), f"hours, {gpu}");
 # %% [markdown]
-# The table gives the tokens that the SAE or the explainer reads, in millions, the
-# floating point operations of the whole stage, and the memory of one GPU, of the
-# host and of the disk. Thin parts of the bars are hard to see; training's are the
-# ones that matter.
+# The table gives the tokens that the SAE or the explainer reads, in millions.
+# It also gives the floating point operations of the whole stage, and the
+# memory of one GPU, of the host and of the disk. Thin parts of the bars are
+# hard to see; the bars of training matter most.
 #
-# *Reading* is the explainer's forward over a question with its images,
-# *writing* its answer, token by token. *Adam* is the optimiser's pass over all
-# weights of the SAE. *Sum over GPUs* is the exchange of gradients, which one
-# GPU does not need. *AuxK* revives dead latents. The next lines say what TF32 and
-# fewer latents of AuxK save, and what bfloat16 would:
+# *Reading* is the explainer's forward pass over a question with its images.
+# *Writing* is its answer, token by token. *Adam* is the optimiser's pass over
+# all weights of the SAE. *Sum over GPUs* is the exchange of gradients, which
+# one GPU does not need. *AuxK* revives dead latents. The next lines say how
+# much time TF32 and fewer latents of AuxK save, and how much bfloat16 would:
 
 # %%
 used = ("layer", "n_latents", "k", "steps", "batch_tokens", "workers")
@@ -218,9 +224,10 @@ of_pages = page_rows(needs, device)
 pd.DataFrame(of_pages).style.format(precision=1).hide(axis="index")
 
 # %% [markdown]
-# And which line of the whole forecast is the longest? Here are the pages whose
-# work is known before: training and caching. Explaining is above. How long
-# scoring, steering and questions take depends on the answers' lengths.
+# Which kind of work takes longest in the whole forecast? Training and caching
+# have a known amount of work, so here are the pages that do them. Explaining is
+# above. How long scoring, steering and questions take depends on the lengths
+# of the answers.
 
 # %% mystnb={"figure": {"caption": "Predicted hours of training and caching, by page and kind of work. Page 01 uses eight GPUs, the others one.", "name": "fig-page-hours"}, "image": {"alt": "Stacked bars of hours for pages 01, 02, 05 and 07, by kind of work."}}
 of_kind = page_hours(values, cached_images, device, utilisation)
@@ -244,16 +251,22 @@ findings(
 # ## The commands
 #
 # Run them from the repository's root, on the machine with the GPUs. First
-# write the preset's data, as the head of its file explains. Each notebook uses
-# one GPU. If several GPUs trained the SAE, notebook 01 reads it and goes on. An
-# explainer that does not fit one GPU needs a server that divides it among
-# several. A preset names it as `name@http://host:port/v1`; any server that
-# speaks OpenAI's chat protocol will do. Start each server in a separate terminal.
+# write the preset's data, as the head of its file explains. Each notebook
+# uses one GPU. If several GPUs have trained the SAE, notebook 01 finds it and
+# does not train it again.
 #
-# As printed, a server takes nearly all memory of its GPUs. If several servers, or
-# servers and notebooks, run on the same GPUs, give each server its part with
-# `--gpu-memory-utilization`. The right values depend on the models; we have not
-# tried any.
+# `accelerate` is in `.venv`: type `source .venv/bin/activate` first. vLLM is
+# not part of this project: install it in an environment of its own.
+#
+# An explainer that does not fit one GPU needs a server that divides it among
+# several. A preset names it as `name@http://host:port/v1`. Any server that
+# speaks OpenAI's chat protocol will do. Start each server in a separate
+# terminal.
+#
+# As printed, a server takes nearly all memory of its GPUs. Several servers, or
+# servers and notebooks, may have to share GPUs. Then give each server its part
+# with `--gpu-memory-utilization`. The right values depend on the models; we
+# have not tried any.
 
 # %%
 for gpus in costs:
@@ -270,9 +283,9 @@ for gpus in costs:
 # - an SAE of $2^{17}$ latents with $k = 256$ on layer 24.
 #
 # Only its widths are smaller, and its weights are random. It runs the real
-# classes and processor on this machine, once: training, caching, and the
-# attribution of one decision on each picture to every active latent at every
-# token. No explainer is run.
+# classes and processor on this machine, once. It trains, caches, and
+# attributes one decision on each picture to every active latent at every
+# token. It runs no explainer.
 
 # %%
 stage = page.stage("full_scale")
@@ -378,11 +391,12 @@ findings(
 )
 
 # %% [markdown]
-# **Limits.** The forecasts above are arithmetic. The twin's narrow products differ from
-# a GPU's wide ones, so its ratios do not say which `utilisation` a GPU reaches. A
-# high ratio means that much of the work there is not in the prediction's list,
-# for instance what Python and the processor do. The twin's attribution has no
-# predicted hours at the paper's scale, and explaining no test on the twin.
+# **Limits.** The forecasts above are arithmetic. The twin's products are
+# narrow, a GPU's are wide. So the ratios of the twin do not say which
+# `utilisation` a GPU reaches. A high ratio means that much of the work there is
+# not in the prediction's list, such as that of Python and the processor. We
+# predict no hours of attribution at the paper's scale, and we do not test
+# explaining on the twin.
 
 # %% tags=["result", "remove-input"]
 headline(

@@ -1,4 +1,4 @@
-"""Write the data that a preset reads, where it reads them: `python -m lmm_sae_nb.prepare --preset small`."""
+"""Write the data sets that the notebooks read, as the section `prepare` of a preset says."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lmm_sae_nb.support.presets import preset_file
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prepare a preset's data; what is there already stays as it is."""
     parser = argparse.ArgumentParser(prog="python -m lmm_sae_nb.prepare", description=__doc__)
-    parser.add_argument("--preset", required=True, help="such as small; notebooks/params/<preset>.yaml")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="names of the section prepare, such as samples")
-    parser.add_argument("--forecast", action="store_true", help="say how much it will be, and write nothing")
+    parser.add_argument("--preset", required=True, help="such as small, for notebooks/params/small.yaml")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="write only these entries, such as samples")
+    parser.add_argument("--forecast", action="store_true", help="print how much it will be, and write nothing")
     options = parser.parse_args(arguments)
     root = project_root()
     try:

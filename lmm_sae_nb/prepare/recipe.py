@@ -1,4 +1,4 @@
-"""What a preset prepares: its section `prepare`, with the folders where its pages read the data."""
+"""What a preset prepares: its section `prepare`, and the folders where its pages read the data."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ class Source:
 
     source: the data set's name on the hub, a folder that `Dataset.save_to_disk` wrote, or one with parquet files.
     split: such as "train"; "" for a folder without splits.
-    columns: our columns to those of the source.
+    columns: our name of a column to the source's. Samples have `conversation` and `images`, or `question`, `answer` and
+        `image`. Images have `image`. Traps have `image`, `question` and `answer`, and may have `taught` and `group`.
     config: the data set's configuration, if it has several.
     revision: a commit of the data set, so that everyone gets the same rows; "" is the newest.
-    rows: how many to write; 0 for all.
-    heldout: of the samples, how many more to write as held-out samples.
+    rows: how many to write, without the held-out ones; 0 for all.
+    heldout: how many more to write as held-out samples; only samples have them.
     shuffle: draw the rows at random; otherwise the first ones are written.
     seed: of the draw.
-    answers: a text of the column `answer` to what stands for it.
+    answers: a text in the source's column of answers to the answer that is written, such as "0" to "No".
     """
 
     source: str
@@ -52,7 +53,7 @@ class Goal:
 
     name: `samples`, `images`, `traps`, or one of the user's own.
     kind: samples, images or traps.
-    sources: their rows follow each other.
+    sources: their rows are written one source after the other.
     folder: where pages read it.
     heldout: where pages read the held-out samples; None for other goals.
     """

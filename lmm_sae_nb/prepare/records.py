@@ -36,7 +36,7 @@ def features_of(kind: str, source: Source) -> Features:
 
 
 def as_row(kind: str, source: Source, record: Mapping, random: Random) -> dict[str, Any]:
-    """Return a record of a source as a row; a picture stays the bytes that it is.
+    """Return a record of a source as a row; pictures keep their bytes.
 
     kind: samples, images or traps.
     random: draws the part of a trap.

@@ -17,10 +17,10 @@ A_FILE = 500  # rows that are read from a file if a source has many: more files 
 
 
 class Share(NamedTuple):
-    """What a file of a source should give; a file that gives less is made up for by the next ones.
+    """How many rows a file of a source should give; if it gives fewer, the next files give more.
 
     file: its number.
-    rows: how many rows to write; None for all.
+    rows: how many rows to write, held-out ones included; None for all.
     heldout: how many of them are held out.
     """
 
@@ -62,7 +62,8 @@ def open_source(source: Source, root: Path) -> IterableDataset:
 def plan(source: Source, files: int) -> list[Share]:
     """Return how many rows come from which file, in the order of reading.
 
-    Drawn rows come from as many files as possible in equal numbers, at least A_FILE from each, so that little is read.
+    Drawn rows come from as many files as possible, in equal numbers. Each of these files gives at least A_FILE rows, so
+    that few files are opened.
 
     files: of the source.
     """

@@ -72,7 +72,7 @@ def is_prepared(goal: Goal) -> bool:
 
 
 def forecast(goal: Goal, streams: list[IterableDataset]) -> Forecast:
-    """Return what a goal will take, by what the sources say of themselves.
+    """Return what a goal will take, as far as its sources report their sizes.
 
     streams: its sources, opened.
     """

@@ -12,14 +12,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "lmm_sae_nb"
-ON_TOP = ("pictureworld", "benchmarks")
+ON_TOP = ("pictureworld", "prepare", "benchmarks")
 HEAD = """# Reference
 
 The public functions and classes of the package, by folder. A folder imports only from folders to its left:
 
 > {line}
 
-`pictureworld` and `benchmarks` stand on top of all of them. `lmm_sae_nb` itself offers the names that most users need:
+`pictureworld`, `prepare` and `benchmarks` stand on top of all of them. `lmm_sae_nb` itself offers the names that most users need:
 {names}.
 """
 

@@ -19,8 +19,8 @@ The public functions and classes of the package, by folder. A folder imports onl
 
 > {line}
 
-`pictureworld`, `prepare` and `benchmarks` stand on top of all of them. `lmm_sae_nb` itself offers the names that most users need:
-{names}.
+`pictureworld`, `prepare` and `benchmarks` stand on top of all of them. `lmm_sae_nb` itself offers the names that most
+users need: {names}.
 """
 
 

@@ -34,13 +34,14 @@ LIKE_PAPER = {"concepts": "", "sizes": [], "ks": []}
 FLOAT32_ONLY = ("07",)  # attribution is about small differences
 
 
-def make_project(folder: Path) -> None:
-    """Make a folder that is like the repository, but holds a small world and no results."""
+def make_project(folder: Path, world: bool = True) -> None:
+    """Make a folder that is like the repository, but holds no results, and a small world or no data at all."""
     (folder / "data/artifacts/tiny").mkdir(parents=True)
     for name in ("pyproject.toml", "notebooks", "book", "lmm_sae_nb", "data/models", "data/pictureworld"):
         (folder / name).symlink_to(notebooks.REPOSITORY / name)
-    os.chdir(folder)
-    render(folder / "data/artifacts/tiny/world", SCENES)
+    if world:
+        os.chdir(folder)
+        render(folder / "data/artifacts/tiny/world", SCENES)
 
 
 def name_latents(file: Path) -> None:

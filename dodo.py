@@ -132,12 +132,12 @@ def made_by() -> dict[Path, Path]:
 
 MADE_BY = made_by()
 # These read nothing of the page that they wait for. But 01, 02, 03 and 08, one after the other, take longest, and must
-# not wait for a free core.
+# not wait for a free core. Beside 01 runs 05, then these; beside 08 run 04, and then 06 and A4.
 LATER = {
-    "06_steer_features": "04_score_interpretations",
     **dict.fromkeys(
-        ("07_attribute_decisions", "A1_picture_world", "A2_benchmarks", "A3_full_scale"), "03_interpret_features"
+        ("07_attribute_decisions", "A1_picture_world", "A2_benchmarks", "A3_full_scale"), "05_compare_layers_and_models"
     ),
+    **dict.fromkeys(("06_steer_features", "A4_controls_and_metrics"), "04_score_interpretations"),
 }
 
 

@@ -109,7 +109,11 @@ class PromptMaker:
         return Prompt(inputs.to(self.model.device, self.model.dtype), spans, answer_mask)
 
     def _portions(self, images: Sequence[Sequence[Picture]]) -> Iterator[list[list[Image.Image]]]:
-        """Yield the images of each sample, opened and converted, in portions of about PORTION pixels."""
+        """Yield the images of each sample, opened and converted, in portions of about PORTION pixels.
+
+        In a portion with images the first sample has one: BatchFeature looks at the first sample alone to see whether
+        what the processor wrote can be a tensor.
+        """
         portion, pixels = [], 0
         for position, of_sample in enumerate(images):
             opened, more = [], 0
@@ -121,7 +125,7 @@ class PromptMaker:
                     raise
                 more += opened[-1].width * opened[-1].height
                 del image
-            if pixels and pixels + more > PORTION:
+            if portion and more and (not pixels or pixels + more > PORTION):
                 yield portion
                 portion, pixels = [], 0
             pixels += more
@@ -153,7 +157,8 @@ class PromptMaker:
                 rows = [_padded(row, longest, name in TEXTS, fill) for row in rows]
                 joined[name] = torch.cat(rows)
             else:
-                joined[name] = [each for row in rows for each in row]
+                nothing = [[]]  # of a sample without an image
+                joined[name] = [each for part in parts for each in part.get(name, nothing * len(part["input_ids"]))]
         return BatchFeature(joined)
 
     def _adds_special_tokens(self, rendered: list[str]) -> bool:

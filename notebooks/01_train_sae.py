@@ -55,8 +55,8 @@ evaluated: int = 120
 layer: int = 1  # counted from 0; the paper's 25th layer is 24
 n_latents: int = 1024  # the paper: 131072
 k: int = 32  # active latents per token; the paper: 256
-# one of "topk", "batch_topk" (k in the mean over a batch) or "matryoshka"
-# (the first latents alone have to reconstruct, too)
+# one of "topk", "batch_topk" or "matryoshka". BatchTopK has k latents on
+# average; in a Matryoshka SAE the first latents alone reconstruct, too
 kind: str = "topk"
 steps: int = 2000  # optimiser steps
 batch_tokens: int = 512  # tokens per optimiser step

@@ -124,7 +124,7 @@ def control_fvus(
 
 
 def _active_per_token(place: SAEInPlace, samples: Sequence[Mapping], kinds: Sequence[str], batch_samples: int) -> int:
-    """Return how many latents are active for a token in the mean, at least 1."""
+    """Return how many latents are active for a token on average, at least 1."""
     active, tokens = 0, 0
     for prompt in prompts(place.lmm, samples, range(len(samples)), batch_samples):
         x = above_each(place.lmm, prompt, [place.layer])[place.layer].hidden[prompt.mask(*kinds)].float()

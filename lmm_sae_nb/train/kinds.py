@@ -1,6 +1,6 @@
 """How the trainings of BatchTopK and Matryoshka SAEs differ from that of a TopK SAE.
 
-BatchTopK (Bussmann et al., 2024) keeps the k * tokens largest activations of a batch, so k a token in the mean. The
+BatchTopK (Bussmann et al., 2024) keeps the k * tokens largest activations of a batch, on average k a token. The
 smallest that is kept, averaged over batches, is the threshold that the SAE has when it is used. Matryoshka (Bussmann et
 al., 2025; here with TopK) also reconstructs from the first latents alone, so that these learn what is most general.
 """

@@ -14,6 +14,7 @@ from lmm_sae_nb.support.names import folder_name
 from lmm_sae_nb.support.notebooks import parameters, sources
 from lmm_sae_nb.support.parameters import Parameter, misfit
 from lmm_sae_nb.support.stages import Page, Stage
+from lmm_sae_nb.train.kinds import KINDS as TRAININGS
 from lmm_sae_nb.train.training import TRACKERS
 
 ONE = """# %% tags=["parameters"]
@@ -231,7 +232,7 @@ def test_the_choices_that_a_comment_names_are_those_that_the_package_accepts():
     pages = {source.stem[:2]: parameters(source) for source in sources()}
     choices = {
         "tracker": TRACKERS, "unreadable": UNREADABLE, "store": ("", *VALUES), "kinds": (*SAE_KINDS, "special"),
-        "clamped_kinds": (*SAE_KINDS, "special"), "mixed_precision": ("no", "bf16"),
+        "clamped_kinds": (*SAE_KINDS, "special"), "mixed_precision": ("no", "bf16"), "kind": TRAININGS,
     }  # fmt: skip
     for page in pages.values():
         for name in choices.keys() & page.keys():

@@ -76,6 +76,11 @@ class PromptMaker:
 
         Large images are processed a few at a time, so that memory does not hold a batch of photographs.
         """
+        if hasattr(self.processor, "qformer_tokenizer") and any(images) and not all(images):
+            raise ValueError(
+                f"sample {[len(each) for each in images].index(0)} has no image beside samples with one; "
+                "a Q-Former takes no text without an image, give one to each sample"
+            )
         asks = conversations[0][-1]["role"] != "assistant"
         self.template = ChatTemplate(self.model, self.processor, self.name)
         suffixes = None if asks else self._suffixes(conversations)

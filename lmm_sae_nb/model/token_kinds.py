@@ -156,12 +156,11 @@ def spans_of(
         number += len(laid)
         laid_out = torch.cat([torch.empty(0, dtype=torch.long), *(kinds for kinds, _ in laid)])
         if len(laid_out) != len(slots):
-            alone = "" if of_sample else "a Q-Former takes no text without an image, give one to each; or "
             pictures = [f"an image of {width} x {height} px" for width, height in of_sample]
             raise ValueError(
                 f"the processor does not fit the model: for {' and '.join(pictures) or 'no image'} (sample {sample}) "
-                f"it wrote {len(slots)} "
-                f"image tokens, the model expects {len(laid_out)}; {alone}load both from one checkpoint, or "
+                f"it wrote {len(slots)} image tokens, the model expects {len(laid_out)}; "
+                "load both from one checkpoint, or "
                 "compare the processor's patch_size, sizes, pinpoints, vision_feature_select_strategy and "
                 "num_additional_image_tokens with the model's config"
             )

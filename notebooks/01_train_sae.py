@@ -23,7 +23,8 @@
 #
 # **Reads** the model under study and its training samples. **Writes** the
 # stage `train`: the SAE in the format of the checkpoint that the paper's authors
-# published, the history of its training, and its metrics.
+# published, the history of its training, and its metrics. If you have an SAE,
+# name it in `ready`: then this page trains none, but measures yours.
 # [Notation](../notation) explains *stage* and *preset*.
 #
 # | preset | model | latents, k | time |
@@ -53,6 +54,15 @@ unreadable: str = "refuse"
 # held-out samples, at least 1, on which the SAE is evaluated
 evaluated: int = 120
 layer: int = 1  # counted from 0; the paper's 25th layer is 24
+# a ready SAE, which takes the place of the training
+ready: dict = {
+    "sae": "",  # folder, file, or repository on the hub; "": train one
+    "hookpoint": "",  # folder or file in there, such as "layers.24"
+    "revision": "",  # branch or commit of the repository; "": the newest
+    # active latents per token, at least 0, if the SAE's files do not say
+    # it; 0: they do. With thresholds: the most that a token may have
+    "k": 0,
+}
 n_latents: int = 1024  # the paper: 131072
 k: int = 32  # active latents per token; the paper: 256
 # one of "topk", "batch_topk" or "matryoshka". BatchTopK has k latents on
@@ -91,6 +101,7 @@ from lmm_sae_nb.model.samples import (
     readable,
 )
 from lmm_sae_nb.show import plots
+from lmm_sae_nb.show.markup import as_text
 from lmm_sae_nb.show.report import (
     findings,
     headline,
@@ -104,6 +115,7 @@ from lmm_sae_nb.support.intervals import read_mean
 from lmm_sae_nb.support.stages import Metrics, Page
 from lmm_sae_nb.train.evaluate import control_fvus
 from lmm_sae_nb.train.launch import launch
+from lmm_sae_nb.train.ready import use_ready_sae
 
 page = Page(globals())
 plots.style()
@@ -196,6 +208,11 @@ assert_close(torch.zeros_like(z).scatter(-1, indices, acts), z)
 # power fails, run the page again: it continues from the last checkpoint and
 # ends with the same SAE.
 #
+# With `ready`, an SAE of another library is read and checked instead. It must
+# have the model's width. If its files name the layer that it reads, this must
+# be `layer`. Then it is saved as a trained one would be, so the other pages
+# study it with nothing else changed.
+#
 # `page.stage` opens the stage that this page makes. `without` names parameters
 # that do not change the result.
 
@@ -222,7 +239,13 @@ settings = dict(
 
 # %%
 with plots.live(plots.TRAINING) as on_log:
-    if processes == 1:
+    if ready["sae"]:
+        found = ready | {"sae": page.locate(ready["sae"])}
+        trained, checked = use_ready_sae(
+            lmm, layer, **found, folder=stage.folder
+        )  # fmt: skip
+        findings(checked)
+    elif processes == 1:
         trained = train_sae(lmm, samples, layer, **settings, on_log=on_log)
     else:
         source, data = page.locate(model), page.locate(dataset)
@@ -235,15 +258,18 @@ left_out(trained.skipped, unread, converted=[trained.converted, unlike])
 
 # %% mystnb={"figure": {"caption": "The training. The loss is the fraction of variance unexplained (FVU) plus the part of dead latents; where no latent is dead, the two are equal. The axis of both is logarithmic.", "name": "fig-training"}, "image": {"alt": "Curves of loss, FVU and dead latents over the optimiser steps."}}
 shown = ("loss", "fvu", "dead_fraction")
-for ax in plots.training(trained.history, shown)[:2]:
+rows = trained.history  # none of a ready SAE
+for ax in plots.training(rows, shown)[:2] if rows else ():
     ax.set(yscale="log", yticks=(0.05, 0.1, 0.2, 0.5))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
 # %% tags=["remove-input"]
-*_, end = trained.history
+end = rows[-1] if rows else {}
 findings(
     f"At the end the FVU is {end['fvu']:.3f}, and {end['dead_fraction']:.1%} "
     "of the latents are dead."
+    if end
+    else "The SAE was not trained here, so there is no figure of a training."
 )
 
 # %% [markdown]
@@ -259,7 +285,7 @@ findings(
 # reconstruction is not added back.
 #
 # Two controls say if an FVU is good for $k$ numbers per token. One is an SAE
-# of the same size before its training. The other is the first $k$ principal
+# of the same size before any training. The other is the first $k$ principal
 # components of these same tokens: no $k$ fixed directions leave less variance
 # unexplained. The SAE may take other directions for each token, so it should
 # leave less. Intervals are bootstraps over samples.
@@ -276,7 +302,7 @@ controls = stage.result(
     lambda: control_fvus(place, unseen, kinds=kinds, seed=seed),
 )  # fmt: skip
 metrics = stage.finish(measured | controls | {
-    "train_seconds": trained.history[-1]["seconds"],
+    **({"train_seconds": end["seconds"]} if end else {}),
     "samples_skipped": len(trained.skipped),
     "heldout_skipped": len(unread),
     **conversion_metrics("samples", trained.converted),
@@ -287,21 +313,21 @@ metrics_table(stage)
 # %% [markdown]
 # Are latents near-copies of each other? The paper argues that their directions
 # become almost orthogonal (section 2.1). For each latent, here is the cosine
-# with the most similar other latent; the rows of `W_dec` have length 1. As a
-# control, the same for random directions. Each direction's cosine with itself
-# is 1. We subtract 2 from it, so the maximum is never the direction itself.
+# with the most similar other latent. As a control, the same for random
+# directions. Each direction's cosine with itself is 1. We subtract 2 from it,
+# so the maximum is never the direction itself.
 
 # %% mystnb={"figure": {"caption": "Cosine similarity of each latent's direction with its nearest neighbour (blue), and the same for random directions (grey).", "name": "fig-coherence"}, "image": {"alt": "Two histograms of cosine similarities between nearest directions: of the latents and of random directions."}}
 def nearest(rows):
     """The cosine of each row with the most similar other row."""
+    rows = torch.nn.functional.normalize(rows, dim=1)
     return (rows @ rows.T - 2 * torch.eye(len(rows))).amax(1)
 
 
 # at most 2,048, to save memory
-rows = trained.sae.W_dec.detach()[:2048].cpu()
-noise = torch.randn(rows.shape, generator=start)
-random = nearest(torch.nn.functional.normalize(noise, dim=1))
-latents = nearest(rows)
+directions = trained.sae.W_dec.detach()[:2048].cpu()
+random = nearest(torch.randn(directions.shape, generator=start))
+latents = nearest(directions)
 label = "cosine similarity with the nearest other direction"
 ax = plots.histogram(latents.numpy(), label)
 ax.hist(random.numpy(), bins=20, color=plots.CHANCE, alpha=0.7);
@@ -326,6 +352,8 @@ of_kind = {
     if f"fvu_{kind}" in metrics
 }
 worst = max(of_kind, key=of_kind.get)
+size, has_k = place.sae.n_latents, place.sae.threshold is None
+active = place.sae.k if has_k else round(metrics["l0"])
 fvu, clean, spliced = (
     read_mean(metrics, name) for name in ("fvu", "loss_clean", "loss_spliced")
 )
@@ -333,11 +361,11 @@ change = metrics["loss_spliced"] / metrics["loss_clean"] - 1
 findings(
     f"On held-out samples the SAE leaves {percent(fvu, 1)} of the variance "
     "unexplained (in brackets: the 99 % interval over samples). "
-    f"{k} principal components leave "
-    f"{percent(metrics['fvu_components'], 1)}, and the SAE before its "
-    f"training {percent(metrics['fvu_untrained'], 1)}.",
+    f"{active} principal components leave "
+    f"{percent(metrics['fvu_components'], 1)}, and an untrained SAE "
+    f"{percent(metrics['fvu_untrained'], 1)}.",
     f"It is worst on `{worst}` tokens: it leaves {of_kind[worst]:.1%}.",
-    f"{metrics['dead_fraction']:.1%} of {n_latents:,} latents are silent: "
+    f"{metrics['dead_fraction']:.1%} of {size:,} latents are silent: "
     "not active on any held-out token.",
     f"With the reconstruction, the loss of the answers goes from {clean} to "
     f"{spliced} nats ({change:+.0%}). With zeros it is "
@@ -348,21 +376,21 @@ findings(
 )
 
 # %% [markdown]
-# **Limits.** One layer, one seed, and a world that is simpler than
+# **Limits.** One layer, one SAE, and, in `tiny`, a world that is simpler than
 # photographs. The [results page](../results) gathers the numbers of every
 # page. Notebook 02 asks what each latent responds to.
 
 # %% tags=["result", "remove-input"]
-silent = round(metrics["dead_fraction"] * n_latents)
-per_token = f"{k} of {n_latents:,}"
-if kind == "batch_topk":  # k is the mean over a batch
-    per_token = f"On average {metrics['l0']:.0f} of {n_latents:,}"
+silent = round(metrics["dead_fraction"] * size)
+mean = "" if has_k else "On average "  # with thresholds, tokens differ
+source = as_text(ready["sae"])
 headline(
     page,
-    f"{per_token} latents per token leave {percent(fvu, 1)} of the "
-    f"variance of the held-out states after layer {layer} (of "
-    f"{lmm.n_layers}, counted from 0) unexplained. {k} principal components "
-    f"leave {percent(metrics['fvu_components'], 1)}. "
+    (f"The SAE {source} was not trained here. " if source else "")
+    + f"{mean}{active} of {size:,} latents per token leave "
+    f"{percent(fvu, 1)} of the variance of the held-out states after layer "
+    f"{layer} (of {lmm.n_layers}, counted from 0) unexplained. {active} "
+    f"principal components leave {percent(metrics['fvu_components'], 1)}. "
     + (f"{silent:,} latents are" if silent else "No latent is")
     + " silent on all held-out tokens.",
     "it reports no reconstruction error for its 131,072 latents, of which "

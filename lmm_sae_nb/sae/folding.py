@@ -20,6 +20,7 @@ class SAEWeights(NamedTuple):
 
     k: active latents per token; with a threshold, the most that a token may have.
     threshold: of each latent; None for a TopK SAE.
+    hook: the library's name of the place that the SAE reads; "" if the files do not say it.
     """
 
     W_enc: Float[Tensor, "latents width"]
@@ -28,6 +29,7 @@ class SAEWeights(NamedTuple):
     b_dec: Float[Tensor, " width"]
     k: int
     threshold: Float[Tensor, " latents"] | None = None
+    hook: str = ""
 
     @property
     def usual_format(self) -> str:

@@ -70,7 +70,7 @@ def read_sae(
     for part, tensor in _named(layout).items():
         of_latents = part != "b_dec" and found[part].dim() > 0
         _require_finite(f"{origin}: {tensor}", found[part], latents if of_latents else None, of_latents=of_latents)
-    return _in_our_form(found, settings)
+    return _in_our_form(found, settings)._replace(hook=settings.hook)
 
 
 def _in_our_form(found: Mapping[str, Tensor], settings: Settings) -> SAEWeights:

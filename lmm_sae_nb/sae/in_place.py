@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from lmm_sae_nb.model.lmm import LMM
+from lmm_sae_nb.sae.hook_names import layer_of, require_layer
 from lmm_sae_nb.sae.topk import SAE
 from lmm_sae_nb.support.devices import choose_device
 
@@ -24,7 +25,8 @@ class SAEInPlace:
     layer: 0-based; the paper's 25th layer is 24.
 
     Raises:
-        ValueError: the layer does not exist, the SAE has another width, or it was trained on another layer or model.
+        ValueError: the layer does not exist, the SAE has another width, or it was trained on another layer or model, or
+            its files say that it reads another place.
     """
 
     lmm: LMM
@@ -37,6 +39,7 @@ class SAEInPlace:
         self.sae.to(self.lmm.device_of(self.layer), torch.float32)
         trained_on = self.sae.trained_on
         if trained_on is None:
+            require_layer(self.sae.hook_name, self.layer)
             return
         if trained_on.layer != self.layer:
             raise ValueError(
@@ -59,16 +62,16 @@ class SAEInPlace:
     def load(cls, model: str | Path, sae: str | Path, layer: int | None = None, **settings) -> SAEInPlace:
         """Load a model and an SAE from folders or from the hub and put them together.
 
-        layer: 0-based; by default the layer that the SAE was trained on, if its folder records it.
+        layer: 0-based; by default the layer that the SAE was trained on, if its files record it.
         settings: for `LMM.load`.
 
         Raises:
-            ValueError: no layer was given and the SAE's folder records none, or as `SAEInPlace`.
+            ValueError: no layer was given and the SAE's files record none, or as `SAEInPlace`.
         """
         where = "cpu" if settings.get("device_map") else choose_device(settings.get("device"))
         loaded = SAE.load(sae, device=where)
         if layer is None:
-            if loaded.trained_on is None:
-                raise ValueError(f"{sae} does not record the layer that it was trained on; give layer=...")
-            layer = loaded.trained_on.layer
+            layer = loaded.trained_on.layer if loaded.trained_on else layer_of(loaded.hook_name)
+        if layer is None:
+            raise ValueError(f"{sae} does not record the layer that it was trained on; give layer=...")
         return cls(LMM.load(model, **settings), loaded.requires_grad_(False), layer)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lmm_sae_nb.sae import weight_files
+from lmm_sae_nb.sae import hook_names, weight_files
 from lmm_sae_nb.sae.folding import SAEWeights
 from lmm_sae_nb.support.files import read_json
 
@@ -51,6 +51,7 @@ class Settings(NamedTuple):
     centred: whether the encoder reads x - b_dec; otherwise it reads x.
     by_length: whether latents are chosen by activation times the length of the dictionary row.
     scale: factor of the input.
+    hook: the library's name of the place that the SAE reads; "" if the files do not say it.
     """
 
     n_latents: int
@@ -61,6 +62,7 @@ class Settings(NamedTuple):
     centred: bool = True
     by_length: bool = False
     scale: float = 1.0
+    hook: str = ""
 
     @property
     def has_threshold(self) -> bool:
@@ -199,6 +201,7 @@ def _sparsify_settings(path: Path, config: dict, tensors: Mapping, asked: Asked)
         "d_in, k and num_latents or expansion_factor",
         lambda c: (c.get("num_latents") or _product(c["d_in"], c["expansion_factor"]), c["d_in"], c["k"]),
         SPARSIFY,
+        hook=hook_names.folder_hook(path),
     )
 
 
@@ -258,6 +261,7 @@ def _saelens_settings(path: Path, config: dict, tensors: Mapping, asked: Asked) 
         centred=bool(config.get("apply_b_dec_to_input", True)),
         by_length=bool(config.get("rescale_acts_by_decoder_norm", False)),
         scale=_saelens_scale(path, config),
+        hook=hook_names.saelens_hook(path, config),
     )
 
 
@@ -339,6 +343,7 @@ def _dictionary_learning_settings(path: Path, config: dict, tensors: Mapping, as
         layout,
         threshold=threshold,
         centred=centred,
+        hook=hook_names.dictionary_learning_hook(trainer),
     )
 
 
@@ -368,7 +373,13 @@ def _gemma_scope_settings(path: Path, config: dict, tensors: Mapping, asked: Ask
     )
     width, n_latents = _rows_of(path, tensors, layout.W_enc)
     return _settings(
-        path, config, "nothing", lambda _: (n_latents, width, asked.places(n_latents)), layout, centred=False
+        path,
+        config,
+        "nothing",
+        lambda _: (n_latents, width, asked.places(n_latents)),
+        layout,
+        centred=False,
+        hook=hook_names.gemma_scope_hook(path, config),
     )
 
 
@@ -416,6 +427,7 @@ def _llama_scope_settings(path: Path, config: dict, tensors: Mapping, asked: Ask
         centred=bool(config.get("apply_decoder_bias_to_pre_encoder", True)),
         by_length=bool(config.get("sparsity_include_decoder_norm", True)),
         scale=scale,
+        hook=str(config.get("hook_point_in") or ""),
     )
 
 
@@ -434,7 +446,8 @@ def _qwen_scope_settings(path: Path, config: dict, tensors: Mapping, asked: Aske
             "k, such as SAE.load(path, k=50)"
         )
     n_latents, width = _rows_of(path, tensors, "W_enc")
-    return _settings(path, config, "nothing", lambda _: (n_latents, width, k), QWEN_SCOPE, centred=False)
+    hook = hook_names.qwen_scope_hook(path)
+    return _settings(path, config, "nothing", lambda _: (n_latents, width, k), QWEN_SCOPE, centred=False, hook=hook)
 
 
 # ---- overcomplete ---------------------------------------------------------------------------------------------------

@@ -133,6 +133,7 @@ class SAE(nn.Module):
     """
 
     trained_on: TrainedOn | None = None  # known if the SAE was loaded from a folder of `train_sae`
+    hook_name: str = ""  # what its files say that it reads; see `hook_names`
     threshold: Tensor | None
 
     def __init__(
@@ -247,7 +248,7 @@ class SAE(nn.Module):
             sae = cls(width, n_latents, weights.k)
         sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec = map(nn.Parameter, weights[:4])
         sae.threshold = weights.threshold
-        sae.trained_on = _trained_on(Path(source))
+        sae.hook_name, sae.trained_on = weights.hook, _trained_on(Path(source))
         return sae
 
     @classmethod

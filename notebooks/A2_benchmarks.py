@@ -42,6 +42,7 @@ from lmm_sae_nb.benchmarks.faults_endings import (
     FAILED,
     SURVIVED,
     campaign_metrics,
+    commits,
     endings_by_group,
     failure_rows,
     kind_rows,
@@ -262,7 +263,8 @@ plots.stacked(endings_by_group(campaign), "fraction of attempts");
 minutes = sum(row["minutes"] for row in campaign["kinds"].values())
 print(
     f"Measured on {campaign['date']}, lmm-sae-nb "
-    f"{campaign['versions']['lmm-sae-nb']}, torch "
+    f"{campaign['versions']['lmm-sae-nb']}, commit "
+    f"{', '.join(commits(campaign))}, torch "
     f"{campaign['versions']['torch']}, {campaign['machine']['system']}; "
     f"{minutes:.0f} minutes of attempts."
 )

@@ -15,6 +15,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -24,9 +25,9 @@ from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import NamedTuple
 
-from lmm_sae_nb.benchmarks import faults_files, faults_processes, faults_values
+from lmm_sae_nb.benchmarks import faults_endpoint, faults_files, faults_pages, faults_processes, faults_values
 from lmm_sae_nb.benchmarks.faults_endings import Attempted, Ending, summary
-from lmm_sae_nb.benchmarks.faults_world import World, make_world
+from lmm_sae_nb.benchmarks.faults_world import MODEL, World, make_world
 from lmm_sae_nb.support.files import project_root, read_json, write_json
 from lmm_sae_nb.support.progress import progress_bar
 
@@ -49,8 +50,8 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     name: Kind(*given)
-    for table in (faults_processes.KINDS, faults_files.KINDS, faults_values.KINDS)
-    for name, given in table.items()
+    for part in (faults_processes, faults_endpoint, faults_pages, faults_files, faults_values)
+    for name, given in part.KINDS.items()
 }
 
 
@@ -156,6 +157,14 @@ def code_hash(root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def commit_of(root: Path) -> str:
+    """Return the commit of the code, with "-dirty" if tracked files have changed since; "" outside a repository."""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    with contextlib.suppress(FileNotFoundError):
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return ""
+
+
 def read_record(path: Path, code: str) -> list[Attempted]:
     """Return the attempts that were made with this code; a last line that was cut short is left out."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
@@ -233,19 +242,16 @@ def main(options: argparse.Namespace) -> None:
     from lmm_sae_nb.benchmarks.comparison import circumstances
     from lmm_sae_nb.model.lmm import LMM
 
-    root, about = project_root(), circumstances()
+    root, about = project_root(), circumstances()  # before this makes the machine busy
     torch.set_num_threads(1)
-    work = options.work.resolve()
-    out = options.out.resolve()
-    world = make_world(work / "world", LMM.load(root / "data" / "models" / "tiny-llava-next"), root)
+    work, out, code, commit = options.work.resolve(), options.out.resolve(), code_hash(root), commit_of(root)
+    world = make_world(work / "world", LMM.load(root / MODEL), root)
     faults_processes.measure(world, work / "usual")
     if "kill, page" in options.kinds:
-        faults_processes.measure_pages(world)
+        faults_pages.measure_pages(world)
     kinds = {kind: min(KINDS[kind].tries, options.tries) for kind in options.kinds}
-    made = run(
-        world, kinds, work / "record.jsonl", code=code_hash(root), jobs=options.jobs, minutes=options.minutes
-    )  # fmt: skip
-    result = summary(made, {kind: KINDS[kind].meaning for kind in options.kinds}, about)
+    made = run(world, kinds, work / "record.jsonl", code=code, jobs=options.jobs, minutes=options.minutes)
+    result = summary(made, {kind: KINDS[kind].meaning for kind in options.kinds}, commit, about)
     rows = (read_json(out)["kinds"] if out.is_file() else {}) | result["kinds"]
     result["kinds"] = {kind: rows[kind] for kind in KINDS if kind in rows}
     write_json(out, result)

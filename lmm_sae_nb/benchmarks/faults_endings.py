@@ -24,6 +24,7 @@ FAILED = {
     "another result": "a wrong result without an error",
     "leftovers": "files are left that an undisturbed run does not leave",
     "asked twice": "a question was asked again although its answer was on record",
+    "made twice": "a result that was whole before the fault was made again",
     "lost": "something that was saved is gone",
     "code ran": "code from a file was run",
     "key shown": "the key of an endpoint, or a part of it, is in a text",
@@ -111,10 +112,11 @@ class Attempted:
     code: str
 
 
-def summary(made: Sequence[Attempted], meanings: Mapping[str, str], about: Mapping[str, object]) -> dict:
+def summary(made: Sequence[Attempted], meanings: Mapping[str, str], commit: str, about: Mapping[str, object]) -> dict:
     """Return what book/faults.json keeps: for each kind the counts, the endings, and failures with their reason.
 
     meanings: what is done, by kind.
+    commit: of the code that was tried.
     about: date, machine and versions.
     """
     rows = {}
@@ -124,6 +126,7 @@ def summary(made: Sequence[Attempted], meanings: Mapping[str, str], about: Mappi
         failed = [each for each in possible if each.ending not in SURVIVED]
         rows[kind] = {
             "meaning": meaning,
+            "commit": commit,
             "tried": len(possible),
             "survived": len(possible) - len(failed),
             "minutes": round(sum(each.seconds for each in of_kind) / 60, 1),
@@ -148,6 +151,11 @@ def kind_rows(campaign: Mapping) -> list[dict[str, str | int]]:
         | {"how it ended": ", ".join(f"{ending} {count}" for ending, count in row["endings"].items()) or NOT_HERE}
         for kind, row in campaign["kinds"].items()
     ]
+
+
+def commits(campaign: Mapping) -> list[str]:
+    """Return the commits of the code that was tried; one, unless some kinds were tried again later."""
+    return list(dict.fromkeys(row.get("commit", "unknown") for row in campaign["kinds"].values()))
 
 
 def failure_rows(campaign: Mapping) -> list[dict[str, str]]:

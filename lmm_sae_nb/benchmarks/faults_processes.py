@@ -1,17 +1,14 @@
-"""Faults of processes and machines: kills, full disks, two processes in one folder, whole pages that are killed."""
+"""Faults of processes and machines: kills, full disks, two processes in one folder."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,13 +17,8 @@ from pathlib import Path
 
 from lmm_sae_nb.benchmarks import faults_world as jobs
 from lmm_sae_nb.benchmarks.faults_endings import Ending, difference, error_ending
-from lmm_sae_nb.benchmarks.faults_world import RUN, Usual, World, begin_project
-from lmm_sae_nb.benchmarks.faulty_server import FAULTS, KEY, ONCE, Result, serving
-from lmm_sae_nb.chat.endpoint import EndpointChat
-from lmm_sae_nb.chat.questions import Question, Reply
-from lmm_sae_nb.chat.recorded import Recorded, ask
+from lmm_sae_nb.benchmarks.faults_world import Usual, World, begin_project
 from lmm_sae_nb.score.ratings import append_rating, read_ratings
-from lmm_sae_nb.support import notebooks
 
 JOBS = {"training": jobs.train, "caching": jobs.cache, "explaining": jobs.explain, "scoring": jobs.score}
 WRITES = ("fsync", "rename")  # calls at which a process can be killed
@@ -257,202 +249,6 @@ def raters(world: World, place: Path, seed: int) -> Ending:
     return Ending("two raters", "as usual")
 
 
-# ---- an endpoint that misbehaves -------------------------------------------------------------------------------
-
-QUESTIONS, FAULTY = 100, 0.09  # of an attempt, and the fraction that meets a fault
-TIMEOUT, RETRIES = 0.5, 1
-MOST = 3  # times in a run that a question may be asked that gets no answer, or nothing but reasoning
-USELESS = [name for name, ending in FAULTS.items() if ending is Result.STOP]
-SINGLE = [name for name in FAULTS if name not in USELESS]
-
-
-def endpoint(world: World, place: Path, seed: int) -> Ending:
-    """Ask an endpoint that misbehaves, in a process of its own, and ask again what failed."""
-    begin_project(place)
-    job = useless_endpoint if seed % 6 == 5 else faulty_endpoint
-    process, pipe = started(lambda world, place: job(place, seed), world, place)
-    ended = pipe.recv()
-    process.join()
-    return ended.result if isinstance(ended, Usual) else ended._replace(case=f"seed {seed}")
-
-
-def faulty_endpoint(place: Path, seed: int) -> Ending:
-    """Ask a hundred questions of which 9 % meet a fault, twice: none is answered wrongly, none asked without need.
-
-    What each fault calls for is written beside the server. A fault of one time is gone when the question comes again.
-    """
-    rng = random.Random(f"endpoint {seed}")
-    texts = [f"question {seed} {number}" for number in range(QUESTIONS)]
-    faults = {text: rng.choice(SINGLE) + rng.choice(("", ONCE)) for text in texts if rng.random() < FAULTY}
-    case = f"{QUESTIONS} questions, {', '.join(faults.values())}"
-    os.environ["FAULTY_KEY"] = KEY
-    with serving(key=KEY, choose=lambda request: faults.get(request.text, "none")) as server:
-        settings = dict(key_variable="FAULTY_KEY", concurrency=8, timeout=TIMEOUT, retries=RETRIES, max_bytes=2**16)
-        for turn in (1, 2):
-            chat = Recorded(EndpointChat("a model", server.url, stop_after=50, **settings), place / "replies.jsonl")
-            replies = dict(zip(texts, ask(chat, [Question(text) for text in texts]), strict=True))
-            times = server.times()
-            for text, reply in replies.items():
-                fault = faults.get(text, "")
-                if wrong := _wrong(text, fault, reply, turn):
-                    return Ending(case, "another result", f"{fault or 'no fault'}, turn {turn}: {wrong}")
-                again = Result(_right(fault)) in (Result.FAULT, Result.REFUSED)
-                if times[text] > (turn * MOST if again else 1):
-                    return Ending(case, "asked twice", f"{fault or 'no fault'}: {times[text]} times")
-            if part := _part_of_key((place / "replies.jsonl").read_text() + repr(replies)):
-                return Ending(case, "key shown", f"{len(part)} characters of the key are on record")
-    return Ending(case, "as usual")
-
-
-def _right(fault: str) -> Result:
-    return FAULTS[fault.removesuffix(ONCE)] if fault else Result.ANSWER
-
-
-def _wrong(text: str, fault: str, reply: Reply, turn: int) -> str:
-    """Return what is wrong with a reply; "" if nothing is."""
-    right, said = _right(fault), f"heard: {text}"
-    passed = fault.endswith(ONCE) and right in (Result.FAULT, Result.REFUSED)  # the question may have come again
-    answer, brief = reply.answer, f"{reply.answer!r} {reply.fault}"[:160]
-    if passed:
-        return "" if answer == said or (turn == 1 and answer is None and reply.fault) else brief
-    if right in (Result.FAULT, Result.REFUSED):
-        return "" if answer is None and reply.fault else brief
-    if right is Result.CUT:
-        return "" if reply.cut or answer is None else "it does not count as cut"
-    return "" if answer and said in answer and "<" not in answer else brief
-
-
-def useless_endpoint(place: Path, seed: int) -> Ending:
-    """Ask an endpoint that it is useless to ask, or give a strange key: a clear error, without the key, and soon."""
-    rng = random.Random(f"endpoint {seed}")
-    fault, key = rng.choice(USELESS), rng.choice((KEY, f"{KEY}\n", f"{KEY}\t", f"{KEY} x  y", f"{KEY}\u00e9"))
-    case = f"every question meets {fault}, the key ends in {key[-3:]!r}"
-    os.environ["FAULTY_KEY"] = key
-    with serving(choose=lambda request: fault) as server:
-        try:
-            chat = EndpointChat("a model", server.url, key_variable="FAULTY_KEY", concurrency=4, timeout=TIMEOUT)
-            replies = ask(chat, [Question(f"question {number}") for number in range(60)])
-        except Exception as error:
-            if _part_of_key(f"{error!r} {error.__cause__!r} {error.__context__!r}"):
-                return Ending(case, "key shown", "the key is in the error")
-            if len(server.requests) > 12:
-                return Ending(case, "asked twice", f"{len(server.requests)} requests to a useless endpoint")
-            return error_ending(case, error, [server.url, "FAULTY_KEY"])
-        return Ending(case, "another result", f"no error, {replies[0]}"[:200])
-
-
-def _part_of_key(text: str) -> str:
-    """Return the first eight characters of the key that stand in a text together, plain or in base64; "" if none do."""
-    secret = KEY.removeprefix("sk-")
-    coded = base64.b64encode(f"Bearer {KEY}".encode()).decode().removeprefix("QmVhcmVyIHNrL")
-    parts = (each[at : at + 8] for each in (secret, coded) for at in range(len(each) - 7))
-    return next((part for part in parts if part in text), "")
-
-
-# ---- whole pages -----------------------------------------------------------------------------------------------
-
-SMALL = {"train": 64, "cache": 48, "heldout": 48}  # samples of the small data sets
-DATA = "data/artifacts/small"
-OWN = {"seeds_study": "", "panel": ""}
-PAGES = {  # small enough for some seconds
-    "01": {
-        "dataset": f"{DATA}/train", "heldout": f"{DATA}/heldout", "evaluated": 12, "n_latents": 128, "k": 8,
-        "steps": 60, "checkpoint_minutes": 0.02,
-    },
-    "02": {"images": f"{DATA}/cache", "texts": f"{DATA}/train", "n_texts": 24},
-    "03": {
-        "images": f"{DATA}/cache", "heldout": f"{DATA}/heldout", "concepts": f"{DATA}/concepts.json",
-        "n_explained": 24, **OWN,
-    },
-    "04": {
-        "images": f"{DATA}/cache", "concepts": f"{DATA}/concepts.json", "n_scored": 12, "random_runs": 2,
-        "clip_runs": 2, "segmenter": "", "similarity": "", "n_judged": 5, **OWN,
-    },
-}  # fmt: skip
-STAGES = {"01": "train", "02": "cache", "03": "interpret", "04": "score"}
-
-
-def measure_pages(world: World) -> None:
-    """Run small versions of the pages once, undisturbed, in a project of their own.
-
-    Raises:
-        SystemExit: the data sets are missing.
-    """
-    from datasets import load_from_disk
-
-    source, project = world.root / "data/artifacts/tiny/world", world.folder.with_name("pages")
-    if not (source / "concepts.json").is_file():
-        raise SystemExit("the data sets of Picture World are missing; run `make world` first")
-    shutil.rmtree(project, ignore_errors=True)
-    begin_project(project)
-    (project / DATA).mkdir(parents=True)
-    for name in ("notebooks", "book", "data/models"):
-        (project / name).symlink_to(world.root / name)
-    for split, samples in SMALL.items():
-        load_from_disk(source / split).select(range(samples)).save_to_disk(project / DATA / split)
-    shutil.copy(source / "concepts.json", project / DATA)
-    for number in PAGES:
-        began = time.monotonic()
-        run_page(world, project, number).wait()
-        seconds = time.monotonic() - began
-        if not (project / "data/artifacts" / RUN / STAGES[number] / "manifest.json").is_file():
-            log = (project / "page.log").read_text()
-            raise RuntimeError(f"page {number} failed without any fault: {log[-2000:]}")
-        world.usual[f"page {number}"] = Usual(_results(project, number), seconds, 0)
-
-
-def run_page(world: World, project: Path, number: str) -> subprocess.Popen:
-    """Start a page in a project, as `make book` does."""
-    (source,) = (page for page in notebooks.sources(world.root) if page.stem.startswith(number))
-    known = notebooks.parameters(source)
-    values = {  # of a dictionary, only some entries are given
-        name: known[name].default | value if isinstance(value, dict) else value
-        for name, value in {"run": RUN, **PAGES[number]}.items()
-    }
-    script = (
-        "import sys\nfrom pathlib import Path\nfrom lmm_sae_nb.support import notebooks\n"
-        f"made = Path('nb')\nnotebooks.convert(Path({str(source)!r}), made / 'a.ipynb')\n"
-        f"notebooks.execute(made / 'a.ipynb', made / 'b.ipynb', {values!r}, root=Path.cwd())\n"
-    )
-    quiet = notebooks.quiet_kernels(project / "ipython")
-    settings = {**os.environ, "PYTHONPATH": str(world.root), "IPYTHONDIR": quiet, "OMP_NUM_THREADS": "1"}
-    with (project / "page.log").open("w") as log:
-        return subprocess.Popen([sys.executable, "-c", script], cwd=project, env=settings, stdout=log, stderr=log)
-
-
-def _results(project: Path, number: str) -> dict:
-    """Return what a page has made, without what the clock says."""
-    made = jobs.contents(project / "data/artifacts" / RUN / STAGES[number])
-    made["seconds.json"] = None
-    return {
-        name: {each: entry for each, entry in value.items() if not re.search("second|memory|cost_ratio", each)}
-        if isinstance(value, dict) else value for name, value in made.items()
-    }  # fmt: skip
-
-
-def kill_page(world: World, place: Path, seed: int) -> Ending:
-    """Kill a page and its kernel at a random moment and run it again: it makes what an undisturbed run makes."""
-    import psutil
-
-    rng, number = random.Random(f"page {seed}"), list(PAGES)[seed % len(PAGES)]
-    project, usual = place / "project", world.usual[f"page {number}"]
-    shutil.copytree(world.folder.with_name("pages"), project, symlinks=True)
-    for later in list(PAGES)[list(PAGES).index(number) :]:
-        shutil.rmtree(project / "data/artifacts" / RUN / STAGES[later])
-    running, after = run_page(world, project, number), rng.uniform(0.3, 1) * usual.seconds
-    case = f"page {number} killed after {after:.1f} s"
-    try:
-        running.wait(after)
-    except subprocess.TimeoutExpired:
-        for process in [*psutil.Process(running.pid).children(recursive=True), running]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        running.wait()
-    if run_page(world, project, number).wait():
-        return Ending(case, "raw error", " ".join((project / "page.log").read_text()[-400:].split()))
-    return same_result(case, usual.result, _results(project, number))
-
-
 KINDS = {
     f"kill, {name}": (partial(killed, name), tries, f"SIGKILL one to three times while {name}, then a last run")
     for name, tries in (("training", 120), ("caching", 120), ("explaining", 200), ("scoring", 200))
@@ -466,11 +262,3 @@ KINDS |= {
     for name, tries in (("training", 40), ("caching", 40), ("explaining", 60), ("scoring", 60))
 }
 KINDS |= {"race, rating": (raters, 30, "two people who rate into one file")}
-KINDS |= {
-    "endpoint": (
-        endpoint,
-        36,
-        "a hundred questions, asked twice, of which 9 % meet a fault",
-    ),
-    "kill, page": (kill_page, 12, "a page and its kernel killed at a random moment, then run again"),
-}

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from lmm_sae_nb.benchmarks.faults_endings import Ending, compare, error_ending
 from lmm_sae_nb.benchmarks.faults_files import READS
-from lmm_sae_nb.benchmarks.faults_world import World, begin_project
+from lmm_sae_nb.benchmarks.faults_world import MODEL, World, begin_project
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.chat.local import LocalChat
 from lmm_sae_nb.model.lmm import LMM
@@ -39,53 +40,79 @@ from lmm_sae_nb.support.stages import Stage
 # ---- weights ---------------------------------------------------------------------------------------------------
 
 
+class Broken(NamedTuple):
+    """What is wrong with an SAE.
+
+    case: in words.
+    names: of which an error must have one.
+    wanted: dtype in which the SAE can be read all the same.
+    """
+
+    case: str
+    names: list[str]
+    wanted: torch.dtype | None = None
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool)
+
+
+def _value(tensors: dict, name: str, config: Path, rng: random.Random) -> Broken:
+    bad = rng.choice((math.nan, math.inf, -math.inf))
+    tensors[name].view(-1)[rng.randrange(tensors[name].numel())] = bad
+    return Broken(f"{name} has {bad}", [name])
+
+
+def _shape(tensors: dict, name: str, config: Path, rng: random.Random) -> Broken:
+    usual = tensors[name]
+    other = rng.choice((torch.cat([usual, usual[:1]]), usual[:-1], usual[None], usual.flatten()[:, None])).contiguous()
+    tensors[name] = other
+    return Broken(f"{name} is {tuple(other.shape)}, not {tuple(usual.shape)}", [str(tuple(other.shape))])
+
+
+def _dtype(tensors: dict, name: str, config: Path, rng: random.Random) -> Broken:
+    dtype = rng.choice(DTYPES)
+    tensors[name] = tensors[name].to(dtype)
+    return Broken(f"{name} is {dtype}", [str(dtype).removeprefix("torch.")])
+
+
+def _dtypes(tensors: dict, name: str, config: Path, rng: random.Random) -> Broken:
+    dtype = rng.choice(DTYPES[:4])
+    tensors |= {each: tensor.to(dtype) if tensor.is_floating_point() else tensor for each, tensor in tensors.items()}
+    names = [str(dtype).removeprefix("torch.")]
+    return Broken(f"all tensors are {dtype}", names, dtype if dtype.is_floating_point else None)
+
+
+def _size(tensors: dict, name: str, config: Path, rng: random.Random) -> Broken:
+    new, value = rng.choice((0, -1, 25, 3.7, True, "3", None, [], 10**30)), json.loads(config.read_text())
+    value.get("trainer", value)["k"] = new
+    config.write_text(json.dumps(value))
+    return Broken(f"k is {new!r}", [config.name])
+
+
+def _missing(tensors: dict, name: str, config: Path, rng: random.Random) -> Broken:
+    del tensors[name]
+    return Broken(f"{name} is missing", [name])
+
+
 def weights(world: World, place: Path, seed: int) -> Ending:
     """Break the weights or the config of an SAE in one of the three formats, and load it."""
-    rng, format = random.Random(seed), random.Random(f"{seed} format").choice(list(FORMATS))
-    form, folder = FORMATS[format], begin_project(place) / "sae"
-    usual = torch.load if form.weights.endswith(".pt") else load_file
-    keep = torch.save if form.weights.endswith(".pt") else lambda tensors, file: save_file(tensors, file)
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.nn.functional.normalize(torch.randn(24, 16, generator=generator), dim=1)
+    rng, folder = random.Random(seed), begin_project(place) / "sae"
+    format = rng.choice(list(FORMATS))
+    rows = torch.randn(24, 16, generator=torch.Generator().manual_seed(seed))
+    rows = torch.nn.functional.normalize(rows, dim=1)
     write_sae(folder, SAEWeights(rows, torch.zeros(24), rows.clone(), torch.zeros(16), 3), format)
-    file, config = folder / form.weights, folder / form.config
-    tensors, name = usual(file), rng.choice(form.names)
-    tensor = tensors[name]
-    way = rng.choice(("value", "shape", "dtype", "dtypes", "size", "missing"))
-    names, wanted = [name], None
-    if way == "value":
-        bad = rng.choice((math.nan, math.inf, -math.inf))
-        tensor.view(-1)[rng.randrange(tensor.numel())] = bad
-        case = f"{name} has {bad}"
-    elif way == "shape":
-        changed = rng.choice((torch.cat([tensor, tensor[:1]]), tensor[:-1], tensor[None], tensor.flatten()[:, None]))
-        tensors[name], names = changed.contiguous(), [str(tuple(changed.shape))]
-        case = f"{name} is {tuple(changed.shape)}, not {tuple(tensor.shape)}"
-    elif way == "dtype":
-        dtype = rng.choice((torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool))
-        tensors[name], names = tensor.to(dtype), [str(dtype).removeprefix("torch.")]
-        case = f"{name} is {dtype}"
-    elif way == "dtypes":
-        dtype = rng.choice((torch.float16, torch.bfloat16, torch.float64, torch.int8))
-        tensors |= {each: tensors[each].to(dtype) for each in form.names}
-        names, case = [str(dtype).removeprefix("torch.")], f"all tensors are {dtype}"
-        wanted = (3, rows.to(dtype).float().tolist()) if dtype.is_floating_point else None
-    elif way == "size":
-        new = rng.choice((0, -1, 25, 3.7, True, "3", None, [], 10**30))
-        value = json.loads(config.read_text())
-        value.get("trainer", value)["k"] = new
-        config.write_text(json.dumps(value))
-        names, case = [config.name], f"k is {new!r}"
-    else:
-        del tensors[name]
-        case = f"{name} is missing"
-    keep(tensors, file)
+    file, pickled = folder / FORMATS[format].weights, FORMATS[format].weights.endswith(".pt")
+    tensors = torch.load(file) if pickled else load_file(file)
+    way = rng.choice((_value, _shape, _dtype, _dtypes, _size, _missing))
+    broken = way(tensors, rng.choice(FORMATS[format].names), folder / FORMATS[format].config, rng)
+    torch.save(tensors, file) if pickled else save_file(tensors, file)
 
     def read() -> object:
         sae = TopKSAE.load(folder)
         return sae.k, sae.W_dec.detach().float().tolist()
 
-    ending = compare(f"{format}, {case}", read, wanted, names)
+    wanted = broken.wanted and (3, rows.to(broken.wanted).float().tolist())
+    ending = compare(f"{format}, {broken.case}", read, wanted, broken.names)
     return ending._replace(reason="it was accepted") if wanted is None and ending.ending == "another result" else ending
 
 
@@ -197,44 +224,47 @@ def pictures(world: World, place: Path, seed: int) -> Ending:
 
 def _odd(mode: str, rng: np.random.Generator, width: int, height: int) -> tuple[Image.Image, np.ndarray | None]:
     """Return a random picture of a mode, and its RGB pixels on white by formulas; None if it has no meaning."""
-    grey = rng.integers(0, 256, (height, width), dtype=np.uint8)
+    grey, alpha = rng.integers(0, 256, (2, height, width), dtype=np.uint8)
     colour = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    alpha = rng.integers(0, 256, (height, width), dtype=np.uint8)
     deep = rng.integers(0, 65536, (height, width)).astype(np.uint16)
+    palette = rng.integers(0, 256, (8, 3), dtype=np.uint8)
+
+    def triple(shades: np.ndarray) -> np.ndarray:
+        return np.repeat(shades[..., None].astype(int), 3, -1)
 
     def on_white(pixels: np.ndarray) -> np.ndarray:
         part = alpha[..., None] / 255
         return np.rint(pixels * part + 255 * (1 - part)).astype(int)
 
-    triple = np.repeat(grey[..., None], 3, -1)
-    if mode == "1":
-        return Image.fromarray(grey > 127), np.where(triple > 127, 255, 0)
-    if mode in ("L", "RGB"):
-        pixels = triple if mode == "RGB" else triple
-        return Image.fromarray(pixels if mode == "RGB" else grey), pixels.astype(int)
-    if mode == "LA":
-        return Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)]), on_white(triple)
-    if mode == "RGBA":
-        return Image.fromarray(np.dstack([colour, alpha])), on_white(colour)
-    if mode in ("P", "PA"):
+    def of_palette() -> Image.Image:
         picture = Image.fromarray(grey % 8).convert("P")
-        palette = rng.integers(0, 256, (8, 3), dtype=np.uint8)
         picture.putpalette(palette.ravel().tolist())
-        pixels = palette[grey % 8].astype(int)
-        if mode == "PA":
-            picture.info["transparency"] = 3
-            pixels[grey % 8 == 3] = 255
-        return picture, pixels
-    if mode == "I;16":
-        return Image.fromarray(deep), np.repeat(((deep.astype(int) + 128) // 257)[..., None], 3, -1)
-    if mode == "I":
-        return Image.fromarray(deep.astype(np.int32)), np.repeat(((deep.astype(int) + 128) // 257)[..., None], 3, -1)
-    if mode == "F":
-        return Image.fromarray(grey.astype(np.float32) / 255), None
-    picture = Image.frombytes(
-        mode, (width, height), rng.bytes(width * height * len(Image.new(mode, (1, 1)).getbands()))
-    )
-    return picture, np.asarray(picture.convert("RGB"), int)
+        return picture
+
+    def of_clear_palette() -> Image.Image:
+        picture = of_palette()
+        picture.info["transparency"] = 3
+        return picture
+
+    shades = triple((deep.astype(int) + 128) // 257)
+    made: dict[str, tuple[Callable[[], Image.Image], np.ndarray | None]] = {
+        "1": (lambda: Image.fromarray(grey > 127), np.where(triple(grey) > 127, 255, 0)),
+        "L": (lambda: Image.fromarray(grey), triple(grey)),
+        "RGB": (lambda: Image.fromarray(colour), colour.astype(int)),
+        "LA": (lambda: Image.fromarray(np.dstack([grey, alpha])), on_white(triple(grey))),
+        "RGBA": (lambda: Image.fromarray(np.dstack([colour, alpha])), on_white(colour)),
+        "P": (of_palette, palette[grey % 8].astype(int)),
+        "PA": (of_clear_palette, np.where(triple(grey % 8) == 3, 255, palette[grey % 8])),
+        "I;16": (lambda: Image.fromarray(deep), shades),
+        "I": (lambda: Image.fromarray(deep.astype(np.int32)), shades),
+        "F": (lambda: Image.fromarray(grey.astype(np.float32) / 255), None),
+    }
+    if mode in made:
+        make, pixels = made[mode]
+        return make(), pixels
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    picture = Image.frombytes(mode, (width, height), rng.bytes(width * height * channels))
+    return picture, np.asarray(picture.convert("RGB"), int)  # what Pillow makes of colours for print
 
 
 # ---- text ------------------------------------------------------------------------------------------------------
@@ -396,47 +426,67 @@ class Bomb:
 def code(world: World, place: Path, seed: int) -> Ending:
     """Give a file that carries code wherever a file is read: the code must not run."""
     rng, canary = random.Random(seed), begin_project(place) / "canary"
-    way = rng.choice(("pickle", "pickle", "saved", "yaml", "dictionary", "model", "template"))
-    pickled = pickle.dumps(Bomb(canary))
-    project = place / "project"
-    if way in ("pickle", "saved"):
-        kind = READS[name := rng.choice([name for name in READS if way == "pickle" or name == "checkpoint"])]
-        file = rng.choice(sorted(p for p in world.copy(project, *kind.needs).glob(kind.files) if p.is_file()))
-        file.write_bytes(pickled) if way == "pickle" else torch.save({"": Bomb(canary)}, file)
-        case, read = f"{name}: {file.name} is a {way} object", lambda: kind.read(world, project)
-    elif way == "yaml":
-        file, tag = place / "mine.yaml", rng.choice(("python/object/apply:os.system", "python/object/new:os.system"))
-        file.write_text(f"run: !!{tag} ['touch {canary}']\n")
-        case, read = f"preset with !!{tag}", lambda: presets.preset(file)
-    elif way == "dictionary":
-        project.mkdir()
-        torch.save({"encoder.weight": Bomb(canary)}, project / "ae.pt")
-        write_json(project / "config.json", {"trainer": {"dict_class": "AutoEncoderTopK", "activation_dim": 1,
-                                                         "dict_size": 1, "k": 1}})  # fmt: skip
-        case, read = "an SAE of dictionary_learning", lambda: TopKSAE.load(project)
-    else:
-        shutil.copytree(world.root / "data" / "models" / "tiny-llava-next", project)
-        evil = f"open({str(canary)!r}, 'w')\nfrom transformers import *\n"
-        (project / "evil.py").write_text(evil)
-        config = json.loads((project / "config.json").read_text())
-        if way == "model":
-            config |= {"model_type": rng.choice((config["model_type"], "evil"))}
-            config["auto_map"] = {name: f"evil.{name}" for name in ("AutoConfig", "AutoModelForImageTextToText")}
-        else:
-            template = f"{{{{ cycler.__init__.__globals__.os.system('touch {canary}') }}}}"
-            (project / "chat_template.jinja").write_text(template)
-        (project / "config.json").write_text(json.dumps(config))
-        load = rng.choice((lambda: LMM.load(project).prompt("a"), lambda: LocalChat.load(project)))
-        case, read = f"a model's folder with a hostile {way}", load
+    make = rng.choice((_pickled, _pickled, _saved, _yaml, _dictionary, _model, _template))
+    case, read = make(world, place / "project", canary, rng)
     try:
         read()
     except Exception as error:
         refused = f"refused: {type(error).__name__}"
     else:
         refused = "read"
-    if canary.exists():
-        return Ending(case, "code ran", refused)
-    return Ending(case, "nothing ran")
+    return Ending(case, "code ran", refused) if canary.exists() else Ending(case, "nothing ran")
+
+
+Hostile = tuple[str, Callable[[], object]]  # what was done, and a call that reads it
+
+
+def _pickled(world: World, project: Path, canary: Path, rng: random.Random) -> Hostile:
+    kind = READS[name := rng.choice(list(READS))]
+    file = rng.choice(sorted(path for path in world.copy(project, *kind.needs).glob(kind.files) if path.is_file()))
+    file.write_bytes(pickle.dumps(Bomb(canary)))
+    return f"{name}: {file.name} is a pickle", lambda: kind.read(world, project)
+
+
+def _saved(world: World, project: Path, canary: Path, rng: random.Random) -> Hostile:
+    kind = READS["checkpoint"]
+    file = rng.choice(sorted(path for path in world.copy(project, *kind.needs).glob(kind.files) if path.is_file()))
+    torch.save({"": Bomb(canary)}, file)
+    return f"checkpoint: {file.name} is saved by torch", lambda: kind.read(world, project)
+
+
+def _yaml(world: World, project: Path, canary: Path, rng: random.Random) -> Hostile:
+    file, tag = project.with_name("mine.yaml"), f"python/object/{rng.choice(('apply', 'new'))}:os.system"
+    file.write_text(f"run: !!{tag} ['touch {canary}']\n")
+    return f"preset with !!{tag}", lambda: presets.preset(file)
+
+
+def _dictionary(world: World, project: Path, canary: Path, rng: random.Random) -> Hostile:
+    project.mkdir()
+    torch.save({"encoder.weight": Bomb(canary)}, project / "ae.pt")
+    trainer = {"dict_class": "AutoEncoderTopK", "activation_dim": 1, "dict_size": 1, "k": 1}
+    write_json(project / "config.json", {"trainer": trainer})
+    return "an SAE of dictionary_learning", lambda: TopKSAE.load(project)
+
+
+def _model(world: World, project: Path, canary: Path, rng: random.Random) -> Hostile:
+    shutil.copytree(world.root / MODEL, project)
+    (project / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nfrom transformers import *\n")
+    config = json.loads((project / "config.json").read_text())
+    config |= {"model_type": rng.choice((config["model_type"], "evil"))}
+    config |= {"auto_map": {name: f"evil.{name}" for name in ("AutoConfig", "AutoModelForImageTextToText")}}
+    (project / "config.json").write_text(json.dumps(config))
+    return "a model's folder with hostile code", _load(project, rng)
+
+
+def _template(world: World, project: Path, canary: Path, rng: random.Random) -> Hostile:
+    shutil.copytree(world.root / MODEL, project)
+    template = f"{{{{ cycler.__init__.__globals__.os.system('touch {canary}') }}}}"
+    (project / "chat_template.jinja").write_text(template)
+    return "a model's folder with a hostile template", _load(project, rng)
+
+
+def _load(project: Path, rng: random.Random) -> Callable[[], object]:
+    return rng.choice((lambda: LMM.load(project).prompt("a"), lambda: LocalChat.load(project)))
 
 
 KINDS = {

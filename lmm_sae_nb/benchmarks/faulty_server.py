@@ -10,6 +10,7 @@ import base64
 import gzip
 import json
 import math
+import re
 import socket
 import struct
 import threading
@@ -175,15 +176,14 @@ class Handler(BaseHTTPRequestHandler):
         if body["model"] == "unknown":
             return self.send(404, {"error": {"message": "no such model"}})
         fault = self.server.choose(request)
-        once = fault.endswith(ONCE) and fault.removesuffix(ONCE) in FAULTS
-        if once and (text, images) in asked or fault.removesuffix(ONCE) not in FAULTS:
-            answer = self.server.answers(request)
-            if isinstance(answer, int):
-                return self.send(answer, {"error": {"message": "not this question"}})
-            return self.send_answer(answer)
-        for mark in " -,":
-            fault = fault.replace(mark, "_")
-        return getattr(self, "fault_" + fault.removesuffix(ONCE.replace(" ", "_")).replace("__", "_"))()
+        name = fault.removesuffix(ONCE)
+        is_over = name != fault and (text, images) in asked
+        if name in FAULTS and not is_over:
+            return getattr(self, "fault_" + re.sub("[ ,-]+", "_", name))()
+        answer = self.server.answers(request)
+        if isinstance(answer, int):
+            return self.send(answer, {"error": {"message": "not this question"}})
+        return self.send_answer(answer)
 
     def send(self, status: int, body: object, promised: int | None = None, **headers: str) -> None:
         """Send a whole response; a body that is no bytes is written as JSON."""

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from lmm_sae_nb.cache.encode_images import require_finite_latents
 from lmm_sae_nb.cache.top_images import Firings, Ranking
+from lmm_sae_nb.model.data_identity import data_fingerprint
 from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.sample_checks import check_samples
-from lmm_sae_nb.model.samples import data_fingerprint, prompts
+from lmm_sae_nb.model.samples import prompts
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import Latents

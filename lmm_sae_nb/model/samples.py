@@ -5,13 +5,11 @@ A sample is an image, a question and an answer, or a whole conversation with its
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import datasets
-import numpy as np
 from datasets import IterableDataset
 from PIL import Image
 
@@ -268,7 +266,7 @@ class FirstTurns(Sequence):
     """
 
     def __init__(self, conversations: Sequence[Mapping]):
-        self._samples = conversations
+        self.conversations = conversations
         self._rows = undecoded(conversations)
 
     def __len__(self) -> int:
@@ -287,12 +285,12 @@ class FirstTurns(Sequence):
     def select(self, numbers: Iterable[int]) -> FirstTurns:
         """Return some of the samples."""
         numbers = list(numbers)
-        known = self._samples
+        known = self.conversations
         return FirstTurns(known.select(numbers) if hasattr(known, "select") else [known[n] for n in numbers])
 
     def pictured(self) -> FirstTurns:
         """Return the samples with an image."""
-        turns = self._samples
+        turns = self.conversations
         if hasattr(turns, "select_columns"):
             turns = turns.select_columns(["conversation"])  # no picture is read
         return self.select(n for n in range(len(self)) if first_exchange(turns[n]["conversation"])[2] == 1)
@@ -315,48 +313,3 @@ def pictured(samples: Sequence[Mapping]) -> Sequence[Mapping]:
         return [row for row in samples if row["image"] is not None]
     known = samples.select_columns(["image"]).with_format("arrow")
     return samples.select([n for n in range(len(samples)) if known[n]["image"][0].is_valid])
-
-
-def data_fingerprint(samples: Sequence[Mapping] | IterableDataset, without: Collection[int] = ()) -> str:
-    """Return a SHA-256 of the texts of all samples, and of up to 16 whole samples, spread evenly over the data set.
-
-    Pictures count by their pixels. One that cannot be read counts as that, so that the same data have the same
-    fingerprint whether or not it is skipped. Of a stream the first 16 samples count.
-
-    without: numbers of samples that do not count, so that data have the fingerprint that they have once these rows
-        are removed.
-    """
-    digest = hashlib.sha256()
-    if isinstance(samples, IterableDataset):
-        rows = [(place, row) for place, row in enumerate(undecoded(samples).take(16))]
-        digest.update(b"a stream")
-    else:
-        kept = len(samples) - len(without)
-        places = np.linspace(0, kept - 1, min(16, kept), dtype=int).tolist()
-        for number in sorted(without):
-            places = [place + (place >= number) for place in places]
-        known = undecoded(samples)
-        rows = [(place, known[place]) for place in places]
-        for number, said in enumerate(map(_texts, _without_pictures(samples))):
-            digest.update(repr(said).encode() if number not in without else b"")
-    for place, row in rows:
-        try:
-            pixels = [image.tobytes() for image in pictures_of(opened(row, f"sample {place}"))]
-        except UnreadableImage:
-            pixels = [b"unreadable"]
-        digest.update(repr((_texts(row), [len(each) for each in pixels])).encode() + b"".join(pixels))
-    return digest.hexdigest()
-
-
-def _without_pictures(samples: Sequence[Mapping]) -> Sequence[Mapping]:
-    """Return the samples; of a data set only the columns of text, for reading all pictures takes long."""
-    if not isinstance(samples, datasets.Dataset):
-        return samples
-    return samples.select_columns([name for name in ("question", "answer", "conversation") if name in samples.features])
-
-
-def _texts(row: Mapping) -> tuple:
-    """Return what is said in a sample."""
-    if "conversation" in row:
-        return tuple((turn["role"], turn["content"]) for turn in row["conversation"])
-    return row["question"], row["answer"]

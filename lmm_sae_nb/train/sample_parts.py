@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import IterableDataset
 
-from lmm_sae_nb.model.samples import SampleReader, data_fingerprint, opened, undecoded
+from lmm_sae_nb.model.data_identity import data_fingerprint
+from lmm_sae_nb.model.samples import SampleReader, opened, undecoded
 from lmm_sae_nb.support.conversions import CONVERSIONS, count_conversions
 from lmm_sae_nb.support.images import UnreadableImage
 
@@ -105,7 +106,7 @@ class Converted:
 def gathered_objects(accelerator: Accelerator, new: Collection) -> list:
     """Return the elements of all processes, which may be none; all processes must call it."""
     if accelerator.num_processes == 1:
-        return []
+        return list(new)
     count = accelerator.reduce(torch.tensor(len(new), device=accelerator.device))
     return [each for part in gather_object([list(new)]) for each in part] if int(count) else []
 

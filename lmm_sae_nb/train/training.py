@@ -23,9 +23,10 @@ from accelerate.state import AcceleratorState
 from datasets import IterableDataset
 from torch import Tensor
 
+from lmm_sae_nb.model.data_identity import data_fingerprint
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.sample_checks import check_samples
-from lmm_sae_nb.model.samples import data_fingerprint, require_choice
+from lmm_sae_nb.model.samples import require_choice
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.adam import SAEAdam
 from lmm_sae_nb.sae.formats import FORMATS
@@ -208,6 +209,9 @@ def train_saes(
         saved = checkpoint.load(folder / CHECKPOINTS)
         left_out, converted = LeftOut(samples, {}, removed=False), Converted()
         if saved:
+            if _repaired(samples, shared["samples"], saved, folder / CHECKPOINTS / REFUSED):
+                shared["samples"] = saved.state["run"]["samples"]
+                runs = {name: run | {"samples": shared["samples"]} for name, run in runs.items()}
             record = _record_of(saved, folder / CHECKPOINTS / REFUSED, shared["samples"])
             runs = {name: _of_record(run, record) for name, run in runs.items()}
             _require_same(saved.state["run"], joined_settings(runs), folder / CHECKPOINTS)
@@ -318,6 +322,24 @@ def _record_of(saved: Checkpoint, refused: Path, fingerprint: str) -> Mapping:
         if (record := read_json(refused)).get("samples_left") == fingerprint:
             return saved.state | record
     return saved.state
+
+
+def _repaired(samples: Sequence[Mapping] | IterableDataset, fingerprint: str, saved: Checkpoint, refused: Path) -> bool:
+    """Return whether samples differ from those of a checkpoint only where pictures could not be read.
+
+    fingerprint: of the samples as they are now.
+    refused: the file that names those at which the run then stopped.
+    """
+    records = [saved.state]
+    with suppress(FileNotFoundError, ValueError):
+        records.append(read_json(refused))
+    if fingerprint == saved.state["run"]["samples"] or isinstance(samples, IterableDataset):
+        return False
+    return any(
+        data_fingerprint(samples, [int(number) for number in record["skipped"]]) == record["samples_left"]
+        for record in records
+        if record.get("skipped")
+    )
 
 
 def _of_record(run: Mapping, record: Mapping) -> dict:

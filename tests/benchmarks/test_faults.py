@@ -16,6 +16,7 @@ from lmm_sae_nb.benchmarks.faults_endings import (
     Attempted,
     Ending,
     campaign_metrics,
+    commits,
     compare,
     endings_by_group,
     failure_rows,
@@ -96,10 +97,11 @@ def test_counts_add_up_and_failures_are_kept_with_their_reason():
 
     made = [attempted("kill, a", 0, "as usual"), attempted("kill, a", 1, "leftovers", "x.tmp")]
     made += [attempted("kill, b", 0, "clear error"), attempted("disk", 0, "not possible", "no root")]
-    found = summary(made, {"kill, a": "A", "kill, b": "B", "disk": "C"}, {"date": "today"})
+    found = summary(made, {"kill, a": "A", "kill, b": "B", "disk": "C"}, "abc", {"date": "today"})
     assert [(row["tried"], row["survived"]) for row in kind_rows(found)] == [(2, 1), (1, 1), (0, 0)]
     assert failure_rows(found) == [{"fault": "kill, a", "case": "case 1", "ending": "leftovers", "reason": "x.tmp"}]
     assert found["kinds"]["disk"]["not_possible"] == "no root"
+    assert commits(found) == ["abc"]
     assert endings_by_group(found) == {"kill": {"as usual": 1 / 3, "clear error": 1 / 3, "not survived": 1 / 3}}
     assert campaign_metrics(found) == {
         "faults_tried": 3, "faults_failed": 1, "faults_kill_tried": 3, "faults_kill_failed": 1,
@@ -110,6 +112,7 @@ def test_counts_add_up_and_failures_are_kept_with_their_reason():
 def test_the_committed_counts_have_every_kind_and_pages_say_nothing_else(root):
     committed = read_json(root / "book" / "faults.json")
     assert committed["kinds"].keys() == faults.KINDS.keys()
+    assert len(commits(committed)) == 1  # all kinds were tried on the same code
     for kind, row in committed["kinds"].items():
         assert row["meaning"] == faults.KINDS[kind].meaning
         assert row["tried"] >= 3 or "not_possible" in row, kind

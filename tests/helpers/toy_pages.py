@@ -6,7 +6,6 @@ The cells are those that `make book` runs. All models are on the pretend device;
 FOLDER becomes a small copy of the project, with a small Picture World.
 """
 
-import json
 import os
 import sys
 import time
@@ -19,17 +18,13 @@ import nbformat
 import torch
 from pretend_device import pretend_device
 
+from lmm_sae_nb.benchmarks.faults_pages import name_latents
 from lmm_sae_nb.pictureworld.world.datasets import render
 from lmm_sae_nb.support import notebooks
-from lmm_sae_nb.support.files import outputs, read_json, write_json
 from lmm_sae_nb.support.presets import preset
 
 HERE = Path(__file__).parent
 SCENES = {"train": 160, "cache": 60, "heldout": 40, "traps": 60}
-NAMED = [  # a toy SAE has no latents for these; pages 06 and 08 need latents that are named so
-    ("happy", "face"), ("sad", "face"), ("hungry", "face"), ("angry", "face"), ("cactus", "object"),
-    ("clock", "object"), ("umbrella", "object"), ("guitar", "object"), ("libya", "word"), ("spain", "word"),
-]  # fmt: skip
 LIKE_PAPER = {"concepts": "", "sizes": [], "ks": []}
 FLOAT32_ONLY = ("07",)  # attribution is about small differences
 
@@ -42,17 +37,6 @@ def make_project(folder: Path, world: bool = True) -> None:
     if world:
         os.chdir(folder)
         render(folder / "data/artifacts/tiny/world", SCENES)
-
-
-def name_latents(file: Path) -> None:
-    """Give the explained latents the names that later pages look for."""
-    rows = json.loads(file.read_text())
-    for number, row in enumerate(rows.values()):
-        concept, kind = NAMED[number % len(NAMED)]
-        row |= {"outcome": "explained", "concept": concept, "kind": kind}
-    file.write_text(json.dumps(rows))
-    record = read_json(manifest := file.with_name("manifest.json"))
-    write_json(manifest, record | {"outputs": outputs(file.parent)}, checked=True)  # else the file counts as damaged
 
 
 def run_page(source: Path, values: dict) -> None:

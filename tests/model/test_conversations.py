@@ -9,9 +9,10 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from models import noise
 
 from lmm_sae_nb.model.conversations import as_turns, conversation_fault, first_exchange
+from lmm_sae_nb.model.data_identity import data_fingerprint
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.sample_checks import check_samples, open_samples
-from lmm_sae_nb.model.samples import SampleReader, data_fingerprint, examples, first_turns, pictured, prompts, readable
+from lmm_sae_nb.model.samples import SampleReader, examples, first_turns, pictured, prompts, readable
 from lmm_sae_nb.model.templates import MENDED
 from lmm_sae_nb.support.images import UnreadableImage
 from lmm_sae_nb.train.token_buffer import Stream

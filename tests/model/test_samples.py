@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Sequence, 
 from PIL import Image
 
 from lmm_sae_nb.model.sample_checks import check_samples, open_samples
-from lmm_sae_nb.model.samples import SampleReader, data_fingerprint, examples, prompts, readable
+from lmm_sae_nb.model.samples import SampleReader, examples, prompts, readable
 from lmm_sae_nb.support.images import UnreadableImage
 
 FEATURES = Features(image=datasets.Image(), question=Value("string"), answer=Value("string"))
@@ -187,22 +187,3 @@ def test_examples_are_the_first_readable_pictures_however_few_there_are():
         assert [each["answer"] for each in examples(samples, 6)] == ["1", "2"]
         assert [each["answer"] for each in examples(samples, 1)] == ["1"]
     assert examples(saved([row(image=None)]), 6) == []
-
-
-def test_a_fingerprint_is_of_the_data_whether_or_not_rows_that_are_left_out_are_there():
-    """40 samples, so that 16 of them count; each removal also shifts which."""
-    rows = [row(image=picture(n), answer=str(n)) for n in range(40)]
-    for gone in ([0], [39], [3, 4, 5], [0, 20, 38]):
-        broken = [each | {"image": encoded(picture(), 40)} if n in gone else each for n, each in enumerate(rows)]
-        left = [each for n, each in enumerate(rows) if n not in gone]
-        assert data_fingerprint(broken, gone) == data_fingerprint(left)
-        assert data_fingerprint(saved(broken), gone) == data_fingerprint(left)
-        assert len({data_fingerprint(each) for each in (rows, broken, left)}) == 3
-        assert data_fingerprint(rows, [1]) != data_fingerprint(left)
-
-
-def test_another_text_anywhere_gives_another_fingerprint():
-    rows = [row(image=picture(n), answer=str(n)) for n in range(40)]
-    changed = [each | {"answer": "other"} if n == 5 else each for n, each in enumerate(rows)]
-    assert data_fingerprint(rows) == data_fingerprint(saved(rows)) != data_fingerprint(changed)
-    assert data_fingerprint(changed) == data_fingerprint(saved(changed))

@@ -18,7 +18,7 @@ from lmm_sae_nb.cache.encode_images import batches_of, open_batch
 from lmm_sae_nb.chat.questions import Question
 from lmm_sae_nb.chat.recorded import open_chat
 from lmm_sae_nb.interpret.exemplars import masked
-from lmm_sae_nb.model.samples import data_fingerprint, prompts
+from lmm_sae_nb.model.samples import prompts
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.score.batches import batches
 from lmm_sae_nb.show.steering_panel import SteeringPanel
@@ -88,7 +88,6 @@ def test_every_way_into_a_model_shows_the_same_pixels(lmm, sae, kind, tmp_path):
     for rows in (stored, [sample | {"image": raw}]):
         (trained,) = prompts(lmm, rows, [0], 1)
         assert torch.equal(trained.inputs["pixel_values"], wanted)
-        assert data_fingerprint(rows) == data_fingerprint([sample | {"image": plain}])
     batch = open_batch(lmm, *next(batches_of(open_images(tmp_path / "pictures"), 1)))
     assert torch.equal(batch.prompt.inputs["pixel_values"], wanted)
 

@@ -6,6 +6,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, IterableDataset, Value
@@ -171,6 +172,35 @@ def test_a_row_that_made_a_run_stop_can_be_taken_out_and_the_run_goes_on(skippin
     assert torch.equal(trained.sae.W_dec, whole.sae.W_dec)
     assert trained.skipped == whole.skipped
     assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+@pytest.mark.slow
+def test_a_picture_that_made_a_run_stop_can_be_repaired_and_the_run_goes_on(tmp_path):
+    """The broken picture comes late, after a checkpoint that knows nothing of it."""
+    settings = {"batch_samples": 1, "buffer_tokens": 512, "batch_tokens": 256}
+    settings["seed"] = next(seed for seed in range(99) if order(seed)[-1] == BROKEN)
+    whole = run(data(broken=False), tmp_path / "whole", **settings)
+    with pytest.raises(UnreadableImage):
+        run(data(), tmp_path / "run", **settings)
+    other = rows(broken=False)
+    other[BROKEN + 1]["answer"] = "something else"
+    with pytest.raises(ValueError, match="checkpoint of another run: samples was"):
+        run(Dataset.from_list(other, features=FEATURES), tmp_path / "run", **settings)
+    assert torch.equal(run(data(broken=False), tmp_path / "run", **settings).sae.W_dec, whole.sae.W_dec)
+
+
+@pytest.mark.slow
+def test_another_picture_makes_another_run_wherever_it_is(tmp_path):
+    """Of 28 samples, the pixels of 16 always count; this is another one."""
+    assert (changed := 6) not in np.linspace(0, 27, 16, dtype=int)
+    many = 4 * rows(broken=False)
+    (other := list(many))[changed] = many[changed] | {"image": many[BROKEN]["image"]}
+    samples, others = (Dataset.from_list(each, features=FEATURES) for each in (many, other))
+    stopped(samples, tmp_path / "run")
+    with pytest.raises(ValueError, match="checkpoint of another run: samples was"):
+        run(others, tmp_path / "run")
+    finished = run(samples, tmp_path / "run").sae
+    assert not torch.equal(run(others, tmp_path / "run").sae.W_dec, finished.W_dec)
 
 
 def order(seed: int) -> list[int]:

@@ -30,7 +30,7 @@ from lmm_sae_nb.support.files import MANIFEST, outputs, read_json, write_json
 from lmm_sae_nb.support.stages import BEGUN
 from lmm_sae_nb.train.steps import CHECKPOINTS
 
-SAMPLES = {"train": 64, "cache": 48, "heldout": 48, "traps": 160}  # rows of the small data sets
+SAMPLES = {"train": 64, "cache": 48, "heldout": 48, "traps": 240}  # rows of the small data sets
 DATA = "data/artifacts/small"
 SHARED = {  # parameters of several pages
     "run": RUN, "dataset": f"{DATA}/train", "texts": f"{DATA}/train", "samples": f"{DATA}/train",
@@ -60,9 +60,11 @@ PAGES = {  # what else differs from the defaults: small enough for some seconds
     },
     "08": {
         "choosing": {
-            "cases": 80, "attributed": 2, "latents": 16, "words": 1, "wrong": 3, "right": 3, "others": 3, "together": 1,
+            "cases": 120, "attributed": 2, "latents": 16, "words": 1, "wrong": 3, "right": 3, "others": 3,
+            "together": 1,
         },
-        "fitting": FIT, "contradicting": 16, "agreeing": 8, "right_cases": 8, "price_questions": 4, "control_draws": 1,
+        "fitting": FIT, "contradicting": 40, "agreeing": 8, "right_cases": 12, "price_questions": 4,
+        "control_draws": 1,
         "new_questions": FIT | {"held_out": 8}, "presence": {"scenes": 2, "each": 1, "counted": 20},
     },
 }  # fmt: skip

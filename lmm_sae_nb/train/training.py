@@ -128,7 +128,8 @@ def train_saes(
     trained, so the same call returns the finished SAEs. If their files are damaged, they are trained again.
 
     Samples whose picture cannot be read can be left out. A training that stopped at one goes on when it is called with
-    "skip". It also goes on with the same order if exactly the rows that it left out are then taken out of the data.
+    "skip", or when the picture is repaired. It also goes on with the same order if exactly the rows that it left out
+    are then taken out of the data. With samples that differ otherwise (`data_fingerprint`) it does not go on.
 
     samples: rows with `image` (PIL or None), `question` and `answer`, as `check_samples` says. A data stream
         (IterableDataset) is read in its own order; its rows are checked as they come.

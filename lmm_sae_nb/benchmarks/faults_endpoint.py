@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 
 from lmm_sae_nb.benchmarks.faults_endings import Ending, error_ending
-from lmm_sae_nb.benchmarks.faults_processes import started
+from lmm_sae_nb.benchmarks.faults_processes import done
 from lmm_sae_nb.benchmarks.faults_world import Usual, World, begin_project
 from lmm_sae_nb.benchmarks.faulty_server import FAULTS, KEY, ONCE, Result, serving
 from lmm_sae_nb.chat.endpoint import EndpointChat
@@ -26,9 +26,7 @@ def endpoint(world: World, place: Path, seed: int) -> Ending:
     """Ask an endpoint that misbehaves, in a process of its own, and ask again what failed."""
     begin_project(place)
     job = useless_endpoint if seed % 6 == 5 else faulty_endpoint
-    process, pipe = started(lambda world, place: job(place, seed), world, place)
-    ended = pipe.recv()
-    process.join()
+    ended = done(lambda world, place: job(place, seed), world, place)
     return ended.result if isinstance(ended, Usual) else ended._replace(case=f"seed {seed}")
 
 

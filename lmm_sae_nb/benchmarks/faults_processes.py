@@ -40,6 +40,14 @@ def started(job: Callable, world: World, place: Path, die_at: int = 0):
     return process, pipe
 
 
+def done(job: Callable, world: World, place: Path) -> Usual | Ending:
+    """Do a job in a forked process; return its result or its error."""
+    process, pipe = started(job, world, place)
+    ended = pipe.recv()
+    process.join()
+    return ended
+
+
 def _do(pipe, job: Callable, world: World, place: Path, die_at: int) -> None:
     writes = 0
 
@@ -67,9 +75,7 @@ def measure(world: World, place: Path) -> None:
     """Do each job once, undisturbed, and note its result, its time and its writes."""
     for name, job in JOBS.items():
         shutil.rmtree(place, ignore_errors=True)
-        process, pipe = started(job, world, begin_project(place))
-        world.usual[name] = pipe.recv()
-        process.join()
+        world.usual[name] = done(job, world, begin_project(place))
         shutil.rmtree(place)
         if not isinstance(world.usual[name], Usual):
             raise RuntimeError(f"{name} failed without any fault: {world.usual[name]}")
@@ -95,9 +101,7 @@ def killed(name: str, world: World, place: Path, seed: int) -> Ending:
         if twice := known & asked_since(world):
             return Ending(f"killed at {', '.join(cases)}", "asked twice", f"{len(twice)} questions")
         known |= on_record(place)
-    process, pipe = started(JOBS[name], world, place)
-    ended = pipe.recv()
-    process.join()
+    ended = done(JOBS[name], world, place)
     case = f"killed at {', '.join(cases)}"
     if not isinstance(ended, Usual):
         return ended._replace(case=case, ending="raw error" if ended.ending == "clear error" else ended.ending)
@@ -174,26 +178,19 @@ def full_disk(name: str, world: World, place: Path, seed: int) -> Ending:
     try:
         with small_disk(place / "disk", kilobytes) as enlarge:
             folder = begin_project(place / "disk" / "project")
-            first = _ended(name, world, folder)
+            first = done(JOBS[name], world, folder)
             enlarge()
             if isinstance(first, Usual):
                 return same_result(case, usual.result, first.result)
             if first.ending != "clear error":
                 return first._replace(case=case)
-            second = _ended(name, world, folder)
+            second = done(JOBS[name], world, folder)
             if isinstance(second, Ending):
                 return second._replace(case=f"{case}, then room")
             ending = same_result(f"{case}, then room", usual.result, second.result)
             return ending if ending.ending != "as usual" else first._replace(case=case)
     except PermissionError as error:
         return Ending(case, "not possible", f"this user cannot mount a small disk: {error}")
-
-
-def _ended(name: str, world: World, place: Path) -> Usual | Ending:
-    process, pipe = started(JOBS[name], world, place)
-    ended = pipe.recv()
-    process.join()
-    return ended
 
 
 # ---- two processes in one folder -------------------------------------------------------------------------------
@@ -218,7 +215,7 @@ def race(name: str, world: World, place: Path, seed: int) -> Ending:
     for ended in endings:
         if isinstance(ended, Ending) and ended.ending != "clear error":
             return ended._replace(case=case)
-    last = _ended(name, world, place)
+    last = done(JOBS[name], world, place)
     if isinstance(last, Ending):
         return last._replace(case=f"{case}, then once more")
     ending = same_result(case, usual.result, last.result)

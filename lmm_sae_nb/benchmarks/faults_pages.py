@@ -65,7 +65,7 @@ PAGES = {  # what else differs from the defaults: small enough for some seconds
         },
         "fitting": FIT, "contradicting": 40, "agreeing": 8, "right_cases": 12, "price_questions": 4,
         "control_draws": 1,
-        "new_questions": FIT | {"held_out": 8}, "presence": {"scenes": 2, "each": 1, "counted": 20},
+        "new_questions": FIT | {"held_out": 40}, "presence": {"scenes": 2, "each": 1, "counted": 20},
     },
 }  # fmt: skip
 NAMED = [  # an SAE this small has no latents for these, and pages 06 and 08 need latents that are named so

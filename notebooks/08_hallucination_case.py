@@ -129,6 +129,7 @@ seeds_study: str = "book/seeds.json"
 custom: dict = {"image": "", "question": "", "answer": "", "baseline": ""}
 
 # %% tags=["remove-cell"]
+from functools import partial
 from itertools import islice
 
 from datasets import load_from_disk
@@ -155,6 +156,7 @@ from lmm_sae_nb.hallucination.cases import (
     as_the_model_writes,
     contradicting_first,
     custom_case,
+    for_fit_and_search,
     pictured_rows,
     read_cases,
 )
@@ -189,6 +191,15 @@ from lmm_sae_nb.interpret.explain import ExplanationRows
 from lmm_sae_nb.model.sample_checks import open_samples
 from lmm_sae_nb.model.samples import first_turns, readable
 from lmm_sae_nb.show import plots
+from lmm_sae_nb.show.cure_sentences import (
+    UNKNOWN,
+    choice_without_cases,
+    cured_in_words,
+    draws_in_words,
+    empty_groups,
+    fraction,
+    interval,
+)
 from lmm_sae_nb.show.report import (
     across_saes,
     findings,
@@ -201,7 +212,7 @@ from lmm_sae_nb.show.report import (
 from lmm_sae_nb.show.seed_study import read_study
 from lmm_sae_nb.support.concepts import read_concepts
 from lmm_sae_nb.support.conversions import conversion_metrics
-from lmm_sae_nb.support.intervals import Mean, proportion
+from lmm_sae_nb.support.intervals import bounds, proportion
 from lmm_sae_nb.support.stages import Page
 
 page = Page(globals())
@@ -267,6 +278,8 @@ verdicts = list(zip(cases, answered_right, strict=True))
 wrong = [case for case, ok in verdicts if case.contradicts and not ok]
 right = [case for case, ok in verdicts if ok]
 print(f"{len(wrong)} hallucinations, {len(right)} right answers")
+for text in choice_without_cases(wrong, right):
+    print(text)
 
 # %% [markdown]
 # **2. Which latents stand for text, and what should clamping them do?** A
@@ -334,17 +347,16 @@ def without_traps(name):  # rows with an image and another question
 
 total = choosing["others"] + fitting["others"]
 others = answer_questions(lmm, islice(without_traps(samples), total))
-tried = (
-    wrong[fitting["wrong"] :][: choosing["wrong"]],
-    right[fitting["right"] :][: choosing["right"]],
-)
-how = dict(
-    others=others[fitting["others"] :], keep_error=keep_error
-)  # fmt: skip
+for_fit, tried = zip(*(
+    for_fit_and_search(some, fitting[name], choosing[name])
+    for name, some in
+    {"wrong": wrong, "right": right, "others": others}.items()
+), strict=True)  # fmt: skip
+how = dict(others=tried[2], keep_error=keep_error)
 outcome = stage.result(
     "search", Search,
     lambda: search(
-        place, *tried, settings, Limits(**limits), scope, **how
+        place, *tried[:2], settings, Limits(**limits), scope, **how
     ),
 )  # fmt: skip
 
@@ -397,8 +409,7 @@ steps = ("rounds", "each", "direction_steps", "batch")
 fitted = stage.result(
     "fitted", Fit,
     lambda: fit(
-        place, wrong[: fitting["wrong"]], right[: fitting["right"]],
-        others[: fitting["others"]], ASKED,
+        place, *for_fit, ASKED,
         FitSettings(**{name: fitting[name] for name in steps}),
         keep_error=keep_error,
     ),
@@ -417,7 +428,7 @@ sizes = [NOTHING] + [
 fit_outcome = stage.result(
     "fit_search", Search,
     lambda: search(
-        place, *tried, sizes, Limits(**limits), ASKED, **how
+        place, *tried[:2], sizes, Limits(**limits), ASKED, **how
     ),
 )  # fmt: skip
 edits = fit_outcome.chosen.edits
@@ -502,6 +513,12 @@ methods = {
     "direction": Method((Shift(tuple(fitted.direction)),), ASKED),
     "prompt": Method((None,), before=plain_prompt),
 }  # fmt: skip
+if not fitted.direction:  # nothing was fitted
+    del methods["direction"]
+no_draws = [n for n, method in methods.items() if not method.settings]
+methods = {n: m for n, m in methods.items() if n not in no_draws}
+if no_draws:
+    print("too few latents for the control:", ", ".join(no_draws))
 plots.table([
     {"method": name, "strength": ", ".join(
         f"{strength(place, held_out[:8], clamp, method.scope, **kept):.0f}"
@@ -533,13 +550,11 @@ costs = stage.result(
 )  # fmt: skip
 
 # %%
-rate = proportion(fooled)
 others_skipped = sum(map(len, skipped.values()))
 metrics = stage.finish(
     answers.metrics
-    | dict(maps=len(fooled), hallucination_rate=rate.fraction,
-           hallucination_rate_low=rate.low,
-           hallucination_rate_high=rate.high)
+    | dict(maps=len(fooled))
+    | (bounds("hallucination_rate", proportion(fooled)) if fooled else {})
     | other_metrics(costs["fitted"])
     | other_metrics(costs["text"], "text_")
     | dict(latents_clamped=len(edits),
@@ -549,6 +564,9 @@ metrics = stage.finish(
     | ({"others_skipped": others_skipped} if others_skipped else {})
     | conversion_metrics("cases", unlike)
 )  # fmt: skip
+no_case = empty_groups(answers)
+for text in no_case:
+    print(text)
 metrics_table(stage)
 
 # %% mystnb={"figure": {"caption": "What each method cures and harms on held-out maps. The first two are the clamps of this page, the others are controls. The lines are 99 % intervals. For a control with several random draws they go from the lowest to the highest draw, and the mark is the median.", "name": "fig-cured"}, "image": {"alt": "A row for each method, with the balanced cured rate and the fraction of right answers harmed."}}
@@ -562,6 +580,7 @@ titles = {
     "direction": "fitted direction, no SAE",
     "prompt": "prompt, no SAE",
 }
+titles = {name: titles[name] for name in titles if name in methods}
 plots.means(
     {
         title: {"balanced cured rate": answers.cured_or_range(name),
@@ -579,8 +598,8 @@ plots.means(
 # %% mystnb={"figure": {"caption": "Fraction of hallucinations cured, by the right answer; 99 % intervals. A push towards one answer cures one kind only. The draws of a random control are counted together, so its interval is too short.", "name": "fig-push"}, "image": {"alt": "A row for each method, with the fractions cured of hallucinations whose right answer is no, and of those whose right answer is yes."}}
 plots.means(
     {
-        title: {f"right answer {word}": Mean(*cured[:3])
-                for word, cured in answers.cured(name).items()}
+        title: {f"right answer {word}": cured
+                for word, cured in answers.cured_or_none(name).items()}
         for name, title in titles.items()
     },
     "fraction cured",
@@ -614,6 +633,8 @@ new = fresh.result(
 of_new = fresh.finish(new.metrics)
 questions = {case.question for case in reported}
 print(f"{len(questions)} questions; {len(new.fitted_on)} in the fit")
+if not new.parts["seen"].methods:
+    print("no case with these questions is answered wrong: no fit")
 
 # %% mystnb={"figure": {"caption": "A clamp and a direction that were fitted on half of the questions, on held-out maps. Blue: the questions of the fit. Orange: questions that the fit never saw. 99 % intervals; for random latents the median, the lowest and the highest of several draws.", "name": "fig-new-questions"}, "image": {"alt": "A row for each method with the balanced cured rate for the questions of the fit and for new questions."}}
 plots.means(
@@ -622,7 +643,7 @@ plots.means(
             "questions of the fit": new.parts["seen"].cured_or_range(name),
             "new questions": new.parts["new"].cured_or_range(name),
         }
-        for name in ("fitted", "random", "direction")
+        for name in new.parts["seen"].methods
     },
     "balanced cured rate",
 );
@@ -671,7 +692,8 @@ checks = page.stage(
     "presence", after=("train", "cache", "interpret", "hallucination"),
     without=("custom", "seeds_study", "new_questions", "unreadable"),
 )  # fmt: skip
-compared = ("text", "fitted", "direction", "prompt")
+compared = [n for n in ("text", "fitted", "direction", "prompt")
+            if n in methods]  # fmt: skip
 cures = {"untouched": Method((None,))}
 cures |= {name: methods[name] for name in compared}
 lands = {word for case in cases for word in case.question.split()}
@@ -754,8 +776,11 @@ cured = [
 ]  # fmt: skip
 path = custom["image"] and str(page.root / custom["image"])
 case = custom_case(
-    **custom | {"image": path}, default=(cured or held_out)[0]
+    **custom | {"image": path},
+    default=(cured or held_out or reported)[0],
 )
+if not cured:
+    print("no hallucination is cured; this is another held-out case")
 choice = decision(
     lmm, case.question, case.image, case.tempting, case.right
 )
@@ -823,85 +848,97 @@ plots.exemplar_strip(
 # ## What we found
 
 # %% tags=["remove-input"]
-def interval(mean, form="{:.2f}"):
-    return "{} [{}, {}]".format(*map(form.format, mean[:3]))
-
-
 def value(name, of=metrics):
-    return interval([of[f"{name}{end}"] for end in ("", "_low", "_high")])
+    return fraction(of, name)
 
 
-def by_word(name):
-    whose = "{} of the {} hallucinations whose right answer is *{}*".format
-    parts = answers.cured(name).items()
-    count = {word: metrics[f"hallucinations_right_{word}"] for word, _ in parts}
-    return " and ".join(whose(interval(p, "{:.0%}"), count[w], w) for w, p in parts)
+def percent(name):
+    return f"{metrics[name]:.0%}" if name in metrics else UNKNOWN
 
 
 def draws(name):
-    rates = answers.by_draw(name)
-    several = f"{min(rates):.2f} to {max(rates):.2f} in {len(rates)} draws"
-    alone = value(f"{name}_balanced_cured")
-    return f"{titles[name]} {several if len(rates) > 1 else alone}"
+    return f"{titles[name]} {draws_in_words(answers, name)}"
 
 
-controls = ("random", "unrelated", "push", "prompt")
-low = {name: metrics[f"{name}_balanced_cured_low"] for name in ("text", "fitted")}
-not_beaten = [titles[n] for n in controls if max(answers.by_draw(n)) >= low["fitted"]]
-stronger = sum(rate >= low["text"] for rate in answers.by_draw("text_random"))
-gap = answers.difference("fitted", "direction")
-agreeing = answers.harmed("fitted", contradicts=False)
-raised = next(t.shift for t in fit_outcome.trials if t.setting == fit_outcome.chosen)
+by_word = partial(cured_in_words, answers)
+controls = [n for n in ("random", "unrelated", "push", "prompt") if n in methods]
+against_direction = answers.words and "direction" in methods
 sentences = [
-    f"The untouched model answers {metrics['hallucination_rate']:.0%} of the "
+    f"The untouched model answers {percent('hallucination_rate')} of the "
     "contradicting cases wrongly.",
-    f"{len(text_clamp.edits)} text latents at the patches cure "
-    f"{by_word('text')}: a balanced rate of {value('text_balanced_cured')}. "
-    f"Controls: {draws('text_random')}. "
-    + ("No random draw reaches the interval of the text latents." if not stronger
-       else f"In {stronger} of these draws they cure about as much or more, so nothing shows "
-       "that it matters that the latents stand for text."),
-    f"The text latents harm {value('text_harmed')} of the right answers, and change "
-    f"{1 - metrics['text_other_answers_kept']:.0%} of the answers to other questions.",
-    f"{len(edits)} fitted latents at the words of the question cure "
-    f"{by_word('fitted')}: a balanced rate of {value('fitted_balanced_cured')}. On the "
-    f"cases of the search they raise the right answer's margin by {raised:.2f} logits "
-    "on average.",
-    f"Controls: {'; '.join(map(draws, controls))}. "
-    + ("The fitted latents beat every draw of all of them." if not not_beaten
-       else f"They do not clearly beat: {', '.join(not_beaten)}."),
-    "The direction that was fitted to the same cases, without an SAE, has "
-    f"{value('direction_balanced_cured')}. On the same cases this is {gap.mean:+.2f} "
-    f"[{gap.low:+.2f}, {gap.high:+.2f}] "
-    + ("more than the latents: the simple method is better." if gap.low > 0
-       else "beside the latents: no clear difference."),
-    "A push away from memory would cure both answers, too, and spoil answers that agree "
-    f"with memory. Of {agreeing.cases} such answers the fitted clamp harms "
-    f"{interval(agreeing, '{:.0%}')}.",
-    f"The cost of the fitted clamp: it harms {value('fitted_harmed')} of the right "
-    f"answers. Of {price_questions} other questions the model answers "
-    f"{metrics['other_questions_right']:.0%} right, and "
-    f"{metrics['other_questions_right_after']:.0%} with the clamp; it keeps "
-    f"{value('other_answers_kept')} of the answers.",
+    *no_case,
 ]  # fmt: skip
+if answers.words:
+    low = {name: metrics[f"{name}_balanced_cured_low"] for name in ("text", "fitted")}
+    not_beaten = [titles[n] for n in controls if max(answers.by_draw(n)) >= low["fitted"]]
+    drawn = answers.by_draw("text_random") if "text_random" in methods else []
+    stronger = sum(rate >= low["text"] for rate in drawn)
+    raised = sum(t.shift for t in fit_outcome.trials if t.setting == fit_outcome.chosen)
+    sentences += [
+        f"{len(text_clamp.edits)} text latents at the patches cure "
+        f"{by_word('text')}: a balanced rate of {value('text_balanced_cured')}. "
+        + (f"Controls: {draws('text_random')}. " if drawn else "")
+        + ("" if not drawn
+           else "No random draw reaches the interval of the text latents." if not stronger
+           else f"In {stronger} of these draws they cure about as much or more, so nothing shows "
+           "that it matters that the latents stand for text."),
+        f"The text latents harm {value('text_harmed')} of the right answers, and keep "
+        f"{percent('text_other_answers_kept')} of the answers to other questions.",
+        f"{len(edits)} fitted latents at the words of the question cure "
+        f"{by_word('fitted')}: a balanced rate of {value('fitted_balanced_cured')}. On the "
+        f"cases of the search they raise the right answer's margin by {raised:.2f} logits "
+        "on average.",
+        f"Controls: {'; '.join(map(draws, controls))}. "
+        + ("The fitted latents beat every draw of all of them." if not not_beaten
+           else f"They do not clearly beat: {', '.join(not_beaten)}."),
+    ]  # fmt: skip
+if against_direction:
+    gap = answers.difference("fitted", "direction")
+    sentences.append(
+        "The direction that was fitted to the same cases, without an SAE, has "
+        f"{value('direction_balanced_cured')}. On the same cases this is {gap.mean:+.2f} "
+        f"[{gap.low:+.2f}, {gap.high:+.2f}] "
+        + ("more than the latents: the simple method is better." if gap.low > 0
+           else "beside the latents: no clear difference.")
+    )  # fmt: skip
+if "fitted_harmed_agreeing" in metrics:
+    agreeing = answers.harmed("fitted", contradicts=False)
+    sentences.append(
+        "A push away from memory would cure both answers, too, and spoil answers that agree "
+        f"with memory. Of {agreeing.cases} such answers the fitted clamp harms "
+        f"{interval(agreeing, '{:.0%}')}."
+    )
+sentences.append(
+    f"The cost of the fitted clamp: it harms {value('fitted_harmed')} of the right "
+    f"answers. Of {len(costs['fitted'].right)} other questions the model answers "
+    f"{percent('other_questions_right')} right, and "
+    f"{percent('other_questions_right_after')} with the clamp; it keeps "
+    f"{value('other_answers_kept')} of the answers."
+)
 
 # questions that the fit never saw
 chosen_on = {case.question for case in cases}
-beats = (of_new["new_questions_fitted_balanced_cured_low"]
-         > of_new["new_questions_random_balanced_highest"])  # fmt: skip
-ends = "{:.2f} to {:.2f}".format(
-    *(of_new[f"new_questions_random_balanced_{end}"] for end in ("lowest", "highest"))
-)
+ours, chance = ("new_questions_fitted_balanced_cured_low",
+                "new_questions_random_balanced_highest")  # fmt: skip
+if ours in of_new and chance in of_new:
+    ends = "{:.2f} to {:.2f}".format(
+        *(of_new[f"new_questions_random_balanced_{end}"] for end in ("lowest", "highest"))
+    )
+    help_with_new = (
+        f" With the other questions, which this fit never saw, it has "
+        f"{value('new_questions_fitted_balanced_cured', of_new)}; random latents have {ends}, and the "
+        f"fitted direction {value('new_questions_direction_balanced_cured', of_new)}. "
+        + ("So it also helps with new questions about the same basins." if of_new[ours] > of_new[chance]
+           else "So we cannot say that it helps with new questions.")
+    )  # fmt: skip
+else:
+    help_with_new = " We cannot say whether it helps with other questions: there is no case, or no control."
 sentences.append(
     f"Held-out maps are asked {len(questions)} questions; {len(questions & chosen_on)} of these also "
     f"occur in the choice. Fitted on {of_new['questions_fitted_on']} questions, a clamp of {of_new['latents_clamped']} latents has a "
     f"balanced cured rate of {value('seen_questions_fitted_balanced_cured', of_new)} on held-out maps "
-    "with these questions. With the other questions, which this fit never saw, it has "
-    f"{value('new_questions_fitted_balanced_cured', of_new)}; random latents have {ends}, and the "
-    f"fitted direction {value('new_questions_direction_balanced_cured', of_new)}. "
-    + ("So it also helps with new questions about the same basins." if beats
-       else "So we cannot say that it helps with new questions.")
-)  # fmt: skip
+    f"with these questions.{help_with_new}"
+)
 
 
 # the field's own measures
@@ -976,28 +1013,42 @@ of_pope = of_pope and (
     " The accuracy in POPE, questions whether something is in an image, "
     f"changes by {of_pope}."
 )
-better = (
-    "The simple method is clearly better" if gap.low > 0
-    else "The latents are clearly better" if gap.high < 0
-    else "There is no clear difference"
+of_direction = "" if not against_direction else (
+    " Without an SAE, a direction that "
+    f"was fitted to the same cases has {value('direction_balanced_cured')}: {gap.mean:+.2f} "
+    f"[{gap.low:+.2f}, {gap.high:+.2f}] against the fitted latents. "
+    + ("The simple method is clearly better" if gap.low > 0
+       else "The latents are clearly better" if gap.high < 0
+       else "There is no clear difference") + "."
 )  # fmt: skip
-headline(
-    page,
+both = "the mean of both" if len(answers.words) == 2 else "of each kind that there is"
+of_cures = (
     f"clamping {len(edits)} fitted latents at the words of the question cures "
     f"{by_word('fitted')}, on {metrics['maps']} new maps that contradict memory: a "
-    f"balanced cured rate, the mean of both, of {value('fitted_balanced_cured')}. It harms "
+    f"balanced cured rate, {both}, of {value('fitted_balanced_cured')}. It harms "
     f"{value('fitted_harmed')} of the right answers and keeps "
     f"{value('other_answers_kept')} of the answers to other questions.{of_pope}{of_saes} Text "
     "latents at the patches, our version of the paper's way, have a balanced rate of "
-    f"{value('text_balanced_cured')}.",
+    f"{value('text_balanced_cured')}."
+)
+no_hallucination = (
+    f"the model answers none of {metrics['maps']} held-out questions from memory, where the "
+    f"image contradicts it. So there is nothing to cure.{of_pope}"
+)
+headline(
+    page,
+    of_cures if answers.words else no_hallucination,
     'one image, a map, whose right answer is "no": clamping one latent, '
     '"Barcelona" or "Los", makes the hallucination disappear.',
-    "a push towards *no* cures the paper's one case, too. Our cases have both answers.",
-    controls="balanced cured rates to compare with. For the fitted latents: "
-    f"{draws('random')}; {draws('prompt')}. For the text latents: "
-    f"{draws('text_random')}. Without an SAE, a direction that "
-    f"was fitted to the same cases has {value('direction_balanced_cured')}: {gap.mean:+.2f} "
-    f"[{gap.low:+.2f}, {gap.high:+.2f}] against the fitted latents. {better}.",
+    "a push towards *no* cures the paper's one case, too. "
+    + ("Our cases have both answers." if len(answers.words) > 1
+       else " ".join(no_case)),
+    controls=answers.words and (
+        "balanced cured rates to compare with. For the fitted latents: "
+        + "; ".join(draws(n) for n in ("random", "prompt") if n in methods)
+        + (f". For the text latents: {draws('text_random')}" if drawn else "")
+        + f".{of_direction}"
+    ) or "",
 )  # fmt: skip
 
 # %% tags=["remove-input"]

@@ -214,7 +214,7 @@ def _along(seed: int, change: Float[Tensor, "tokens width"]) -> Float[Tensor, "t
 def strength(place: SAEInPlace, cases: Sequence[Case], edits: Edits, scope: Scope, *, keep_error: bool = True) -> float:
     """Return how long the change is that a clamp makes in the layer's output: its mean norm over the clamped tokens.
 
-    cases: the prompts that it is averaged over.
+    cases: the prompts that it is averaged over; without one it is 0.
     """
     lengths = []
     for block in _of_equal_length(place.lmm, cases, 8):
@@ -223,7 +223,7 @@ def strength(place: SAEInPlace, cases: Sequence[Case], edits: Edits, scope: Scop
         for sample, tokens in enumerate(clamped.to(upper.hidden.device)):
             clean, changed = _versions(place, upper, [(), edits], [scope] * 2, keep_error, sample)
             lengths.append((changed - clean)[tokens].float().norm(dim=-1))
-    return float(torch.cat(lengths).mean())
+    return float(torch.cat(lengths).mean()) if lengths else 0.0
 
 
 def _last_logits(

@@ -121,6 +121,19 @@ def contradicting_first(cases: Iterable[Case], contradicting: int, agreeing: int
     return against[:contradicting] + others[:agreeing]
 
 
+def for_fit_and_search(cases: Sequence, fitted: int, tried: int) -> tuple[Sequence, Sequence]:
+    """Return the first cases for a fit, and those after them for a search; the two have no case in common.
+
+    If there are fewer cases than both need, each gets its part of them.
+
+    fitted: most cases of the fit.
+    tried: most cases of the search.
+    """
+    total = fitted + tried
+    first = fitted if len(cases) >= total else len(cases) * fitted // total
+    return cases[:first], cases[first:][:tried]
+
+
 def custom_case(image: str, question: str, answer: str, baseline: str, default: Case) -> Case:
     """Return a case from a page's parameters, or `default` if they are all empty.
 

@@ -197,8 +197,8 @@ def _same_token(batch: Batch, weight: float) -> Loss:
 class Fit:
     """Clamps with more and more latents, and a direction that was fitted to the same answers without an SAE.
 
-    clamps: number of latents to the clamp.
-    direction: is added to the layer's output at each clamped token.
+    clamps: number of latents to the clamp; empty if there was nothing to correct.
+    direction: is added to the layer's output at each clamped token; empty if there was nothing to correct.
     """
 
     clamps: dict[int, Edits]
@@ -223,17 +223,14 @@ def fit(
     Adam refits all values through equations 4 to 6, TopK included. A value below a token's k-th highest activation has
     no effect there.
 
-    wrong: cases that are answered wrong with nothing clamped.
+    wrong: cases that are answered wrong with nothing clamped; without one, nothing is fitted.
     right: cases that are answered right.
     others: questions that have nothing to do with the cases.
     scope: the tokens that are clamped; in a causal model, tokens behind the image make this fast.
     keep_error: whether what the SAE leaves unexplained stays in.
-
-    Raises:
-        ValueError: there are no wrong cases.
     """
     if not wrong:
-        raise ValueError("there are no wrong cases, so there is nothing to correct; give cases that are answered wrong")
+        return Fit({}, [])
     turns = [cycle(group) for group in _parts(place, wrong, right, others, scope, settings, keep_error)]
     latents = torch.zeros(0, dtype=torch.long, device=place.device)
     values = torch.zeros(0, device=place.device)

@@ -17,21 +17,23 @@ from lmm_sae_nb.support.stages import Metrics
 
 
 def half_of_questions(cases: Sequence[Case], seed: int = 0) -> list[str]:
-    """Return half of the questions that cases ask: half of every group and taught answer.
+    """Return half of the questions that cases ask: half of every group and taught answer, rounded down.
+
+    Groups that have only one question with a taught answer are halved together.
 
     seed: of the draw.
-
-    Raises:
-        ValueError: a group has only one question with a taught answer, so the other half would have none.
     """
     kinds: dict[tuple[str, str], set[str]] = {}
     for case in cases:
         taught = case.tempting if case.contradicts else case.right
         kinds.setdefault((case.group, taught), set()).add(case.question)
+    several = [questions for _, questions in sorted(kinds.items()) if len(questions) > 1]
+    alone: dict[str, set[str]] = {}
+    for (_, taught), questions in sorted(kinds.items()):
+        if len(questions) == 1:
+            alone.setdefault(taught, set()).update(questions)
     rng, half = np.random.default_rng(seed), []
-    for (group, taught), questions in sorted(kinds.items()):
-        if len(questions) < 2:
-            raise ValueError(f"{group!r} has one question whose taught answer is {taught!r}; give cases with more")
+    for questions in [*several, *(alone[taught] for taught in sorted(alone))]:
         half += rng.permutation(sorted(questions))[: len(questions) // 2].tolist()
     return half
 
@@ -43,7 +45,8 @@ class NewQuestions:
     fitted_on: the questions of the fit.
     latents: that the clamp sets.
     parts: held-out answers by `seen` (the same questions) and `new` (the others), to the methods `fitted`, `random`
-        (latents of the same number and strength) and `direction` (fitted without an SAE).
+        (latents of the same number and strength) and `direction` (fitted without an SAE). If the half has no wrong
+        answer, nothing was fitted, and there are no methods.
     """
 
     fitted_on: list[str]
@@ -52,14 +55,20 @@ class NewQuestions:
 
     @property
     def metrics(self) -> Metrics:
-        """Hallucinations, balanced cured rates and harm of each part and method, with intervals."""
+        """Hallucinations, balanced cured rates and harm of each part and method, with intervals.
+
+        A fraction of no cases is left out.
+        """
         metrics: Metrics = {"latents_clamped": self.latents, "questions_fitted_on": len(self.fitted_on)}
         for part, answers in self.parts.items():
             metrics[f"{part}_questions_hallucinations"] = int(answers.wrong.sum())
             for method in answers.methods:
-                metrics |= bounds(f"{part}_questions_{method}_balanced_cured", answers.balanced(method))
-                metrics |= bounds(f"{part}_questions_{method}_harmed", answers.harmed(method))
-            metrics |= over_draws(f"{part}_questions_random_balanced", answers.by_draw("random"))
+                if answers.words:
+                    metrics |= bounds(f"{part}_questions_{method}_balanced_cured", answers.balanced(method))
+                if any(answers.untouched):
+                    metrics |= bounds(f"{part}_questions_{method}_harmed", answers.harmed(method))
+            if answers.words and "random" in answers.methods:
+                metrics |= over_draws(f"{part}_questions_random_balanced", answers.by_draw("random"))
         return metrics
 
 
@@ -80,7 +89,8 @@ def try_new_questions(
 ) -> NewQuestions:
     """Fit a clamp on half of the questions, and try it on other images with these questions and with the other half.
 
-    The largest clamp is taken, without a search, so the cases of the fit are the only ones that it saw.
+    The largest clamp is taken, without a search, so the cases of the fit are the only ones that it saw. If no case of
+    the half is answered wrong, nothing is fitted.
 
     wrong: cases to choose from that are answered wrong.
     right: cases to choose from that are answered right.
@@ -97,13 +107,14 @@ def try_new_questions(
     half = half_of_questions([*wrong, *right], seed)
     known = [[case for case in group if case.question in half] for group in (wrong, right)]
     fitted = fit(place, known[0][:wrong_cases], known[1][:right_cases], others, ASKED, settings, keep_error=keep_error)
-    clamp = fitted.clamps[max(fitted.clamps)]
+    clamp = fitted.clamps[max(fitted.clamps)] if fitted.clamps else ()
     size = strength(place, held_out[:8], clamp, ASKED, keep_error=keep_error)
     methods = {
         "fitted": Method((clamp,), ASKED),
         "random": Method(equal_strength(live, len(clamp), size, draws, seed), ASKED),
         "direction": Method((Shift(tuple(fitted.direction)),), ASKED),
     }
+    methods = {name: method for name, method in methods.items() if fitted.clamps and method.settings}
     parts = {
         "seen": [case for case in held_out if case.question in half],
         "new": [case for case in held_out if case.question not in half],

@@ -58,20 +58,33 @@ class HeldOut:
         """Which cases are hallucinations: answered wrong against what the image shows."""
         return np.array(self.contradicts, bool) & ~np.array(self.untouched, bool)
 
+    @property
+    def hallucinations(self) -> dict[str, int]:
+        """The number of hallucinations for each right answer of a held-out case, 0 included."""
+        answer = np.array(self.answer)
+        return {word: int((self.wrong & (answer == word)).sum()) for word in sorted(set(self.answer))}
+
     def cured(self, method: str) -> dict[str, Proportion]:
-        """Return for each right answer the fraction of hallucinations that a method turns right, over all its draws."""
+        """Return for each right answer the fraction of hallucinations that a method turns right, over all its draws.
+
+        A right answer without hallucinations is left out.
+        """
         right, answer = np.array(self.methods[method], bool), np.array(self.answer)
         return {word: proportion(right[:, self.wrong & (answer == word)].ravel()) for word in self.words}
 
     def balanced(self, method: str) -> Mean:
         """Return the balanced cured rate: the mean of the fractions cured, in which each right answer counts the same.
 
-        A push towards one answer cures one kind of case and none of the other, so it stays at 0.5 or below.
+        A push towards one answer cures one kind of case and none of the other, so it stays at 0.5 or below. If all
+        hallucinations have one right answer, the rate is the fraction of these, and a push may reach 1.
+
+        Raises:
+            ValueError: there are no hallucinations.
         """
         return mean_of_fractions(list(self.cured(method).values()))
 
     def by_draw(self, method: str) -> list[float]:
-        """Return the balanced cured rate of each draw."""
+        """Return the balanced cured rate of each draw; there must be hallucinations."""
         right, answer = np.array(self.methods[method], bool), np.array(self.answer)
         rates = [right[:, self.wrong & (answer == word)].mean(1) for word in self.words]
         return np.mean(rates, axis=0).tolist()
@@ -103,12 +116,27 @@ class HeldOut:
             asked &= np.array(self.contradicts, bool) == contradicts
         return proportion(~np.array(self.methods[method], bool)[:, asked].ravel())
 
-    def cured_or_range(self, method: str) -> Mean:
-        """Return the balanced cured rate with its interval; of several draws the median, the lowest and the highest."""
+    def cured_or_none(self, method: str) -> dict[str, Mean | None]:
+        """Return what `cured` returns for each right answer of a held-out case; None where it has no hallucination."""
+        cured = self.cured(method)
+        return {word: Mean(*cured[word][:3]) if word in cured else None for word in self.hallucinations}
+
+    def cured_or_range(self, method: str) -> Mean | None:
+        """Return the balanced cured rate with its interval; of several draws the median, the lowest and the highest.
+
+        Without hallucinations it is None.
+        """
+        if not self.words:
+            return None
         return self.balanced(method) if len(self.methods[method]) == 1 else _range(self.by_draw(method))
 
-    def harmed_or_range(self, method: str) -> Mean:
-        """Return the fraction of right answers harmed, as `cured_or_range` returns that of wrong ones cured."""
+    def harmed_or_range(self, method: str) -> Mean | None:
+        """Return the fraction of right answers harmed, as `cured_or_range` returns that of wrong ones cured.
+
+        Without right answers it is None.
+        """
+        if not any(self.untouched):
+            return None
         harmed = self.harmed_by_draw(method)
         return Mean(*self.harmed(method)[:3]) if len(harmed) == 1 else _range(harmed)
 
@@ -128,14 +156,16 @@ class HeldOut:
 
     @property
     def metrics(self) -> Metrics:
-        """Counts, and for each method the balanced cured rate, its parts and the harm, with 99 % intervals."""
+        """Counts, and for each method the balanced cured rate, its parts and the harm, with 99 % intervals.
+
+        A fraction of no cases is left out.
+        """
         contradicts, before = np.array(self.contradicts, bool), np.array(self.untouched, bool)
         metrics: Metrics = {
             "hallucinations": int(self.wrong.sum()),
             "right_answers": int(before.sum()),
         }
-        answer = np.array(self.answer)
-        metrics |= {f"hallucinations_right_{word}": int((self.wrong & (answer == word)).sum()) for word in self.words}
+        metrics |= {f"hallucinations_right_{word}": count for word, count in self.hallucinations.items()}
         for method in self.methods:
             metrics |= bounds(f"{method}_balanced_cured", self.balanced(method)) if self.words else {}
             for word, cured in self.cured(method).items():
@@ -205,14 +235,11 @@ def equal_strength(
 
     candidates: the latents to draw from.
     strength: norm of the change.
-    draws: number of clamps.
-
-    Raises:
-        ValueError: there are fewer candidates than `count`.
+    draws: number of clamps; if there are fewer candidates than `count`, there are none.
     """
     candidates = torch.tensor(sorted(candidates))
     if len(candidates) < count:
-        raise ValueError(f"{len(candidates)} latents to draw {count} from; allow more candidates")
+        return ()
     generator = torch.Generator().manual_seed(seed)
     value = strength / max(1, count) ** 0.5
     drawn = [candidates[torch.randperm(len(candidates), generator=generator)[:count]].tolist() for _ in range(draws)]
@@ -277,6 +304,8 @@ def _bare(answer: str) -> str:
 def other_metrics(others: OtherAnswers, prefix: str = "") -> Metrics:
     """Return the fractions of other questions answered right before and after, and of answers kept, with intervals.
 
+    Without other questions they are left out.
+
     prefix: of the names.
     """
     hits = {
@@ -287,5 +316,6 @@ def other_metrics(others: OtherAnswers, prefix: str = "") -> Metrics:
     return {
         name: value
         for title, marks in hits.items()
+        if marks
         for name, value in bounds(f"{prefix}{title}", proportion(marks)).items()
     }

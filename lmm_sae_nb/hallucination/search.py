@@ -57,8 +57,9 @@ class Trial:
     """What a setting did to the cases that it was tried on, all as fractions from 0 to 1 except `shift`.
 
     cured: of the wrong answers, turned right; the mean over the right answers, so that *no* and *yes* count the same.
+        If all wrong cases have one right answer, it is the fraction of these.
     shift: mean rise of their margin, in logits.
-    harmed: of the right answers, turned wrong; None if it was not tried on them.
+    harmed: of the right answers, turned wrong; None if it was not tried on them, or there are none.
     changed: of the answers to other questions, changed by a word or more; None if it was not tried on them.
     """
 
@@ -71,7 +72,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Search:
-    """The chosen setting, and every trial in the order of the settings."""
+    """The chosen setting, and every trial in the order of the settings; without wrong cases there are no trials."""
 
     chosen: Setting
     trials: list[Trial]
@@ -101,23 +102,22 @@ def search(
     All settings are tried on the wrong cases. The best of them, `at_once` at a time, are then tried on the right
     cases and on other questions, until one is within the limits; those behind it cure less. Among settings that cure
     equally many, the one with the fewest latents is tried first, then the one with the largest shift. `NOTHING` is
-    chosen if no other setting will do.
+    chosen if no other setting will do, and without wrong cases.
 
     wrong: cases that are answered wrong with nothing clamped.
-    right: cases that are answered right with nothing clamped.
+    right: cases that are answered right with nothing clamped; without one, nothing limits the harm.
     settings: what to try; `NOTHING` comes first.
     scope: the tokens that are clamped.
     others: questions that have nothing to do with the cases.
     keep_error: whether what the SAE leaves unexplained stays in.
 
     Raises:
-        ValueError: there is no wrong or no right case, or the first setting clamps something.
+        ValueError: the first setting clamps something.
     """
-    if not wrong or not right or settings[0].edits:
-        raise ValueError(
-            f"{len(wrong)} wrong and {len(right)} right cases, and the first setting clamps "
-            f"{len(settings[0].edits)} latents; give at least one of both, and NOTHING first"
-        )
+    if settings[0].edits:
+        raise ValueError(f"the first setting clamps {len(settings[0].edits)} latents; give NOTHING first")
+    if not wrong:
+        return Search(NOTHING, [])
     how = dict(scope=scope, keep_error=keep_error)
     answers = first_tokens(place, wrong, [setting.edits for setting in settings], **how)
     fooled = ~answers.right[0]
@@ -137,7 +137,7 @@ def search(
         changed |= zip(fine, _lost(unchanged(place, others if fine else (), tried, **how)), strict=True)
         best = next((n for n in fine if changed[n] <= limits.changed), 0)
     trials = [
-        Trial(setting, cured[n], shift[n], harmed.get(n), changed.get(n) if others else None)
+        Trial(setting, cured[n], shift[n], harmed.get(n) if right else None, changed.get(n) if others else None)
         for n, setting in enumerate(settings)
     ]
     return Search(settings[best], trials)

@@ -107,10 +107,11 @@ def proportions(results: Mapping[str, Mapping[str, float]], ax: Axes | None = No
     return ax
 
 
-def means(results: Mapping[str, Mapping[str, Mean]], xlabel: str, ax: Axes | None = None) -> Axes | None:
+def means(results: Mapping[str, Mapping[str, Mean | None]], xlabel: str, ax: Axes | None = None) -> Axes | None:
     """Draw means with their intervals, a row for each group.
 
-    results: group to {series: mean}; a series has one colour and marker. Without groups nothing is drawn.
+    results: group to {series: mean}; a series has one colour and marker. Instead of None stands "no case". Without
+        groups nothing is drawn.
     """
     if not results:
         return None
@@ -122,8 +123,13 @@ def means(results: Mapping[str, Mapping[str, Mean]], xlabel: str, ax: Axes | Non
     ax = ax or one_axes(max(LINE + 0.1, 0.12 * len(series) + 0.08) * len(results) + 1.2 + more)
     shades = colours(series)
     for s, name in enumerate(series):
-        y = [n + 0.18 * (s - (len(series) - 1) / 2) for n, row in enumerate(results.values()) if name in row]
-        means = [row[name] for row in results.values() if name in row]
+        at = [n + 0.18 * (s - (len(series) - 1) / 2) for n in range(len(results))]
+        y = [at[n] for n, row in enumerate(results.values()) if row.get(name)]
+        means = [row[name] for row in results.values() if row.get(name)]
+        for n, row in enumerate(results.values()):
+            if name in row and row[name] is None:
+                where = dict(transform=ax.get_yaxis_transform(), va="center", size="small")
+                ax.text(0.01, at[n], "no case", color=shades[name], **where)
         ax.errorbar(
             [m.mean for m in means], y, xerr=_error(means), fmt=MARKERS[s % len(MARKERS)], ms=5, capsize=2,
             color=shades[name], label=one_line(name, WIDTH / 3),
@@ -353,6 +359,7 @@ def search_trials(outcome: Search, limits: Limits, ax: Axes | None = None) -> Ax
     """Draw what each setting of a search cures and harms, a row for each; the best cure is on top.
 
     outcome: the trials; a quantity that was not measured has no dot, and the chosen setting is printed in bold.
+        Without trials a sentence says so.
     limits: dashed lines, in the colour of what they limit.
     """
     trials = sorted((trial for trial in outcome.trials if trial.setting.edits), key=lambda trial: -trial.cured)
@@ -368,6 +375,9 @@ def search_trials(outcome: Search, limits: Limits, ax: Axes | None = None) -> Ax
     _rows(ax, dict.fromkeys(rows), "fraction (dashed: the limits)")
     for label, trial in zip(ax.get_yticklabels(), trials, strict=True):
         label.set_fontweight("bold" if trial.setting == outcome.chosen else "normal")
+    if not trials:
+        ax.text(0.5, 0.5, "no case, or no clamp to try", ha="center", transform=ax.transAxes)
+        ax.set_ylim(0.5, -0.5)
     ax.set_xlim(left=-0.02)
     ax.figure.legend(loc="outside lower center", ncols=_legend_columns(list(labels.values())))
     return ax
@@ -467,7 +477,7 @@ def _names(rows: Mapping[str, Mapping[str, object]]) -> list[str]:
 
 def _error(means: Sequence[Mean]) -> np.ndarray:
     """Return how far the ends of intervals lie from their means, (2, n)."""
-    return np.array([[m.mean - m.low, m.high - m.mean] for m in means]).T
+    return np.array([[m.mean - m.low, m.high - m.mean] for m in means]).reshape(-1, 2).T
 
 
 def _rows(ax: Axes, results: Mapping[str, object], xlabel: str) -> None:

@@ -5,7 +5,14 @@ from datasets import Dataset
 from models import noise
 from PIL import Image
 
-from lmm_sae_nb.hallucination.cases import Case, as_the_model_writes, contradicting_first, custom_case, read_cases
+from lmm_sae_nb.hallucination.cases import (
+    Case,
+    as_the_model_writes,
+    contradicting_first,
+    custom_case,
+    for_fit_and_search,
+    read_cases,
+)
 from lmm_sae_nb.support.images import UnreadableImage
 
 ROWS = [
@@ -54,6 +61,13 @@ def test_all_contradicting_cases_come_before_some_of_the_others():
     cases = [Case(noise(), str(n), "yes", "no", n % 2 == 1) for n in range(6)]
     assert [case.question for case in contradicting_first(cases, 9, 2)] == ["1", "3", "5", "0", "2"]
     assert [case.question for case in contradicting_first(cases, 2, 1)] == ["1", "3", "0"]
+
+
+@pytest.mark.parametrize("count", range(12))
+def test_the_fit_and_the_search_have_no_case_in_common_and_each_gets_its_part_of_few(count):
+    fitted, tried = for_fit_and_search(list(range(count)), 6, 3)
+    assert [*fitted, *tried] == list(range(min(count, 9)))
+    assert len(fitted) == min(6, 2 * count // 3)
 
 
 def test_a_custom_case_is_given_whole_or_not_at_all(tmp_path):

@@ -6,7 +6,7 @@ from models import noise
 
 from lmm_sae_nb.hallucination.answers import Push, Shift, first_tokens, strength
 from lmm_sae_nb.hallucination.cases import Case, answer_questions
-from lmm_sae_nb.hallucination.fit import ASKED, Batch, FitSettings, fit
+from lmm_sae_nb.hallucination.fit import ASKED, Batch, Fit, FitSettings, fit
 from lmm_sae_nb.steer.steering import Edit, steered
 
 QUESTIONS = ("why ?", "how ?", "and how is it so ?", "a b c d ?")
@@ -53,9 +53,9 @@ def test_a_fitted_clamp_raises_the_margins_it_was_fitted_to(place):
     assert bool((margin[1:] > margin[0]).all())
 
 
-def test_a_fit_without_wrong_cases_says_what_to_give(place):
-    with pytest.raises(ValueError, match="there are no wrong cases"):
-        fit(place, [], cases())
+def test_without_wrong_cases_nothing_is_fitted(place):
+    assert fit(place, [], cases()) == Fit({}, [])
+    assert strength(place, [], EDITS, ASKED) == 0
 
 
 def test_a_push_is_as_long_as_the_change_of_its_clamp(place):

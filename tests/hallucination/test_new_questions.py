@@ -30,9 +30,20 @@ def test_half_of_the_questions_of_every_group_and_taught_answer_are_chosen(seed)
     assert half == half_of_questions(cases(), seed)
 
 
-def test_a_group_with_a_single_question_cannot_be_halved():
-    with pytest.raises(ValueError, match="'g' has one question whose taught answer is 'y'"):
-        half_of_questions(cases()[:1])
+def test_groups_with_a_single_question_are_halved_together():
+    alone = [Case(noise(), f"{group} ?", "n", "y", True, group) for group in "klmno"]
+    assert half_of_questions(alone[:1]) == []
+    half = half_of_questions([*alone, *cases()])
+    assert len(half) == 2 + 4 and sum(question[0] in "klmno" for question in half) == 2
+
+
+def test_where_the_half_has_no_wrong_case_nothing_is_fitted_and_the_cases_are_counted(place):
+    settings = FitSettings(rounds=1, each=3, refits=2, direction_steps=2)
+    found = try_new_questions(place, [], cases(), [], cases(2), range(40), settings=settings)
+    assert found.latents == 0 and [len(answers.answer) for answers in found.parts.values()] == [8, 8]
+    assert set(found.metrics) == {
+        "latents_clamped", "questions_fitted_on", "seen_questions_hallucinations", "new_questions_hallucinations"
+    }  # fmt: skip
 
 
 def test_the_fit_sees_only_the_questions_of_its_half(place, monkeypatch):

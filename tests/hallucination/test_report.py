@@ -21,6 +21,7 @@ from lmm_sae_nb.hallucination.report import (
 )
 from lmm_sae_nb.pictureworld.world.scenes import VALIDATION, make_scene
 from lmm_sae_nb.steer.steering import Edit, Scope, steered
+from lmm_sae_nb.support.intervals import proportion
 
 ANSWERS = HeldOut(
     answer=["no", "no", "yes", "yes", "no", "no"],
@@ -72,9 +73,31 @@ def test_a_push_towards_one_answer_has_a_balanced_rate_of_at_most_a_half():
 
 
 def test_without_hallucinations_nothing_is_said_of_cures():
-    metrics = HeldOut(["no"], [True], [""], [True], {"push": [[True]]}).metrics
-    assert metrics["hallucinations"] == 0 and metrics["push_harmed"] == 0
-    assert not any("cured" in name for name in metrics)
+    answers = HeldOut(["no"], [True], [""], [True], {"push": [[True]]})
+    metrics = answers.metrics
+    assert metrics["hallucinations"] == metrics["hallucinations_right_no"] == 0 and metrics["push_harmed"] == 0
+    assert not any("cured" in name or "balanced" in name for name in metrics)
+    assert answers.cured_or_range("push") is None and answers.cured_or_none("push") == {"no": None}
+    assert answers.harmed_or_range("push") == (0, *proportion([False])[1:3])
+
+
+@pytest.mark.parametrize("empty", ["no", "yes"])
+def test_a_right_answer_without_hallucinations_counts_0_and_the_rate_is_that_of_the_other(empty):
+    other = {"no": "yes", "yes": "no"}[empty]
+    right = [True, True, False, False]  # the cases whose right answer is `empty` come first
+    answers = HeldOut([empty] * 2 + [other] * 2, [True] * 4, [""] * 4, right, {"push": [[False, True, True, False]]})
+    metrics = answers.metrics
+    assert metrics[f"hallucinations_right_{empty}"] == 0 and metrics[f"hallucinations_right_{other}"] == 2
+    assert metrics["push_balanced_cured"] == metrics[f"push_cured_right_{other}"] == 1 / 2
+    assert f"push_cured_right_{empty}" not in metrics and "push_harmed_agreeing" not in metrics
+    assert answers.cured_or_none("push")[empty] is None
+
+
+def test_without_right_answers_and_other_questions_nothing_is_said_of_harm():
+    answers = HeldOut(["no"], [True], [""], [False], {"push": [[True]]})
+    assert answers.harmed_or_range("push") is None
+    assert not any("harmed" in name for name in answers.metrics) and answers.metrics["right_answers"] == 0
+    assert other_metrics(OtherAnswers([], [], [])) == {}
 
 
 def test_groups_count_their_hallucinations_by_the_right_answer():
@@ -102,8 +125,7 @@ def test_controls_of_equal_strength_are_drawn_from_the_candidates():
     assert len(clamps) == 30 and {edit.latent for clamp in clamps for edit in clamp} == {1, 3, 5, 7}
     assert all(len({edit.latent for edit in clamp}) == 2 for clamp in clamps)
     assert all(sum(edit.value**2 for edit in clamp) == pytest.approx(100) for clamp in clamps)
-    with pytest.raises(ValueError, match="1 latents to draw 2 from"):
-        equal_strength([1], 2, 10.0, draws=1)
+    assert equal_strength([1], 2, 10.0, draws=1) == ()
 
 
 def test_cases_are_answered_as_one_run_each(place):

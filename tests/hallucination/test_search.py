@@ -1,5 +1,7 @@
 """The search, against every setting run on every case."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import noise
@@ -7,7 +9,7 @@ from models import noise
 from lmm_sae_nb.attribute.attribution import decision
 from lmm_sae_nb.hallucination.answers import first_tokens, unchanged
 from lmm_sae_nb.hallucination.cases import Case, answer_questions
-from lmm_sae_nb.hallucination.search import NOTHING, Limits, Setting, clamp_settings, search
+from lmm_sae_nb.hallucination.search import NOTHING, Limits, Search, Setting, clamp_settings, search
 from lmm_sae_nb.pictureworld.world.scenes import VALIDATION, make_scene
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.steer.steering import Edit, Scope, steered
@@ -84,10 +86,19 @@ def test_the_search_leaves_out_what_changes_too_many_other_answers(embedded):
     assert changed[found.chosen] <= 0.4
 
 
-def test_a_search_needs_something_to_cure_and_something_to_keep(place):
+def test_without_wrong_cases_nothing_is_tried_and_without_right_ones_nothing_limits_the_harm(place):
+    right = Case(noise(40, 40), "why ?", "y", "n", True)  # the model answers y
+    wrong = replace(right, right="n", tempting="y")
+    settings = [NOTHING, setting(1, 1.0), *(setting(n, 200.0) for n in range(8))]
+    assert search(place, [], [right], settings, Limits(0.1)) == Search(NOTHING, [])
+    found = search(place, [wrong], [], settings, Limits(0.0))
+    assert [trial.harmed for trial in found.trials] == [None] * len(settings)
+    most = max(trial.cured for trial in found.trials)
+    assert next(t.cured for t in found.trials if t.setting == found.chosen) == most
+
+
+def test_the_first_setting_of_a_search_clamps_nothing(place):
     cases = [Case(noise(40, 40), "why ?", "y", "n", True)] * 2
-    with pytest.raises(ValueError, match="0 wrong and 2 right cases"):
-        search(place, [], cases, [NOTHING], Limits(0.1))
     with pytest.raises(ValueError, match="the first setting clamps 1 latents"):
         search(place, cases, cases, [setting(1, 1.0)], Limits(0.1))
 

@@ -49,6 +49,13 @@ def test_a_live_figure_is_not_redrawn_more_often_than_asked(shell):
     assert len(shown(captured)) == 3
 
 
+def test_a_group_without_a_case_says_so_in_its_row():
+    rows = {"one": {"no": Mean(0.5, 0.2, 0.8), "yes": None}, "other": {"no": Mean(0.1, 0.0, 0.3)}, "last": {"no": None}}
+    ax = plots.means(rows, "fraction")
+    assert [text.get_position()[1] for text in ax.texts if text.get_text() == "no case"] == pytest.approx([1.91, 0.09])
+    plots.means({"one": {"no": None}}, "fraction").figure.draw_without_rendering()
+
+
 def test_a_live_figure_stays_where_an_error_ends_it(shell):
     with capture_output() as captured, pytest.raises(OSError, match="disk"), plots.live(["fvu"], every=0) as on_log:
         on_log(ROWS)

@@ -19,6 +19,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from lmm_sae_nb.benchmarks.faults_endings import Ending
 from lmm_sae_nb.benchmarks.faults_processes import same_result
 from lmm_sae_nb.benchmarks.faults_world import RUN, Usual, World, begin_project, contents
@@ -28,6 +30,7 @@ from lmm_sae_nb.sae.topk import HISTORY
 from lmm_sae_nb.support import notebooks
 from lmm_sae_nb.support.files import MANIFEST, outputs, read_json, write_json
 from lmm_sae_nb.support.stages import BEGUN
+from lmm_sae_nb.support.tensor_files import hash_of
 from lmm_sae_nb.train.steps import CHECKPOINTS
 
 SAMPLES = {"train": 64, "cache": 48, "heldout": 48, "traps": 240}  # rows of the small data sets
@@ -72,7 +75,7 @@ NAMED = [  # an SAE this small has no latents for these, and pages 06 and 08 nee
     ("happy", "face"), ("sad", "face"), ("hungry", "face"), ("angry", "face"), ("cactus", "object"),
     ("clock", "object"), ("umbrella", "object"), ("guitar", "object"), ("libya", "word"), ("spain", "word"),
 ]  # fmt: skip
-CLOCKED = re.compile("second|memory|cost_ratio")  # in the names of what two undisturbed runs measure differently
+CLOCKED = re.compile("second|memory|cost_ratio|stamp")  # in the names of what differs between undisturbed runs
 
 
 # ---- undisturbed runs ------------------------------------------------------------------------------------------
@@ -156,12 +159,20 @@ def _folders(world: World, project: Path, number: str) -> list[Path]:
 
 
 def _results(world: World, project: Path, number: str) -> dict[str, object]:
-    """Return what a page has made, by file, without what the clock says."""
+    """Return what a page has made, by file, without what only the clock and the disk say."""
     return {
-        f"{folder.name}/{name}": None if name == "seconds.json" else _without_clock(content)
+        f"{folder.name}/{name}": _comparable(folder / name, content)
         for folder in _folders(world, project, number)
         for name, content in contents(folder).items()
     }
+
+
+def _comparable(file: Path, content: object) -> object:
+    if file.name == "seconds.json":
+        return None
+    if file.name == TENSORS:  # its header says where on the disk the pictures are
+        return {name: hash_of([tensor]) for name, tensor in load_file(file).items()}
+    return _without_clock(content)
 
 
 def _without_clock(value: object) -> object:

@@ -51,6 +51,9 @@ cases: dict = {
         "happy", "sad", "angry", "hungry",
         "scared", "loving", "sick", "sleepy",
     ],
+    # words for a concept that no latent has as its name: {"happy":
+    # ["smile"]} also takes a latent named "a smile" or "happy people"
+    "named_by": {},
     # those whose answers the page shows
     "displayed": ["happy", "sad", "hungry"],
     # about a white image
@@ -152,6 +155,7 @@ from lmm_sae_nb.steer.experiments import (
     word_metrics,
 )
 from lmm_sae_nb.steer.objects import (
+    FEW,
     ObjectSteering,
     clamp_values,
     steer_objects,
@@ -207,7 +211,7 @@ prompt = place.lmm.prompt(objects["question"], white)
 states = place.lmm.hidden_states(prompt, layer)[0]
 x = states[prompt.mask("base")[0]].float()
 # any latent and value will do for the check
-edit = Edit(latent=min(named), value=5.0)
+edit = Edit(latent=min(named, default=0), value=5.0)
 
 z = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
 z[:, edit.latent] = edit.value
@@ -234,9 +238,13 @@ assert_close(dense, expected)
 # only pictures.
 
 # %%
-latents = latents_named(cache, names, cases["concepts"])
+latents = latents_named(
+    cache, names, cases["concepts"], cases["named_by"]
+)  # fmt: skip
 displayed = [name for name in cases["displayed"] if name in latents]
 print(latents)
+if len(latents) < 2:
+    print("No case study: fewer than two of these names have a latent.")
 
 # %% mystnb={"figure": {"caption": "The latents of the case studies, on the images that excite them most. Below: the patches above a quarter of the image's highest activation.", "name": "fig-cases"}, "image": {"alt": "Rows of example images for the latents named happy, sad and hungry, with their activation maps and visible patches."}}
 strips = []
@@ -412,6 +420,10 @@ object_names = {
     n: row["concept"] for n, row in named.items()
     if row["kind"] == "object"
 }  # fmt: skip
+if len(object_names) < FEW:
+    object_names = names
+    print("Fewer than three latents are named for an object,", end=" ")
+    print("so all named latents count as such.")
 drawn = np.random.default_rng(seed).permutation(cache.readable)
 steering = stage.result(
     "objects", ObjectSteering,
@@ -424,7 +436,7 @@ steering = stage.result(
     ),
 )  # fmt: skip
 print("untouched:", steering.untouched)
-print("spliced:  ", steering.spliced)
+print("spliced:  ", steering.spliced or "not asked, too few latents")
 plots.table([
     {
         "latent": row.latent, "named": row.concept, "answer": row.answer,
@@ -522,83 +534,95 @@ metrics_table(stage)
 
 # %% tags=["remove-input"]
 m = metrics
-above = m["named_of_100_low"] > m["control_named_of_100_high"]
-limit = (
-    f" {m['dose']:g} is the end of our range of doses; "
-    "more was not tried on this page."
-) * (m["dose"] == max(objects["doses"]))
-feelings_of_saes = over_saes(
-    read_study(page.locate(seeds_study)), stage, "feelings_named",
-    "{:.0f}".format,
-)  # fmt: skip
-feelings_of_saes = feelings_of_saes and f" ({feelings_of_saes})"
-stories_are = (
-    "So steered stories stay about as whole as others."
-    if m["stories_fluency_ratio"] >= 0.8
-    else "So many steered stories are broken at the chosen dose."
-)
-fluent = read_mean(m, "named_fluency") if "named_fluency" in m else "unknown"
+of_objects, of_cases = [], []
+if m["objects_steered"]:
+    above = m["named_of_100_low"] > m["control_named_of_100_high"]
+    limit = (
+        f" {m['dose']:g} is the end of our range of doses; "
+        "more was not tried on this page."
+    ) * (m["dose"] == max(objects["doses"]))
+    fluent = read_mean(m, "named_fluency") if "named_fluency" in m else "unknown"
+    of_objects = [
+        f"At dose {m['dose']:g}, {m['named_of_100']:.0f} of 100 object "
+        "latents make the model name their object on a white image. "
+        f"Random latents: {m['control_named_of_100']:.0f} of 100. The "
+        f"intervals {'do not overlap' if above else 'overlap'}.{limit}",
+        f"The fluency of all answers is {read_mean(m, 'fluency')}, that of "
+        "the answers that name the object "
+        f"{fluent}. Unsteered answers have "
+        f"{read_mean(m, 'unsteered_fluency')}. "
+        f"{m['fluent_named_of_100']:.0f} of 100 latents give an answer that "
+        "names the object and has at least 0.8 of the unsteered fluency.",
+        "Without regard to fluency, the latents that choose would take dose "
+        f"{m['naming_dose']:g}: {m['naming_dose_named_of_100']:.0f} of 100 "
+        "reported latents name their object there.",
+        f"{m['changed_of_100']:.0f} of 100 object latents change the answer, "
+        f"but so do {m['control_changed_of_100']:.0f} of 100 random latents. "
+        "A changed answer does not show that a name is right.",
+        "A dose is relative to the latent's own maximum. Object latents are "
+        f"clamped to {m['clamp_value']:.0f} on average, random latents to "
+        f"{m['control_clamp_value']:.0f}. Rows of `W_dec` have norm 1, so "
+        "this is about the norm of the change in a token's reconstruction. "
+        "With the values of the object latents, "
+        f"{m['control_value_changed_of_100']:.0f} of 100 random latents "
+        "change the answer. "
+        f"{m['control_value_named_of_100']:.0f} of 100 of these answers name "
+        "the object.",
+    ]
+if m["feelings_steered"]:
+    feelings_of_saes = over_saes(
+        read_study(page.locate(seeds_study)), stage, "feelings_named",
+        "{:.0f}".format,
+    )  # fmt: skip
+    feelings_of_saes = feelings_of_saes and f" ({feelings_of_saes})"
+    stories_are = (
+        "So steered stories stay about as whole as others."
+        if m["stories_fluency_ratio"] >= 0.8
+        else "So many steered stories are broken at the chosen dose."
+    )
+    of_cases = [
+        f"{m['feelings_named']} of {m['feelings_steered']} latents named for "
+        f"a feeling make the model report it{feelings_of_saes}, at the dose that "
+        "the other latents choose. With the next feeling's latent, it reports the "
+        f"first feeling for {m['feelings_control_named'] or 'none'}. The "
+        f"fluency is {read_mean(m, 'feelings_fluency')}, that of unsteered answers "
+        f"{read_mean(m, 'feelings_unsteered_fluency')}.",
+        f"{m['stories_named']} of {m['stories_steered']} latents bring their "
+        f"feeling into a story (control: {m['stories_control_named']}). The "
+        f"fluency is {read_mean(m, 'stories_fluency')}, that of unsteered "
+        f"stories {read_mean(m, 'stories_unsteered_fluency')}. {stories_are}",
+        "At any dose, whole sentence or not, "
+        f"{m['feelings_named_any_dose']} of {m['feelings_steered']} latents "
+        f"bring the feeling into an answer, and {m['stories_named_any_dose']} "
+        "into a story.",
+    ]
 findings(
-    f"At dose {m['dose']:g}, {m['named_of_100']:.0f} of 100 object "
-    "latents make the model name their object on a white image. "
-    f"Random latents: {m['control_named_of_100']:.0f} of 100. The "
-    f"intervals {'do not overlap' if above else 'overlap'}.{limit}",
-    f"The fluency of all answers is {read_mean(m, 'fluency')}, that of "
-    "the answers that name the object "
-    f"{fluent}. Unsteered answers have "
-    f"{read_mean(m, 'unsteered_fluency')}. "
-    f"{m['fluent_named_of_100']:.0f} of 100 latents give an answer that "
-    "names the object and has at least 0.8 of the unsteered fluency.",
-    "Without regard to fluency, the latents that choose would take dose "
-    f"{m['naming_dose']:g}: {m['naming_dose_named_of_100']:.0f} of 100 "
-    "reported latents name their object there.",
-    f"{m['changed_of_100']:.0f} of 100 object latents change the answer, "
-    f"but so do {m['control_changed_of_100']:.0f} of 100 random latents. "
-    "A changed answer does not show that a name is right.",
-    "A dose is relative to the latent's own maximum. Object latents are "
-    f"clamped to {m['clamp_value']:.0f} on average, random latents to "
-    f"{m['control_clamp_value']:.0f}. Rows of `W_dec` have norm 1, so "
-    "this is about the norm of the change in a token's reconstruction. "
-    "With the values of the object latents, "
-    f"{m['control_value_changed_of_100']:.0f} of 100 random latents "
-    "change the answer. "
-    f"{m['control_value_named_of_100']:.0f} of 100 of these answers name "
-    "the object.",
-    f"{m['feelings_named']} of {m['feelings_steered']} latents named for "
-    f"a feeling make the model report it{feelings_of_saes}, at the dose that "
-    "the other latents choose. With the next feeling's latent, it reports the "
-    f"first feeling for {m['feelings_control_named'] or 'none'}. The "
-    f"fluency is {read_mean(m, 'feelings_fluency')}, that of unsteered answers "
-    f"{read_mean(m, 'feelings_unsteered_fluency')}.",
-    f"{m['stories_named']} of {m['stories_steered']} latents bring their "
-    f"feeling into a story (control: {m['stories_control_named']}). The "
-    f"fluency is {read_mean(m, 'stories_fluency')}, that of unsteered "
-    f"stories {read_mean(m, 'stories_unsteered_fluency')}. {stories_are}",
-    "At any dose, whole sentence or not, "
-    f"{m['feelings_named_any_dose']} of {m['feelings_steered']} latents "
-    f"bring the feeling into an answer, and {m['stories_named_any_dose']} "
-    "into a story.",
+    *(of_objects or ["Fewer than three latents have a name, so none is clamped on a white image."]),
+    *(of_cases or ["Fewer than two latents are named for a feeling, so there is no case study."]),
 )
 
 # %% tags=["remove-input"]
-low, high = m["word_difference_low"], m["word_difference_high"]
-effect = (
-    "on average, a latent is more active on its name" if low > 0
-    else "on average, a latent is less active on its name" if high < 0
-    else "the interval contains 0, so we see no effect of the word"
-)  # fmt: skip
-findings(
-    "When the model reads a latent's name, the latent reaches on average "
-    f"{m['word_on_name']:.1%} of its maximum on patches; with other names "
-    f"{m['word_on_others']:.1%}. The mean difference within a latent is "
-    f"{100 * m['word_difference']:.1f} points (99 % interval "
-    f"{100 * low:.1f} to {100 * high:.1f}): {effect}.",
-    f"{m['word_silent']} of {m['word_latents']} latents are silent on "
-    "every name (the origin of the figure). "
-    f"{m['word_more_on_name']} are more active on their name than on the "
-    f"mean of the others, {m['word_more_on_others']} less. For the second, "
-    "a response to one of the many other names is enough.",
-)
+if m["word_latents"]:
+    low, high = m["word_difference_low"], m["word_difference_high"]
+    effect = (
+        "on average, a latent is more active on its name" if low > 0
+        else "on average, a latent is less active on its name" if high < 0
+        else "the interval contains 0, so we see no effect of the word"
+    )  # fmt: skip
+    findings(
+        "When the model reads a latent's name, the latent reaches on average "
+        f"{m['word_on_name']:.1%} of its maximum on patches; with other names "
+        f"{m['word_on_others']:.1%}. The mean difference within a latent is "
+        f"{100 * m['word_difference']:.1f} points (99 % interval "
+        f"{100 * low:.1f} to {100 * high:.1f}): {effect}.",
+        f"{m['word_silent']} of {m['word_latents']} latents are silent on "
+        "every name (the origin of the figure). "
+        f"{m['word_more_on_name']} are more active on their name than on the "
+        f"mean of the others, {m['word_more_on_others']} less. For the second, "
+        "a response to one of the many other names is enough.",
+    )
+else:
+    findings("Fewer than two different names are of objects or faces, so no name is read.")
 
 # %% tags=["remove-input"]
 usual = m["all_latents_low_level"]
@@ -692,22 +716,28 @@ findings(
 paper = published("steer", "changed_of_100")
 of_saes = over_saes(study, stage, "named_of_100", count)
 of_saes = of_saes and f" Named over seeds: {of_saes}."
+ours = "fewer than three latents have a name, so none is clamped on a white image."
+if m["objects_steered"]:
+    ours = (
+        f"{m['named_of_100']:.0f} of 100 object latents (99 % interval "
+        f"{m['named_of_100_low']:.0f} to {m['named_of_100_high']:.0f}) make "
+        f"the model name their object, {m['fluent_named_of_100']:.0f} of them "
+        "in a fluent answer. Random latents at the same values: "
+        f"{m['control_value_named_of_100']:.0f} of 100 ("
+        f"{m['control_value_named_of_100_low']:.0f} to "
+        f"{m['control_value_named_of_100_high']:.0f}). A clamp changes the "
+        f"answer for {m['changed_of_100']:.0f} of 100 object latents, and for "
+        f"{m['control_value_changed_of_100']:.0f} of 100 random latents at the "
+        f"same values.{of_saes}"
+    )
 headline(
     page,
-    f"{m['named_of_100']:.0f} of 100 object latents (99 % interval "
-    f"{m['named_of_100_low']:.0f} to {m['named_of_100_high']:.0f}) make "
-    f"the model name their object, {m['fluent_named_of_100']:.0f} of them "
-    "in a fluent answer. Random latents at the same values: "
-    f"{m['control_value_named_of_100']:.0f} of 100 ("
-    f"{m['control_value_named_of_100_low']:.0f} to "
-    f"{m['control_value_named_of_100_high']:.0f}). A clamp changes the "
-    f"answer for {m['changed_of_100']:.0f} of 100 object latents, and for "
-    f"{m['control_value_changed_of_100']:.0f} of 100 random latents at the "
-    f"same values.{of_saes}",
+    ours,
     f"{paper:.0f} of 100 object latents change the answer. How often an "
     "answer names the object is not reported, nor the dose.",
     f"probably because we clamp an early layer, at {m['dose']:g} times "
-    "what any image causes. We did not test this.",
+    "what any image causes. We did not test this."
+    if m["objects_steered"] else "there are too few named latents.",
     controls=" ".join(filter(None, (
         controls_in_short(all_panel, panel_metrics, "{:.0f}"), without_sae
     ))),

@@ -24,7 +24,7 @@ from lmm_sae_nb.score.latents import explained_latents, score_latents
 from lmm_sae_nb.score.masks import FindConcept
 from lmm_sae_nb.score.similarity import AllPairs
 from lmm_sae_nb.score.tables import kind_tables, score_metrics
-from lmm_sae_nb.steer.objects import steer_objects
+from lmm_sae_nb.steer.objects import FEW, steer_objects
 from lmm_sae_nb.steer.steering import Scope
 from lmm_sae_nb.support.intervals import bounds, mean_interval
 from lmm_sae_nb.support.stages import Metrics
@@ -32,8 +32,6 @@ from lmm_sae_nb.train.evaluate import evaluate_sae
 from lmm_sae_nb.truth.accuracy import accuracy_metrics, add_truth, fraction_metrics, other_names, outcome_metrics
 from lmm_sae_nb.truth.detectors import detect_concepts, recall_metrics
 from lmm_sae_nb.truth.label_maps import LabelMaps
-
-FEW = 3  # object latents without which steering measures nothing: two to report, one to choose the dose
 
 
 @dataclass(frozen=True)

@@ -432,8 +432,11 @@ def dose_curves(
 def dose_response(steering: ObjectSteering) -> list[Axes]:
     """Draw over the dose how many answers name the concept, how fluent answers are, and the harmonic mean of the two.
 
-    A dotted line marks the chosen dose, a dashed line the fluency of unsteered answers.
+    A dotted line marks the chosen dose, a dashed line the fluency of unsteered answers. Without steered answers nothing
+    is drawn.
     """
+    if not steering.reported:
+        return []
     axes = panels(3, columns=1, inches=2.1, sharex=True)
     titles = {"names_concept": "concept\n(fraction named)", "fluency": "fluency", "harmonic": "harmonic mean"}
     for ax, (what, title) in zip(axes, titles.items(), strict=True):

@@ -77,17 +77,28 @@ class CaseStudy:
         return [harmonic_mean(*pair) for pair in zip(self.named, self.fluency, strict=True)]
 
 
-def latents_named(cache: LatentCache, concepts: Mapping[int, str], wanted: Iterable[str]) -> dict[str, int]:
+def latents_named(
+    cache: LatentCache,
+    concepts: Mapping[int, str],
+    wanted: Iterable[str],
+    named_by: Mapping[str, Sequence[str]] = {},  # noqa: B006  (only read)
+) -> dict[str, int]:
     """Return for each wanted concept the latent of that name with the highest mean activation on an image.
 
-    A concept that no latent is named for is left out.
+    If no latent has this very name, those count that `named_by` finds and that count for no concept before. A concept
+    that no latent is named for is left out.
 
     concepts: latent to its name.
+    named_by: concept to words, such as "smile" for "happy". A name that has the concept or one of them names it, too.
     """
     strength = {latent: float(cache.top_means[latent, 0]) for latent in concepts}
     found = {}
     for concept in wanted:
         named = [latent for latent, name in concepts.items() if name == concept]
+        if not named and concept in named_by:
+            words = [concept, *named_by[concept]]
+            free = {latent: name for latent, name in concepts.items() if latent not in found.values()}
+            named = [latent for latent, name in free.items() if any(mentions(name, word) for word in words)]
         if named:
             found[concept] = max(named, key=strength.__getitem__)
     return found
@@ -108,20 +119,19 @@ def case_studies(
 ) -> list[CaseStudy]:
     """Ask one prompt while the latent of each concept is clamped.
 
-    latents: concept to latent; at least two.
+    With fewer than two concepts there are no case studies, because fluency has no reference.
+
+    latents: concept to latent.
     doses: above 0.
     unsteered: a prompt with `{}` that asks for an answer about a concept. The untouched model's answers to it, for
         every concept, are the ordinary answers that fluency is measured against.
     image: the one that the prompt shows; without it the prompt has no image.
     scope: the tokens at which the latent is clamped.
     keep_error: as for `steered`.
-
-    Raises:
-        ValueError: there are fewer than two latents.
     """
     lmm, doses = place.lmm, [0.0, *map(float, doses)]
     if len(latents) < 2:
-        raise ValueError(f"only {list(latents)} has a latent, so fluency has no reference; give at least two concepts")
+        return []
     asked = lmm.generate(lmm.prompt([unsteered.format(name) for name in latents]), max_new_tokens=max_new_tokens)
     untouched = lmm.generate(lmm.prompt(prompt, image), max_new_tokens=max_new_tokens)[0]
     as_answers = read_answers(lmm, prompt, image, asked)
@@ -177,10 +187,13 @@ def case_metrics(prefix: str, studies: Sequence[CaseStudy], seed: int = 0) -> Me
     """Return concept, fluency and harmonic mean of case studies and of their control, with intervals.
 
     The dose of each study is the one that the other studies choose. The control has the next latent at this dose.
+    Without studies there is only their number, 0.
 
     prefix: of the names.
     seed: of the intervals.
     """
+    if not studies:
+        return {f"{prefix}_steered": 0}
     chosen = left_out_doses(studies)
     metrics: Metrics = {f"{prefix}_steered": len(studies), f"{prefix}_dose": float(np.median(chosen))}
     for name, group in ((prefix, studies), (f"{prefix}_control", with_next_latents(studies))):
@@ -223,15 +236,13 @@ def word_activations(
 
     The highest activation on a text token of the prompt counts. There is no image.
 
-    concepts: latent to its name.
+    concepts: latent to its name. With fewer than two different names there is no other word to compare with, and no
+        result.
     template: the prompt, with `{}` where a name stands.
-
-    Raises:
-        ValueError: there are fewer than two different names, so there is no other word to compare with.
     """
     lmm, words = place.lmm, sorted(set(concepts.values()))
     if len(words) < 2:
-        raise ValueError(f"the latents have the names {words}; give latents with at least two different names")
+        return []
     prompt = lmm.prompt([template.format(word) for word in words])
     latents = place.sae.encode(lmm.hidden_states(prompt, place.layer).flatten(0, 1).float())
     text = prompt.mask("text")
@@ -249,7 +260,10 @@ def word_metrics(words: Sequence[WordActivation], seed: int = 0) -> Metrics:
     """Return means over latents and their paired difference with intervals, and what the names do to how many latents.
 
     A latent is more active on its name, more active on other names, or as active on both, nearly always silent.
+    Without latents there is only their number, 0.
     """
+    if not words:
+        return {"word_latents": 0}
     on_name, on_others = (np.array([getattr(row, part) for row in words]) for part in ("on_name", "on_others"))
     return {
         "word_latents": len(words),

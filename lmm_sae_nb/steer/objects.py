@@ -24,6 +24,7 @@ from lmm_sae_nb.steer.steering import Scope, answers
 from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval, proportion
 from lmm_sae_nb.support.stages import Metrics
 
+FEW = 3  # latents below which nothing is measured: two to report, one to choose the dose
 FLUENT = 0.8  # an answer is fluent if it has this much of the mean fluency of unsteered answers
 
 
@@ -173,7 +174,12 @@ class Steering:
 
     @property
     def metrics(self) -> Metrics:
-        """The numbers at the chosen dose, with their intervals; named and changed out of 100 objects."""
+        """The numbers at the chosen dose, with their intervals; named and changed out of 100 objects.
+
+        Without reported objects there is only their number, 0.
+        """
+        if not self.reported:
+            return {"objects_steered": 0}
         metrics = {
             "objects_steered": len(self.reported),
             "dose": self.dose,
@@ -310,9 +316,9 @@ def steer_objects(
 ) -> ObjectSteering:
     """Clamp latents named for an object, one at a time, while the model is asked about an image (Appendix D).
 
-    Up to `choosing` latents are clamped at every dose and choose it; `count` others, at random, are reported at the
-    chosen doses. There are two controls with as many live latents at random: at that dose, and at the values of the
-    reported latents.
+    Up to `choosing` latents are clamped at every dose and choose it; up to `count` others, at random, are reported at
+    the chosen doses. If there are too few, a third of them chooses; with fewer than three nothing is clamped. There are
+    two controls with as many live latents at random: at that dose, and at the values of the reported latents.
 
     concepts: latent to the object that it is named for.
     others: images whose unsteered answers are the reference of fluency and its control.
@@ -322,6 +328,9 @@ def steer_objects(
     seed: of the choice of latents.
     """
     rng, asked = np.random.default_rng(seed), SteeredQuestion(place.lmm, question, image, others, batch, max_new_tokens)
+    if len(concepts) < FEW:
+        return ObjectSteering(asked.untouched, "", asked.ordinary, 0.0, 0.0, [], [], [], [])
+    count = min(count, len(concepts) - min(choosing, len(concepts) // 3))
     order = rng.permutation(sorted(concepts)).tolist()
     reported, choosers = order[:count], order[count : count + choosing]
     live = np.setdiff1d(np.flatnonzero(np.asarray(cache.live)), reported)
@@ -359,6 +368,8 @@ def clamp_values(steering: ObjectSteering, cache: LatentCache) -> Metrics:
 
     A row of `W_dec` has norm 1, so the clamp of a silent latent adds a vector of this norm to the reconstruction.
     """
+    if not steering.reported:
+        return {}
     return {
         name: float(np.mean([row.dose * float(cache.max[row.latent]) for row in rows]))
         for name, rows in (("clamp_value", steering.reported), ("control_clamp_value", steering.random))

@@ -63,6 +63,10 @@ def coco(rows: int) -> list[dict]:
     ]  # fmt: skip
 
 
+def sampled(rows: int) -> list[dict]:
+    return [{"image": picture(3000 + n), "source": "made"} for n in range(rows)]
+
+
 def hallusion(rows: int) -> list[dict]:
     kinds = ("chart", "map", "illusion")
     return [

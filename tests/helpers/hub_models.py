@@ -1,4 +1,4 @@
-"""Narrow random models of the true classes, under the names that the preset `small` gives them, as the hub has them.
+"""Narrow random models of the true classes, under the names that `small` and `paper` give them, as the hub has them.
 
 Depth, patches, tiles and special tokens are those of the published models; width and vocabulary are not. The explainer
 and the two models of text know one answer each, by their weights: every token is followed by one other token.
@@ -30,6 +30,17 @@ def publish_small(hub: Path) -> None:
     save(hub, "Qwen/Qwen2.5-1.5B-Instruct", *text_model("red things"))
     for name, make in {
         "IDEA-Research/grounding-dino-tiny": grounders.grounding_dino, "facebook/sam-vit-base": grounders.sam,
+        "openai/clip-vit-base-patch32": grounders.clip,
+    }.items():  # fmt: skip
+        grounders.save(make, hub / "models" / name)
+
+
+def publish_paper(hub: Path) -> None:
+    """Write all models of the preset `paper`, but those that it asks through endpoints."""
+    save(hub, "llava-hf/llama3-llava-next-8b-hf", *deep("llava_next", 32))
+    save(hub, "Salesforce/instructblip-vicuna-7b", *deep("instructblip", 32))
+    for name, make in {
+        "IDEA-Research/grounding-dino-base": grounders.grounding_dino, "facebook/sam-vit-huge": grounders.sam,
         "openai/clip-vit-base-patch32": grounders.clip,
     }.items():  # fmt: skip
         grounders.save(make, hub / "models" / name)

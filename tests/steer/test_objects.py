@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lmm_sae_nb.show import plots
 from lmm_sae_nb.steer import objects
 from lmm_sae_nb.steer.experiments import at_dose
 from lmm_sae_nb.steer.fluency import Ordinary, ReadAnswer, perplexities
@@ -38,6 +39,18 @@ def test_objects_are_steered_as_one_clamp_at_a_time(made, live):
     assert same == pytest.approx([edit_value(cache, row) for row in found.reported], rel=1e-4)
     values = [edit_value(cache, row) for row in found.reported], [edit_value(cache, row) for row in found.random]
     assert list(clamp_values(found, cache).values()) == pytest.approx([np.mean(group) for group in values])
+
+
+def test_of_few_latents_a_third_chooses_the_dose_and_of_two_none_is_clamped(made, live):
+    place, cache, pictures = made
+    how = dict(others=pictures[1:3], count=9, choosing=9, scope=Scope(("base",)), max_new_tokens=1)
+    few, two = (
+        steer_objects(place, cache, dict.fromkeys(live[:count], "thing"), "?", pictures[0], [3], **how)
+        for count in (3, 2)
+    )
+    assert len(few.reported) == 2 and len(few.choosing) == 1
+    assert two.metrics == {"objects_steered": 0} and two.objects == two.choosing == two.random == []
+    assert clamp_values(two, cache) == {} and plots.dose_response(two) == []
 
 
 def edit_value(cache, row):

@@ -38,7 +38,7 @@ def test_a_rehearsal_differs_from_its_preset_by_sizes_alone(root, name, file):
 
 @pytest.mark.slow
 def test_prepare_and_all_pages_of_small_run_from_a_local_hub(root, tmp_path):
-    """08 runs three times: with traps of both answers, and of one, where no case is wrong or no case is right."""
+    """08 runs twice: with traps of both answers, where none is wrong of one, and of one, where none is wrong at all."""
     pages = [f"{source.stem}:" for source in sources(root)]
     command = [sys.executable, str(root / "tests/helpers/rehearse.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)})

@@ -135,8 +135,9 @@ def run(project: Path, name: str, pages: tuple[str, ...]) -> int:
         try:
             run_page(source, values[source.stem])
             if source.stem.startswith("08"):
-                for traps in one_answer(Path(values[source.stem]["traps"])):
-                    run_page(source, values[source.stem] | {"traps": str(traps)})
+                traps = Path(values[source.stem]["traps"])
+                few = {"traps": str(one_answer(traps, "Yes"))}  # no case is wrong
+                run_page(source, values[source.stem] | few)
             if source.stem.startswith("03"):  # page 06 needs latents of these names, which chance does not give
                 name_latents(Path(f"data/artifacts/{name}/interpret/explanations.json"))
             print(
@@ -160,20 +161,18 @@ def most_memory() -> float:
     return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1e6
 
 
-def one_answer(traps: Path) -> list[Path]:
-    """Write the traps whose right answer is Yes, and those whose right answer is No; return where they are.
+def one_answer(traps: Path, word: str) -> Path:
+    """Write the traps with this right answer, and return where they are.
 
-    The model answers one of the two for nearly all. So no case is wrong in one of them, and no case right in the other.
+    The model says Yes to nearly all. So no case is wrong where Yes is right. With both answers, none is wrong of one.
     """
     from datasets import load_from_disk
 
-    rows, written = load_from_disk(traps), []
-    for word in ("Yes", "No"):
-        written.append(traps.with_name(f"traps_{word}"))
-        if not written[-1].exists():
-            numbers = [number for number, answer in enumerate(rows["answer"]) if answer == word]
-            rows.select(numbers).save_to_disk(written[-1])
-    return written
+    folder = traps.with_name(f"traps_{word}")
+    if not folder.exists():
+        rows = load_from_disk(traps)
+        rows.select([n for n, answer in enumerate(rows["answer"]) if answer == word]).save_to_disk(folder)
+    return folder
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--preset", choices=sorted(RUNS), default="small")
     parser.add_argument("pages", nargs="*")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()  # pages may come after the option
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sys.exit(main(given.folder, given.preset, *given.pages))

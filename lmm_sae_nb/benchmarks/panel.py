@@ -128,11 +128,11 @@ def measure(sae: str, part: str) -> None:
 def make_tasks(saes: Sequence[str], parts: Sequence[str], *, keep: bool = False) -> dict[str, Task]:
     """Return the tasks of the panel by name: trainings, dictionaries, caches, then the parts.
 
-    All SAEs are trained and cached, also those whose parts are not asked for: they share passes over the model.
+    The first SAE and those that a part compares with are made, too.
 
     keep: take SAEs and caches as they are on the disk, also those of an earlier version of the code.
     """
-    tasks = {} if keep else _making()
+    tasks = {} if keep else _making(_needed(saes, parts))
     for part in (name for name in PARTS if name in parts):
         for sae in [MODEL] if PARTS[part].of_model else saes:
             model = TRAINED if sae == MODEL else SAES[sae].model
@@ -141,15 +141,24 @@ def make_tasks(saes: Sequence[str], parts: Sequence[str], *, keep: bool = False)
     return tasks
 
 
-def _making() -> dict[str, Task]:
-    """The tasks that make all SAEs and their caches."""
-    tasks = {f"train {name}": Task(panel_saes.train, (name,)) for name in PASSES}
-    for name in (name for name, member in SAES.items() if not member.trained_in):
+def _needed(saes: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """The SAEs that parts of some SAEs read, in the order of `SAES`."""
+    compared = {PARTS[part].other(sae) for part in parts for sae in saes if PARTS[part].other}
+    return [name for name in SAES if name in {FIRST, *saes, *compared}]
+
+
+def _making(saes: Sequence[str]) -> dict[str, Task]:
+    """The tasks that make SAEs and their caches; SAEs of one pass, and of one model, are made together."""
+    members, tasks = {name: SAES[name] for name in saes}, {}
+    for one in PASSES:
+        if together := tuple(name for name, member in members.items() if member.trained_in == one):
+            tasks[f"train {one}"] = Task(panel_saes.train, (one, together))
+    for name in (name for name, member in members.items() if not member.trained_in):
         tasks[f"build {name}"] = Task(panel_saes.build, (name,), ("train first",) if name == "random" else ())
-    for model in dict.fromkeys(member.model for member in SAES.values()):
-        of_model = {name: member for name, member in SAES.items() if member.model == model}
+    for model in dict.fromkeys(member.model for member in members.values()):
+        of_model = {name: member for name, member in members.items() if member.model == model}
         made = {f"train {one.trained_in}" if one.trained_in else f"build {name}" for name, one in of_model.items()}
-        tasks[f"cache {model}"] = Task(panel_saes.cache_all, (model,), tuple(sorted(made)))
+        tasks[f"cache {model}"] = Task(panel_saes.cache_all, (model, tuple(of_model)), tuple(sorted(made)))
     return tasks
 
 

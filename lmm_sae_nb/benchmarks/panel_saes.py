@@ -161,18 +161,15 @@ def samples() -> Sequence[Mapping]:
 # ---- what is made ---------------------------------------------------------------------------------------------------
 
 
-def train(name: str) -> None:
-    """Train the SAEs of one pass; what is finished is only read.
+def train(name: str, saes: Sequence[str]) -> None:
+    """Train SAEs of one pass; what is finished is only read.
 
     name: of the pass.
+    saes: members of this pass. On a CPU the others of the pass do not change their bits.
     """
     page, one = page_parameters("01"), PASSES[name]
     size = {key: page[key] for key in ("n_latents", "k", "lr")}
-    recipes = {
-        sae: Recipe(page["layer"], **size | dict(member.differs or {}))
-        for sae, member in SAES.items()
-        if member.trained_in == name
-    }
+    recipes = {sae: Recipe(page["layer"], **size | dict(SAES[sae].differs or {})) for sae in saes}
     shared = {key: page[key] for key in ("batch_tokens", "dead_after_tokens", "kinds", "accumulate", "mixed_precision")}
     train_saes(
         load_model(one.model), samples(), recipes, **shared, steps=round(one.part * page["steps"]), seed=one.seed,
@@ -211,13 +208,14 @@ def build(name: str) -> None:
     write_json(record, {"key": digest(key)})
 
 
-def cache_all(model: str) -> None:
-    """Cache all members of one model in one pass over the images; caches that are whole are not made again.
+def cache_all(model: str, saes: Sequence[str]) -> None:
+    """Cache members of one model in one pass over the images; caches that are whole are not made again.
 
     model: as of `Member`.
+    saes: members of this model.
     """
     page = page_parameters("02")
-    places = {name: place_of(name) for name, member in SAES.items() if member.model == model}
+    places = {name: place_of(name) for name in saes}
     cache_several(
         places, pictures(), n_top=page["n_top"], batch_size=page["batch_size"], store=page["store"],
         folder=folder_of("caches", ""), save_every=60,

@@ -101,14 +101,15 @@ def log(tmp_path, monkeypatch):
     def make(sae):
         write_json(panel_saes.sae_folder(sae) / "sae.safetensors", {"name": sae})
 
-    def train(name):
+    def train(name, saes):
         made.append(f"train {name}")
-        for sae in (sae for sae, member in SAES.items() if member.trained_in == name):
+        assert all(SAES[sae].trained_in == name for sae in saes)
+        for sae in saes:
             make(sae)
 
     monkeypatch.setattr(panel_saes, "train", train)
     monkeypatch.setattr(panel_saes, "build", lambda name: (made.append(f"build {name}"), make(name)))
-    monkeypatch.setattr(panel_saes, "cache_all", lambda model: made.append("cache"))
+    monkeypatch.setattr(panel_saes, "cache_all", lambda model, saes: made.append("cache"))
 
     def counted(part):
         def measure(case):
@@ -178,7 +179,7 @@ def test_a_part_is_measured_again_if_what_decides_it_has_changed(log, monkeypatc
     measure_all()
     log.clear()
     weights = panel_saes.sae_folder("two") / "sae.safetensors"
-    monkeypatch.setattr(panel_saes, "train", lambda name: None)  # it would write the old weights again
+    monkeypatch.setattr(panel_saes, "train", lambda name, saes: None)  # it would write the old weights again
     write_json(weights, {"name": "other weights"})
     measure_all()
     assert measured(log) == ["names, two", "reads, two"]
@@ -195,6 +196,13 @@ def test_a_part_with_too_little_to_measure_says_why_and_does_not_stop_the_others
     assert found.missing == []
     assert found.saes["two"].parts["names"].metrics == {}
     assert found.saes["two"].parts["names"].why == ["names: no latent has a name; name some"]
+
+
+def test_only_the_saes_that_are_read_are_made(log, monkeypatch):
+    measured_alone = panel.make_tasks(["made"], ["names"])
+    assert [name for name in measured_alone if ", " not in name] == ["train first", "build made", "cache "]
+    monkeypatch.setitem(panel.PARTS, "names", panel.Part(names_part, (), other=lambda sae: "two"))
+    assert "train second" in panel.make_tasks(["made"], ["names"])
 
 
 def test_saes_can_be_kept_as_they_are(log):

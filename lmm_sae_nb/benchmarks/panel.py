@@ -134,7 +134,7 @@ def make_tasks(saes: Sequence[str], parts: Sequence[str], *, keep: bool = False)
     """
     tasks = {} if keep else _making(_needed(saes, parts))
     for part in (name for name in PARTS if name in parts):
-        for sae in [MODEL] if PARTS[part].of_model else saes:
+        for sae in (name for name in (*saes, MODEL) if PARTS[part].is_for(name)):
             model = TRAINED if sae == MODEL else SAES[sae].model
             before = [f"cache {model}", *(f"{each}, {FIRST if sae == MODEL else sae}" for each in PARTS[part].reads)]
             tasks[f"{part}, {sae}"] = Task(measure, (sae, part), tuple(name for name in before if name in tasks))
@@ -170,7 +170,7 @@ def collect(made: dict) -> Panel:
     missing, found = [], {}
     for sae in (*SAES, MODEL):
         of_sae = {}
-        for part in (each for each in PARTS if PARTS[each].of_model == (sae == MODEL)):
+        for part in (name for name, each in PARTS.items() if each.is_for(sae)):
             if is_done(sae, part):
                 record = read_json(part_file(sae, part))
                 of_sae[part] = MeasuredPart.of(record["metrics"], record["seconds"], record["why"])

@@ -17,7 +17,7 @@ from lmm_sae_nb.benchmarks.panel_saes import FIRST, SAES, TRAINED, folder_of, pa
 from lmm_sae_nb.cache.encode_images import base_states
 from lmm_sae_nb.compare import depth
 from lmm_sae_nb.compare.saes import CachedSAE
-from lmm_sae_nb.controls import chain, direction_steering, directions
+from lmm_sae_nb.controls import chain, direction_steering, directions, kind_steering
 from lmm_sae_nb.controls.chain import PartResult
 from lmm_sae_nb.interpret import explain
 from lmm_sae_nb.interpret import open as interpret_open
@@ -35,8 +35,9 @@ from lmm_sae_nb.measures import (
 )
 from lmm_sae_nb.measures.image_latents import ImageLatents
 from lmm_sae_nb.model.lmm import LMM
-from lmm_sae_nb.pictureworld.world import pairs
+from lmm_sae_nb.pictureworld.world import pairs, questions
 from lmm_sae_nb.pictureworld.world.concepts import NESTED
+from lmm_sae_nb.pictureworld.world.questions import FOR_KIND
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.score import latents as score_latents
 from lmm_sae_nb.score import tables as score_tables
@@ -45,6 +46,7 @@ from lmm_sae_nb.score.scores import Explained
 from lmm_sae_nb.score.similarity import ImageTextSimilarity
 from lmm_sae_nb.steer import explain as steer_explain
 from lmm_sae_nb.steer import objects
+from lmm_sae_nb.steer.objects import SteeredQuestion
 from lmm_sae_nb.steer.steering import Scope
 from lmm_sae_nb.support.files import project_root, read_json
 from lmm_sae_nb.support.images import Remembered, open_images
@@ -57,6 +59,7 @@ MODEL = "model"  # the name under which parts that need no SAE are kept
 SIZES = {  # of the panel, where they differ from the notebooks'
     "evaluated": 120, "latents": 300, "scored": 150, "clip_runs": 10, "objects": 30, "choosing": 15, "others": 40,
     "decisions": 8, "pairs": 32, "clamped": 60, "naming_dose": 16.0, "seed": 0,
+    "of_kind": {"doses": [4, 16, 64], "count": 12, "choosing": 6}, "others_of_kind": 20,
 }  # fmt: skip
 
 
@@ -112,6 +115,20 @@ def _name_cosines() -> dict:
     names = sorted({name for _, name in _labels(page_parameters("03")["heldout"]).names})
     heldout = _images(page_parameters("03")["heldout"])
     return detection_scoring.name_cosines(_similarity().all_pairs, heldout, names)
+
+
+@cache
+def _asked(model: str) -> dict[str, SteeredQuestion | None]:
+    """The question of each kind of concept about a white image, None where there is none."""
+    page, images = page_parameters("06")["objects"], _images(page_parameters("02")["images"])
+    white = Image.new("RGB", (page["size"],) * 2, "white")
+    drawn = np.random.default_rng(SIZES["seed"]).permutation(len(images))[: SIZES["others_of_kind"]].tolist()
+    others = [images[n] for n in drawn]
+    how = dict(batch=20, max_new_tokens=page["max_new_tokens"])
+    return {
+        kind: SteeredQuestion(panel_saes.load_model(model), text, white, others, **how) if text else None
+        for kind, text in FOR_KIND.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -224,6 +241,7 @@ class Part:
         also what it imports.
     reads: parts whose explanations it reads.
     of_model: it is of the model and is measured once. If it compares with an SAE, that is the first one.
+    groups: of the SAEs that it is measured for; all if empty.
     other: tells from an SAE's name which second SAE it is compared with.
     """
 
@@ -231,7 +249,14 @@ class Part:
     uses: tuple[ModuleType | Callable, ...]
     reads: tuple[str, ...] = ()
     of_model: bool = False
+    groups: tuple[str, ...] = ()
     other: Callable[[str], str] | None = None
+
+    def is_for(self, sae: str) -> bool:
+        """Return whether the part is measured for an SAE of the panel, or for `MODEL`."""
+        if self.of_model or sae == MODEL:
+            return self.of_model and sae == MODEL
+        return not self.groups or panel_saes.SAES[sae].group in self.groups
 
 
 def _fidelity(case: Case) -> PartResult:
@@ -269,6 +294,13 @@ def _steer(case: Case) -> PartResult:
         case.study, case.rows(), page["question"], Image.new("RGB", (page["size"],) * 2, "white"), page["doses"],
         others=[case.images[int(n)] for n in drawn], count=SIZES["objects"], choosing=SIZES["choosing"],
         kinds=page["kinds"], max_new_tokens=page["max_new_tokens"], seed=case.seed,
+    )  # fmt: skip
+
+
+def _steer_kinds(case: Case) -> PartResult:
+    asked, scope = _asked(SAES[case.name].model), Scope(tuple(page_parameters("06")["objects"]["kinds"]))
+    return kind_steering.steer_kinds(
+        case.study, case.rows(), asked, scope=scope, seed=case.seed, **SIZES["of_kind"]
     )  # fmt: skip
 
 
@@ -356,6 +388,16 @@ def _direction_steering(case: Case) -> Metrics:
     return direction_steering.steering_baselines(case.study, names, case.images, case.truth, seed=case.seed)
 
 
+def _direction_kinds(case: Case) -> PartResult:
+    rows, names = case.rows("detect") | case.rows(), {}
+    for latent, row in rows.items():
+        if row["concept"]:
+            names.setdefault(row["kind"], {})[latent] = row["concept"]
+    return kind_steering.kind_baselines(
+        case.study, names, case.images, case.truth, _asked(TRAINED), seed=case.seed, **SIZES["of_kind"]
+    )  # fmt: skip
+
+
 # A new part is one more line here.
 PARTS: dict[str, Part] = {
     "fidelity": Part(_fidelity, (chain.fidelity, evaluate)),
@@ -373,7 +415,13 @@ PARTS: dict[str, Part] = {
     "steer": Part(_steer, (chain.steer, objects), reads=("interpret",)),
     "attribute": Part(_attribute, (chain.attribute, depth)),
     "steering_names": Part(_steering_names, (steer_explain,), ("interpret",)),
+    "steer_kinds": Part(
+        _steer_kinds, (kind_steering, objects, questions), ("interpret",), groups=("seed", "control")
+    ),
     "direction_detection": Part(_direction_detection, (directions,), of_model=True),
     "direction_steering": Part(_direction_steering, (direction_steering,), ("interpret", "detect"), of_model=True),
+    "direction_kinds": Part(
+        _direction_kinds, (kind_steering, direction_steering, questions), ("interpret", "detect"), of_model=True
+    ),
     "score": Part(_score, (chain.score, score_latents, score_tables), reads=("interpret",)),
 }  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lmm_sae_nb.compare.saes import CachedSAE
 from lmm_sae_nb.controls.directions import LabelledStates, logistic_probes, mean_differences
+from lmm_sae_nb.interpret.explainers import mentions
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.steer.experiments import latents_named
@@ -26,7 +27,7 @@ from lmm_sae_nb.steer.steering import Scope
 from lmm_sae_nb.support.images import Chosen
 from lmm_sae_nb.support.intervals import bounds, mean_interval
 from lmm_sae_nb.support.stages import Metrics
-from lmm_sae_nb.truth.detectors import choose_detectors
+from lmm_sae_nb.truth.detectors import Detector, choose_detectors
 from lmm_sae_nb.truth.label_maps import LabelMaps
 
 QUESTION = "What do you see in this image?"  # of Appendix D
@@ -148,12 +149,14 @@ class SteeringComparison:
 def compare_ways(
     study: CachedSAE, names: Mapping[int, str], truth: LabelMaps, cached: LabelledStates, asked: SteeredQuestion,
     *, doses: Sequence[float] = DOSES, forms: Sequence[str] = FORMS, scope: Scope = Scope(("tiles", "newline")),  # noqa: B008
-    count: int = 40, choosing: int = 20, least: int = 5, seed: int = 0, **probe,
+    count: int = 40, choosing: int = 20, least: int = 5, kind: str = "object",
+    detectors: Sequence[Detector] | None = None, seed: int = 0, **probe,
 ) -> SteeringComparison:  # fmt: skip
     """Steer towards the same objects in every way, each at the dose that other objects choose.
 
     The objects are those that a latent is named for and that enough cached scenes show. Directions know from labels
     where an object is, a named latent does not; so the latent that detects it best by the same labels is clamped, too.
+    Left out are objects that the answer names without steering. With another `kind`, read its concepts for objects.
 
     A dose of 1 adds a vector as long as the mean maximum of the named latents. This is about what their clamps add at
     dose 1, because rows of `W_dec` have norm 1. The controls are random live latents, random rows of `W_dec`, random
@@ -169,6 +172,8 @@ def compare_ways(
     count: objects that are reported; at most two thirds, so that the others can choose.
     choosing: other objects, which choose doses and the form.
     least: cached images that must show an object.
+    kind: of the concepts.
+    detectors: the best latent of each concept on the cached images; None: `choose_detectors` finds them.
     seed: of the choice of objects, of the controls, and of the patches that probes are fitted on.
     probe: other settings of `logistic_probes`.
 
@@ -177,12 +182,15 @@ def compare_ways(
     """
     place, cache = study.place, study.cache
     rng, scenes = np.random.default_rng(seed), cached.scenes
-    column = {name: n for n, (kind, name) in enumerate(cached.names) if kind == "object" and scenes[n] >= least}
-    best = {each.concept: each.latent for each in choose_detectors(cache, truth, best=1) if each.kind == "object"}
-    latents = latents_named(cache, names, [name for name in column if name in best])
+    column = {name: n for n, (one, name) in enumerate(cached.names) if one == kind and scenes[n] >= least}
+    found = choose_detectors(cache, truth, best=1) if detectors is None else detectors
+    best = {each.concept: each.latent for each in found if each.kind == kind}
+    plain = [asked.untouched, *clamping(place, cache, asked, scope)([Try(0, "", 0.0)])]
+    new = [name for name in column if name in best and not any(mentions(answer, name) for answer in plain)]
+    latents = latents_named(cache, names, new)
     if len(latents) < 3:
         raise ValueError(
-            f"a latent is named for {len(latents)} objects that {least} cached images show; steering needs at least "
+            f"a latent is named for {len(latents)} {kind}s that {least} cached images show; steering needs at least "
             "three: give more explanations or more images"
         )
     order = rng.permutation(sorted(latents)).tolist()
@@ -192,7 +200,7 @@ def compare_ways(
     named, detectors, fit = ([known[name] for name in chosen] for known in (latents, best, column))
     free = np.setdiff1d(np.flatnonzero(np.asarray(cache.live)), [*named, *detectors])
     if not len(free):
-        raise ValueError(f"all live latents are steered towards {n} objects, so there is no control; steer fewer")
+        raise ValueError(f"all live latents are steered towards {n} {kind}s, so there is no control; steer fewer")
     others = rng.choice(free, n, replace=len(free) < n).tolist()
     random = rng.normal(size=(n, place.lmm.width)).astype(np.float32)
     length, W_dec = float(cache.max[named].mean()), place.sae.W_dec.detach().float().cpu().numpy()
@@ -213,7 +221,7 @@ def compare_ways(
         "prompt": prompting(asked, concepts, forms),
     }
     following = [*reported[1:], reported[0]]
-    found = {
+    answers = {
         name: steer_by(
             way, asked, concepts, range(1, 1 + len(forms)) if name == "prompt" else doses,
             reported=reported, choosing=range(len(reported), n), curves=False,
@@ -221,7 +229,7 @@ def compare_ways(
         )
         for name, way in ways.items()
     }  # fmt: skip
-    return SteeringComparison(found, length)
+    return SteeringComparison(answers, length)
 
 
 def steering_baselines(

@@ -186,9 +186,7 @@ class Steering:
             "dose_chosen_on": len({row.latent for row in self.choosing}),
         }
         for prefix, rows in {"": self.reported, **self.controls}.items():
-            metrics |= _of_100(f"{prefix}named", rows, "names_concept") | _of_100(f"{prefix}changed", rows, "changed")
-            metrics |= bounds(f"{prefix}fluency", _mean("fluency", [row.fluency for row in rows]))
-            metrics |= bounds(f"{prefix}harmonic", _mean("harmonic", [row.harmonic for row in rows]))
+            metrics |= answer_metrics(rows, prefix)
             metrics[f"{prefix}repeated"] = float(np.mean([row.repeated for row in rows]))
         unsteered = self.ordinary.control_fluency
         metrics |= bounds("unsteered_fluency", _mean("fluency", unsteered))
@@ -255,10 +253,24 @@ def _mean(what: str, values: Sequence[float]) -> Mean:
     return mean_interval(values) if len(values) > 1 else Mean(*[float(values[0])] * 3)
 
 
-def _of_100(name: str, rows: Sequence[SteeredAnswer], what: str) -> Metrics:
-    """Return how many answers of 100 are hits, with the interval, as `<name>_of_100`."""
+def answer_metrics(rows: Sequence[SteeredAnswer], prefix: str = "", end: str = "") -> Metrics:
+    """Return how many of 100 answers name their concept and changed, and the means of fluency and harmonic mean.
+
+    rows: at least one; each number has its 99 % interval.
+    prefix, end: of the names.
+    """
+    metrics = {}
+    for name, what in (("named", "names_concept"), ("changed", "changed")):
+        metrics |= _of_100(f"{prefix}{name}", rows, what, end)
+    for what in ("fluency", "harmonic"):
+        metrics |= bounds(f"{prefix}{what}{end}", _mean(what, [getattr(row, what) for row in rows]))
+    return metrics
+
+
+def _of_100(name: str, rows: Sequence[SteeredAnswer], what: str, end: str = "") -> Metrics:
+    """Return how many answers of 100 are hits, with the interval, as `<name>_of_100<end>`."""
     fraction = proportion([getattr(row, what) for row in rows])
-    return {key: 100 * value for key, value in bounds(f"{name}_of_100", fraction).items()}
+    return {key: 100 * value for key, value in bounds(f"{name}_of_100{end}", fraction).items()}
 
 
 def _doses(rows: Iterable[SteeredAnswer]) -> list[float]:
@@ -275,6 +287,7 @@ def steer_by(
     choosing: Sequence[int],
     control: Sequence[int],
     curves: bool = True,
+    chosen_on: Sequence[SteeredAnswer] = (),
 ) -> Steering:
     """Steer towards concepts in one way, at the dose that other concepts choose.
 
@@ -283,12 +296,13 @@ def steer_by(
     choosing: numbers of other concepts, which choose the dose.
     control: a number in the place of each reported one; its answer is searched for the reported name.
     curves: report every dose, not only the chosen ones.
+    chosen_on: steered answers about other concepts, to another question, which choose the dose if `choosing` is empty.
 
     Raises:
         ValueError: no concept chooses the dose.
     """
     (unsteered,) = way([Try(0, "", 0.0)])
-    chosen_on = asked.steer(way, at_doses(concepts, choosing, doses), unsteered)
+    chosen_on = asked.steer(way, at_doses(concepts, choosing, doses), unsteered) if len(choosing) else [*chosen_on]
     dose, naming_dose = chosen_doses(chosen_on)
     shown = doses if curves else sorted({dose, naming_dose})
     objects = asked.steer(way, at_doses(concepts, reported, shown), unsteered)

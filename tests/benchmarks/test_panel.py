@@ -205,6 +205,12 @@ def test_only_the_saes_that_are_read_are_made(log, monkeypatch):
     assert "train second" in panel.make_tasks(["made"], ["names"])
 
 
+def test_a_part_can_be_of_some_groups_only(log, monkeypatch):
+    monkeypatch.setitem(panel.PARTS, "reads", panel.Part(reading_part, (), reads=("names",), groups=("control",)))
+    found = measure_all()
+    assert (found.missing, list(found.column("reads", "letters"))) == ([], ["made"])
+
+
 def test_saes_can_be_kept_as_they_are(log):
     measure_all()
     log.clear()
@@ -256,12 +262,13 @@ def test_the_committed_panel_is_of_the_shipped_recipe(root):
 def test_the_committed_panel_holds_every_part_of_every_sae(root):
     found = read_panel(root / "book/panel.json")
     assert found.missing == [], RENEW
-    of_sae = {name for name, part in panel.PARTS.items() if not part.of_model}
     for name in panel.SAES:
+        of_sae = {part for part, each in panel.PARTS.items() if each.is_for(name)}
         assert found.saes[name].parts.keys() == of_sae, f"{name}; {RENEW}"
         assert (found.saes[name].about, found.saes[name].group) == (panel.SAES[name].about, panel.SAES[name].group)
-    assert found.saes[panel.MODEL].parts.keys() == panel.PARTS.keys() - of_sae, RENEW
-    assert (root / "book/panel.json").stat().st_size < 600_000
+    of_model = {part for part, each in panel.PARTS.items() if each.of_model}
+    assert found.saes[panel.MODEL].parts.keys() == of_model, RENEW
+    assert (root / "book/panel.json").stat().st_size < 700_000
 
 
 def test_only_consistency_with_another_model_is_left_out_of_the_committed_panel(root):

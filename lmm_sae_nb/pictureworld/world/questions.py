@@ -259,6 +259,12 @@ PICTURED: dict[str, Callable[[Scene, np.random.Generator], list[Question]]] = {
 UNPICTURED: dict[str, Callable[[np.random.Generator], Question]] = {
     "fact": fact, "you": how_do_you_feel, "imagine": imagine, "story": story,
 }  # fmt: skip
+# A question whose answer is a concept of the kind; "": the model learns none. That for objects is of the paper.
+FOR_KIND = {
+    "object": "what do you see in this image ?", "scene": "what kind of scene is this ?", "part": "",
+    "material": "what is the block made of ?", "texture": "what texture is on the panel ?",
+    "colour": "what colour is shown ?", "face": "how does the face feel ?", "word": "what does the sign say ?",
+}  # fmt: skip
 # How many questions of a family a lesson asks about one picture, at most (looking up comes hardest: most).
 _DOSE = {
     "describe": 1, "position": 2, "scene": 1, "colour": 2, "texture": 1, "material": 1, "part": 4, "count": 1,

@@ -3,7 +3,8 @@
 The panel is six seeds of notebook 01's SAE, control SAEs, other sizes, and classical dictionaries (`panel_saes`). They
 are trained and cached first. Then each part of `PARTS` is measured for each of them. Every result is a file in
 `data/artifacts/panel/`, so a command that was stopped goes on where it was; what was made with the present code,
-parameters, models and data is not made again. The file is written at the end with what is finished.
+parameters, models and data is not made again. The file is written at the end with what is finished. With `--add` it
+keeps what it holds of the same recipe.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import ast
 import hashlib
 import inspect
+import json
 import os
 import sys
 import textwrap
@@ -27,7 +29,7 @@ from lmm_sae_nb.benchmarks.panel_parts import MODEL, PARTS, SIZES, Case, Part, p
 from lmm_sae_nb.benchmarks.panel_saes import FIRST, PASSES, SAES, TRAINED, digest, page_parameters
 from lmm_sae_nb.benchmarks.tasks import Task, do_tasks
 from lmm_sae_nb.controls.chain import PartResult
-from lmm_sae_nb.show.panel import MeasuredPart, Panel, PanelSAE, write_panel
+from lmm_sae_nb.show.panel import MeasuredPart, Panel, PanelSAE, read_panel, write_panel
 from lmm_sae_nb.support.files import fingerprint, project_root, read_json, write_json
 from lmm_sae_nb.support.parameters import leave_out
 from lmm_sae_nb.support.progress import progress_bar
@@ -162,24 +164,44 @@ def _making(saes: Sequence[str]) -> dict[str, Task]:
     return tasks
 
 
-def collect(made: dict) -> Panel:
+def collect(made: dict, earlier: Panel | None = None) -> Panel:
     """Gather what is measured.
 
     made: date, machine and versions.
+    earlier: a panel whose parts stand in for those that are not measured here; `made` then says which, and their date.
+
+    Raises:
+        ValueError: the earlier panel has another recipe.
     """
-    missing, found = [], {}
+    if earlier and not _agree(earlier.recipe, json.loads(json.dumps(inputs()))):
+        raise ValueError(
+            "the earlier panel has another recipe, so its parts cannot stand beside new ones; leave it out"
+        )
+    missing, found, kept = [], {}, set()
     for sae in (*SAES, MODEL):
         of_sae = {}
         for part in (name for name, each in PARTS.items() if each.is_for(sae)):
             if is_done(sae, part):
                 record = read_json(part_file(sae, part))
                 of_sae[part] = MeasuredPart.of(record["metrics"], record["seconds"], record["why"])
+            elif earlier and sae in earlier.saes and part in earlier.saes[sae].parts:
+                of_sae[part] = earlier.saes[sae].parts[part]
+                kept.add(part)
             else:
                 missing.append(f"{sae}, {part}")
         if of_sae:
             about, group = (SAES[sae].about, SAES[sae].group) if sae in SAES else ("the model, without an SAE", MODEL)
             found[sae] = PanelSAE(about, group, of_sae)
+    if earlier and kept:
+        made = made | {"kept": {"date": earlier.made.get("date"), "parts": [name for name in PARTS if name in kept]}}
     return Panel(ABOUT, COMMAND, made, inputs(), missing, found)
+
+
+def _agree(one: object, other: object) -> bool:
+    """Whether two recipes have the same values by all names that both have."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return all(_agree(one[name], other[name]) for name in one.keys() & other.keys())
+    return one == other
 
 
 def run(tasks: Mapping[str, Task], jobs: int) -> dict[str, str]:
@@ -200,6 +222,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", action="store_true", help="take SAEs and caches as they are, also those of earlier code"
     )
+    parser.add_argument("--add", action="store_true", help="keep what the file holds and is not measured here")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes side by side")
     parser.add_argument("--out", type=Path, default=project_root() / "book" / "panel.json")
 
@@ -216,7 +239,7 @@ def main(options: argparse.Namespace) -> None:
         raise SystemExit("the datasets of Picture World are missing; run `make world` first")
     os.environ["OMP_NUM_THREADS"] = "1"  # of each process
     failed = run(make_tasks(options.saes, options.parts, keep=options.keep), options.jobs)
-    found = collect(circumstances())
+    found = collect(circumstances(), read_panel(options.out) if options.add else None)
     write_panel(options.out, found)
     for name, sae in found.saes.items():
         for why in (why for part in sae.parts.values() if not part.metrics for why in part.why):

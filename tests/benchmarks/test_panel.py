@@ -211,6 +211,21 @@ def test_a_part_can_be_of_some_groups_only(log, monkeypatch):
     assert (found.missing, list(found.column("reads", "letters"))) == ([], ["made"])
 
 
+def test_an_earlier_panel_stands_in_for_what_is_not_measured_here(log, monkeypatch):
+    earlier = measure_all()
+    panel.part_file("two", "reads").unlink()
+    panel.part_file("one", "names").write_text("{}")
+    found = panel.collect({"date": "2026-12-01"}, earlier)
+    assert found.missing == []
+    assert found.saes == earlier.saes
+    assert found.made["kept"] == {"date": "2026-11-30", "parts": ["names", "reads"]}
+    monkeypatch.setattr(panel, "inputs", lambda: {"pages": {"01": {"k": 4}}, "sizes": {"new": 3}})
+    assert panel.collect({}, earlier).missing == []
+    monkeypatch.setattr(panel, "inputs", lambda: {"pages": {"01": {"k": 8}}})
+    with pytest.raises(ValueError, match="another recipe"):
+        panel.collect({}, earlier)
+
+
 def test_saes_can_be_kept_as_they_are(log):
     measure_all()
     log.clear()

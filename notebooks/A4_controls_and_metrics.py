@@ -118,11 +118,14 @@ from lmm_sae_nb.show.panel_views import (
     beside_each_other,
     compared_with_first,
     kind_panels,
+    kinds_in_short,
     method_rows,
     metric_exam,
+    not_measured,
     panel_dots,
     panel_rows,
     panel_values,
+    steered_kinds,
 )
 from lmm_sae_nb.show.report import (
     findings,
@@ -375,6 +378,40 @@ plots.table(method_rows(known, "direction_steering", ways, {
 # %% [markdown]
 # The *harmonic mean* is that of concept and fluency, as on page 06.
 #
+# ### Steering by kind of concept
+#
+# So far we steered towards objects. Here each kind of concept has a question of
+# its own, about a white image: "what texture is on the panel ?", for example. An
+# answer must have the concept's word. Each SAE has up to 12 latents of a kind.
+# Other concepts of this kind choose the dose (4, 16 or 64). The numbers: named,
+# of 100.
+
+# %%
+first, second = columns.STEERED_KINDS[:4], columns.STEERED_KINDS[4:]
+display(plots.table(steered_kinds(known, kinds=first), digits=0))
+plots.table(steered_kinds(known, kinds=(*second, "")), digits=0)
+
+# %% [markdown]
+# *All kinds*: each steered latent or concept counts the same. Kinds that an SAE
+# has no latents for are missing in it. The last six rows steer towards the same
+# concepts, those of the first trained SAE. Half-trained SAEs and other sizes are
+# not measured. The same for random latents, directions and other prompts in their
+# place, and the fluency of the answers:
+
+# %% tags=["hide-output"]
+for metric, digits in {"control_named_of_100": 0, "fluency": 2}.items():
+    for kinds in (first, (*second, "")):
+        rows = steered_kinds(known, metric, kinds)
+        display(plots.table(rows, digits=digits))
+
+# %% [markdown]
+# A dash above has one of these reasons:
+
+# %% tags=["hide-output"]
+display(plots.table(not_measured(known, "steer_kinds")))
+plots.table(not_measured(known, "direction_kinds"))
+
+# %% [markdown]
 # ## Measures of the literature
 #
 # The paper does not report these. Each is one documented function of
@@ -605,6 +642,7 @@ if known:
         "To steer towards an object (named, of 100): "
         + beside_each_other(known, "direction_steering", ways, "steer_{}_named_of_100", "{:.0f}")
         + ". " + compared_with_first(known, "direction_steering", ways, "steer_{}_named_above_latent"),
+        *kinds_in_short(known),
     ]
 findings(*sentences)
 
@@ -617,6 +655,8 @@ findings(*sentences)
 # these contain 0. Six of the SAEs are alike but for their seed. So a metric that
 # sees nothing but the recipe separates them, too. Labels choose the
 # best latents. Some SAEs have few latents named for an object, so few are steered.
+# Of other kinds, there are fewer still. A question such as "how does the face
+# feel ?" speaks of a thing that the white image does not show.
 # The two models with new weights do not answer rightly. So their fluency, loss
 # recovered and attribution say little about their SAEs.
 #

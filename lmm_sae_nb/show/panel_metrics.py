@@ -114,3 +114,13 @@ BY_KIND = {
 def of_kinds(at: PanelMetric, kinds: Sequence[str] = KINDS) -> dict[str, PanelMetric]:
     """Return a metric of each kind of concept, by kind."""
     return {kind: PanelMetric(at.part, f"{at.metric}_{kind}") for kind in kinds}
+
+
+STEERED_KINDS = ("object", *(kind for kind in KINDS if kind not in ("object", "part")))  # "part" has no question
+STEERED_BY_KIND = PanelMetric("steer_kinds", "named_of_100")
+# ways that need no named latent, as `direction_kinds` measures them
+WAYS_BY_KIND = {
+    "latent": "one latent for each concept", "detector": "the latent that detects it best",
+    "decoder": "the latent's direction, added", "difference": "no SAE: difference of means",
+    "probe": "no SAE: logistic probe", "prompt": "no SAE: prompt",
+}  # fmt: skip

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from lmm_sae_nb.show.panel_metrics import BY_KIND, ONE_TABLE, PanelMetric, of_kinds
+from lmm_sae_nb.show.panel_metrics import (
+    BY_KIND,
+    ONE_TABLE,
+    STEERED_BY_KIND,
+    STEERED_KINDS,
+    WAYS_BY_KIND,
+    PanelMetric,
+    of_kinds,
+)
 from lmm_sae_nb.show.style import BLUE, GREY, ORANGE, PALETTE, WIDTH, panels
 from lmm_sae_nb.show.texts import one_line, wrapped
 
@@ -82,6 +90,77 @@ def all_methods(panel: Panel | None) -> list[dict[str, str | float | Mean | Spre
         }
         rows.append({"": words} | {title: at and panel.interval("model", *at) for title, at in of.items()})
     return rows
+
+
+def steered_kinds(
+    panel: Panel | None, metric: str = "named_of_100", kinds: Sequence[str] = STEERED_KINDS
+) -> list[dict[str, str | float | Mean | Spread | None]]:
+    """Return a metric of steering for each kind of concept: rows of trained SAEs, of controls, and of other methods.
+
+    panel: None gives no rows.
+    metric: "named_of_100", "control_named_of_100" or "fluency".
+    kinds: the columns; "" is all kinds together.
+    """
+    names = {kind or "all kinds": f"{metric}_{kind}".strip("_") for kind in kinds}
+    rows = panel_rows(
+        panel, {kind: PanelMetric(STEERED_BY_KIND.part, name) for kind, name in names.items()}, ("control",)
+    )
+    if panel is None or "model" not in panel.saes:
+        return rows
+    return rows + [
+        {"": words}
+        | {kind: panel.interval("model", "direction_kinds", f"steer_{way}_{name}") for kind, name in names.items()}
+        for way, words in WAYS_BY_KIND.items()
+    ]
+
+
+def not_measured(panel: Panel | None, part: str) -> list[dict[str, str]]:
+    """Return why a part could not measure something, with the SAEs that this holds for; each reason has one row.
+
+    panel: None gives no rows.
+    """
+    saes: dict[str, list[str]] = {}
+    for sae in panel.saes.values() if panel else ():
+        for why in sae.parts[part].why if part in sae.parts else ():
+            saes.setdefault(why, []).append(sae.about)
+    return [{"reason": why, "SAEs": "; ".join(of)} for why, of in saes.items()]
+
+
+def kinds_in_short(panel: Panel | None) -> list[str]:
+    """Return sentences on steering by kind: trained SAEs against random latents, against controls, and other methods.
+
+    panel: None, or one in which steering by kind is not measured, gives no sentence.
+    """
+    if panel is None or not (
+        seeds := [name for name in panel.group("seed") if "steer_kinds" in panel.saes[name].parts]
+    ):
+        return []
+    parts, clear, beyond, reached = [], [], [], []
+    for kind, at in of_kinds(STEERED_BY_KIND, STEERED_KINDS).items():
+        if not (values := _values(panel, seeds, at)):
+            parts.append(f"{kind}: nothing")
+            continue
+        random = _values(panel, seeds, PanelMetric(at.part, f"control_{at.metric}"))
+        parts.append(f"{kind} {statistics.median(values):.0f} ({statistics.median(random):.0f})")
+        pairs = [(panel.interval(n, *at), panel.interval(n, at.part, f"control_{at.metric}")) for n in seeds]
+        above = sum(one is not None and one.low > other.high for one, other in pairs)
+        clear += [f"{kind} ({above} of {len(values)} SAEs)"] if above else []
+        if found := against(panel, at):
+            (reached if found.reaching else beyond).append(kind)
+    sentences = [
+        "Steered by kind, latents of trained SAEs make the model name their concept, of 100 (median of "
+        f"{len(seeds)}; in brackets: random latents at that dose): {', '.join(parts)}. The intervals of an SAE and of "
+        f"its random latents lie apart for: {', '.join(clear) or 'no kind'}.",
+        f"Every trained SAE names more than every control for: {', '.join(beyond) or 'no kind'}; a control is as high "
+        f"for: {', '.join(reached) or 'no kind'}. With at most 12 latents of a kind, intervals are wide.",
+    ]
+    together = beside_each_other(panel, "direction_kinds", WAYS_BY_KIND, "steer_{}_named_of_100", "{:.0f}")
+    if together:
+        sentences.append(
+            f"Methods beside each other, all kinds together (named, of 100): {together}. "
+            + compared_with_first(panel, "direction_kinds", WAYS_BY_KIND, "steer_{}_named_above_latent")
+        )
+    return sentences
 
 
 def _spread(panel: Panel, saes: Sequence[str], at: PanelMetric) -> Spread | None:

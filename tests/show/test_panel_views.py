@@ -14,11 +14,14 @@ from lmm_sae_nb.show.panel_views import (
     compared_with_first,
     controls_in_short,
     kind_panels,
+    kinds_in_short,
     method_rows,
     metric_exam,
+    not_measured,
     panel_dots,
     panel_rows,
     panel_values,
+    steered_kinds,
 )
 from lmm_sae_nb.support.intervals import Mean
 
@@ -154,3 +157,60 @@ def test_without_a_panel_nothing_is_shown():
     assert panel_values(None, {"good": GOOD}) == {} and against_controls(None, {"good": GOOD}) == []
     assert method_rows(None, "part", {}, {}) == [] and controls_in_short(None, {"good": GOOD}) == ""
     assert all_methods(None) == []
+
+
+def by_kind(group, about, why=(), **metrics):
+    return PanelSAE(about, group, {"steer_kinds": MeasuredPart(metrics, 1.0, list(why))})
+
+
+STEERED = Panel(
+    "", "", {}, {}, [],
+    {
+        "seed_0": by_kind(
+            "seed", "seed 0", ["face: none"], named_of_100_texture=(80, 50, 95),
+            control_named_of_100_texture=(0, 0, 30), named_of_100_scene=(10, 0, 60), control_named_of_100_scene=(5, 0, 55),
+        ),
+        "seed_1": by_kind(
+            "seed", "seed 1", ["face: none"], named_of_100_texture=(60, 20, 90),
+            control_named_of_100_texture=(10, 0, 40), named_of_100_scene=(20, 0, 70), control_named_of_100_scene=(5, 0, 55), named_of_100=(40, 30, 50),
+        ),
+        "random": by_kind(
+            "control", "random rows", ["face: none", "texture: two"], named_of_100_scene=(20, 0, 70),
+            named_of_100_texture=(30, 10, 50),
+        ),
+        "half": by_kind("half", "half the steps"),
+        "model": PanelSAE("no SAE", "model", {"direction_kinds": MeasuredPart({
+            "steer_latent_named_of_100": (50, 40, 60), "steer_probe_named_of_100": (90, 80, 95),
+            "steer_probe_named_of_100_texture": (100, 60, 100), "steer_probe_named_above_latent": (40, 20, 60),
+        }, 1.0)}),
+    },
+)  # fmt: skip
+
+
+def test_steering_by_kind_has_rows_of_trained_saes_of_controls_and_of_other_methods():
+    rows = {row.pop(""): row for row in steered_kinds(STEERED, kinds=("texture", "scene", ""))}
+    assert list(rows)[:2] == ["trained, 2 seeds", "control: random rows"]
+    assert rows["trained, 2 seeds"]["texture"][:] == (70, 60, 80)
+    assert rows["control: random rows"] == {"texture": Mean(30, 10, 50), "scene": Mean(20, 0, 70), "all kinds": None}
+    assert rows["no SAE: logistic probe"] == {
+        "texture": Mean(100, 60, 100), "scene": None, "all kinds": Mean(90, 80, 95)
+    }  # fmt: skip
+    assert steered_kinds(None) == []
+
+
+def test_what_is_not_measured_is_said_with_its_reason_once():
+    assert not_measured(STEERED, "steer_kinds") == [
+        {"reason": "face: none", "SAEs": "seed 0; seed 1; random rows"},
+        {"reason": "texture: two", "SAEs": "random rows"},
+    ]
+    assert not_measured(None, "steer_kinds") == []
+
+
+def test_sentences_on_steering_by_kind_follow_from_the_intervals():
+    random, controls, others = kinds_in_short(STEERED)
+    assert "texture 70 (5)" in random and "scene 15 (5)" in random and "word: nothing" in random
+    assert "lie apart for: texture (1 of 2 SAEs)." in random
+    assert "every control for: texture; a control is as high for: scene." in controls
+    assert "no SAE: logistic probe 90 [80, 95]" in others
+    assert others.endswith("Better than one latent for each concept: no SAE: logistic probe.")
+    assert kinds_in_short(None) == kinds_in_short(PANEL) == []

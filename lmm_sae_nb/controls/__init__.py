@@ -2,5 +2,5 @@
 
 Read in this order: `dictionaries` (control SAEs), `chain` (the metrics of notebooks 01 to 07 for one SAE),
 `directions` (detect concepts by a difference of means and by logistic probes), `direction_steering` (steer by these
-directions, and by a prompt).
+directions, and by a prompt), `kind_steering` (steer towards concepts of every kind).
 """

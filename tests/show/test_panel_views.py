@@ -168,11 +168,13 @@ STEERED = Panel(
     {
         "seed_0": by_kind(
             "seed", "seed 0", ["face: none"], named_of_100_texture=(80, 50, 95),
-            control_named_of_100_texture=(0, 0, 30), named_of_100_scene=(10, 0, 60), control_named_of_100_scene=(5, 0, 55),
+            control_named_of_100_texture=(0, 0, 30), named_of_100_scene=(10, 0, 60),
+            control_named_of_100_scene=(5, 0, 55),
         ),
         "seed_1": by_kind(
             "seed", "seed 1", ["face: none"], named_of_100_texture=(60, 20, 90),
-            control_named_of_100_texture=(10, 0, 40), named_of_100_scene=(20, 0, 70), control_named_of_100_scene=(5, 0, 55), named_of_100=(40, 30, 50),
+            control_named_of_100_texture=(10, 0, 40), named_of_100_scene=(20, 0, 70),
+            control_named_of_100_scene=(5, 0, 55), named_of_100=(40, 30, 50),
         ),
         "random": by_kind(
             "control", "random rows", ["face: none", "texture: two"], named_of_100_scene=(20, 0, 70),

@@ -205,8 +205,8 @@ def test_only_the_saes_that_are_read_are_made(log, monkeypatch):
     assert "train second" in panel.make_tasks(["made"], ["names"])
 
 
-def test_a_part_can_be_of_some_groups_only(log, monkeypatch):
-    monkeypatch.setitem(panel.PARTS, "reads", panel.Part(reading_part, (), reads=("names",), groups=("control",)))
+def test_a_part_can_be_of_some_saes_only(log, monkeypatch):
+    monkeypatch.setitem(panel.PARTS, "reads", panel.Part(reading_part, (), reads=("names",), saes=("made",)))
     found = measure_all()
     assert (found.missing, list(found.column("reads", "letters"))) == ([], ["made"])
 

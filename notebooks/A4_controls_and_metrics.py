@@ -394,9 +394,10 @@ plots.table(steered_kinds(known, kinds=(*second, "")), digits=0)
 # %% [markdown]
 # *All kinds*: each steered latent or concept counts the same. Kinds that an SAE
 # has no latents for are missing in it. The last six rows steer towards the same
-# concepts, those of the first trained SAE. Half-trained SAEs and other sizes are
-# not measured. The same for random latents, directions and other prompts in their
-# place, and the fluency of the answers:
+# concepts, those of the first trained SAE. For time, only three seeds are
+# measured, and the controls of the same model. Those of models with new weights,
+# half-trained SAEs, other sizes, PCA and NMF are not. The same for random latents,
+# directions and other prompts in their place, and the fluency of the answers:
 
 # %% tags=["hide-output"]
 for metric, digits in {"control_named_of_100": 0, "fluency": 2}.items():

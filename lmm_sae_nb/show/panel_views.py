@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -102,9 +103,11 @@ def steered_kinds(
     kinds: the columns; "" is all kinds together.
     """
     names = {kind or "all kinds": f"{metric}_{kind}".strip("_") for kind in kinds}
-    rows = panel_rows(
-        panel, {kind: PanelMetric(STEERED_BY_KIND.part, name) for kind, name in names.items()}, ("control",)
+    columns = {kind: PanelMetric(STEERED_BY_KIND.part, name) for kind, name in names.items()}
+    measured = panel and replace(
+        panel, saes={name: sae for name, sae in panel.saes.items() if STEERED_BY_KIND.part in sae.parts}
     )
+    rows = panel_rows(measured, columns, ("control",)) if measured and measured.saes else []
     if panel is None or "model" not in panel.saes:
         return rows
     return rows + [

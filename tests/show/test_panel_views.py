@@ -180,7 +180,7 @@ STEERED = Panel(
             "control", "random rows", ["face: none", "texture: two"], named_of_100_scene=(20, 0, 70),
             named_of_100_texture=(30, 10, 50),
         ),
-        "half": by_kind("half", "half the steps"),
+        "seed_2": sae("seed", "seed 2", good=0.5),
         "model": PanelSAE("no SAE", "model", {"direction_kinds": MeasuredPart({
             "steer_latent_named_of_100": (50, 40, 60), "steer_probe_named_of_100": (90, 80, 95),
             "steer_probe_named_of_100_texture": (100, 60, 100), "steer_probe_named_above_latent": (40, 20, 60),

@@ -139,7 +139,7 @@ def kinds_in_short(panel: Panel | None) -> list[str]:
     ):
         return []
     parts, clear, beyond, reached = [], [], [], []
-    for kind, at in of_kinds(STEERED_BY_KIND, STEERED_KINDS).items():
+    for kind, at in ({"all kinds": STEERED_BY_KIND} | of_kinds(STEERED_BY_KIND, STEERED_KINDS)).items():
         if not (values := _values(panel, seeds, at)):
             parts.append(f"{kind}: nothing")
             continue

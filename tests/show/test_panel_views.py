@@ -174,7 +174,7 @@ STEERED = Panel(
         "seed_1": by_kind(
             "seed", "seed 1", ["face: none"], named_of_100_texture=(60, 20, 90),
             control_named_of_100_texture=(10, 0, 40), named_of_100_scene=(20, 0, 70),
-            control_named_of_100_scene=(5, 0, 55), named_of_100=(40, 30, 50),
+            control_named_of_100_scene=(5, 0, 55), named_of_100=(40, 30, 50), control_named_of_100=(2, 0, 20),
         ),
         "random": by_kind(
             "control", "random rows", ["face: none", "texture: two"], named_of_100_scene=(20, 0, 70),
@@ -211,7 +211,7 @@ def test_what_is_not_measured_is_said_with_its_reason_once():
 def test_sentences_on_steering_by_kind_follow_from_the_intervals():
     random, controls, others = kinds_in_short(STEERED)
     assert "texture 70 (5)" in random and "scene 15 (5)" in random and "word: nothing" in random
-    assert "lie apart for: texture (1 of 2 SAEs)." in random
+    assert "lie apart for: all kinds (1 of 1 SAEs), texture (1 of 2 SAEs)." in random
     assert "every control for: texture; a control is as high for: scene." in controls
     assert "no SAE: logistic probe 90 [80, 95]" in others
     assert others.endswith("Better than one latent for each concept: no SAE: logistic probe.")

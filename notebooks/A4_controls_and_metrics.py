@@ -382,7 +382,8 @@ plots.table(method_rows(known, "direction_steering", ways, {
 #
 # So far we steered towards objects. Here each kind of concept has a question of
 # its own, about a white image: "what texture is on the panel ?", for example. An
-# answer must have the concept's word. Each SAE has up to 12 latents of a kind.
+# answer must have the concept's word. Concepts that the model names without
+# steering are left out, such as *white*. Up to 12 latents of a kind are steered.
 # Other concepts of this kind choose the dose (4, 16 or 64). The numbers: named,
 # of 100.
 

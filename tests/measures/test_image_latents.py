@@ -26,7 +26,7 @@ def pictures():
 def dense(lmm, sae, pictures):
     """(images, patches, latents), scattered by PyTorch."""
     parts = []
-    for acts, indices in base_latents(SAEInPlace(lmm, sae, 1), pictures):
+    for acts, indices in base_latents(SAEInPlace(lmm, sae, 1), pictures, batch_size=2):
         parts.append(torch.zeros(*acts.shape[:2], sae.n_latents).scatter(-1, indices.long(), acts.float()))
     return torch.cat(parts).numpy()
 

@@ -197,6 +197,7 @@ def test_a_training_steps_gradients_are_those_of_dense_autograd(way, size, data)
     pre = ((x.double() - exact[3]) @ exact[0].T + exact[1]).detach()
     gaps = pre.relu().sort(descending=True).values.diff().abs()
     assume(not ((gaps < 1e-5) & (gaps > 0)).any() and (pre.abs() > 1e-5).all())
+    assume(not 0 < pre.max() < 3e-2)  # a gradient of activations that are hardly more than rounding
     expected.backward()
     for (name, mine), theirs in zip(sae.named_parameters(), exact, strict=True):
         scale = float(theirs.grad.abs().max()) + 1e-6

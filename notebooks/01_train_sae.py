@@ -53,7 +53,9 @@ heldout: str = "data/artifacts/tiny/world/heldout"
 unreadable: str = "refuse"
 # held-out samples, at least 1, on which the SAE is evaluated
 evaluated: int = 120
-layer: int = 1  # counted from 0; the paper's 25th layer is 24
+# counted from 0; the paper's 25th layer is 24.
+# Or another hookpoint, such as "decoder.1.mlp" (see Your own LMM)
+layer: "int or str" = 1
 # a ready SAE, which takes the place of the training
 ready: dict = {
     "sae": "",  # folder, file, or repository on the hub; "": train one
@@ -93,6 +95,7 @@ import torch
 from torch.testing import assert_close
 
 from lmm_sae_nb import LMM, SAEInPlace, TopKSAE, evaluate_sae, train_sae
+from lmm_sae_nb.model.hookpoints import titled
 from lmm_sae_nb.model.sample_checks import check_samples, open_samples
 from lmm_sae_nb.model.samples import (
     as_prompt,
@@ -180,8 +183,8 @@ counts
 
 # %%
 start = torch.Generator().manual_seed(seed)
-sae = TopKSAE(lmm.width, 64, 4, generator=start)
 x = lmm.hidden_states(prompt, layer)[0].float().cpu()
+sae = TopKSAE(x.shape[1], 64, 4, generator=start)
 
 z = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
 kept = z.topk(4, dim=-1)
@@ -388,9 +391,9 @@ headline(
     page,
     (f"The SAE {source} was not trained here. " if source else "")
     + f"{mean}{active} of {size:,} latents per token leave "
-    f"{percent(fvu, 1)} of the variance of the held-out states after layer "
-    f"{layer} (of {lmm.n_layers}, counted from 0) unexplained. {active} "
-    f"principal components leave {percent(metrics['fvu_components'], 1)}. "
+    f"{percent(fvu, 1)} of the variance of the held-out states after "
+    f"{titled(layer)} (of {lmm.n_layers}, counted from 0) unexplained. "
+    f"{active} principal components leave {percent(metrics['fvu_components'], 1)}. "
     + (f"{silent:,} latents are" if silent else "No latent is")
     + " silent on all held-out tokens.",
     "it reports no reconstruction error for its 131,072 latents, of which "

@@ -42,7 +42,9 @@ loading: dict = {
 }
 # a data set with a column of images, or a folder of images
 images: str = "data/artifacts/tiny/world/cache"
-layer: int = 1  # counted from 0; the layer that the SAE was trained on
+# counted from 0; the layer that the SAE was trained on.
+# Or another hookpoint, such as "decoder.1.mlp" (see Your own LMM)
+layer: "int or str" = 1
 n_top: int = 5  # images kept for each latent
 batch_size: int = 16  # images that go through the model at once
 workers: int = 1  # threads that prepare the next batches of images

@@ -42,7 +42,9 @@ loading: dict = {
     "device_map": "",  # "auto": over all GPUs, if one is too small
     "image_size": [],  # [width, height] that images get; []: their own
 }
-layer: int = 1  # counted from 0; the layer that the SAE was trained on
+# counted from 0; the layer that the SAE was trained on.
+# Or another hookpoint, such as "decoder.1.mlp" (see Your own LMM)
+layer: "int or str" = 1
 # the images that were cached
 images: str = "data/artifacts/tiny/world/cache"
 # names of the ground truth's concepts; "" if there is no ground truth

@@ -43,7 +43,9 @@ loading: dict = {
 }
 # the images that were cached
 images: str = "data/artifacts/tiny/world/cache"
-layer: int = 1  # counted from 0: the layer that the SAE was trained on
+# counted from 0; the layer that the SAE was trained on.
+# Or another hookpoint, such as "decoder.1.mlp" (see Your own LMM)
+layer: "int or str" = 1
 # feelings and stories
 cases: dict = {
     # names of latents

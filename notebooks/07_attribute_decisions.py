@@ -40,7 +40,9 @@ loading: dict = {
     "device_map": "",  # "auto": over all GPUs, if one is too small
     "image_size": [],  # [width, height] that images get; []: their own
 }
-layer: int = 1  # counted from 0; the layer that the SAE was trained on
+# counted from 0; the layer that the SAE was trained on.
+# Or another hookpoint, such as "decoder.1.mlp" (see Your own LMM)
+layer: "int or str" = 1
 # samples that no training has seen: image and question
 heldout: str = "data/artifacts/tiny/world/heldout"
 # samples for the small SAEs of other layers
@@ -96,6 +98,7 @@ from lmm_sae_nb.attribute.study import (
     sae_hashes,
     small_saes,
 )
+from lmm_sae_nb.model.hookpoints import in_order, titled
 from lmm_sae_nb.model.sample_checks import open_samples
 from lmm_sae_nb.model.samples import first_turns, readable
 from lmm_sae_nb.show import plots
@@ -160,8 +163,7 @@ print(f"{row['question']}   {answer!r} against {runner_up!r}")
 # %%
 parts = linear(place, choice)
 
-kinds = ("base", "tiles", "newline", "text")
-mask = choice.prompt.mask(*kinds)[0]
+mask = place.mask(choice.prompt)[0]  # all but special tokens and pads
 x = lmm.hidden_states(choice.prompt, layer)[0, mask].float()
 z = sae.encode(x)
 acts = z.acts.clone().requires_grad_()
@@ -342,7 +344,7 @@ agreed = agreement_metrics(compared, layer, seed)
 metrics = stage.finish(agreed | cost | skipped)
 
 # %% mystnb={"figure": {"caption": "Attribution by ablation and by each approximation, for all drawn pairs of the page's SAE. On the line the two are equal. The axes are logarithmic, except between -0.001 and 0.001. Most linear points lie close to the line; many of integrated gradients do not.", "name": "fig-agreement"}, "image": {"alt": "Two scatter plots against ablation: linear attribution and integrated gradients."}}
-ours = [decision for decision in compared if decision.layer == layer]
+ours = [one for one in compared if one.layer == place.layer]
 exactly, linearly, on_common_path = (
     np.array(joined(ours, way)) for way in ("exact", "linear", "ig")
 )
@@ -354,9 +356,9 @@ for ax in plots.agreement(exactly, panels):
 # %% mystnb={"figure": {"caption": "Rank correlation with ablation within a decision: mean over decisions and 99 % interval, by layer of the SAE.", "name": "fig-by-layer"}, "image": {"alt": "Mean rank correlations with intervals of the linear form and of integrated gradients, a row for each layer."}}
 ways = {"linear": "linear", "integrated gradients": "ig"}
 by_layer = {}
-for n in sorted([layer, *other_layers]):
-    end = "" if n == layer else f"_layer_{n}"
-    by_layer[f"layer {n}"] = {
+for n in in_order([layer, *other_layers]):
+    end = "" if n == place.layer else f"_layer_{n}"
+    by_layer[titled(n)] = {
         label: read_mean(metrics, f"spearman_{way}{end}")
         for label, way in ways.items()
     }
@@ -412,7 +414,7 @@ def written(name):  # a metric with its interval
 
 def of_layers(name, digits=2):  # a metric at each layer
     return ", ".join(
-        f"{metrics[name + end]:.{digits}f} at layer {n}"
+        f"{metrics[name + end]:.{digits}f} at {titled(n)}"
         for n, end in ends.items()
     )
 
@@ -422,10 +424,10 @@ def percent(values):  # how many of these pairs
 
 
 ends = {
-    n: "" if n == layer else f"_layer_{n}"
-    for n in sorted([layer, *other_layers])
+    n: "" if n == place.layer else f"_layer_{n}"
+    for n in in_order([layer, *other_layers])
 }
-deepest = max(ends)
+deepest = list(ends)[-1]
 drawn = [one for one in compared if one.layer == deepest]
 deep, deep_linear = (
     np.array(joined(drawn, way)) for way in ("exact", "linear")
@@ -467,7 +469,7 @@ sentences = [
 if 0 < tiny.mean() < 1:
     sentences.insert(
         2,
-        f"At layer {deepest}, {percent(tiny)} of the drawn pairs change "
+        f"At {titled(deepest)}, {percent(tiny)} of the drawn pairs change "
         "the decision by less than 0.00001 logits, which is close to "
         f"float32's rounding. Of these, {percent(same[tiny])} of the signs "
         f"are right; of the others, {percent(same[~tiny])}."
@@ -492,7 +494,7 @@ for each in reversed(layers):
     )  # fmt: skip
 if other_layers:
     elsewhere = ", ".join(
-        f"{written('spearman_linear' + end)} at layer {n}"
+        f"{written('spearman_linear' + end)} at {titled(n)}"
         for n, end in ends.items() if end
     )  # fmt: skip
     sentences.insert(

@@ -167,7 +167,7 @@ class _Spliced(NamedTuple):
 @torch.no_grad()
 def _splice(place: SAEInPlace, choice: Decision, kinds: Sequence[str], keep_error: bool) -> _Spliced:
     """Run the prompt up to the layer and take its output apart at the tokens of these kinds."""
-    mask = choice.prompt.mask(*kinds)
+    mask = place.mask(choice.prompt, kinds)
     if len(mask) != 1:
         raise ValueError(f"a decision is about one prompt, not {len(mask)}; make one Decision for each")
     mask = mask[0]
@@ -282,7 +282,7 @@ def linear(
     under eq. 5 the next one would take it, which is not an effect of this latent.
 
     keep_error: leave in what the SAE does not explain, as a term of its own; the paper drops it.
-    spliced: kinds of token where the SAE is spliced in.
+    spliced: kinds of token where the SAE is spliced in, of those that have a state at the hookpoint.
 
     Raises:
         ValueError: the decision has more than one prompt.

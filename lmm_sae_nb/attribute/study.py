@@ -12,6 +12,7 @@ import torch
 
 from lmm_sae_nb.attribute.agreement import agreement, median_ratio, random_pairs
 from lmm_sae_nb.attribute.attribution import exact, greedy_decision, in_float32, integrated, linear, separate_paths
+from lmm_sae_nb.model.hookpoints import Hookpoint, plain
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.support.files import fingerprint
@@ -33,7 +34,7 @@ class ComparedDecision:
     spearman_steps: rank correlation of few steps with many, over all active pairs; None where it was not computed.
     """
 
-    layer: int
+    layer: Hookpoint
     exact: list[float]
     linear: list[float]
     ig: list[float]
@@ -57,7 +58,7 @@ class SmallSAEs(NamedTuple):
 def small_saes(
     lmm: LMM,
     samples: Sequence[Mapping],
-    layers: Sequence[int],
+    layers: Sequence[Hookpoint],
     *,
     n_latents: int,
     k: int,
@@ -73,7 +74,7 @@ def small_saes(
     """Train a small SAE at each of these layers, all in one pass over the model; the same call again reads them.
 
     samples: rows with image, question and answer.
-    layers: 0-based.
+    layers: 0-based, or other hookpoints.
     n_latents, k: the size of each SAE.
     lr, steps, batch_tokens, dead_after_tokens, k_aux: as for `train_saes`.
     folder: gets a folder `layer_<n>` for each.
@@ -164,7 +165,7 @@ def _plain(values: torch.Tensor) -> list[float | None]:
     return [None if math.isnan(value) else round(value, 8) for value in values.tolist()]
 
 
-def agreement_metrics(compared: Iterable[ComparedDecision], layer: int, seed: int = 0) -> dict[str, float]:
+def agreement_metrics(compared: Iterable[ComparedDecision], layer: Hookpoint, seed: int = 0) -> dict[str, float]:
     """Summarise how well each approximation agrees with ablation.
 
     `spearman_<way>` and `sign_<way>` are means over decisions, with 99 % intervals, for the ways `linear` and `ig`.
@@ -178,7 +179,8 @@ def agreement_metrics(compared: Iterable[ComparedDecision], layer: int, seed: in
     layer: the layer that the page is about; `decisions` and `pairs` count its decisions and ablated pairs.
     seed: of the bootstrap.
     """
-    by_layer: dict[int, list[ComparedDecision]] = {}
+    layer = plain(layer)
+    by_layer: dict[Hookpoint, list[ComparedDecision]] = {}
     for decision in compared:
         by_layer.setdefault(decision.layer, []).append(decision)
     ours = by_layer.get(layer, [])

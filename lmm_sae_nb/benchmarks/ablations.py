@@ -17,6 +17,7 @@ from datasets import load_from_disk
 from lmm_sae_nb.attribute.agreement import agreement
 from lmm_sae_nb.attribute.attribution import exact, greedy_decision, integrated, linear
 from lmm_sae_nb.benchmarks.comparison import circumstances
+from lmm_sae_nb.model.hookpoints import Hookpoint
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.support.files import fingerprint, project_root, read_json, write_json
 from lmm_sae_nb.support.intervals import mean_interval
@@ -99,7 +100,7 @@ def record(path: Path, row: dict) -> None:
         write_json(path, {"layers": [rows[layer] for layer in sorted(rows)]})
 
 
-def summary(rows: Sequence[dict], layer: int, hashes: Mapping[str, str]) -> dict:
+def summary(rows: Sequence[dict], layer: Hookpoint, hashes: Mapping[str, str]) -> dict:
     """Summarise the decisions of a layer: means, from two decisions on with 99 % intervals, and the circumstances.
 
     rows: as `measure` returns them.

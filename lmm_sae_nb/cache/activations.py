@@ -33,6 +33,7 @@ from lmm_sae_nb.cache.resume import (
     write_pending,
 )
 from lmm_sae_nb.cache.sparse_store import STORE, VALUES
+from lmm_sae_nb.model.hookpoints import weights_of
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.support.conversions import sum_conversions
 from lmm_sae_nb.support.devices import allow_tf32
@@ -254,7 +255,7 @@ def _key(place: SAEInPlace, images: Pictures, *settings: object) -> dict[str, ob
     """Return what a pass is made from; a pass with another key cannot continue from its state."""
     lmm, sae, layer = place.lmm, place.sae, place.layer
     config = hashlib.sha256(lmm.model.config.to_json_string().encode()).hexdigest()
-    weights = hash_of([*sae.state_dict().values(), *lmm.layer(layer).parameters()])
+    weights = hash_of([*sae.state_dict().values(), *weights_of(lmm.model, layer)])
     source = getattr(images, "identity", None)
     if source is None:
         source = hashlib.sha256("".join(_pixels(images, number) for number in range(len(images))).encode()).hexdigest()

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from lmm_sae_nb.model.hookpoints import Hookpoint, titled
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt, prepared
 from lmm_sae_nb.model.token_kinds import NoPatchGrid
@@ -89,24 +90,28 @@ def open_batch(lmm: LMM, number: int, openers: Openers, *, skip: bool = False) -
 
 
 @torch.no_grad()
-def batch_states(lmm: LMM, layers: Sequence[int], batch: Batch) -> dict[int, Float[Tensor, "images patches width"]]:
+def batch_states(
+    lmm: LMM, layers: Sequence[Hookpoint], batch: Batch
+) -> dict[Hookpoint, Float[Tensor, "images patches width"]]:
     """Return for each layer its output at the base tokens; the model runs once.
 
     Attention is causal, so nothing behind the last base token is computed, and tiles behind it are not looked at.
 
-    layers: 0-based; at least one.
+    layers: 0-based, or other hookpoints; at least one.
     batch: with at least one image.
 
     Raises:
         ValueError: images differ in the number of base tokens, or hidden states are not finite.
     """
     hidden = lmm.hidden_states(batch.prompt, list(layers), base_only=True)
-    base = batch.prompt.mask("base")[:, : next(iter(hidden.values())).shape[1]]
+    base = batch.prompt.mask("base")
     counts = set(base.sum(1).tolist())
     require_one_count(counts)
-    tokens = {layer: states[base].reshape(len(base), *counts, -1) for layer, states in hidden.items()}
+    tokens = {
+        layer: states[base[:, : states.shape[1]]].reshape(len(base), *counts, -1) for layer, states in hidden.items()
+    }
     for layer, states in tokens.items():
-        require_finite(states, f"images {batch.images[0]} to {batch.images[-1]}, layer {layer}")
+        require_finite(states, f"images {batch.images[0]} to {batch.images[-1]}, {titled(layer)}")
     return tokens
 
 
@@ -152,12 +157,14 @@ def require_one_count(counts: set[int]) -> None:
         )
 
 
-def base_states(lmm: LMM, layer: int, images: Pictures, batch_size: int = 16) -> Float[Tensor, "images patches width"]:
+def base_states(
+    lmm: LMM, layer: Hookpoint, images: Pictures, batch_size: int = 16
+) -> Float[Tensor, "images patches width"]:
     """Return a layer's output at the base tokens of images, float32, on the CPU: all that an SAE there can read.
 
     The prompt is the image alone, in the chat template.
 
-    layer: 0-based.
+    layer: 0-based, or another hookpoint.
 
     Raises:
         ValueError: there are no images, or as `batch_states`.

@@ -18,6 +18,7 @@ from torch import Tensor
 from lmm_sae_nb.cache.encode_images import require_finite_latents
 from lmm_sae_nb.cache.top_images import Firings, Ranking
 from lmm_sae_nb.model.data_identity import data_fingerprint
+from lmm_sae_nb.model.hookpoints import titled
 from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.sample_checks import check_samples
 from lmm_sae_nb.model.samples import prompts
@@ -80,8 +81,10 @@ def cache_texts(
     for batch, prompt in enumerate(progress_bar(batches, desc="reading", total=total)):
         first, hidden = batch * batch_samples, lmm.hidden_states(prompt, layer)
         for row, kind in enumerate(SAE_KINDS):
-            mask = prompt.mask(kind)
-            require_finite(hidden[mask], f"hidden states of layer {layer}, samples {first} to {first + len(mask) - 1}")
+            mask = place.mask(prompt, [kind])
+            require_finite(
+                hidden[mask], f"hidden states of {titled(layer)}, samples {first} to {first + len(mask) - 1}"
+            )
             latents = Latents(*(part.cpu() for part in sae.encode(hidden[mask])))
             require_finite_latents(latents)
             fired[row] += torch.bincount(latents.indices[latents.acts > 0], minlength=sae.n_latents)
@@ -196,7 +199,7 @@ class TextCache:
 def text_activations(place: SAEInPlace, sample: Mapping, latent: int) -> tuple[list[str], list[float]]:
     """Return the text tokens of a sample, as text, and the activation of a latent on each."""
     (prompt,) = prompts(place.lmm, [sample], [0], 1)
-    mask = prompt.mask("text")
+    mask = place.mask(prompt, ["text"])
     acts, indices = place.sae.encode(place.lmm.hidden_states(prompt, place.layer)[mask])
     values = torch.where(indices == latent, acts, 0).sum(-1)
     ids = prompt.inputs["input_ids"][mask].tolist()

@@ -14,6 +14,7 @@ from lmm_sae_nb.attribute.agreement import agreement, random_pairs
 from lmm_sae_nb.attribute.attribution import exact, greedy_decision, linear
 from lmm_sae_nb.compare.saes import CachedSAE, awake
 from lmm_sae_nb.interpret.explainers import mentions
+from lmm_sae_nb.model.hookpoints import Hookpoint
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.score.scores import Explained
@@ -21,7 +22,7 @@ from lmm_sae_nb.steer.steering import Edit, Scope, answers
 
 
 @torch.no_grad()
-def effect_of_image_tokens(lmm: LMM, sample: Mapping, layers: Iterable[int]) -> dict[int, float]:
+def effect_of_image_tokens(lmm: LMM, sample: Mapping, layers: Iterable[Hookpoint]) -> dict[Hookpoint, float]:
     """Return for each layer the largest change of the answer's logits when the states of image tokens become zero.
 
     sample: with image and question.

@@ -11,6 +11,7 @@ import numpy as np
 
 from lmm_sae_nb.compare.depth import SteeredLatent
 from lmm_sae_nb.compare.scored import ScoredSAE
+from lmm_sae_nb.model.hookpoints import Hookpoint
 from lmm_sae_nb.score.scores import Column, Comparison, Scores, latents_by_kind
 from lmm_sae_nb.score.tables import MeanComparison, kind_table
 from lmm_sae_nb.support.files import read_json
@@ -135,7 +136,7 @@ def rise_rows(metrics: Metrics) -> list[dict[str, str | Mean]]:
     return rows
 
 
-def layer_rows(metrics: Metrics, layers: Sequence[int], published: Mapping[str, float]) -> list[dict]:
+def layer_rows(metrics: Metrics, layers: Sequence[Hookpoint], published: Mapping[str, float]) -> list[dict]:
     """Return Table 3 as rows for `plots.table`: each score, what each chance gives, and the paper's numbers.
 
     layers: in order of depth.
@@ -157,12 +158,14 @@ def layer_rows(metrics: Metrics, layers: Sequence[int], published: Mapping[str, 
     return rows
 
 
-def _by_layer(metrics: Metrics, column: Column, end: str, layers: Sequence[int]) -> dict[int, Mean | float | None]:
+def _by_layer(
+    metrics: Metrics, column: Column, end: str, layers: Sequence[Hookpoint]
+) -> dict[Hookpoint, Mean | float | None]:
     names = {n: f"{column}_layer_{n}{end}" for n in layers}
     return {n: read_mean(metrics, name) if name in metrics else None for n, name in names.items()}
 
 
-def quantity_rows(metrics: Metrics, layers: Sequence[int], titles: Mapping[str, str]) -> list[dict]:
+def quantity_rows(metrics: Metrics, layers: Sequence[Hookpoint], titles: Mapping[str, str]) -> list[dict]:
     """Return a row for each quantity, with a column for each layer, for `plots.table`.
 
     titles: metric, without the layer, to the title of its row; one that no layer has is left out.
@@ -174,7 +177,7 @@ def quantity_rows(metrics: Metrics, layers: Sequence[int], titles: Mapping[str, 
     return rows
 
 
-def depth_panels(metrics: Metrics, layers: Sequence[int], quantity: str) -> dict[str, dict[str, dict[str, Mean]]]:
+def depth_panels(metrics: Metrics, layers: Sequence[Hookpoint], quantity: str) -> dict[str, dict[str, dict[str, Mean]]]:
     """Return the scores of one quantity, on own images and by each chance, for `plots.mean_panels`.
 
     quantity: "iou" or "clip".

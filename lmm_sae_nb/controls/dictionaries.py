@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lmm_sae_nb.model.hookpoints import Hookpoint
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.losses import geometric_median
@@ -100,12 +101,18 @@ def _layers_and_norm(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def sample_states(
-    lmm: LMM, samples: Sequence[Mapping], layer: int, tokens: int, *, kinds: Sequence[str] = SAE_KINDS, seed: int = 0
+    lmm: LMM,
+    samples: Sequence[Mapping],
+    layer: Hookpoint,
+    tokens: int,
+    *,
+    kinds: Sequence[str] = SAE_KINDS,
+    seed: int = 0,
 ) -> States:
     """Return the hidden states of random tokens, drawn as for the training of an SAE.
 
     samples: rows with `image` (PIL or None), `question` and `answer`.
-    layer: 0-based.
+    layer: 0-based, or another hookpoint.
     tokens: how many.
     kinds: kinds of token to draw from.
     seed: of the draw.

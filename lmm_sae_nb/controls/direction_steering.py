@@ -19,6 +19,7 @@ from torch import Tensor
 from lmm_sae_nb.compare.saes import CachedSAE
 from lmm_sae_nb.controls.directions import LabelledStates, logistic_probes, mean_differences
 from lmm_sae_nb.interpret.explainers import mentions
+from lmm_sae_nb.model.hookpoints import Hookpoint
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.steer.experiments import latents_named
@@ -44,7 +45,9 @@ DOSES = (1, 2, 4, 8, 16, 32, 64)
 
 
 @contextmanager
-def added(lmm: LMM, layer: int, prompt: Prompt, vectors: Float[Tensor, "batch width"], scope: Scope) -> Iterator[None]:
+def added(
+    lmm: LMM, layer: Hookpoint, prompt: Prompt, vectors: Float[Tensor, "batch width"], scope: Scope
+) -> Iterator[None]:
     """Run the model on this prompt, or generate from it, with a vector added to the layer's output.
 
     vectors: one for each sample of the batch.
@@ -63,7 +66,7 @@ def added(lmm: LMM, layer: int, prompt: Prompt, vectors: Float[Tensor, "batch wi
 
 
 def adding(
-    layer: int, directions: Float[np.ndarray, "rows width"], length: float, asked: SteeredQuestion, scope: Scope
+    layer: Hookpoint, directions: Float[np.ndarray, "rows width"], length: float, asked: SteeredQuestion, scope: Scope
 ) -> Way:
     """Return the way that adds a row of `directions` at the layer, made as long as `length` times the dose.
 
@@ -202,7 +205,7 @@ def compare_ways(
     if not len(free):
         raise ValueError(f"all live latents are steered towards {n} {kind}s, so there is no control; steer fewer")
     others = rng.choice(free, n, replace=len(free) < n).tolist()
-    random = rng.normal(size=(n, place.lmm.width)).astype(np.float32)
+    random = rng.normal(size=(n, place.sae.width)).astype(np.float32)
     length, W_dec = float(cache.max[named].mean()), place.sae.W_dec.detach().float().cpu().numpy()
 
     def add(directions: np.ndarray) -> Way:

@@ -22,6 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from lmm_sae_nb.cache.encode_images import base_states
 from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.compare.saes import CachedSAE
+from lmm_sae_nb.model.hookpoints import Hookpoint
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.intervals import bounds, mean_interval, proportion
@@ -51,7 +52,7 @@ class LabelledStates:
     images: int
 
     @classmethod
-    def read(cls, lmm: LMM, layer: int, images: Sequence[Image.Image], truth: LabelMaps) -> LabelledStates:
+    def read(cls, lmm: LMM, layer: Hookpoint, images: Sequence[Image.Image], truth: LabelMaps) -> LabelledStates:
         """Run the model up to the layer and keep its output at the base patches.
 
         images: as the rows of `truth`, in the same order.

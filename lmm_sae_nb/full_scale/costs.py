@@ -23,6 +23,7 @@ from lmm_sae_nb.full_scale.models import (
     image_layout,
     width_of,
 )
+from lmm_sae_nb.model.hookpoints import Hookpoint, layers_below
 from lmm_sae_nb.sae.kernels import BLOCK
 from lmm_sae_nb.sae.losses import PLACES
 from lmm_sae_nb.support.devices import allow_tf32, wait_for
@@ -190,7 +191,7 @@ TOPK_BYTES = 3 * 4.0 * BLOCK  # a block of pre-activations, with the bias added,
 
 
 def train_cost(
-    model: PreTrainedModel, layer: int, n_latents: int, k: int, steps: int, batch_tokens: int, *, gpus: int = 1,
+    model: PreTrainedModel, layer: Hookpoint, n_latents: int, k: int, steps: int, batch_tokens: int, *, gpus: int = 1,
     buffer_tokens: int | None = None, batch_samples: int = 16, dtype: str = "bfloat16",
     mixed_precision: str = "no", tf32: bool = True, k_aux: int = 0, workers: int = 0,
     assumptions: Assumptions = ASSUMPTIONS,
@@ -244,7 +245,7 @@ def train_cost(
 
 
 def cache_cost(
-    model: PreTrainedModel, layer: int, n_latents: int, k: int, n_top: int, batch_size: int, images: int, *,
+    model: PreTrainedModel, layer: Hookpoint, n_latents: int, k: int, n_top: int, batch_size: int, images: int, *,
     gpus: int = 1, dtype: str = "bfloat16", tf32: bool = True, workers: int = 1,
     assumptions: Assumptions = ASSUMPTIONS,
 ) -> StageCost:  # fmt: skip
@@ -289,7 +290,7 @@ def cache_cost(
 
 
 def attribute_cost(
-    model: PreTrainedModel, layer: int, n_latents: int, k: int, decisions: int, *, gpus: int = 1,
+    model: PreTrainedModel, layer: Hookpoint, n_latents: int, k: int, decisions: int, *, gpus: int = 1,
     dtype: str = "bfloat16", assumptions: Assumptions = ASSUMPTIONS,
 ) -> StageCost:  # fmt: skip
     """Predict the cost of `linear` (section 2.4): one forward and one backward for every active latent of a decision.
@@ -301,7 +302,7 @@ def attribute_cost(
     sample = image.tokens + assumptions.text_tokens
     tokens, weights = float(decisions * sample), float(size * count_parameters(model))
     below, whole = (forward_flops(model, sample, image, last) for last in (layer, None))
-    above = model.get_decoder().layers[layer + 1 :]
+    above = model.get_decoder().layers[layers_below(layer) :]
     backward = whole - below + sum(4.0 * block.self_attn.q_proj.out_features for block in above) * sample**2
     return StageCost(
         "attribute",

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConf
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from lmm_sae_nb.model.hookpoints import Hookpoint, layers_below
 from lmm_sae_nb.model.token_kinds import BASE, LAYOUTS
 from lmm_sae_nb.support.files import read_json
 
@@ -81,16 +82,19 @@ def image_layout(model: PreTrainedModel, size: tuple[int, int]) -> ImageLayout:
     return ImageLayout(len(kinds), int((kinds == BASE).sum()), crops, patches)
 
 
-def forward_flops(model: PreTrainedModel, tokens: int, layout: ImageLayout | None, layer: int | None = None) -> float:
+def forward_flops(
+    model: PreTrainedModel, tokens: int, layout: ImageLayout | None, layer: Hookpoint | None = None
+) -> float:
     """Return the FLOPs of one sample's forward: vision tower, projector and decoder layers.
 
     Attention is counted in full: a causal mask does not save products.
 
     tokens: length of the sequence.
     layout: of the sample's image; None without an image.
-    layer: the last decoder layer that is computed, 0-based; None for all layers and the output embeddings.
+    layer: the last decoder layer, 0-based, or other hookpoint that is computed; None for all layers and the output
+        embeddings.
     """
-    layers = model.get_decoder().layers[: None if layer is None else layer + 1]
+    layers = model.get_decoder().layers[: None if layer is None else layers_below(layer)]
     attended = sum(2 * block.self_attn.q_proj.out_features for block in layers)
     flops = 2.0 * count_products(layers) * tokens + 2.0 * attended * tokens**2
     if layer is None:

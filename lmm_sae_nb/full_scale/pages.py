@@ -20,6 +20,7 @@ from lmm_sae_nb.full_scale.costs import (
 )
 from lmm_sae_nb.full_scale.models import activation_bytes, count_parameters, image_layout, meta_model, width_of
 from lmm_sae_nb.full_scale.presets import preset_costs
+from lmm_sae_nb.model.hookpoints import Hookpoint, in_order, layers_below
 
 Needs = dict[str, float]  # bytes, by what needs them
 
@@ -73,9 +74,9 @@ class Scale(NamedTuple):
         """Return the bytes of one layer's intermediate results."""
         return activation_bytes(self.lmm, tokens, size or self.size)
 
-    def above(self, layer: int) -> int:
-        """Return the number of layers above one."""
-        return max(1, self.lmm.config.get_text_config().num_hidden_layers - 1 - layer)
+    def above(self, layer: Hookpoint) -> int:
+        """Return the number of layers above a hookpoint."""
+        return max(1, self.lmm.config.get_text_config().num_hidden_layers - layers_below(layer))
 
     def kept(self, tokens: float, layers: int) -> float:
         """Return the bytes of the keys and values of some layers."""
@@ -184,7 +185,7 @@ def _attributing(scale: Scale) -> Needs:
     attributed = {
         "LMM": scale.model(4),
         "SAEs": scale.sae + len(layers) * sae_bytes(width_of(scale.lmm), small["n_latents"]),
-        "LMM activations": page["batch"] * scale.above(min(every)) * scale.forward(scale.sample, 4),
+        "LMM activations": page["batch"] * scale.above(in_order(every)[0]) * scale.forward(scale.sample, 4),
         "TopK": TOPK_BYTES,
     }
     return max(learning, attributed, key=lambda needs: sum(needs.values()))

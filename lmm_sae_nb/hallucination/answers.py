@@ -15,7 +15,7 @@ from lmm_sae_nb.attribute.attribution import two_tokens
 from lmm_sae_nb.hallucination.cases import Answered, Case
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
-from lmm_sae_nb.model.token_kinds import SAE_KINDS
+from lmm_sae_nb.model.token_kinds import KINDS
 from lmm_sae_nb.model.upper_layers import UpperLayers, above
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.steer.steering import Edit, Scope, steered, steered_versions
@@ -157,7 +157,7 @@ def _versions(
     """
     hidden = upper.hidden[sample]
     versions = hidden.repeat(len(settings), 1, 1)
-    spliced = upper.prompt.mask(*SAE_KINDS)[sample].to(hidden.device)
+    spliced = place.mask(upper.prompt)[sample].to(hidden.device)
     changed = [s for s, setting in enumerate(settings) if setting is not None]
     for scope in dict.fromkeys(scopes[s] for s in changed):
         of_scope = [s for s in changed if scopes[s] == scope]
@@ -193,7 +193,7 @@ def under(
         yield
         return
     shift = setting if isinstance(setting, Shift) else None
-    in_prompt = scope.of_prompt(prompt).to(place.device)
+    in_prompt = (scope.of_prompt(prompt) & place.mask(prompt, KINDS)).to(place.device)
 
     def add(hidden: Float[Tensor, "batch tokens width"]) -> Tensor:
         at = in_prompt[..., None] if hidden.shape[1] == in_prompt.shape[1] else scope.of_generated
@@ -219,7 +219,8 @@ def strength(place: SAEInPlace, cases: Sequence[Case], edits: Edits, scope: Scop
     lengths = []
     for block in _of_equal_length(place.lmm, cases, 8):
         prompt = place.lmm.prompt([cases[n].question for n in block], [cases[n].image for n in block])
-        upper, clamped = above(place.lmm, prompt, place.layer), scope.of_prompt(prompt)
+        upper = above(place.lmm, prompt, place.layer)
+        clamped = scope.of_prompt(prompt) & place.mask(prompt, KINDS)
         for sample, tokens in enumerate(clamped.to(upper.hidden.device)):
             clean, changed = _versions(place, upper, [(), edits], [scope] * 2, keep_error, sample)
             lengths.append((changed - clean)[tokens].float().norm(dim=-1))

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from lmm_sae_nb.attribute.attribution import single_token
 from lmm_sae_nb.hallucination.answers import Edits
 from lmm_sae_nb.hallucination.cases import Answered, Case
-from lmm_sae_nb.model.token_kinds import SAE_KINDS
+from lmm_sae_nb.model.token_kinds import KINDS
 from lmm_sae_nb.model.upper_layers import above
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.steer.steering import Edit, Scope, set_latents
@@ -82,7 +82,7 @@ class Batch:
     ):
         lmm, self.sae = place.lmm, place.sae
         prompt = lmm.prompt([each.question for each in prompts], [each.image for each in prompts])
-        clamped = scope.of_prompt(prompt).to(place.device)
+        clamped = (scope.of_prompt(prompt) & place.mask(prompt, KINDS)).to(place.device)
         if not bool(clamped.any(1).all()):
             raise ValueError(f"a prompt has no token of {scope}; choose tokens that every prompt has")
         self.upper = above(lmm, prompt, place.layer)
@@ -95,7 +95,7 @@ class Batch:
             self.highest = self.sae.encode(clean, k=min(self.sae.k + spare, self.sae.n_latents))
             self.clean = self.sae.decode(self.sae.activation.choose(self.highest))
             if not keep_error:
-                tokens = prompt.mask(*SAE_KINDS).to(place.device)
+                tokens = place.mask(prompt).to(place.device)
                 hidden = hidden.masked_scatter(tokens[..., None], self.sae(hidden[tokens]))
                 self.upper.remember(hidden)
             self.states = hidden[:, self.start :]
@@ -242,7 +242,7 @@ def fit(
         values = _descend(turns, values, loss, settings.rate, settings.refits).clamp_min(0)
         pairs = zip(latents.tolist(), values.tolist(), strict=True)
         clamps[len(latents)] = tuple(Edit(latent, value) for latent, value in pairs)
-    direction = torch.zeros(place.lmm.width, device=place.device)
+    direction = torch.zeros(place.sae.width, device=place.device)
     direction = _descend(turns, direction, _Part.pushed, settings.direction_rate, settings.direction_steps)
     return Fit(clamps, direction.tolist())
 

@@ -50,7 +50,7 @@ def mean_by_side(
     for prompt in prompts(place.lmm, samples, range(len(samples)), batch_samples):
         hidden = place.lmm.hidden_states(prompt, place.layer)
         for side, kinds in SIDES.items():
-            acts, indices = (part.cpu() for part in place.sae.encode(hidden[prompt.mask(*kinds)]))
+            acts, indices = (part.cpu() for part in place.sae.encode(hidden[place.mask(prompt, kinds)]))
             weights = acts.double().numpy().ravel()
             sums[side] += np.bincount(indices.numpy().ravel(), weights=weights, minlength=place.sae.n_latents)
             tokens[side] += len(acts)

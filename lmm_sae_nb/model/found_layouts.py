@@ -133,6 +133,11 @@ def find_layout(model: PreTrainedModel, processor: ProcessorMixin) -> FoundLayou
     )
 
 
+def mixes(model: PreTrainedModel) -> bool:
+    """Return whether the tokens of an image have no place in it: each of them mixes all patches."""
+    return any(word in type(module).__name__.lower() for module in model.modules() for word in MIXERS)
+
+
 def runs_of(ids: Int64[Tensor, " tokens"], token: int) -> list[int]:
     """Return the lengths of the runs of one token, in order."""
     edges = torch.nn.functional.pad((ids == token).int(), (1, 1)).diff()
@@ -193,7 +198,7 @@ def _grid_of(model: PreTrainedModel, tokens: int, crop: Tensor) -> Grid | None:
     Raises:
         UnknownLayout: no grid has so many tokens.
     """
-    if any(word in type(module).__name__.lower() for module in model.modules() for word in MIXERS):
+    if mixes(model):
         return None
     height, width = crop.shape[-2:]
     rows = round(math.sqrt(tokens * height / width))

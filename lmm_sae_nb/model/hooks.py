@@ -1,7 +1,7 @@
 """Read, rewrite or stop at the output of one module, record or cut its input: context managers.
 
-Only this file knows that a decoder layer may return its hidden states alone or as the first element of a tuple
-(transformers has done both). A hook lives inside its `with` only, also when an error ends it.
+Only this file knows that a module may return its hidden states alone or as the first element of a tuple (transformers
+has done both), and in one row for all samples. A hook lives inside its `with` only, also when an error ends it.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,9 +28,9 @@ class Captured:
     value: Hidden | None = None
     bare: bool = True
 
-    def keep(self, output: Any) -> None:
-        """Take in an output of the module."""
-        self.value, self.bare = _hidden(output), not isinstance(output, tuple)
+    def keep(self, args: tuple, output: Any) -> None:
+        """Take in an output of the module; args: what it was called with."""
+        self.value, self.bare = _hidden(args, output), not isinstance(output, tuple)
 
 
 class _Stop(Exception):
@@ -40,17 +40,25 @@ class _Stop(Exception):
         self.captured = captured
 
 
-def _hidden(output: Any) -> Hidden:
-    return output[0] if isinstance(output, tuple) else output
+def _hidden(args: tuple, output: Any) -> Hidden:
+    hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output)
+    if hidden.ndim == 2 and args and args[0].ndim == 3:  # a mixture of experts lays all samples in one row
+        hidden = hidden.unflatten(0, args[0].shape[:2])
+    return hidden
 
 
 def _with_hidden(output: Any, hidden: Hidden) -> Any:
+    if (output[0] if isinstance(output, tuple) else output).ndim < hidden.ndim:
+        hidden = hidden.flatten(0, 1)
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 @contextmanager
 def _hooked(module: nn.Module, hook: Callable[[nn.Module, tuple, Any], Any]) -> Iterator[None]:
     handle = module.register_forward_hook(hook)
+    for number, other in [*module._forward_hooks.items()]:
+        if getattr(other, "__module__", "").startswith("transformers"):  # the model's own record must see our change
+            module._forward_hooks.move_to_end(number)
     try:
         yield
     finally:
@@ -70,7 +78,7 @@ def _pre_hooked(module: nn.Module, hook: Callable[[nn.Module, tuple, dict], Any]
 def read(module: nn.Module) -> Iterator[Captured]:
     """Yield a `Captured` that holds the module's hidden states after each forward pass, not copied."""
     captured = Captured()
-    with _hooked(module, lambda module, args, output: captured.keep(output)):
+    with _hooked(module, lambda module, args, output: captured.keep(args, output)):
         yield captured
 
 
@@ -89,7 +97,7 @@ def rewrite(module: nn.Module, fn: Callable[[Hidden], Hidden]) -> Iterator[None]
     """
 
     def replace(module, args, output):
-        hidden = _hidden(output)
+        hidden = _hidden(args, output)
         new = fn(hidden)
         if not isinstance(new, Tensor) or new.shape[1:] != hidden.shape[1:] or len(new) % len(hidden):
             got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
@@ -109,7 +117,7 @@ def stop(module: nn.Module) -> Iterator[Captured]:
     captured = Captured()
 
     def halt(module, args, output):
-        captured.keep(output)
+        captured.keep(args, output)
         raise _Stop(captured)
 
     with _hooked(module, halt):
@@ -118,6 +126,74 @@ def stop(module: nn.Module) -> Iterator[Captured]:
         except _Stop as stopped:
             if stopped.captured is not captured:  # another `stop`, further out
                 raise
+
+
+@contextmanager
+def read_input(module: nn.Module) -> Iterator[Captured]:
+    """Yield a `Captured` that holds the hidden states that the module was given last, not copied."""
+    captured = Captured()
+
+    def keep(module, args, kwargs):
+        captured.value = args[0] if args else kwargs["hidden_states"]
+
+    with _pre_hooked(module, keep):
+        yield captured
+
+
+@contextmanager
+def give(module: nn.Module, hidden: Hidden) -> Iterator[None]:
+    """Give a module these hidden states instead of its own, in every forward pass."""
+
+    def replace(module, args, kwargs):
+        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+    with _pre_hooked(module, replace):
+        yield
+
+
+@contextmanager
+def read_embeddings(decoder: nn.Module, *, end: bool = False) -> Iterator[Captured]:
+    """Yield a `Captured` that holds the embeddings of text and images that a decoder was given last, not copied.
+
+    end: end the forward pass there, and with it the body of the `with`.
+    """
+    captured = Captured()
+
+    def keep(module, args, kwargs):
+        captured.value = kwargs["inputs_embeds"]
+        if end:
+            raise _Stop(captured)
+
+    with _pre_hooked(decoder, keep):
+        try:
+            yield captured
+        except _Stop as stopped:
+            if stopped.captured is not captured:
+                raise
+
+
+@contextmanager
+def rewrite_embeddings(decoder: nn.Module, fn: Callable[[Hidden], Hidden]) -> Iterator[None]:
+    """Replace the embeddings of text and images that a decoder is given by `fn` of them, in every forward pass.
+
+    fn: returns embeddings of the same shape.
+
+    Raises:
+        ValueError: fn returns another shape.
+    """
+
+    def replace(module, args, kwargs):
+        hidden = kwargs["inputs_embeds"]
+        new = fn(hidden)
+        if new.shape != hidden.shape:
+            raise ValueError(
+                f"the rewriting function returned {tuple(new.shape)} for embeddings of shape {tuple(hidden.shape)}; "
+                "return a tensor of that same shape"
+            )
+        return args, kwargs | {"inputs_embeds": new.to(hidden.dtype)}
+
+    with _pre_hooked(decoder, replace):
+        yield
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -31,8 +31,10 @@ from transformers.utils import ModelOutput
 from lmm_sae_nb.model import hooks
 from lmm_sae_nb.model.crops import fewer_crops, whole_images
 from lmm_sae_nb.model.found_layouts import layout_of
+from lmm_sae_nb.model.hookpoints import Hookpoint, decoder_of, in_order, module_of, parsed, plain, require, weights_of
 from lmm_sae_nb.model.hooks import Hidden
 from lmm_sae_nb.model.loading import load_model, naming
+from lmm_sae_nb.model.patch_states import at_patches, at_tokens
 from lmm_sae_nb.model.processor import load_processor
 from lmm_sae_nb.model.prompts import Picture, Prompt, PromptMaker
 from lmm_sae_nb.model.templates import Turns, exchange
@@ -69,7 +71,10 @@ class LMM:
     ):
         self.name = name or model.config.name_or_path or type(model).__name__
         self.model, self.processor, self.image_size = model, processor, image_size
-        self._fingerprints: dict[int, str] = {}
+        self._fingerprints: dict[Hookpoint, str] = {}
+        self._widths: dict[Hookpoint, int] = {}
+        self._running: Prompt | None = None  # by `run` or `generate`
+        self._every_crop = False  # whether the vision tower must see equal crops apart
         self._check_fit()
         self.tokenizer = processor.tokenizer
         self.tokenizer.padding_side = "left"
@@ -177,9 +182,25 @@ class LMM:
         """The device of the model's inputs."""
         return self.model.device
 
-    def device_of(self, layer: int) -> torch.device:
-        """Return the device of a layer's output; a large model may lie on several devices."""
+    def device_of(self, layer: Hookpoint) -> torch.device:
+        """Return the device of a hookpoint's states; a large model may lie on several devices."""
+        if plain(layer) == "projector":
+            layer = 0  # the decoder's input
         return next(self.layer(layer).parameters()).device
+
+    def width_at(self, layer: Hookpoint) -> int:
+        """Return the width of a hookpoint's states.
+
+        Raises:
+            ValueError: it does not exist, or its states belong to no tokens.
+        """
+        require(self.model, layer, self.name)
+        if not str(layer).startswith("vision"):
+            return self.width
+        if layer not in self._widths:
+            prompt = self.prompt("", Image.new("RGB", (256, 256)))
+            self._widths[layer] = self.hidden_states(prompt, layer).shape[-1]
+        return self._widths[layer]
 
     @property
     def decoder(self) -> nn.Module:
@@ -203,25 +224,28 @@ class LMM:
         grids = {self.prompt("", Image.new("RGB", shape)).spans[0].grid for shape in shapes}
         return grids.pop() if len(grids) == 1 else None
 
-    def layer(self, index: int) -> nn.Module:
-        """Return a decoder layer.
+    def layer(self, index: Hookpoint) -> nn.Module:
+        """Return a decoder layer, or the module whose output another hookpoint is.
 
-        index: 0-based; the paper's 25th layer is 24.
+        index: 0-based, the paper's 25th layer is 24; or a name, such as "decoder.24.mlp", as in `hookpoints`.
 
         Raises:
-            ValueError: it does not exist.
+            ValueError: it does not exist, the message lists the hookpoints; or it is the projector, which is no module.
         """
-        if not 0 <= index < self.n_layers:
-            raise ValueError(f"no layer {index}: {self.name} has layers 0 to {self.n_layers - 1}, 0-based")
-        return self.decoder.layers[index]
+        require(self.model, index, self.name)
+        if (module := module_of(self.model, index)) is None:
+            raise ValueError(f"{index} is no module of {self.name}, but what enters its decoder; use hidden_states")
+        return module
 
-    def fingerprint(self, layer: int) -> str:
-        """Return the model's class and a hash of this layer's weights, rounded to bfloat16.
+    def fingerprint(self, layer: Hookpoint) -> str:
+        """Return the model's class and a hash of the weights of this layer or other hookpoint, rounded to bfloat16.
 
         So the model has one fingerprint in float32 and in bfloat16. In float16 it may have another.
         """
+        layer = plain(layer)
         if layer not in self._fingerprints:  # the weights are frozen
-            weights = hash_of(tensor.bfloat16().float() for tensor in self.layer(layer).state_dict().values())
+            require(self.model, layer, self.name)
+            weights = hash_of(tensor.bfloat16().float() for tensor in weights_of(self.model, layer))
             self._fingerprints[layer] = f"{type(self.model).__name__} {weights}"
         return self._fingerprints[layer]
 
@@ -278,9 +302,9 @@ class LMM:
 
     @torch.no_grad()
     def hidden_states(
-        self, prompt: Prompt, layers: int | list[int], *, base_only: bool = False
-    ) -> Hidden | dict[int, Hidden]:
-        """Return the output of one layer, or of several layers by number, 0-based.
+        self, prompt: Prompt, layers: Hookpoint | list[Hookpoint], *, base_only: bool = False
+    ) -> Hidden | dict[Hookpoint, Hidden]:
+        """Return the output of one layer, 0-based, or of several by number; other hookpoints go by name.
 
         The forward pass stops after the highest of these layers.
 
@@ -291,17 +315,62 @@ class LMM:
         Raises:
             ValueError: a layer does not exist, or none is given.
         """
-        wanted = [layers] if isinstance(layers, int) else list(layers)
+        wanted = [layers] if isinstance(layers, Hookpoint) else list(layers)
         if not wanted:
             raise ValueError("no layer was given; give at least one")
-        *earlier, last = sorted(set(wanted))
+        for each in wanted:
+            require(self.model, each, self.name)
+        *earlier, last = in_order(wanted)
         with ExitStack() as reads:
+            if any(parsed(each).part == "vision" for each in wanted):
+                reads.enter_context(self.each_crop_alone())
             if base_only and bool((base := prompt.mask("base")).any()):
                 reads.enter_context(hooks.truncate(self.decoder, 1 + int(base.any(0).nonzero().max())))
-            captured = {index: reads.enter_context(hooks.read(self.layer(index))) for index in earlier}
-            with hooks.stop(self.layer(last)) as captured[last]:
+            captured = {index: reads.enter_context(self.reading(index)) for index in earlier}
+            with self.reading(last, end=True) as captured[last]:
                 self.run(prompt, needed=whole_images(self.model, prompt.inputs) if base_only else None)
-        return captured[layers].value if isinstance(layers, int) else {i: captured[i].value for i in wanted}
+        states = {each: self.of_tokens(each, captured[plain(each)].value, prompt) for each in wanted}
+        return states[layers] if isinstance(layers, Hookpoint) else states
+
+    def reading(self, layer: Hookpoint, *, end: bool = False) -> AbstractContextManager[hooks.Captured]:
+        """Yield a `Captured` that holds what a hookpoint has in the latest forward pass; see `of_tokens`.
+
+        end: end the forward pass there, and with it the body of the `with`.
+        """
+        if layer == "projector":
+            return hooks.read_embeddings(self.decoder, end=end)
+        return hooks.stop(self.layer(layer)) if end else hooks.read(self.layer(layer))
+
+    def of_tokens(self, layer: Hookpoint, captured: Tensor | None, prompt: Prompt) -> Hidden:
+        """Return what `reading` captured as (batch, tokens, width): the states of patches stand at their tokens.
+
+        captured: None for a prompt without an image, at a layer of the vision tower; its states are zeros.
+        """
+        if parsed(layer).part != "vision":
+            return captured
+        if captured is None:
+            shape = prompt.inputs["input_ids"].shape
+            return torch.zeros(*shape, self.width_at(layer), dtype=self.model.dtype, device=self.device_of(layer))
+        return at_tokens(self.model, prompt, captured, layer)
+
+    @contextmanager
+    def each_crop_alone(self) -> Iterator[None]:
+        """Let the vision tower see equal crops apart, so that its states are those of all crops."""
+        before, self._every_crop = self._every_crop, True
+        try:
+            yield
+        finally:
+            self._every_crop = before
+
+    @contextmanager
+    def _with_crops_of(self, prompt: Prompt, needed: Bool[Tensor, " crops"] | None = None) -> Iterator[None]:
+        """Run the vision tower no more than necessary, and know which prompt runs, inside the `with`."""
+        before, self._running = self._running, prompt
+        try:
+            with nullcontext() if self._every_crop else fewer_crops(self.model, needed):
+                yield
+        finally:
+            self._running = before
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
@@ -334,7 +403,7 @@ class LMM:
         needed: as for `fewer_crops`.
         settings: for the model's `forward`.
         """
-        with fewer_crops(self.model, needed):
+        with self._with_crops_of(prompt, needed):
             inputs = BatchFeature(dict(prompt.inputs)).to(self.model.dtype)
             return self.model(**inputs, use_cache=False, **settings)
 
@@ -342,12 +411,32 @@ class LMM:
         """Return next-token logits, in float32, for outputs of the decoder."""
         return self.model.get_output_embeddings()(decoded).float()
 
-    def spliced(self, layer: int, fn: Callable[[Hidden], Hidden]) -> AbstractContextManager[None]:
-        """Replace this layer's output by `fn` of it in every forward pass inside the `with` (eq. 6).
+    def spliced(self, layer: Hookpoint, fn: Callable[[Hidden], Hidden]) -> AbstractContextManager[None]:
+        """Replace the output of this layer, or other hookpoint, by `fn` of it in every forward pass inside the `with`
+        (eq. 6).
 
-        Under `generate`, fn first gets the whole prompt and then one token a step: (batch, 1, width).
+        Under `generate`, fn first gets the whole prompt and then one token a step: (batch, 1, width). At a layer of the
+        vision tower it gets the prompt only, and what it returns for other tokens than `base` is left out. At the
+        projector it gets the embeddings of text, too.
         """
+        require(self.model, layer, self.name)
+        if layer == "projector":
+            return hooks.rewrite_embeddings(self.decoder, fn)
+        if parsed(layer).part == "vision":
+            return self._spliced_eye(layer, fn)
         return hooks.rewrite(self.layer(layer), fn)
+
+    @contextmanager
+    def _spliced_eye(self, layer: str, fn: Callable[[Hidden], Hidden]) -> Iterator[None]:
+        def rewrite(patches: Tensor) -> Tensor:
+            if self._running is None:
+                raise ValueError(f"{layer} is rewritten for a prompt; run the model by run, logits or generate")
+            prompt = self._running
+            new = fn(at_tokens(self.model, prompt, patches, layer))
+            return at_patches(self.model, prompt, patches, new, layer)
+
+        with self.each_crop_alone(), hooks.rewrite(self.layer(layer), rewrite):
+            yield
 
     def logits(self, prompt: Prompt) -> Float[Tensor, "batch tokens vocab"]:
         """Return next-token logits after each token, in float32; differentiable in what is spliced in."""
@@ -385,21 +474,10 @@ class LMM:
         generation_kwargs: for transformers' `generate`; by default greedy, with a key-value cache.
         """
         settings = {"do_sample": False, "num_beams": 1, "use_cache": True} | generation_kwargs
-        with fewer_crops(self.model):
+        with self._with_crops_of(prompt):
             tokens = self.model.generate(**prompt.inputs, max_new_tokens=max_new_tokens, **settings)
         new = tokens[:, prompt.inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-
-def decoder_of(model: PreTrainedModel) -> nn.Module | None:
-    """Return the module that holds the decoder layers, `layers`; None if there is no plain stack of them."""
-    decoder = model.get_decoder()
-    while not hasattr(decoder, "layers"):  # Llama 4's decoder has a head and a decoder of its own
-        inner = getattr(decoder, "model", None)
-        if not isinstance(inner, nn.Module) or inner is decoder:
-            return None
-        decoder = inner
-    return decoder
 
 
 def why_not(model: PreTrainedModel) -> str | None:

@@ -1,4 +1,4 @@
-"""Run only the layers above a given one, from states that the caller gives (eq. 6)."""
+"""Run only what is above a hookpoint, from states that the caller gives (eq. 6)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from lmm_sae_nb.model import hooks
 from lmm_sae_nb.model.decoder_arguments import differing_tokens, looks_back_only, narrowed, unknown
+from lmm_sae_nb.model.hookpoints import Hookpoint, in_order, layers_below, parsed, plain
 from lmm_sae_nb.model.hooks import Hidden
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
@@ -22,25 +23,31 @@ ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class UpperLayers:
-    """The layers of a model above one layer, for one prompt.
+    """What a model computes above one hookpoint, for one prompt.
 
-    Make it with `above`. Nothing below the layer runs again, whatever the states.
+    Make it with `above`. No layer below the hookpoint runs again, whatever the states. For a layer's attention or MLP
+    this layer runs again, on the input that it had.
 
     lmm: the model under study.
-    prompt: the prompt that was run up to the layer.
-    layer: 0-based.
-    hidden: the layer's clean output, (batch, tokens, width).
-    bare: whether the layer returns its states as they are, not in a tuple.
+    prompt: the prompt that was run up to the hookpoint.
+    layer: the hookpoint.
+    hidden: its clean output, (batch, tokens, width).
+    bare: whether decoder layers return their states as they are, not in a tuple.
     arguments: what the model calls its decoder with for this prompt.
+    given: for a layer's attention or MLP, the layer's input; otherwise None.
     """
 
-    def __init__(self, lmm: LMM, prompt: Prompt, layer: int, hidden: Hidden, *, bare: bool, arguments: dict[str, Any]):
+    def __init__(
+        self, lmm: LMM, prompt: Prompt, layer: Hookpoint, hidden: Hidden, *, bare: bool, arguments: dict[str, Any],
+        given: Hidden | None = None,
+    ):  # fmt: skip
         self.lmm, self.prompt, self.layer, self.hidden = lmm, prompt, layer, hidden
-        self._bare, self._arguments = bare, arguments
+        self._bare, self._arguments, self._given = bare, arguments, given
+        self._sees = parsed(layer).part == "vision"  # then everything from there on runs again
         self._cache, self._samples, self._remembered = DynamicCache(), None, None
 
     def run(self, states: Float[Tensor, "versions tokens width"]) -> Float[Tensor, "versions tokens width"]:
-        """Return the decoder's output, after its last norm, with these states as the layer's output.
+        """Return the decoder's output, after its last norm, with these states at the hookpoint.
 
         states: of the whole batch, or of a single sample in several versions side by side. Gradients flow into them.
         """
@@ -99,16 +106,24 @@ class UpperLayers:
         self, states: Hidden, cache: DynamicCache | None, samples: Int64[Tensor, " versions"] | None = None
     ) -> Hidden:
         decoder, called = self.lmm.decoder, self._arguments
-        if unknown(called):
-            return self._run_whole(states)
+        if self._sees or unknown(called):
+            return self._run_whole(states, samples)
         start = called["inputs_embeds"].shape[1] - states.shape[1]
         if samples is None and len(states) != len(called["inputs_embeds"]):  # versions of the only sample
             samples = torch.zeros(len(states), dtype=torch.long)
-        inputs = narrowed(called, slice(start, None), samples)
-        inputs |= {"inputs_embeds": states.to(called["inputs_embeds"])}
+        states = states.to(called["inputs_embeds"])
+        given = {} if self._given is None else {"inputs_embeds": self._given}
+        inputs = narrowed(called | given, slice(start, None), samples)
         inputs |= {"past_key_values": cache, "use_cache": cache is not None}
-        lower = [self.lmm.layer(number) for number in range(self.layer + 1)]
-        with _skipped(lower, inputs["inputs_embeds"], self._bare):
+        layer = parsed(self.layer).layer
+        if self._given is None:
+            inputs["inputs_embeds"] = states
+            with _skipped(decoder.layers[: layers_below(self.layer)], states, self._bare):
+                return decoder(**inputs).last_hidden_state
+        with ExitStack() as changes:
+            changes.enter_context(_skipped(decoder.layers[:layer], None, self._bare))
+            changes.enter_context(hooks.give(decoder.layers[layer], inputs["inputs_embeds"]))
+            changes.enter_context(self.lmm.spliced(self.layer, lambda _: states))
             return decoder(**inputs).last_hidden_state
 
     def continues(self, start: int | None = None) -> bool:
@@ -118,52 +133,72 @@ class UpperLayers:
         """
         called = self._arguments
         kinds = getattr(self.lmm.model.config.get_text_config(), "layer_types", None) or ()
-        if unknown(called) or any(kind not in ATTENTION for kind in kinds):
+        if self._sees or unknown(called) or any(kind not in ATTENTION for kind in kinds):
             return False
         return start is None or looks_back_only(called.get("attention_mask"), start)
 
-    def _run_whole(self, states: Hidden) -> Hidden:
-        """Run the whole decoder with the states spliced in, version by version."""
+    def _run_whole(self, states: Hidden, samples: Int64[Tensor, " versions"] | None = None) -> Hidden:
+        """Run the whole decoder, or the vision tower as well, with the states spliced in, version by version."""
 
-        def run(version: Hidden) -> Hidden:
-            with self.lmm.spliced(self.layer, lambda hidden: version.to(hidden.dtype)):
-                decoded = self.lmm.decoder(**self._arguments | {"use_cache": False})
-            return decoded.last_hidden_state
+        def run(batch: Hidden) -> Hidden:
+            with self.lmm.spliced(self.layer, lambda hidden: batch.to(hidden)):
+                if not self._sees:
+                    return self.lmm.decoder(**self._arguments | {"use_cache": False}).last_hidden_state
+                with hooks.stop(self.lmm.decoder) as decoded:
+                    self.lmm.run(self.prompt)
+            return decoded.value
 
-        is_batch = len(states) == len(self.prompt.spans)  # one state for each sample, not versions of one sample
-        return run(states) if is_batch else torch.cat([run(version[None]) for version in states])
+        size = len(self.prompt.spans)
+        if samples is None and len(states) == size:  # one state for each sample, not versions of one sample
+            return run(states)
+        decoded = []
+        for version, sample in zip(states, [0] * len(states) if samples is None else samples.tolist(), strict=True):
+            batch = torch.stack([version if n == sample else self.hidden[n].to(version) for n in range(size)])
+            decoded.append(run(batch)[sample])
+        return torch.stack(decoded)
 
 
 @torch.no_grad()
-def above(lmm: LMM, prompt: Prompt, layer: int) -> UpperLayers:
-    """Run a prompt up to a layer; return the layers above it.
+def above(lmm: LMM, prompt: Prompt, layer: Hookpoint) -> UpperLayers:
+    """Run a prompt up to a hookpoint; return what is above it.
 
     lmm: the model under study.
     prompt: one sample or a batch.
-    layer: 0-based.
+    layer: 0-based, or another hookpoint.
 
     Raises:
-        ValueError: the layer does not exist.
+        ValueError: the hookpoint does not exist.
     """
-    return above_each(lmm, prompt, [layer])[layer]
+    return above_each(lmm, prompt, [layer])[plain(layer)]
 
 
 @torch.no_grad()
-def above_each(lmm: LMM, prompt: Prompt, layers: Sequence[int]) -> dict[int, UpperLayers]:
-    """Run a prompt once, up to the highest of several layers; return what is above each.
+def above_each(lmm: LMM, prompt: Prompt, layers: Sequence[Hookpoint]) -> dict[Hookpoint, UpperLayers]:
+    """Run a prompt once, up to the highest of several hookpoints; return what is above each, by its plain form.
 
     Arguments and errors as `above`.
     """
-    *earlier, last = sorted(set(layers))
+    *earlier, last = in_order(layers)
     with ExitStack() as reads:
         arguments = reads.enter_context(hooks.record_arguments(lmm.decoder))
-        captured = {layer: reads.enter_context(hooks.read(lmm.layer(layer))) for layer in earlier}
-        with hooks.stop(lmm.layer(last)) as captured[last]:
+        if parsed(earlier[0] if earlier else last).part == "vision":
+            reads.enter_context(lmm.each_crop_alone())
+        first = reads.enter_context(hooks.read(lmm.layer(0)))
+        inputs = {
+            layer: reads.enter_context(hooks.read_input(lmm.layer(parsed(layer).layer)))
+            for layer in (*earlier, last)
+            if parsed(layer).inner
+        }
+        captured = {layer: reads.enter_context(lmm.reading(layer)) for layer in earlier}
+        with lmm.reading(last, end=True) as captured[last]:
             lmm.run(prompt)
     return {
-        layer: UpperLayers(lmm, prompt, layer, one.value, bare=one.bare, arguments=arguments)
+        layer: UpperLayers(
+            lmm, prompt, layer, lmm.of_tokens(layer, one.value, prompt), bare=first.bare, arguments=arguments,
+            given=inputs[layer].value if layer in inputs else None,
+        )
         for layer, one in captured.items()
-    }
+    }  # fmt: skip
 
 
 def _first_tokens(
@@ -185,8 +220,8 @@ def _first_tokens(
 
 
 @contextmanager
-def _skipped(layers: Sequence[nn.Module], hidden: Hidden, bare: bool) -> Iterator[None]:
-    """Skip these layers: the last returns `hidden`, the others return their input.
+def _skipped(layers: nn.ModuleList, hidden: Hidden | None, bare: bool) -> Iterator[None]:
+    """Skip these layers: the last returns `hidden` unless it is None, the others return their input.
 
     They stay in their places, because a decoder decides by a layer's place whether it attends to a window only.
     """

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from lmm_sae_nb.model.hookpoints import Hookpoint, parsed, plain, titled
+
 EMBEDDINGS = "embeddings"
 AFTER, BEFORE = "", "<"  # the output of a layer; its input, which is the output of the layer before
 PARTS = {  # what a library says behind the layer's number -> AFTER, BEFORE, or our name of a part of the layer
@@ -32,9 +34,11 @@ def place_of(hook: str) -> str:
     """
     if hook in ("hook_embed", "embedding"):
         return EMBEDDINGS
+    if parsed(hook):  # our own name
+        return hook
     if match := MODULE.fullmatch(hook):
         if any(part in match["before"] for part in IMAGE_SIDE):
-            return hook
+            return hook if PARTS.get(match["part"] or "", "?") else f"vision.{match['layer']}"
     elif not (match := NUMBERED.fullmatch(hook)):
         return ""
     layer, part = int(match["layer"]), match["part"] or ""
@@ -44,33 +48,32 @@ def place_of(hook: str) -> str:
     return f"decoder.{layer}.{part}" if part else f"decoder.{layer}"
 
 
-def layer_of(hook: str) -> int | None:
-    """Return the decoder layer, 0-based, whose output a hook name means; None if it means no layer's output."""
-    match = re.fullmatch(r"decoder\.(\d+)", place_of(hook))
-    return int(match[1]) if match else None
+def layer_of(hook: str) -> Hookpoint | None:
+    """Return the decoder layer, 0-based, or other hookpoint that a hook name means; None if it means no hookpoint."""
+    place = place_of(hook)
+    return plain(place) if parsed(place) else None
 
 
-def require_layer(hook: str, layer: int) -> None:
-    """Check that an SAE's recorded hook name means the output of a decoder layer.
+def require_layer(hook: str, layer: Hookpoint) -> None:
+    """Check that an SAE's recorded hook name means this hookpoint.
 
     hook: a name that says nothing, such as "", is let through.
-    layer: 0-based.
+    layer: 0-based, or another hookpoint, in plain form.
 
     Raises:
         ValueError: it means another place.
     """
-    place = place_of(hook)
-    if place in ("", f"decoder.{layer}"):
-        return
     reads = layer_of(hook)
+    if not place_of(hook) or reads == layer:
+        return
     if reads is None:
         raise ValueError(
-            f"the SAE reads {hook!r}, which is not the output of layer {layer}, nor of any other decoder layer; "
-            "use an SAE of the residual stream after a layer"
+            f"the SAE reads {hook!r}, which is not the output of {titled(layer)}, nor another hookpoint; "
+            "use an SAE of the residual stream after a layer, or of an attention or MLP"
         )
     raise ValueError(
-        f"the SAE reads {hook!r}, that is the output of layer {reads} (counted from 0), not of layer {layer}; set "
-        f"layer to {reads}, or use an SAE of layer {layer}"
+        f"the SAE reads {hook!r}, that is the output of {titled(reads)} (counted from 0), not of {titled(layer)}; set "
+        f"layer to {reads}, or use an SAE of {titled(layer)}"
     )
 
 
@@ -83,7 +86,7 @@ def folder_hook(weights_or_config: Path) -> str:
     Also the folder above counts, as sparsify writes one for each seed into it.
     """
     folders = (weights_or_config.absolute().parent.name, weights_or_config.absolute().parent.parent.name)
-    return next((name for name in folders if FOLDER.fullmatch(name)), "")
+    return next((name for name in folders if FOLDER.fullmatch(name) or parsed(name)), "")
 
 
 def saelens_hook(path: Path, config: Mapping) -> str:

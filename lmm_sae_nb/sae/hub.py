@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, snapshot_download
 
+from lmm_sae_nb.model.hookpoints import Hookpoint, published_as
 from lmm_sae_nb.sae.formats import FORMATS, READABLE, format_of, settings_of
 
 SUFFIXES = (".pt", ".npz", ".safetensors")  # a hookpoint that ends so is the file of an SAE's weights
@@ -13,7 +14,7 @@ SUFFIXES = (".pt", ".npz", ".safetensors")  # a hookpoint that ends so is the fi
 
 def fetch(
     name_or_path: str | Path,
-    hookpoint: str | None = None,
+    hookpoint: Hookpoint | None = None,
     *,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -25,7 +26,8 @@ def fetch(
 
     name_or_path: a local folder, or a repository on the hub.
     hookpoint: the SAE's folder in it, such as "model.layers.24", or the file of its weights, such as
-        "layer24.sae.pt"; None for an SAE at the root. Nothing else is downloaded.
+        "layer24.sae.pt"; None for an SAE at the root. 24 and "decoder.24.mlp" stand for the folders that `publish`
+        makes of them. Nothing else is downloaded.
     revision, cache_dir, token, force_download, local_files_only: as of `huggingface_hub.snapshot_download`.
 
     Raises:
@@ -33,7 +35,7 @@ def fetch(
         FileNotFoundError: there is no SAE; the message lists the hookpoints that have one.
         huggingface_hub.errors.HfHubHTTPError: the hub refuses.
     """
-    root, inside = Path(name_or_path), _inside(hookpoint)
+    root, inside = Path(name_or_path), _inside(published_as(hookpoint) if hookpoint is not None else None)
     if isinstance(name_or_path, str) and not root.is_dir():
         forms = READABLE.values()
         files = [str(inside / file) for form in forms for file in (form.config, form.weights, *form.beside) if file]
@@ -83,7 +85,7 @@ def _hookpoints(name_or_path: str | Path, root: Path, revision: str | None, toke
 def publish(
     folder: str | Path,
     repo_id: str,
-    hookpoint: str,
+    hookpoint: Hookpoint,
     *,
     base_model: str | None = None,
     dataset: str | None = None,
@@ -98,7 +100,8 @@ def publish(
 
     folder: of the SAE.
     repo_id: the repository; it is made if it is missing.
-    hookpoint: folder in the repository.
+    hookpoint: what the SAE reads, such as 24 or "decoder.24.mlp"; the folder in the repository is sparsify's name of
+        it. Any other text is the folder itself.
     base_model: the LMM's name on the hub, for the card.
     dataset: of the SAE's training, for the card.
     license: for the card.
@@ -109,7 +112,7 @@ def publish(
         ValueError, FileNotFoundError: as `read_sae`, before anything is sent.
         huggingface_hub.errors.HfHubHTTPError: the hub refuses.
     """
-    folder, hookpoint = Path(folder), str(_inside(hookpoint))
+    folder, hookpoint = Path(folder), str(_inside(published_as(hookpoint)))
     if (format := format_of(folder)) not in FORMATS:
         raise ValueError(
             f"{folder} has the format {format}, which others have published already; to publish it in one of "

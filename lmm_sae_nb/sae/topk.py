@@ -18,6 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lmm_sae_nb.model.hookpoints import Hookpoint
 from lmm_sae_nb.sae import hub, kernels
 from lmm_sae_nb.sae.activation import Activation, JumpReLU, Latents, TopK
 from lmm_sae_nb.sae.formats import SAEWeights, read_sae, write_sae
@@ -27,13 +28,13 @@ HISTORY = "history.json"  # the file that `train_sae` writes beside its SAE
 
 
 class TrainedOn(NamedTuple):
-    """The layer and the model that an SAE was trained on.
+    """The layer, or other hookpoint, and the model that an SAE was trained on.
 
-    layer: 0-based.
+    layer: 0-based, or a name.
     model: `LMM.fingerprint(layer)`.
     """
 
-    layer: int
+    layer: Hookpoint
     model: str
 
 
@@ -255,7 +256,7 @@ class SAE(nn.Module):
     def from_pretrained(
         cls,
         name_or_path: str | Path,
-        hookpoint: str | None = None,
+        hookpoint: Hookpoint | None = None,
         *,
         k: int | None = None,
         k_max: int | None = None,
@@ -264,7 +265,7 @@ class SAE(nn.Module):
         """Load an SAE from the hub or a folder; arguments and errors as `hub.fetch` and `read_sae`."""
         return cls.load(hub.fetch(name_or_path, hookpoint, **where), k=k, k_max=k_max)
 
-    def push_to_hub(self, repo_id: str, hookpoint: str, format: str = "", **about) -> str:
+    def push_to_hub(self, repo_id: str, hookpoint: Hookpoint, format: str = "", **about) -> str:
         """Publish the SAE on the hub and return the commit's URL; arguments and errors as `hub.publish`."""
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder, format)

@@ -245,7 +245,7 @@ def word_activations(
         return []
     prompt = lmm.prompt([template.format(word) for word in words])
     latents = place.sae.encode(lmm.hidden_states(prompt, place.layer).flatten(0, 1).float())
-    text = prompt.mask("text")
+    text = place.mask(prompt, ["text"])
     rows = []
     for latent, concept in concepts.items():
         acts = torch.where(latents.indices == latent, latents.acts, 0).sum(-1).cpu().reshape(text.shape)

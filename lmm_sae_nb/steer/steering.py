@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int64
 from PIL import Image
 from torch import Tensor
 
+from lmm_sae_nb.model.hookpoints import kinds_at
 from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.activation import Activation, Latents
@@ -236,13 +237,14 @@ def steered(
         the control.
     scope: the tokens that the edits apply to.
     keep_error: keep the part of the hidden states that the SAE leaves unexplained; the paper drops it.
-    spliced: kinds of tokens that the SAE replaces, by default those that it was trained on.
+    spliced: kinds of tokens that the SAE replaces, of those that have a state at the hookpoint.
 
     Raises:
         ValueError: there are more or fewer lists than samples, or the model runs on another batch inside the `with`.
     """
     lmm, sae, layer = place.lmm, place.sae, place.layer
-    in_prompt, in_scope = prompt.mask(*spliced), scope.of_prompt(prompt)
+    in_prompt, in_scope = place.mask(prompt, spliced), scope.of_prompt(prompt)
+    has_text = "text" in spliced and "text" in kinds_at(layer)
     batch, length = in_prompt.shape
     settings = _settings(edits, batch)
 
@@ -256,7 +258,7 @@ def steered(
         if hidden.shape[1] == length:
             mask, chosen = (part.to(hidden.device).repeat_interleave(copies, 0) for part in (in_prompt, in_scope))
         else:
-            mask = torch.full(hidden.shape[:2], "text" in spliced, device=hidden.device)
+            mask = torch.full(hidden.shape[:2], has_text, device=hidden.device)
             chosen = torch.full_like(mask, scope.of_generated)
         out = hidden.clone()
         for setting in dict.fromkeys(settings):

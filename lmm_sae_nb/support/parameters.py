@@ -63,9 +63,8 @@ def declared(cell: str, origin: str) -> dict[str, Parameter]:
         behind = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().strip()
         above = itertools.takewhile(lambda line: line.startswith("#"), reversed(lines[: node.lineno - 1]))
         comment = behind or " ".join(line.strip("# ") for line in reversed(list(above)))
-        found[node.target.id] = Parameter(
-            ast.unparse(node.annotation), ast.literal_eval(node.value), comment.strip("# ")
-        )
+        kind = node.annotation.value if isinstance(node.annotation, ast.Constant) else ast.unparse(node.annotation)
+        found[node.target.id] = Parameter(str(kind), ast.literal_eval(node.value), comment.strip("# "))
     return found
 
 
@@ -107,10 +106,10 @@ def leave_out(values: Mapping[str, object], names: Collection[str]) -> dict[str,
 def misfit(parameter: Parameter, value: object, name: str) -> Misfit | None:
     """Return what is wrong with a value of a parameter; None if it fits.
 
-    A type is written as in an annotation: int, float, str, bool, list[int], dict, or several with `|`. A list without a
-    type of its elements takes that of its default's; a dictionary takes the entries of its default. Numbers are counts,
-    sizes, fractions and seeds: never negative. A comment with "at least 1" or "from 0 to 1" narrows them, one with
-    'one of "a", "b" or "c"' narrows a text or the texts of a list.
+    A type is written as in an annotation: int, float, str, bool, list[int], dict, or several with `|`, or with `or` in
+    quotes, which papermill reads. A list without a type of its elements takes that of its default's; a dictionary takes
+    the entries of its default. Numbers are counts, sizes, fractions and seeds: never negative. A comment with "at least
+    1" or "from 0 to 1" narrows them, one with 'one of "a", "b" or "c"' narrows a text or the texts of a list.
     """
     return _misfit(ast.parse(parameter.type, mode="eval").body, parameter.default, value, (name,), parameter.comment)
 
@@ -118,8 +117,9 @@ def misfit(parameter: Parameter, value: object, name: str) -> Misfit | None:
 def _misfit(
     kind: ast.expr, default: object, value: object, place: tuple[str | int, ...], comment: str = ""
 ) -> Misfit | None:
-    if isinstance(kind, ast.BinOp):
-        found = [_misfit(each, default, value, place, comment) for each in (kind.left, kind.right)]
+    if isinstance(kind, ast.BinOp | ast.BoolOp):
+        kinds = kind.values if isinstance(kind, ast.BoolOp) else (kind.left, kind.right)
+        found = [_misfit(each, default, value, place, comment) for each in kinds]
         return None if None in found else found[0]
     name = ast.unparse(kind.value if isinstance(kind, ast.Subscript) else kind)
     if name not in WORDS:  # a type of a user's own

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from lmm_sae_nb.model.hookpoints import in_order, require_kinds, titled
 from lmm_sae_nb.model.sample_checks import check_samples
 from lmm_sae_nb.model.samples import prompts
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
@@ -65,8 +66,10 @@ def evaluate_saes(
         raise ValueError(f"the SAEs are of {len(models)} models; evaluate those of one model at a time, at least one")
     (lmm,) = models.values()
     check_samples(samples, lmm)
+    for place in places.values():
+        require_kinds(place.layer, kinds)
     counts = {name: _Counts(place, kinds) for name, place in places.items()}
-    layers, clean = sorted({place.layer for place in places.values()}), []
+    layers, clean = in_order(place.layer for place in places.values()), []
     batches = prompts(lmm, samples, range(len(samples)), batch_samples)
     for prompt in progress_bar(batches, desc="evaluating", total=-(-len(samples) // batch_samples)):
         mask, uppers = prompt.mask(*kinds), above_each(lmm, prompt, layers)
@@ -75,7 +78,7 @@ def evaluate_saes(
             clean.append(lmm.cross_entropy(prompt, highest.run(highest.hidden)))
         states = {layer: upper.hidden[mask].float() for layer, upper in uppers.items()}
         for layer, x in states.items():
-            require_finite(x, f"hidden states of layer {layer}")
+            require_finite(x, f"hidden states of {titled(layer)}")
         of_kind = {kind: prompt.mask(kind)[mask] for kind in kinds}
         sample_of = mask.nonzero()[:, 0].cpu()
         if losses:  # the zeros of a layer are the same for all of its SAEs

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from lmm_sae_nb.model.hookpoints import Hookpoint
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.sample_checks import open_samples
 from lmm_sae_nb.sae.topk import TopKSAE
@@ -28,7 +29,7 @@ from lmm_sae_nb.train.training import HISTORY, TrainResult, train_sae
 
 
 def job(
-    model: str | Path, dataset: str | Path, layer: int, *, loading: Mapping[str, Any] | None = None, **settings
+    model: str | Path, dataset: str | Path, layer: Hookpoint, *, loading: Mapping[str, Any] | None = None, **settings
 ) -> TrainResult:
     """Load a model and a saved data set in this process and train; each process of a launcher runs this.
 
@@ -47,7 +48,7 @@ def launch(
     processes: int,
     model: str | Path,
     dataset: str | Path,
-    layer: int,
+    layer: Hookpoint,
     *,
     folder: str | Path,
     on_log: Callable[[list[dict[str, float]]], object] | None = None,

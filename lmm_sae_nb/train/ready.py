@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from lmm_sae_nb.model.hookpoints import Hookpoint, plain, titled
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae import hub
 from lmm_sae_nb.sae.formats import FORMATS, settings_of
@@ -28,14 +29,21 @@ class ReadySAE(NamedTuple):
 
 
 def use_ready_sae(
-    lmm: LMM, layer: int, *, sae: str | Path, hookpoint: str = "", k: int = 0, revision: str = "", folder: str | Path
+    lmm: LMM,
+    layer: Hookpoint,
+    *,
+    sae: str | Path,
+    hookpoint: str = "",
+    k: int = 0,
+    revision: str = "",
+    folder: str | Path,
 ) -> ReadySAE:
     """Read an SAE, check it against the model and the layer, and write it and its record in `folder`, as training does.
 
     The record says how it was made, so a call that finds the same record reads what it wrote before.
 
     lmm: the model under study.
-    layer: 0-based.
+    layer: 0-based, or another hookpoint.
     sae: a folder, the file of the weights, or a repository on the hub.
     hookpoint: the SAE's folder or file in there; "" if `sae` is the SAE's own.
     k: active latents per token of a TopK SAE whose files do not say it; of other kinds, the most that a token may have.
@@ -53,13 +61,13 @@ def use_ready_sae(
     asked = {"k": k or None, "k_max": k or None}
     settings = settings_of(source, **asked)
     run = {"ready": str(sae), "hookpoint": hookpoint, "k": k, "files": fingerprint(source)}
-    run |= {"layer": layer, "model": lmm.fingerprint(layer)}
+    run |= {"layer": plain(layer), "model": lmm.fingerprint(layer)}
     path = Path(folder) / HISTORY
     if path.is_file() and (record := read_json(path)).get("run") == run:
         return ReadySAE(TrainResult(SAE.load(folder), []), record["checked"])
     loaded = SAE.load(source, **asked | ({"k": None} if settings.has_threshold else {}))
     if loaded.trained_on:
-        checked = f"The SAE's folder records that it was trained on layer {loaded.trained_on.layer} of this model."
+        checked = f"The SAE's folder records that it was trained on {titled(loaded.trained_on.layer)} of this model."
     else:
         checked = _checked(settings.hook, layer)
     loaded = SAEInPlace(lmm, loaded, layer).sae  # before anything is written
@@ -69,7 +77,7 @@ def use_ready_sae(
             (Path(folder) / form.weights).unlink(missing_ok=True)
         loaded.save(folder)
         write_json(path, {"rows": [], "run": run, "checked": checked}, checked=True)
-    loaded.trained_on = TrainedOn(layer, run["model"])
+    loaded.trained_on = TrainedOn(run["layer"], run["model"])
     return ReadySAE(TrainResult(loaded, []), checked)
 
 
@@ -85,10 +93,10 @@ def _source(sae: str | Path, hookpoint: str, revision: str) -> Path:
     return hub.fetch(str(sae), hookpoint or None, revision=revision or None)
 
 
-def _checked(hook: str, layer: int) -> str:
+def _checked(hook: str, layer: Hookpoint) -> str:
     """Return what the hook name that the files record says of the layer."""
     if place_of(hook):
-        return f"The SAE's files say that it reads `{hook}`: the output of layer {layer}, counted from 0."
+        return f"The SAE's files say that it reads `{hook}`: the output of {titled(layer)}, counted from 0."
     named = "The SAE's files do not say which layer it reads"
     if hook:
         named = f"The SAE's files call what it reads `{hook}`, which is no name known here"

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from lmm_sae_nb.model.hookpoints import Hookpoint, plain
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.train import checkpoint
@@ -27,7 +28,7 @@ FREEZES = {"": None, "encoder": "W_enc", "decoder": "W_dec"}  # what a recipe ca
 class Recipe:
     """The settings of one SAE of several.
 
-    layer: the layer, 0-based, whose output it learns.
+    layer: the layer, 0-based, or other hookpoint, whose output it learns.
     n_latents: number of latents.
     k: active latents per token.
     lr: highest learning rate; by default the published rule, 2e-4 / sqrt(n_latents / 2^14).
@@ -39,7 +40,7 @@ class Recipe:
         ValueError: there is no such part to freeze, or no such kind.
     """
 
-    layer: int
+    layer: Hookpoint
     n_latents: int = 131_072
     k: int = 256
     lr: float | None = None
@@ -58,7 +59,7 @@ class Recipe:
         `frozen` and `kind` are there only if they are not the default, so that older records hold.
         """
         lr = 2e-4 / math.sqrt(self.n_latents / 2**14) if self.lr is None else self.lr
-        run = asdict(self) | {"lr": lr, "model": lmm.fingerprint(self.layer)}
+        run = asdict(self) | {"layer": plain(self.layer), "lr": lr, "model": lmm.fingerprint(self.layer)}
         usual = {"frozen": "", "kind": "topk"}
         return {name: value for name, value in run.items() if name not in usual or value != usual[name]}
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from lmm_sae_nb.model.hookpoints import Hookpoint
 from lmm_sae_nb.sae.losses import auxk_loss
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.progress import progress_bar
@@ -29,7 +30,7 @@ def learning_rate(step: int, steps: int, peak: float, warm: int) -> float:
 
 def do_steps(
     training: Training,
-    batches: Iterator[tuple[dict[int, Tensor], Position]],
+    batches: Iterator[tuple[dict[Hookpoint, Tensor], Position]],
     accelerator: Accelerator,
     run: Mapping,
     folder: Path,
@@ -87,7 +88,7 @@ def _row(
 
 def _step(
     training: Training,
-    batches: Iterator[tuple[dict[int, Tensor], Position]],
+    batches: Iterator[tuple[dict[Hookpoint, Tensor], Position]],
     accelerator: Accelerator,
     run: Mapping,
 ) -> dict[str, dict[str, float]]:

@@ -18,6 +18,7 @@ from datasets import IterableDataset
 from jaxtyping import Float
 from torch import Tensor
 
+from lmm_sae_nb.model.hookpoints import Hookpoint, in_order, titled
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.samples import as_prompt, light, require_choice
@@ -68,7 +69,7 @@ class Stream:
     lmm: computes the hidden states.
     samples: rows with `image`, `question` and `answer`, in a new random order each epoch; or a data stream, in its
         own order.
-    layers: one or several, 0-based; their states stand side by side.
+    layers: one or several, 0-based, or other hookpoints; their states stand side by side.
     kinds: kinds of token to keep.
     seed: of the order of samples.
     batch: samples per part.
@@ -83,7 +84,7 @@ class Stream:
         self,
         lmm: LMM,
         samples: Sequence[Mapping] | IterableDataset,
-        layers: int | Sequence[int],
+        layers: Hookpoint | Sequence[Hookpoint],
         kinds: Sequence[str],
         seed: int,
         batch: int,
@@ -97,7 +98,8 @@ class Stream:
         self.lmm, self.kinds, self.unreadable = lmm, kinds, unreadable
         self.left_out = left_out or LeftOut(samples, {}, removed=False)
         self.converted = converted or Converted()
-        self.layers = sorted({layers} if isinstance(layers, int) else set(layers))
+        self.layers = in_order([layers] if isinstance(layers, Hookpoint) else layers)
+        self._widths = [lmm.width_at(layer) for layer in self.layers]
         streams = isinstance(samples, IterableDataset)
         self._parts = StreamedParts(samples, batch) if streams else ShuffledParts(samples, batch, seed, self.left_out)
         self.parts_an_epoch = self._parts.parts_an_epoch
@@ -105,7 +107,7 @@ class Stream:
         self._ahead, self._next = None, -1
 
     def __call__(self, part: int) -> Float[Tensor, "tokens states"]:
-        """Compute part n, (tokens, layers * width), in the model's dtype.
+        """Compute part n, (tokens, sum of the layers' widths), in the model's dtype.
 
         Raises:
             ValueError: a sample is wrong, all are unreadable, or a hidden state is not finite.
@@ -123,13 +125,12 @@ class Stream:
                 self.converted.add(number, converted)
         if prepared.prompt is None:
             self._parts.require_some()
-            width = len(self.layers) * self.lmm.width
-            return torch.empty(0, width, dtype=self.lmm.model.dtype, device=self.lmm.device)
+            return torch.empty(0, sum(self._widths), dtype=self.lmm.model.dtype, device=self.lmm.device)
         prompt, rows = prepared.prompt, prepared.rows
         hidden, mask = self.lmm.hidden_states(prompt, self.layers), prompt.mask(*self.kinds)
         tokens = {layer: hidden.pop(layer)[mask].to(self.lmm.device) for layer in self.layers}
         for layer, states in tokens.items():
-            require_finite(states, f"hidden states of layer {layer}, samples {', '.join(map(str, rows))}")
+            require_finite(states, f"hidden states of {titled(layer)}, samples {', '.join(map(str, rows))}")
         return torch.cat(list(tokens.values()), 1)
 
     def close(self) -> None:
@@ -174,9 +175,9 @@ class Stream:
                     return Prepared({}, None, faults, is_first_epoch)
         return Prepared({n: row["converted"] for n, row in rows.items()}, prompt, faults, is_first_epoch)
 
-    def by_layer(self, tokens: Float[Tensor, "tokens states"]) -> dict[int, Float[Tensor, "tokens width"]]:
+    def by_layer(self, tokens: Float[Tensor, "tokens states"]) -> dict[Hookpoint, Float[Tensor, "tokens width"]]:
         """Divide what the stream returns into the states of each layer."""
-        parts = tokens.split(self.lmm.width, 1)
+        parts = tokens.split(self._widths, 1)
         return {
             layer: states.contiguous().to(self.lmm.device_of(layer))
             for layer, states in zip(self.layers, parts, strict=True)

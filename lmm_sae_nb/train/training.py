@@ -24,6 +24,7 @@ from datasets import IterableDataset
 from torch import Tensor
 
 from lmm_sae_nb.model.data_identity import data_fingerprint
+from lmm_sae_nb.model.hookpoints import Hookpoint, require_kinds
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.sample_checks import check_samples
 from lmm_sae_nb.model.samples import require_choice
@@ -67,7 +68,7 @@ class TrainResult(NamedTuple):
 def train_sae(
     lmm: LMM,
     samples: Sequence[Mapping] | IterableDataset,
-    layer: int,
+    layer: Hookpoint,
     *,
     n_latents: int = 131_072,
     k: int = 256,
@@ -78,11 +79,11 @@ def train_sae(
     on_log: Callable[[list[dict[str, float]]], object] | None = None,
     **settings,
 ) -> TrainResult:
-    """Train an SAE on the output of one decoder layer, and save it and its history in `folder`.
+    """Train an SAE on the output of one decoder layer, or at another hookpoint; save it and its history in `folder`.
 
     lmm: the model under study; it does not change.
     samples: as of `train_saes`.
-    layer: 0-based.
+    layer: 0-based, or the name of another hookpoint, such as "decoder.24.mlp".
     n_latents, k, lr, frozen, kind: as of `Recipe`.
     on_log: called with all rows of the history so far, after each new row.
     settings, errors: as of `train_saes`.
@@ -175,6 +176,8 @@ def train_saes(
     if wrong := [name for name in recipes if name in (CHECKPOINTS, LOGS) or not re.fullmatch(r"(\w[\w.+-]*)?", name)]:
         raise ValueError(f"{wrong} cannot name SAEs: a name is also a folder's; use letters, digits and _ . + -")
     require_choice(unreadable)
+    for recipe in recipes.values():
+        require_kinds(recipe.layer, kinds)
     shared = {
         "steps": steps, "batch_tokens": batch_tokens, "accumulate": accumulate, "kinds": list(kinds), "seed": seed,
         "auxk_alpha": auxk_alpha, "dead_after_tokens": dead_after_tokens,
@@ -271,7 +274,7 @@ def _plain(value: object) -> object:
 
 def _begin(
     lmm: LMM, stream: Stream, accelerator: Accelerator, runs: Mapping[str, Mapping], saved: Checkpoint | None
-) -> tuple[Training, Iterator[tuple[dict[int, Tensor], Position]]]:
+) -> tuple[Training, Iterator[tuple[dict[Hookpoint, Tensor], Position]]]:
     """Return the training as its last checkpoint left it, or before its first step, and the batches that follow."""
     start = Position(**saved.state["position"]) if saved else Position()
     any_run = next(iter(runs.values()))
@@ -293,7 +296,7 @@ def _begin(
 
 def _learner(lmm: LMM, run: Mapping, accelerator: Accelerator) -> Learner:
     generator = torch.Generator().manual_seed(run["seed"])
-    sae = new_sae(run.get("kind", "topk"), lmm.width, run["n_latents"], run["k"], generator)
+    sae = new_sae(run.get("kind", "topk"), lmm.width_at(run["layer"]), run["n_latents"], run["k"], generator)
     sae.to(lmm.device_of(run["layer"]))
     if kept := FREEZES[run.get("frozen", "")]:
         getattr(sae, kept).requires_grad_(False)

@@ -475,6 +475,11 @@ RAISED = {
         small(), [ROW], 0, n_latents=8, k=2, steps=1, kinds=["tiles"], folder="my/none"
     ),
     "the SAE reads width …, the layer's hidden states have width …": lambda: cached(small(), TopKSAE(9, 8, 2)),
+    "no hookpoint '…': … has layers 0 to …": lambda: small().layer("decoder.1.mpl"),
+    "… has no states of the tokens …; give kinds: …": lambda: train_sae(
+        small(), [ROW], "projector", steps=1, folder="my/other"
+    ),
+    "… has no state for …": lambda: LMM(*models.make("qwen2_5_vl")).width_at("vision.0"),
     "the SAE was trained on layer …, not …": lambda: cached(small(), an_sae(layer=1)),
     "the SAE was trained on another model than …": lambda: cached(small(), an_sae(seed=7)),
     "… holds a checkpoint of another run": interrupted,

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from lmm_sae_nb.attribute.attribution import difference, exact, greedy_decision, integrated, linear
 from lmm_sae_nb.cache.activations import cache_activations
 from lmm_sae_nb.interpret.exemplars import exemplars
+from lmm_sae_nb.model.hookpoints import Hookpoint
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.sae.in_place import SAEInPlace
@@ -29,31 +30,31 @@ def pictures(n: int = 3) -> list[Image.Image]:
     return [noise(*shapes[number % 3], seed=number) for number in range(n)]
 
 
-def train(lmm: LMM, folder: Path) -> SAEInPlace:
+def train(lmm: LMM, folder: Path, layer: Hookpoint = LAYER, **more) -> SAEInPlace:
     """Train a few steps on samples with answers; the loss is finite and the SAE has moved."""
     samples = [{"image": image, "question": "what is it ?", "answer": "that"} for image in pictures()]
-    settings = dict(n_latents=32, k=4, steps=2, batch_tokens=32, batch_samples=2)
-    result = train_sae(lmm, samples, LAYER, **settings, folder=folder / "sae")
+    settings = dict(n_latents=32, k=4, steps=2, batch_tokens=32, batch_samples=2) | more
+    result = train_sae(lmm, samples, layer, **settings, folder=folder / "sae")
     assert all(math.isfinite(row["loss"]) for row in result.history)
-    return SAEInPlace(lmm, result.sae.requires_grad_(False), LAYER)
+    return SAEInPlace(lmm, result.sae.requires_grad_(False), layer)
 
 
-def a_place(lmm: LMM) -> SAEInPlace:
+def a_place(lmm: LMM, layer: Hookpoint = LAYER) -> SAEInPlace:
     """A random SAE whose latents see the layer's states."""
-    sae = SAE(lmm.width, 32, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
-    return SAEInPlace(lmm, sae, LAYER)
+    sae = SAE(lmm.width_at(layer), 32, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
+    return SAEInPlace(lmm, sae, layer)
 
 
 @torch.no_grad()
-def states(lmm: LMM, prompt) -> torch.Tensor:
+def states(lmm: LMM, prompt, layer: Hookpoint = LAYER) -> torch.Tensor:
     """The layer's output as the model computes it of the whole prompt, in the plainest way."""
     seen = []
-    handle = lmm.layer(LAYER).register_forward_hook(
+    handle = lmm.layer(layer).register_forward_hook(
         lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
     )
     lmm.model(**prompt.inputs, use_cache=False)
     handle.remove()
-    return seen[0]
+    return seen[0].view(*prompt.inputs["input_ids"].shape, -1)
 
 
 def cache(place: SAEInPlace, folder: Path) -> None:
@@ -63,7 +64,7 @@ def cache(place: SAEInPlace, folder: Path) -> None:
     expected = []
     for image in images:
         prompt = lmm.prompt("", image)
-        expected.append(dense(place.sae, states(lmm, prompt)[prompt.mask("base")]))
+        expected.append(dense(place.sae, states(lmm, prompt, place.layer)[prompt.mask("base")]))
     means = torch.stack([z.mean(0) for z in expected])
     assert_close(cached.top_means, means.sort(0, descending=True).values.T, **CLOSE)
     assert cached.grid == lmm.grid
@@ -81,23 +82,25 @@ def cache(place: SAEInPlace, folder: Path) -> None:
 @torch.no_grad()
 def steer(place: SAEInPlace) -> None:
     """Clamp a latent: the logits are those of a hook written here, and text is generated with the clamp."""
-    lmm, sae = place.lmm, place.sae
+    lmm, sae, layer = place.lmm, place.sae, place.layer
     prompt = lmm.prompt(["what ?", "and what is this ?"], pictures(1) * 2)  # one picture twice
     mask = prompt.mask(*SAE_KINDS)
 
     def clamp(module, args, output):
-        hidden = output[0] if isinstance(output, tuple) else output
+        plain = output[0] if isinstance(output, tuple) else output
+        hidden = plain.view(*mask.shape, -1)
         z = torch.relu((hidden[mask] - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
         z[:, 3] = 5.0
         kept = z.topk(sae.k)
         z = torch.zeros_like(z).scatter(-1, kept.indices, kept.values)
         new = hidden.clone()
         new[mask] = (z @ sae.W_dec + sae.b_dec).to(hidden.dtype)
+        new = new.view_as(plain)
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
     with steered(place, prompt, [Edit(3, 5.0)]):
         found = lmm.last_logits(prompt)
-    handle = lmm.layer(LAYER).register_forward_hook(clamp)
+    handle = lmm.layer(layer).register_forward_hook(clamp)
     expected = lmm.model(**prompt.inputs, use_cache=False).logits[:, -1].float()
     handle.remove()
     assert_close(found, expected, **CLOSE)
@@ -109,7 +112,7 @@ def attribute(place: SAEInPlace) -> None:
     """Attribute: linear is the slope, exact the effect of silencing, integrated sums to the difference."""
     lmm, sae = place.lmm, place.sae
     choice = greedy_decision(lmm, "what is it ?", pictures(1)[0])
-    mask = choice.prompt.mask(*SAE_KINDS)[0]
+    mask = place.mask(choice.prompt)[0]
     first = linear(place, choice)
     active = first.latents.acts > 0
     chosen = active & (torch.rand(active.shape, generator=torch.Generator().manual_seed(0)) < 6 / active.sum())
@@ -124,7 +127,7 @@ def attribute(place: SAEInPlace) -> None:
             hidden[0, token] -= fraction * part
             return hidden
 
-        with torch.no_grad(), lmm.spliced(LAYER, silence) if fraction else nullcontext():
+        with torch.no_grad(), lmm.spliced(place.layer, silence) if fraction else nullcontext():
             return float(difference(lmm, choice)[0])
 
     clean = d_without(0, 0, 0.0)
@@ -140,7 +143,7 @@ def attribute(place: SAEInPlace) -> None:
             bias = sae.b_dec.to(hidden)
             return torch.where(mask[None, :, None], bias + position * (hidden - bias), hidden)
 
-        with torch.no_grad(), lmm.spliced(LAYER, grow):
+        with torch.no_grad(), lmm.spliced(place.layer, grow):
             return float(difference(lmm, choice)[0])
 
     middle = integrated(place, choice, steps=1)

@@ -39,7 +39,8 @@ BY_FILES = {  # what the files that the libraries wrote say themselves
         ("resid_post_layer_4", "decoder.4"),
         ("resid_pre_layer_4", "decoder.3"),
         ("layer 4", "decoder.4"),
-        ("vision_tower.vision_model.encoder.layers.5", "vision_tower.vision_model.encoder.layers.5"),
+        ("vision_tower.vision_model.encoder.layers.5", "vision.5"),
+        ("decoder.5.mlp", "decoder.5.mlp"),
         ("my sae", ""),
         ("", ""),
     ],
@@ -97,7 +98,7 @@ def test_the_config_of_an_sae_says_what_is_read(tmp_path, name, config, change, 
     ("hook", "error"),
     [
         ("blocks.2.hook_resid_post", r"hook_resid_post', output of layer 2 .*, not of layer 1; set layer to 2"),
-        ("layers.1.mlp", "reads 'layers.1.mlp', which is not the output of layer 1, nor of any other decoder layer"),
+        ("layers.1.mlp", "output of decoder.1.mlp .*, not of layer 1; set layer to decoder.1.mlp"),
     ],
 )  # fmt: skip
 def test_an_sae_of_another_place_is_refused_with_both_and_the_remedy(tmp_path, hook, error):

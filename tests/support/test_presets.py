@@ -31,6 +31,7 @@ threshold: float = 0.25  # from 0 to 1
 layers: list[int] = [1, 3]  # layers
 kinds: list = ["base", "tiles"]  # kinds of token
 limit: int | None = None  # of the images
+place: "int or str" = 1  # counted from 0, or a name
 explainer: dict = {"model": "m", "tokens": 32, "doses": [1, 2], "inner": {"question": "q"}}  # asked for names
 endpoint: dict = {"extra": {}}  # fields of requests
 """
@@ -64,6 +65,8 @@ def given(little, text: str | bytes) -> dict:
         ("lr: 1", {"lr": 1}),
         ("limit: null", {"limit": None}),
         ("limit: 3", {"limit": 3}),
+        ("place: 24", {"place": 24}),
+        ("place: decoder.24.mlp", {"place": "decoder.24.mlp"}),
         ("steps: 100_000", {"steps": 100000}),
         ("\ufeffsteps: 7", {"steps": 7}),
         ("explainer: {doses: [0.5, 1]}\n01_one: {explainer: {tokens: 8, inner: {question: 7}}}",
@@ -106,6 +109,7 @@ FAULTS = {
     "mixed: null": (1, "mixed is null, not a text", '"" says that there is none'),
     "mixed: {a: 1}": (1, "mixed is {'a': 1}, a dictionary, not a text", "write one value"),
     'mixed: "a\\0b"': (1, "with control characters", "remove them"),
+    "place: [1]": (1, r"place is \[1\], a list, not a whole number", "write one value"),
     "layers: 3": (1, "layers is 3, a whole number, not a list", r"such as \[1, 2\]"),
     "layers:\n- 1\n- two": (3, "layers.1 is 'two', a text, not a whole number", "without quotes"),
     "layers: [1, [2]]": (1, r"layers.1 is \[2\], a list", "write one value"),

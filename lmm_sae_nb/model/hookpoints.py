@@ -50,7 +50,7 @@ class Parsed(NamedTuple):
 
 def parsed(hookpoint: Hookpoint) -> Parsed | None:
     """Take a hookpoint apart; None if no model has one of this form."""
-    if isinstance(hookpoint, int):
+    if not isinstance(hookpoint, str):
         return Parsed("decoder", hookpoint) if hookpoint >= 0 and not isinstance(hookpoint, bool) else None
     if (found := FORM.fullmatch(hookpoint)) is None:
         return None

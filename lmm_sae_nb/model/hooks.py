@@ -40,14 +40,14 @@ class _Stop(Exception):
         self.captured = captured
 
 
-def _hidden(args: tuple, output: Any) -> Hidden:
+def _hidden(args: tuple, output: Any) -> Tensor:
     hidden = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output)
     if hidden.ndim == 2 and args and args[0].ndim == 3:  # a mixture of experts lays all samples in one row
         hidden = hidden.unflatten(0, args[0].shape[:2])
     return hidden
 
 
-def _with_hidden(output: Any, hidden: Hidden) -> Any:
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
     if (output[0] if isinstance(output, tuple) else output).ndim < hidden.ndim:
         hidden = hidden.flatten(0, 1)
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -18,6 +18,9 @@ from lmm_sae_nb.model.hooks import Hidden
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
 
+# The decoder's output; a layer of the vision tower has another width.
+Decoded = Float[Tensor, "versions tokens decoder_width"]
+
 # Kinds of layers whose past is keys and values of tokens; linear attention sums its past up in one state.
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
@@ -46,14 +49,14 @@ class UpperLayers:
         self._sees = parsed(layer).part == "vision"  # then everything from there on runs again
         self._cache, self._samples, self._remembered = DynamicCache(), None, None
 
-    def run(self, states: Float[Tensor, "versions tokens width"]) -> Float[Tensor, "versions tokens width"]:
+    def run(self, states: Float[Tensor, "versions tokens width"]) -> Decoded:
         """Return the decoder's output, after its last norm, with these states at the hookpoint.
 
         states: of the whole batch, or of a single sample in several versions side by side. Gradients flow into them.
         """
         return self._run(states, None)
 
-    def run_alike(self, states: Float[Tensor, "versions tokens width"]) -> Float[Tensor, "versions tokens width"]:
+    def run_alike(self, states: Float[Tensor, "versions tokens width"]) -> Decoded:
         """Do as `run` for states that begin alike; the tokens before the first difference run once. No gradients.
 
         states: of the whole batch, or of a single sample in several versions side by side.
@@ -72,7 +75,7 @@ class UpperLayers:
 
     def remember(
         self, states: Float[Tensor, "batch tokens width"], samples: Int64[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch tokens width"]:
+    ) -> Decoded:
         """Do as `run`, and keep the keys and values of these states for `resume`.
 
         samples: for each of the states, which sample of a batch it is of; None for the whole batch or a single sample.
@@ -85,7 +88,7 @@ class UpperLayers:
         states: Float[Tensor, "versions late width"],
         start: int,
         like: Int64[Tensor, " versions"] | None = None,
-    ) -> Float[Tensor, "versions late width"]:
+    ) -> Decoded:
         """Do as `run` for the tokens from `start` on; the earlier ones are those that `remember` saw.
 
         Attention is causal, so later tokens cannot change earlier ones. Where the layers cannot continue from a token
@@ -104,7 +107,7 @@ class UpperLayers:
 
     def _run(
         self, states: Hidden, cache: DynamicCache | None, samples: Int64[Tensor, " versions"] | None = None
-    ) -> Hidden:
+    ) -> Decoded:
         decoder, called = self.lmm.decoder, self._arguments
         if self._sees or unknown(called):
             return self._run_whole(states, samples)
@@ -137,10 +140,10 @@ class UpperLayers:
             return False
         return start is None or looks_back_only(called.get("attention_mask"), start)
 
-    def _run_whole(self, states: Hidden, samples: Int64[Tensor, " versions"] | None = None) -> Hidden:
+    def _run_whole(self, states: Hidden, samples: Int64[Tensor, " versions"] | None = None) -> Decoded:
         """Run the whole decoder, or the vision tower as well, with the states spliced in, version by version."""
 
-        def run(batch: Hidden) -> Hidden:
+        def run(batch: Hidden) -> Decoded:
             with self.lmm.spliced(self.layer, lambda hidden: batch.to(hidden)):
                 if not self._sees:
                     return self.lmm.decoder(**self._arguments | {"use_cache": False}).last_hidden_state

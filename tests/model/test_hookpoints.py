@@ -234,7 +234,7 @@ def test_an_sae_of_patches_is_trained_evaluated_cached_steered_and_attributed(lm
         kept = z.topk(sae.k)
         return torch.zeros_like(z).scatter(-1, kept.indices, kept.values) @ sae.W_dec + sae.b_dec
 
-    with steered(random, prompt, [Edit(3, 5.0)]), torch.no_grad():
+    with steered(random, prompt, [Edit(3, 5.0)], spliced=["base"]), torch.no_grad():
         found = lmm.last_logits(prompt)
     with plainly(lmm, place, "picture_world", clamp), torch.no_grad():
         expected = lmm.model(**prompt.inputs, use_cache=False).logits[:, -1].float()

@@ -97,7 +97,7 @@ def test_the_config_of_an_sae_says_what_is_read(tmp_path, name, config, change, 
 @pytest.mark.parametrize(
     ("hook", "error"),
     [
-        ("blocks.2.hook_resid_post", r"hook_resid_post', that is the output of layer 2 .*, not of layer 1; set layer to 2"),
+        ("blocks.2.hook_resid_post", r"that is the output of layer 2 .*, not of layer 1; set layer to 2"),
         ("layers.1.mlp", "output of decoder.1.mlp .*, not of layer 1; set layer to decoder.1.mlp"),
     ],
 )  # fmt: skip

@@ -121,6 +121,6 @@ STEERED_BY_KIND = PanelMetric("steer_kinds", "named_of_100")
 # ways that need no named latent, as `direction_kinds` measures them
 WAYS_BY_KIND = {
     "latent": "one latent for each concept", "detector": "the latent that detects it best",
-    "decoder": "the latent's direction, added", "difference": "no SAE: difference of means",
+    "decoder": "adding the latent's direction", "difference": "no SAE: difference of means",
     "probe": "no SAE: logistic probe", "prompt": "no SAE: prompt",
 }  # fmt: skip

@@ -138,6 +138,7 @@ def kinds_in_short(panel: Panel | None) -> list[str]:
         seeds := [name for name in panel.group("seed") if "steer_kinds" in panel.saes[name].parts]
     ):
         return []
+    controls = [name for name in panel.group("control") if STEERED_BY_KIND.part in panel.saes[name].parts]
     parts, clear, beyond, reached = [], [], [], []
     for kind, at in ({"all kinds": STEERED_BY_KIND} | of_kinds(STEERED_BY_KIND, STEERED_KINDS)).items():
         if not (values := _values(panel, seeds, at)):
@@ -154,7 +155,8 @@ def kinds_in_short(panel: Panel | None) -> list[str]:
         "Steered by kind, latents of trained SAEs make the model name their concept, of 100 (median of "
         f"{len(seeds)}; in brackets: random latents at that dose): {', '.join(parts)}. The intervals of an SAE and of "
         f"its random latents lie apart for: {', '.join(clear) or 'no kind'}.",
-        f"Every trained SAE names more than every control for: {', '.join(beyond) or 'no kind'}; a control is as high "
+        f"Every trained SAE names more than every control that was measured ({len(controls)}) for: "
+        f"{', '.join(beyond) or 'no kind'}; a control is as high "
         f"for: {', '.join(reached) or 'no kind'}. With at most 12 latents of a kind, intervals are wide.",
     ]
     together = beside_each_other(panel, "direction_kinds", WAYS_BY_KIND, "steer_{}_named_of_100", "{:.0f}")

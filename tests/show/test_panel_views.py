@@ -212,7 +212,7 @@ def test_sentences_on_steering_by_kind_follow_from_the_intervals():
     random, controls, others = kinds_in_short(STEERED)
     assert "texture 70 (5)" in random and "scene 15 (5)" in random and "word: nothing" in random
     assert "lie apart for: all kinds (1 of 1 SAEs), texture (1 of 2 SAEs)." in random
-    assert "every control for: texture; a control is as high for: scene." in controls
+    assert "every control that was measured (1) for: texture; a control is as high for: scene." in controls
     assert "no SAE: logistic probe 90 [80, 95]" in others
     assert others.endswith("Better than one latent for each concept: no SAE: logistic probe.")
     assert kinds_in_short(None) == kinds_in_short(PANEL) == []

@@ -233,7 +233,8 @@ def _finished(folder: Path) -> Iterator[Path]:
             yield from (folder / f"{name}.json" for name in json.loads(record.read_bytes())["results"])
     if not any(folder.rglob(CHECKPOINTS)):  # else an SAE may be one of several that are being written
         yield from folder.rglob(HISTORY)
-    yield from (key.with_name(TENSORS) for key in folder.rglob(KEY) if not key.with_name(PARTIAL).exists())
+    keys = [key for key in folder.rglob(KEY) if PARTIAL not in key.parts]  # a pass under way has one, too
+    yield from (key.with_name(TENSORS) for key in keys if not key.with_name(PARTIAL).exists())
 
 
 def _state(file: Path) -> tuple[int, int]:

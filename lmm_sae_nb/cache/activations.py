@@ -39,7 +39,7 @@ from lmm_sae_nb.support.conversions import sum_conversions
 from lmm_sae_nb.support.devices import allow_tf32
 from lmm_sae_nb.support.files import free_bytes, in_units
 from lmm_sae_nb.support.images import UnreadableImage, pixel_hash
-from lmm_sae_nb.support.locks import hold
+from lmm_sae_nb.support.locks import clear_left, hold
 from lmm_sae_nb.support.names import folder_name
 from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.stages import code_fingerprints
@@ -104,6 +104,8 @@ def cache_several(
     leftovers = any((folder / name / PARTIAL).exists() for name in keys)
     processes.wait_for_everyone()  # nobody clears before all have looked
     if len(whole) == len(keys) and not leftovers:
+        if processes.is_main_process:
+            clear_left(folder)
         return whole
     with hold(folder) if processes.is_main_process else nullcontext():
         settings = {"n_top": n_top, "batch_size": batch_size, "store": store, "save_every": save_every}

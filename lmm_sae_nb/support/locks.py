@@ -44,6 +44,13 @@ def hold(folder: str | Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def clear_left(folder: str | Path) -> None:
+    """Delete the lock that a killed process left in a folder, if there is one; a lock that is held stays."""
+    if (Path(folder) / LOCK).exists():
+        with contextlib.suppress(OSError), hold(folder):
+            pass
+
+
 def keep(folder: str | Path) -> None:
     """Hold a stage's folder until `let_go`, or until this process ends; it may hold it already.
 

@@ -36,7 +36,7 @@ from lmm_sae_nb.sae.topk import HISTORY, TopKSAE
 from lmm_sae_nb.support.devices import allow_tf32
 from lmm_sae_nb.support.files import clear_temporaries, read_json, temporaries, write_json
 from lmm_sae_nb.support.images import UnreadableImage
-from lmm_sae_nb.support.locks import hold
+from lmm_sae_nb.support.locks import clear_left, hold
 from lmm_sae_nb.support.stages import code_fingerprints
 from lmm_sae_nb.train import checkpoint
 from lmm_sae_nb.train.checkpoint import Checkpoint
@@ -203,8 +203,10 @@ def train_saes(
             accelerator.wait_for_everyone()  # nobody reads a checkpoint before leftovers are cleared
             done = done or _finished(folder, runs, unreadable)  # another run may have held the folder until now
         if done:
-            if accelerator.is_main_process and (folder / CHECKPOINTS).exists():
-                checkpoint.remove(folder / CHECKPOINTS)
+            if accelerator.is_main_process:
+                if (folder / CHECKPOINTS).exists():
+                    checkpoint.remove(folder / CHECKPOINTS)
+                clear_left(folder)
             return {name: one._replace(sae=one.sae.to(lmm.device)) for name, one in done.items()}
         if tracker != "none":
             accelerator.init_trackers(

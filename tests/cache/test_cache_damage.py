@@ -18,7 +18,7 @@ from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.support.files import temporary_name
 from lmm_sae_nb.support.images import open_images
-from lmm_sae_nb.support.locks import FolderInUse, hold
+from lmm_sae_nb.support.locks import LOCK, FolderInUse, hold
 
 SETTINGS = {"n_top": 2, "batch_size": 2, "store": "float16"}
 
@@ -135,6 +135,9 @@ def test_a_damaged_state_is_done_again_and_the_users_files_stay(place, pictures,
 def test_a_second_pass_into_a_folder_is_refused_and_a_whole_cache_is_not_held(copy, place, pictures, tmp_path):
     with hold(copy):
         cache_activations(place, pictures, **SETTINGS, folder=copy)
+    (copy / LOCK).touch()  # as after a kill at the very end
+    cache_activations(place, pictures, **SETTINGS, folder=copy)
+    assert not (copy / LOCK).exists()
     with hold(tmp_path / "new"), pytest.raises(FolderInUse, match="another run holds .*new since"):
         cache_activations(place, pictures, **SETTINGS, folder=tmp_path / "new")
 

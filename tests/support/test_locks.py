@@ -11,7 +11,7 @@ import pytest
 from forks import started
 
 from lmm_sae_nb.support import locks
-from lmm_sae_nb.support.locks import LOCK, FolderInUse, hold, keep, let_go
+from lmm_sae_nb.support.locks import LOCK, FolderInUse, clear_left, hold, keep, let_go
 
 
 def _hold_for_ever(folder):
@@ -94,3 +94,13 @@ def test_a_kept_folder_is_refused_to_others_and_not_to_its_own_process(tmp_path)
     end.close()
     keep(tmp_path)
     let_go(tmp_path)
+
+
+def test_the_lock_of_a_killed_process_is_cleared_and_one_that_is_held_is_not(tmp_path):
+    (tmp_path / LOCK).write_text("of a process that is gone")
+    clear_left(tmp_path)
+    assert not (tmp_path / LOCK).exists()
+    with hold(tmp_path):
+        clear_left(tmp_path)
+        assert (tmp_path / LOCK).exists()
+    clear_left(tmp_path / "no folder")

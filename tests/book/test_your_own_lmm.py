@@ -49,6 +49,7 @@ from lmm_sae_nb.show.latent_table import LatentTable
 from lmm_sae_nb.support.images import open_images
 from lmm_sae_nb.support.locks import FolderInUse, hold
 from lmm_sae_nb.support.stages import require
+from lmm_sae_nb.train.ready import use_ready_sae
 from lmm_sae_nb.train.training import train_sae
 
 pytestmark = pytest.mark.slow
@@ -157,7 +158,7 @@ def here(code: str, changes: dict[str, str]) -> str:
 
 
 def test_every_block_is_of_a_kind_that_is_run_here():
-    assert [kind for kind, _ in BLOCKS if kind != "python"] == ["yaml", "bash"]
+    assert [kind for kind, _ in BLOCKS if kind != "python"] == ["yaml", "bash", "yaml"]
     text = "".join(code for kind, code in BLOCKS if kind == "python")
     assert all(old in text for old in HERE | SMALLER)
 
@@ -183,7 +184,7 @@ def test_its_code_runs(at_the_desk, model, capsys):
 @pytest.fixture(scope="module")
 def mine(desk) -> subprocess.CompletedProcess:
     """Notebooks 01 to 04 run with the page's preset, by its command: another family, by parameters alone."""
-    (preset,), (command,) = ([code for kind, code in BLOCKS if kind == wanted] for wanted in ("yaml", "bash"))
+    (preset, _), (command,) = ([code for kind, code in BLOCKS if kind == wanted] for wanted in ("yaml", "bash"))
     values = yaml.safe_load(preset)
     for section, changed in PRESET.items():
         (values[section] if section else values).update(changed)
@@ -220,6 +221,13 @@ def test_its_preset_runs_notebooks_01_to_04_by_its_command(at_the_desk, mine):
     for page in Path("build/executed").glob("*.ipynb"):
         said = json.dumps([cell.get("outputs") for cell in nbformat.read(page, 4).cells])
         assert "Warning" not in said, page.name
+
+
+def test_the_preset_of_a_ready_sae_names_parameters_of_notebook_01(at_the_desk):
+    whole, ready = (yaml.safe_load(code) for kind, code in BLOCKS if kind == "yaml")
+    Path("notebooks/params/ready.yaml").write_text(yaml.safe_dump(whole | ready))
+    found = pages.preset(Path("notebooks/params/ready.yaml"))["01_train_sae"]
+    assert found["layer"] == 24 and found["ready"] == ready["01_train_sae"]["ready"] | {"revision": "", "k": 0}
 
 
 def started(source: str, env: dict[str, str], **values: object) -> subprocess.Popen:
@@ -365,6 +373,12 @@ def an_sae(layer: int = 0, seed: int = 0, width: int = models.WIDTH) -> TopKSAE:
     return sae
 
 
+def called(hook: str) -> TopKSAE:
+    sae = TopKSAE(models.WIDTH, 8, 2)
+    sae.hook_name = hook
+    return sae
+
+
 def cached(lmm: LMM, sae: TopKSAE, images=None, layer: int = 0):
     return cache_activations(SAEInPlace(lmm, sae, layer), images or [picture(0)], folder="my/nothing")
 
@@ -480,6 +494,9 @@ RAISED = {
         small(), [ROW], "projector", steps=1, folder="my/other"
     ),
     "… has no state for …": lambda: LMM(*models.make("qwen2_5_vl")).width_at("vision.0"),
+    "the SAE reads '…', that is the output of layer …, not of layer …": lambda: cached(small(), called("layers.2")),
+    "the SAE reads '…', which is not the output of layer …": lambda: cached(small(), called("blocks.0.attn.hook_z")),
+    "there is no SAE at …": lambda: use_ready_sae(small(), 0, sae="data/my/sae", folder="my/none"),
     "the SAE was trained on layer …, not …": lambda: cached(small(), an_sae(layer=1)),
     "the SAE was trained on another model than …": lambda: cached(small(), an_sae(seed=7)),
     "… holds a checkpoint of another run": interrupted,
@@ -494,6 +511,7 @@ RAISED = {
     "… is damaged: its checksum is not that of what was written": flipped,
     "… holds NaN or infinity at latents …": diverged,
     "another run holds … since …": twice,
+    "… is no folder; give that of a data set …": lambda: open_samples("my/trian"),
     "Directory … not found": lambda: datasets.load_from_disk("my/trian"),
     "images have … base tokens; bring them to one size": lambda: cached(
         LMM(*models.make("qwen2_5_vl")), TopKSAE(models.WIDTH, 8, 2), [picture(0), picture(0).resize((50, 900))]

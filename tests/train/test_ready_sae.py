@@ -5,13 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_pages
 from torch.testing import assert_close
 from trainings import LMM_, train
 
+from lmm_sae_nb.pictureworld.world.datasets import render
 from lmm_sae_nb.sae.formats import format_of
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import SAE
+from lmm_sae_nb.support import notebooks
 from lmm_sae_nb.support.files import read_json
+from lmm_sae_nb.support.presets import preset
+from lmm_sae_nb.support.stages import Stage
 from lmm_sae_nb.train.ready import use_ready_sae
 
 
@@ -79,3 +84,21 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "train").exists()
     _, checked = use_ready_sae(LMM_, 1, sae=tmp_path / "old", folder=tmp_path / "train")
     assert "trained on layer 1 of this model" in checked
+
+
+@pytest.mark.slow
+def test_page_01_measures_a_ready_sae_and_keeps_it_where_other_pages_read_it(tmp_path, monkeypatch, capsys):
+    toy_pages.make_project(tmp_path / "desk", world=False)
+    monkeypatch.chdir(tmp_path / "desk")
+    render(Path("data/artifacts/tiny/world"), {"train": 8, "cache": 2, "heldout": 4, "traps": 2})
+    SAE(256, 64, 4).save("data/saes/blocks.1.hook_resid_post", "saelens")
+    (source,) = (path for path in notebooks.sources(Path()) if path.stem.startswith("01"))
+    values = preset(toy_pages.HERE / "toy.yaml")[source.stem]
+    values["ready"] = {"sae": "data/saes", "hookpoint": "blocks.1.hook_resid_post", "revision": "", "k": 0}
+    toy_pages.run_page(source, values)
+    metrics = Stage("toy", "train").metrics
+    assert metrics["l0"] == 4 and "fvu_components" in metrics and "train_seconds" not in metrics
+    assert SAE.load("data/artifacts/toy/train").trained_on.layer == 1
+    assert "data/saes" in Stage("toy", "train").manifest["inputs"]
+    with pytest.raises(ValueError, match="output of layer 1 .*, not of layer 2"):
+        toy_pages.run_page(source, values | {"layer": 2})

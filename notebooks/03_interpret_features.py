@@ -92,9 +92,10 @@ threshold: float = 0.25
 # brightness of the other patches, from 0 to 1; reference code: 0.12
 dim: float = 0.0
 seed: int = 0  # of the choice of latents
-# the same page for other SAEs, which differ in their seed; "": none
+# the same page for other SAEs, which differ in their seed; "": none. It is
+# left out where notebook 01 has another recipe
 seeds_study: str = "book/seeds.json"
-# the same metrics of control SAEs (A4); "": none
+# the same metrics of control SAEs (A4); "" or another recipe: none
 panel: str = "book/panel.json"
 
 # %% tags=["remove-cell"]
@@ -502,7 +503,7 @@ if truth and "refused" in responses:
 # them in its training, that with seed 0.
 
 # %% mystnb={"figure": {"caption": "The same page for several SAEs that differ only in their seed (grey), with their median (black), and this page's SAE (blue).", "name": "fig-interpret-seeds"}, "image": {"alt": "A row for each metric with a dot for each SAE."}}
-study = read_study(page.locate(seeds_study))
+study = read_study(page.locate(seeds_study), page)
 of_all = {
     "explained_fraction": "latents that get a name",
     "concept_accuracy": "names that are the true concept",
@@ -568,7 +569,7 @@ panel_metrics = {
     "names right": PanelMetric("interpret", "concept_accuracy"),
     "concepts detected and named": PanelMetric("detect", "concept_recall"),
 }
-all_panel = read_panel(page.locate(panel))
+all_panel = read_panel(page.locate(panel), page)
 controlled = against_controls(all_panel, panel_metrics)
 detectors = {
     "latent": "best latent", "difference": "difference of means",

@@ -77,9 +77,10 @@ endpoint: dict = {
     "extra": {},
 }
 seed: int = 0  # of everything random, and of the bootstrap
-# the same page for other SAEs, which differ in their seed; "": none
+# the same page for other SAEs, which differ in their seed; "": none. It is
+# left out where notebook 01 has another recipe
 seeds_study: str = "book/seeds.json"
-# the same metrics of control SAEs (A4); "": none
+# the same metrics of control SAEs (A4); "" or another recipe: none
 panel: str = "book/panel.json"
 
 # %% tags=["remove-cell"]
@@ -448,7 +449,7 @@ plots.table([
 # (`python -m lmm_sae_nb.benchmarks seeds`).
 
 # %% mystnb={"figure": {"caption": "The same page for several SAEs that differ only in their seed (grey), with their median (black), and this page's SAE (blue).", "name": "fig-score-seeds"}, "image": {"alt": "A row for each metric with a dot for each SAE."}}
-study = read_study(page.locate(seeds_study))
+study = read_study(page.locate(seeds_study), page)
 of_all = {
     "iou_paper": "IoU, the paper's mode",
     "iou_paper_random": "the same on random images",
@@ -543,7 +544,7 @@ panel_metrics = {
     "strict IoU": PanelMetric("score", "iou_strict"),
 }
 clip_metrics = {"CLIP score": PanelMetric("score", "clip_paper")}
-all_panel = read_panel(page.locate(panel))
+all_panel = read_panel(page.locate(panel), page)
 controlled = against_controls(all_panel, panel_metrics)
 controlled += against_controls(all_panel, clip_metrics, "{:.1f}")
 findings(

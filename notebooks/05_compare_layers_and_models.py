@@ -83,6 +83,9 @@ other_training: dict = {"steps": 120, "batch_tokens": 256}
 sizes: list[int] = [256, 512, 2048]
 # active latents per token, on the middle layer
 ks: list[int] = [8, 16, 32]
+# kinds of training beside TopK, on the middle layer: each one of
+# "batch_topk" or "matryoshka"; []: none
+training_kinds: list[str] = ["batch_topk", "matryoshka"]
 # held-out samples, at least 1, on which each SAE is evaluated
 evaluated: int = 16
 # the model that names what exemplars have in common
@@ -164,6 +167,9 @@ from lmm_sae_nb.compare.report import (
     doubling_rows,
     exam_rows,
     kind_fractions,
+    kind_metrics,
+    kind_rows,
+    kind_sentences,
     layer_rows,
     quality_metrics,
     quantity_rows,
@@ -174,7 +180,9 @@ from lmm_sae_nb.compare.report import (
     size_curves,
 )
 from lmm_sae_nb.compare.saes import (
+    compare_fvus,
     evaluate_awake,
+    kind_recipes,
     names_by_size,
     size_recipes,
     train_and_cache,
@@ -206,7 +214,7 @@ from lmm_sae_nb.show.report import (
 )
 from lmm_sae_nb.support.conversions import conversion_metrics
 from lmm_sae_nb.support.images import Remembered, open_images
-from lmm_sae_nb.support.intervals import proportion, read_mean
+from lmm_sae_nb.support.intervals import Mean, proportion, read_mean
 from lmm_sae_nb.support.stages import Metrics, Page
 from lmm_sae_nb.train.training import Recipe
 from lmm_sae_nb.truth.accuracy import other_names
@@ -275,7 +283,8 @@ how |= dict(tf32=tf32, workers=workers)
 by_layer = {f"layer_{n}": Recipe(n, **size) for n in layers}
 center = by_layer[f"layer_{middle}"]
 by_size = size_recipes(center, sizes, ks)
-recipes = by_layer | by_size
+by_training = kind_recipes(center, training_kinds)
+recipes = by_layer | by_size | by_training
 
 # %%
 stage = page.stage(
@@ -342,25 +351,31 @@ scored = {
 # ## What else changes with depth
 #
 # We evaluate every SAE on held-out samples, as in notebook 01. For the SAEs of
-# other sizes, a few latents are explained, too.
+# other sizes, a few latents are explained, too. Of other kinds of training, half
+# as many are explained as of a layer.
 
 # %%
 places = {name: studied[name].place for name in recipes}
+some = unseen.select(range(min(evaluated, len(unseen))))
 evaluation = stage.result(
-    "evaluation", dict[str, Metrics],
-    lambda: evaluate_awake(
-        places, unseen.select(range(min(evaluated, len(unseen))))
-    ),
+    "evaluation", dict[str, Metrics], lambda: evaluate_awake(places, some)
+)
+of_kind = {"topk": f"layer_{middle}"} | {n: n for n in by_training}
+fvus = stage.result(
+    "fvus", dict[str, Mean],
+    lambda: compare_fvus({n: places[n] for n in of_kind.values()}, some),
 )  # fmt: skip
 
 # %%
 explain = partial(
     explain_some, images=pictures, interpreter=interpreter, truth=truth,
-    enough=n_swept, seed=seed, **exemplars,
+    seed=seed, **exemplars,
 )  # fmt: skip
+enough = dict.fromkeys(by_size, n_swept)
+enough |= dict.fromkeys(by_training, max(2, n_explained // 2))
 swept = stage.result(
     "swept", dict[str, dict[int, dict]],
-    lambda: {name: explain(studied[name]) for name in by_size},
+    lambda: {n: explain(studied[n], enough=enough[n]) for n in enough},
 )  # fmt: skip
 
 # %% [markdown]
@@ -390,6 +405,7 @@ rows = {name: scored[name].explanations for name in by_layer} | swept
 metrics = {"layers": len(layers), "architectures": len(lmms)}
 for name in recipes:
     metrics |= quality_metrics(name, evaluation[name], rows[name])
+metrics |= kind_metrics(of_kind, evaluation, rows, fvus, seed)
 low, high = (scored[f"layer_{n}"].scores for n in (layers[0], layers[-1]))
 metrics |= depth_metrics(steered, ranks) | score_metrics(scored, seed)
 metrics |= rise_metrics(low, high, seed)
@@ -618,6 +634,20 @@ plots.table(doubling_rows(metrics, n_names, "latents"))
 plots.table(doubling_rows(metrics, k_names, "k"))
 
 # %% [markdown]
+# ### Other kinds of training
+#
+# The paper's SAEs are TopK. Two later kinds learned from the same tokens, with
+# the same sizes and first weights. BatchTopK keeps the largest activations of a
+# whole batch: $k$ a token on average, more where there is more to say. In use
+# it has a threshold, the mean of what the last batches kept. After a training
+# as short as here, fewer than $k$ latents may pass it; fewer active latents
+# leave a higher FVU. Matryoshka also reconstructs from its first latents alone.
+# We compare the FVU on the same samples, and the names of explained latents.
+
+# %%
+plots.table(kind_rows(metrics, of_kind))
+
+# %% [markdown]
 # All numbers of this page:
 
 # %%
@@ -744,6 +774,13 @@ if by_latents and by_k:
         f"{'each' if every else 'not each'} doubling of k helps more than "
         "any doubling of the latents.",
     )
+
+# %% tags=["remove-input"]
+findings(*(
+    kind_sentences(metrics, of_kind)
+    or ["Without other kinds of training and two held-out samples, no kinds "
+        "are compared."]
+))  # fmt: skip
 
 # %% [markdown]
 # **Limits.** The SAEs had one short training with one seed; larger ones saw

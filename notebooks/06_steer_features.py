@@ -99,9 +99,10 @@ endpoint: dict = {
 }
 batch: int = 20  # clamps that run side by side
 seed: int = 0  # of the choice of latents and images
-# the same page for other SAEs, which differ in their seed; "": none
+# the same page for other SAEs, which differ in their seed; "": none. It is
+# left out where notebook 01 has another recipe
 seeds_study: str = "book/seeds.json"
-# the same metrics of control SAEs (A4); "": none
+# the same metrics of control SAEs (A4); "" or another recipe: none
 panel: str = "book/panel.json"
 
 # %% tags=["remove-cell"]
@@ -219,6 +220,8 @@ z = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
 z[:, edit.latent] = edit.value
 kept = z.topk(sae.k)
 expected = torch.zeros_like(z).scatter(1, kept.indices, kept.values)
+if sae.threshold is not None:  # of another kind than TopK
+    expected = torch.where(z > sae.threshold, z, 0)
 
 ours = steer_latents(sae, x, [edit])
 dense = torch.zeros_like(z).scatter(1, ours.indices, ours.acts)
@@ -573,7 +576,7 @@ if m["objects_steered"]:
     ]
 if m["feelings_steered"]:
     feelings_of_saes = over_saes(
-        read_study(page.locate(seeds_study)), stage, "feelings_named",
+        read_study(page.locate(seeds_study), page), stage, "feelings_named",
         "{:.0f}".format,
     )  # fmt: skip
     feelings_of_saes = feelings_of_saes and f" ({feelings_of_saes})"
@@ -656,7 +659,7 @@ findings(
 # (`python -m lmm_sae_nb.benchmarks seeds`).
 
 # %% mystnb={"figure": {"caption": "The same page for several SAEs that differ only in their seed (grey), with their median (black), and this page's SAE (blue). The rows are answers of 100, at the chosen dose.", "name": "fig-steer-seeds"}, "image": {"alt": "A row for each metric with a dot for each SAE."}}
-study = read_study(page.locate(seeds_study))
+study = read_study(page.locate(seeds_study), page)
 of_all = {
     "named_of_100": "object latents: the answer names the object",
     "control_value_named_of_100": "random latents, same values: names it",
@@ -671,7 +674,7 @@ of_eight = {
     "feelings_named": "latents that make the model report their feeling",
     "stories_named": "latents that bring their feeling into a story",
 }
-all_panel = read_panel(page.locate(panel))
+all_panel = read_panel(page.locate(panel), page)
 panel_metrics = {
     "objects named, of 100 (at most 30 latents)": PanelMetric(
         "steer", "named_of_100"

@@ -390,7 +390,7 @@ columns = {
     "linear, Spearman": "spearman_linear", "linear, signs": "sign_linear",
     "integrated, Spearman": "spearman_ig", "integrated, signs": "sign_ig",
 }  # fmt: skip
-files = [page.file("train", "sae.safetensors")]
+files = [*page.file("train").glob("*.safetensors")]
 files += stage.path("others").glob("*/sae.safetensors")
 hashes = sae_hashes(files)
 table = []

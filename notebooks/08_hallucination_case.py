@@ -124,7 +124,8 @@ presence: dict = {
     "each": 2,  # visible things that each is asked about, at most
     "counted": 1000,  # other images, to count what is frequent
 }
-# the same page for other SAEs, which differ in their seed; "": none
+# the same page for other SAEs, which differ in their seed; "": none. It is
+# left out where notebook 01 has another recipe
 seeds_study: str = "book/seeds.json"
 # a picture of your own, its question, the answer to explain and another
 # one, one token each; empty: the first held-out hallucination
@@ -658,7 +659,7 @@ plots.means(
 # Each had its own search for a clamp. They have other latents for the same words.
 
 # %% mystnb={"figure": {"caption": "The same page for several SAEs that differ only in their seed (grey), with their median (black), and this page's SAE (blue).", "name": "fig-seeds"}, "image": {"alt": "A row for each metric with a dot for each SAE."}}
-study = read_study(page.locate(seeds_study))
+study = read_study(page.locate(seeds_study), page)
 of_all = {
     "fitted_balanced_cured": "fitted latents, balanced cured rate",
     "fitted_harmed": "fitted latents, harmed",

@@ -28,7 +28,8 @@
 run: str = "tiny"
 # the preset whose costs are predicted
 preset: str = "notebooks/params/paper.yaml"
-gpu: str = "A100 80GB"  # a name that full_scale.costs.device_named knows
+# one of "A100 80GB", "H100 80GB" or "RTX 4090"
+gpu: str = "A100 80GB"
 cached_images: int = 46684  # images that notebook 02 caches in the paper
 # fraction, from 0 to 1, of the GPU's published peaks that is reached
 utilisation: float = 0.4
@@ -96,10 +97,12 @@ plots.style()
 # looking them up. The layout of an image's tokens comes from the model's own
 # code.
 #
-# To predict the costs of your own preset, set `preset` to its file. The model
-# under study and the explainer must be a LLaVA-NeXT, a LLaVA-OneVision or a
-# Qwen2.5-VL. The preset must give every value that the prediction reads; one
-# that begins with `extends: small` does.
+# To predict the costs of your own preset, set `preset` to its file. Values that
+# it does not give are the notebooks' defaults. Tiles are counted for LLaVA-NeXT
+# and LLaVA-OneVision; for other families that cut tiles, the forecast counts
+# the whole image alone and is too low. Where a model's config does not say how
+# an image becomes tokens, as with a Q-Former, this page stops and says so. With
+# a ready SAE, no training is counted; `n_latents` and `k` should be the SAE's.
 
 # %%
 path, device = page.locate(preset), device_named(gpu)

@@ -250,6 +250,99 @@ def doubling_rows(metrics: Metrics, names: Mapping[int, str], title: str) -> lis
     ]
 
 
+KIND_TITLES = {"topk": "TopK", "batch_topk": "BatchTopK", "matryoshka": "Matryoshka"}
+KIND_QUANTITIES = {  # metric, without the SAE's name, to its column
+    "fvu": "FVU", "dead_fraction": "silent on held-out tokens", "l0": "active latents per token",
+    "explained_fraction": "explained, of those asked about", "concept_accuracy": "names right",
+}  # fmt: skip
+
+
+def kind_rows(metrics: Metrics, names: Mapping[str, str]) -> list[dict[str, str | Mean | float]]:
+    """Return a row for each kind of training, for `plots.table`; what no SAE has is left out.
+
+    names: kind to the SAE's name.
+    """
+    known = {
+        quantity: title
+        for quantity, title in KIND_QUANTITIES.items()
+        if any(f"{quantity}_{name}" in metrics for name in names.values())
+    }
+    return [
+        {"training": KIND_TITLES[kind]}
+        | {
+            title: read_mean(metrics, metric) if (metric := f"{quantity}_{name}") in metrics else None
+            for quantity, title in known.items()
+        }
+        for kind, name in names.items()
+    ]
+
+
+def kind_metrics(
+    names: Mapping[str, str], evaluation: Mapping[str, Metrics], rows: Mapping[str, Mapping[int, Mapping]],
+    fvu: Mapping[str, Mean], seed: int = 0,
+) -> Metrics:  # fmt: skip
+    """Return l0_NAME, the active latents per token, and how each further kind of training differs from the first.
+
+    The differences are fvu_difference_NAME, explained_fraction_difference_NAME and, where the truth is known,
+    concept_accuracy_difference_NAME. One of fewer than two latents is left out.
+
+    names: kind to the SAE's name; the first is what the others are compared with.
+    evaluation: of `evaluate_saes`, by name.
+    rows: explanations, by name.
+    fvu: of `fvu_differences`, by name.
+    seed: of the bootstraps.
+    """
+    first, *others = names.values()
+    metrics: Metrics = {f"l0_{name}": evaluation[name]["l0"] for name in names.values()} if others else {}
+    for name in others:
+        metrics |= bounds(f"fvu_difference_{name}", fvu[name]) if name in fvu else {}
+        pairs = {
+            "explained_fraction": [_are_explained(rows[each]) for each in (first, name)],
+            "concept_accuracy": [_right_names(rows[each]) for each in (first, name)],
+        }  # fmt: skip
+        for quantity, pair in pairs.items():
+            if min(map(len, pair)) > 1:
+                metrics |= bounds(f"{quantity}_difference_{name}", difference_interval(*pair, seed=seed))
+    return metrics
+
+
+def _are_explained(rows: Mapping[int, Mapping]) -> list[bool]:
+    return [row["outcome"] == "explained" for row in rows.values()]
+
+
+def _right_names(rows: Mapping[int, Mapping]) -> list[bool]:
+    """Return for each explained latent whether its name is the true concept; nothing where the truth is not known."""
+    known = [row for row in rows.values() if row["outcome"] == "explained" and "true_concept" in row]
+    return [row["concept"] == row["true_concept"] for row in known]
+
+
+def kind_sentences(metrics: Metrics, names: Mapping[str, str]) -> list[str]:
+    """Return in words how each further kind of training differs from the first; nothing without an interval.
+
+    names: kind to the SAE's name; the first is what the others are compared with.
+    """
+    first, *others = names
+    sentences = []
+    for kind in others:
+        parts = []
+        for quantity, words in (("fvu", "the FVU"), ("concept_accuracy", "the fraction of right names")):
+            if f"{quantity}_difference_{names[kind]}_low" in metrics:
+                difference = read_mean(metrics, f"{quantity}_difference_{names[kind]}")
+                word = {"rises": "is higher", "falls": "is lower"}.get(
+                    direction(difference), "does not differ measurably"
+                )
+                parts.append(f"{words} {word} ({difference})")
+        if parts:
+            silent = (f"{metrics[f'dead_fraction_{names[each]}']:.1%}" for each in (kind, first))
+            active = (f"{metrics[f'l0_{names[each]}']:.1f}" for each in (kind, first))
+            sentences.append(
+                f"{KIND_TITLES[kind]} against {KIND_TITLES[first]}: {'; '.join(parts)}. It has "
+                f"{' active latents per held-out token, against '.join(active)}. Of its latents, "
+                f"{' are silent there, against '.join(silent)}."
+            )
+    return sentences
+
+
 def exam_rows(folders: Mapping[str, str | Path]) -> list[dict[str, str | float | None]]:
     """Return the fraction of right answers in each family of questions, a column for each model.
 

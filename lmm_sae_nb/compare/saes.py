@@ -17,7 +17,8 @@ from lmm_sae_nb.cache.latent_cache import LatentCache
 from lmm_sae_nb.interpret.exemplars import ExemplarsByLatent
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
-from lmm_sae_nb.train.evaluate import evaluate_saes
+from lmm_sae_nb.support.intervals import Mean
+from lmm_sae_nb.train.evaluate import evaluate_saes, fvu_differences
 from lmm_sae_nb.train.training import Recipe, train_saes
 
 
@@ -65,6 +66,12 @@ def evaluate_awake(places: Mapping[str, SAEInPlace], samples: Sequence[Mapping])
         return evaluate_saes(places, samples)
 
 
+def compare_fvus(places: Mapping[str, SAEInPlace], samples: Sequence[Mapping]) -> dict[str, Mean]:
+    """Compare the FVU of SAEs of one layer that may rest on the CPU, as `fvu_differences` does."""
+    with awake(*places.values()):
+        return fvu_differences(places, samples)
+
+
 def size_recipes(middle: Recipe, sizes: Iterable[int], ks: Iterable[int]) -> dict[str, Recipe]:
     """Return the recipes of SAEs that differ from `middle` in one size, as n_LATENTS and k_K.
 
@@ -73,6 +80,14 @@ def size_recipes(middle: Recipe, sizes: Iterable[int], ks: Iterable[int]) -> dic
     """
     by_n = {f"n_{n}": replace(middle, n_latents=n) for n in sizes if n != middle.n_latents}
     return by_n | {f"k_{k}": replace(middle, k=k) for k in ks if k != middle.k}
+
+
+def kind_recipes(middle: Recipe, kinds: Iterable[str]) -> dict[str, Recipe]:
+    """Return the recipes of SAEs that differ from `middle` in the kind of training alone, by kind.
+
+    kinds: names in `train.kinds.KINDS`; the middle's is left out.
+    """
+    return {kind: replace(middle, kind=kind) for kind in kinds if kind != middle.kind}
 
 
 def names_by_size(recipes: Mapping[str, Recipe], middle: Recipe, size: str) -> dict[int, str]:

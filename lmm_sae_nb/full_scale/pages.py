@@ -141,11 +141,13 @@ def _comparing(scale: Scale) -> Needs:
     common = {"LMM": scale.model(), "further models": others}
     learning = common | _learning(scale, page["training"], max(sizes), max([page["training"]["k"], *page["ks"]]))
     if not page["at_once"]:
-        every = [page["training"]["n_latents"]] * (len(page["layers"]) + len(page["ks"]) - 1) + list(page["sizes"])
+        same = len(page["layers"]) + len(page["ks"]) - 1 + len(page["training_kinds"])
+        every = [page["training"]["n_latents"]] * same + list(page["sizes"])
         learning |= {"SAEs": 4 * sum(sae_bytes(width, n) for n in every)}
     scored = common | {
         "SAEs": sum(sae_bytes(width, n) for n in page["sizes"])
-        + sae_bytes(width, page["training"]["n_latents"]) * (len(page["layers"]) + len(page["ks"]) - 2),
+        + sae_bytes(width, page["training"]["n_latents"])
+        * (len(page["layers"]) + len(page["ks"]) - 2 + len(page["training_kinds"])),
         "LMM activations": scale.forward(16 * scale.sample),
         "TopK": TOPK_BYTES,
     }
@@ -261,6 +263,7 @@ def page_hours(
     middle = compare["layers"][len(compare["layers"]) // 2]
     saes = of_layers + [(middle, n, size["k"]) for n in compare["sizes"] if n != size["n_latents"]]
     saes += [(middle, size["n_latents"], k) for k in compare["ks"] if k != size["k"]]
+    saes += [(middle, size["n_latents"], size["k"]) for _ in compare["training_kinds"]]
     how_cached = {"n_top": compare["n_top"], "batch_size": 16, "images": images, **how}
     each = [learn(*sae, size) for sae in saes] + [cache_cost(lmm, *sae, **how_cached) for sae in saes]
     small = attribute["other_sae"]

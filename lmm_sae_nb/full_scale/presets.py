@@ -18,7 +18,8 @@ from lmm_sae_nb.full_scale.costs import (
     train_cost,
 )
 from lmm_sae_nb.full_scale.models import meta_model
-from lmm_sae_nb.support.presets import PREPARE, read_extended
+from lmm_sae_nb.support.notebooks import parameters, sources
+from lmm_sae_nb.support.presets import preset as notebooks_values
 
 TRAIN = ("model", "layer", "n_latents", "k", "steps", "batch_tokens")
 JOB = (*TRAIN, "loading", "dataset", "lr", "dead_after_tokens", "kinds", "seed", "tf32", "k_aux", "workers")
@@ -28,21 +29,16 @@ EXPLAIN = ("explainer", "n_explained", "n_top")
 
 
 def read_preset(path: str | Path) -> dict[str, dict]:
-    """Return the values that a preset's file gives each notebook: those of all notebooks, and then its own.
+    """Return the parameters that each notebook has with a preset: what its file gives, else the notebook's defaults.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_yaml`.
+        FileNotFoundError, ValueError: as `support.presets.preset`.
     """
-    given = read_extended(path).values
-    notebooks = {name: values for name, values in given.items() if name[:1].isdigit() or name[1:2].isdigit()}
-    common = {name: value for name, value in given.items() if name not in notebooks and name != PREPARE}
-    return {name: _merged(common, values) for name, values in notebooks.items()}
-
-
-def _merged(one: Mapping, other: Mapping) -> dict:
-    """Entries of both; `other` wins, and dictionaries are merged entry by entry."""
-    both = {name for name in one if isinstance(one[name], dict) and isinstance(other.get(name), dict)}
-    return {**one, **other, **{name: one[name] | other[name] for name in both}}
+    given = notebooks_values(Path(path))
+    defaults = {source.stem: parameters(source) for source in sources()}
+    return {
+        page: {name: each.default for name, each in defaults[page].items()} | values for page, values in given.items()
+    }
 
 
 def preset_costs(
@@ -62,6 +58,8 @@ def preset_costs(
     cache = _values(preset, "02_cache_activations", (*CACHE, *SPEED)) | {
         name: train[name] for name in ("n_latents", "k")
     }
+    if preset["01_train_sae"].get("ready", {}).get("sae"):  # nothing is trained
+        train["steps"] = 0
     explain = _values(preset, "03_interpret_features", EXPLAIN)
     explain.pop("explainer")
     models = [meta_model(train.pop("model")), meta_model(cache.pop("model")), meta_model(explainer_name(preset))]

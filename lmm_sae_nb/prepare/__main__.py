@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from lmm_sae_nb.prepare.recipe import read_recipe
 from lmm_sae_nb.prepare.sources import open_source
-from lmm_sae_nb.prepare.write import forecast, in_words, is_prepared, require_room, write_goal
+from lmm_sae_nb.prepare.write import forecast, in_words, is_given, is_prepared, require_room, write_goal
 from lmm_sae_nb.support.files import project_root
 from lmm_sae_nb.support.presets import preset_file
 
@@ -34,6 +34,9 @@ def _prepare(options: argparse.Namespace, root) -> None:
     opened = []
     for goal in goals:
         if options.only and goal.name not in options.only:
+            continue
+        if is_given(goal):
+            print(f"{goal.name}: {goal.folder} holds data of yours; nothing is written there", flush=True)
             continue
         if is_prepared(goal):
             print(f"{goal.name}: is there already, {goal.folder}", flush=True)

@@ -16,10 +16,12 @@ from random import Random
 from datasets import DatasetInfo, Features, IterableDataset
 from datasets.arrow_writer import ArrowWriter
 
+from lmm_sae_nb.model.sample_checks import open_samples
 from lmm_sae_nb.prepare.recipe import Goal, Source
 from lmm_sae_nb.prepare.records import Unfit, as_row, features_of
 from lmm_sae_nb.prepare.sources import Share, bounded, bytes_of, held_out, plan, rows_in, rows_of
 from lmm_sae_nb.support.files import checksum, free_bytes, in_units, no_room, read_json, replace_folder, write_json
+from lmm_sae_nb.support.images import open_images
 from lmm_sae_nb.support.locks import hold
 from lmm_sae_nb.support.progress import progress_bar
 
@@ -56,6 +58,19 @@ class Prepared:
     reasons: dict[str, int]
 
 
+def is_given(goal: Goal) -> bool:
+    """Return whether a goal's folders hold data of the user's own, which pages can read and this command leaves alone:
+    pictures in a folder, or a data set that `Dataset.save_to_disk` saved.
+    """
+    folders = [folder for folder in (goal.folder, goal.heldout) if folder is not None]
+    if not all(folder.is_dir() and not (folder / RECIPE).is_file() for folder in folders):
+        return False
+    try:
+        return all(len(open_images(each) if goal.kind == "images" else open_samples(each)) for each in folders)
+    except (ValueError, OSError):
+        return False
+
+
 def is_prepared(goal: Goal) -> bool:
     """Return whether a goal's data sets are there, made by the same recipe.
 
@@ -64,7 +79,12 @@ def is_prepared(goal: Goal) -> bool:
     """
     there = [folder for folder in (goal.folder, goal.heldout) if folder is not None and folder.exists()]
     for folder in there:
-        if not (folder / RECIPE).is_file() or read_json(folder / RECIPE)["recipe"] != _recipe(goal):
+        if not (folder / RECIPE).is_file():
+            raise FileExistsError(
+                f"{folder} holds something that this command did not write, and no whole data of {goal.name}; give the "
+                f"preset another folder, or write the other entries alone, with --only"
+            )
+        if read_json(folder / RECIPE)["recipe"] != _recipe(goal):
             raise FileExistsError(
                 f"{folder} holds data of another recipe; delete the folder, or give the preset another one"
             )

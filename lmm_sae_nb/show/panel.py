@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lmm_sae_nb.show.seed_study import is_studied
 from lmm_sae_nb.support.files import write_atomic
 from lmm_sae_nb.support.intervals import Mean
-from lmm_sae_nb.support.stages import Metrics, read_typed
+from lmm_sae_nb.support.stages import Metrics, Page, read_typed
 
 Number = int | float
 
@@ -102,14 +103,17 @@ class Panel:
         return [name for name, sae in self.saes.items() if sae.group == group]
 
 
-def read_panel(path: str | Path) -> Panel | None:
-    """Read a panel; None if the path is empty, which says that there is none.
+def read_panel(path: str | Path, page: Page | None = None) -> Panel | None:
+    """Read a panel; None if the path is empty, which says that there is none, or if it is of another recipe.
+
+    page: if given, the SAE of its run must be of the recipe of the panel's first SAEs.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is of another kind.
     """
-    return read_typed(path, Panel) if str(path) not in ("", ".") else None
+    panel = read_typed(path, Panel) if str(path) not in ("", ".") else None
+    return None if panel and page and not is_studied(panel.recipe["pages"]["01"], page) else panel
 
 
 def write_panel(path: str | Path, panel: Panel) -> None:

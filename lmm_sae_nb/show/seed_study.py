@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmm_sae_nb.support.stages import read_typed
+from lmm_sae_nb.support.files import MANIFEST
+from lmm_sae_nb.support.stages import Page, Stage, read_manifest, read_typed
 
 Number = int | float
 
@@ -72,11 +73,24 @@ class SeedStudy:
         return self.stages.get(stage, {}).get(metric)
 
 
-def read_study(path: str | Path) -> SeedStudy | None:
-    """Read a study; None if the path is empty, which says that there is none.
+def is_studied(recipe: Mapping[str, object], page: Page) -> bool:
+    """Return whether the SAE of a page's run was made by a recipe, but for its seed.
+
+    recipe: parameters of notebook 01; others may have any value.
+    """
+    manifest = Stage(page.run, "train").path(MANIFEST)
+    params = read_manifest(manifest)["params"] if manifest.is_file() else {}
+    return all(name in params and params[name] == value for name, value in recipe.items() if name != "seed")
+
+
+def read_study(path: str | Path, page: Page | None = None) -> SeedStudy | None:
+    """Read a study; None if the path is empty, which says that there is none, or if it is of another recipe.
+
+    page: if given, the SAE of its run must be of the study's recipe.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is of another kind.
     """
-    return read_typed(path, SeedStudy) if str(path) not in ("", ".") else None
+    study = read_typed(path, SeedStudy) if str(path) not in ("", ".") else None
+    return None if study and page and not is_studied(study.recipe["pages"]["01_train_sae"], page) else study

@@ -16,7 +16,7 @@ from lmm_sae_nb.model.token_kinds import SAE_KINDS
 from lmm_sae_nb.model.upper_layers import UpperLayers, above_each
 from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import SAE
-from lmm_sae_nb.support.intervals import bounds, mean_interval, ratio_interval
+from lmm_sae_nb.support.intervals import Mean, bounds, mean_interval, ratio_interval
 from lmm_sae_nb.support.progress import progress_bar
 from lmm_sae_nb.support.tensor_files import require_finite
 
@@ -90,6 +90,35 @@ def evaluate_saes(
                 each.losses["spliced"].append(_spliced_loss(uppers[layer], mask, x_hat))
                 each.losses["zero"].append(zero[layer])
     return {name: each.metrics(clean) for name, each in counts.items()}
+
+
+@torch.no_grad()
+def fvu_differences(
+    places: Mapping[str, SAEInPlace], samples: Sequence[Mapping], *, kinds: Sequence[str] = SAE_KINDS,
+    batch_samples: int = 16,
+) -> dict[str, Mean]:  # fmt: skip
+    """Return each further SAE's FVU less that of the first, on the same tokens, by name.
+
+    The interval is a bootstrap over samples, in which each sample counts for both SAEs. So it is narrower than the
+    intervals of the two FVUs. With fewer than two samples or SAEs nothing is returned.
+
+    places: by name, all at one layer of one model.
+    samples, kinds, batch_samples: as in `evaluate_saes`.
+    """
+    if min(len(places), len(samples)) < 2:
+        return {}
+    first, *others = places
+    lmm, layer = places[first].lmm, places[first].layer
+    counts = {name: _Counts(place, kinds) for name, place in places.items()}
+    for prompt in prompts(lmm, samples, range(len(samples)), batch_samples):
+        mask = prompt.mask(*kinds)
+        x = above_each(lmm, prompt, [layer])[layer].hidden[mask].float()
+        for each in counts.values():
+            each.add(x, {}, mask.nonzero()[:, 0].cpu())
+    whole = counts[first].whole
+    totals = [sample.total(whole.sum / whole.n) for sample in counts[first].samples]
+    errors = {name: np.array([sample.error for sample in each.samples]) for name, each in counts.items()}
+    return {name: ratio_interval(errors[name] - errors[first], totals) for name in others}
 
 
 @torch.no_grad()

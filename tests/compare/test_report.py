@@ -14,6 +14,9 @@ from lmm_sae_nb.compare.report import (
     doubling_rows,
     exam_rows,
     kind_fractions,
+    kind_metrics,
+    kind_rows,
+    kind_sentences,
     layer_rows,
     quality_metrics,
     quantity_rows,
@@ -157,3 +160,37 @@ def test_exams_stand_beside_each_other_and_a_model_without_one_is_left_out(tmp_p
     exam = {"seed": 3, "colour_of": {"fraction": 0.9, "low": 0.8}, "made": {"by": "hand"}}
     (tmp_path / "one" / "exam.json").write_text(json.dumps(exam))
     assert exam_rows({"one": tmp_path / "one", "other": tmp_path}) == [{"questions": "colour of", "one": 0.9}]
+
+
+def explained(*right: bool, refused: int = 0) -> dict[int, dict]:
+    rows = [{"outcome": "explained", "concept": "a", "true_concept": "a" if each else "b"} for each in right]
+    return dict(enumerate(rows + [{"outcome": "refused", "concept": None, "true_concept": None}] * refused))
+
+
+def test_kinds_of_training_differ_where_the_interval_of_the_difference_says_so():
+    names = {"topk": "layer_3", "batch_topk": "batch_topk", "matryoshka": "matryoshka"}
+    rows = {"layer_3": explained(*[True] * 30), "batch_topk": explained(*[True] * 30, refused=10),
+            "matryoshka": explained(*[False] * 30)}  # fmt: skip
+    evaluation = {name: {"l0": 4.0 + n} for n, name in enumerate(names.values())}
+    fvus = {"batch_topk": Mean(-0.1, -0.2, -0.05), "matryoshka": Mean(0.01, -0.01, 0.03)}
+    metrics = kind_metrics(names, evaluation, rows, fvus)
+    assert [metrics[f"l0_{name}"] for name in names.values()] == [4, 5, 6]
+    assert metrics["explained_fraction_difference_batch_topk"] == pytest.approx(-0.25)
+    assert metrics["concept_accuracy_difference_matryoshka_high"] == -1
+    silent = {f"dead_fraction_{name}": 0.5 for name in names.values()}
+    batch, nested = kind_sentences(metrics | silent, names)
+    assert "BatchTopK against TopK: the FVU is lower" in batch and "right names does not differ measurably" in batch
+    assert "the FVU does not differ measurably" in nested and "the fraction of right names is lower" in nested
+    rows = kind_rows(metrics | silent, names)
+    assert [row["training"] for row in rows] == ["TopK", "BatchTopK", "Matryoshka"]
+    assert rows[1]["active latents per token"] == 5
+
+
+def test_kinds_without_names_a_truth_or_samples_are_left_out():
+    names = {"topk": "layer_3", "matryoshka": "matryoshka"}
+    evaluation = {name: {"l0": 4.0} for name in names.values()}
+    nameless = {name: {0: {"outcome": "refused"}} for name in names.values()}
+    metrics = kind_metrics(names, evaluation, nameless, {})
+    assert metrics == {"l0_layer_3": 4, "l0_matryoshka": 4} and kind_sentences(metrics, names) == []
+    alone = {"topk": "layer_3"}
+    assert kind_metrics(alone, evaluation, nameless, {}) == {} and kind_sentences({}, alone) == []

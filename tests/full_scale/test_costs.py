@@ -4,6 +4,7 @@ import json
 import re
 from inspect import signature
 
+import families
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +26,7 @@ from lmm_sae_nb.full_scale.models import (
     image_layout,
     meta_model,
 )
+from lmm_sae_nb.full_scale.pages import page_needs
 from lmm_sae_nb.full_scale.presets import commands, cost_metrics, explainer_name, preset_costs, read_preset, servers
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
@@ -126,9 +128,30 @@ def test_tokens_of_other_families_are_what_their_processors_write(family, size):
     assert image_layout(model, size).tokens == int((inputs["input_ids"] == model.config.image_token_id).sum())
 
 
+@pytest.mark.parametrize("size", [(640, 480), (336, 1000)])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "gemma3", "mistral3"])
+def test_tokens_of_further_families_follow_from_their_configs(family, size):
+    model, processor = families.make(family)
+    lmm = LMM(model, processor)
+    marks = lmm.prompt("", noise([size])[0]).mask("base", "tiles")
+    layout = image_layout(model, size)
+    assert layout.tokens == layout.base == int(marks.sum())
+    assert forward_flops(model, 100, layout) > forward_flops(model, 100, layout, 0) > forward_flops(model, 100, None, 0)
+
+
+@pytest.mark.parametrize(
+    "family", ["llava", "paligemma", "internvl", "llama4", "aya_vision", "idefics2", "idefics3", "glm4v", "qwen3_5"]
+)
+def test_the_whole_image_of_a_family_can_be_forecast(family):
+    model, _ = families.make(family)
+    layout = image_layout(model, (640, 480))
+    assert 0 < layout.tokens <= layout.patches and layout.crops == 1
+    assert forward_flops(model, 100, layout, 1) > forward_flops(model, 100, None, 1) > 0
+
+
 def test_a_family_without_a_rule_is_named():
     model, _ = make("instructblip")
-    with pytest.raises(ValueError, match="costs of a instructblip cannot be predicted"):
+    with pytest.raises(ValueError, match="costs of a instructblip cannot be predicted: its config does not say"):
         image_layout(model, (640, 480))
 
 
@@ -218,12 +241,14 @@ def test_a_preset_s_dictionaries_are_merged_and_an_endpoint_s_address_is_cut_off
     file.write_text("""
 explainer: {model: "org/name@http://localhost:1/v1", prompt: common}
 seed: 3
+A1_picture_world: {explainer: data/models/tiny-explainer}
 03_interpret_features:
   explainer: {prompt: here}
 """)
     given = read_preset(file)
-    values = {"explainer": {"model": "org/name@http://localhost:1/v1", "prompt": "here"}, "seed": 3}
-    assert given == {"03_interpret_features": values}
+    explainer = given["03_interpret_features"]["explainer"]
+    assert (explainer["model"], explainer["prompt"]) == ("org/name@http://localhost:1/v1", "here")
+    assert (given["03_interpret_features"]["seed"], explainer["tag"]) == (3, "")  # the notebook's own
     assert explainer_name(given) == "org/name"
     assert explainer_name({"03_interpret_features": {"explainer": "org/name"}}) == "org/name"
 
@@ -238,9 +263,18 @@ def test_metrics_add_up_the_hours_of_all_work_and_the_memory_of_one_gpu(preset):
     assert row["fits A100 80GB"] == (row["GB per GPU"] < 80)
 
 
-def test_a_preset_without_a_value_that_costs_need_is_refused(root):
-    with pytest.raises(ValueError, match="does not give 01_train_sae model, layer, n_latents"):
-        preset_costs(read_preset(root / "notebooks/params/tiny.yaml"), 100)
+def test_what_a_preset_does_not_give_are_the_notebooks_defaults_and_a_ready_sae_is_not_trained(tmp_path):
+    (file := tmp_path / "mine.yaml").write_text(f"""
+model: {PAPER}
+layer: 3
+A1_picture_world: {{model: data/models/tiny-llava-next}}
+""")
+    train, cache, _ = preset_costs(given := read_preset(file), 100)
+    assert (train.tokens, cache.host["processes"]) == (2000 * 512, ASSUMPTIONS.process_memory)
+    assert set(page_needs(given, 100)) >= {"01", "05", "08"}
+    file.write_text(file.read_text() + "01_train_sae: {ready: {sae: some/repository}}\n")
+    ready, same, _ = preset_costs(read_preset(file), 100)
+    assert sum(ready.hours(A100, 1, 0.4).values()) == 0 and same == cache
 
 
 def test_commands_hold_the_preset_s_own_values(root, preset):

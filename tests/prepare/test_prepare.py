@@ -7,6 +7,7 @@ import hub_data
 import numpy as np
 import pytest
 from datasets import Dataset, load_from_disk
+from PIL import Image
 
 from lmm_sae_nb.model.sample_checks import check_samples, open_samples
 from lmm_sae_nb.prepare import write
@@ -133,6 +134,22 @@ def test_what_is_there_stays_and_another_recipe_is_refused(project, capsys):
     given(project, heldout=7)
     with pytest.raises(SystemExit, match="holds data of another recipe; delete the folder"):
         prepare("samples")
+
+
+def test_data_of_the_user_s_own_stay_as_they_are_and_the_rest_is_written(project, capsys):
+    (project / "my/pictures").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(project / "my/pictures/one.png")
+    Dataset.from_list([{"image": None, "question": "what ?", "answer": "that"}]).save_to_disk("my/train")
+    file = project / "notebooks/params/mine.yaml"
+    file.write_text(file.read_text() + "images: my/pictures\n08_hallucination_case: {traps: my/train}\n")
+    prepare()
+    told = capsys.readouterr().out
+    assert "my/pictures holds data of yours" in told and "my/train holds data of yours" in told
+    assert [path.name for path in (project / "my/pictures").iterdir()] == ["one.png"]
+    assert open_samples(project / "data/artifacts/small/samples/train")
+    (project / "my/pictures/one.png").unlink()
+    with pytest.raises(SystemExit, match="my/pictures holds something that this command did not write"):
+        prepare()
 
 
 def test_a_record_that_does_not_fit_is_refused_by_choice(project):

@@ -6,8 +6,10 @@ from torch.testing import assert_close
 from trainings import LMM_, SAMPLES, SETTINGS, train
 
 from lmm_sae_nb.sae.formats import format_of
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import SAE
 from lmm_sae_nb.train import kinds
+from lmm_sae_nb.train.evaluate import evaluate_saes, fvu_differences
 from lmm_sae_nb.train.training import Recipe, train_saes
 
 WIDTH, N, K = 6, 32, 2
@@ -123,3 +125,14 @@ def test_a_stopped_batch_topk_training_goes_on_to_the_same_bits_and_gives_way_to
 def test_an_unknown_kind_names_the_known():
     with pytest.raises(ValueError, match="no training of the kind 'gated'; choose one of topk, batch_topk, matryoshka"):
         Recipe(1, kind="gated")
+
+
+def test_the_difference_of_two_fvus_is_measured_on_the_same_samples():
+    saes = {name: SAE(LMM_.width, 24, k, generator=rng(5)) for name, k in (("few", 2), ("same", 2), ("more", 6))}
+    places = {name: SAEInPlace(LMM_, sae, 1) for name, sae in saes.items()}
+    fvus = {name: each["fvu"] for name, each in evaluate_saes(places, SAMPLES, losses=False).items()}
+    found = fvu_differences(places, SAMPLES)
+    assert found["same"] == (0, 0, 0)
+    assert found["more"].mean == pytest.approx(fvus["more"] - fvus["few"])
+    assert found["more"].low < found["more"].mean < found["more"].high
+    assert fvu_differences(places, SAMPLES[:1]) == fvu_differences({"few": places["few"]}, SAMPLES) == {}

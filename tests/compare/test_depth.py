@@ -7,7 +7,9 @@ from scipy.stats import spearmanr
 
 from lmm_sae_nb.attribute.attribution import exact, greedy_decision, linear
 from lmm_sae_nb.cache.activations import cache_activations
+from lmm_sae_nb.compare import depth
 from lmm_sae_nb.compare.depth import SteeredLatent, effect_of_image_tokens, rank_agreement, steer_objects
+from lmm_sae_nb.compare.report import depth_metrics
 from lmm_sae_nb.compare.saes import CachedSAE
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.sae.in_place import SAEInPlace
@@ -91,3 +93,10 @@ def test_ranks_over_all_pairs_are_spearman_s_and_samples_without_an_image_are_le
 def test_the_same_seed_draws_the_same_pairs(place):
     draws = [rank_agreement({"one": place}, SAMPLES, decisions=1, pairs=5, seed=n)["one"] for n in (3, 3, 4)]
     assert draws[0] == pytest.approx(draws[1], abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:An input array is constant")
+def test_a_decision_whose_effects_are_all_equal_has_no_rank_and_is_left_out(place, monkeypatch):
+    monkeypatch.setattr(depth, "exact", lambda place, choice, pairs: pairs.float() * 0)
+    assert rank_agreement({"one": place}, SAMPLES, decisions=2, pairs=5) == {"one": []}
+    assert depth_metrics({"one": []}, {"one": []}) == {}

@@ -164,7 +164,8 @@ print(f"{row['question']}   {answer!r} against {runner_up!r}")
 parts = linear(place, choice)
 
 mask = place.mask(choice.prompt)[0]  # all but special tokens and pads
-x = lmm.hidden_states(choice.prompt, layer)[0, mask].float()
+with lmm.in_float32():  # as `linear` does: a 16-bit model rounds too much
+    x = lmm.hidden_states(choice.prompt, layer)[0, mask]
 z = sae.encode(x)
 acts = z.acts.clone().requires_grad_()
 x_hat = torch.einsum("tk,tkw->tw", acts, sae.W_dec[z.indices]) + sae.b_dec
@@ -173,17 +174,17 @@ states = x_hat + (x - sae.decode(z))
 
 def splice(new):
     at = mask[None, :, None].to(new.device)
-    new = new.to(lmm.model.dtype)
     return lmm.spliced(layer, lambda old: old.masked_scatter(at, new))
 
 
-with splice(states):
+with lmm.in_float32(), splice(states):
     d = difference(lmm, choice)[0]
-gradient, slope = torch.autograd.grad(d, (acts, states))
+    gradient, slope = torch.autograd.grad(d, (acts, states))
 d = float(d.detach())
 by_hand = (acts * gradient).detach().cpu()
-assert_close(parts.values[mask], by_hand, atol=1e-4, rtol=1e-3)
-assert abs(parts.clean - d) < 1e-4
+rounding = 1e-4 * max(1.0, float(by_hand.abs().max()))
+assert_close(parts.values[mask], by_hand, atol=rounding, rtol=1e-3)
+assert abs(parts.clean - d) < rounding
 
 # %% [markdown]
 # Now one pair by the definition: we set the strongest pair to zero and run the model
@@ -197,11 +198,11 @@ token, slot = strongest[mask].nonzero()[0].tolist()
 direction = sae.W_dec[z.indices[token, slot]]
 silenced = states.detach().clone()
 silenced[token] -= z.acts[token, slot] * direction
-with torch.no_grad(), splice(silenced):
+with torch.no_grad(), lmm.in_float32(), splice(silenced):
     ablated = d - float(difference(lmm, choice)[0])
 
 by_ablation = float(exact(place, choice, strongest)[strongest][0])
-assert abs(by_ablation - ablated) < 1e-4
+assert abs(by_ablation - ablated) < rounding
 estimate = float(parts.values[strongest][0])
 leading = int(z.indices[token, slot])
 at = int(mask.nonzero()[token])
@@ -224,9 +225,10 @@ print(f"which is {estimate / ablated:.0%} of its effect")
 # %%
 summed = (parts.of_tokens() + parts.error + parts.bias)[mask]
 expected = (slope * states).sum(-1).detach().cpu()
-assert_close(summed, expected, atol=1e-3, rtol=1e-3)
+assert_close(summed, expected, atol=10 * rounding, rtol=1e-3)
 
-with torch.no_grad(), splice(sae.b_dec.expand_as(states)):
+only_bias = sae.b_dec.expand_as(states)
+with torch.no_grad(), lmm.in_float32(), splice(only_bias):
     nothing = float(difference(lmm, choice)[0])
 sums = []
 for steps in (ig_steps, 16, 32):

@@ -26,7 +26,6 @@ from lmm_sae_nb.support.presets import preset
 HERE = Path(__file__).parent
 SCENES = {"train": 160, "cache": 60, "heldout": 40, "traps": 60}
 LIKE_PAPER = {"concepts": "", "sizes": [], "ks": []}
-FLOAT32_ONLY = ("07",)  # attribution is about small differences
 
 
 def make_project(folder: Path, world: bool = True) -> None:
@@ -63,7 +62,7 @@ def main(folder: Path, dtype: str, *pages: str) -> None:
         if pages and not source.stem.startswith(pages):
             continue
         values, began = toy[source.stem], time.monotonic()
-        if "loading" in (known := notebooks.parameters(source)) and not source.stem.startswith(FLOAT32_ONLY):
+        if "loading" in (known := notebooks.parameters(source)):
             values = values | {"loading": known["loading"].default | {"dtype": dtype}}
         if dtype == "bfloat16":
             values = values | {name: value for name, value in LIKE_PAPER.items() if name in known}

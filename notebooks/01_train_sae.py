@@ -72,6 +72,8 @@ k: int = 32  # active latents per token; the paper: 256
 kind: str = "topk"
 steps: int = 2000  # optimiser steps
 batch_tokens: int = 512  # tokens per optimiser step
+# samples the model reads at a time, at least 1; fewer take less memory
+batch_samples: int = 16
 lr: float = 2e-3  # highest learning rate
 # tokens without activation after which a latent counts as dead
 dead_after_tokens: int = 100_000
@@ -229,7 +231,8 @@ stage = page.stage(
 )  # fmt: skip
 settings = dict(
     n_latents=n_latents, k=k, kind=kind, lr=lr, steps=steps, kinds=kinds,
-    seed=seed, batch_tokens=batch_tokens, accumulate=accumulate,
+    seed=seed, batch_tokens=batch_tokens, batch_samples=batch_samples,
+    accumulate=accumulate,
     dead_after_tokens=dead_after_tokens, mixed_precision=mixed_precision,
     tf32=tf32, k_aux=k_aux, workers=workers,
     checkpoint_minutes=checkpoint_minutes, tracker=tracker,
@@ -298,11 +301,15 @@ findings(
 # %%
 measured = stage.result(
     "evaluation", Metrics,
-    lambda: evaluate_sae(place, unseen, kinds=kinds),
+    lambda: evaluate_sae(
+        place, unseen, kinds=kinds, batch_samples=batch_samples
+    ),
 )  # fmt: skip
 controls = stage.result(
     "controls", Metrics,
-    lambda: control_fvus(place, unseen, kinds=kinds, seed=seed),
+    lambda: control_fvus(
+        place, unseen, kinds=kinds, seed=seed, batch_samples=batch_samples
+    ),
 )  # fmt: skip
 metrics = stage.finish(measured | controls | {
     **({"train_seconds": end["seconds"]} if end else {}),

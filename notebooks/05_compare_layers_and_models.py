@@ -69,6 +69,7 @@ training: dict = {
     "lr": 2e-3,  # highest learning rate
     "steps": 160,  # optimiser steps
     "batch_tokens": 512,  # tokens per optimiser step
+    "batch_samples": 16,  # samples that the model reads at a time
     # tokens without activation after which a latent counts as dead
     "dead_after_tokens": 50_000,
     "k_aux": 0,  # dead latents that AuxK revives; 0: width / 2

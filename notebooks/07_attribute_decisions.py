@@ -50,14 +50,14 @@ dataset: str = "data/artifacts/tiny/world/train"
 # samples whose picture cannot be read; one of "refuse" or "skip", which
 # leaves them out and names them
 unreadable: str = "refuse"
-decisions: int = 20  # held-out decisions that are attributed
+decisions: int = 20  # held-out decisions to attribute, at least 2
 pairs: int = 16  # active (token, latent) pairs ablated in each decision
 path_pairs: int = 1  # of these, integrated on a separate path
 ig_steps: int = 4  # steps of integrated gradients
 many_steps: int = 16  # the same, to see what more steps do
 many_decisions: int = 4  # the first ones get many steps, too
 other_layers: list[int] = [4, 6]  # layers that get a small SAE, to compare
-other_decisions: int = 8  # decisions for each of these layers
+other_decisions: int = 8  # for each of these layers, at least 2
 # the small SAE of each of these layers
 other_sae: dict = {
     "n_latents": 1024,
@@ -65,6 +65,7 @@ other_sae: dict = {
     "lr": 2e-3,  # highest learning rate
     "steps": 60,  # optimiser steps
     "batch_tokens": 1024,  # tokens per optimiser step
+    "batch_samples": 16,  # samples that the model reads at a time
     # tokens without activation after which a latent counts as dead
     "dead_after_tokens": 50_000,
     "k_aux": 0,  # dead latents that AuxK revives; 0: width / 2

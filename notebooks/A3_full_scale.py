@@ -182,7 +182,10 @@ plots.stacked(dict(zip(labels, hours, strict=True)), f"hours, {gpu}");
 # much time TF32 and fewer latents of AuxK save, and how much bfloat16 would:
 
 # %%
-used = ("layer", "n_latents", "k", "steps", "batch_tokens", "workers")
+used = (
+    "layer", "n_latents", "k", "steps", "batch_tokens", "batch_samples",
+    "workers",
+)  # fmt: skip
 train = {name: values["01_train_sae"][name] for name in used}
 k_aux = values["01_train_sae"]["k_aux"]
 ways = {

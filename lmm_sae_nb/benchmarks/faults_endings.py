@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -99,6 +100,14 @@ def difference(usual: object, result: object) -> str:
 KEPT = 12  # failures of a kind that are kept word for word
 
 
+FOLDERS = re.compile(r"(?<![\w:/])/(?:[^/\n'\":;]+/)+")
+
+
+def without_folders(text: str) -> str:
+    """Return a text in which absolute paths are their last names, so that the published file names no machine."""
+    return FOLDERS.sub("", text)
+
+
 @dataclass(frozen=True)
 class Attempted:
     """A line of the record."""
@@ -132,7 +141,7 @@ def summary(made: Sequence[Attempted], meanings: Mapping[str, str], commit: str,
             "minutes": round(sum(each.seconds for each in of_kind) / 60, 1),
             "endings": dict(sorted(Counter(each.ending for each in possible).items())),
             "failures": [
-                {"seed": each.seed, "case": each.case, "ending": each.ending, "reason": each.reason}
+                {"seed": each.seed, "case": each.case, "ending": each.ending, "reason": without_folders(each.reason)}
                 for each in failed[:KEPT]
             ],
         }

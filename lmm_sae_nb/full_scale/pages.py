@@ -230,7 +230,7 @@ def _learning(scale: Scale, training: Mapping, n_latents: int, k: int, size: int
     cost = train_cost(
         scale.lmm, scale.train["layer"], n_latents, k, training["steps"], training["batch_tokens"],
         dtype={2: "bfloat16", 4: "float32"}[size or scale.size], k_aux=training.get("k_aux", 0),
-        assumptions=scale.assumptions,
+        batch_samples=training.get("batch_samples", 16), assumptions=scale.assumptions,
     ).gpu  # fmt: skip
     return {"SAE in training": cost["SAE"] + cost["gradient, Adam"]} | {
         name: cost[name] for name in ("buffer", "a batch", "TopK", "AuxK", "LMM activations")
@@ -255,7 +255,7 @@ def page_hours(
     how = {"assumptions": assumptions, "tf32": compare["tf32"], "workers": compare["workers"]}
 
     def learn(last: int, n: int, k: int, settings: Mapping) -> StageCost:
-        aux = {"k_aux": settings.get("k_aux", 0)}
+        aux = {"k_aux": settings.get("k_aux", 0), "batch_samples": settings.get("batch_samples", 16)}
         return train_cost(lmm, last, n, k, settings["steps"], settings["batch_tokens"], **aux, **how)
 
     size = compare["training"]

@@ -109,6 +109,13 @@ def test_counts_add_up_and_failures_are_kept_with_their_reason():
     }  # fmt: skip
 
 
+def test_reasons_of_failures_name_no_folder_of_a_machine():
+    reason = "No file '/tmp/a b/c/cache.json' in /one/two/; http://127.0.0.1:80/v1/models gave 3/4"
+    found = summary([Attempted("a", 0, "", "leftovers", reason, 1.0, "now")], {"a": "A"}, "abc", {})
+    (row,) = failure_rows(found)
+    assert row["reason"] == "No file 'cache.json' in ; http://127.0.0.1:80/v1/models gave 3/4"
+
+
 def test_the_committed_counts_have_every_kind_and_pages_say_nothing_else(root):
     committed = read_json(root / "book" / "faults.json")
     assert committed["kinds"].keys() == faults.KINDS.keys()

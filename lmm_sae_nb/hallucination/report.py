@@ -96,11 +96,13 @@ class HeldOut:
     def difference(self, one: str, other: str) -> Mean:
         """Return the balanced cured rate of `other` less that of `one`, on the same cases, with its interval.
 
-        Of a method with several draws the mean over draws counts for each case.
+        Of a method with several draws the mean over draws counts for each case. A single case with some right answer
+        leaves open all that its difference may be, from -1 to 1.
         """
         answer = np.array(self.answer)
         change = np.mean(self.methods[other], axis=0) - np.mean(self.methods[one], axis=0)
-        parts = [mean_interval(change[self.wrong & (answer == word)]) for word in self.words]
+        of_words = [change[self.wrong & (answer == word)] for word in self.words]
+        parts = [mean_interval(each) if len(each) > 1 else Mean(float(each[0]), -1.0, 1.0) for each in of_words]
         return mean_of_fractions([Proportion(*part, 0) for part in parts])
 
     def harmed(self, method: str, contradicts: bool | None = None) -> Proportion:

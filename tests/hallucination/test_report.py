@@ -120,6 +120,14 @@ def test_methods_are_compared_on_the_same_cases():
     assert held_out.balanced("one").high > held_out.balanced("other").low  # unpaired intervals would say nothing
 
 
+def test_one_case_of_a_group_leaves_the_difference_of_methods_open():
+    cases = (["no", "yes", "yes"], [True] * 3, [""] * 3, [False] * 3)
+    found = HeldOut(*cases, {"one": [[False, False, True]], "other": [[True, True, True]]}).difference("one", "other")
+    assert found.mean == pytest.approx(0.75) and found.low < 0 < found.high
+    alone = HeldOut(["no"], [True], [""], [False], {"one": [[False]], "other": [[True]]}).difference("one", "other")
+    assert tuple(alone) == (1.0, -1.0, 1.0)
+
+
 def test_controls_of_equal_strength_are_drawn_from_the_candidates():
     clamps = equal_strength([1, 3, 5, 7], 2, 10.0, draws=30, seed=1)
     assert len(clamps) == 30 and {edit.latent for clamp in clamps for edit in clamp} == {1, 3, 5, 7}

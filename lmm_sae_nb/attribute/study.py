@@ -66,6 +66,7 @@ def small_saes(
     steps: int,
     batch_tokens: int,
     dead_after_tokens: int,
+    batch_samples: int = 16,
     k_aux: int = 0,
     seed: int,
     folder: str | Path,
@@ -76,7 +77,7 @@ def small_saes(
     samples: rows with image, question and answer.
     layers: 0-based, or other hookpoints.
     n_latents, k: the size of each SAE.
-    lr, steps, batch_tokens, dead_after_tokens, k_aux: as for `train_saes`.
+    lr, steps, batch_tokens, dead_after_tokens, batch_samples, k_aux: as for `train_saes`.
     folder: gets a folder `layer_<n>` for each.
     unreadable: "skip" leaves out samples whose picture cannot be read; "refuse" stops there.
     """
@@ -84,8 +85,8 @@ def small_saes(
         return SmallSAEs([], {}, {})
     recipes = {f"layer_{layer}": Recipe(layer, n_latents=n_latents, k=k, lr=lr) for layer in layers}
     trained = train_saes(
-        lmm, samples, recipes, steps=steps, batch_tokens=batch_tokens, dead_after_tokens=dead_after_tokens, k_aux=k_aux,
-        seed=seed, unreadable=unreadable, folder=folder,
+        lmm, samples, recipes, steps=steps, batch_tokens=batch_tokens, dead_after_tokens=dead_after_tokens,
+        batch_samples=batch_samples, k_aux=k_aux, seed=seed, unreadable=unreadable, folder=folder,
     )  # fmt: skip
     places = [
         SAEInPlace(lmm, result.sae.requires_grad_(False), recipes[name].layer) for name, result in trained.items()

@@ -40,7 +40,7 @@ def the_shard_vanishes(place: Path) -> None:
 
 def train_until(place: Path, fault, saved: bool = False) -> None:
     """A training into place/run that meets a fault after its third step; an error is written to place/error."""
-    samples = load_from_disk(str(place / "saved")) if saved else Dataset.from_list(rows(place), features=FEATURES)
+    samples = load_from_disk(str(place / "saved")) if saved else in_files(place)
     try:
         on_log = lambda history: fault(place) if len(history) == 3 else None  # noqa: E731
         train_sae(LMM_, samples, 1, folder=place / "run", on_log=on_log, **SETTINGS)
@@ -55,20 +55,28 @@ def rows(place: Path) -> list[dict]:
     return [{**row, "image": path} for row, path in zip(SAMPLES, paths, strict=True)]
 
 
-@pytest.fixture
-def place(tmp_path):
-    (tmp_path / "images").mkdir()
-    for row, sample in zip(rows(tmp_path), SAMPLES, strict=True):
+def in_files(place: Path) -> Dataset:
+    return Dataset.from_list(rows(place), features=FEATURES)
+
+
+def with_images(place: Path) -> Path:
+    (place / "images").mkdir()
+    for row, sample in zip(rows(place), SAMPLES, strict=True):
         if row["image"]:
             sample["image"].save(row["image"])
-    return tmp_path
+    return place
+
+
+@pytest.fixture
+def place(tmp_path):
+    return with_images(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    assert run(train, folder) == 0
-    return folder
+    place = with_images(tmp_path_factory.mktemp("whole"))
+    assert run(train_until, place, nothing) == 0
+    return place / "run"
 
 
 def assert_goes_on(place: Path, whole: Path) -> None:
@@ -108,7 +116,7 @@ def test_images_that_vanish(place, whole):
 
 def test_a_shard_that_vanishes(place, whole):
     """Once open it is mapped and stays; before that, datasets names it."""
-    Dataset.from_list(rows(place), features=FEATURES).save_to_disk(str(place / "saved"))
+    in_files(place).save_to_disk(str(place / "saved"))
     assert run(train_until, place, the_shard_vanishes, True) == 0
     assert told(place / "run") == told(whole)
     with pytest.raises(FileNotFoundError, match=r"data-00000-of-00001\.arrow"):
@@ -143,6 +151,6 @@ def test_weights_that_are_not_finite_make_no_checkpoint(tmp_path, monkeypatch):
 def test_a_checkpoint_of_another_run_is_refused(place, settings, message):
     assert run(train_until, place, a_weight_breaks) == 0
     with pytest.raises(ValueError, match=message):
-        train(place / "run", settings)
+        train_sae(LMM_, in_files(place), 1, folder=place / "run", **SETTINGS | settings)
     with pytest.raises(ValueError, match="samples was .*, is now"):
-        train_sae(LMM_, SAMPLES[:5], 1, folder=place / "run", **SETTINGS)
+        train_sae(LMM_, in_files(place).select(range(5)), 1, folder=place / "run", **SETTINGS)

@@ -64,12 +64,15 @@ def random_pairs(
 ) -> Bool[Tensor, "tokens k"]:
     """Choose active (token, latent) pairs at random, all equally likely.
 
-    attribution: of the decision; its `latents` say which pairs are active.
+    A pair whose linear attribution is exactly 0 is left out, because no path leads from it to the decision: at the
+    model's last layer that is every pair but those of the last token.
+
+    attribution: of the decision, as `linear` returns it; its `latents` say which pairs are active.
     count: number of pairs; all of them are taken if there are fewer.
     generator: the source of randomness.
     among: mask of the pairs to choose from; by default every active one.
     """
-    active = attribution.latents.acts > 0
+    active = (attribution.latents.acts > 0) & (attribution.values != 0)
     active = (active if among is None else active & among).nonzero()
     chosen = active[torch.randperm(len(active), generator=generator)[:count]]
     pairs = torch.zeros_like(attribution.latents.acts, dtype=torch.bool)

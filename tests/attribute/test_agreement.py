@@ -109,6 +109,16 @@ def test_some_pairs_are_active_and_repeat_with_the_generator():
     assert random_pairs(parts, 2, torch.Generator(), among).tolist() == [[True, False, False, False]]
 
 
+def test_at_the_last_layer_pairs_of_the_last_token_alone_are_drawn():
+    lmm = LMM(*make("picture_world"))
+    sae = TopKSAE(lmm.width, 30, 4, generator=torch.Generator().manual_seed(1)).requires_grad_(False)
+    place = SAEInPlace(lmm, sae, lmm.n_layers - 1)
+    choice = greedy_decision(lmm, "what is it ?", noise(60, 40))
+    parts = linear(place, choice)
+    drawn = random_pairs(parts, 10_000, torch.Generator())
+    assert drawn[-1].sum() == (parts.latents.acts[-1] > 0).sum() > 0 and not drawn[:-1].any()
+
+
 def test_the_cost_ratio_is_in_forwards():
     place = in_place("picture_world")
     cost = measure_cost(place, greedy_decision(place.lmm, "why ?", noise()), repetitions=2)

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import ModuleType
 
 from lmm_sae_nb.benchmarks import panel_saes
-from lmm_sae_nb.benchmarks.panel_parts import MODEL, PARTS, SIZES, Case, Part, part_file
+from lmm_sae_nb.benchmarks.panel_parts import MODEL, PARTS, SIZES, PanelCase, Part, part_file
 from lmm_sae_nb.benchmarks.panel_saes import FIRST, PASSES, SAES, TRAINED, digest, page_parameters
 from lmm_sae_nb.benchmarks.tasks import Task, do_tasks
 from lmm_sae_nb.controls.chain import PartResult
@@ -116,7 +116,7 @@ def measure(sae: str, part: str) -> None:
         return
     key, began = key_of(sae, part), time.process_time()
     try:
-        result = PARTS[part].measure(Case(sae, part))
+        result = PARTS[part].measure(PanelCase(sae, part))
     except ValueError as error:  # as where too few latents have a name
         result = PartResult({}, [f"{part}: {error}"])
     result = result if isinstance(result, PartResult) else PartResult(dict(result))

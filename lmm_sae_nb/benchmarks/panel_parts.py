@@ -135,7 +135,7 @@ def _asked(model: str) -> dict[str, SteeredQuestion | None]:
 
 
 @dataclass(frozen=True)
-class Case:
+class PanelCase:
     """What a part measures: an SAE of the panel with its model, or the model alone, and the data.
 
     name: of the SAE; `MODEL` for a part that needs no SAE.
@@ -248,7 +248,7 @@ class Part:
     other: tells from an SAE's name which second SAE it is compared with.
     """
 
-    measure: Callable[[Case], PartResult | Metrics]
+    measure: Callable[[PanelCase], PartResult | Metrics]
     uses: tuple[ModuleType | Callable, ...]
     reads: tuple[str, ...] = ()
     of_model: bool = False
@@ -262,12 +262,12 @@ class Part:
         return not self.saes or sae in self.saes
 
 
-def _fidelity(case: Case) -> PartResult:
+def _fidelity(case: PanelCase) -> PartResult:
     page = page_parameters("01")
     return chain.fidelity(case.study, case.samples.select(range(SIZES["evaluated"])), kinds=page["kinds"])
 
 
-def _interpret(case: Case) -> PartResult:
+def _interpret(case: PanelCase) -> PartResult:
     limit = page_parameters("03")["explainer"]["least_confidence"]
     return chain.interpret(
         case.study, case.images, case.interpreter, case.truth, latents=SIZES["latents"], least_confidence=limit,
@@ -275,13 +275,13 @@ def _interpret(case: Case) -> PartResult:
     )  # fmt: skip
 
 
-def _detect(case: Case) -> PartResult:
+def _detect(case: PanelCase) -> PartResult:
     return chain.detect(
         case.study, case.images, case.interpreter, case.truth, case.heldout, case.unseen, **case.exemplars
     )
 
 
-def _score(case: Case) -> PartResult:
+def _score(case: PanelCase) -> PartResult:
     page = page_parameters("04")
     return chain.score(
         case.study, case.images, case.rows(), case.truth, {"ground truth": case.truth}, _similarity().all_pairs,
@@ -290,7 +290,7 @@ def _score(case: Case) -> PartResult:
     )  # fmt: skip
 
 
-def _steer(case: Case) -> PartResult:
+def _steer(case: PanelCase) -> PartResult:
     page = page_parameters("06")["objects"]
     drawn = np.random.default_rng(case.seed).permutation(len(case.images))[: SIZES["others"]]
     return chain.steer(
@@ -300,28 +300,28 @@ def _steer(case: Case) -> PartResult:
     )  # fmt: skip
 
 
-def _steer_kinds(case: Case) -> PartResult:
+def _steer_kinds(case: PanelCase) -> PartResult:
     asked, scope = _asked(SAES[case.name].model), Scope(tuple(page_parameters("06")["objects"]["kinds"]))
     return kind_steering.steer_kinds(
         case.study, case.rows(), asked, scope=scope, seed=case.seed, **SIZES["of_kind"]
     )  # fmt: skip
 
 
-def _attribute(case: Case) -> PartResult:
+def _attribute(case: PanelCase) -> PartResult:
     return chain.attribute(case.place, case.samples, decisions=SIZES["decisions"], pairs=SIZES["pairs"], seed=case.seed)
 
 
 # Measures of the literature. Where a case gives too little, the error says what is missing.
 
 
-def _with_explained(case: Case) -> dict[int, Explained] | None:
+def _with_explained(case: PanelCase) -> dict[int, Explained] | None:
     try:
         return case.explained
     except ValueError:
         return None
 
 
-def _monosemanticity(case: Case) -> Metrics:
+def _monosemanticity(case: PanelCase) -> Metrics:
     truth, grid = case.unseen, case.lmm.grid
     vectors = {
         "clip": _embedded_heldout(), "true": monosemanticity.concept_vectors(truth, len(case.heldout), grid),
@@ -329,24 +329,24 @@ def _monosemanticity(case: Case) -> Metrics:
     return monosemanticity.monosemanticity(case.heldout_latents, vectors, _with_explained(case), seed=case.seed)
 
 
-def _detection_scoring(case: Case) -> Metrics:
+def _detection_scoring(case: PanelCase) -> Metrics:
     return detection_scoring.detection_scoring(
         case.heldout_latents, case.explained, case.unseen, _name_cosines(), seed=case.seed
     )
 
 
-def _probing(case: Case) -> Metrics:
+def _probing(case: PanelCase) -> Metrics:
     return probing.probing(case.cached_latents, case.truth, case.heldout_latents, case.unseen, seed=case.seed)
 
 
-def _absorption(case: Case) -> Metrics:
+def _absorption(case: PanelCase) -> Metrics:
     return absorption.absorption(
         case.place.sae, case.cached_latents, case.truth, case.heldout_latents, case.unseen,
         [absorption.NestedPair(*pair) for pair in NESTED],
     )  # fmt: skip
 
 
-def _modality(case: Case) -> Metrics:
+def _modality(case: PanelCase) -> Metrics:
     return modality.modality(case.place, case.samples, _with_explained(case))
 
 
@@ -355,7 +355,7 @@ def _other_seed(sae: str) -> str:
     return "seed_2" if sae == "seed_1" else "seed_1"
 
 
-def _consistency(case: Case) -> Metrics:
+def _consistency(case: PanelCase) -> Metrics:
     if SAES[case.name].model != TRAINED:
         raise ValueError("the panel has one SAE of this model; directions of another model are no comparison")
     other = panel_saes.cached(_other_seed(case.name))
@@ -364,12 +364,12 @@ def _consistency(case: Case) -> Metrics:
     )
 
 
-def _selectivity(case: Case) -> Metrics:
+def _selectivity(case: PanelCase) -> Metrics:
     states = _pair_states(SAES[case.name].model)
     return selectivity.measure_selectivity(case.place, _pairs(), case.rows(), states=states, seed=case.seed)
 
 
-def _steering_names(case: Case) -> Metrics:
+def _steering_names(case: PanelCase) -> Metrics:
     page, words = page_parameters("06")["objects"], Vocabulary(project_root() / page_parameters("03")["concepts"])
     white = Image.new("RGB", (page["size"],) * 2, "white")
     return steer_explain.measure_steering_explanations(
@@ -381,17 +381,17 @@ def _steering_names(case: Case) -> Metrics:
 # Methods that are no SAEs.
 
 
-def _direction_detection(case: Case) -> Metrics:
+def _direction_detection(case: PanelCase) -> Metrics:
     return directions.detection_baselines(case.study, case.images, case.truth, case.heldout, case.unseen)
 
 
-def _direction_steering(case: Case) -> Metrics:
+def _direction_steering(case: PanelCase) -> Metrics:
     rows = case.rows("detect") | case.rows()
     names = {n: row["concept"] for n, row in rows.items() if row["concept"] and row["kind"] == "object"}
     return direction_steering.steering_baselines(case.study, names, case.images, case.truth, seed=case.seed)
 
 
-def _direction_kinds(case: Case) -> PartResult:
+def _direction_kinds(case: PanelCase) -> PartResult:
     rows, names = case.rows("detect") | case.rows(), {}
     for latent, row in rows.items():
         if row["concept"]:

@@ -16,7 +16,6 @@ import matplotlib
 import matplotlib.pyplot as plt
 import nbformat
 import torch
-from pretend_device import pretend_device
 
 from lmm_sae_nb.benchmarks.faults_pages import name_latents
 from lmm_sae_nb.pictureworld.world.datasets import render
@@ -52,6 +51,8 @@ def run_page(source: Path, values: dict) -> None:
 
 
 def main(folder: Path, dtype: str, *pages: str) -> None:
+    from pretend_device import pretend_device  # it stays registered, so only this command's process may have it
+
     torch.set_num_threads(1)
     matplotlib.use("agg")
     if not folder.exists():

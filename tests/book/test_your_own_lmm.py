@@ -234,7 +234,7 @@ def started(source: str, env: dict[str, str], **values: object) -> subprocess.Po
     """A notebook as a script, with other parameters."""
     text = Path("notebooks", source).read_text()
     for name, value in values.items():
-        old = rf"^({name}: \w+) = (\{{\n.*?^\}}|[^\n]*)$"  # a dictionary takes several lines
+        old = rf"^({name}: [^=\n]+?) = (\{{\n.*?^\}}|[^\n]*)$"  # a dictionary takes several lines
         text, changed = re.subn(old, rf"\1 = {value!r}", text, flags=re.MULTILINE | re.DOTALL)
         assert changed == 1, name
     script = Path("notebooks", f"here_{source}")
@@ -351,6 +351,12 @@ def templated(template):
     model, processor = models.make("picture_world")
     processor.chat_template = processor.tokenizer.chat_template = template
     return LMM(model, processor).prompt("Hm", answers="yes")
+
+
+def misfit():
+    model, processor = models.make("instructblip")
+    processor.num_query_tokens = 16
+    return LMM(model, processor).prompt("Hm", picture(0))
 
 
 def headless():
@@ -471,7 +477,8 @@ RAISED = {
         *poor(image_token_id=3)
     ),
     "the processor does not fit …: it writes token …, the model knows tokens 0 to …": extended,
-    "the processor does not fit the model: for … it wrote … image tokens, the model expects …": lambda: LMM(
+    "the processor does not fit the model: for … it wrote … image tokens, the model expects …": misfit,
+    "sample … has no image beside samples with one; a Q-Former takes no text without an image": lambda: LMM(
         *models.make("instructblip")
     ).prompt(["Hm", "So"], [picture(0), None]),
     "… has no chat template; set lmm.processor.chat_template to that of its training": lambda: templated(None),

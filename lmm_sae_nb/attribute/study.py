@@ -109,8 +109,9 @@ def compare_ways(
 ) -> list[ComparedDecision]:
     """Attribute decisions by ablation and by each approximation, at random active pairs.
 
-    A decision is the first token of the model's own answer against the runner-up. All active pairs of a decision are
-    equally likely to be drawn, so the rank correlation over the drawn ones estimates that over all.
+    A decision is the first token of the model's own answer against the runner-up. All active pairs from which a path
+    leads to the decision are equally likely to be drawn. So the rank correlation over the drawn ones estimates that
+    over all of these.
 
     places: an SAE at its layer, one for each layer.
     samples: for each place, rows with question and image; each makes one decision.

@@ -83,8 +83,7 @@ def rank_agreement(
     """Return for each SAE how linear attribution ranks random active pairs, compared with ablating each of them.
 
     A decision is the first token of the model's answer against the runner-up. The number is Spearman's rank
-    correlation, one for each decision. A decision in which all effects are equal has none and is left out; 16 bits may
-    round small effects so.
+    correlation, one for each decision. A decision in which all effects are equal has none and is left out.
 
     places: SAEs of one model.
     samples: with question and image; those without an image are left out.

@@ -54,11 +54,8 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 @contextmanager
-def _hooked(module: nn.Module, hook: Callable[[nn.Module, tuple, Any], Any]) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    for number, other in [*module._forward_hooks.items()]:
-        if getattr(other, "__module__", "").startswith("transformers"):  # the model's own record must see our change
-            module._forward_hooks.move_to_end(number)
+def _hooked(module: nn.Module, hook: Callable[[nn.Module, tuple, Any], Any], *, first: bool = False) -> Iterator[None]:
+    handle = module.register_forward_hook(hook, prepend=first)
     try:
         yield
     finally:
@@ -83,14 +80,16 @@ def read(module: nn.Module) -> Iterator[Captured]:
 
 
 @contextmanager
-def rewrite(module: nn.Module, fn: Callable[[Hidden], Hidden]) -> Iterator[None]:
+def rewrite(module: nn.Module, fn: Callable[[Hidden], Hidden], *, first: bool = False) -> Iterator[None]:
     """Replace the module's hidden states by `fn` of them, in every forward pass.
 
-    Nested rewrites of one module apply outermost first.
+    Nested rewrites of one module apply outermost first; with `first`, innermost first.
 
     fn: returns states of the same shape, or the whole batch several times over: what follows then runs on many
         versions, what came before on one. They are cast to the module's dtype, so that a float32 SAE can be
         spliced into a bfloat16 model.
+    first: rewrite before the hooks that are there already, so that they see the new states. A vision tower records its
+        states by such hooks, and the model reads the record.
 
     Raises:
         ValueError: fn returns another shape.
@@ -107,7 +106,7 @@ def rewrite(module: nn.Module, fn: Callable[[Hidden], Hidden]) -> Iterator[None]
             )
         return _with_hidden(output, new.to(hidden.dtype))
 
-    with _hooked(module, replace):
+    with _hooked(module, replace, first=first):
         yield
 
 

@@ -435,7 +435,7 @@ class LMM:
             new = fn(at_tokens(self.model, prompt, patches, layer))
             return at_patches(self.model, prompt, patches, new, layer)
 
-        with self.each_crop_alone(), hooks.rewrite(self.layer(layer), rewrite):
+        with self.each_crop_alone(), hooks.rewrite(self.layer(layer), rewrite, first=True):
             yield
 
     def logits(self, prompt: Prompt) -> Float[Tensor, "batch tokens vocab"]:

@@ -183,8 +183,10 @@ with lmm.in_float32(), splice(states):
     gradient, slope = torch.autograd.grad(d, (acts, states))
 d = float(d.detach())
 by_hand = (acts * gradient).detach().cpu()
-assert_close(parts.values[mask], by_hand, atol=1e-4, rtol=1e-3)
-assert abs(parts.clean - d) < 1e-4
+# float32 rounds by a fraction of the largest number
+rounding = 1e-4 * max(1.0, float(by_hand.abs().max()))
+assert_close(parts.values[mask], by_hand, atol=rounding, rtol=1e-3)
+assert abs(parts.clean - d) < rounding
 
 # %% [markdown]
 # Now one pair by the definition: we set the strongest pair to zero and run the model
@@ -202,7 +204,7 @@ with torch.no_grad(), lmm.in_float32(), splice(silenced):
     ablated = d - float(difference(lmm, choice)[0])
 
 by_ablation = float(exact(place, choice, strongest)[strongest][0])
-assert abs(by_ablation - ablated) < 1e-4
+assert abs(by_ablation - ablated) < rounding
 estimate = float(parts.values[strongest][0])
 leading = int(z.indices[token, slot])
 at = int(mask.nonzero()[token])
@@ -225,7 +227,7 @@ print(f"which is {estimate / ablated:.0%} of its effect")
 # %%
 summed = (parts.of_tokens() + parts.error + parts.bias)[mask]
 expected = (slope * states).sum(-1).detach().cpu()
-assert_close(summed, expected, atol=1e-3, rtol=1e-3)
+assert_close(summed, expected, atol=10 * rounding, rtol=1e-3)
 
 only_bias = sae.b_dec.expand_as(states)
 with torch.no_grad(), lmm.in_float32(), splice(only_bias):

@@ -1,6 +1,7 @@
 """Run pages of the book at toy size, one after the other, in this process: `toy_pages.py FOLDER DTYPE [PAGE ...]`.
 
-In bfloat16 they run as with the preset `paper`: without a ground truth, and page 05 without other sizes.
+In bfloat16 they run as with the preset `paper`: without a ground truth, and page 05 without other sizes. In float32 they
+run with an SAE of the output of an MLP.
 
 The cells are those that `make book` runs. All models are on the pretend device; the model under study is of the dtype.
 FOLDER becomes a small copy of the project, with a small Picture World.
@@ -24,7 +25,7 @@ from lmm_sae_nb.support.presets import preset
 
 HERE = Path(__file__).parent
 SCENES = {"train": 160, "cache": 60, "heldout": 40, "traps": 60}
-LIKE_PAPER = {"concepts": "", "sizes": [], "ks": []}
+SPECIAL = {"bfloat16": {"concepts": "", "sizes": [], "ks": []}, "float32": {"layer": "decoder.1.mlp"}}
 
 
 def make_project(folder: Path, world: bool = True) -> None:
@@ -65,8 +66,7 @@ def main(folder: Path, dtype: str, *pages: str) -> None:
         values, began = toy[source.stem], time.monotonic()
         if "loading" in (known := notebooks.parameters(source)):
             values = values | {"loading": known["loading"].default | {"dtype": dtype}}
-        if dtype == "bfloat16":
-            values = values | {name: value for name, value in LIKE_PAPER.items() if name in known}
+        values = values | {name: value for name, value in SPECIAL[dtype].items() if name in known}
         with pretend_device():
             run_page(source, values)
         if source.stem.startswith("03"):

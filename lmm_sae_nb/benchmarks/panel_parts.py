@@ -61,9 +61,10 @@ SIZES = {  # of the panel, where they differ from the notebooks'
     "decisions": 8, "pairs": 32, "clamped": 60, "naming_dose": 16.0, "seed": 0,
     "of_kind": {"doses": [4, 16, 64], "count": 12, "choosing": 6}, "others_of_kind": 20,
 }  # fmt: skip
-# For time: three of six seeds, and the controls whose model is the one under study. The answers of models with new
-# weights are broken.
-STEERED_BY_KIND = ("seed_0", "seed_1", "seed_2", "random", "frozen_decoder", "frozen_encoder")
+STEERED_BY_KIND = (  # seeds and controls; the other SAEs are steered towards objects alone
+    "seed_0", "seed_1", "seed_2", "seed_3", "seed_4", "seed_5",
+    "random", "frozen_decoder", "frozen_encoder", "untrained", "untrained_layers",
+)  # fmt: skip
 
 
 # ---- what a part gets -----------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Name the places of a model whose output an SAE can read: a hookpoint is a decoder layer's number, or a name.
 
 - `24` or `"decoder.24"`: the output of a decoder layer, counted from 0;
-- `"decoder.24.attention"` and `"decoder.24.mlp"`: the output of the layer's attention or MLP, before the layer's input
-  is added. It is what the module returns: Gemma 3 and GLM-4V normalise it once more before they add it;
+- `"decoder.24.attention"` and `"decoder.24.mlp"`: what the layer's attention or MLP adds to the residual stream. Gemma
+  and GLM-4V normalise it once more before they add it: there it is the output of this norm;
 - `"vision.5"`: the output of a layer of the vision tower. Only `base` tokens have a state there: that of their patch;
 - `"projector"`: the image's `base` and `tiles` tokens as they enter the decoder, behind the projector and whatever the
   family does there, such as merging, scaling or unpadding.
@@ -26,6 +26,10 @@ INNER = ("attention", "mlp", "")  # in the order of a layer's forward; "" is the
 MODULES = {  # what transformers' decoder layers call them
     "attention": ("self_attn", "linear_attn", "self_attention", "attn"),
     "mlp": ("mlp", "feed_forward", "block_sparse_moe", "ffn"),
+}
+NORMS = {  # behind a module, before its output is added to the residual stream
+    "attention": ("post_self_attn_layernorm",),
+    "mlp": ("post_feedforward_layernorm", "post_mlp_layernorm"),
 }
 FORM = re.compile(r"(decoder)\.(\d+)(?:\.(attention|mlp))?|(vision)\.(\d+)|(projector)")
 
@@ -121,16 +125,37 @@ def decoder_of(model: PreTrainedModel) -> nn.Module | None:
 def module_of(model: PreTrainedModel, hookpoint: Hookpoint) -> nn.Module | None:
     """Return the module whose output a hookpoint is; None if the model has none, and for the projector."""
     known = parsed(hookpoint)
+    layer = _layer_of(model, known)
+    if layer is None or not known.inner:
+        return layer
+    return _norm_behind(layer, known.inner) or _first(layer, MODULES[known.inner])
+
+
+def is_normed(model: PreTrainedModel, hookpoint: Hookpoint) -> bool:
+    """Say whether the family normalises the output of attention or MLP once more before it adds it."""
+    known = parsed(hookpoint)
+    layer = _layer_of(model, known)
+    return layer is not None and _norm_behind(layer, known.inner) is not None
+
+
+def _layer_of(model: PreTrainedModel, known: Parsed | None) -> nn.Module | None:
+    """Return the layer that a hookpoint lies in; None if the model has none, and for the projector."""
     if known is None or known.part == "projector":
         return None
     layers = decoder_of(model).layers if known.part == "decoder" else vision_layers(model)
-    if known.layer >= len(layers):
-        return None
-    layer = layers[known.layer]
-    if not known.inner:
-        return layer
-    parts = (getattr(layer, name, None) for name in MODULES[known.inner])
-    return next((part for part in parts if part is not None), None)
+    return layers[known.layer] if known.layer < len(layers) else None
+
+
+def _norm_behind(layer: nn.Module, inner: str) -> nn.Module | None:
+    """Return the norm that a layer's attention or MLP goes through before it is added, if there is one."""
+    if inner == "attention" and hasattr(layer, "pre_feedforward_layernorm"):
+        return layer.post_attention_layernorm  # of Gemma; most families call the norm before the MLP so
+    return _first(layer, NORMS.get(inner, ()))
+
+
+def _first(layer: nn.Module, names: Iterable[str]) -> nn.Module | None:
+    """Return the first of these modules that a layer has."""
+    return next((part for name in names if isinstance(part := getattr(layer, name, None), nn.Module)), None)
 
 
 def vision_layers(model: PreTrainedModel) -> nn.ModuleList | tuple[()]:
@@ -141,9 +166,15 @@ def vision_layers(model: PreTrainedModel) -> nn.ModuleList | tuple[()]:
 
 
 def weights_of(model: PreTrainedModel, hookpoint: Hookpoint) -> list[Tensor]:
-    """Return the weights of the module whose output a hookpoint is; for the projector, of all before the decoder."""
+    """Return the weights of the module whose output a hookpoint is, with those of a module before its norm.
+
+    For the projector, those of all before the decoder.
+    """
     if hookpoint != "projector":
-        return list(module_of(model, hookpoint).state_dict().values())
+        known, modules = parsed(hookpoint), [module_of(model, hookpoint)]
+        if is_normed(model, hookpoint):
+            modules.append(_first(_layer_of(model, known), MODULES[known.inner]))
+        return [tensor for module in modules for tensor in module.state_dict().values()]
     late = {id(tensor) for tensor in model.get_decoder().state_dict(keep_vars=True).values()}
     late |= {id(tensor) for tensor in model.get_output_embeddings().parameters()}
     return [tensor for tensor in model.state_dict(keep_vars=True).values() if id(tensor) not in late]

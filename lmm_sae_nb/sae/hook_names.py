@@ -16,7 +16,9 @@ PARTS = {  # what a library says behind the layer's number -> AFTER, BEFORE, or 
     "mlp": "mlp", "mlp.output": "mlp", "hook_mlp_out": "mlp", "mlp_out": "mlp",
     "self_attn": "attention", "self_attn.output": "attention", "hook_attn_out": "attention", "attn_out": "attention",
     "attention_out": "attention",
+    "post_feedforward_layernorm": "mlp", "post_feedforward_layernorm.output": "mlp",
 }  # fmt: skip
+UNNORMED = ("mlp", "mlp.output", "self_attn", "self_attn.output")  # what a module returns, before a norm behind it
 MODULE = re.compile(r"(?P<before>[\w.]*?)(?:^|\.)?(?:layers|blocks|h)\.(?P<layer>\d+)(?:\.(?P<part>[\w.]+))?")
 NUMBERED = re.compile(r"(?:(?P<part>[a-z_]+?)_)?layer[ _]?(?P<layer>\d+)")  # resid_post_layer_4, layer 4, layer_4
 FOLDER = re.compile(r"(?:[\w.]+\.)?(?:layers|blocks|h)\.\d+(?:\.[\w.]+)?")
@@ -27,8 +29,9 @@ def place_of(hook: str) -> str:
     """Return the place in the model that a library's hook name means, or "" if the name says nothing.
 
     The output of decoder layer 24 is "decoder.24", and the output of its MLP or attention "decoder.24.mlp" or
-    "decoder.24.attention". The residual stream before layer 24 is "decoder.23", before layer 0 "embeddings". Any other
-    place in a layer keeps the library's own name of it, as "decoder.24.ln2.hook_normalized".
+    "decoder.24.attention"; some families normalise it once more (`require_added`). The residual stream before layer 24
+    is "decoder.23", before layer 0 "embeddings". Any other place in a layer keeps the library's own name of it, as
+    "decoder.24.ln2.hook_normalized".
 
     hook: such as "blocks.24.hook_resid_post", "model.layers.24", "resid_post_layer_24" or "layer 24".
     """
@@ -75,6 +78,23 @@ def require_layer(hook: str, layer: Hookpoint) -> None:
         f"the SAE reads {hook!r}, that is the output of {titled(reads)} (counted from 0), not of {titled(layer)}; set "
         f"layer to {reads}, or use an SAE of {titled(layer)}"
     )
+
+
+def require_added(hook: str) -> None:
+    """Check that an SAE reads what an attention or MLP adds, for a family that normalises it once more before.
+
+    hook: the SAE's recorded hook name; sparsify and dictionary_learning name the module and so mean what it returns.
+
+    Raises:
+        ValueError: the SAE reads what the module returns.
+    """
+    match = MODULE.fullmatch(hook)
+    if match and match["part"] in UNNORMED:
+        raise ValueError(
+            f"the SAE reads {hook!r}, what the module returns; this family normalises it once more before it adds it, "
+            "and the hookpoint lies behind that norm. Use an SAE that reads behind the norm, or one of the residual "
+            "stream after the layer"
+        )
 
 
 # ---- names in configs and paths -------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from lmm_sae_nb.model.hookpoints import Hookpoint, kinds_at, plain, titled
+from lmm_sae_nb.model.hookpoints import Hookpoint, is_normed, kinds_at, plain, titled
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.prompts import Prompt
 from lmm_sae_nb.model.token_kinds import KINDS, SAE_KINDS
-from lmm_sae_nb.sae.hook_names import layer_of, require_layer
+from lmm_sae_nb.sae.hook_names import layer_of, require_added, require_layer
 from lmm_sae_nb.sae.topk import SAE
 from lmm_sae_nb.support.devices import choose_device
 
@@ -46,6 +46,8 @@ class SAEInPlace:
         trained_on = self.sae.trained_on
         if trained_on is None:
             require_layer(self.sae.hook_name, self.layer)
+            if is_normed(self.lmm.model, self.layer):
+                require_added(self.sae.hook_name)
             return
         if trained_on.layer != self.layer:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Run pages of the book at toy size, one after the other, in this process: `toy_pages.py FOLDER DTYPE [PAGE ...]`.
 
-In bfloat16 they run as with the preset `paper`: without a ground truth, and page 05 without other sizes. In float32 they
-run with an SAE of the output of an MLP.
+In bfloat16 they run as with the preset `paper`: without a ground truth, and page 05 without other sizes. In float32
+they run with an SAE of the output of an MLP.
 
 The cells are those that `make book` runs. All models are on the pretend device; the model under study is of the dtype.
 FOLDER becomes a small copy of the project, with a small Picture World.

@@ -15,6 +15,7 @@ from lmm_sae_nb.cache.texts import cache_texts
 from lmm_sae_nb.model.hookpoints import in_order, parsed, plain, published_as
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.upper_layers import above, above_each
+from lmm_sae_nb.sae.in_place import SAEInPlace
 from lmm_sae_nb.sae.topk import SAE
 from lmm_sae_nb.steer.steering import Edit, compare, steered
 from lmm_sae_nb.train.evaluate import evaluate_sae
@@ -84,6 +85,36 @@ def test_attention_and_mlp_are_read_and_replaced_where_a_layer_adds_them(family)
         changed = lmm.head(upper.run(torch.full_like(upper.hidden, 0.3))[:, -1])
         assert_close(changed, expected, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(expected, clean, atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [name for name in families.FAMILIES if name not in LARGE])
+def test_attention_and_mlp_are_all_that_a_layer_adds(family):
+    lmm = lmm_of(family)
+    prompt = lmm.prompt("what ?", noise(60, 50))
+    entered = []
+    handle = lmm.layer(1).register_forward_pre_hook(
+        lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    left = capabilities.states(lmm, prompt, 1)
+    handle.remove()
+    attention, mlp = (lmm.hidden_states(prompt, place) for place in INNER)
+    assert_close(left - entered[0].view_as(left), attention + mlp, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("hook", "normed_behind"), [("layers.1.mlp", True), ("model.layers.1.self_attn", True), ("layers.1.mlp", False)]
+)
+def test_an_sae_that_reads_before_a_norm_is_refused_where_the_family_has_one(hook, normed_behind):
+    lmm = lmm_of("gemma3" if normed_behind else "llava")
+    sae = SAE(lmm.width, 8, 2)
+    sae.hook_name = hook
+    place = "decoder.1.attention" if "attn" in hook else "decoder.1.mlp"
+    if normed_behind:
+        with pytest.raises(ValueError, match="normalises it once more"):
+            SAEInPlace(lmm, sae, place)
+        sae.hook_name = f"blocks.1.hook_{'attn' if 'attn' in hook else 'mlp'}_out"  # TransformerLens: what is added
+    assert SAEInPlace(lmm, sae, place).layer == place
 
 
 @torch.no_grad()

@@ -221,7 +221,7 @@ def run(
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add this command's options to a parser."""
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), metavar="KIND",
-                        help=f"any of: {', '.join(KINDS)}; the counts of others stay")  # fmt: skip
+                        help=f"any of: {'; '.join(KINDS)}. The counts of others stay")  # fmt: skip
     parser.add_argument("--tries", type=int, default=10**6, help="at most so many attempts of each kind")
     parser.add_argument("--minutes", type=float, default=60.0, help="start no attempt after these")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")

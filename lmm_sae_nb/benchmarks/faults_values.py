@@ -158,8 +158,12 @@ def preset(world: World, place: Path, seed: int) -> Ending:
     except Exception as error:
         return error_ending(case, error, [given, name]) if file.name in str(error) else error_ending(case, error, [])
     read = read[inside] if inside else read
-    if read == value and type(read) is type(value) and _fits(value, default):
-        return Ending(case, "as usual")
+    if (
+        read == value
+        and type(read) is type(value)
+        and (_fits(value, default) or (parameter.type == "int or str" and isinstance(value, str)))
+    ):
+        return Ending(case, "as usual")  # a name is checked where the model is known
     if isinstance(default, str) and type(value) in (int, float, bool) and read in file.read_text():  # as it is written
         return Ending(case, "as usual")
     return Ending(case, "another result", f"{read!r} was accepted in the place of {default!r}")
@@ -203,7 +207,7 @@ def pictures(world: World, place: Path, seed: int) -> Ending:
     if with_exif and right is not None:
         right = TURNS[turn](right)
     try:
-        with Image.open(file) as stored:
+        with file.open("rb") as open_file, Image.open(open_file) as stored:  # no name: see `images._decode`
             stored.load()
             alone = stored.copy()
         opened = open_images(folder)[0]
@@ -443,6 +447,7 @@ Hostile = tuple[str, Callable[[], object]]  # what was done, and a call that rea
 def _pickled(world: World, project: Path, canary: Path, rng: random.Random) -> Hostile:
     kind = READS[name := rng.choice(list(READS))]
     file = rng.choice(sorted(path for path in world.copy(project, *kind.needs).glob(kind.files) if path.is_file()))
+    file.unlink()  # a model's files are hard links
     file.write_bytes(pickle.dumps(Bomb(canary)))
     return f"{name}: {file.name} is a pickle", lambda: kind.read(world, project)
 
@@ -450,6 +455,7 @@ def _pickled(world: World, project: Path, canary: Path, rng: random.Random) -> H
 def _saved(world: World, project: Path, canary: Path, rng: random.Random) -> Hostile:
     kind = READS["checkpoint"]
     file = rng.choice(sorted(path for path in world.copy(project, *kind.needs).glob(kind.files) if path.is_file()))
+    file.unlink()
     torch.save({"": Bomb(canary)}, file)
     return f"checkpoint: {file.name} is saved by torch", lambda: kind.read(world, project)
 

@@ -129,7 +129,10 @@ class World:
     read: dict[str, object] = field(default_factory=dict)
 
     def copy(self, place: Path, *names: str) -> Path:
-        """Copy the project, or of it only these files and folders, to a new place; a model's files as hard links."""
+        """Copy the project, or of it only these files and folders, to a new place.
+
+        A model's files are hard links: delete one before you write another in its place.
+        """
         for name in names or [path.name for path in self.folder.iterdir()]:
             source, target = self.folder / name, place / name
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -399,7 +399,7 @@ def rgb(picture: Image.Image) -> Image.Image:
     if getattr(picture, "is_animated", False):
         picture.seek(0)
         done.append("first_frame")
-    picture.load()
+    _decode(picture)
     if picture.getexif().get(ORIENTATION, 1) != 1:
         picture = ImageOps.exif_transpose(picture)
         done.append("turned")
@@ -417,6 +417,20 @@ def rgb(picture: Image.Image) -> Image.Image:
     if type(picture) is not Image.Image:
         picture = picture.copy()  # it does not depend on an open file
     return with_note(picture, done) if done else picture
+
+
+def _decode(picture: Image.Image) -> None:
+    """Read a picture's pixels.
+
+    Pillow 13.0 maps an uncompressed TIFF file of some modes into memory, and scrambles it if its EXIF tag turns it. A
+    file without a name is not mapped.
+    """
+    name = getattr(picture, "filename", "")
+    if name:
+        picture.filename = ""
+    picture.load()
+    if name:
+        picture.filename = name
 
 
 def _require_size(picture: Image.Image) -> None:

@@ -56,6 +56,19 @@ def test_a_rotated_photograph_becomes_upright(orientation, size, first):
     assert (seen.size, seen.getpixel((0, 0))) == (size, first)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK"])
+@pytest.mark.parametrize("orientation, quarters", [(6, -1), (8, 1)])
+def test_a_turned_tiff_file_is_upright_by_its_name_and_by_its_bytes(tmp_path, mode, orientation, quarters):
+    """Pillow 13.0 scrambles some modes of an uncompressed file that it opens by name."""
+    tag = Image.Exif()
+    tag[0x0112] = orientation
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 5, 3), np.uint8)).convert(mode)
+    picture.save(file := tmp_path / "a.tiff", exif=tag)
+    upright = np.rot90(np.asarray(stored(picture, "TIFF")), quarters)
+    for item in (file, {"bytes": file.read_bytes(), "path": None}, Image.open(file)):
+        assert np.array_equal(np.asarray(open_rgb(item, "it")), upright)
+
+
 @settings(deadline=None, max_examples=40)
 @given(pixels=arrays.arrays(np.uint16, (3, 4)))
 def test_sixteen_bit_grey_keeps_its_shades(pixels):

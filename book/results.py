@@ -41,19 +41,14 @@ how much the choice of the SAE matters.
 Metrics = dict[str, dict[str, float]]  # stage -> metric -> value
 
 
-def number(value: float) -> str:
-    """Return a count in full, anything else to three significant digits."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
-
-
 def with_interval(metrics: dict[str, float], name: str) -> str:
     """Return a metric's value, with its interval if it has one; a median of draws has their range."""
     extremes = [metrics.get(name.removesuffix(MEDIAN) + end) for end in ("_lowest", "_highest")]
     if name.endswith(MEDIAN) and None not in extremes:
-        return f"{number(metrics[name])} ({number(extremes[0])} to {number(extremes[1])})"
+        return f"{report.number(metrics[name])} ({report.number(extremes[0])} to {report.number(extremes[1])})"
     ends = [metrics.get(name + end) for end in ENDS]
-    interval = "" if None in ends else f" [{number(ends[0])}, {number(ends[1])}]"
-    return number(metrics[name]) + interval
+    interval = "" if None in ends else f" [{report.number(ends[0])}, {report.number(ends[1])}]"
+    return report.number(metrics[name]) + interval
 
 
 def find(metrics: Metrics, name: str) -> tuple[str, str] | None:
@@ -83,7 +78,7 @@ def over_seeds(study: SeedStudy | None, stage: str, metric: str) -> str:
     measured = study and study.find(stage, metric)
     if not measured:
         return ""
-    return f"{number(measured.median)} ({number(measured.lowest)} to {number(measured.highest)})"
+    return f"{report.number(measured.median)} ({report.number(measured.lowest)} to {report.number(measured.highest)})"
 
 
 def claims(metrics: Metrics, study: SeedStudy | None) -> str:

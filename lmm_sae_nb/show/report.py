@@ -149,16 +149,21 @@ def meaning(stage: str, metric: str) -> str:
     return entry("metrics", stage, metric) or ""
 
 
+def number(value: float) -> str:
+    """Return a count in full, anything else with three significant digits, zeros at the end included."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:#.3g}".rstrip(".") if value else "0"
+
+
 def metrics_table(stage: Stage) -> HTML:
     """Return a stage's metrics as a table: name, value, interval, and what it means."""
     metrics, rows = stage.metrics, []
     for name, value in metrics.items():
         if name.endswith(("_low", "_high")) and name.rsplit("_", 1)[0] in metrics:
             continue
-        ends = [f"{metrics[name + end]:.3g}" for end in ("_low", "_high") if name + end in metrics]
+        ends = [number(metrics[name + end]) for end in ("_low", "_high") if name + end in metrics]
         cells = (
             f"<code>{escaped(name)}</code>",
-            f"{value:,.4g}",
+            number(value),
             " to ".join(ends),
             escaped(meaning(stage.name, name)),
         )

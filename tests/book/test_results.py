@@ -31,18 +31,21 @@ def row(page: str, start: str) -> str:
 
 def test_a_claim_stands_beside_its_control_and_the_papers_number(run):
     line = row(results.page(run, []), "| [Latents are active where")
-    assert "| 0.25 [0.2, 0.3] | 0.0244 [0.02, 0.03]: the activation moved in the same images | 0.2 (Table 1" in line
+    assert (
+        "| 0.250 [0.200, 0.300] | 0.0244 [0.0200, 0.0300]: the activation moved in the same images | 0.2 (Table 1"
+        in line
+    )
 
 
 def test_a_claim_may_have_two_controls():
     metrics = {"interpret": {"guessed": 0.15}, "controls": {"random": 0.85, "random_low": 0.8, "random_high": 0.9}}
     both = [["interpret.guessed", "guessed names"], ["controls.random", "random rows"]]
-    assert results.control(metrics, both) == "0.15: guessed names; 0.85 [0.8, 0.9]: random rows"
+    assert results.control(metrics, both) == "0.150: guessed names; 0.850 [0.800, 0.900]: random rows"
 
 
 def test_a_pattern_means_the_metric_and_not_its_control(run):
     line = row(results.page(run, []), "| [It works in another architecture")
-    assert "| 40 | 20: random images |" in line
+    assert "| 40.0 | 20.0: random images |" in line
 
 
 def test_a_target_that_was_missed_says_so(run):
@@ -55,8 +58,8 @@ def test_a_control_of_several_draws_has_its_median_and_range_and_no_interval(run
     metrics = {"fitted_harmed": 0.01, "fitted_harmed_low": 0.0, "fitted_harmed_high": 0.05} | draws
     (run / "hallucination" / "metrics.json").write_text(json.dumps(metrics))
     page = results.page(run, [])
-    assert "| 0.02 (0.01 to 0.04): random latents" in row(page, "| [The fitted clamp breaks few")
-    assert "| `random_harmed_median` | 0.02 (0.01 to 0.04) |" in page
+    assert "| 0.0200 (0.0100 to 0.0400): random latents" in row(page, "| [The fitted clamp breaks few")
+    assert "| `random_harmed_median` | 0.0200 (0.0100 to 0.0400) |" in page
 
 
 def test_a_claim_that_this_run_did_not_measure_is_left_out(run):
@@ -66,7 +69,7 @@ def test_a_claim_that_this_run_did_not_measure_is_left_out(run):
 def test_every_metric_is_listed_once_with_its_interval(run):
     page = results.page(run, ["train", "score"])
     assert "| `tokens` | 123,456 |" in page
-    assert "| `iou_paper` | 0.25 [0.2, 0.3] |" in page
+    assert "| `iou_paper` | 0.250 [0.200, 0.300] |" in page
     assert "_low" not in page
     assert page.index("Stage `train`") < page.index("Stage `score`") < page.index("Stage `compare`")
 
@@ -76,8 +79,8 @@ def test_a_claim_has_the_median_and_the_range_of_several_saes_beside_it(run):
     study = SeedStudy("", "", {}, {}, [0, 1, 2], [], {"train": fvu})
     page = results.page(run, [], study)
     assert "| claim | ours | 3 SAEs: median (lowest to highest) | control |" in page
-    assert "| 0.2 | 0.25 (0.1 to 0.4) | as many principal components |" in row(page, "| [Few latents")
-    assert "| 0.25 [0.2, 0.3] |  | 0.0244" in row(page, "| [Latents are active where")  # not in the study
+    assert "| 0.200 | 0.250 (0.100 to 0.400) | as many principal components |" in row(page, "| [Few latents")
+    assert "| 0.250 [0.200, 0.300] |  | 0.0244" in row(page, "| [Latents are active where")  # not in the study
     assert "SAEs" not in results.page(run, [])
 
 

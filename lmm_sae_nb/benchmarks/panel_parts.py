@@ -61,7 +61,7 @@ SIZES = {  # of the panel, where they differ from the notebooks'
     "decisions": 8, "pairs": 32, "clamped": 60, "naming_dose": 16.0, "seed": 0,
     "of_kind": {"doses": [4, 16, 64], "count": 12, "choosing": 6}, "others_of_kind": 20,
 }  # fmt: skip
-STEERED_BY_KIND = (  # seeds and controls; the other SAEs are steered towards objects alone
+SEEDS_AND_CONTROLS = (  # only these are steered by kind, and at the highest dose
     "seed_0", "seed_1", "seed_2", "seed_3", "seed_4", "seed_5",
     "random", "frozen_decoder", "frozen_encoder", "untrained", "untrained_layers",
 )  # fmt: skip
@@ -291,14 +291,20 @@ def _score(case: PanelCase) -> PartResult:
     )  # fmt: skip
 
 
-def _steer(case: PanelCase) -> PartResult:
+def _steer(case: PanelCase, doses: Sequence[float] = ()) -> PartResult:
     page = page_parameters("06")["objects"]
     drawn = np.random.default_rng(case.seed).permutation(len(case.images))[: SIZES["others"]]
+    white = Image.new("RGB", (page["size"],) * 2, "white")
     return chain.steer(
-        case.study, case.rows(), page["question"], Image.new("RGB", (page["size"],) * 2, "white"), page["doses"],
+        case.study, case.rows(), page["question"], white, doses or page["doses"],
         others=[case.images[int(n)] for n in drawn], count=SIZES["objects"], choosing=SIZES["choosing"],
         kinds=page["kinds"], max_new_tokens=page["max_new_tokens"], seed=case.seed,
     )  # fmt: skip
+
+
+def _steer_highest(case: PanelCase) -> PartResult:
+    """Steer at the highest dose alone: where no dose names anything, `_steer` takes the lowest."""
+    return _steer(case, page_parameters("06")["objects"]["doses"][-1:])
 
 
 def _steer_kinds(case: PanelCase) -> PartResult:
@@ -417,9 +423,10 @@ PARTS: dict[str, Part] = {
     "selectivity": Part(_selectivity, (selectivity, pairs), ("interpret",)),
     "detect": Part(_detect, (chain.detect, detectors, explain, interpret_open)),
     "steer": Part(_steer, (chain.steer, objects), reads=("interpret",)),
+    "steer_highest": Part(_steer_highest, (chain.steer, objects), ("interpret",), saes=SEEDS_AND_CONTROLS),
     "attribute": Part(_attribute, (chain.attribute, depth)),
     "steering_names": Part(_steering_names, (steer_explain,), ("interpret",)),
-    "steer_kinds": Part(_steer_kinds, (kind_steering, objects, questions), ("interpret",), saes=STEERED_BY_KIND),
+    "steer_kinds": Part(_steer_kinds, (kind_steering, objects, questions), ("interpret",), saes=SEEDS_AND_CONTROLS),
     "direction_detection": Part(_direction_detection, (directions,), of_model=True),
     "direction_steering": Part(_direction_steering, (direction_steering,), ("interpret", "detect"), of_model=True),
     "direction_kinds": Part(

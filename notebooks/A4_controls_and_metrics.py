@@ -183,8 +183,10 @@ assert_close(random.W_dec, normalize(rows))
 assert_close(random.W_enc, random.W_dec)
 
 # %% [markdown]
-# It goes the same way as the trained SAE. We cache images, in `tiny` fewer of
-# them. Then the explainer of notebook 03 names some of the live latents.
+# It goes the same way as the trained SAE. We cache images. Then the explainer of
+# notebook 03 names some of the live latents. To save time, there are fewer images
+# (`cached_images`) and fewer latents (`n_explained`) than for the trained SAE. So
+# compare the right names here, and the fraction explained in the panel below.
 
 # %%
 control = SAEInPlace(place.lmm, random, layer)
@@ -220,15 +222,15 @@ plots.table([
 
 # %% [markdown]
 # *Guessed names*: each latent gets the name of a random latent of the same kind.
-# If the two rows are close, right names say that the explainer is good. They do
-# not say that the SAE learned anything.
+# If the two rows are close, right names alone say that the explainer is good. They
+# do not say that the SAE learned anything.
 #
 # ## The panel
 #
 # What does tell them apart? We measured many SAEs of the embedded model in the
 # same way (`python -m lmm_sae_nb.benchmarks panel`), each on up to 300 latents:
 #
-# - *trained*: the recipe of notebook 01, with six seeds;
+# - *trained*: the recipe of notebook 01 (1,024 latents, $k = 32$), with six seeds;
 # - *half-trained*: half the steps; *other sizes*: more or fewer latents, or a
 #   lower $k$;
 # - *PCA*: the latents are principal components, each with both signs;
@@ -241,7 +243,8 @@ plots.table([
 #   weights in its *language layers* only.
 #
 # The last control keeps the trained image encoder. So its latents may well find
-# concepts, but its model cannot use them to answer.
+# concepts. But the models of these last two cannot answer, so that their latents
+# name nothing when they are clamped says little.
 
 # %%
 known = read_panel(page.locate(panel))
@@ -298,7 +301,7 @@ for title, at in columns.BY_KIND.items():
 # %% [markdown]
 # ### Every SAE of the panel
 
-# %% mystnb={"figure": {"caption": "Eight metrics of every SAE of the panel; each dot is an SAE. A metric that tells good from bad keeps the trained SAEs (top row) apart from the controls (bottom row).", "name": "fig-panel"}, "image": {"alt": "Eight small charts, one for each metric, with a row of dots for each group of SAEs."}}
+# %% mystnb={"figure": {"caption": "Eight metrics of every SAE of the panel; each dot is an SAE. A metric that tells good from bad keeps the trained SAEs (top row) apart from the controls (bottom row). The control that detects as much as trained SAEs is that of a model with new language layers.", "name": "fig-panel"}, "image": {"alt": "Eight small charts, one for each metric, with a row of dots for each group of SAEs."}}
 panel_dots(known, columns.DRAWN);
 # %% [markdown]
 # The numbers with their intervals and controls follow, folded. *Concepts named*
@@ -315,7 +318,11 @@ plots.table(panel_rows(known, columns.NAMING), digits=2)
 #
 # - *By random latents*: random live latents are clamped at the same dose, and we
 #   look for the same names.
-# - *Object latents*: how many of the latents are named for an object.
+# - *Dose*: other object latents choose it. If none of these names its object at any
+#   dose, it is the lowest. This is so for most controls. Therefore we clamp again, at
+#   the highest dose of page 06 (*named at the highest dose*).
+# - *Object latents*: how many of the latents are named for an object. Those that do
+#   not choose the dose are *clamped*, 30 at most.
 # - *Loss recovered*: how well the model answers with the reconstruction
 #   (page 01).
 # - *Linear attribution*: rank correlation of attribution by one backward pass
@@ -323,6 +330,7 @@ plots.table(panel_rows(known, columns.NAMING), digits=2)
 
 # %% tags=["hide-output"]
 display(plots.table(panel_rows(known, columns.STEERING), digits=2))
+display(plots.table(panel_rows(known, columns.OBJECT_LATENTS), digits=0))
 plots.table(panel_rows(known, columns.MODEL))
 
 # %% [markdown]
@@ -330,9 +338,13 @@ plots.table(panel_rows(known, columns.MODEL))
 #
 # For each concept we fit two directions on the hidden states of the cached scenes.
 # The *difference of means* is the mean of patches with the concept, less that of
-# patches without. The other is a *logistic probe*. They learn from the labels. The SAE does not: labels only
-# choose the best of its latents. Held-out scenes measure all of them. *By chance*:
-# the same with the label maps of other scenes.
+# patches without. The other is a *logistic probe*. They learn from the labels. The
+# SAE does not: labels only choose the best of its latents. Held-out scenes measure
+# all of them. *By chance*: the same with the label maps of other scenes.
+#
+# *Better* and *worse*, at the end of this page, compare concept by concept: the
+# 99 % interval of the paired difference leaves out 0. The intervals of two rows may
+# overlap all the same.
 
 # %%
 methods = {
@@ -360,8 +372,11 @@ plots.table(method_rows(
 # %% [markdown]
 # And steering towards the same objects, at the tokens of notebook 06. Each way
 # has the dose that other objects choose. *Prompt* tells the model in words what it
-# should see. The control is a random latent, a random direction of the same
-# length, or a prompt with another object.
+# should see, as in "There is a cat in this image. What do you see in this image?",
+# in the best of four ways. The control is a random latent, a random direction of the
+# same length, or a prompt with another object. The small model never learned to
+# follow such prompts. So their row does not say how good prompts are for a large
+# model.
 
 # %%
 ways = {
@@ -378,7 +393,9 @@ plots.table(method_rows(known, "direction_steering", ways, {
 }), digits=2)  # fmt: skip
 
 # %% [markdown]
-# The *harmonic mean* is that of concept and fluency, as on page 06.
+# The *harmonic mean* is that of concept and fluency for each object, as on page 06;
+# the table has its mean over objects. *Concept* is 1 if the answer names the object,
+# else 0. So an object that is not named counts 0.
 #
 # ### Steering by kind of concept
 #
@@ -386,8 +403,9 @@ plots.table(method_rows(known, "direction_steering", ways, {
 # its own, about a white image: "what texture is on the panel ?", for example. An
 # answer must have the concept's word. Concepts that the model names without
 # steering are left out, such as *white*. Up to 12 latents of a kind are steered.
-# Other concepts of this kind choose the dose (4, 16 or 64). The numbers: named,
-# of 100.
+# Other concepts of this kind choose the dose (4, 16 or 64; the lowest if none names
+# anything). The numbers: named, of 100. Those of objects are lower than above: the
+# question, the latents and the doses are others.
 
 # %%
 first, second = columns.STEERED_KINDS[:4], columns.STEERED_KINDS[4:]
@@ -397,10 +415,11 @@ plots.table(steered_kinds(known, kinds=(*second, "")), digits=0)
 # %% [markdown]
 # *All kinds*: each steered latent or concept counts the same. Kinds that an SAE
 # has no latents for are missing in it. The last six rows steer towards the same
-# concepts, those of the first trained SAE. For time, only three seeds are
-# measured, and the controls of the same model. Those of models with new weights,
-# half-trained SAEs, other sizes, PCA and NMF are not. The same for random latents,
-# directions and other prompts in their place, and the fluency of the answers:
+# concepts, those of the first trained SAE. *One latent for each concept* is a latent
+# of that name, *the latent that detects it best* the one with the highest F1.
+# Half-trained SAEs, other sizes, PCA and NMF are not steered by kind. The same for
+# random latents, directions and other prompts in their place, and the fluency of the
+# answers:
 
 # %% tags=["hide-output"]
 for metric, digits in {"control_named_of_100": 0, "fluency": 2}.items():
@@ -432,14 +451,16 @@ plots.table(not_measured(known, "direction_kinds"))
 # - *Absorption*: a latent for a general thing, such as *sign*, is silent. A latent
 #   for a special thing, such as the word on it, takes its place.
 # - *Consistency*: latents of another seed have the same directions (mean cosine
-#   of matched latents). A dash: the panel has no second SAE of that model.
+#   of matched latents). A dash: the panel has no second SAE of that model. Random
+#   decoder rows are drawn anew for each seed, so they cannot be consistent.
 # - *Modality*: mean activation on image tokens, over the sum of that on image
 #   tokens and that on text tokens. It says what latents are for, not how good
 #   they are.
 #
-# Four measures are left out. An audit of 2026 advises against SCR and TPP (they
-# remove a concept and see what a classifier loses). RAVEL and unlearning need
-# data that this world does not have.
+# Four measures are left out. *Spurious correlation removal* (SCR) and *targeted probe
+# perturbation* (TPP) remove a concept and see what a classifier loses; an audit of
+# 2026 advises against them. *RAVEL*, which changes one attribute of a thing, and
+# *unlearning* need data that this world does not have.
 
 # %% tags=["hide-output"]
 display(plots.table(panel_rows(known, columns.OF_LATENTS), digits=2))
@@ -497,13 +518,16 @@ plots.table(panel_rows(known, columns.BY_STEERING), digits=2)
 # their names. Here we know this. So we can examine every other metric, for the
 # SAEs of the panel:
 #
-# - *Rank correlation*, with 99 % intervals: does the metric order the SAEs as the
-#   truth does? The truth is the fraction of concepts detected and named, or the
-#   fraction of right names.
+# - *Rank correlation* (*order* in the table), with 99 % intervals: does the metric
+#   order the SAEs as the truth does? The truth is the fraction of concepts detected
+#   and named. Beside it stands the order by right names, which alone are no truth, as
+#   we saw.
 # - *Separation*: take all pairs of a trained SAE and a control. In which fraction
 #   does the trained SAE have the higher value? 0.5 is chance. 0 is as good as 1:
 #   there, lower is better. The control with new language layers detects as much
-#   as a trained SAE. So we count also without it.
+#   as a trained SAE. So we count also without it, and without both controls of other
+#   models (*of the same model*): a metric such as the FVU says little about SAEs of
+#   different models.
 # - *Noise*: the standard deviation over seeds, as a fraction of that over all
 #   SAEs. At 0 the seed does not matter.
 #
@@ -523,30 +547,39 @@ exam = sorted(exam or [], key=lambda each: (
 ))  # fmt: skip
 
 # %%
-def column(metric, group, but=""):
-    names = [name for name in known.group(group) if name != but]
+def column(metric, group, but=()):
+    names = [name for name in known.group(group) if name not in but]
     return [
         values[name][metric] for name in names if metric in values[name]
     ]
 
 
-def of_others(metric):
-    others = column(metric, "control", but="untrained_layers")
-    return separation(column(metric, "seed"), others)
+def without(*controls):  # metric to its separation from the others
+    return {
+        each.metric: separation(
+            column(each.metric, "seed"),
+            column(each.metric, "control", but=controls),
+        )
+        for each in exam
+    }
 
 
-fewer = {each.metric: of_others(each.metric) for each in exam}
+fewer = without("untrained_layers")
+of_same_model = without("untrained", "untrained_layers")
 
 # %% mystnb={"figure": {"caption": "The exam of the metrics. The top three are the truth itself, the others are sorted by separation. Left: how a metric orders the SAEs of the panel, against the truth; far from 0 is good. Middle: 1 or 0 separates trained SAEs from controls completely. Right: 0 is best.", "name": "fig-metrics-examined"}, "image": {"alt": "A row for each metric in three panels: two rank correlations with intervals, the separation of trained SAEs from controls, and the noise over seeds."}}
 metric_exam(exam, fewer, "the one with new language layers");
 # %% [markdown]
-# The same as a table. *Distance* is the mean of the trained SAEs less that of the
-# controls, in standard deviations over seeds.
+# The same as a table. *SAEs*: how many of the panel have a value. *Distance* is the
+# mean of the trained SAEs less that of the controls, in standard deviations over
+# seeds.
 
 # %% tags=["hide-output"]
 plots.table([
     {"metric": each.metric, "SAEs": each.saes,
-     "separation": each.separation, "of four": fewer[each.metric],
+     "separation": each.separation,
+     "without new language layers": fewer[each.metric],
+     "of the same model": of_same_model[each.metric],
      "distance": each.distance, "noise": each.noise}
     | {f"order: {name}": mean for name, mean in each.agreement.items()}
     for each in exam
@@ -556,7 +589,8 @@ plots.table([
 # ## Does the panel agree with this run?
 #
 # The panel was measured once and committed. The random dictionary of this page
-# was measured just now, with the `b_dec` of this run's SAE:
+# was measured just now, with the `b_dec` of this run's SAE, on fewer images and
+# latents. If the intervals overlap, the two agree:
 
 # %%
 compared = ("explained_fraction", "concept_accuracy")
@@ -583,7 +617,7 @@ def ends(numbers, form="{:.2f}"):
     return low if low == high else f"{low} to {high}"
 
 
-def spread(metric, group="seed", form="{:.2f}", but=""):
+def spread(metric, group="seed", form="{:.2f}", but=()):
     return ends(column(metric, group, but), form)
 
 
@@ -591,6 +625,17 @@ def chance(metric):
     """How often a random order separates the SAEs that have a metric completely."""
     trained, controls = (len(column(metric, group)) for group in ("seed", "control"))
     return 2 / comb(trained + controls, trained)
+
+
+def clamped(group):
+    found = [known.find(name, *columns.OBJECT_LATENTS["clamped"]) for name in known.group(group)]
+    return ends([each for each in found if each is not None], "{:.0f}")
+
+
+def at_highest_dose():
+    found = [known.find(name, *columns.STEERING["named at the highest dose"]) for name in known.group("control")]
+    found = [each for each in found if each is not None]
+    return f" (at the highest dose, {ends(found, '{:.0f}')})" if found else ""
 
 
 def touching(metric):
@@ -606,38 +651,49 @@ if by_chance:
     sentences.append(
         f"Of the explained latents of a random dictionary, {percent(by_chance)} have the "
         f"right name; of this run's SAE, {percent(right)}. "
-        + ("The intervals overlap: right names do not show that an SAE learned something."
-           if overlap else "The intervals do not overlap: the trained SAE is better.")
+        + ("The intervals overlap: a high fraction of right names alone does not show that "
+           "an SAE learned something." if overlap
+           else "The intervals do not overlap: the trained SAE is better.")
+        + f" Guessed names are right for {percent(read_mean(here, 'concept_accuracy_guessed'))} and "
+        f"{percent(read_mean(mine, 'concept_accuracy_guessed'))}."
     )
 if known:
     last = "untrained_layers"
     apart = [each.metric for each in exam if each.separation in (0, 1)]
     apart_text = "; ".join(
-        f"{name} ({spread(name, form='{:.3g}')} against "
-        f"{spread(name, 'control', '{:.3g}')}; {percent(chance(name), 1)})"
+        f"{name} ({spread(name, form='{:.3g}')} against {spread(name, 'control', '{:.3g}')} of "
+        f"{len(column(name, 'control'))} controls; {percent(chance(name), 1)})"
         for name in apart
     )
     clear = [name for name in apart if not touching(name)]
     without_last = [name for name in fewer if fewer[name] in (0, 1) and name not in apart]
-    rest = [each.metric for each in exam if each.metric not in (*apart, *without_last)]
+    same_model = [name for name in fewer if of_same_model[name] in (0, 1) and name not in (*apart, *without_last)]
+    same_model_text = "; ".join(
+        f"{name} ({spread(name)} against {spread(name, 'control', but=('untrained', last))})" for name in same_model
+    )
+    rest = [each.metric for each in exam if each.metric not in (*apart, *without_last, *same_model)]
     sentences += [
         f"Trained SAEs detect {spread('concepts detected')} of the concepts, and detect and "
         f"name {spread('concepts named')}. Controls detect "
-        f"{spread('concepts detected', 'control', but=last)} and name "
-        f"{spread('concepts named', 'control', but=last)}. But the control with new language layers "
+        f"{spread('concepts detected', 'control', but=(last,))} and name "
+        f"{spread('concepts named', 'control', but=(last,))}. But the control with new language layers "
         f"detects {values[last]['concepts detected']:.2f} and names "
         f"{values[last]['concepts named']:.2f}. It keeps the trained image encoder.",
         f"Object latents of trained SAEs make the model name their object in "
         f"{spread('objects named, of 100', form='{:.0f}')} of 100 cases, those of controls in "
-        f"{spread('objects named, of 100', 'control', '{:.0f}')}. An SAE has at most 30 such "
-        "latents here, a control 7 at the least"
-        + (", so intervals of single SAEs overlap." if touching("objects named, of 100") else "."),
+        f"{spread('objects named, of 100', 'control', '{:.0f}')}{at_highest_dose()}. Of a trained SAE "
+        f"{clamped('seed')} object latents are clamped, of a control {clamped('control')}"
+        + (", so intervals of single SAEs overlap." if touching("objects named, of 100") else ".")
+        + " Two of the controls have models that cannot answer, so three count.",
         f"{len(apart)} of {len(exam)} metrics put every trained SAE on one side of every "
         f"control: {apart_text}. The percentage is how often this happens if the order of the "
         "SAEs is random; over all metrics we expect "
         f"{sum(chance(each.metric) for each in exam):.2f}. Intervals of single SAEs do not "
         f"overlap for: {'; '.join(clear) or 'none'}.",
+        "Consistency and modality count little here: random decoder rows cannot be consistent, and "
+        "modality is no measure of quality.",
         f"Without the control with new language layers, these do so, too: {'; '.join(without_last) or 'none'}.",
+        f"Against the three controls of the same model alone, these do, too: {same_model_text or 'none'}.",
         f"These do not: {'; '.join(rest) or 'none'}.",
         "As detectors of a concept (F1): "
         + beside_each_other(known, "direction_detection", learned, "{}_f1")
@@ -647,6 +703,10 @@ if known:
         + beside_each_other(known, "direction_steering", ways, "steer_{}_named_of_100", "{:.0f}")
         + ". " + compared_with_first(known, "direction_steering", ways, "steer_{}_named_above_latent"),
         *kinds_in_short(known),
+        "Latents explained by steering: " + "; ".join(
+            f"{title.removeprefix('steering: ')} {found.clause()}"
+            for title, at in columns.BY_STEERING.items() if (found := against(known, at))
+        ) + ". Few latents are behind the right names.",
     ]
 findings(*sentences)
 
@@ -656,7 +716,8 @@ findings(*sentences)
 #
 # **Limits.** One small model, one layer and one world, whose concepts are clear.
 # The panel has few SAEs, so the rank correlations have wide intervals, and most of
-# these contain 0. Six of the SAEs are alike but for their seed. So a metric that
+# these contain 0. More latents detect more concepts, so the truth also rewards size;
+# PCA has 512 latents at most, so compare it with the SAE of 512. Six of the SAEs are alike but for their seed. So a metric that
 # sees nothing but the recipe separates them, too. Labels choose the
 # best latents. Some SAEs have few latents named for an object, so few are steered.
 # Of other kinds, there are fewer still. A question such as "how does the face
@@ -665,8 +726,9 @@ findings(*sentences)
 # recovered and attribution say little about their SAEs.
 #
 # Two settings of the simple methods are not clean. We saw held-out results of the
-# probe with another penalty before we chose this one on cached scenes. And the
-# highest dose that was chosen is the end of the range. The
+# probe with another penalty before we chose this one on cached scenes. And for
+# clamped latents, differences and probes the best dose is the highest that we tried;
+# a higher one may be better. The
 # [lab notebook](../lab_notebook) has more.
 
 # %% tags=["result", "remove-input"]
@@ -681,10 +743,10 @@ in_panel = without_sae = ""
 if known:
     in_panel = (
         f" In the panel, {len(column('concepts named', 'seed'))} trained SAEs detect and name {spread('concepts named')} of the concepts, "
-        f"controls {spread('concepts named', 'control', but=last)}, and one control that keeps "
+        f"controls {spread('concepts named', 'control', but=(last,))}, and one control that keeps "
         f"the trained image encoder {values[last]['concepts named']:.2f}. Clamped object latents name "
         f"their object in {spread('objects named, of 100', form='{:.0f}')} of 100 cases, those of "
-        f"controls in {spread('objects named, of 100', 'control', '{:.0f}')}. Of {len(exam)} metrics, "
+        f"controls in {spread('objects named, of 100', 'control', '{:.0f}')}{at_highest_dose()}. Of {len(exam)} metrics, "
         f"{len(apart)} put all trained SAEs on one side of all controls: {'; '.join(apart) or 'none'}."
     )
     detecting = beside_each_other(known, "direction_detection", learned, "{}_f1")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from IPython.display import HTML
@@ -53,10 +53,10 @@ def _number(value: float, digits: int, like: float | None = None) -> str:
     return f"{value:.{0 if digits == 2 and abs(value if like is None else like) >= 10 else digits}f}"
 
 
-def _shorter(value: object, digits: int) -> str:
-    """Return the text of a mean with its interval, its numbers written anew with fewer digits."""
-    highest = max(abs(value.low), abs(value.high))
-    return re.sub(r"-?\d+\.\d+", lambda found: _number(float(found[0]), digits, highest), str(value))
+def _shorter(value: Iterable[float], digits: int) -> str:
+    """Return the text of a mean with its interval, with fewer digits; each number is rounded once."""
+    numbers, highest = iter(value), max(abs(value.low), abs(value.high))
+    return re.sub(r"-?\d+\.\d+", lambda _: _number(next(numbers), digits, highest), str(value))
 
 
 def token_html(tokens: Sequence[str], values: Sequence[float]) -> str:

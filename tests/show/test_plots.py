@@ -80,6 +80,10 @@ def test_a_table_with_fewer_digits_keeps_none_of_large_numbers():
     assert all(each in text for each in ("0.46", "[0.40, 0.50]", " 9 ", "[1, 48]", " 123 ", "2.00", " 30 "))
 
 
+def test_a_table_rounds_a_number_once():
+    assert "[0.42, 0.54]" in plots.table([{"F1": Mean(0.4849, 0.4151, 0.54493)}], digits=2).data
+
+
 def test_a_table_puts_an_interval_below_its_mean():
     shown = plots.table([{"IoU": Mean(0.5, 0.25, 0.75), "yes": Proportion(0.5, 0.1, 0.9, 2)}]).data
     for interval in ("[0.250, 0.750]", "[0.100, 0.900] of 2"):

@@ -27,7 +27,7 @@
 #
 # | preset | layers | other models | sizes | time |
 # |---|---|---|---|---|
-# | `tiny` | 3 of 8 | InstructBLIP of Picture World | 3 numbers of latents, 3 of k | 2 minutes, 2 cores |
+# | `tiny` | 3 of 8 | InstructBLIP of Picture World | 3 numbers of latents, 3 of k | 3 minutes on two cores, beside other pages |
 # | `paper` | 3 of 32 | InstructBLIP-Vicuna-7B | $2^{15}$ to $2^{18}$ latents | never run; see [A3](A3_full_scale) |
 #
 # In `tiny`, all SAEs of this page are smaller and shorter trained than that of
@@ -170,7 +170,6 @@ from lmm_sae_nb.compare.report import (
     kind_fractions,
     kind_metrics,
     kind_rows,
-    kind_sentences,
     layer_rows,
     quality_metrics,
     quantity_rows,
@@ -193,6 +192,14 @@ from lmm_sae_nb.compare.scored import (
     explain_and_score,
     explain_some,
 )
+from lmm_sae_nb.compare.sentences import (
+    above_chance,
+    kind_shift_sentences,
+    name_counts_sentences,
+    steering_sentences,
+    training_kind_sentences,
+    within_kinds_sentences,
+)
 from lmm_sae_nb.interpret.open import open_interpreter
 from lmm_sae_nb.model.lmm import LMM
 from lmm_sae_nb.model.sample_checks import open_samples
@@ -204,6 +211,7 @@ from lmm_sae_nb.score.segmenters import open_segmenters
 from lmm_sae_nb.score.similarity import ImageTextSimilarity
 from lmm_sae_nb.score.tables import kind_table
 from lmm_sae_nb.show import plots
+from lmm_sae_nb.show.cure_sentences import interval
 from lmm_sae_nb.show.markup import as_text
 from lmm_sae_nb.show.report import (
     findings,
@@ -351,9 +359,9 @@ scored = {
 # %% [markdown]
 # ## What else changes with depth
 #
-# We evaluate every SAE on held-out samples, as in notebook 01. For the SAEs of
-# other sizes, a few latents are explained, too. Of other kinds of training, half
-# as many are explained as of a layer.
+# We evaluate every SAE on held-out samples, as in notebook 01. For SAEs of
+# other sizes, we ask until at least `n_swept` latents are explained; for other
+# kinds of training, until at least half of `n_explained` are.
 
 # %%
 places = {name: studied[name].place for name in recipes}
@@ -456,7 +464,7 @@ plots.mean_panels(depth_panels(metrics, layers, "clip"));
 # interval of the difference lies above 0.
 
 # %%
-plots.table(rise_rows(metrics))
+plots.table(rise_rows(metrics, layers))
 
 # %% [markdown]
 # Chance changes with depth, too. Names such as colours and scenes fit many
@@ -472,6 +480,10 @@ kinds = {
     for name in scored
 }
 plots.stacked(kinds, "fraction of explained latents");
+# %% tags=["remove-input"]
+shifts = kind_shift_sentences(low, high, layers)
+findings(*(as_text(each) for each in shifts))
+
 # %%
 quantities = {
     "fvu": "FVU", "dead_fraction": "silent on held-out tokens",
@@ -483,7 +495,7 @@ quantities = {
 }  # fmt: skip
 plots.table(quantity_rows(metrics, layers, quantities))
 
-# %% mystnb={"figure": {"caption": "Two concepts that a latent of every layer is named for, from the lowest to the highest layer. Not every image shows the concept. Above: the latent's images with its activation (yellow: high, purple: low, grey: not active). Below: the visible patches.", "name": "fig-depth"}, "image": {"alt": "Rows of images with activation maps, for two concepts at three layers."}}
+# %% mystnb={"figure": {"caption": "Two concepts that a latent of every layer is named for, from the lowest to the highest layer. Not every image shows the concept. Above: the latent's images in grey, with its activation in colour (yellow: high, purple: low; no colour: not active). Below: the visible patches; all other patches are black. Images with the same pixels count once, so a latent may have fewer than five.", "name": "fig-depth"}, "image": {"alt": "Rows of images with activation maps, for two concepts at three layers."}}
 shared = shared_concepts({name: scored[name] for name in by_layer})
 chosen = list(shared)[:: max(1, len(shared) // 2)][:2]
 plots.exemplar_strip([
@@ -540,10 +552,11 @@ paper |= {"CLIP score": clip, "random images": random}
 plots.table([*table, paper | {"above them": clip - random}], "Table 4")
 
 # %% [markdown]
-# In `tiny` the SAE of the other model saw a third of the tokens that those of
-# the layers saw. And its names are of other kinds. Some kinds score higher than
-# others (page 04). So the rows differ in more than the architecture. The next
-# table compares within kinds.
+# In `tiny` the SAE of the other model learned from fewer tokens than those of
+# the layers (*What we found* says how many). And its names are of other kinds.
+# Some kinds score higher than others (page 04). So the rows differ in more than
+# the architecture. The next table compares within kinds. It has a row for each
+# kind of which every model has two names.
 
 # %%
 def by_kind(name):
@@ -555,10 +568,21 @@ def by_kind(name):
 columns = {title: by_kind(name) for title, name in at.items()}
 any_of, *_ = columns.values()
 common = [k for k in any_of if all(k in row for row in columns.values())]
+of_all = {"total": "all kinds, also those without a row"}
 plots.table([
-    {"kind": kind} | {title: row[kind] for title, row in columns.items()}
+    {"kind": of_all.get(kind, kind)}
+    | {title: row[kind] for title, row in columns.items()}
     for kind in common
 ])
+
+# %% tags=["remove-input"]
+centre = scored[f"layer_{middle}"].scores
+for name in rest:
+    compared = within_kinds_sentences(
+        centre, scored[name].scores, (first, name),
+        Column("clip", "paper"), seed,
+    )  # fmt: skip
+    findings(*(as_text(each) for each in compared))
 
 # %% [markdown]
 # Are the names of the other model right? Its exemplars are whole images, so we
@@ -585,7 +609,7 @@ if shown:
         for words, value in shown.items()
     ]))
 
-# %% mystnb={"figure": {"caption": "Three latents of the other model, evenly spaced in the alphabet of their names: the whole images that excite each most.", "name": "fig-other-model"}, "image": {"alt": "Rows of five images, each with the name of a latent."}}
+# %% mystnb={"figure": {"caption": "Three latents of the other model, evenly spaced in the alphabet of their names: the whole images that excite each most, as they are. A white place within a frame is a white picture. Images with the same pixels count once, so a latent may have fewer than five.", "name": "fig-other-model"}, "image": {"alt": "Rows of five images, each with the name of a latent."}}
 plots.exemplar_strip([
     (
         f"latent {n}: {scored[name].scores.explained[n].concept}",
@@ -612,13 +636,14 @@ plots.table([row for row in exam if row["questions"] in asked])
 # > "We scale our sparse autoencoder with $2^{17}$ … later tries to scale the
 # > features into $2^{18}$ but observe no loss decrease."
 #
-# All SAEs of the middle layer come from the same pass: four numbers of latents
-# at one k, and three k at one number of latents. Dashed lines mark the paper's
-# choice relative to the model's width: 32 times as many latents, and a k of a
-# sixteenth. Each SAE saw the same number of tokens. More active latents always
-# lower the FVU; this is no surprise.
+# All SAEs of the middle layer come from the same pass. One series has a number
+# of latents from `sizes` each, at the k of `training`. The other has a k from
+# `ks` each, at its number of latents. The SAE of `training` is in both. Dashed
+# lines mark the paper's choice relative to the model's width: 32 times as many
+# latents, and a k of a sixteenth. Each SAE saw the same number of tokens. More
+# active latents always lower the FVU; this is no surprise.
 
-# %% mystnb={"figure": {"caption": "Left: number of latents. Right: k. FVU and silent latents on held-out tokens, and the fraction of right names, with 99 % intervals. Names right: a dozen or two latents per further SAE, too few to compare. The dashed line is the paper's choice.", "name": "fig-scaling"}, "image": {"alt": "Curves of FVU, silent latents and right names over the number of latents and over k."}}
+# %% mystnb={"figure": {"caption": "Left: number of latents. Right: k. FVU and silent latents on held-out tokens, and the fraction of right names, with 99 % intervals. Names right rests on few names; the line below the figure says on how many. The dashed line is the paper's choice.", "name": "fig-scaling"}, "image": {"alt": "Curves of FVU, silent latents and right names over the number of latents and over k."}}
 drawn = ("fvu", "dead_fraction", "concept_accuracy")
 titles = {name: quantities[name] for name in drawn}
 n_names = names_by_size(recipes, center, "n_latents")
@@ -627,7 +652,15 @@ by_n, by_k = (size_curves(metrics, x, titles) for x in (n_names, k_names))
 plots.size_panels({
     "latents": (by_n, 32 * lmm.width),
     "k, active latents per token": (by_k, lmm.width / 16),
-});
+}, "fraction", "the paper's choice for this width");
+# %% tags=["remove-input"]
+swept_names = [*n_names.values(), *k_names.values()]
+counted = name_counts_sentences(
+    metrics, rows, swept_names, f"layer_{middle}"
+)
+if counted:
+    findings(*counted)
+
 # %%
 plots.table(doubling_rows(metrics, n_names, "latents"))
 
@@ -658,12 +691,8 @@ metrics_table(stage)
 # ## What we found
 
 # %% tags=["remove-input"]
-def flags(end):
-    """Of every comparison with a chance, whether the score is above it."""
-    return [x for name, x in metrics.items() if name.endswith(end)]
-
-
-over_moved, over_random = flags("_above_moved"), flags("_above_random")
+over_moved = above_chance(metrics, scored, "moved")
+over_random = above_chance(metrics, scored, "random")
 ends = ("iou_paper_rise", "iou_paper_moved_rise", "iou_strict_moved_rise",
         "clip_paper_rise", "clip_paper_gain_rise", "clip_strict_moved_rise")
 iou, iou_moved, iou_strict, clip, gain, strict_gain = (
@@ -671,22 +700,23 @@ iou, iou_moved, iou_strict, clip, gain, strict_gain = (
 )
 span = f"from layer {layers[0]} to layer {layers[-1]}"
 rise = 0.10  # of the paper's IoU, 0.30 to 0.40
+short = partial(interval, form="{:.1f}")
 holds = iou.low <= rise <= iou.high
 findings(
-    "Explained latents score above the moved activation in "
-    f"{sum(over_moved)} of {len(over_moved)} comparisons, and above random "
-    f"images in {sum(over_random)} of {len(over_random)} (the interval of "
-    "the difference lies above 0).",
+    f"Explained latents score above the moved activation in {over_moved}.",
+    f"They score above random images in {over_random}. Above means that the "
+    "interval of the difference lies above 0.",
     f"{span[0].upper()}{span[1:]}, the IoU of the paper's mode "
-    f"{direction(iou)}: the difference is {iou}. What it has above the moved "
+    f"{direction(iou)}: the difference is {iou}. Its lead over the moved "
     f"activation {direction(iou_moved)}: {iou_moved}; in the strict mode the "
     f"difference is {iou_strict}.",
     f"The interval of the IoU's difference "
     f"{'holds' if iou.low <= 0 <= iou.high else 'excludes'} 0, and it "
     f"{'holds' if holds else 'excludes'} the paper's rise of {rise:.2f}.",
-    f"The CLIP score of whole images {direction(clip)} (by {clip}). Less "
-    f"random images it {direction(gain)} ({gain}). The strict CLIP score, "
-    f"less moved, {direction(strict_gain)} ({strict_gain}).",
+    f"The CLIP score of whole images {direction(clip)} ({short(clip)}). "
+    f"Its lead over random images {direction(gain)} ({short(gain)}). In the "
+    "strict mode, its lead over the moved region "
+    f"{direction(strict_gain)} ({short(strict_gain)}).",
 )
 
 # %% tags=["remove-input"]
@@ -711,7 +741,7 @@ for name in rest:
         f"In {name}, latents have a CLIP score of "
         f"{read_mean(metrics, f'clip_paper_{name}')}; random images have "
         f"{read_mean(metrics, f'clip_paper_{name}_random')}. Its SAE saw "
-        f"{other_tokens / tokens:.0%} of the tokens.",
+        f"{other_tokens / tokens:.0%} of the tokens that the layers' saw.",
         f"The most frequent kinds of names in {name}: "
         + ", ".join(f"{as_text(n)} ({fractions[n]:.0%})" for n in most)
         + ". Some kinds score higher than others, so compare within kinds.",
@@ -722,29 +752,13 @@ for name in rest:
     ))
 
 # %% tags=["remove-input"]
-clamped = [
-    f"{metrics[f'steered_layer_{n}']:.0%} "
-    f"[{metrics[f'steered_layer_{n}_low']:.0%}, "
-    f"{metrics[f'steered_layer_{n}_high']:.0%}] at layer {n}"
-    for n in layers if f"steered_layer_{n}" in metrics
-]
-top = f"layer_{layers[-1]}"
-right = metrics.get(f"concept_accuracy_{top}")
+tried = {n: steered[f"layer_{n}"] for n in layers}
 findings(
-    f"At dose {steering['dose']:g}, this fraction of clamped object "
-    f"latents (at most {steering['n_latents']} a layer) makes the model name "
-    f"the object: {', '.join(clamped)}. There is no control with random "
-    "latents here.",
+    f"Clamped at dose {steering['dose']:g}, at most {steering['n_latents']} "
+    "latents a layer. There is no control with random latents here; page 06 "
+    "has it.",
+    *(as_text(each) for each in steering_sentences(tried)),
 )
-if right is not None and f"steered_{top}" in metrics:
-    after = lmm.n_layers - 1 - layers[-1]
-    findings(
-        f"At layer {layers[-1]}, {right:.0%} of the names are right, and "
-        f"{metrics[f'steered_{top}']:.0%} of "
-        f"{len(steered[top])} clamped latents steer at this dose. Layers "
-        f"that follow: {after}. So right names do not imply steering; that "
-        "few layers follow may be the reason."
-    )
 
 # %% tags=["remove-input"]
 by_latents, by_k = (
@@ -778,7 +792,7 @@ if by_latents and by_k:
 
 # %% tags=["remove-input"]
 findings(*(
-    kind_sentences(metrics, of_kind)
+    training_kind_sentences(metrics, of_kind)
     or ["Without other kinds of training and two held-out samples, no kinds "
         "are compared."]
 ))  # fmt: skip
@@ -790,23 +804,26 @@ findings(*(
 # [results page](../results) gathers the numbers of every page.
 
 # %% tags=["result", "remove-input"]
-paper_rise = "may be" if holds else "is not"
+moves = {"rises": "we see a rise", "falls": "we see a fall"}
+seen_iou = moves.get(direction(iou), "we see no rise")
+first_n, last_n = (
+    metrics[f"latents_layer_{n}"] for n in (layers[0], layers[-1])
+)
 headline(
     page,
     "named latents score above the same activation moved elsewhere in "
-    f"{sum(over_moved)} of {len(over_moved)} comparisons. {span[0].upper()}"
-    f"{span[1:]}, the IoU {direction(iou)}: {iou}. What it has above the "
-    f"moved activation {direction(iou_moved)}: {iou_moved}. The CLIP score "
-    f"{direction(clip)}: {clip}; less random images it {direction(gain)}: "
-    f"{gain}.",
+    f"{over_moved}. {span[0].upper()}{span[1:]}, the IoU {direction(iou)}: "
+    f"{iou}. Its lead over the moved activation {direction(iou_moved)}: "
+    f"{iou_moved}. The CLIP score {direction(clip)} ({short(clip)}). Its "
+    f"lead over random images {direction(gain)} ({short(gain)}).",
     "IoU 0.30, 0.31 and 0.40, CLIP score 22.82, 24.92 and 26.55 at the "
     "8th, 25th and 32nd of 32 layers: both improve with depth. Random "
     "images have 0.005 and 18.2, one value for all layers. It gives no "
     "intervals, and it does not move the activation.",
-    f"we cannot say that they differ. Our rise of the IoU {paper_rise} the "
-    f"paper's {rise:.2f}: about {metrics[f'latents_layer_{layers[0]}']} "
-    "latents a layer give wide intervals. The layers lie at other relative "
-    "depths, too.",
+    f"{seen_iou} of the IoU, and we {'cannot' if holds else 'can'} exclude "
+    f"a rise of {rise:.2f}. The difference is {interval(iou)}, from {first_n} "
+    f"latents at layer {layers[0]} and {last_n} at layer {layers[-1]}. The "
+    "layers lie at other relative depths, too.",
 )
 
 # %% tags=["remove-input"]

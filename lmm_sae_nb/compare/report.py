@@ -125,14 +125,17 @@ def direction(difference: Mean) -> str:
     return "rises" if difference.low > 0 else "falls" if difference.high < 0 else "does not change measurably"
 
 
-def rise_rows(metrics: Metrics) -> list[dict[str, str | Mean]]:
-    """Return each rise with its direction in words, for `plots.table`."""
-    rows = []
+def rise_rows(metrics: Metrics, layers: Sequence[Hookpoint]) -> list[dict[str, str | Mean]]:
+    """Return each rise with its direction in words, for `plots.table`.
+
+    layers: in order of depth; the rise is from the first to the last.
+    """
+    rows, verb = [], f"from layer {layers[0]} to layer {layers[-1]}, the score"
     for column, title in TITLES.items():
         for end, words in (("rise", ""), ("moved_rise", ", less moved"), ("gain_rise", ", less random images")):
             if (name := f"{column}_{end}") in metrics:
                 rise = read_mean(metrics, name)
-                rows.append({"score": title + words, "difference": rise, "it": direction(rise)})
+                rows.append({"score": title + words, verb: direction(rise), "difference": rise})
     return rows
 
 
@@ -314,33 +317,6 @@ def _right_names(rows: Mapping[int, Mapping]) -> list[bool]:
     """Return for each explained latent whether its name is the true concept; nothing where the truth is not known."""
     known = [row for row in rows.values() if row["outcome"] == "explained" and "true_concept" in row]
     return [row["concept"] == row["true_concept"] for row in known]
-
-
-def kind_sentences(metrics: Metrics, names: Mapping[str, str]) -> list[str]:
-    """Return in words how each further kind of training differs from the first; nothing without an interval.
-
-    names: kind to the SAE's name; the first is what the others are compared with.
-    """
-    first, *others = names
-    sentences = []
-    for kind in others:
-        parts = []
-        for quantity, words in (("fvu", "the FVU"), ("concept_accuracy", "the fraction of right names")):
-            if f"{quantity}_difference_{names[kind]}_low" in metrics:
-                difference = read_mean(metrics, f"{quantity}_difference_{names[kind]}")
-                word = {"rises": "is higher", "falls": "is lower"}.get(
-                    direction(difference), "does not differ measurably"
-                )
-                parts.append(f"{words} {word} ({difference})")
-        if parts:
-            silent = (f"{metrics[f'dead_fraction_{names[each]}']:.1%}" for each in (kind, first))
-            active = (f"{metrics[f'l0_{names[each]}']:.1f}" for each in (kind, first))
-            sentences.append(
-                f"{KIND_TITLES[kind]} against {KIND_TITLES[first]}: {'; '.join(parts)}. It has "
-                f"{' active latents per held-out token, against '.join(active)}. Of its latents, "
-                f"{' are silent there, against '.join(silent)}."
-            )
-    return sentences
 
 
 def exam_rows(folders: Mapping[str, str | Path]) -> list[dict[str, str | float | None]]:

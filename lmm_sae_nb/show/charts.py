@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import HTML, display
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
 from lmm_sae_nb.show.style import (
@@ -419,7 +420,7 @@ def dose_curves(
             list(row), [m.mean for m in row.values()], error, fmt=f"{marker}-", ms=5, capsize=2, color=shades[name],
             label=one_line(name),
         )  # fmt: skip
-    at = sorted({dose for row in curves.values() for dose in row})
+    at = sorted({dose for row in curves.values() for dose in row} | ({mark} - {None}))
     if mark is not None:
         ax.axvline(mark, color=GREY, ls="--", lw=1)
     ax.set_xscale("log", base=2)
@@ -454,17 +455,22 @@ def dose_response(steering: ObjectSteering) -> list[Axes]:
 
 
 def size_panels(
-    results: Mapping[str, tuple[Mapping[str, Mapping[float, Mean]], float]],
-) -> list[Axes]:
+    results: Mapping[str, tuple[Mapping[str, Mapping[float, Mean]], float]], ylabel: str = "fraction",
+    mark: str = "marked size",
+) -> list[Axes]:  # fmt: skip
     """Draw `dose_curves` in panels beside each other for several kinds of size; one legend below.
 
     results: the label of the axis to the curves and to the size that a dashed line marks.
+    mark: the name of the dashed line in the legend.
     """
     axes = panels(len(results), inches=3.4, sharey=True)
-    for ax, (xlabel, (curves, mark)) in zip(axes, results.items(), strict=True):
-        dose_curves(curves, "", "", mark=mark, ax=ax).get_legend().remove()
+    for ax, (xlabel, (curves, marked)) in zip(axes, results.items(), strict=True):
+        dose_curves(curves, "", "", mark=marked, ax=ax).get_legend().remove()
         ax.set_xlabel(wrapped(xlabel, WIDTH / 2.5, 2))
+    axes[0].set_ylabel(literal(ylabel))
     handles, labels = axes[0].get_legend_handles_labels()
+    handles.append(Line2D([], [], color=GREY, ls="--", lw=1))
+    labels.append(one_line(mark))
     axes[0].figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(labels))
     return axes
 

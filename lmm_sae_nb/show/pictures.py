@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from lmm_sae_nb.show.style import AGAINST, BOTH, CONCEPT, FOR, LATENT, LINE, WIDTH, one_axes
+from lmm_sae_nb.show.style import AGAINST, BOTH, CONCEPT, FOR, GREY, LATENT, LINE, WIDTH, one_axes
 from lmm_sae_nb.show.texts import height, wrapped
 from lmm_sae_nb.support.images import rgb
 
@@ -76,8 +76,16 @@ def exemplar_strip(rows: Sequence[tuple[str, Sequence[Exemplar]]]) -> np.ndarray
             if rows_of_latent == 2:
                 heat_map(one.image, one.activation, ax=axes[top, column])
             axes[top + rows_of_latent - 1, column].imshow(one.masked)
+            for ax in axes[top : top + rows_of_latent, column]:
+                _frame(ax)  # else a white picture looks like none
         top += rows_of_latent
     return axes
+
+
+def _frame(ax: Axes) -> None:
+    ax.set_frame_on(True)
+    for side in ax.spines.values():
+        side.set(visible=True, color=GREY, linewidth=0.5)
 
 
 def _strips(titles: Sequence[str], heights: Sequence[int]) -> np.ndarray:

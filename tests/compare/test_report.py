@@ -16,7 +16,6 @@ from lmm_sae_nb.compare.report import (
     kind_fractions,
     kind_metrics,
     kind_rows,
-    kind_sentences,
     layer_rows,
     quality_metrics,
     quantity_rows,
@@ -27,6 +26,7 @@ from lmm_sae_nb.compare.report import (
     size_curves,
 )
 from lmm_sae_nb.compare.scored import ScoredSAE
+from lmm_sae_nb.compare.sentences import training_kind_sentences
 from lmm_sae_nb.score.scores import Column, Comparison
 from lmm_sae_nb.support.intervals import Mean
 
@@ -66,12 +66,12 @@ def test_a_rise_is_the_difference_of_the_means_with_an_interval():
     # the moved region rises by 0.05, from the mean of 20, 20.1 and 20.2
     assert metrics["iou_paper_moved_rise"] == pytest.approx(0.25)
     assert metrics["clip_strict_moved_rise"] == pytest.approx(15.5 - 0.05)
-    rows = rise_rows(metrics)
+    rows = rise_rows(metrics, [1, 6])
     assert [row["score"] for row in rows] == [
         "IoU, paper mode", "IoU, paper mode, less moved", "IoU, paper mode, less random images",
         "CLIP score, strict mode", "CLIP score, strict mode, less moved",
     ]  # fmt: skip
-    assert [row["it"] for row in rows] == ["rises"] * 5
+    assert [row["from layer 1 to layer 6, the score"] for row in rows] == ["rises"] * 5
     assert metrics["clip_strict_rise_low"] < 15.5 < metrics["clip_strict_rise_high"]
 
 
@@ -178,7 +178,7 @@ def test_kinds_of_training_differ_where_the_interval_of_the_difference_says_so()
     assert metrics["explained_fraction_difference_batch_topk"] == pytest.approx(-0.25)
     assert metrics["concept_accuracy_difference_matryoshka_high"] == -1
     silent = {f"dead_fraction_{name}": 0.5 for name in names.values()}
-    batch, nested = kind_sentences(metrics | silent, names)
+    batch, nested = training_kind_sentences(metrics | silent, names)
     assert "BatchTopK against TopK: the FVU is lower" in batch and "right names does not differ measurably" in batch
     assert "the FVU does not differ measurably" in nested and "the fraction of right names is lower" in nested
     rows = kind_rows(metrics | silent, names)
@@ -191,6 +191,6 @@ def test_kinds_without_names_a_truth_or_samples_are_left_out():
     evaluation = {name: {"l0": 4.0} for name in names.values()}
     nameless = {name: {0: {"outcome": "refused"}} for name in names.values()}
     metrics = kind_metrics(names, evaluation, nameless, {})
-    assert metrics == {"l0_layer_3": 4, "l0_matryoshka": 4} and kind_sentences(metrics, names) == []
+    assert metrics == {"l0_layer_3": 4, "l0_matryoshka": 4} and training_kind_sentences(metrics, names) == []
     alone = {"topk": "layer_3"}
-    assert kind_metrics(alone, evaluation, nameless, {}) == {} and kind_sentences({}, alone) == []
+    assert kind_metrics(alone, evaluation, nameless, {}) == {} and training_kind_sentences({}, alone) == []

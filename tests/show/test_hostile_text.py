@@ -101,7 +101,7 @@ FIGURES = {
     "search_trials": lambda t: plots.search_trials(search(t), Limits(0.1)),
     "cross_table": lambda t: plots.cross_table({t: {t: 3}, "b": {"c": 4}}, t, t),
     "dose_curves": lambda t: plots.dose_curves({t: {0.5: MEAN}}, t, t),
-    "size_panels": lambda t: plots.size_panels({t: ({t: {2: MEAN}}, 4), "b": ({t: {2: MEAN}}, 4)}),
+    "size_panels": lambda t: plots.size_panels({t: ({t: {2: MEAN}}, 4), "b": ({t: {2: MEAN}}, 4)}, t, t),
     "panel_dots": lambda t: panel_dots(
         Panel("", "", {}, {}, [], {t: PanelSAE(t, "seed", {"p": PART})}),
         {t: PanelMetric("p", "good"), "b": PanelMetric("p", "good")},

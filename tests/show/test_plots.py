@@ -135,7 +135,9 @@ FIGURES = {
     "scatter": lambda: plots.scatter(NOISE, NOISE, "x", "y"),
     "cross_table": lambda: plots.cross_table({"$a$": {"b": 3}, "b": {"c": 4}}, "x", "y"),
     "dose_curves": lambda: plots.dose_curves({"names $ and $": {0.5: Mean(0.1, 0, 0.2)}}, "dose", "fraction"),
-    "size_panels": lambda: plots.size_panels({LONG: ({"$fvu$": {2: Mean(0.1, 0, 0.2), 8: Mean(0.2, 0, 0.3)}}, 4)}),
+    "size_panels": lambda: plots.size_panels(
+        {LONG: ({"$fvu$": {2: Mean(0.1, 0, 0.2), 8: Mean(0.2, 0, 0.3)}}, 4)}, "fraction", LONG
+    ),
     "images": lambda: plots.images(PICTURES, [LONG] * 7),
     "signed_maps": lambda: plots.signed_maps(PICTURES[0], {LONG: np.ones((2, 2)), "b": -np.ones((2, 2))}),
     "changed_pairs": lambda: plots.changed_pairs([(LONG[:40], PAIR, np.ones((2, 2)))] * 2),

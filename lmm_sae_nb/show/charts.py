@@ -463,7 +463,7 @@ def size_panels(
     results: the label of the axis to the curves and to the size that a dashed line marks.
     mark: the name of the dashed line in the legend.
     """
-    axes = panels(len(results), inches=3.4, sharey=True)
+    axes = panels(len(results), inches=3.8, sharey=True)
     for ax, (xlabel, (curves, marked)) in zip(axes, results.items(), strict=True):
         dose_curves(curves, "", "", mark=marked, ax=ax).get_legend().remove()
         ax.set_xlabel(wrapped(xlabel, WIDTH / 2.5, 2))

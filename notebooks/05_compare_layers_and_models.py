@@ -576,10 +576,10 @@ plots.table([
 ])
 
 # %% tags=["remove-input"]
-centre = scored[f"layer_{middle}"].scores
+middle_scores = scored[f"layer_{middle}"].scores
 for name in rest:
     compared = within_kinds_sentences(
-        centre, scored[name].scores, (first, name),
+        middle_scores, scored[name].scores, (first, name),
         Column("clip", "paper"), seed,
     )  # fmt: skip
     findings(*(as_text(each) for each in compared))

@@ -61,10 +61,8 @@ SIZES = {  # of the panel, where they differ from the notebooks'
     "decisions": 8, "pairs": 32, "clamped": 60, "naming_dose": 16.0, "seed": 0,
     "of_kind": {"doses": [4, 16, 64], "count": 12, "choosing": 6}, "others_of_kind": 20,
 }  # fmt: skip
-SEEDS_AND_CONTROLS = (  # only these are steered by kind, and at the highest dose
-    "seed_0", "seed_1", "seed_2", "seed_3", "seed_4", "seed_5",
-    "random", "frozen_decoder", "frozen_encoder", "untrained", "untrained_layers",
-)  # fmt: skip
+CONTROLS = ("random", "frozen_decoder", "frozen_encoder", "untrained", "untrained_layers")
+SEEDS_AND_CONTROLS = ("seed_0", "seed_1", "seed_2", "seed_3", "seed_4", "seed_5", *CONTROLS)  # steered by kind
 
 
 # ---- what a part gets -----------------------------------------------------------------------------------------------
@@ -423,7 +421,7 @@ PARTS: dict[str, Part] = {
     "selectivity": Part(_selectivity, (selectivity, pairs), ("interpret",)),
     "detect": Part(_detect, (chain.detect, detectors, explain, interpret_open)),
     "steer": Part(_steer, (chain.steer, objects), reads=("interpret",)),
-    "steer_highest": Part(_steer_highest, (chain.steer, objects), ("interpret",), saes=SEEDS_AND_CONTROLS),
+    "steer_highest": Part(_steer_highest, (chain.steer, objects), ("interpret",), saes=CONTROLS),
     "attribute": Part(_attribute, (chain.attribute, depth)),
     "steering_names": Part(_steering_names, (steer_explain,), ("interpret",)),
     "steer_kinds": Part(_steer_kinds, (kind_steering, objects, questions), ("interpret",), saes=SEEDS_AND_CONTROLS),

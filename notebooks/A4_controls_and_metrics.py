@@ -320,7 +320,8 @@ plots.table(panel_rows(known, columns.NAMING), digits=2)
 #   look for the same names.
 # - *Dose*: other object latents choose it. If none of these names its object at any
 #   dose, it is the lowest. This is so for most controls. Therefore we clamp again, at
-#   the highest dose of page 06 (*named at the highest dose*).
+#   the highest dose of page 06: *named at the highest dose*, of 100, and *answers it
+#   changes*, of 100.
 # - *Object latents*: how many of the latents are named for an object. Those that do
 #   not choose the dose are *clamped*, 30 at most.
 # - *Loss recovered*: how well the model answers with the reconstruction
@@ -632,10 +633,19 @@ def clamped(group):
     return ends([each for each in found if each is not None], "{:.0f}")
 
 
+def of_controls(title):
+    found = [known.find(name, *columns.STEERING[title]) for name in known.group("control")]
+    return [each for each in found if each is not None]
+
+
 def at_highest_dose():
-    found = [known.find(name, *columns.STEERING["named at the highest dose"]) for name in known.group("control")]
-    found = [each for each in found if each is not None]
-    return f" (at the highest dose, {ends(found, '{:.0f}')})" if found else ""
+    named, changed = map(of_controls, ("named at the highest dose", "answers it changes"))
+    if not named:
+        return ""
+    return (
+        f" (at the highest dose {ends(named, '{:.0f}')}, although it changes "
+        f"{ends(changed, '{:.0f}')} of 100 answers)"
+    )
 
 
 def touching(metric):

@@ -39,7 +39,7 @@ STEERING = _of(
         "of unsteered answers": "unsteered_fluency",
         "dose": "dose",
     },
-) | _of("steer_highest", {"named at the highest dose": "named_of_100"})
+) | _of("steer_highest", {"named at the highest dose": "named_of_100", "answers it changes": "changed_of_100"})
 OBJECT_LATENTS = _of("steer", {"object latents": "object_latents", "clamped": "objects_steered"})
 MODEL = _of("fidelity", {"FVU": "fvu", "loss recovered": "loss_recovered"}) | _of(
     "attribute", {"linear attribution": "spearman_linear"}
@@ -84,7 +84,7 @@ BY_STEERING = _of(
 )
 CHANCES = (
     "with maps of other scenes", "guessed names", "moved", "by random latents", "of unsteered answers",
-    "dose", "named at the highest dose", "truth, other name", "with another name", "if spread evenly",
+    "dose", "named at the highest dose", "answers it changes", "truth, other name", "with another name", "if spread evenly",
 )  # fmt: skip
 # those that the exam examines: all of the groups but what chance gives, and but explaining by steering
 EXAMINED = {

@@ -640,12 +640,8 @@ def of_controls(title):
 
 def at_highest_dose():
     named, changed = map(of_controls, ("named at the highest dose", "answers it changes"))
-    if not named:
-        return ""
-    return (
-        f" (at the highest dose {ends(named, '{:.0f}')}, although it changes "
-        f"{ends(changed, '{:.0f}')} of 100 answers)"
-    )
+    return named and (f" (at the highest dose {ends(named, '{:.0f}')}, although it changes "
+                      f"{ends(changed, '{:.0f}')} of 100 answers)")
 
 
 def touching(metric):
@@ -691,7 +687,7 @@ if known:
         f"{values[last]['concepts named']:.2f}. It keeps the trained image encoder.",
         f"Object latents of trained SAEs make the model name their object in "
         f"{spread('objects named, of 100', form='{:.0f}')} of 100 cases, those of controls in "
-        f"{spread('objects named, of 100', 'control', '{:.0f}')}{at_highest_dose()}. Of a trained SAE "
+        f"{spread('objects named, of 100', 'control', '{:.0f}')}{at_highest_dose() or ''}. Of a trained SAE "
         f"{clamped('seed')} object latents are clamped, of a control {clamped('control')}"
         + (", so intervals of single SAEs overlap." if touching("objects named, of 100") else ".")
         + " Two of the controls have models that cannot answer, so three count.",
@@ -756,7 +752,7 @@ if known:
         f"controls {spread('concepts named', 'control', but=(last,))}, and one control that keeps "
         f"the trained image encoder {values[last]['concepts named']:.2f}. Clamped object latents name "
         f"their object in {spread('objects named, of 100', form='{:.0f}')} of 100 cases, those of "
-        f"controls in {spread('objects named, of 100', 'control', '{:.0f}')}{at_highest_dose()}. Of {len(exam)} metrics, "
+        f"controls in {spread('objects named, of 100', 'control', '{:.0f}')}{at_highest_dose() or ''}. Of {len(exam)} metrics, "
         f"{len(apart)} put all trained SAEs on one side of all controls: {'; '.join(apart) or 'none'}."
     )
     detecting = beside_each_other(known, "direction_detection", learned, "{}_f1")

@@ -84,7 +84,8 @@ BY_STEERING = _of(
 )
 CHANCES = (
     "with maps of other scenes", "guessed names", "moved", "by random latents", "of unsteered answers",
-    "dose", "named at the highest dose", "answers it changes", "truth, other name", "with another name", "if spread evenly",
+    "dose", "named at the highest dose", "answers it changes", "truth, other name", "with another name",
+    "if spread evenly",
 )  # fmt: skip
 # those that the exam examines: all of the groups but what chance gives, and but explaining by steering
 EXAMINED = {

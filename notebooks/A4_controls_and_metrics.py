@@ -550,19 +550,14 @@ exam = sorted(exam or [], key=lambda each: (
 # %%
 def column(metric, group, but=()):
     names = [name for name in known.group(group) if name not in but]
-    return [
-        values[name][metric] for name in names if metric in values[name]
-    ]
+    found = [values[name].get(metric) for name in names]
+    return [value for value in found if value is not None]
 
 
 def without(*controls):  # metric to its separation from the others
-    return {
-        each.metric: separation(
-            column(each.metric, "seed"),
-            column(each.metric, "control", but=controls),
-        )
-        for each in exam
-    }
+    alike = {m.metric: column(m.metric, "seed") for m in exam}
+    others = {m: column(m, "control", controls) for m in alike}
+    return {m: separation(alike[m], others[m]) for m in alike}
 
 
 fewer = without("untrained_layers")

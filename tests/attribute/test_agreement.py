@@ -3,7 +3,7 @@ the run from a token on in every family of models."""
 
 import pytest
 import torch
-from models import FAMILIES, make, noise
+from models import make, noise, params
 from torch.testing import assert_close
 
 from lmm_sae_nb.attribute.agreement import agreement, measure_cost, random_pairs
@@ -24,7 +24,7 @@ LAYER = 1
 KINDS = ("base", "tiles", "newline", "text")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=params())
 def case(request) -> tuple[SAEInPlace, Decision]:
     """A model of each family with an SAE, and a decision about an image."""
     place = in_place(request.param)

@@ -104,6 +104,7 @@ def test_few_and_many_steps_are_compared_where_both_are_known():
         assert metrics[name] == pytest.approx(np.mean(by_hand))
 
 
+@pytest.mark.slow
 def test_small_saes_are_trained_at_each_layer_and_read_the_next_time(places, tmp_path):
     samples = [row | {"answer": "so"} for row in ROWS]
     settings = dict(n_latents=12, k=2, lr=2e-3, steps=2, batch_tokens=1024, dead_after_tokens=50_000)

@@ -54,6 +54,7 @@ def write(path, text):
     path.write_text(text)
 
 
+@pytest.mark.slow
 def test_processes_work_side_by_side(tmp_path):
     tasks = {str(n): Task(write, (tmp_path / str(n), f"{n}"), ("0",) if n else ()) for n in range(4)}
     assert do_tasks(tasks, 2, lambda *_: None) == {}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, make, noise
+from models import make, noise, params
 from PIL import Image
 from trainings import run
 
@@ -63,6 +63,7 @@ def take_in(ranking: Ranking, latents: Latents, numbers: list[int]) -> None:
         ranking.update(new)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(
     data=st.data(), images=st.integers(1, 12), n_top=st.integers(1, 4), seed=st.integers(0, 999), coarse=st.booleans()
@@ -157,7 +158,7 @@ def test_threads_that_prepare_images_change_no_byte(lmm, sae, pictures, tmp_path
     assert one == other and len(one) == 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", params())
 def test_base_tokens_need_nothing_that_comes_behind_them(family):
     """What a decoder makes of a sequence cut after its last base token is what it makes of the whole."""
     lmm = LMM(*make(family))
@@ -214,6 +215,7 @@ def test_nothing_to_rank_is_refused(lmm, sae, tmp_path):
         cache_activations(SAEInPlace(lmm, sae, 0), [], folder=tmp_path)
 
 
+@pytest.mark.slow
 def test_images_of_different_sizes_are_refused(tmp_path):
     lmm = LMM(*make("qwen2_5_vl"))
     with pytest.raises(ValueError, match=r"images have \[\d+, \d+\] base tokens"):

@@ -40,6 +40,7 @@ def lmm() -> LMM:
     return LMM(*make("picture_world"))
 
 
+@pytest.mark.slow
 def test_all_are_trained_and_cached_and_the_second_call_runs_no_model(lmm, tmp_path, monkeypatch):
     recipes = {"low": Recipe(0, 24, 3), "high": Recipe(1, 32, 2)}
     studied = train_and_cache(lmm, recipes, SAMPLES, IMAGES, folder=tmp_path / "all", n_top=2, **TRAINING)

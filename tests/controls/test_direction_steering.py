@@ -102,6 +102,7 @@ def test_a_prompt_says_the_concept_of_the_number(studied, asked):
     assert said == [lmm.generate(lmm.prompt(text, image), max_new_tokens=3)[0] for text in texts]
 
 
+@pytest.mark.slow
 def test_every_way_steers_towards_the_same_objects(studied, cached, asked):
     (place, cache, *_), images, rows = studied
     truth, live = LabelMaps(rows, CONCEPTS), np.flatnonzero(cache.live).tolist()

@@ -116,6 +116,7 @@ def test_other_maps_exchange_the_labels_of_whole_images():
     assert (other.shows.toarray() == expected).all() and other.states is made.states
 
 
+@pytest.mark.slow
 def test_thresholds_are_chosen_on_the_cached_patches_alone():
     cached, heldout, concepts = patches(4), patches(5), [6, 0, 2]
     directions = mean_differences(cached, concepts)

@@ -105,6 +105,7 @@ def test_a_name_that_is_said_without_a_clamp_is_left_out(studied, monkeypatch):
     assert "1 latents have such a name, not counting 3 whose name the unclamped answer has" in found.why[0]
 
 
+@pytest.mark.slow
 def test_methods_without_an_sae_are_measured_by_kind_and_together(studied):
     _, images, rows = studied
     live = np.flatnonzero(studied[0].cache.live).tolist()

@@ -46,6 +46,7 @@ def test_where_the_half_has_no_wrong_case_nothing_is_fitted_and_the_cases_are_co
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_fit_sees_only_the_questions_of_its_half(place, monkeypatch):
     seen, fit = [], new_questions.fit
 

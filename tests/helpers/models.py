@@ -4,6 +4,9 @@ The geometry (image and patch sizes, tiles, merging) is that of the published ch
 depths are not, so that a forward takes milliseconds. Each function makes a new `(model, processor)`.
 """
 
+from collections.abc import Iterable
+
+import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -280,6 +283,12 @@ FAMILIES = {
     make.__name__: make
     for make in (llava_next, picture_world, llava_onevision, qwen2_5_vl, idefics3, smolvlm, instructblip)
 }
+LARGE = ("idefics3", "smolvlm")  # a picture has seventeen crops of 512 px
+
+
+def params(families: Iterable[str] = FAMILIES) -> list:
+    """Families as parameters of a test; those with large pictures are slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in families]
 
 
 def make(family: str, seed: int = 0):

@@ -7,7 +7,7 @@ import capabilities
 import families
 import pytest
 import torch
-from models import dense, noise
+from models import LARGE, dense, noise, params
 from torch.testing import assert_close
 
 from lmm_sae_nb.cache.activations import cache_activations
@@ -24,7 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # PaliGemma's processor
     pytest.mark.filterwarnings("ignore:the processor of Llava:UserWarning"),
 ]
-LARGE = ("idefics3", "smolvlm")  # a picture has seventeen crops of 512 px
 INNER = ["decoder.1.attention", "decoder.1.mlp"]
 
 
@@ -58,9 +57,7 @@ def test_an_unknown_hookpoint_is_refused_with_those_that_the_model_has(lmm, name
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in families.FAMILIES]
-)
+@pytest.mark.parametrize("family", params(families.FAMILIES))
 def test_attention_and_mlp_are_read_and_replaced_where_a_layer_adds_them(family):
     lmm = lmm_of(family)
     prompt = lmm.prompt(["what ?", "and what ?"], [noise(60, 50)] * 2)

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from models import FAMILIES, make, noise
+from models import FAMILIES, make, noise, params
 from PIL import Image
 
 from lmm_sae_nb.cache.activations import cache_activations
@@ -19,7 +19,7 @@ SIZES = [(100, 60), None, (60, 100), (301, 40)]
 SMALL = {"idefics3": {"longest_edge": 728}, "smolvlm": {"longest_edge": 1024}}  # fewer tiles are quicker
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", params())
 def test_a_batch_in_portions_is_the_batch_of_all_at_once(family, monkeypatch):
     lmm = LMM(*FAMILIES[family](**SMALL.get(family, {})))
     sizes = [size for size in SIZES if size or family != "instructblip"]  # its Q-Former takes no text alone

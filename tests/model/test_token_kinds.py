@@ -125,6 +125,7 @@ def test_spans_are_where_the_pixels_go(family, size):
     check_crops(lmm, prompt, GRIDS[family], patch=(5, 11))
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(
     width=st.integers(2, 800),

@@ -50,6 +50,7 @@ def alone(model, processor, question: Question, scene) -> tuple[torch.Tensor, to
     return logits, inputs["input_ids"][0, -answer:]
 
 
+@pytest.mark.slow
 def test_a_packed_question_trains_as_it_is_asked_alone(model, processor, monkeypatch):
     monkeypatch.setattr(train_language, "autocast_if_quicker", lambda: False)
     asked = [questions_on(scene, seed) for seed, scene in enumerate(PICTURES)]

@@ -204,6 +204,7 @@ def test_a_training_steps_gradients_are_those_of_dense_autograd(way, size, data)
         assert_close(mine.grad.double() / scale, theirs.grad / scale, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: n + m)
 
 
+@pytest.mark.slow
 @anyone
 @given(sizes, st.data())
 def test_auxk_in_parts_has_the_value_and_the_gradients_of_the_whole(monkeypatch, size, data):

@@ -133,6 +133,7 @@ def test_table_2_stands_beside_the_papers():
     assert list(table_2({}, explained, "truth", published)[0]) == ["kind", "GPT-4o, the paper", "people, the paper"]
 
 
+@pytest.mark.slow
 def test_a_judge_behind_an_endpoint_counts_what_was_wrong_with_replies(tmp_path):
     said = {(1, 0, 0): "thought", (2, 0, 0): "surrogate", (3, 0, 0): "only reasoned", (4, 0, 0): "500"}
     with serving(lambda request: "yes", choose=lambda request: said[colour_of(request)]) as server:

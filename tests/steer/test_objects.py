@@ -12,6 +12,7 @@ from lmm_sae_nb.steer.steering import Edit, Scope, compare
 from lmm_sae_nb.support.intervals import proportion
 
 
+@pytest.mark.slow
 def test_objects_are_steered_as_one_clamp_at_a_time(made, live):
     place, cache, pictures = made
     concepts, scope = {n: f"thing {n}" for n in live[:5]}, Scope(("base", "tiles", "newline"))

@@ -27,6 +27,7 @@ def test_the_frozen_matrix_keeps_its_first_rows_and_everything_else_learns(tmp_p
     assert all(torch.equal(saved[name], trained[name]) for name in saved)
 
 
+@pytest.mark.slow
 def test_frozen_ones_beside_others_change_no_bit_of_them(tmp_path):
     recipes = {part or "none": Recipe(1, 40, 4, SETTINGS["lr"], part) for part in ("", *FROZEN)}
     together = train_saes(LMM_, SAMPLES, recipes, folder=tmp_path / "several", **SHARED)

@@ -129,6 +129,7 @@ def test_a_checkpoint_of_other_recipes_is_refused(tmp_path, monkeypatch):
         train_several(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again_and_what_misses_one_is(tmp_path, monkeypatch):
     one = train_several(tmp_path)
     with monkeypatch.context() as patch:

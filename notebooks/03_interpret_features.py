@@ -401,7 +401,7 @@ if truth:
 # random latent, which may be the same name. This guess knows how frequent a
 # name is, so it is the harder control.
 
-# %%
+# %% tags=["hide-output"]
 in_training = latents_in_training(
     page.root / explainer["model"], page.file("train")
 )

@@ -684,7 +684,7 @@ plots.table(kind_rows(metrics, of_kind))
 # %% [markdown]
 # All numbers of this page:
 
-# %%
+# %% tags=["hide-output"]
 metrics_table(stage)
 
 # %% [markdown]

@@ -522,7 +522,7 @@ VBox([browser.box, steering_panel.box])
 # %% [markdown]
 # ## The numbers
 
-# %%
+# %% tags=["hide-output"]
 seconds = stage.result("panel", Metrics, steering_panel.measure)
 metrics = stage.finish(
     steering.metrics | clamp_values(steering, cache)

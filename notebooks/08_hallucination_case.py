@@ -552,7 +552,7 @@ costs = stage.result(
     ),
 )  # fmt: skip
 
-# %%
+# %% tags=["hide-output"]
 others_skipped = sum(map(len, skipped.values()))
 metrics = stage.finish(
     answers.metrics

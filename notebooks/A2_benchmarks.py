@@ -276,7 +276,7 @@ plots.table(kind_rows(campaign))
 # %%
 plots.table(failure_rows(campaign))
 
-# %%
+# %% tags=["hide-output"]
 stage = page.stage("robustness", without=("rerun",))
 metrics = stage.finish(campaign_metrics(campaign))
 metrics_table(stage)

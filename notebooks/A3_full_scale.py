@@ -349,7 +349,7 @@ if on_gpu:
 else:
     print("It has not been run yet.")
 
-# %%
+# %% tags=["hide-output"]
 metrics_table(stage)
 
 # %% [markdown]

@@ -655,9 +655,12 @@ if by_chance:
         + ("The intervals overlap: a high fraction of right names alone does not show that "
            "an SAE learned something." if overlap
            else "The intervals do not overlap: the trained SAE is better.")
-        + f" Guessed names are right for {percent(read_mean(here, 'concept_accuracy_guessed'))} and "
-        f"{percent(read_mean(mine, 'concept_accuracy_guessed'))}."
     )
+    guessed = [of for of in (here, mine) if "concept_accuracy_guessed" in of]
+    if len(guessed) == 2:
+        sentences[-1] += " Guessed names are right for " + " and ".join(
+            percent(read_mean(of, "concept_accuracy_guessed")) for of in guessed
+        ) + "."
 if known:
     last = "untrained_layers"
     apart = [each.metric for each in exam if each.separation in (0, 1)]

@@ -379,6 +379,14 @@ def an_sae(layer: int = 0, seed: int = 0, width: int = models.WIDTH) -> TopKSAE:
     return sae
 
 
+def before_a_norm() -> SAEInPlace:
+    """Gemma normalises what an MLP returns; sparsify names the MLP itself."""
+    lmm = LMM(*families.make("gemma3"))
+    sae = TopKSAE(lmm.width, 8, 2)
+    sae.hook_name = "layers.0.mlp"
+    return SAEInPlace(lmm, sae, "decoder.0.mlp")
+
+
 def called(hook: str) -> TopKSAE:
     sae = TopKSAE(models.WIDTH, 8, 2)
     sae.hook_name = hook
@@ -502,6 +510,7 @@ RAISED = {
     ),
     "… has no state for …": lambda: LMM(*models.make("qwen2_5_vl")).width_at("vision.0"),
     "the SAE reads '…', that is the output of layer …, not of layer …": lambda: cached(small(), called("layers.2")),
+    "the SAE reads '…', what the module returns; this family normalises it …": before_a_norm,
     "the SAE reads '…', which is not the output of layer …": lambda: cached(small(), called("blocks.0.attn.hook_z")),
     "there is no SAE at …": lambda: use_ready_sae(small(), 0, sae="data/my/sae", folder="my/none"),
     "the SAE was trained on layer …, not …": lambda: cached(small(), an_sae(layer=1)),

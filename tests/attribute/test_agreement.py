@@ -67,6 +67,7 @@ def test_running_again_from_a_token_is_running_all_of_it(case):
     assert found[~pairs].isnan().all()
 
 
+@pytest.mark.slow
 def test_separate_paths_comes_to_ablation(case):
     place, choice = case
     pairs = few(linear(place, choice), choice.prompt.mask(*KINDS)[0])

@@ -426,10 +426,13 @@ def _decode(picture: Image.Image) -> None:
     file without a name is not mapped.
     """
     name = getattr(picture, "filename", "")
-    if name:
-        picture.filename = ""
-    picture.load()
-    if name:
+    if not name:
+        picture.load()
+        return
+    picture.filename = ""
+    try:
+        picture.load()
+    finally:
         picture.filename = name
 
 

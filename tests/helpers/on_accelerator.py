@@ -123,19 +123,20 @@ CALLS = {
 }
 
 
-SAME = {"rtol": 1e-5, "atol": 1e-5}  # a device adds tokens up in another order than the compiled loops of a CPU
+# Sums over many tokens: a device adds them up in another order than the compiled loops of a CPU.
+ROUNDED = {"evaluate": {"rtol": 1e-5, "atol": 1e-5}}
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_an_accelerator_gives_what_the_cpu_gives(places, name):
     there, here = (CALLS[name](places[where]).cpu() for where in ("one", "cpu"))
-    assert_close(there, here, **SAME)
+    assert_close(there, here, **ROUNDED.get(name, {}))
 
 
 @pytest.mark.parametrize("name", ["exact", "steered", "first tokens", "evaluate", "controls"])  # without a gradient,
 def test_two_accelerators_give_what_the_cpu_gives(places, name):  # which a second pretend device cannot compute
     there, here = (CALLS[name](places[where]).cpu() for where in ("two", "cpu"))
-    assert_close(there, here, **SAME)
+    assert_close(there, here, **ROUNDED.get(name, {}))
 
 
 def test_saes_that_learn_in_turns_rest_on_the_cpu_and_are_measured_on_the_accelerator(tmp_path):

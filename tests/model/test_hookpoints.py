@@ -31,6 +31,17 @@ def lmm_of(family: str) -> LMM:
     return LMM(*families.make(family))
 
 
+def entering(lmm: LMM, prompt, layer: int) -> torch.Tensor:
+    """The states that enter a decoder layer, by a hook on the layer."""
+    seen = []
+    handle = lmm.layer(layer).register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    lmm.model(**prompt.inputs, use_cache=False)
+    handle.remove()
+    return seen[0]
+
+
 @pytest.fixture(scope="module")
 def lmm() -> LMM:
     return lmm_of("picture_world")
@@ -89,14 +100,9 @@ def test_attention_and_mlp_are_read_and_replaced_where_a_layer_adds_them(family)
 def test_attention_and_mlp_are_all_that_a_layer_adds(family):
     lmm = lmm_of(family)
     prompt = lmm.prompt("what ?", noise(60, 50))
-    entered = []
-    handle = lmm.layer(1).register_forward_pre_hook(
-        lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    left = capabilities.states(lmm, prompt, 1)
-    handle.remove()
+    entered, left = entering(lmm, prompt, 1), capabilities.states(lmm, prompt, 1)
     attention, mlp = (lmm.hidden_states(prompt, place) for place in INNER)
-    assert_close(left - entered[0].view_as(left), attention + mlp, rtol=1e-3, atol=1e-4)
+    assert_close(left - entered.view_as(left), attention + mlp, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -218,15 +224,10 @@ def test_patches_are_read_and_replaced_at_their_base_tokens(family, place):
 def test_the_projector_is_what_enters_the_decoder_and_patches_without_a_token_are_refused(family):
     lmm = lmm_of(family)
     prompt = lmm.prompt("what ?", noise(60, 50))
-    seen = []
-    handle = lmm.layer(0).register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
-    lmm.model(**prompt.inputs, use_cache=False)
-    handle.remove()
+    entered = entering(lmm, prompt, 0)
     base, states = prompt.mask("base"), lmm.hidden_states(prompt, "projector")
-    scale = (seen[0][base] / states[base]).nanmedian()  # Gemma's decoder multiplies all embeddings
-    assert_close(states[base] * scale, seen[0][base], rtol=1e-4, atol=1e-4)
+    scale = (entered[base] / states[base]).nanmedian()  # Gemma's decoder multiplies all embeddings
+    assert_close(states[base] * scale, entered[base], rtol=1e-4, atol=1e-4)
     if family in PATCHES:
         assert lmm.hidden_states(prompt, "vision.1")[base].any(-1).all()
     else:

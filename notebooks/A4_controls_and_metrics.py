@@ -418,8 +418,8 @@ plots.table(steered_kinds(known, kinds=(*second, "")), digits=0)
 # has no latents for are missing in it. The last six rows steer towards the same
 # concepts, those of the first trained SAE. *One latent for each concept* is a latent
 # of that name, *the latent that detects it best* the one with the highest F1.
-# Half-trained SAEs, other sizes, PCA and NMF are not steered by kind. The same for
-# random latents, directions and other prompts in their place, and the fluency of the
+# Half-trained SAEs and other sizes are not steered by kind. The same for random
+# latents, directions and other prompts in their place, and the fluency of the
 # answers:
 
 # %% tags=["hide-output"]

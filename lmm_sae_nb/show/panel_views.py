@@ -96,7 +96,7 @@ def all_methods(panel: Panel | None) -> list[dict[str, str | float | Mean | Spre
 def steered_kinds(
     panel: Panel | None, metric: str = "named_of_100", kinds: Sequence[str] = STEERED_KINDS
 ) -> list[dict[str, str | float | Mean | Spread | None]]:
-    """Return a metric of steering for each kind of concept: rows of trained SAEs, of controls, and of other methods.
+    """Return a metric of steering for each kind of concept. The rows: SAEs, PCA, NMF, and methods without an SAE.
 
     panel: None gives no rows.
     metric: "named_of_100", "control_named_of_100" or "fluency".
@@ -107,7 +107,7 @@ def steered_kinds(
     measured = panel and replace(
         panel, saes={name: sae for name, sae in panel.saes.items() if STEERED_BY_KIND.part in sae.parts}
     )
-    rows = panel_rows(measured, columns, ("control",)) if measured and measured.saes else []
+    rows = panel_rows(measured, columns, ("control", "classical")) if measured and measured.saes else []
     if panel is None or "model" not in panel.saes:
         return rows
     return rows + [

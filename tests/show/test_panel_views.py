@@ -181,6 +181,7 @@ STEERED = Panel(
             named_of_100_texture=(30, 10, 50),
         ),
         "seed_2": sae("seed", "seed 2", good=0.5),
+        "pca": by_kind("classical", "PCA", ["face: none"], named_of_100_texture=(5, 0, 30)),
         "model": PanelSAE("no SAE", "model", {"direction_kinds": MeasuredPart({
             "steer_latent_named_of_100": (50, 40, 60), "steer_probe_named_of_100": (90, 80, 95),
             "steer_probe_named_of_100_texture": (100, 60, 100), "steer_probe_named_above_latent": (40, 20, 60),
@@ -189,9 +190,10 @@ STEERED = Panel(
 )  # fmt: skip
 
 
-def test_steering_by_kind_has_rows_of_trained_saes_of_controls_and_of_other_methods():
+def test_steering_by_kind_has_rows_of_saes_of_pca_and_of_other_methods():
     rows = {row.pop(""): row for row in steered_kinds(STEERED, kinds=("texture", "scene", ""))}
-    assert list(rows)[:2] == ["trained, 2 seeds", "control: random rows"]
+    assert list(rows)[:3] == ["trained, 2 seeds", "control: random rows", "PCA"]
+    assert rows["PCA"]["texture"] == Mean(5, 0, 30)
     assert rows["trained, 2 seeds"]["texture"][:] == (70, 60, 80)
     assert rows["control: random rows"] == {"texture": Mean(30, 10, 50), "scene": Mean(20, 0, 70), "all kinds": None}
     assert rows["no SAE: logistic probe"] == {
@@ -202,7 +204,7 @@ def test_steering_by_kind_has_rows_of_trained_saes_of_controls_and_of_other_meth
 
 def test_what_is_not_measured_is_said_with_its_reason_once():
     assert not_measured(STEERED, "steer_kinds") == [
-        {"reason": "face: none", "SAEs": "seed 0; seed 1; random rows"},
+        {"reason": "face: none", "SAEs": "seed 0; seed 1; random rows; PCA"},
         {"reason": "texture: two", "SAEs": "random rows"},
     ]
     assert not_measured(None, "steer_kinds") == []

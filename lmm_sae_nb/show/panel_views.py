@@ -159,6 +159,9 @@ def kinds_in_short(panel: Panel | None) -> list[str]:
         f"{', '.join(beyond) or 'no kind'}; a control is as high "
         f"for: {', '.join(reached) or 'no kind'}. With at most 12 latents of a kind, intervals are wide.",
     ]
+    classical = {name: panel.interval(name, *STEERED_BY_KIND) for name in panel.group("classical")}
+    if known := [f"{name.upper()} {_in_brackets(mean, '{:.0f}')}" for name, mean in classical.items() if mean]:
+        sentences.append(f"In the SAE's place, all kinds together (named, of 100): {', '.join(known)}.")
     together = beside_each_other(panel, "direction_kinds", WAYS_BY_KIND, "steer_{}_named_of_100", "{:.0f}")
     if together:
         sentences.append(
@@ -166,6 +169,11 @@ def kinds_in_short(panel: Panel | None) -> list[str]:
             + compared_with_first(panel, "direction_kinds", WAYS_BY_KIND, "steer_{}_named_above_latent")
         )
     return sentences
+
+
+def _in_brackets(mean: Mean, form: str) -> str:
+    value, low, high = map(form.format, mean)
+    return f"{value} [{low}, {high}]"
 
 
 def _spread(panel: Panel, saes: Sequence[str], at: PanelMetric) -> Spread | None:
@@ -209,8 +217,7 @@ def beside_each_other(
     form: writes a number.
     """
     rows = method_rows(panel, part, methods, {"value": metric})
-    known = [(row[""], [form.format(number) for number in row["value"]]) for row in rows if row["value"] is not None]
-    return ", ".join(f"{words} {mean} [{low}, {high}]" for words, (mean, low, high) in known)
+    return ", ".join(f"{row['']} {_in_brackets(row['value'], form)}" for row in rows if row["value"] is not None)
 
 
 def compared_with_first(panel: Panel | None, part: str, methods: Mapping[str, str], metric: str) -> str:

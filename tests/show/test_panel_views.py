@@ -181,7 +181,7 @@ STEERED = Panel(
             named_of_100_texture=(30, 10, 50),
         ),
         "seed_2": sae("seed", "seed 2", good=0.5),
-        "pca": by_kind("classical", "PCA", ["face: none"], named_of_100_texture=(5, 0, 30)),
+        "pca": by_kind("classical", "PCA", ["face: none"], named_of_100_texture=(5, 0, 30), named_of_100=(4, 1, 20)),
         "model": PanelSAE("no SAE", "model", {"direction_kinds": MeasuredPart({
             "steer_latent_named_of_100": (50, 40, 60), "steer_probe_named_of_100": (90, 80, 95),
             "steer_probe_named_of_100_texture": (100, 60, 100), "steer_probe_named_above_latent": (40, 20, 60),
@@ -211,9 +211,10 @@ def test_what_is_not_measured_is_said_with_its_reason_once():
 
 
 def test_sentences_on_steering_by_kind_follow_from_the_intervals():
-    random, controls, others = kinds_in_short(STEERED)
+    random, controls, classical, others = kinds_in_short(STEERED)
     assert "texture 70 (5)" in random and "scene 15 (5)" in random and "word: nothing" in random
     assert "lie apart for: all kinds (1 of 1 SAEs), texture (1 of 2 SAEs)." in random
+    assert classical == "In the SAE's place, all kinds together (named, of 100): PCA 4 [1, 20]."
     assert "every control that was measured (1) for: texture; a control is as high for: scene." in controls
     assert "no SAE: logistic probe 90 [80, 95]" in others
     assert others.endswith("Better than one latent for each concept: no SAE: logistic probe.")

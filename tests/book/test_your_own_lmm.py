@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from repository import copy_repository
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -113,15 +113,9 @@ def llava():
 
 
 @pytest.fixture(scope="module")
-def desk(root, tmp_path_factory) -> Path:
+def desk(tmp_path_factory) -> Path:
     """The repository as a reader has it, with a folder `my/`: models, pictures, samples."""
-    desk = tmp_path_factory.mktemp("desk")
-    for name in ("lmm_sae_nb", "notebooks", "book"):
-        shutil.copytree(root / name, desk / name, ignore=shutil.ignore_patterns("__pycache__", "_build", "*.ipynb"))
-    for name in ("dodo.py", "pyproject.toml"):
-        shutil.copy(root / name, desk)
-    (desk / "data").mkdir()
-    (desk / "data/models").symlink_to(root / "data/models")
+    desk = copy_repository(tmp_path_factory.mktemp("desk"))
     (desk / "my/pictures").mkdir(parents=True)
     made = {"lmm": models.make("llava_onevision"), "qwen": models.make("qwen2_5_vl"), "llava": llava(),
             "blip": models.make("instructblip")}  # fmt: skip

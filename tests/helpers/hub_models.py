@@ -15,6 +15,8 @@ import models
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
+NAME = "a happy, sad or hungry object"  # page 06 looks for names with these feelings, and for objects
+EXPLANATION = f"[EXPLANATION]: {NAME}"
 WIDE = 512  # more than there are tokens
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -26,8 +28,8 @@ def publish_small(hub: Path) -> None:
     """Write all models of the preset `small`."""
     save(hub, "llava-hf/llava-onevision-qwen2-0.5b-ov-hf", *deep("llava_onevision", 24))
     save(hub, "HuggingFaceTB/SmolVLM-256M-Instruct", *deep("idefics3", 30))
-    save(hub, "Qwen/Qwen2.5-VL-3B-Instruct", *explainer("[EXPLANATION]: red things"))
-    save(hub, "Qwen/Qwen2.5-1.5B-Instruct", *text_model("red things"))
+    save(hub, "Qwen/Qwen2.5-VL-3B-Instruct", *explainer(EXPLANATION))
+    save(hub, "Qwen/Qwen2.5-1.5B-Instruct", *text_model(NAME))
     for name, make in {
         "IDEA-Research/grounding-dino-tiny": grounders.grounding_dino, "facebook/sam-vit-base": grounders.sam,
         "openai/clip-vit-base-patch32": grounders.clip,

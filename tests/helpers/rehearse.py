@@ -1,8 +1,9 @@
-"""Prepare a preset from a local hub, and run every page at toy size: `rehearse.py FOLDER [--preset paper] [PAGE ...]`.
+"""Do what a user of a preset types, at toy size: `rehearse.py FOLDER [--preset paper] [PAGE ...]`.
 
-The hub holds narrow random models under their true names. FOLDER becomes a project without data, and the pages run with
-rehearsal.yaml, which extends `small` by sizes alone, or with rehearsal_paper.yaml. The models that `paper` asks through
-endpoints answer from this process, at the ports that the preset names.
+That is `python -m lmm_sae_nb.prepare --preset small`, then `make book JOBS=1`, in a copy of the repository and from a
+local hub, which holds narrow random models under their true names. The book's preset is rehearsal.yaml, which extends
+`small` by sizes alone, or rehearsal_paper.yaml. Page 08 runs once more, with questions that are never answered wrong.
+The models that `paper` asks through endpoints answer from this process, at the ports that the preset names.
 """
 
 import argparse
@@ -12,16 +13,20 @@ import resource
 import subprocess
 import sys
 import threading
-import time
-import traceback
-import warnings
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-HERE = Path(__file__).parent
+import hub_data
+import hub_models
+from datasets import load_from_disk
+from hub import Hub
+from repository import copy_repository
 
+from lmm_sae_nb.support.presets import preset
+
+HERE = Path(__file__).parent
 TRAPS = ("hallusion", {"image": 40, "non_image": 2}, 1)
 HUB_DATA = {
     "small": {
@@ -36,41 +41,63 @@ HUB_DATA = {
     },
 }
 RUNS = {"small": "rehearsal.yaml", "paper": "rehearsal_paper.yaml"}
-ENDPOINTS = {"explainer": "[EXPLANATION]: red things", "refiner": "red things", "labeller": "colour"}
+REPLIES = {"explainer": hub_models.EXPLANATION, "refiner": hub_models.NAME, "labeller": "object"}
+RIGHT = "rehearsal_of_right_answers"
 
 
-def main(folder: Path, name: str, *pages: str) -> int:
-    from hub import Hub
-
+def main(folder: Path, name: str, *pages: str) -> None:
+    project, book = folder / "project", Path(RUNS[name]).stem
     with Hub(folder / "hub") as hub, ExitStack() as servers:
-        os.environ |= hub.environment(folder / "cache")  # before anything of the hub is imported
+        os.environ |= hub.environment(folder / "cache") | {"PYTHONPATH": str(project)}
         os.environ.pop("TRANSFORMERS_OFFLINE", None)
-        if not (folder / "project").exists():
+        if not project.exists():
             fill(folder / "hub", name)
-            from toy_pages import make_project
-
-            make_project(folder / "project", world=False)
-            command = [sys.executable, "-m", "lmm_sae_nb.prepare", "--preset", name]
-            subprocess.run(command, cwd=folder / "project", check=True)
+            copy_repository(project)
+            run(project, sys.executable, "-m", "lmm_sae_nb.prepare", "--preset", name)
             check_what_was_sent(hub)
-            print(f"prepare: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime:.0f} CPU s", flush=True)
+            write_presets(project, name)
         if name == "paper":
-            for port, reply in endpoints().items():
+            for port, reply in endpoints(project / "notebooks/params/paper.yaml").items():
                 servers.enter_context(answering(port, reply))
-        return run(folder / "project", name, pages)
+        doit = (sys.executable, "-m", "doit")
+        if pages:
+            run(project, *doit, f"preset={book}", *(f"page:{page}" for page in pages))
+        else:
+            run(project, "make", "book", f"PRESET={book}", "JOBS=1")
+            run(project, *doit, f"preset={RIGHT}", "page:08_hallucination_case", "results")
+
+
+def run(project: Path, *command: str) -> None:
+    """Run a command as a user does, and say what it took."""
+    began = cpu_seconds()
+    subprocess.run(command, cwd=project, check=True)
+    took = f"{cpu_seconds() - began:.0f} CPU s; the largest process so far had {most_memory():.1f} GB"
+    print(f"{' '.join(command)}: {took}", flush=True)
+
+
+def write_presets(project: Path, name: str) -> None:
+    """Add the preset of sizes, and one whose questions all have the right answer Yes.
+
+    The model says Yes to nearly all. So it answers none of these wrong. Of the first preset's questions with the right
+    answer Yes, it answers none wrong either.
+    """
+    params, traps = project / "notebooks/params", f"data/artifacts/{name}/traps"
+    (params / RUNS[name]).write_text((HERE / RUNS[name]).read_text())
+    rows = load_from_disk(project / traps)
+    yes = [number for number, answer in enumerate(rows["answer"]) if answer == "Yes"]
+    rows.select(yes).save_to_disk(project / f"{traps}_yes")
+    with (params / f"{RIGHT}.yaml").open("w") as file:
+        file.write(f"extends: {Path(RUNS[name]).stem}\n08_hallucination_case: {{traps: {traps}_yes}}\n")
 
 
 def fill(hub: Path, name: str) -> None:
     """Write the models and data sets of a preset."""
-    import hub_data
-    import hub_models
-
     for data, (make, splits, files) in HUB_DATA[name].items():
         hub_data.publish(hub, data, {split: getattr(hub_data, make)(rows) for split, rows in splits.items()}, files)
     getattr(hub_models, f"publish_{name}")(hub)
 
 
-def check_what_was_sent(hub) -> None:
+def check_what_was_sent(hub: Hub) -> None:
     """The parquet files that are read were sent once, the others not at all.
 
     PyArrow first reads the last 64 KiB of a file. If the file's index is longer, it then reads the index.
@@ -83,13 +110,11 @@ def check_what_was_sent(hub) -> None:
         assert (hub.sent[name] > 0) == needed and hub.sent[name] <= most, f"{name}: {hub.sent[name]} bytes were sent"
 
 
-def endpoints() -> dict[int, str]:
-    """The ports on this machine that page 03 of `paper` asks, with what a model there replies."""
-    from lmm_sae_nb.support.presets import preset
-
-    values = preset(HERE / RUNS["paper"])["03_interpret_features"]
+def endpoints(params: Path) -> dict[int, str]:
+    """The ports on this machine that page 03 asks with a preset, and what a model there replies."""
+    values = preset(params)["03_interpret_features"]
     models = values | {"explainer": values["explainer"]["model"]}
-    return {urlsplit(models[who].split("@")[1]).port: reply for who, reply in ENDPOINTS.items()}
+    return {urlsplit(models[who].split("@")[1]).port: reply for who, reply in REPLIES.items()}
 
 
 @contextmanager
@@ -119,72 +144,21 @@ def answering(port: int, reply: str):
         server.server_close()
 
 
-def run(project: Path, name: str, pages: tuple[str, ...]) -> int:
-    """Run the pages, one after the other; return how many failed."""
-    import matplotlib
-    import torch
-    from toy_pages import name_latents, run_page
-
-    from lmm_sae_nb.support import notebooks
-    from lmm_sae_nb.support.presets import preset
-
-    torch.set_num_threads(1)
-    matplotlib.use("agg")
-    os.chdir(project)
-    values, failed = preset(HERE / RUNS[name]), 0
-    for source in notebooks.sources(project):
-        if pages and not source.stem.startswith(pages):
-            continue
-        began, used = time.monotonic(), cpu_seconds()
-        try:
-            run_page(source, values[source.stem])
-            if source.stem.startswith("08"):
-                traps = Path(values[source.stem]["traps"])
-                few = {"traps": str(one_answer(traps, "Yes"))}  # no case is wrong
-                run_page(source, values[source.stem] | few)
-            if source.stem.startswith("03"):  # page 06 needs latents of these names, which chance does not give
-                name_latents(Path(f"data/artifacts/{name}/interpret/explanations.json"))
-            print(
-                f"{source.stem}: {time.monotonic() - began:.0f} s, {cpu_seconds() - used:.0f} CPU s, "
-                f"peak of the largest process so far {most_memory():.1f} GB",
-                flush=True,
-            )
-        except Exception:
-            failed += 1
-            print(f"{source.stem} FAILED\n{traceback.format_exc()[-3000:]}", flush=True)
-    return failed
-
-
 def cpu_seconds() -> float:
-    """CPU seconds of this process and of those that it started and that have ended."""
-    return sum(os.times()[:4])
+    """CPU seconds of the processes that this one started and that have ended."""
+    ended = os.times()
+    return ended.children_user + ended.children_system
 
 
 def most_memory() -> float:
-    """The highest memory of this process or of one that it started, in GB."""
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1e6
-
-
-def one_answer(traps: Path, word: str) -> Path:
-    """Write the traps with this right answer, and return where they are.
-
-    The model says Yes to nearly all. So no case is wrong where Yes is right. With both answers, none is wrong of one.
-    """
-    from datasets import load_from_disk
-
-    folder = traps.with_name(f"traps_{word}")
-    if not folder.exists():
-        rows = load_from_disk(traps)
-        rows.select([n for n, answer in enumerate(rows["answer"]) if answer == word]).save_to_disk(folder)
-    return folder
+    """The highest memory of a process that this one started, in GB."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--preset", choices=sorted(RUNS), default="small")
-    parser.add_argument("pages", nargs="*")
+    parser.add_argument("pages", nargs="*", help="such as 01_train_sae; all, if none is given")
     given = parser.parse_intermixed_args()  # pages may come after the option
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        sys.exit(main(given.folder, given.preset, *given.pages))
+    main(given.folder.resolve(), given.preset, *given.pages)

@@ -116,8 +116,8 @@ from lmm_sae_nb.interpret.open import open_interpreter
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.markup import as_text
 from lmm_sae_nb.show.panel import read_panel
-from lmm_sae_nb.show.panel_views import (
-    PanelMetric,
+from lmm_sae_nb.show.panel_metrics import PanelMetric
+from lmm_sae_nb.show.panel_sentences import (
     against_controls,
     beside_each_other,
     compared_with_first,

@@ -125,8 +125,8 @@ from lmm_sae_nb.score.tables import (
 )
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.panel import read_panel
-from lmm_sae_nb.show.panel_views import (
-    PanelMetric,
+from lmm_sae_nb.show.panel_metrics import PanelMetric
+from lmm_sae_nb.show.panel_sentences import (
     against_controls,
     controls_in_short,
 )

@@ -125,8 +125,8 @@ from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.feature_browser import FeatureBrowser
 from lmm_sae_nb.show.latent_table import LatentTable
 from lmm_sae_nb.show.panel import read_panel
-from lmm_sae_nb.show.panel_views import (
-    PanelMetric,
+from lmm_sae_nb.show.panel_metrics import PanelMetric
+from lmm_sae_nb.show.panel_sentences import (
     against_controls,
     beside_each_other,
     compared_with_first,

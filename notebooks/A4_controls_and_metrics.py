@@ -93,8 +93,6 @@ seed: int = 1000
 panel: str = "book/panel.json"
 
 # %% tags=["remove-cell"]
-from math import comb
-
 import torch
 from datasets import load_from_disk
 from IPython.display import display
@@ -108,25 +106,28 @@ from lmm_sae_nb.controls.chain import PartResult
 from lmm_sae_nb.controls.dictionaries import random_dictionary
 from lmm_sae_nb.interpret.explain import ExplanationRows
 from lmm_sae_nb.interpret.open import open_interpreter
-from lmm_sae_nb.measures.discriminability import compare_metrics, separation
 from lmm_sae_nb.measures.selectivity import change_map
 from lmm_sae_nb.pictureworld.world.pairs import make_pairs
 from lmm_sae_nb.show import panel_metrics as columns
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.panel import read_panel
+from lmm_sae_nb.show.panel_exam import (
+    exam_in_short,
+    exam_sentences,
+    examine,
+    explained_by_steering,
+    methods_in_short,
+    random_beside_trained,
+)
+from lmm_sae_nb.show.panel_sentences import kinds_in_short
 from lmm_sae_nb.show.panel_views import (
-    against,
     all_methods,
-    beside_each_other,
-    compared_with_first,
     kind_panels,
-    kinds_in_short,
     method_rows,
     metric_exam,
     not_measured,
     panel_dots,
     panel_rows,
-    panel_values,
     steered_kinds,
 )
 from lmm_sae_nb.show.report import (
@@ -535,36 +536,14 @@ plots.table(panel_rows(known, columns.BY_STEERING), digits=2)
 # The FVU of NMF is left out, because it would hide all other differences.
 
 # %%
-truth_first = ["concepts detected", "concepts named", "names right"]
-values = panel_values(known, columns.EXAMINED)
-values.get("nmf", {}).pop("FVU", None)
-exam = known and compare_metrics(
-    values, list(columns.EXAMINED), truth_first[1:],
-    seeds=known.group("seed"), controls=known.group("control"),
-)  # fmt: skip
-rank = {metric: n for n, metric in enumerate(truth_first)}
-exam = sorted(exam or [], key=lambda each: (
-    rank.get(each.metric, 3), -abs(each.separation - 0.5)
-))  # fmt: skip
-
-# %%
-def column(metric, group, but=()):
-    names = [name for name in known.group(group) if name not in but]
-    found = [values[name].get(metric) for name in names]
-    return [value for value in found if value is not None]
-
-
-def without(*controls):  # metric to its separation from the others
-    alike = {m.metric: column(m.metric, "seed") for m in exam}
-    others = {m: column(m, "control", controls) for m in alike}
-    return {m: separation(alike[m], others[m]) for m in alike}
-
-
-fewer = without("untrained_layers")
-of_same_model = without("untrained", "untrained_layers")
+exam = examine(known)
+fewer = exam.without("untrained_layers")
+of_same_model = exam.without("untrained", "untrained_layers")
 
 # %% mystnb={"figure": {"caption": "The exam of the metrics. The top three are the truth itself, the others are sorted by separation. Left: how a metric orders the SAEs of the panel, against the truth; far from 0 is good. Middle: 1 or 0 separates trained SAEs from controls completely. Right: 0 is best.", "name": "fig-metrics-examined"}, "image": {"alt": "A row for each metric in three panels: two rank correlations with intervals, the separation of trained SAEs from controls, and the noise over seeds."}}
-metric_exam(exam, fewer, "the one with new language layers");
+metric_exam(
+    exam.metrics, fewer, "the one with new language layers"
+);
 # %% [markdown]
 # The same as a table. *SAEs*: how many of the panel have a value. *Distance* is the
 # mean of the trained SAEs less that of the controls, in standard deviations over
@@ -578,7 +557,7 @@ plots.table([
      "of the same model": of_same_model[each.metric],
      "distance": each.distance, "noise": each.noise}
     | {f"order: {name}": mean for name, mean in each.agreement.items()}
-    for each in exam
+    for each in exam.metrics
 ], digits=2)  # fmt: skip
 
 # %% [markdown]
@@ -608,111 +587,18 @@ metrics_table(stage)
 # ## What we found
 
 # %% tags=["remove-input"]
-def ends(numbers, form="{:.2f}"):
-    low, high = (form.format(end) for end in (min(numbers), max(numbers)))
-    return low if low == high else f"{low} to {high}"
-
-
-def spread(metric, group="seed", form="{:.2f}", but=()):
-    return ends(column(metric, group, but), form)
-
-
-def chance(metric):
-    """How often a random order separates the SAEs that have a metric completely."""
-    trained, controls = (len(column(metric, group)) for group in ("seed", "control"))
-    return 2 / comb(trained + controls, trained)
-
-
-def clamped(group):
-    found = [known.find(name, *columns.OBJECT_LATENTS["clamped"]) for name in known.group(group)]
-    return ends([each for each in found if each is not None], "{:.0f}")
-
-
-def of_controls(title):
-    found = [known.find(name, *columns.STEERING[title]) for name in known.group("control")]
-    return [each for each in found if each is not None]
-
-
-def at_highest_dose():
-    named, changed = map(of_controls, ("named at the highest dose", "answers it changes"))
-    return named and (f" (at the highest dose {ends(named, '{:.0f}')}, although it changes "
-                      f"{ends(changed, '{:.0f}')} of 100 answers)")
-
-
-def touching(metric):
-    found = against(known, columns.EXAMINED[metric])
-    return found is None or found.touching is not False
-
-
-sentences = []
-by_chance = read_mean(here, "concept_accuracy") if "concept_accuracy" in here else None
-if by_chance:
-    right = read_mean(mine, "concept_accuracy")
-    overlap = by_chance.high > right.low
-    sentences.append(
-        f"Of the explained latents of a random dictionary, {percent(by_chance)} have the "
-        f"right name; of this run's SAE, {percent(right)}. "
-        + ("The intervals overlap: a high fraction of right names alone does not show that "
-           "an SAE learned something." if overlap
-           else "The intervals do not overlap: the trained SAE is better.")
-    )
-    guessed = [of for of in (here, mine) if "concept_accuracy_guessed" in of]
-    if len(guessed) == 2:
-        sentences[-1] += " Guessed names are right for " + " and ".join(
-            percent(read_mean(of, "concept_accuracy_guessed")) for of in guessed
-        ) + "."
-if known:
-    last = "untrained_layers"
-    apart = [each.metric for each in exam if each.separation in (0, 1)]
-    apart_text = "; ".join(
-        f"{name} ({spread(name, form='{:.3g}')} against {spread(name, 'control', '{:.3g}')} of "
-        f"{len(column(name, 'control'))} controls; {percent(chance(name), 1)})"
-        for name in apart
-    )
-    clear = [name for name in apart if not touching(name)]
-    without_last = [name for name in fewer if fewer[name] in (0, 1) and name not in apart]
-    same_model = [name for name in fewer if of_same_model[name] in (0, 1) and name not in (*apart, *without_last)]
-    same_model_text = "; ".join(
-        f"{name} ({spread(name)} against {spread(name, 'control', but=('untrained', last))})" for name in same_model
-    )
-    rest = [each.metric for each in exam if each.metric not in (*apart, *without_last, *same_model)]
-    sentences += [
-        f"Trained SAEs detect {spread('concepts detected')} of the concepts, and detect and "
-        f"name {spread('concepts named')}. Controls detect "
-        f"{spread('concepts detected', 'control', but=(last,))} and name "
-        f"{spread('concepts named', 'control', but=(last,))}. But the control with new language layers "
-        f"detects {values[last]['concepts detected']:.2f} and names "
-        f"{values[last]['concepts named']:.2f}. It keeps the trained image encoder.",
-        f"Object latents of trained SAEs make the model name their object in "
-        f"{spread('objects named, of 100', form='{:.0f}')} of 100 cases, those of controls in "
-        f"{spread('objects named, of 100', 'control', '{:.0f}')}{at_highest_dose() or ''}. Of a trained SAE "
-        f"{clamped('seed')} object latents are clamped, of a control {clamped('control')}"
-        + (", so intervals of single SAEs overlap." if touching("objects named, of 100") else ".")
-        + " Two of the controls have models that cannot answer, so three count.",
-        f"{len(apart)} of {len(exam)} metrics put every trained SAE on one side of every "
-        f"control: {apart_text}. The percentage is how often this happens if the order of the "
-        "SAEs is random; over all metrics we expect "
-        f"{sum(chance(each.metric) for each in exam):.2f}. Intervals of single SAEs do not "
-        f"overlap for: {'; '.join(clear) or 'none'}.",
-        "Consistency and modality count little here: random decoder rows cannot be consistent, and "
-        "modality is no measure of quality.",
-        f"Without the control with new language layers, these do so, too: {'; '.join(without_last) or 'none'}.",
-        f"Against the three controls of the same model alone, these do, too: {same_model_text or 'none'}.",
-        f"These do not: {'; '.join(rest) or 'none'}.",
-        "As detectors of a concept (F1): "
-        + beside_each_other(known, "direction_detection", learned, "{}_f1")
-        + ". " + compared_with_first(known, "direction_detection", learned, "{}_f1_above_latent")
-        + " The probe and the difference see labels when they learn.",
-        "To steer towards an object (named, of 100): "
-        + beside_each_other(known, "direction_steering", ways, "steer_{}_named_of_100", "{:.0f}")
-        + ". " + compared_with_first(known, "direction_steering", ways, "steer_{}_named_above_latent"),
-        *kinds_in_short(known),
-        "Latents explained by steering: " + "; ".join(
-            f"{title.removeprefix('steering: ')} {found.clause()}"
-            for title, at in columns.BY_STEERING.items() if (found := against(known, at))
-        ) + ". Few latents are behind the right names.",
-    ]
-findings(*sentences)
+said = zip(
+    ("As detectors of a concept (F1; the probe and the difference see labels "
+     "when they learn)", "To steer towards an object (named, of 100)"),
+    methods_in_short(known, learned, ways), strict=False,
+)  # fmt: skip
+findings(
+    *random_beside_trained(mine, here),
+    *exam_sentences(exam),
+    *(f"{head}: {text}" for head, text in said),
+    *kinds_in_short(known),
+    *explained_by_steering(known),
+)
 
 # %% [markdown]
 # A metric that controls reach is no evidence for an SAE. This holds in this
@@ -736,42 +622,36 @@ findings(*sentences)
 # [lab notebook](../lab_notebook) has more.
 
 # %% tags=["result", "remove-input"]
-names_right = f"; {percent(by_chance)} of these names are right" if by_chance else ""
-trained_right = ""
+names_right = trained_right = without_sae = ""
+if "concept_accuracy" in here:
+    right = percent(read_mean(here, "concept_accuracy"))
+    names_right = f"; {right} of these names are right"
 if "concept_accuracy" in mine:
-    trained_right = (
-        f" For the trained SAE, this is {percent(read_mean(mine, 'explained_fraction'))} and "
-        f"{percent(read_mean(mine, 'concept_accuracy'))}."
+    explained, right = (
+        percent(read_mean(mine, metric))
+        for metric in ("explained_fraction", "concept_accuracy")
     )
-in_panel = without_sae = ""
+    trained_right = f" For the trained SAE, this is {explained} and {right}."
 if known:
-    in_panel = (
-        f" In the panel, {len(column('concepts named', 'seed'))} trained SAEs detect and name {spread('concepts named')} of the concepts, "
-        f"controls {spread('concepts named', 'control', but=(last,))}, and one control that keeps "
-        f"the trained image encoder {values[last]['concepts named']:.2f}. Clamped object latents name "
-        f"their object in {spread('objects named, of 100', form='{:.0f}')} of 100 cases, those of "
-        f"controls in {spread('objects named, of 100', 'control', '{:.0f}')}{at_highest_dose() or ''}. Of {len(exam)} metrics, "
-        f"{len(apart)} put all trained SAEs on one side of all controls: {'; '.join(apart) or 'none'}."
-    )
-    detecting = beside_each_other(known, "direction_detection", learned, "{}_f1")
     short = {
         "latent": "clamped latents", "difference": "differences of means",
         "probe": "directions of probes", "prompt": "prompts",
     }  # fmt: skip
-    steered = beside_each_other(known, "direction_steering", short, "steer_{}_named_of_100", "{:.0f}")
+    detecting, steering = methods_in_short(known, learned, short)
     without_sae = (
-        f"simple methods need no SAE, but labels. Detection (F1): {detecting}. "
-        + compared_with_first(known, "direction_detection", learned, "{}_f1_above_latent")
-        + f" Steering (objects named, of 100): {steered}. "
-        + compared_with_first(known, "direction_steering", short, "steer_{}_named_above_latent")
+        "simple methods need no SAE, but labels. Detection (F1): "
+        f"{detecting} Steering (objects named, of 100): {steering}"
     )
 headline(
     page,
     "the explainer names "
-    f"{percent(read_mean(here, 'explained_fraction'))} of the live latents of a random "
-    f"dictionary{names_right}.{trained_right}{in_panel}",
-    "it compares with random images, and has no random SAE and no method that is not an SAE.",
-    "we cannot compare: the paper's control asks whether a name fits its own images better than others.",
+    f"{percent(read_mean(here, 'explained_fraction'))} of the live latents "
+    f"of a random dictionary{names_right}.{trained_right}"
+    f"{exam_in_short(exam)}",
+    "it compares with random images, and has no random SAE and no method "
+    "that is not an SAE.",
+    "we cannot compare: the paper's control asks whether a name fits its own "
+    "images better than others.",
     controls=without_sae,
 )
 

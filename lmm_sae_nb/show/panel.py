@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -97,6 +97,10 @@ class Panel:
         """Return a metric of every SAE that has it, by the SAE's name."""
         found = {name: self.find(name, part, metric) for name in self.saes}
         return {name: value for name, value in found.items() if value is not None}
+
+    def values(self, saes: Iterable[str], at: tuple[str, str]) -> list[Number]:
+        """Return a metric, given by its part and name, of those of some SAEs that have it."""
+        return [value for value in (self.find(name, *at) for name in saes) if value is not None]
 
     def group(self, group: str) -> list[str]:
         """Return the names of a group's SAEs."""

@@ -125,24 +125,19 @@ from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.feature_browser import FeatureBrowser
 from lmm_sae_nb.show.latent_table import LatentTable
 from lmm_sae_nb.show.panel import read_panel
-from lmm_sae_nb.show.panel_metrics import PanelMetric
-from lmm_sae_nb.show.panel_sentences import (
-    against_controls,
-    beside_each_other,
-    compared_with_first,
-    controls_in_short,
-)
 from lmm_sae_nb.show.report import (
-    across_saes,
     findings,
     headline,
     metrics_table,
-    over_saes,
     provenance,
-    published,
 )
 from lmm_sae_nb.show.seed_study import read_study
 from lmm_sae_nb.show.steering_panel import SteeringPanel
+from lmm_sae_nb.show.steering_sentences import (
+    steering_findings,
+    steering_of_others,
+    steering_result,
+)
 from lmm_sae_nb.steer.experiments import (
     CaseStudy,
     RankedKinds,
@@ -166,7 +161,6 @@ from lmm_sae_nb.steer.objects import (
 from lmm_sae_nb.steer.relevance import Relevance, rate_objects
 from lmm_sae_nb.steer.steering import steer_latents
 from lmm_sae_nb.support.images import Chosen
-from lmm_sae_nb.support.intervals import read_mean
 from lmm_sae_nb.support.stages import Metrics, Page
 
 page = Page(globals())
@@ -538,117 +532,10 @@ metrics_table(stage)
 # ## What we found
 
 # %% tags=["remove-input"]
-m = metrics
-of_objects, of_cases = [], []
-if m["objects_steered"]:
-    above = m["named_of_100_low"] > m["control_named_of_100_high"]
-    limit = (
-        f" {m['dose']:g} is the end of our range of doses; "
-        "more was not tried on this page."
-    ) * (m["dose"] == max(objects["doses"]))
-    fluent = read_mean(m, "named_fluency") if "named_fluency" in m else "unknown"
-    of_objects = [
-        f"At dose {m['dose']:g}, {m['named_of_100']:.0f} of 100 object "
-        "latents make the model name their object on a white image. "
-        f"Random latents: {m['control_named_of_100']:.0f} of 100. The "
-        f"intervals {'do not overlap' if above else 'overlap'}.{limit}",
-        f"The fluency of all answers is {read_mean(m, 'fluency')}, that of "
-        "the answers that name the object "
-        f"{fluent}. Unsteered answers have "
-        f"{read_mean(m, 'unsteered_fluency')}. "
-        f"{m['fluent_named_of_100']:.0f} of 100 latents give an answer that "
-        "names the object and has at least 0.8 of the unsteered fluency.",
-        "Without regard to fluency, the latents that choose would take dose "
-        f"{m['naming_dose']:g}: {m['naming_dose_named_of_100']:.0f} of 100 "
-        "reported latents name their object there.",
-        f"{m['changed_of_100']:.0f} of 100 object latents change the answer, "
-        f"but so do {m['control_changed_of_100']:.0f} of 100 random latents. "
-        "A changed answer does not show that a name is right.",
-        "A dose is relative to the latent's own maximum. Object latents are "
-        f"clamped to {m['clamp_value']:.0f} on average, random latents to "
-        f"{m['control_clamp_value']:.0f}. Rows of `W_dec` have norm 1, so "
-        "this is about the norm of the change in a token's reconstruction. "
-        "With the values of the object latents, "
-        f"{m['control_value_changed_of_100']:.0f} of 100 random latents "
-        "change the answer. "
-        f"{m['control_value_named_of_100']:.0f} of 100 of these answers name "
-        "the object.",
-    ]
-if m["feelings_steered"]:
-    feelings_of_saes = over_saes(
-        read_study(page.locate(seeds_study), page), stage, "feelings_named",
-        "{:.0f}".format,
-    )  # fmt: skip
-    feelings_of_saes = feelings_of_saes and f" ({feelings_of_saes})"
-    stories_are = (
-        "So steered stories stay about as whole as others."
-        if m["stories_fluency_ratio"] >= 0.8
-        else "So many steered stories are broken at the chosen dose."
-    )
-    of_cases = [
-        f"{m['feelings_named']} of {m['feelings_steered']} latents named for "
-        f"a feeling make the model report it{feelings_of_saes}, at the dose that "
-        "the other latents choose. With the next feeling's latent, it reports the "
-        f"first feeling for {m['feelings_control_named'] or 'none'}. The "
-        f"fluency is {read_mean(m, 'feelings_fluency')}, that of unsteered answers "
-        f"{read_mean(m, 'feelings_unsteered_fluency')}.",
-        f"{m['stories_named']} of {m['stories_steered']} latents bring their "
-        f"feeling into a story (control: {m['stories_control_named']}). The "
-        f"fluency is {read_mean(m, 'stories_fluency')}, that of unsteered "
-        f"stories {read_mean(m, 'stories_unsteered_fluency')}. {stories_are}",
-        "At any dose, whole sentence or not, "
-        f"{m['feelings_named_any_dose']} of {m['feelings_steered']} latents "
-        f"bring the feeling into an answer, and {m['stories_named_any_dose']} "
-        "into a story.",
-    ]
-findings(
-    *(of_objects or ["Fewer than three latents have a name, so none is clamped on a white image."]),
-    *(of_cases or ["Fewer than two latents are named for a feeling, so there is no case study."]),
-)
-
-# %% tags=["remove-input"]
-if m["word_latents"]:
-    low, high = m["word_difference_low"], m["word_difference_high"]
-    effect = (
-        "on average, a latent is more active on its name" if low > 0
-        else "on average, a latent is less active on its name" if high < 0
-        else "the interval contains 0, so we see no effect of the word"
-    )  # fmt: skip
-    findings(
-        "When the model reads a latent's name, the latent reaches on average "
-        f"{m['word_on_name']:.1%} of its maximum on patches; with other names "
-        f"{m['word_on_others']:.1%}. The mean difference within a latent is "
-        f"{100 * m['word_difference']:.1f} points (99 % interval "
-        f"{100 * low:.1f} to {100 * high:.1f}): {effect}.",
-        f"{m['word_silent']} of {m['word_latents']} latents are silent on "
-        "every name (the origin of the figure). "
-        f"{m['word_more_on_name']} are more active on their name than on the "
-        f"mean of the others, {m['word_more_on_others']} less. For the second, "
-        "a response to one of the many other names is enough.",
-    )
-else:
-    findings("Fewer than two different names are of objects or faces, so no name is read.")
-
-# %% tags=["remove-input"]
-usual = m["all_latents_low_level"]
-often = (
-    "more frequent" if m["top_ranks_low_level_low"] > usual
-    else "less frequent" if m["top_ranks_low_level_high"] < usual
-    else "neither more nor less frequent"
-)  # fmt: skip
-findings(
-    "Low-level kinds (colour, texture, material) name "
-    f"{m['top_ranks_low_level']:.0%} (99 % interval over images "
-    f"{m['top_ranks_low_level_low']:.0%} to "
-    f"{m['top_ranks_low_level_high']:.0%}) of the latents in ranks 1 to "
-    f"10, and {usual:.0%} of all latents that notebook 03 asked about: they are {often} in the first "
-    "ranks. "
-    "The paper says that low-level features often are highly active.",
-    f"Scenes name {m['top_ranks_scene']:.0%} of the latents in ranks 1 to "
-    f"10, and {m['all_latents_scene']:.0%} of all that it asked about.",
-    "The panel answers a moved slider in "
-    f"{m['panel_slider_seconds']:.2f} s.",
-)
+findings(*steering_findings(
+    metrics, max(objects["doses"]),
+    read_study(page.locate(seeds_study), page),
+))  # fmt: skip
 
 # %% [markdown]
 # ## Other SAEs
@@ -668,41 +555,8 @@ of_all = {
 }
 plots.other_saes(study, stage, of_all, "of 100 latents", highest=100);
 # %% tags=["remove-input"]
-count = "{:.0f}".format
-fluency = {"fluency_ratio": "fluency, relative to unsteered answers"}
-of_eight = {
-    "feelings_named": "latents that make the model report their feeling",
-    "stories_named": "latents that bring their feeling into a story",
-}
 all_panel = read_panel(page.locate(panel), page)
-panel_metrics = {
-    "objects named, of 100 (at most 30 latents)": PanelMetric(
-        "steer", "named_of_100"
-    )
-}
-ways = {
-    "latent": "clamped latents", "difference": "differences of means",
-    "probe": "logistic probes", "prompt": "prompts",
-}  # fmt: skip
-named = beside_each_other(
-    all_panel, "direction_steering", ways, "steer_{}_named_of_100", "{:.0f}"
-)
-without_sae = named and (
-    "Four ways to steer towards the same objects, each with the dose that "
-    f"suits it; objects named, of 100: {named}. "
-    + compared_with_first(
-        all_panel, "direction_steering", ways, "steer_{}_named_above_latent"
-    )
-    + " Differences and probes are no latents: they are directions that "
-    "learned from labels ([A4](A4_controls_and_metrics))."
-)
-findings(
-    *([without_sae] if without_sae else []),
-    *across_saes(study, stage, of_all, count),
-    *across_saes(study, stage, of_eight, count),
-    *across_saes(study, stage, fluency, "{:.2f}".format),
-    *against_controls(all_panel, panel_metrics, "{:.0f}"),
-)
+findings(*steering_of_others(study, all_panel, of_all))
 
 # %% [markdown]
 # **Limits.** Two things probably make steering easier here than in the paper.
@@ -718,35 +572,10 @@ findings(
 # fluency sees little but repetitions. Read the answers in the table.
 
 # %% tags=["result", "remove-input"]
-paper = published("steer", "changed_of_100")
-of_saes = over_saes(study, stage, "named_of_100", count)
-of_saes = of_saes and f" Named over seeds: {of_saes}."
-ours = "fewer than three latents have a name, so none is clamped on a white image."
-if m["objects_steered"]:
-    ours = (
-        f"{m['named_of_100']:.0f} of 100 object latents (99 % interval "
-        f"{m['named_of_100_low']:.0f} to {m['named_of_100_high']:.0f}) make "
-        f"the model name their object, {m['fluent_named_of_100']:.0f} of them "
-        "in a fluent answer. Random latents at the same values: "
-        f"{m['control_value_named_of_100']:.0f} of 100 ("
-        f"{m['control_value_named_of_100_low']:.0f} to "
-        f"{m['control_value_named_of_100_high']:.0f}). A clamp changes the "
-        f"answer for {m['changed_of_100']:.0f} of 100 object latents, and for "
-        f"{m['control_value_changed_of_100']:.0f} of 100 random latents at the "
-        f"same values.{of_saes}"
-    )
 headline(
     page,
-    ours,
-    f"{paper:.0f} of 100 object latents change the answer. How often an "
-    "answer names the object is not reported, nor the dose.",
-    f"probably because we clamp an early layer, at {m['dose']:g} times "
-    "what any image causes. We did not test this."
-    if m["objects_steered"] else "there are too few named latents.",
-    controls=" ".join(filter(None, (
-        controls_in_short(all_panel, panel_metrics, "{:.0f}"), without_sae
-    ))),
-)  # fmt: skip
+    *steering_result(metrics, study, all_panel),
+)
 
 # %% tags=["remove-input"]
 provenance(page, stage)

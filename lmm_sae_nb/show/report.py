@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 from IPython.display import HTML, Markdown, display
 
@@ -15,6 +15,15 @@ from lmm_sae_nb.support.conversions import conversions_in_words, sum_conversions
 from lmm_sae_nb.support.files import project_root
 from lmm_sae_nb.support.intervals import Mean
 from lmm_sae_nb.support.stages import Page, Stage, read_typed
+
+
+class PageResult(NamedTuple):
+    """The texts of `headline`."""
+
+    ours: str
+    paper: str
+    why: str
+    controls: str = ""
 
 
 def headline(page: Page | None, ours: str, paper: str, why: str, controls: str = "") -> None:

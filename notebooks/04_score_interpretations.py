@@ -125,25 +125,22 @@ from lmm_sae_nb.score.tables import (
 )
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.panel import read_panel
-from lmm_sae_nb.show.panel_metrics import PanelMetric
-from lmm_sae_nb.show.panel_sentences import (
-    against_controls,
-    controls_in_short,
-)
 from lmm_sae_nb.show.rater import Rater
 from lmm_sae_nb.show.report import (
-    across_saes,
     findings,
     headline,
     metrics_table,
-    over_saes,
-    percent,
     provenance,
     published_numbers,
 )
+from lmm_sae_nb.show.score_sentences import (
+    modes_sentence,
+    score_findings,
+    score_result,
+    scores_of_others,
+)
 from lmm_sae_nb.show.seed_study import read_study
 from lmm_sae_nb.support.images import Remembered
-from lmm_sae_nb.support.intervals import Mean, read_mean
 from lmm_sae_nb.support.stages import Page
 from lmm_sae_nb.truth.accuracy import other_names
 from lmm_sae_nb.truth.label_maps import LabelMaps
@@ -316,19 +313,7 @@ plots.overlaps(
     median_overlaps(scores, exemplars, segmenters[reference], modes[1])
 );
 # %% tags=["remove-input"]
-changes = {
-    kind: (row.score.mean, iou["strict"][kind].score.mean)
-    for kind, row in iou["paper"].items() if kind in iou["strict"]
-}
-total = changes.pop("total")
-gaps = {kind: high - low for kind, (low, high) in changes.items()}
-most, least = max(gaps, key=gaps.get), min(gaps, key=gaps.get)
-findings(
-    f"From the paper's mode to the strict one, the mean IoU goes from "
-    f"{total[0]:.2f} to {total[1]:.2f}. It changes most for the kinds "
-    f"{most} ({changes[most][0]:.2f} to {changes[most][1]:.2f}) and "
-    f"{least} ({changes[least][0]:.2f} to {changes[least][1]:.2f})."
-)
+findings(modes_sentence(tables))
 
 # %% [markdown]
 # ## How far can we trust a segmenter?
@@ -380,7 +365,7 @@ for mode in ("paper", "strict") if truth else ():
 # model are saved one by one, so no answer is lost if the judge fails.
 
 # %%
-judgements = {}
+judgements, judged = {}, {}
 if judge or truth:
     judging = page.stage(
         "judge", after=("cache", "interpret"),
@@ -462,93 +447,12 @@ plots.other_saes(study, stage, of_all, "IoU");
 # ## What we found
 
 # %% tags=["remove-input"]
-FEW = 20  # latents; a kind with fewer is not counted
-# in how many kinds the score's interval lies above that of a chance
-counted = {}
-for column, table in tables.items():
-    for chance in ("random", "area", "shuffled"):
-        kinds = {
-            kind: row for kind, row in table.items()
-            if metrics.get(f"latents_{kind}", 0) >= FEW
-            and getattr(row, chance)
-        }
-        others = [
-            kind for kind, row in kinds.items()
-            if row.score.low <= getattr(row, chance).high
-        ]
-        but = f" (not {', '.join(others)})" if others else ""
-        beaten = len(kinds) - len(others)
-        if kinds:
-            counted[f"{column}_{chance}"] = (
-                f"in {beaten} of {len(kinds)} kinds{but}"
-            )
-means = tables[Column("iou", "strict")]
-total = means["total"]
-sentences = [
-    f"With {reference} as segmenter, the strict IoU of explained latents is "
-    f"{total.score}. With the activation moved it is {total.area}, with "
-    f"another name {total.shuffled}, on random images {total.random}.",
-    "The interval of the strict IoU lies above that of the moved activation "
-    f"{counted.get('iou_strict_area', 'in no kind')}. Kinds with fewer than {FEW} latents are "
-    "not counted.",
-    "We believe that random images are a weak opponent because most latents "
-    "are silent there. We did not test it.",
-]
-for column in scores.columns:
-    if f"{column}_correlation" in metrics and column.mode == "strict":
-        score, r = (
-            read_mean(metrics, name)
-            for name in (str(column), f"{column}_correlation")
-        )
-        sentences.append(
-            f"By {column.segmenter}, the strict IoU is {score} against "
-            f"{read_mean(metrics, 'iou_strict')}. The correlation of the two "
-            f"over latents is {r}."
-        )
-if truth:
-    wrong = by_truth[1]
-    sentences += [
-        f"For wrong names, {words.split(', ')[1]} (strict IoU): {value}."
-        + (" So it marks things that only look like the concept."
-           if value.low > 0 else "")
-        for words, value in wrong.items()
-        if words.startswith("strict") and " less " in words
-        and isinstance(value, Mean)
-    ]
-if "clip_paper_random" in counted:
-    sentences.append(
-        "The CLIP score of whole images is higher than on random images "
-        f"{counted['clip_paper_random']}, and higher than with another name "
-        f"{counted['clip_paper_shuffled']}."
-    )
-if "clip_strict_area" in counted:
-    sentences.append(
-        "The strict CLIP score is higher than for the moved region "
-        f"{counted['clip_strict_area']}, and higher than with another name "
-        f"{counted['clip_strict_shuffled']}."
-    )
-if judgements and "judged" in judged:
-    own = percent(read_mean(judged, "judged"), 1)
-    sentences.append(
-        f"The judge ({judge_name}) accepts {own} of the names"
-        + (
-            f", and {percent(read_mean(judged, 'judged_shuffled'), 1)} of "
-            "other names."
-            if "judged_shuffled" in judged else "."
-        )
-        + ("" if judge else " No person and no model has judged here, so "
-           "Table 2 is not reproduced.")
-    )
-panel_metrics = {
-    "IoU in the paper's mode": PanelMetric("score", "iou_paper"),
-    "strict IoU": PanelMetric("score", "iou_strict"),
-}
-clip_metrics = {"CLIP score": PanelMetric("score", "clip_paper")}
 all_panel = read_panel(page.locate(panel), page)
-controlled = against_controls(all_panel, panel_metrics)
-controlled += against_controls(all_panel, clip_metrics, "{:.1f}")
 findings(
-    *sentences, *across_saes(study, stage, of_all, "{:.3f}".format), *controlled
+    *score_findings(
+        metrics, tables, by_truth, judged, reference=reference, judge=judge
+    ),
+    *scores_of_others(study, all_panel, of_all),
 )
 
 # %% [markdown]
@@ -566,48 +470,9 @@ metrics_table(stage)
 metrics_table(judging) if judgements else None
 
 # %% tags=["result", "remove-input"]
-words = {
-    "": "", "_area": "with the activation moved ",
-    "_random": "on random images ", "_shuffled": "with another name ",
-}
-beside = {"iou_paper": "", "clip_paper": ""}
-for name in beside:
-    digits = 3 if name.startswith("iou") else 1
-    numbers = [
-        (text, [f"{x:.{digits}f}" for x in read_mean(metrics, name + end)])
-        for end, text in words.items() if name + end in metrics
-    ]
-    beside[name] = ", ".join(
-        f"{text}{mean} [{low}, {high}]" for text, (mean, low, high) in numbers
-    )
-of_saes = over_saes(study, stage, "iou_paper", "{:.2f}".format)
-clips = ""
-if beside["clip_paper"]:
-    clips = f" The CLIP score is {beside['clip_paper']}."
-paper = published_numbers("score")
-ours, theirs = (
-    f"{each['clip_paper']:.1f} - {each['clip_paper_random']:.1f}"
-    if "clip_paper_random" in each else ""
-    for each in (metrics, paper)
-)
-scale = (
-    f" Our small CLIP has another scale than ViT-B/32, so compare its scores "
-    f"only with chance: {ours} here, {theirs} in the paper."
-    if ours else ""
-)
 headline(
     page,
-    "on images that excite a latent, the IoU with its concept (in the "
-    f"paper's mode) is {beside['iou_paper']}.{clips} In brackets: 99 % intervals; "
-    f"{metrics['latents_scored']} latents."
-    + (f" IoU over seeds: {of_saes}." if of_saes else ""),
-    f"an IoU of {paper['iou_paper']:.2f} against "
-    f"{paper['iou_paper_random']:.3f} on random images, and a CLIP score of "
-    f"{paper['clip_paper']:.1f} against {paper['clip_paper_random']:.1f} "
-    "(Table 1). It does not move the activation.",
-    "we believe that drawings are easier, because their concepts have clear "
-    f"borders; we did not test it.{scale}",
-    controls=controls_in_short(all_panel, panel_metrics | clip_metrics),
+    *score_result(metrics, study, all_panel),
 )
 
 # %% tags=["remove-input"]

@@ -115,27 +115,21 @@ from lmm_sae_nb.interpret.explain import (
 from lmm_sae_nb.interpret.open import open_interpreter
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.markup import as_text
-from lmm_sae_nb.show.panel import read_panel
-from lmm_sae_nb.show.panel_metrics import PanelMetric
-from lmm_sae_nb.show.panel_sentences import (
-    against_controls,
-    beside_each_other,
-    compared_with_first,
-    controls_in_short,
+from lmm_sae_nb.show.name_sentences import (
+    name_findings,
+    name_result,
+    names_of_others,
 )
+from lmm_sae_nb.show.panel import read_panel
 from lmm_sae_nb.show.report import (
-    across_saes,
     findings,
     headline,
     metrics_table,
-    over_saes,
     percent,
     provenance,
-    published,
 )
 from lmm_sae_nb.show.seed_study import read_study
 from lmm_sae_nb.support.images import Remembered
-from lmm_sae_nb.support.intervals import read_mean
 from lmm_sae_nb.support.stages import Page
 from lmm_sae_nb.truth import accuracy
 from lmm_sae_nb.truth.detectors import (
@@ -515,79 +509,11 @@ plots.other_saes(study, stage, of_all, "fraction");
 # ## What we found
 
 # %% tags=["remove-input"]
-low = metrics.get("refused_low_confidence", 0)
-sentences = [
-    f"The explainer names {metrics['explained']:,} of {metrics['asked']:,} "
-    f"latents ({percent(metrics['explained_fraction'])}). It refuses "
-    f"{metrics['refused']:,}, {low:,} of these because its confidence is "
-    "too low."
-]
-if truth and explained:
-    sentences.append(
-        f"{percent(read_mean(metrics, 'concept_accuracy'), 1)} of the names "
-        "are the true concept (in brackets: the 99 % interval). "
-        f"{percent(metrics['concept_common'])} are at least one of the "
-        "concepts that the images have in common."
-    )
-if "concept_accuracy_guessed" in metrics:
-    guessed = percent(read_mean(metrics, "concept_accuracy_guessed"), 1)
-    other = percent(read_mean(metrics, "concept_accuracy_shuffled"), 1)
-    sentences.append(
-        f"Guessed names, those of random latents of the same kind, are right "
-        f"in {guessed}; another name is right in {other}."
-    )
-if "concept_accuracy_unseen" in metrics:
-    trained = metrics["asked"] - metrics["asked_unseen"]
-    sentences.append(
-        f"Its training had masks of {trained:,} of the latents. It names "
-        f"{metrics['explained_unseen']:,} of the other "
-        f"{metrics['asked_unseen']:,}. "
-        f"{percent(read_mean(metrics, 'concept_accuracy_unseen'), 1)} of "
-        "these names are right; of guessed names "
-        f"{percent(read_mean(metrics, 'concept_accuracy_guessed_unseen'), 1)}."
-    )
-if truth and explained:
-    sentences += [
-        f"{percent(metrics['answerable_fraction'])} of the latents have a "
-        "true concept. No explainer can rightly name more. With the same "
-        "masks on random images, the rule finds a concept for "
-        f"{percent(read_mean(metrics, 'answerable_fraction_random'))}.",
-        f"Of {metrics['concepts_present']} concepts in the held-out scenes, "
-        f"{percent(metrics['concepts_detected'])} have a latent that detects "
-        f"them, {percent(metrics['concept_recall'])} one that also carries "
-        "their name. With the label maps of other scenes, "
-        f"{percent(read_mean(metrics, 'concepts_detected_by_chance'))} have "
-        "such a latent.",
-    ]
-if "refusal_precision" in metrics:
-    sentences.append(
-        f"{percent(metrics['refusal_precision'])} of the refusals are right: "
-        "these images have nothing in common, or only a detail."
-    )
-panel_metrics = {
-    "latents explained": PanelMetric("interpret", "explained_fraction"),
-    "names right": PanelMetric("interpret", "concept_accuracy"),
-    "concepts detected and named": PanelMetric("detect", "concept_recall"),
-}
 all_panel = read_panel(page.locate(panel), page)
-controlled = against_controls(all_panel, panel_metrics)
-detectors = {
-    "latent": "best latent", "difference": "difference of means",
-    "probe": "logistic probe",
-}  # fmt: skip
-detecting = beside_each_other(
-    all_panel, "direction_detection", detectors, "{}_f1"
+findings(
+    *name_findings(metrics),
+    *names_of_others(study, all_panel, of_all),
 )
-without_sae = detecting and (
-    f"As detectors of a concept, mean F1 on held-out scenes: {detecting}. "
-    + compared_with_first(
-        all_panel, "direction_detection", detectors, "{}_f1_above_latent"
-    )
-    + " The last two need no SAE, but labels to learn from."
-)
-if without_sae:
-    controlled.append(without_sae)
-findings(*sentences, *across_saes(study, stage, of_all), *controlled)
 
 # %% [markdown]
 # **Limits.** One explainer, and one rule of what images have in
@@ -600,50 +526,9 @@ findings(*sentences, *across_saes(study, stage, of_all), *controlled)
 # explained.
 
 # %% tags=["result", "remove-input"]
-right = {"": "", "_unseen": ""}
-for end in right:
-    if f"concept_accuracy_guessed{end}" in metrics:
-        own, guessed, other = (
-            percent(read_mean(metrics, f"concept_accuracy{kind}{end}"))
-            for kind in ("", "_guessed", "_shuffled")
-        )
-        right[end] = (
-            f"; {own} of these names are right. By chance: guessed names of the "
-            f"same kind are right in {guessed}, another latent's name in {other}"
-        )
-of_saes = over_saes(study, stage, "concept_accuracy")
-of_all_saes = f" Right names over seeds: {of_saes}." if of_saes else ""
-all_latents = (
-    f"the explainer names {metrics['explained']:,} of {metrics['asked']:,} "
-    f"live latents{right['']}."
-)
-if "concept_accuracy_unseen" in metrics:
-    all_latents = (
-        f"the explainer was trained on masks of some of the latents. It names "
-        f"{metrics['explained_unseen']:,} of the other {metrics['asked_unseen']:,}"
-        f"{right['_unseen']}. Of all {metrics['asked']:,} live latents it names "
-        f"{metrics['explained']:,}; "
-        f"{percent(read_mean(metrics, 'concept_accuracy'))} of these names are right."
-    )
-known = ""
-if recall:
-    known = (
-        f"The held-out scenes of Picture World show "
-        f"{metrics['concepts_present']} concepts. "
-    )
 headline(
     page,
-    f"{all_latents}{of_all_saes} In brackets: 99 % intervals.",
-    "it explains 5,000 latents and does not report how many were refused. "
-    f"People accept {percent(published('judge', 'judged_people'))} of the "
-    f"names, GPT-4o {percent(published('judge', 'judged'))} (Table 2).",
-    "to accept a name is weaker than our test, which asks for the one true "
-    "concept; [notebook 04](04_score_interpretations) has the number to "
-    f"compare. {known}Our explainer was trained to name the concepts of "
-    "its world.",
-    controls=" ".join(
-        filter(None, (controls_in_short(all_panel, panel_metrics), without_sae))
-    ),
+    *name_result(metrics, study, all_panel),
 )
 
 # %% tags=["remove-input"]

@@ -132,7 +132,6 @@ seeds_study: str = "book/seeds.json"
 custom: dict = {"image": "", "question": "", "answer": "", "baseline": ""}
 
 # %% tags=["remove-cell"]
-from functools import partial
 from itertools import islice
 
 from datasets import load_from_disk
@@ -194,14 +193,16 @@ from lmm_sae_nb.interpret.explain import ExplanationRows
 from lmm_sae_nb.model.sample_checks import open_samples
 from lmm_sae_nb.model.samples import first_turns, readable
 from lmm_sae_nb.show import plots
+from lmm_sae_nb.show.cure_findings import (
+    MeasuredCures,
+    cure_controls,
+    cure_findings,
+    cure_in_short,
+)
 from lmm_sae_nb.show.cure_sentences import (
-    UNKNOWN,
+    case_in_words,
     choice_without_cases,
-    cured_in_words,
-    draws_in_words,
     empty_groups,
-    fraction,
-    interval,
 )
 from lmm_sae_nb.show.report import (
     across_saes,
@@ -209,7 +210,6 @@ from lmm_sae_nb.show.report import (
     headline,
     left_out,
     metrics_table,
-    over_saes,
     provenance,
 )
 from lmm_sae_nb.show.seed_study import read_study
@@ -502,6 +502,8 @@ unrelated = [
     n for n, row in explanations.items()
     if row["concept"] and n not in candidates.gain
 ]
+
+# %%
 methods = {
     "text": Method((text_clamp.edits,), scope),
     "text_random": Method(
@@ -522,6 +524,8 @@ no_draws = [n for n, method in methods.items() if not method.settings]
 methods = {n: m for n, m in methods.items() if n not in no_draws}
 if no_draws:
     print("too few latents for the control:", ", ".join(no_draws))
+
+# %%
 plots.table([
     {"method": name, "strength": ", ".join(
         f"{strength(place, held_out[:8], clamp, method.scope, **kept):.0f}"
@@ -851,145 +855,16 @@ plots.exemplar_strip(
 # ## What we found
 
 # %% tags=["remove-input"]
-def value(name, of=metrics):
-    return fraction(of, name)
-
-
-def percent(name):
-    return f"{metrics[name]:.0%}" if name in metrics else UNKNOWN
-
-
-def draws(name):
-    return f"{titles[name]} {draws_in_words(answers, name)}"
-
-
-by_word = partial(cured_in_words, answers)
-controls = [n for n in ("random", "unrelated", "push", "prompt") if n in methods]
-against_direction = answers.words and "direction" in methods
-sentences = [
-    f"The untouched model answers {percent('hallucination_rate')} of the "
-    "contradicting cases wrongly.",
-    *no_case,
-]  # fmt: skip
-if answers.words:
-    low = {name: metrics[f"{name}_balanced_cured_low"] for name in ("text", "fitted")}
-    not_beaten = [titles[n] for n in controls if max(answers.by_draw(n)) >= low["fitted"]]
-    drawn = answers.by_draw("text_random") if "text_random" in methods else []
-    stronger = sum(rate >= low["text"] for rate in drawn)
-    raised = sum(t.shift for t in fit_outcome.trials if t.setting == fit_outcome.chosen)
-    sentences += [
-        f"{len(text_clamp.edits)} text latents at the patches cure "
-        f"{by_word('text')}: a balanced rate of {value('text_balanced_cured')}. "
-        + (f"Controls: {draws('text_random')}. " if drawn else "")
-        + ("" if not drawn
-           else "No random draw reaches the interval of the text latents." if not stronger
-           else f"In {stronger} of these draws they cure about as much or more, so nothing shows "
-           "that it matters that the latents stand for text."),
-        f"The text latents harm {value('text_harmed')} of the right answers, and keep "
-        f"{percent('text_other_answers_kept')} of the answers to other questions.",
-        f"{len(edits)} fitted latents at the words of the question cure "
-        f"{by_word('fitted')}: a balanced rate of {value('fitted_balanced_cured')}. On the "
-        f"cases of the search they raise the right answer's margin by {raised:.2f} logits "
-        "on average.",
-        f"Controls: {'; '.join(map(draws, controls))}. "
-        + ("The fitted latents beat every draw of all of them." if not not_beaten
-           else f"They do not clearly beat: {', '.join(not_beaten)}."),
-    ]  # fmt: skip
-if against_direction:
-    gap = answers.difference("fitted", "direction")
-    sentences.append(
-        "The direction that was fitted to the same cases, without an SAE, has "
-        f"{value('direction_balanced_cured')}. On the same cases this is {gap.mean:+.2f} "
-        f"[{gap.low:+.2f}, {gap.high:+.2f}] "
-        + ("more than the latents: the simple method is better." if gap.low > 0
-           else "beside the latents: no clear difference.")
-    )  # fmt: skip
-if "fitted_harmed_agreeing" in metrics:
-    agreeing = answers.harmed("fitted", contradicts=False)
-    sentences.append(
-        "A push away from memory would cure both answers, too, and spoil answers that agree "
-        f"with memory. Of {agreeing.cases} such answers the fitted clamp harms "
-        f"{interval(agreeing, '{:.0%}')}."
-    )
-sentences.append(
-    f"The cost of the fitted clamp: it harms {value('fitted_harmed')} of the right "
-    f"answers. Of {len(costs['fitted'].right)} other questions the model answers "
-    f"{percent('other_questions_right')} right, and "
-    f"{percent('other_questions_right_after')} with the clamp; it keeps "
-    f"{value('other_answers_kept')} of the answers."
+measured_cures = MeasuredCures(
+    answers, titles, metrics, of_new, field, list(said),
+    search=fit_outcome, others=costs["fitted"], questions=questions,
+    chosen_on={case.question for case in cases},
+)  # fmt: skip
+findings(
+    *cure_findings(measured_cures),
+    case_in_words(parts, words, on_image, tokens, called),
+    *across_saes(study, stage, of_all),
 )
-
-# questions that the fit never saw
-chosen_on = {case.question for case in cases}
-ours, chance = ("new_questions_fitted_balanced_cured_low",
-                "new_questions_random_balanced_highest")  # fmt: skip
-if ours in of_new and chance in of_new:
-    ends = "{:.2f} to {:.2f}".format(
-        *(of_new[f"new_questions_random_balanced_{end}"] for end in ("lowest", "highest"))
-    )
-    help_with_new = (
-        f" With the other questions, which this fit never saw, it has "
-        f"{value('new_questions_fitted_balanced_cured', of_new)}; random latents have {ends}, and the "
-        f"fitted direction {value('new_questions_direction_balanced_cured', of_new)}. "
-        + ("So it also helps with new questions about the same basins." if of_new[ours] > of_new[chance]
-           else "So we cannot say that it helps with new questions.")
-    )  # fmt: skip
-else:
-    help_with_new = " We cannot say whether it helps with other questions: there is no case, or no control."
-sentences.append(
-    f"Held-out maps are asked {len(questions)} questions; {len(questions & chosen_on)} of these also "
-    f"occur in the choice. Fitted on {of_new['questions_fitted_on']} questions, a clamp of {of_new['latents_clamped']} latents has a "
-    f"balanced cured rate of {value('seen_questions_fitted_balanced_cured', of_new)} on held-out maps "
-    f"with these questions.{help_with_new}"
-)
-
-
-# the field's own measures
-def change(name):
-    ends = [field[f"{name}{end}"] for end in ("", "_low", "_high")]
-    return interval(ends, "{:+.2f}") if any(ends) else "0 (no change)"
-
-
-for kind in said:
-    changes = {name: change(f"{name}_{kind}_change") for name in compared}
-    worse = [titles[n] for n in compared if field[f"{n}_{kind}_change_high"] < 0]
-    better = [titles[n] for n in compared if field[f"{n}_{kind}_change_low"] > 0]
-    sentences.append(
-        f"POPE, {kind}s: the untouched model is right in "
-        f"{value(f'untouched_{kind}_random_accuracy', field)} of the random, "
-        f"{value(f'untouched_{kind}_popular_accuracy', field)} of the popular and "
-        f"{value(f'untouched_{kind}_adversarial_accuracy', field)} of the adversarial questions. "
-        "Accuracy on all of them changes by "
-        + "; ".join(f"{text} ({titles[name]})" for name, text in changes.items())
-        + f". Clearly better: {'; '.join(better) or 'no method'}. "
-        f"Clearly worse: {'; '.join(worse) or 'no method'}. Of the adversarial questions it answers "
-        f"{value(f'untouched_{kind}_adversarial_yes', field)} with *yes*, and with the fitted "
-        f"latents {value(f'fitted_{kind}_adversarial_yes', field)}; 0.50 would be right."
-    )
-if captions:
-    more = [titles[n] for n in compared if field[f"{n}_chair_s_change_low"] > 0]
-    sentences.append(
-        "CHAIR: of the things that captions mention, these fractions are absent: "
-        + "; ".join(f"{value(f'{n}_chair_i', field)} ({titles.get(n, n)})" for n in cures)
-        + ". The fraction of captions that mention an absent thing changes by "
-        + "; ".join(f"{change(f'{n}_chair_s_change')} ({titles[n]})" for n in compared)
-        + f". Clearly worse: {'; '.join(more) or 'no method'}."
-    )
-
-# the case in full
-of_words = parts.of_tokens()[words].tolist()
-most, least = (f(range(len(tokens)), key=of_words.__getitem__) for f in (max, min))
-of_image = ", ".join(
-    f"{n} ({called.get(n) or 'unnamed'})" for n in parts.of_latents(on_image)[0][:3].tolist()
-)
-sentences.append(
-    f'In the case in full, the word that supports the given answer most is "{tokens[most]}" '
-    f'({of_words[most]:+.2f} logits), and "{tokens[least]}" opposes it most '
-    f"({of_words[least]:+.2f}); on the image, latents {of_image} support it most. The parts "
-    f"do not sum to the decision ({parts.clean:.2f} logits). So this is a hint at the cause, "
-    "not a proof."
-)
-findings(*sentences, *across_saes(study, stage, of_all))
 
 # %% [markdown]
 # The map and the memorised fact disagree, and then memory can win. A push towards
@@ -1007,51 +882,15 @@ findings(*sentences, *across_saes(study, stage, of_all))
 # was tried.
 
 # %% tags=["result", "remove-input"]
-of_saes = over_saes(study, stage, "fitted_balanced_cured")
-of_saes = of_saes and f" Balanced over seeds: {of_saes}."
-of_pope = " and ".join(
-    f"{change(f'fitted_{kind}_change')} ({kind}s)" for kind in said
-)
-of_pope = of_pope and (
-    " The accuracy in POPE, questions whether something is in an image, "
-    f"changes by {of_pope}."
-)
-of_direction = "" if not against_direction else (
-    " Without an SAE, a direction that "
-    f"was fitted to the same cases has {value('direction_balanced_cured')}: {gap.mean:+.2f} "
-    f"[{gap.low:+.2f}, {gap.high:+.2f}] against the fitted latents. "
-    + ("The simple method is clearly better" if gap.low > 0
-       else "The latents are clearly better" if gap.high < 0
-       else "There is no clear difference") + "."
-)  # fmt: skip
-both = "the mean of both" if len(answers.words) == 2 else "of each kind that there is"
-of_cures = (
-    f"clamping {len(edits)} fitted latents at the words of the question cures "
-    f"{by_word('fitted')}, on {metrics['maps']} new maps that contradict memory: a "
-    f"balanced cured rate, {both}, of {value('fitted_balanced_cured')}. It harms "
-    f"{value('fitted_harmed')} of the right answers and keeps "
-    f"{value('other_answers_kept')} of the answers to other questions.{of_pope}{of_saes} Text "
-    "latents at the patches, our version of the paper's way, have a balanced rate of "
-    f"{value('text_balanced_cured')}."
-)
-no_hallucination = (
-    f"the model answers none of {metrics['maps']} held-out questions from memory, where the "
-    f"image contradicts it. So there is nothing to cure.{of_pope}"
-)
 headline(
     page,
-    of_cures if answers.words else no_hallucination,
+    cure_in_short(measured_cures, study),
     'one image, a map, whose right answer is "no": clamping one latent, '
     '"Barcelona" or "Los", makes the hallucination disappear.',
     "a push towards *no* cures the paper's one case, too. "
     + ("Our cases have both answers." if len(answers.words) > 1
        else " ".join(no_case)),
-    controls=answers.words and (
-        "balanced cured rates to compare with. For the fitted latents: "
-        + "; ".join(draws(n) for n in ("random", "prompt") if n in methods)
-        + (f". For the text latents: {draws('text_random')}" if drawn else "")
-        + f".{of_direction}"
-    ) or "",
+    controls=cure_controls(measured_cures),
 )  # fmt: skip
 
 # %% tags=["remove-input"]

@@ -1,4 +1,4 @@
-"""Say in words what a method cures and harms, also where a group has no case (notebook 08)."""
+"""Say in words what a method cures and harms, also where a group has no case, and what one case shows (notebook 08)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING
 from lmm_sae_nb.support.intervals import read_mean
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool
+    from torch import Tensor
+
+    from lmm_sae_nb.attribute.attribution import Attribution
     from lmm_sae_nb.hallucination.cases import Case
     from lmm_sae_nb.hallucination.report import HeldOut
     from lmm_sae_nb.support.intervals import Mean
@@ -93,3 +97,28 @@ def choice_without_cases(wrong: Sequence[Case], right: Sequence[Case]) -> list[s
     if not right:
         sentences.append("No case is answered right: nothing limits the harm of a clamp.")
     return sentences
+
+
+def case_in_words(
+    parts: Attribution,
+    words: Bool[Tensor, " tokens"],
+    image: Bool[Tensor, " tokens"],
+    tokens: Sequence[str],
+    names: Mapping[int, str | None],
+) -> str:
+    """Return which word of a case and which latents on its image support the given answer most.
+
+    parts: attribution of the decision.
+    words, image: masks of the question's words and of the image.
+    tokens: the question's words, in the order of the prompt.
+    names: latent to name; without one it is unnamed.
+    """
+    of_words = parts.of_tokens()[words].tolist()
+    most, least = (end(range(len(tokens)), key=of_words.__getitem__) for end in (max, min))
+    of_image = ", ".join(f"{n} ({names.get(n) or 'unnamed'})" for n in parts.of_latents(image)[0][:3].tolist())
+    return (
+        f'In the case in full, the word that supports the given answer most is "{tokens[most]}" '
+        f'({of_words[most]:+.2f} logits), and "{tokens[least]}" opposes it most ({of_words[least]:+.2f}); on the '
+        f"image, latents {of_image} support it most. The parts do not sum to the decision ({parts.clean:.2f} logits). "
+        "So this is a hint at the cause, not a proof."
+    )

@@ -1,12 +1,16 @@
-"""What a page says where a group has no case."""
+"""What a page says where a group has no case, and of one case in full."""
 
 import pytest
+import torch
 from models import noise
 
+from lmm_sae_nb.attribute.attribution import Attribution
 from lmm_sae_nb.hallucination.cases import Case
 from lmm_sae_nb.hallucination.report import HeldOut
+from lmm_sae_nb.sae.activation import Latents
 from lmm_sae_nb.show.cure_sentences import (
     UNKNOWN,
+    case_in_words,
     choice_without_cases,
     cured_in_words,
     draws_in_words,
@@ -58,3 +62,17 @@ def test_the_choice_says_which_groups_are_empty():
     assert "'no'" in one
     nothing, unlimited = choice_without_cases([], [])
     assert nothing.startswith("There is no hallucination") and unlimited.startswith("No case is answered right")
+
+
+def test_a_case_names_the_words_and_the_latents_of_its_image_that_support_the_answer_most():
+    indices = torch.tensor([[5, 7], [5, 9], [4, 7], [5, 9], [3, 9]])  # two tokens of the image, two words, and another
+    values = torch.tensor([[0.25, 0.5], [0.5, -1.0], [0.25, 0.25], [-0.5, 0.25], [9.0, 9.0]])
+    nothing = torch.zeros(5)
+    parts = Attribution(Latents(torch.ones(5, 2), indices), values, nothing, nothing, 0.088)
+    image, words = torch.tensor([True, True, False, False, False]), torch.tensor([False, False, True, True, False])
+    text = case_in_words(parts, words, image, ["is", "peru"], {5: "map", 7: None})  # 5: 0.75, 7: 0.5, 9: -1
+    assert text == (
+        'In the case in full, the word that supports the given answer most is "is" (+0.50 logits), and "peru" opposes '
+        "it most (-0.25); on the image, latents 5 (map), 7 (unnamed), 9 (unnamed) support it most. The parts do not "
+        "sum to the decision (0.09 logits). So this is a hint at the cause, not a proof."
+    )

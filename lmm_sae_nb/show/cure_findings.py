@@ -135,6 +135,8 @@ def _fitted_direction(measured: MeasuredCures) -> list[str]:
     verdict = "beside the latents: no clear difference."
     if gap.low > 0:
         verdict = "more than the latents: the simple method is better."
+    elif gap.high < 0:
+        verdict = "beside the latents: the latents are better."
     return [
         "The direction that was fitted to the same cases, without an SAE, has "
         f"{fraction(measured.metrics, 'direction_balanced_cured')}. On the same cases this is "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from lmm_sae_nb.show.markup import as_text
 from lmm_sae_nb.support.intervals import read_mean
 
 if TYPE_CHECKING:
@@ -115,10 +116,11 @@ def case_in_words(
     """
     of_words = parts.of_tokens()[words].tolist()
     most, least = (end(range(len(tokens)), key=of_words.__getitem__) for end in (max, min))
-    of_image = ", ".join(f"{n} ({names.get(n) or 'unnamed'})" for n in parts.of_latents(image)[0][:3].tolist())
+    first, last = as_text(tokens[most]), as_text(tokens[least])
+    of_image = ", ".join(f"{n} ({as_text(names.get(n) or 'unnamed')})" for n in parts.of_latents(image)[0][:3].tolist())
     return (
-        f'In the case in full, the word that supports the given answer most is "{tokens[most]}" '
-        f'({of_words[most]:+.2f} logits), and "{tokens[least]}" opposes it most ({of_words[least]:+.2f}); on the '
+        f'In the case in full, the word that supports the given answer most is "{first}" '
+        f'({of_words[most]:+.2f} logits), and "{last}" opposes it most ({of_words[least]:+.2f}); on the '
         f"image, latents {of_image} support it most. The parts do not sum to the decision ({parts.clean:.2f} logits). "
         "So this is a hint at the cause, not a proof."
     )

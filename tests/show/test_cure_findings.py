@@ -127,7 +127,7 @@ def test_without_draws_of_controls_none_is_named():
     [
         ((0, 0), (10, 10), "+1.00", "more than the latents: the simple", "The simple method is clearly better."),
         ((10, 10), (10, 10), "+0.00", "beside the latents: no clear difference", "There is no clear difference."),
-        ((10, 10), (0, 0), "-1.00", "", "The latents are clearly better."),
+        ((10, 10), (0, 0), "-1.00", "beside the latents: the latents are better", "The latents are clearly better."),
     ],
 )  # fmt: skip
 def test_the_direction_without_an_sae_is_compared_on_the_same_cases(fitted, direction, gap, verdict, short):

@@ -83,7 +83,7 @@ from IPython.display import HTML
 from torch.testing import assert_close
 
 from lmm_sae_nb import SAEInPlace
-from lmm_sae_nb.attribute.agreement import agreement, measure_cost
+from lmm_sae_nb.attribute.agreement import measure_cost
 from lmm_sae_nb.attribute.attribution import (
     difference,
     exact,
@@ -103,6 +103,10 @@ from lmm_sae_nb.model.hookpoints import in_order, titled
 from lmm_sae_nb.model.sample_checks import open_samples
 from lmm_sae_nb.model.samples import first_turns, readable
 from lmm_sae_nb.show import plots
+from lmm_sae_nb.show.attribution_sentences import (
+    attribution_in_short,
+    attribution_sentences,
+)
 from lmm_sae_nb.show.report import (
     findings,
     headline,
@@ -111,7 +115,7 @@ from lmm_sae_nb.show.report import (
     provenance,
 )
 from lmm_sae_nb.support.conversions import conversion_metrics
-from lmm_sae_nb.support.intervals import Mean, mean_interval, read_mean
+from lmm_sae_nb.support.intervals import Mean, read_mean
 from lmm_sae_nb.support.stages import Metrics, Page, read_typed
 
 page = Page(globals())
@@ -411,123 +415,10 @@ plots.table(table, "Every active pair ablated: means over decisions")
 # ## What we found
 
 # %% tags=["remove-input"]
-def written(name):  # a metric with its interval
-    value = read_mean(metrics, name)
-    return f"{value.mean:.2f} [{value.low:.2f}, {value.high:.2f}]"
-
-
-def of_layers(name, digits=2):  # a metric at each layer
-    return ", ".join(
-        f"{metrics[name + end]:.{digits}f} at {titled(n)}"
-        for n, end in ends.items()
-    )
-
-
-def percent(values):  # how many of these pairs
-    return f"{np.mean(values):.0%}"
-
-
-ends = {
-    n: "" if n == place.layer else f"_layer_{n}"
-    for n in in_order([layer, *other_layers])
-}
-deepest = list(ends)[-1]
-drawn = [one for one in compared if one.layer == deepest]
-deep, deep_linear = (
-    np.array(joined(drawn, way)) for way in ("exact", "linear")
-)
-tiny = np.abs(deep) < 1e-5
-same = np.sign(deep) == np.sign(deep_linear)
-largest = np.argsort(-np.abs(exactly), kind="stable")
-largest = largest[: max(1, round(0.05 * len(exactly)))]
-ratios = linearly[largest] / exactly[largest]
-quarters = np.quantile(ratios, (0.25, 0.75))
-linear_mean = read_mean(metrics, "spearman_linear")
-together = read_mean(metrics, "spearman_ig")
-worse = together.high < linear_mean.low
-order = "worse than" if worse else "about as well as"
-sentences = [
-    "The linear form agrees with ablation in rank: the correlation "
-    f"within a decision is {written('spearman_linear')}, and "
-    f"{metrics['sign_linear']:.1%} of the signs are the same.",
-    f"In size: for the {len(largest)} largest effects (5 % of the drawn "
-    "pairs) the ratio of linear to exact has the median "
-    f"{np.median(ratios):.2f}. Half of the ratios lie between "
-    f"{quarters[0]:.2f} and {quarters[1]:.2f}.",
-    f"It costs {metrics['cost_ratio']:.1f} forward passes of the "
-    "spliced model, for all pairs together: its forward and backward pass "
-    "are both counted. Both ways start from the pixels, but the backward "
-    "pass ends at the layer. The paper's code needs two forward passes and "
-    "a backward pass for each latent.",
-    f"With {ig_steps} steps, integrated gradients on the common path rank "
-    f"pairs {order} the linear form: {written('spearman_ig')} against "
-    f"{written('spearman_linear')}.",
-    "On a separate path for each pair they have a rank correlation with "
-    f"ablation of {of_layers('spearman_separate_paths', 3)} (all pairs of "
-    "a layer together, "
-    + ", ".join(
-        f"{metrics['pairs_separate_paths' + end]:.0f}"
-        for end in ends.values()
-    ) + f" pairs). Equal signs are {of_layers('sign_separate_paths')}.",
-]  # fmt: skip
-if 0 < tiny.mean() < 1:
-    sentences.insert(
-        2,
-        f"At {titled(deepest)}, {percent(tiny)} of the drawn pairs change "
-        "the decision by less than 0.00001 logits, which is close to "
-        f"float32's rounding. Of these, {percent(same[tiny])} of the signs "
-        f"are right; of the others, {percent(same[~tiny])}."
-    )  # fmt: skip
-for each in reversed(layers):
-    sampled = read_mean(
-        metrics, f"spearman_linear{ends.get(each['layer'], '')}"
-    )
-    full = Mean(**each["spearman_linear"])
-    apart = sampled.low > full.high or full.low > sampled.high
-    sentences.insert(
-        2,
-        f"With all pairs of layer {each['layer']} ablated, the linear "
-        f"form's rank correlation is {full.mean:.2f} [{full.low:.2f}, "
-        f"{full.high:.2f}], and {each['sign_linear']['mean']:.0%} of the "
-        "signs are right. "
-        + (
-            "The drawn pairs above give another number; this one is of "
-            "more pairs." if apart
-            else "The drawn pairs above agree with this."
-        ) * (each["layer"] in ends)
-    )  # fmt: skip
-if other_layers:
-    elsewhere = ", ".join(
-        f"{written('spearman_linear' + end)} at {titled(n)}"
-        for n, end in ends.items() if end
-    )  # fmt: skip
-    sentences.insert(
-        2,
-        "Other layers, with fewer decisions: the rank correlation is "
-        f"{elsewhere}; equal signs are {of_layers('sign_linear')}."
-    )  # fmt: skip
-if "spearman_ig_many" in metrics:
-    many = read_mean(metrics, "spearman_ig_many")
-    same_ones = [one for one in ours if one.ig_many is not None]
-    by_line = mean_interval(
-        [agreement(one.exact, one.linear).spearman for one in same_ones]
-    )
-    cause = (
-        "Too few steps do not explain the difference to the linear form."
-        if many.high < by_line.low
-        else "So few decisions do not settle whether more steps would help."
-    )
-    sentences.insert(
-        -1,
-        f"On {metrics['decisions_many_steps']} decisions we took "
-        f"{many_steps} steps, too. The correlation with ablation is "
-        f"{written('spearman_ig_many')} with {many_steps} steps and "
-        f"{written('spearman_ig_few')} with {ig_steps}; the linear form "
-        f"has {by_line.mean:.2f} [{by_line.low:.2f}, {by_line.high:.2f}] "
-        "there. The correlation between the two numbers of steps is "
-        f"{written('spearman_steps')}. {cause}"
-    )  # fmt: skip
-findings(*sentences)
+findings(*attribution_sentences(
+    compared, metrics, layers, layer=place.layer,
+    other_layers=other_layers, ig_steps=ig_steps, many_steps=many_steps,
+))  # fmt: skip
 
 # %% [markdown]
 # Why do integrated gradients on the common path agree less with ablation? They
@@ -547,25 +438,9 @@ findings(*sentences)
 # runs.
 
 # %% tags=["result", "remove-input"]
-everything = "; ".join(
-    f"{each['spearman_linear']['mean']:.2f} at layer {each['layer']} "
-    f"({each['sign_linear']['mean']:.0%} of the signs are right)"
-    for each in layers
-)
-elsewhere = any(line["this page's SAE"] == "no" for line in table)
 headline(
     page,
-    "the linear form, at the cost of "
-    f"{metrics['cost_ratio']:.1f} forward passes, has a rank correlation "
-    f"of {written('spearman_linear')} with ablation. These are "
-    f"{metrics['pairs']} drawn pairs of {metrics['decisions']} decisions."
-    + (
-        " With all pairs ablated"
-        + ", for SAEs of an earlier training," * elsewhere
-        + f" it is {everything}."
-    ) * bool(layers)
-    + " For the 5 % largest effects the median of linear over exact is "
-    f"{metrics['ratio_linear_largest']:.2f}.",
+    attribution_in_short(metrics, layers, hashes),
     "it uses the linear form and reports no comparison with ablation.",
     "the paper gives no number to compare with. Our model is small, so "
     "ablation is cheap here.",

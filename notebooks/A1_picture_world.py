@@ -60,6 +60,14 @@ from lmm_sae_nb.pictureworld.world.scenes import (
 )
 from lmm_sae_nb.show import plots
 from lmm_sae_nb.show.report import findings, headline, provenance
+from lmm_sae_nb.show.world_sentences import (
+    answers_in_short,
+    answers_in_words,
+    explainer_in_words,
+    queries_in_words,
+    segmenter_in_words,
+    similarity_in_words,
+)
 from lmm_sae_nb.support.intervals import Mean, read_mean
 from lmm_sae_nb.support.stages import Page
 
@@ -320,83 +328,14 @@ plots.proportions(through_queries);
 # ## What we found
 
 # %% tags=["remove-input"]
-def percent(row, name="fraction"):  # with the ends of its interval
-    start = "" if name == "fraction" else f"{name}_"
-    low, high = row[f"{start}low"], row[f"{start}high"]
-    return f"{row[name]:.0%} [{low:.0%}, {high:.0%}]"
-
-
-def misses(exam):  # the rows below their target
-    return {
-        name: row for name, row in exam.items()
-        if row["fraction"] < row.get("least", 0)
-    }  # fmt: skip
-
-
-def listed(rows):
-    return ", ".join(
-        f"{name} ({row['fraction']:.2f}, target {row['least']:.2f})"
-        for name, row in rows.items()
-    ) or "none"  # fmt: skip
-
-
-aims = {name: row for name, row in shipped.items() if row.get("least")}
-missed = misses(aims)
-open_ = [
-    name for name, row in aims.items()
-    if name not in missed and row["low"] < row["least"]
-]  # fmt: skip
-both = [name for name in through_queries if "follows_fact" not in name]
-loss = {
-    name: shipped[name]["fraction"] - through_queries[name]["fraction"]
-    for name in both
-}
-worst = sorted(both, key=loss.get, reverse=True)
-lost = misses(through_queries)
-with_target = [n for n in through_queries if n in aims]
-answers = figures.read_exam(page.locate(explainer))
-of_explainer = [row for rows in answers.values() for row in rows.values()]
-below = {
-    titles[origin]: misses(rows) for origin, rows in answers.items()
-}
-colours, every = fit["colour"], fit["total"]
-others = every["asked"] - colours["asked"]
-of_others = (
-    every["named_first"] * every["asked"]
-    - colours["named_first"] * colours["asked"]
-) / others
 names = sum(map(len, concepts.KINDS.values()))
 findings(
-    f"The shipped model reaches {len(aims) - len(missed)} of {len(aims)} "
-    f"targets. It misses: {listed(missed)}. For {len(open_)} of those "
-    "that it reaches, the interval extends below the target, because "
-    "few questions were asked.",
-    "Asked about maps that contradict a fact, it follows the fact in "
-    f"{percent(shipped['trap_follows_fact'])} of answers. Notebook 08 "
-    "asks about other such maps and tries to cure this.",
-    f"The explainer misses {sum(map(len, below.values()))} of "
-    f"{sum('least' in row for row in of_explainer)} targets: " + "; ".join(
-        f"on {origin}, {listed(rows)}" for origin, rows in below.items()
-    ) + ".",
-    "The CLIPSeg finds a concept in "
-    f"{percent(seen['total'], 'false_alarm')} of the scenes without it.",
-    f"The CLIP gives {percent(every, 'named_first')} of all regions the "
-    f"right name first; the first of {names} names at random would be "
-    f"right in {1 / names:.1%}. {colours['asked']} of the "
-    f"{every['asked']} regions are colours, which are easy "
-    f"({colours['named_first']:.0%}); of the others {of_others:.0%} are "
-    f"right. Objects: {percent(fit['object'], 'named_first')}, words: "
-    f"{percent(fit['word'], 'named_first')}, parts: "
-    f"{percent(fit['part'], 'named_first')}.",
-    "Through 32 queries, two families of questions lose most: "
-    + " and ".join(
-        f"*{name}* falls from {percent(shipped[name])} to "
-        f"{percent(through_queries[name])}"
-        for name in worst[:2]
-    ) + f". No other family falls by more than "
-    f"{100 * loss[worst[2]]:.0f} points. It misses {len(lost)} of "
-    f"{len(with_target)} targets: {listed(lost)}.",
-)  # fmt: skip
+    *answers_in_words(shipped),
+    explainer_in_words(results, titles),
+    segmenter_in_words(seen),
+    similarity_in_words(fit, names),
+    queries_in_words(through_queries, shipped),
+)
 
 # %% [markdown]
 # **Limits.** One world, one seed of each training. The scorers share layers
@@ -412,11 +351,7 @@ findings(
 # %% tags=["result", "remove-input"]
 headline(
     page,
-    "on held-out scenes the embedded LLaVA-NeXT describes "
-    f"{percent(shipped['describe'])} of {shipped['describe']['asked']} "
-    "scenes without a mistake. It reads "
-    f"{percent(shipped['read'])} of {shipped['read']['asked']} signs; the "
-    f"target was {shipped['read']['least']:.0%}.",
+    answers_in_short(shipped),
     "it uses LLaVA-NeXT-LLaMA3-8B on photographs.",
     "a generated world is simpler, and it tells us the right answers.",
 )

@@ -48,7 +48,7 @@ def attribution_sentences(
     return [
         _rank(metrics),
         _size(ours),
-        *([_elsewhere(metrics, ends)] if other_layers else []),
+        *([_elsewhere(metrics, ends)] if any(ends.values()) else []),
         *(_every_pair(each, metrics, ends) for each in all_pairs),
         *_near_rounding(deep, deepest),
         _cost(metrics),

@@ -116,10 +116,13 @@ from lmm_sae_nb.show.panel_exam import (
     exam_sentences,
     examine,
     explained_by_steering,
-    methods_in_short,
     random_beside_trained,
 )
-from lmm_sae_nb.show.panel_sentences import kinds_in_short
+from lmm_sae_nb.show.panel_sentences import (
+    detection_in_short,
+    kinds_in_short,
+    steering_in_short,
+)
 from lmm_sae_nb.show.panel_views import (
     all_methods,
     kind_panels,
@@ -587,15 +590,16 @@ metrics_table(stage)
 # ## What we found
 
 # %% tags=["remove-input"]
-said = zip(
-    ("As detectors of a concept (F1; the probe and the difference see labels "
-     "when they learn)", "To steer towards an object (named, of 100)"),
-    methods_in_short(known, learned, ways), strict=False,
-)  # fmt: skip
+said = {
+    "As detectors of a concept (F1; the probe and the difference see labels "
+    "when they learn)": detection_in_short(known, learned),
+    "To steer towards an object (named, of 100)":
+        steering_in_short(known, ways),
+}  # fmt: skip
 findings(
     *random_beside_trained(mine, here),
     *exam_sentences(exam),
-    *(f"{head}: {text}" for head, text in said),
+    *(f"{head}: {text}" for head, text in said.items() if text),
     *kinds_in_short(known),
     *explained_by_steering(known),
 )
@@ -637,10 +641,10 @@ if known:
         "latent": "clamped latents", "difference": "differences of means",
         "probe": "directions of probes", "prompt": "prompts",
     }  # fmt: skip
-    detecting, steering = methods_in_short(known, learned, short)
     without_sae = (
         "simple methods need no SAE, but labels. Detection (F1): "
-        f"{detecting} Steering (objects named, of 100): {steering}"
+        f"{detection_in_short(known, learned)} Steering (objects named, of "
+        f"100): {steering_in_short(known, short)}"
     )
 headline(
     page,

@@ -62,7 +62,7 @@ SIZES = {  # of the panel, where they differ from the notebooks'
     "of_kind": {"doses": [4, 16, 64], "count": 12, "choosing": 6}, "others_of_kind": 20,
 }  # fmt: skip
 CONTROLS = ("random", "frozen_decoder", "frozen_encoder", "untrained", "untrained_layers")
-STEERED_BY_KIND = (*(f"seed_{seed}" for seed in range(6)), *CONTROLS, "pca", "nmf")
+STEERED_TO_KINDS = (*(f"seed_{seed}" for seed in range(6)), *CONTROLS, "pca", "nmf")
 
 
 # ---- what a part gets -----------------------------------------------------------------------------------------------
@@ -424,7 +424,7 @@ PARTS: dict[str, Part] = {
     "steer_highest": Part(_steer_highest, (chain.steer, objects), ("interpret",), saes=CONTROLS),
     "attribute": Part(_attribute, (chain.attribute, depth)),
     "steering_names": Part(_steering_names, (steer_explain,), ("interpret",)),
-    "steer_kinds": Part(_steer_kinds, (kind_steering, objects, questions), ("interpret",), saes=STEERED_BY_KIND),
+    "steer_kinds": Part(_steer_kinds, (kind_steering, objects, questions), ("interpret",), saes=STEERED_TO_KINDS),
     "direction_detection": Part(_direction_detection, (directions,), of_model=True),
     "direction_steering": Part(_direction_steering, (direction_steering,), ("interpret", "detect"), of_model=True),
     "direction_kinds": Part(

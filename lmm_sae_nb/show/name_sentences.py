@@ -5,12 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lmm_sae_nb.show.panel_metrics import PanelMetric
-from lmm_sae_nb.show.panel_sentences import (
-    against_controls,
-    beside_each_other,
-    compared_with_first,
-    controls_in_short,
-)
+from lmm_sae_nb.show.panel_sentences import against_controls, controls_in_short, detection_in_short
 from lmm_sae_nb.show.report import PageResult, across_saes, over_saes, percent, published
 from lmm_sae_nb.support.intervals import read_mean
 
@@ -166,11 +161,9 @@ def _if_known(m: Metrics, text: str, name: str, digits: int = 0) -> str:
 
 
 def _detectors(panel: Panel | None) -> list[str]:
-    found = beside_each_other(panel, "direction_detection", DETECTORS, "{}_f1")
-    if not found:
+    if not (found := detection_in_short(panel, DETECTORS)):
         return []
     return [
-        f"As detectors of a concept, mean F1 on held-out scenes: {found}. "
-        f"{compared_with_first(panel, 'direction_detection', DETECTORS, '{}_f1_above_latent')} The last two need no "
-        "SAE, but labels to learn from."
+        f"As detectors of a concept, mean F1 on held-out scenes: {found} The last two need no SAE, but labels to learn "
+        "from."
     ]

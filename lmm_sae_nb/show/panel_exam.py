@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lmm_sae_nb.measures.discriminability import Discriminability, compare_metrics, separation
 from lmm_sae_nb.show.panel_metrics import BY_STEERING, EXAMINED, OBJECT_LATENTS, STEERING, PanelMetric
-from lmm_sae_nb.show.panel_sentences import against, beside_each_other, compared_with_first, ends
+from lmm_sae_nb.show.panel_sentences import against, ends
 from lmm_sae_nb.show.panel_views import panel_values
 from lmm_sae_nb.show.report import percent
 from lmm_sae_nb.support.intervals import read_mean
@@ -121,30 +121,13 @@ def exam_in_short(exam: Exam) -> str:
     )
 
 
-def methods_in_short(panel: Panel | None, detectors: Mapping[str, str], ways: Mapping[str, str]) -> list[str]:
-    """Return how well latents, and methods without an SAE, detect concepts and steer towards objects.
-
-    panel: None gives no sentences.
-    detectors, ways: key in the names of metrics to name; the first of each is the one that the others are compared
-        with.
-    """
-    if panel is None:
-        return []
-    return [
-        f"{beside_each_other(panel, 'direction_detection', detectors, '{}_f1')}. "
-        + compared_with_first(panel, "direction_detection", detectors, "{}_f1_above_latent"),
-        f"{beside_each_other(panel, 'direction_steering', ways, 'steer_{}_named_of_100', '{:.0f}')}. "
-        + compared_with_first(panel, "direction_steering", ways, "steer_{}_named_above_latent"),
-    ]
-
-
 def explained_by_steering(panel: Panel | None) -> list[str]:
     """Return a sentence on the latents that were explained by steering; none without a panel."""
     found = {title.removeprefix("steering: "): against(panel, at) for title, at in BY_STEERING.items()}
     clauses = [f"{title} {each.clause()}" for title, each in found.items() if each]
-    return [f"Latents explained by steering: {'; '.join(clauses)}. Few latents are behind the right names."] * bool(
-        clauses
-    )
+    if not clauses:
+        return []
+    return [f"Latents explained by steering: {'; '.join(clauses)}. Few latents are behind the right names."]
 
 
 def _reached(exam: Exam) -> list[str]:

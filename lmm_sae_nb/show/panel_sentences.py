@@ -188,6 +188,26 @@ def compared_with_first(panel: Panel | None, part: str, methods: Mapping[str, st
     return " ".join(f"{heads[sign]}: {', '.join(words)}." for sign, words in signs.items() if words)
 
 
+def detection_in_short(panel: Panel | None, detectors: Mapping[str, str]) -> str:
+    """Return the F1 of detectors of concepts, and which are better than the first; empty without a panel.
+
+    detectors: key in the names of metrics to name.
+    """
+    found = beside_each_other(panel, "direction_detection", detectors, "{}_f1")
+    return found and f"{found}. {compared_with_first(panel, 'direction_detection', detectors, '{}_f1_above_latent')}"
+
+
+def steering_in_short(panel: Panel | None, ways: Mapping[str, str]) -> str:
+    """Return how often ways to steer name the object, and which are better than the first; empty without a panel.
+
+    ways: key in the names of metrics to name.
+    """
+    found = beside_each_other(panel, "direction_steering", ways, "steer_{}_named_of_100", "{:.0f}")
+    if not found:
+        return ""
+    return f"{found}. {compared_with_first(panel, 'direction_steering', ways, 'steer_{}_named_above_latent')}"
+
+
 def _in_brackets(mean: Mean, form: str) -> str:
     value, low, high = map(form.format, mean)
     return f"{value} [{low}, {high}]"

@@ -5,12 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lmm_sae_nb.show.panel_metrics import PanelMetric
-from lmm_sae_nb.show.panel_sentences import (
-    against_controls,
-    beside_each_other,
-    compared_with_first,
-    controls_in_short,
-)
+from lmm_sae_nb.show.panel_sentences import against_controls, controls_in_short, steering_in_short
 from lmm_sae_nb.show.report import PageResult, across_saes, over_saes, published
 from lmm_sae_nb.support.intervals import read_mean
 
@@ -114,8 +109,8 @@ def _objects_fluency(m: Metrics) -> str:
     return (
         f"The fluency of all answers is {read_mean(m, 'fluency')}, that of the answers that name the object "
         f"{of_named}. Unsteered answers have {read_mean(m, 'unsteered_fluency')}. "
-        f"{m['fluent_named_of_100']:.0f} of 100 latents give an answer that names the object and has at least 0.8 of "
-        "the unsteered fluency."
+        f"{m['fluent_named_of_100']:.0f} of 100 latents give an answer that names the object and has at least "
+        f"{WHOLE:g} of the unsteered fluency."
     )
 
 
@@ -226,11 +221,10 @@ def _of_ranks(m: Metrics) -> list[str]:
 
 
 def _other_ways(panel: Panel | None) -> list[str]:
-    named = beside_each_other(panel, "direction_steering", WAYS, "steer_{}_named_of_100", COUNT)
-    if not named:
+    if not (named := steering_in_short(panel, WAYS)):
         return []
     return [
         "Four ways to steer towards the same objects, each with the dose that suits it; objects named, of 100: "
-        f"{named}. {compared_with_first(panel, 'direction_steering', WAYS, 'steer_{}_named_above_latent')} Differences "
-        "and probes are no latents: they are directions that learned from labels ([A4](A4_controls_and_metrics))."
+        f"{named} Differences and probes are no latents: they are directions that learned from labels "
+        "([A4](A4_controls_and_metrics))."
     ]

@@ -9,7 +9,6 @@ from lmm_sae_nb.show.panel_exam import (
     exam_sentences,
     examine,
     explained_by_steering,
-    methods_in_short,
     random_beside_trained,
 )
 from lmm_sae_nb.show.panel_metrics import PanelMetric
@@ -62,11 +61,6 @@ def test_the_committed_panel_is_told_in_sentences(committed):
     (apart,) = (text for text in told if "on one side of every control" in text)
     assert "concepts detected" not in apart and "FVU" not in apart  # one control reaches them
     assert "put all trained SAEs on one side of all controls" in exam_in_short(examine(committed))
-    detecting, steering = methods_in_short(
-        committed, {"latent": "a latent", "probe": "a probe"}, {"latent": "a latent"}
-    )
-    assert detecting.startswith("a latent 0.") and "Better than a latent: a probe." in detecting
-    assert steering.startswith("a latent ")
     (by_steering,) = explained_by_steering(committed)
     assert by_steering.startswith("Latents explained by steering: ")
 
@@ -74,7 +68,7 @@ def test_the_committed_panel_is_told_in_sentences(committed):
 def test_without_a_panel_nothing_is_told():
     exam = examine(None)
     assert exam.metrics == [] and exam.without("random") == {} and exam_in_short(exam) == ""
-    assert exam_sentences(exam) == methods_in_short(None, {}, {}) == explained_by_steering(None) == []
+    assert exam_sentences(exam) == explained_by_steering(None) == []
 
 
 def names(right: float, spread: float) -> dict:

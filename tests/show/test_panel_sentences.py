@@ -2,14 +2,16 @@
 
 from panels import BAD, GOOD, PANEL, STEERED, panel_of, sae
 
-from lmm_sae_nb.show.panel import Panel
+from lmm_sae_nb.show.panel import MeasuredPart, Panel, PanelSAE
 from lmm_sae_nb.show.panel_sentences import (
     against,
     against_controls,
     beside_each_other,
     compared_with_first,
     controls_in_short,
+    detection_in_short,
     kinds_in_short,
+    steering_in_short,
 )
 
 
@@ -69,6 +71,32 @@ def test_sentences_on_steering_by_kind_follow_from_the_intervals():
     assert kinds_in_short(None) == kinds_in_short(PANEL) == []
 
 
+def of_model(part, **metrics):
+    return Panel("", "", {}, {}, [], {"model": PanelSAE("", "model", {part: MeasuredPart(metrics, 1.0)})})
+
+
+def test_methods_are_compared_as_detectors_and_as_ways_to_steer():
+    two = {"latent": "a latent", "probe": "a probe"}
+    detecting = of_model(
+        "direction_detection",
+        latent_f1=(0.5, 0.4, 0.6),
+        probe_f1=(0.8, 0.7, 0.9),
+        probe_f1_above_latent=(0.3, 0.2, 0.4),
+    )
+    assert detection_in_short(detecting, two) == (
+        "a latent 0.50 [0.40, 0.60], a probe 0.80 [0.70, 0.90]. Better than a latent: a probe."
+    )
+    steering = of_model(
+        "direction_steering", steer_latent_named_of_100=(58, 38, 76), steer_probe_named_of_100=(50, 30, 70),
+        steer_probe_named_above_latent=(-8, -20, 5),
+    )  # fmt: skip
+    assert steering_in_short(steering, two) == (
+        "a latent 58 [38, 76], a probe 50 [30, 70]. No clear difference: a probe."
+    )
+    assert detection_in_short(steering, two) == steering_in_short(detecting, two) == ""
+
+
 def test_without_a_panel_nothing_is_said():
+    assert detection_in_short(None, {}) == steering_in_short(None, {}) == ""
     assert against(None, GOOD) is None and against_controls(None, {"good": GOOD}) == kinds_in_short(None) == []
     assert controls_in_short(None, {"good": GOOD}) == ""

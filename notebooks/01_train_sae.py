@@ -52,7 +52,7 @@ heldout: str = "data/artifacts/tiny/world/heldout"
 # leaves them out and names them
 unreadable: str = "refuse"
 # held-out samples, at least 1, on which the SAE is evaluated
-evaluated: int = 120
+evaluated: int = 60
 # counted from 0; the paper's 25th layer is 24.
 # Or another hookpoint, such as "decoder.1.mlp" (see Your own LMM)
 layer: "int or str" = 1
@@ -71,7 +71,7 @@ k: int = 32  # active latents per token; the paper: 256
 # average; in a Matryoshka SAE the first latents alone reconstruct, too
 kind: str = "topk"
 steps: int = 2000  # optimiser steps
-batch_tokens: int = 512  # tokens per optimiser step
+batch_tokens: int = 256  # tokens per optimiser step
 # samples the model reads at a time, at least 1; fewer take less memory
 batch_samples: int = 16
 lr: float = 2e-3  # highest learning rate

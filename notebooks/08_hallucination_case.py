@@ -93,18 +93,18 @@ contradicting: int = 320  # held-out cases that contradict memory
 agreeing: int = 60  # held-out cases that agree with it
 right_cases: int = 60  # held-out cases answered right, to be harmed
 price_questions: int = 60  # held-out questions answered in full
-control_draws: int = 3  # draws of each random control
+control_draws: int = 2  # draws of each random control
 # words before the question, a control that needs no SAE
 plain_prompt: str = "see what is in the image ."
 seed: int = 0  # of these draws
 # the fit on half of the questions
 new_questions: dict = {
-    "wrong": 40,  # wrong cases of the fit
+    "wrong": 32,  # wrong cases of the fit
     "right": 16,  # right cases of the fit
     "others": 16,  # other questions of the fit
-    "rounds": 6,  # each adds latents and refits all values
+    "rounds": 4,  # each adds latents and refits all values
     "each": 4,  # latents that a round adds
-    "direction_steps": 30,  # of the fit of the direction
+    "direction_steps": 20,  # of the fit of the direction
     "batch": 6,  # cases of each kind in a step
     "held_out": 120,  # held-out cases, about both halves
 }

@@ -65,4 +65,4 @@ lab: $(READY)
 		--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate $(ARGS)
 
 clean:
-	rm -rf build book/_build book/notebooks book/results.md book/features.md book/api.md book/_static/features
+	rm -rf build book/_build book/notebooks book/results.md book/features.md book/api.md book/reference book/_static/features

@@ -40,6 +40,7 @@ RUN = next((values["run"] for values in VALUES.values() if "run" in values), PAR
 STUDY = next((values["seeds_study"] for values in VALUES.values() if "seeds_study" in values), "book/seeds.json")
 ARTIFACTS = ROOT / "data" / "artifacts" / RUN
 PACKAGE = sorted((ROOT / pages.PACKAGE).rglob("*.py"))
+REFERENCE = [BOOK / f"{name}.md" for name in api.pages()]
 WORLD = ROOT / "data" / "artifacts" / "tiny" / "world"
 
 
@@ -214,20 +215,28 @@ def task_features():
 
 
 def task_api():
-    """List the package's modules on the reference page; Sphinx fills in their docstrings."""
+    """List the package's modules on the reference pages; Sphinx fills in their docstrings."""
+    folder = BOOK / "reference"
+
+    def write():
+        shutil.rmtree(folder, ignore_errors=True)  # with the page of a folder that is gone
+        folder.mkdir()
+        for name, text in api.pages().items():
+            (BOOK / f"{name}.md").write_text(text, encoding="utf-8")
+
     return {
-        "actions": [lambda: (BOOK / "api.md").write_text(api.page(), encoding="utf-8") and None],
+        "actions": [write],
         "file_dep": [BOOK / "api.py", *PACKAGE],
-        "targets": [BOOK / "api.md"],
+        "targets": REFERENCE,
     }
 
 
 def task_book():
     """Build the Jupyter Book, warnings as errors."""
-    made_here = {"_build", "__pycache__", "features"}  # features.md names its pictures after their content
+    made_here = {"_build", "__pycache__", "features", "reference"}  # features.md names its pictures after their content
     written = [file for file in BOOK.rglob("*") if file.is_file() and not made_here & set(file.parts)]
     made = [BOOK / "notebooks" / f"{source.stem}.ipynb" for source in SOURCES]
-    made += [BOOK / name for name in ("results.md", "features.md", "api.md")]
+    made += [BOOK / "results.md", BOOK / "features.md", *REFERENCE]
     written = [file for file in written if file.suffix != ".py" or file.name == "api.py"]
 
     def build():

@@ -1,11 +1,12 @@
-"""The reference page: every public name of the package by folder, its text taken from the docstring.
+"""The reference: a page for each folder of the package, with every public name; the text is that of the docstring.
 
-`page` writes the page's source, one `automodule` for each module. `setup` makes this file an extension of Sphinx that
+`pages` writes their sources, one `automodule` for each module. `setup` makes this file an extension of Sphinx that
 reads the house's docstrings: a line `name: meaning` describes an argument, and code stands in single backticks.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -15,12 +16,17 @@ PACKAGE = "lmm_sae_nb"
 ON_TOP = ("pictureworld", "prepare", "benchmarks")
 HEAD = """# Reference
 
-The public functions and classes of the package, by folder. A folder imports only from folders to its left:
+The public functions and classes of the package, with a page for each folder. A folder imports only from folders to its
+left:
 
 > {line}
 
 `pictureworld`, `prepare` and `benchmarks` stand on top of all of them. `lmm_sae_nb` itself offers the names that most
 users need: {names}.
+
+| folder | what it is for |
+|---|---|
+{folders}
 """
 
 
@@ -40,18 +46,29 @@ def modules(folder: Path) -> list[str]:
     return sorted(found, key=lambda name: (place[name] < 0, place[name], name))
 
 
-def page(root: Path = ROOT) -> str:
-    """Return the page as Markdown."""
+def pages(root: Path = ROOT) -> dict[str, str]:
+    """Return the pages as Markdown, by name: `api`, then `reference/` and a folder, in the folders' order."""
     order = layers(root)
     text = (root / PACKAGE / "__init__.py").read_text(encoding="utf-8")
-    names = re.findall(r'"(\w+)": "[\w.]+"', text)
-    parts = [HEAD.format(line=" · ".join(order), names=", ".join(f"`{name}`" for name in names))]
-    for folder in (name for name in [*order, *ON_TOP] if (root / PACKAGE / name / "__init__.py").is_file()):
-        parts.append(f"## {folder}\n")
-        parts.append(directive(f"automodule:: {PACKAGE}.{folder}", "no-index"))
-        for module in modules(root / PACKAGE / folder):
-            parts.append(f"### {module.removeprefix(PACKAGE + '.')}\n")
-            parts.append(directive(f"automodule:: {module}", "members"))
+    names = ", ".join(f"`{name}`" for name in re.findall(r'"(\w+)": "[\w.]+"', text))
+    folders = [name for name in [*order, *ON_TOP] if (root / PACKAGE / name / "__init__.py").is_file()]
+    rows = [f"| [{name}](reference/{name}) | {summary(root / PACKAGE / name)} |" for name in folders]
+    first = HEAD.format(line=" · ".join(order), names=names, folders="\n".join(rows))
+    return {"api": first} | {f"reference/{name}": folder_page(root / PACKAGE / name) for name in folders}
+
+
+def summary(folder: Path) -> str:
+    """Return the first paragraph of a folder's docstring, on one line."""
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+    return " ".join(text.partition("\n\n")[0].split())
+
+
+def folder_page(folder: Path) -> str:
+    """Return the page of one folder as Markdown: its own docstring, then its modules."""
+    parts = [f"# {folder.name}\n", directive(f"automodule:: {PACKAGE}.{folder.name}", "no-index")]
+    for module in modules(folder):
+        parts.append(f"## {module.removeprefix(PACKAGE + '.')}\n")
+        parts.append(directive(f"automodule:: {module}", "members"))
     return "\n".join(parts)
 
 

@@ -16,7 +16,7 @@ ENDS = ("_low", "_high")
 MEDIAN = "_median"
 HEAD = """# Results
 
-The notebooks of this build measured every number on this page, in the run {run}. An interval has a level of 99 %. The
+The notebooks of this build measured every number on this page, in the run {run}. An interval has a level of 99%. The
 paper's numbers come from photographs and a model of 8 billion parameters; ours come from the run. So the two columns
 show that the same quantity is meant, not that the numbers should be equal. A *control* is the same measurement where
 the claim should fail. A *target* is what this book set out to reach; a target that was missed stays here.

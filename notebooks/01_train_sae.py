@@ -370,7 +370,7 @@ fvu, clean, spliced = (
 change = metrics["loss_spliced"] / metrics["loss_clean"] - 1
 findings(
     f"On held-out samples the SAE leaves {percent(fvu, 1)} of the variance "
-    "unexplained (in brackets: the 99 % interval over samples). "
+    "unexplained (in brackets: the 99% interval over samples). "
     f"{active} principal components leave "
     f"{percent(metrics['fvu_components'], 1)}, and an untrained SAE "
     f"{percent(metrics['fvu_untrained'], 1)}.",

@@ -156,12 +156,12 @@ if cache.grid:  # the tokens of a Q-Former have no places in the image
 # %% [markdown]
 # ## Top images
 #
-# We draw six latents at random among those that are active on less than 5 %
+# We draw six latents at random among those that are active on less than 5%
 # of the patches. Each has two rows: the activation on the grey image, then the
 # image with only its most activated patches visible. These are the patches
-# above 25 % of the image's maximum.
+# above 25% of the image's maximum.
 
-# %% mystnb={"figure": {"caption": "Six random latents, of those that are active on less than 5 % of the patches, with their five top images. Upper row: the activation on each patch. Yellow: strongest, violet: weak, grey: not active, scaled per image. Lower row: only the patches above 25 % of the image's maximum are visible. Some latents have one theme; for others we see none.", "name": "fig-top-images"}, "image": {"alt": "For each of six latents, five generated scenes with a heat map, and below them the same scenes with most patches black."}}
+# %% mystnb={"figure": {"caption": "Six random latents, of those that are active on less than 5% of the patches, with their five top images. Upper row: the activation on each patch. Yellow: strongest, violet: weak, grey: not active, scaled per image. Lower row: only the patches above 25% of the image's maximum are visible. Some latents have one theme; for others we see none.", "name": "fig-top-images"}, "image": {"alt": "For each of six latents, five generated scenes with a heat map, and below them the same scenes with most patches black."}}
 rng = np.random.default_rng(seed)
 frequency = np.asarray(cache.frequency)
 rare = np.flatnonzero(np.asarray(cache.live) & (frequency < 0.05))
@@ -187,7 +187,7 @@ plots.histogram(frequency, label, log=True);
 # at least a tenth of its rate on the other side. The tenth is our choice. So
 # *text only* does not mean never on images. A latent is one-sided only if
 # chance is a bad explanation. Suppose its activations fell on random tokens.
-# Then so few on the other side should have a probability below 1 %. Otherwise
+# Then so few on the other side should have a probability below 1%. Otherwise
 # the latent is *undetermined*; rare latents often are. Activations come in
 # clusters, so the true probability is somewhat higher.
 #

@@ -183,7 +183,7 @@ if cache.grid:
     expected = dim * np.asarray(first.image)[hidden]
     assert (abs(np.asarray(first.masked)[hidden] - expected) <= 0.5).all()
 
-# %% mystnb={"figure": {"caption": "The exemplars of two latents, and what the explainer sees of them. Yellow: strongest, violet: weak, grey: not active, scaled per image. The lower row shows only the patches above 25 % of the image's maximum.", "name": "fig-exemplars"}, "image": {"alt": "Two latents with five images each, once with the activation over them and once with all but the active patches black."}}
+# %% mystnb={"figure": {"caption": "The exemplars of two latents, and what the explainer sees of them. Yellow: strongest, violet: weak, grey: not active, scaled per image. The lower row shows only the patches above 25% of the image's maximum.", "name": "fig-exemplars"}, "image": {"alt": "Two latents with five images each, once with the activation over them and once with all but the active patches black."}}
 two = chosen[len(chosen) // 4 :: max(1, len(chosen) // 2)][:2]
 plots.exemplar_strip([(f"latent {n}", by_latent[n]) for n in two]);
 # %% [markdown]
@@ -208,9 +208,9 @@ plots.exemplar_strip([(f"latent {n}", by_latent[n]) for n in two]);
 # - *Failed*: there is no answer.
 #
 # We chose the limit of 0.55 with an earlier explainer, on 600 random latents.
-# It was the lowest limit at which 86 % of the names were right, a little more
-# than our target of 85 %. The other 424 latents had no part in this choice;
-# 89 % of their names were right ([lab notebook](../lab_notebook)). In the
+# It was the lowest limit at which 86% of the names were right, a little more
+# than our target of 85%. The other 424 latents had no part in this choice;
+# 89% of their names were right ([lab notebook](../lab_notebook)). In the
 # presets `small` and `paper` there is no limit.
 #
 # Each reply is saved at once. If you stop the page and run it again, it goes
@@ -273,10 +273,10 @@ def title(latent: int) -> str:
     return f"{text} (true: {true})" if truth else text
 
 
-# %% mystnb={"figure": {"caption": "Explained latents (Figure 2), evenly spaced by number, with the name that the explainer gives. A scene covers its whole image, so sky can stand for 'meadow'. Yellow: strongest, violet: weak, grey: not active, scaled per image. The lower row shows only the patches above 25 % of the image's maximum.", "name": "fig-explained"}, "image": {"alt": "Four explained latents with five images each, the activation over them and masked."}}
+# %% mystnb={"figure": {"caption": "Explained latents (Figure 2), evenly spaced by number, with the name that the explainer gives. A scene covers its whole image, so sky can stand for 'meadow'. Yellow: strongest, violet: weak, grey: not active, scaled per image. The lower row shows only the patches above 25% of the image's maximum.", "name": "fig-explained"}, "image": {"alt": "Four explained latents with five images each, the activation over them and masked."}}
 four = explained[:: max(1, len(explained) // 4)][:4]
 plots.exemplar_strip([(title(n), by_latent[n]) for n in four]);
-# %% mystnb={"figure": {"caption": "Latents without an explanation, evenly spaced by number, with the outcome. Yellow: strongest, violet: weak, grey: not active, scaled per image. The lower row shows only the patches above 25 % of the image's maximum.", "name": "fig-refused"}, "image": {"alt": "Three latents that the explainer refused, with five images each."}}
+# %% mystnb={"figure": {"caption": "Latents without an explanation, evenly spaced by number, with the outcome. Yellow: strongest, violet: weak, grey: not active, scaled per image. The lower row shows only the patches above 25% of the image's maximum.", "name": "fig-refused"}, "image": {"alt": "Three latents that the explainer refused, with five images each."}}
 three = refused[len(refused) // 6 :: max(1, len(refused) // 3)][:3]
 plots.exemplar_strip([(title(n), by_latent[n]) for n in three]);
 # %% [markdown]

@@ -285,7 +285,7 @@ metrics = stage.finish(
 # parameters, Grounding DINO and SAM. The first table takes the ground truth as
 # segmenter, if there is one.
 #
-# Intervals have a level of 99 %. Most are bootstraps over latents. Those of
+# Intervals have a level of 99%. Most are bootstraps over latents. Those of
 # random images are over runs, as in the paper, by Student's t; so an end may
 # lie a little below 0. An interval over runs says how much the draw of images
 # matters. It cannot be compared directly with one over latents. A kind with
@@ -301,7 +301,7 @@ for caption, rows in table_1(tables, paper).items():
     digits = 1 if caption.startswith("CLIP") else 3
     display(plots.table(rows, caption, digits))
 
-# %% mystnb={"figure": {"caption": "IoU by kind of concept in both modes: own images and three kinds of chance. Intervals (99 %) are over latents, for random images over runs.", "name": "fig-iou-by-kind"}, "image": {"alt": "Two panels with a row for each kind of concept and the total. Each row has a point for the own images and one for each kind of chance."}}
+# %% mystnb={"figure": {"caption": "IoU by kind of concept in both modes: own images and three kinds of chance. Intervals (99%) are over latents, for random images over runs.", "name": "fig-iou-by-kind"}, "image": {"alt": "Two panels with a row for each kind of concept and the total. Each row has a point for the own images and one for each kind of chance."}}
 iou = {mode.name: tables[Column("iou", mode.name)] for mode in modes}
 plots.mean_panels({
     f"IoU, mode {name}": series_by_kind(table)
@@ -354,7 +354,7 @@ for mode in ("paper", "strict") if truth else ():
 # > "we employ GPT-4 as a judge and conduct a human study"
 #
 # We report the fraction of explanations that a judge accepts, with Wilson's
-# 99 % interval. As a control, the same judge also sees names of other latents.
+# 99% interval. As a control, the same judge also sees names of other latents.
 # A judge that accepts these too tells us nothing.
 #
 # In the preset `tiny` no person and no model judges, but the ground truth. It

@@ -434,7 +434,7 @@ metrics = stage.finish(metrics | {
 # > "Our results consistently show a significant improvement compared to random
 # > baselines … as layer depth increases, both IOU and Clip-Score improve."
 #
-# The table shows means over explained latents with 99 % intervals. Notebook
+# The table shows means over explained latents with 99% intervals. Notebook
 # 04 defines the modes and two kinds of chance:
 #
 # - *Moved*: the same images with the activation at a random other place, for
@@ -455,9 +455,9 @@ plots.table(layer_rows(metrics, layers, published), "Table 3")
 # compares each layer with one random value, so its rise cannot be split into a
 # rise above chance.
 
-# %% mystnb={"figure": {"caption": "IoU by layer, with 99 % intervals, on the latents' own images, with the activation moved, and on random images.", "name": "fig-layers-iou"}, "image": {"alt": "Dots of the mean IoU and of two kinds of chance for three layers, in two modes."}}
+# %% mystnb={"figure": {"caption": "IoU by layer, with 99% intervals, on the latents' own images, with the activation moved, and on random images.", "name": "fig-layers-iou"}, "image": {"alt": "Dots of the mean IoU and of two kinds of chance for three layers, in two modes."}}
 plots.mean_panels(depth_panels(metrics, layers, "iou"));
-# %% mystnb={"figure": {"caption": "CLIP score by layer, with 99 % intervals, on the latents' own images and by chance: random images in the paper's mode, the moved region in the strict mode.", "name": "fig-layers-clip"}, "image": {"alt": "Dots of the mean CLIP score and of chance for three layers, in two modes."}}
+# %% mystnb={"figure": {"caption": "CLIP score by layer, with 99% intervals, on the latents' own images and by chance: random images in the paper's mode, the moved region in the strict mode.", "name": "fig-layers-clip"}, "image": {"alt": "Dots of the mean CLIP score and of chance for three layers, in two modes."}}
 plots.mean_panels(depth_panels(metrics, layers, "clip"));
 # %% [markdown]
 # Does the score rise from the lowest to the highest layer? It does if the
@@ -643,7 +643,7 @@ plots.table([row for row in exam if row["questions"] in asked])
 # latents, and a k of a sixteenth. Each SAE saw the same number of tokens. More
 # active latents always lower the FVU; this is no surprise.
 
-# %% mystnb={"figure": {"caption": "Left: number of latents. Right: k. FVU and silent latents on held-out tokens, and the fraction of right names, with 99 % intervals. Names right rests on few names; the line below the figure says on how many. The dashed line is the paper's choice.", "name": "fig-scaling"}, "image": {"alt": "Curves of FVU, silent latents and right names over the number of latents and over k."}}
+# %% mystnb={"figure": {"caption": "Left: number of latents. Right: k. FVU and silent latents on held-out tokens, and the fraction of right names, with 99% intervals. Names right rests on few names; the line below the figure says on how many. The dashed line is the paper's choice.", "name": "fig-scaling"}, "image": {"alt": "Curves of FVU, silent latents and right names over the number of latents and over k."}}
 drawn = ("fvu", "dead_fraction", "concept_accuracy")
 titles = {name: quantities[name] for name in drawn}
 n_names = names_by_size(recipes, center, "n_latents")

@@ -444,7 +444,7 @@ plots.table([
     for row in steering.reported[:12]
 ], f"the first 12 latents at dose {steering.dose:g}")  # fmt: skip
 
-# %% mystnb={"figure": {"caption": "Concept, fluency and their harmonic mean over the dose, with 99 % intervals. The dotted line is the chosen dose. The dashed line is the fluency of unsteered answers about other images. The latents that choose the dose were clamped at every dose, the reported ones only at the dose that was chosen, and at the one at which most others name their object. Random latents were clamped at the chosen dose.", "name": "fig-dose"}, "image": {"alt": "Three panels above each other over the dose: the fraction of answers that name the concept, the fluency, and the harmonic mean, each with a curve for the latents that choose the dose, and points for the reported object latents and for random latents."}}
+# %% mystnb={"figure": {"caption": "Concept, fluency and their harmonic mean over the dose, with 99% intervals. The dotted line is the chosen dose. The dashed line is the fluency of unsteered answers about other images. The latents that choose the dose were clamped at every dose, the reported ones only at the dose that was chosen, and at the one at which most others name their object. Random latents were clamped at the chosen dose.", "name": "fig-dose"}, "image": {"alt": "Three panels above each other over the dose: the fraction of answers that name the concept, the fluency, and the harmonic mean, each with a curve for the latents that choose the dose, and points for the reported object latents and for random latents."}}
 plots.dose_response(steering);
 # %% [markdown]
 # An unchanged answer ("a blank scene.") is fluent too. So the numbers below also
@@ -466,7 +466,7 @@ relevance = stage.result(
 plots.table([
     {
         "clamped": group, "mean relevance": f"{mean.mean:.1f}",
-        "99 % interval": f"{mean.low:.1f} to {mean.high:.1f}",
+        "99% interval": f"{mean.low:.1f} to {mean.high:.1f}",
     }
     for group, mean in relevance.means.items()
 ])  # fmt: skip

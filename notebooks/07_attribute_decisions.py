@@ -220,7 +220,7 @@ print(f"which is {estimate / ablated:.0%} of its effect")
 # %% [markdown]
 # For a single strong pair the linear form can be far off. A rank correlation,
 # used below, does not see this: it compares orders, not sizes. So we also
-# report the ratio of linear to exact for the 5 % largest effects.
+# report the ratio of linear to exact for the 5% largest effects.
 #
 # **The parts add up.** At each token, latents, error and bias sum to
 # $\langle \partial d / \partial \mathbf{x}, \mathbf{x} \rangle$. Integrated
@@ -361,7 +361,7 @@ for ax in plots.agreement(exactly, panels):
     ax.set_xscale("symlog", linthresh=1e-3)
     ax.set_yscale("symlog", linthresh=1e-3)
     ax.set_xticks([-0.1, -0.001, 0, 0.001, 0.1])
-# %% mystnb={"figure": {"caption": "Rank correlation with ablation within a decision: mean over decisions and 99 % interval, by layer of the SAE.", "name": "fig-by-layer"}, "image": {"alt": "Mean rank correlations with intervals of the linear form and of integrated gradients, a row for each layer."}}
+# %% mystnb={"figure": {"caption": "Rank correlation with ablation within a decision: mean over decisions and 99% interval, by layer of the SAE.", "name": "fig-by-layer"}, "image": {"alt": "Mean rank correlations with intervals of the linear form and of integrated gradients, a row for each layer."}}
 ways = {"linear": "linear", "integrated gradients": "ig"}
 by_layer = {}
 for n in in_order([layer, *other_layers]):

@@ -576,7 +576,7 @@ for text in no_case:
     print(text)
 metrics_table(stage)
 
-# %% mystnb={"figure": {"caption": "What each method cures and harms on held-out maps. The first two are the clamps of this page, the others are controls. The lines are 99 % intervals. For a control with several random draws they go from the lowest to the highest draw, and the mark is the median.", "name": "fig-cured"}, "image": {"alt": "A row for each method, with the balanced cured rate and the fraction of right answers harmed."}}
+# %% mystnb={"figure": {"caption": "What each method cures and harms on held-out maps. The first two are the clamps of this page, the others are controls. The lines are 99% intervals. For a control with several random draws they go from the lowest to the highest draw, and the mark is the median.", "name": "fig-cured"}, "image": {"alt": "A row for each method, with the balanced cured rate and the fraction of right answers harmed."}}
 titles = {
     "text": "text latents, at the patches",
     "fitted": "fitted latents, at the words",
@@ -602,7 +602,7 @@ plots.means(
 # In the paper's example the right answer is *no*. A clamp that always pushes
 # towards *no* would cure it, too. Our cases have both answers.
 
-# %% mystnb={"figure": {"caption": "Fraction of hallucinations cured, by the right answer; 99 % intervals. A push towards one answer cures one kind only. The draws of a random control are counted together, so its interval is too short.", "name": "fig-push"}, "image": {"alt": "A row for each method, with the fractions cured of hallucinations whose right answer is no, and of those whose right answer is yes."}}
+# %% mystnb={"figure": {"caption": "Fraction of hallucinations cured, by the right answer; 99% intervals. A push towards one answer cures one kind only. The draws of a random control are counted together, so its interval is too short.", "name": "fig-push"}, "image": {"alt": "A row for each method, with the fractions cured of hallucinations whose right answer is no, and of those whose right answer is yes."}}
 plots.means(
     {
         title: {f"right answer {word}": cured
@@ -611,7 +611,7 @@ plots.means(
     },
     "fraction cured",
 );
-# %% mystnb={"figure": {"caption": "Hallucinations cured by the fitted clamp, by river basin; 99 % intervals. A long interval means few such cases, no mark means none.", "name": "fig-basins"}, "image": {"alt": "For each river basin, the fractions cured of hallucinations whose right answer is no, and of those whose right answer is yes."}}
+# %% mystnb={"figure": {"caption": "Hallucinations cured by the fitted clamp, by river basin; 99% intervals. A long interval means few such cases, no mark means none.", "name": "fig-basins"}, "image": {"alt": "For each river basin, the fractions cured of hallucinations whose right answer is no, and of those whose right answer is yes."}}
 plots.means(answers.cured_by_group("fitted"), "fraction cured");
 # %% [markdown]
 # ### Does the fitted clamp help with new questions?
@@ -643,7 +643,7 @@ print(f"{len(questions)} questions; {len(new.fitted_on)} in the fit")
 if not new.parts["seen"].methods:
     print("no case with these questions is answered wrong: no fit")
 
-# %% mystnb={"figure": {"caption": "A clamp and a direction that were fitted on half of the questions, on held-out maps. Blue: the questions of the fit. Orange: questions that the fit never saw. 99 % intervals; for random latents the median, the lowest and the highest of several draws.", "name": "fig-new-questions"}, "image": {"alt": "A row for each method with the balanced cured rate for the questions of the fit and for new questions."}}
+# %% mystnb={"figure": {"caption": "A clamp and a direction that were fitted on half of the questions, on held-out maps. Blue: the questions of the fit. Orange: questions that the fit never saw. 99% intervals; for random latents the median, the lowest and the highest of several draws.", "name": "fig-new-questions"}, "image": {"alt": "A row for each method with the balanced cured rate for the questions of the fit and for new questions."}}
 plots.means(
     {
         titles[name]: {
@@ -752,7 +752,7 @@ plots.table([
     for name in (cures if captions else ())
 ], "CHAIR", digits=2)  # fmt: skip
 
-# %% mystnb={"figure": {"caption": "POPE: accuracy for each choice of the absent things, before (untouched) and after each cure; 99 % intervals.", "name": "fig-pope"}, "image": {"alt": "Two panels, objects and labels, with a row for each cure and a dot for each of three samplings."}}
+# %% mystnb={"figure": {"caption": "POPE: accuracy for each choice of the absent things, before (untouched) and after each cure; 99% intervals.", "name": "fig-pope"}, "image": {"alt": "Two panels, objects and labels, with a row for each cure and a dot for each of three samplings."}}
 if said:
     plots.mean_panels({
         f"accuracy, {kind}s": {

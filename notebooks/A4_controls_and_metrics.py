@@ -272,7 +272,7 @@ if known:
 plots.table(all_methods(known), digits=2)
 
 # %% [markdown]
-# In square brackets are 99 % intervals, over latents, concepts or objects. The
+# In square brackets are 99% intervals, over latents, concepts or objects. The
 # first row has the median of six SAEs, with the lowest and the highest in round
 # brackets. A dash: there is nothing to measure.
 #
@@ -288,7 +288,7 @@ plots.table(all_methods(known), digits=2)
 #
 # ### By kind of concept
 
-# %% mystnb={"figure": {"caption": "Four metrics by kind of concept. Trained: median of six SAEs, the line goes from the lowest to the highest. The random dictionary and the SAE of a model with new language layers have 99 % intervals. No mark: too few such latents.", "name": "fig-kinds-of-methods"}, "image": {"alt": "Four panels with a row for each kind of concept and marks for trained SAEs, the random dictionary, and the SAE of a model with new language layers."}}
+# %% mystnb={"figure": {"caption": "Four metrics by kind of concept. Trained: median of six SAEs, the line goes from the lowest to the highest. The random dictionary and the SAE of a model with new language layers have 99% intervals. No mark: too few such latents.", "name": "fig-kinds-of-methods"}, "image": {"alt": "Four panels with a row for each kind of concept and marks for trained SAEs, the random dictionary, and the SAE of a model with new language layers."}}
 two = {"random": "random dictionary",
        "untrained_layers": "new language layers"}  # fmt: skip
 kind_panels(known, two);
@@ -348,7 +348,7 @@ plots.table(panel_rows(known, columns.MODEL))
 # all of them. *By chance*: the same with the label maps of other scenes.
 #
 # *Better* and *worse*, at the end of this page, compare concept by concept: the
-# 99 % interval of the paired difference leaves out 0. The intervals of two rows may
+# 99% interval of the paired difference leaves out 0. The intervals of two rows may
 # overlap all the same.
 
 # %%
@@ -523,7 +523,7 @@ plots.table(panel_rows(known, columns.BY_STEERING), digits=2)
 # their names. Here we know this. So we can examine every other metric, for the
 # SAEs of the panel:
 #
-# - *Rank correlation* (*order* in the table), with 99 % intervals: does the metric
+# - *Rank correlation* (*order* in the table), with 99% intervals: does the metric
 #   order the SAEs as the truth does? The truth is the fraction of concepts detected
 #   and named. Beside it stands the order by right names, which alone are no truth, as
 #   we saw.

@@ -170,11 +170,11 @@ def _plain(values: torch.Tensor) -> list[float | None]:
 def agreement_metrics(compared: Iterable[ComparedDecision], layer: Hookpoint, seed: int = 0) -> dict[str, float]:
     """Summarise how well each approximation agrees with ablation.
 
-    `spearman_<way>` and `sign_<way>` are means over decisions, with 99 % intervals, for the ways `linear` and `ig`.
+    `spearman_<way>` and `sign_<way>` are means over decisions, with 99% intervals, for the ways `linear` and `ig`.
     `separate_paths` has few pairs a decision, so all pairs of a layer are taken together. Layers other than `layer`
     have `_layer_<n>` at the end of the name.
 
-    `ratio_linear_largest` is the median of linear over exact, over the 5 % of a layer's pairs that ablation finds
+    `ratio_linear_largest` is the median of linear over exact, over the 5% of a layer's pairs that ablation finds
     largest. For the decisions that have integrated gradients with many steps, `spearman_ig_many` and
     `spearman_ig_few` are the agreement of many and of few steps with ablation, and `spearman_steps` that of the two.
 

@@ -101,7 +101,7 @@ def record(path: Path, row: dict) -> None:
 
 
 def summary(rows: Sequence[dict], layer: Hookpoint, hashes: Mapping[str, str]) -> dict:
-    """Summarise the decisions of a layer: means, from two decisions on with 99 % intervals, and the circumstances.
+    """Summarise the decisions of a layer: means, from two decisions on with 99% intervals, and the circumstances.
 
     rows: as `measure` returns them.
     hashes: of the SAE and of the model.

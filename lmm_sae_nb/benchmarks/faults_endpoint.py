@@ -31,7 +31,7 @@ def endpoint(world: World, place: Path, seed: int) -> Ending:
 
 
 def faulty_endpoint(place: Path, seed: int) -> Ending:
-    """Ask a hundred questions of which 9 % meet a fault, twice: none is answered wrongly, none asked without need.
+    """Ask a hundred questions of which 9% meet a fault, twice: none is answered wrongly, none asked without need.
 
     What each fault calls for is written beside the server. A fault of one time is gone when the question comes again.
     """
@@ -103,4 +103,4 @@ def _part_of_key(text: str) -> str:
     return next((part for part in parts if part in text), "")
 
 
-KINDS = {"endpoint": (endpoint, 36, "a hundred questions, asked twice, of which 9 % meet a fault")}
+KINDS = {"endpoint": (endpoint, 36, "a hundred questions, asked twice, of which 9% meet a fault")}

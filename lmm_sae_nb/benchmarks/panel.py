@@ -38,7 +38,7 @@ from lmm_sae_nb.support.stages import code_fingerprints
 COMMAND = "python -m lmm_sae_nb.benchmarks panel"
 ABOUT = (
     "The metrics of notebooks 01 to 07, and more, for SAEs of one model that differ in one thing, and of methods that "
-    "are no SAEs. A number, or [number, low, high] with the ends of its 99 % interval."
+    "are no SAEs. A number, or [number, low, high] with the ends of its 99% interval."
 )
 
 

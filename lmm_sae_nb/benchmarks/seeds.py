@@ -33,7 +33,7 @@ SEEDED = "01"  # the page whose seed differs
 COMMAND = "python -m lmm_sae_nb.benchmarks seeds"
 ABOUT = (
     "The metrics of SAEs that differ only in the seed of notebook 01. `values` are in the order of `seeds`, with the "
-    "ends of their 99 % intervals in `low` and `high`."
+    "ends of their 99% intervals in `low` and `high`."
 )
 TIMES = re.compile("seconds|per_second")  # metrics of how fast the machine is
 

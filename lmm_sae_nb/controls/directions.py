@@ -300,7 +300,7 @@ class DetectionComparison:
 
     @property
     def metrics(self) -> Metrics:
-        """AUROC, F1 and the fraction detected, with 99 % intervals over concepts, for all kinds and by kind.
+        """AUROC, F1 and the fraction detected, with 99% intervals over concepts, for all kinds and by kind.
 
         `*_above_latent` is the mean difference from the best SAE latent of the same concept.
         """

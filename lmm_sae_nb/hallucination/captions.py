@@ -52,7 +52,7 @@ class Captions:
         return [[name for name in mentioned(text, self.names) if name not in visible] for text, visible in pairs]
 
     def scores(self, method: str) -> dict[str, Proportion]:
-        """Return CHAIR's measures with 99 % intervals; those without a case are left out.
+        """Return CHAIR's measures with 99% intervals; those without a case are left out.
 
         They are `chair_i`, the fraction of mentioned things that are absent; `chair_s`, the fraction of captions that
         mention an absent thing; and `mentioned`, the fraction of visible things that are mentioned. A thing counts once
@@ -68,7 +68,7 @@ class Captions:
         return {name: proportion(hits) for name, hits in marks.items() if len(hits)}
 
     def change(self, method: str, before: str) -> Mean:
-        """Return `chair_s` of a method less that of another, on the same images, with its 99 % interval.
+        """Return `chair_s` of a method less that of another, on the same images, with its 99% interval.
 
         Raises:
             ValueError: there are fewer than two images.

@@ -128,7 +128,7 @@ class Presence:
     yes: dict[str, dict[str, list[bool]]]
 
     def scores(self, method: str, sampling: str) -> dict[str, Proportion]:
-        """Return POPE's five measures with 99 % intervals; those without a case are left out.
+        """Return POPE's five measures with 99% intervals; those without a case are left out.
 
         They are accuracy, precision, recall, F1, and the fraction of *yes*. With the hits, misses and false alarms,
         F1 = 2 J / (1 + J), where J = hits / (hits + misses + false alarms) is a fraction with Wilson's interval; this
@@ -156,7 +156,7 @@ class Presence:
     def change(self, method: str, before: str) -> Mean:
         """Return the accuracy of a method less that of another, on the same questions of all samplings.
 
-        The 99 % interval is over images, because questions about one image are not independent.
+        The 99% interval is over images, because questions about one image are not independent.
 
         Raises:
             ValueError: the questions are about a single image.

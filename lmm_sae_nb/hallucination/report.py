@@ -158,7 +158,7 @@ class HeldOut:
 
     @property
     def metrics(self) -> Metrics:
-        """Counts, and for each method the balanced cured rate, its parts and the harm, with 99 % intervals.
+        """Counts, and for each method the balanced cured rate, its parts and the harm, with 99% intervals.
 
         A fraction of no cases is left out.
         """

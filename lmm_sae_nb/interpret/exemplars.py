@@ -85,7 +85,7 @@ def upsample(patches: Bool[np.ndarray, "rows cols"], size: tuple[int, int]) -> B
 def masked(image: Image.Image, visible: Bool[np.ndarray, "rows cols"], dim: float = 0.0) -> Image.Image:
     """Darken all but the visible patches of an image.
 
-    dim: brightness that the other patches keep, in [0, 1). The paper's text says black. Its reference code keeps 12 %
+    dim: brightness that the other patches keep, in [0, 1). The paper's text says black. Its reference code keeps 12%
         (dim = 0.12) and draws soft borders; these borders are hard.
 
     Raises:

@@ -248,7 +248,7 @@ def absorption(
 ) -> Metrics:  # fmt: skip
     """Return how often the latent of a child absorbs its parent, in all and for each group of pairs.
 
-    absorption: rate of the cases that are absorbed, with Wilson's 99 % interval.
+    absorption: rate of the cases that are absorbed, with Wilson's 99% interval.
     absorption_missed: rate of the cases in which no main latent of the parent fires.
     absorption_fraction: mean over cases of the part that the child's latent holds.
     absorption_random: mean over cases of the rate with another live latent in place of the child's.

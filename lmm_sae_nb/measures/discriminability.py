@@ -25,7 +25,7 @@ class Discriminability:
 
     metric: its name.
     saes: how many SAEs have it.
-    agreement: for each yardstick, Spearman's rank correlation with it over SAEs, with its 99 % interval. It is negative
+    agreement: for each yardstick, Spearman's rank correlation with it over SAEs, with its 99% interval. It is negative
         if the metric is better when it is lower.
     separation: fraction of the pairs of a trained SAE and a control in which the trained SAE has the higher value; ties
         count a half. 0.5 is chance, and 0 separates as well as 1: there a lower value is better.

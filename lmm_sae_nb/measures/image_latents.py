@@ -156,7 +156,7 @@ def images_showing(truth: LabelMaps, images: int, grid: tuple[int, int]) -> Bool
 
 
 def mean_metrics(name: str, values: Iterable[float], kinds: Iterable[str | None] = ()) -> Metrics:
-    """Return the mean of values with its 99 % interval, and the same for each kind as name_KIND.
+    """Return the mean of values with its 99% interval, and the same for each kind as name_KIND.
 
     A mean of fewer than two values has no interval and is left out.
 

@@ -71,7 +71,7 @@ def modality(
 ) -> Metrics:  # fmt: skip
     """Return the scores of all latents that the samples excite: their mean and their distribution.
 
-    modality: mean over latents, with its 99 % interval.
+    modality: mean over latents, with its 99% interval.
     modality_KIND: the same over the latents whose explanation has this kind.
     modality_image: fraction of the latents with a score above `ONE_SIDED`.
     modality_text: fraction with a score below 1 - `ONE_SIDED`.

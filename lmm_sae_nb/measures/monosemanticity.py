@@ -58,7 +58,7 @@ def monosemanticity(
 ) -> Metrics:  # fmt: skip
     """Return the mean score of the live latents for each sort of vectors, beside the same with shuffled activations.
 
-    monosemanticity_NAME: the mean over latents, with its 99 % interval.
+    monosemanticity_NAME: the mean over latents, with its 99% interval.
     monosemanticity_NAME_KIND: the same over the latents whose explanation has this kind.
     monosemanticity_NAME_shuffled: the same, each latent's activations given to random images.
     monosemanticity_latents: how many latents have a score.

@@ -124,7 +124,7 @@ def probing(
 ) -> Metrics:  # fmt: skip
     """Return how well k latents predict each concept of an image, mean over concepts.
 
-    probe_K_MEASURE: mean over concepts of each of `MEASURED`, with its 99 % interval.
+    probe_K_MEASURE: mean over concepts of each of `MEASURED`, with its 99% interval.
     probe_K_MEASURE_KIND: the same over the concepts of a kind.
     probe_K_MEASURE_random: the same with k random live latents.
     probe_concepts: how many concepts there are.

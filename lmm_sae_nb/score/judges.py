@@ -141,7 +141,7 @@ def judge_latents(
 
 
 def consistency(verdicts: Mapping[int, str | None], explained: Mapping[int, Explained]) -> dict[str, Proportion]:
-    """Return Table 2: for each kind and in total the fraction of verdicts that are yes, with Wilson's 99 % interval.
+    """Return Table 2: for each kind and in total the fraction of verdicts that are yes, with Wilson's 99% interval.
 
     "unsure" counts as not yes. A latent without a verdict is left out.
     """

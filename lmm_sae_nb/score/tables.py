@@ -21,7 +21,7 @@ NAMED, TRULY = "named as this kind (scored)", "truly of this kind (asked)"
 class MeanComparison:
     """The mean score of several latents, and what chance gives; None where a chance has no meaning.
 
-    Intervals are 99 % bootstraps over latents; `random`'s is over its runs, as in the paper.
+    Intervals are 99% bootstraps over latents; `random`'s is over its runs, as in the paper.
 
     score: on the latents' own images.
     random, area, shuffled: the means of `Comparison`'s.
@@ -192,7 +192,7 @@ def means_by_truth(
     """Return the mean IoU of right names and of wrong names as rows for `plots.table`.
 
     A name is right if it is the very concept that the latent's images show. Where another segmenter than the first has
-    scored, a row also has by how much its IoU is higher, latent by latent. Intervals are 99 % bootstraps over latents.
+    scored, a row also has by how much its IoU is higher, latent by latent. Intervals are 99% bootstraps over latents.
 
     explanations: latent to its row with `concept` and `true_concept`.
     first: the name of the first segmenter, which its columns do not have.

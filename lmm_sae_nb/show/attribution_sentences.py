@@ -67,7 +67,7 @@ def attribution_in_short(metrics: Metrics, all_pairs: Sequence[Mapping[str, Any]
     return (
         f"the linear form, at the cost of {metrics['cost_ratio']:.1f} forward passes, has a rank correlation of "
         f"{_written(metrics, 'spearman_linear')} with ablation. These are {metrics['pairs']} drawn pairs of "
-        f"{metrics['decisions']} decisions.{_every_pair_in_short(all_pairs, hashes)} For the 5 % largest effects the "
+        f"{metrics['decisions']} decisions.{_every_pair_in_short(all_pairs, hashes)} For the 5% largest effects the "
         f"median of linear over exact is {metrics['ratio_linear_largest']:.2f}."
     )
 
@@ -101,7 +101,7 @@ def _size(ours: Sequence[ComparedDecision]) -> str:
     ratios = linear[largest] / exact[largest]
     low, high = np.quantile(ratios, (0.25, 0.75))
     return (
-        f"In size: for the {len(largest)} largest effects (5 % of the drawn pairs) the ratio of linear to exact has "
+        f"In size: for the {len(largest)} largest effects (5% of the drawn pairs) the ratio of linear to exact has "
         f"the median {np.median(ratios):.2f}. Half of the ratios lie between {low:.2f} and {high:.2f}."
     )
 

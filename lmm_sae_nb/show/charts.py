@@ -92,7 +92,7 @@ def live(
 
 
 def proportions(results: Mapping[str, Mapping[str, float]], ax: Axes | None = None) -> Axes:
-    """Draw fractions with their 99 % intervals, one row each.
+    """Draw fractions with their 99% intervals, one row each.
 
     results: name to {fraction, low, high, and perhaps least: the target, a black mark}, all in [0, 1].
     """
@@ -103,7 +103,7 @@ def proportions(results: Mapping[str, Mapping[str, float]], ax: Axes | None = No
         if "least" in row:
             ax.plot(row["least"], y, "|", color=TARGET, ms=13, mew=2)
     target = "; black: target" if any("least" in row for row in results.values()) else ""
-    _rows(ax, results, f"fraction, 99 % interval{target}")
+    _rows(ax, results, f"fraction, 99% interval{target}")
     ax.set_xlim(-0.02, 1.02)
     return ax
 
@@ -158,7 +158,7 @@ def ways_of_explaining(metrics: Mapping[str, float], what: str = "right") -> Axe
         }
         for group, name in groups.items()
     }
-    return means(results, "fraction of latents that get their true concept as name, 99 % interval")
+    return means(results, "fraction of latents that get their true concept as name, 99% interval")
 
 
 def mean_panels(results: Mapping[str, Mapping[str, Mapping[str, Mean]]]) -> list[Axes]:

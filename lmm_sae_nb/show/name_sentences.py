@@ -62,7 +62,7 @@ def name_result(metrics: Metrics, study: SeedStudy | None = None, panel: Panel |
         world = f"The held-out scenes of Picture World show {metrics['concepts_present']} concepts. "
     controls = [controls_in_short(panel, NAMES), *_detectors(panel)]
     return PageResult(
-        f"{ours} In brackets: 99 % intervals.",
+        f"{ours} In brackets: 99% intervals.",
         "it explains 5,000 latents and does not report how many were refused. "
         f"People accept {people} of the names, GPT-4o {model} (Table 2).",
         "to accept a name is weaker than our test, which asks for the one true concept; "
@@ -86,7 +86,7 @@ def _right_names(m: Metrics) -> list[str]:
     sentences = []
     if "concept_accuracy" in m:
         sentences.append(
-            f"{percent(read_mean(m, 'concept_accuracy'), 1)} of the names are the true concept (in brackets: the 99 % "
+            f"{percent(read_mean(m, 'concept_accuracy'), 1)} of the names are the true concept (in brackets: the 99% "
             f"interval). {percent(m['concept_common'])} are at least one of the concepts that the images have in "
             "common."
         )

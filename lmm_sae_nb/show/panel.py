@@ -19,7 +19,7 @@ Number = int | float
 class MeasuredPart:
     """What a part measured for one SAE.
 
-    metrics: name to number, or to number, low and high end of its 99 % interval.
+    metrics: name to number, or to number, low and high end of its 99% interval.
     seconds: CPU time.
     why: a sentence for each thing that could not be measured.
     """
@@ -85,7 +85,7 @@ class Panel:
         return value[0] if isinstance(value, tuple) else value
 
     def interval(self, sae: str, part: str, metric: str) -> Mean | None:
-        """Return a metric with its 99 % interval; None if the SAE does not have both."""
+        """Return a metric with its 99% interval; None if the SAE does not have both."""
         value = self._value(sae, part, metric)
         return Mean(*value) if isinstance(value, tuple) else None
 

@@ -19,7 +19,7 @@ class Against(NamedTuple):
 
     trained: values of the SAEs that differ in their seed.
     controls: value of each control, by what it is.
-    touching: whether the 99 % interval of a trained SAE meets that of a control; None if there are no intervals.
+    touching: whether the 99% interval of a trained SAE meets that of a control; None if there are no intervals.
     """
 
     trained: list[float]

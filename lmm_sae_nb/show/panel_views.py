@@ -53,7 +53,7 @@ class Spread(NamedTuple):
 def panel_rows(
     panel: Panel | None, columns: Mapping[str, PanelMetric], groups: Sequence[str] = tuple(GROUPS)
 ) -> list[dict[str, str | float | Mean | Spread | None]]:
-    """Return a row for each SAE: what it is, and each metric with its 99 % interval, None where it has none.
+    """Return a row for each SAE: what it is, and each metric with its 99% interval, None where it has none.
 
     The SAEs that differ only in their seed share the first row: the median, with the lowest and the highest value.
 
@@ -199,7 +199,7 @@ def kind_panels(
     """Draw a panel for each metric, with a row for each kind of concept, and a mark for trained and for other SAEs.
 
     The mark of the trained SAEs is their median, with a line from the lowest to the highest. That of another SAE has
-    its 99 % interval.
+    its 99% interval.
 
     panel: None draws nothing.
     saes: name in the panel to words; the first three colours of the palette are those of trained and of these.

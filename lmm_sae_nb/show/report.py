@@ -41,15 +41,15 @@ def headline(page: Page | None, ours: str, paper: str, why: str, controls: str =
 
 
 def percent(value: float | Mean, digits: int = 0) -> str:
-    """Return a fraction as "85 %", or with its interval as "85 % (76 to 91 %)".
+    """Return a fraction as "85%", or with its interval as "85% (76 to 91%)".
 
     value: in [0, 1]; `read_mean` reads it from metrics with its interval.
     digits: behind the point.
     """
     if not isinstance(value, Mean):
-        return f"{100 * value:.{digits}f} %"
+        return f"{100 * value:.{digits}f}%"
     mean, low, high = (f"{100 * number:.{digits}f}" for number in value)
-    return f"{mean} % ({low} to {high} %)"
+    return f"{mean}% ({low} to {high}%)"
 
 
 def findings(*sentences: str) -> None:
@@ -77,7 +77,7 @@ def left_out(*faults: Mapping[int, str], converted: Iterable[Mapping[str, int]] 
 
 
 def over_saes(study: SeedStudy | None, stage: Stage | str, metric: str, form: Callable[[float], str] = percent) -> str:
-    """Return "median of 6 SAEs: 88 %, lowest 86 %, highest 91 %"; empty if no SAE of the study has the metric.
+    """Return "median of 6 SAEs: 88%, lowest 86%, highest 91%"; empty if no SAE of the study has the metric.
 
     study: None if there is none.
     stage: or its name.
@@ -177,7 +177,7 @@ def metrics_table(stage: Stage) -> HTML:
             escaped(meaning(stage.name, name)),
         )
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{title}</th>" for title in ("metric", "value", "99 % interval", "meaning"))
+    head = "".join(f"<th>{title}</th>" for title in ("metric", "value", "99% interval", "meaning"))
     return HTML(f"<table><tr>{head}</tr>{''.join(rows)}</table>")
 
 

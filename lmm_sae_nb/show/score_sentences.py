@@ -97,7 +97,7 @@ def score_result(metrics: Metrics, study: SeedStudy | None = None, panel: Panel 
     clip, seeds = _beside_chance(metrics, "clip_paper", 1), over_saes(study, STAGE, "iou_paper", "{:.2f}".format)
     return PageResult(
         "on images that excite a latent, the IoU with its concept (in the paper's mode) is "
-        f"{_beside_chance(metrics, 'iou_paper', 3)}.{f' The CLIP score is {clip}.' if clip else ''} In brackets: 99 % "
+        f"{_beside_chance(metrics, 'iou_paper', 3)}.{f' The CLIP score is {clip}.' if clip else ''} In brackets: 99% "
         f"intervals; {metrics['latents_scored']} latents.{f' IoU over seeds: {seeds}.' if seeds else ''}",
         f"an IoU of {paper['iou_paper']:.2f} against {paper['iou_paper_random']:.3f} on random images, and a CLIP "
         f"score of {paper['clip_paper']:.1f} against {paper['clip_paper_random']:.1f} (Table 1). It does not move the "

@@ -137,7 +137,7 @@ def _clamp_values(m: Metrics) -> str:
 def _objects_in_short(m: Metrics, study: SeedStudy | None) -> str:
     seeds = over_saes(study, STAGE, "named_of_100", COUNT.format)
     return (
-        f"{m['named_of_100']:.0f} of 100 object latents (99 % interval {m['named_of_100_low']:.0f} to "
+        f"{m['named_of_100']:.0f} of 100 object latents (99% interval {m['named_of_100_low']:.0f} to "
         f"{m['named_of_100_high']:.0f}) make the model name their object, {m['fluent_named_of_100']:.0f} of them in a "
         f"fluent answer. Random latents at the same values: {m['control_value_named_of_100']:.0f} of 100 ("
         f"{m['control_value_named_of_100_low']:.0f} to {m['control_value_named_of_100_high']:.0f}). A clamp changes "
@@ -195,7 +195,7 @@ def _of_words(m: Metrics) -> list[str]:
     return [
         f"When the model reads a latent's name, the latent reaches on average {m['word_on_name']:.1%} of its maximum "
         f"on patches; with other names {m['word_on_others']:.1%}. The mean difference within a latent is "
-        f"{100 * m['word_difference']:.1f} points (99 % interval {100 * low:.1f} to {100 * high:.1f}): {effect}.",
+        f"{100 * m['word_difference']:.1f} points (99% interval {100 * low:.1f} to {100 * high:.1f}): {effect}.",
         f"{m['word_silent']} of {m['word_latents']} latents are silent on every name (the origin of the figure). "
         f"{m['word_more_on_name']} are more active on their name than on the mean of the others, "
         f"{m['word_more_on_others']} less. For the second, a response to one of the many other names is enough.",
@@ -207,7 +207,7 @@ def _of_ranks(m: Metrics) -> list[str]:
     low, high = m["top_ranks_low_level_low"], m["top_ranks_low_level_high"]
     often = "more frequent" if low > usual else "less frequent" if high < usual else "neither more nor less frequent"
     return [
-        f"Low-level kinds (colour, texture, material) name {m['top_ranks_low_level']:.0%} (99 % interval over images "
+        f"Low-level kinds (colour, texture, material) name {m['top_ranks_low_level']:.0%} (99% interval over images "
         f"{low:.0%} to {high:.0%}) of the latents in ranks 1 to 10, and {usual:.0%} of all latents that notebook 03 "
         f"asked about: they are {often} in the first ranks. The paper says that low-level features often are highly "
         "active.",

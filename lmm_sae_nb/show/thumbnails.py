@@ -58,7 +58,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]], side: int) -> Image.Image:
 def webp(image: Image.Image, quality: int = 80) -> bytes:
     """Return the image in the WebP format."""
     data = io.BytesIO()
-    image.save(data, "webp", quality=quality, method=2)  # method 3 takes twice as long and saves 4 % of the bytes
+    image.save(data, "webp", quality=quality, method=2)  # method 3 takes twice as long and saves 4% of the bytes
     return data.getvalue()
 
 

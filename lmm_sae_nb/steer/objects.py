@@ -256,7 +256,7 @@ def _mean(what: str, values: Sequence[float]) -> Mean:
 def answer_metrics(rows: Sequence[SteeredAnswer], prefix: str = "", end: str = "") -> Metrics:
     """Return how many of 100 answers name their concept and changed, and the means of fluency and harmonic mean.
 
-    rows: at least one; each number has its 99 % interval.
+    rows: at least one; each number has its 99% interval.
     prefix, end: of the names.
     """
     metrics = {}

@@ -45,7 +45,7 @@ def evaluate_saes(
       with the reconstruction in its place, and with zeros in its place. Tokens of other kinds keep their state;
     - `loss_recovered`: (zero - spliced) / (zero - clean). It is left out if zeros change nothing, as at image tokens
       of the last layer;
-    - `fvu`, the losses and `loss_recovered` also with the ends of their 99 % intervals over samples, as `fvu_low` and
+    - `fvu`, the losses and `loss_recovered` also with the ends of their 99% intervals over samples, as `fvu_low` and
       `fvu_high`, if there are several samples.
 
     places: by name, all of the same model.

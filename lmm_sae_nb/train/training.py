@@ -145,7 +145,7 @@ def train_saes(
     buffer_tokens: tokens in the buffer that mixes samples, over all processes; by default 16 batches. It holds every
         layer's states in the model's dtype.
     batch_samples: samples per forward pass of the model.
-    warm_steps: steps of warm-up; by default 5 % of all.
+    warm_steps: steps of warm-up; by default 5% of all.
     mixed_precision: "no", or "bf16" (autocast; weights stay float32).
     tf32: let a GPU compute the products of float32 in TF32.
     k_aux: latents of AuxK per token; 0 is half the width, as in the reference code. Fewer cost less time and memory.

@@ -227,7 +227,7 @@ def _other_names(rows: Rows, seed: int, different: bool = True) -> dict[int, str
 
 
 def fraction_metrics(name: str, hits: Sequence[bool]) -> dict[str, float]:
-    """Return a fraction with its 99 % interval as metrics; nothing if there are no cases."""
+    """Return a fraction with its 99% interval as metrics; nothing if there are no cases."""
     return bounds(name, proportion(hits)) if hits else {}
 
 

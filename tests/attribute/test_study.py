@@ -89,7 +89,7 @@ def test_the_summary_is_the_mean_over_decisions_and_separate_paths_are_joined():
         assert metrics[f"sign_separate_paths{end}"] == pytest.approx(2 / 3)
         assert metrics[f"pairs_separate_paths{end}"] == 3 * len(group)
         pairs = [pair for each in group for pair in zip(each.exact, each.linear, strict=True)]
-        ablated, approximated = max(pairs, key=lambda pair: abs(pair[0]))  # 5 % of these few pairs is one
+        ablated, approximated = max(pairs, key=lambda pair: abs(pair[0]))  # 5% of these few pairs is one
         assert metrics[f"ratio_linear_largest{end}"] == pytest.approx(approximated / ablated)
     assert all(math.isfinite(value) for value in metrics.values())
     assert "spearman_ig_many" not in metrics

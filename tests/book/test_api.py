@@ -1,21 +1,20 @@
-"""The reference page lists every module of the package, and reads docstrings of the house's form."""
+"""The reference lists every module of the package, and reads docstrings of the house's form."""
 
 import re
 
 from book import api, pages
 
 
-def test_every_module_is_listed_once_and_folders_stand_in_their_order():
-    text = api.page()
-    listed = re.findall(r"automodule:: (lmm_sae_nb\.\w+\.[\w.]+)\n", text)
+def test_each_folder_has_a_page_in_their_order_and_each_module_is_listed_once():
+    overview, *others = api.pages().items()
     package = pages.ROOT / "lmm_sae_nb"
-    modules = {
-        ".".join(file.relative_to(pages.ROOT).with_suffix("").parts)
-        for file in package.glob("*/**/[!_]*.py")
-    }  # fmt: skip
-    assert sorted(listed) == sorted(modules)
-    folders = re.findall(r"^## (\w+)", text, re.MULTILINE)
-    assert folders == [name for name in [*api.layers(), *api.ON_TOP] if (package / name / "__init__.py").is_file()]
+    folders = [name for name in [*api.layers(), *api.ON_TOP] if (package / name / "__init__.py").is_file()]
+    assert [name for name, _ in others] == [f"reference/{folder}" for folder in folders]
+    assert re.findall(r"^\| \[(\w+)\]\(reference/\1\) \| \S", overview[1], re.MULTILINE) == folders
+    for folder, (_, text) in zip(folders, others, strict=True):
+        modules = (file.relative_to(pages.ROOT) for file in (package / folder).rglob("[!_]*.py"))
+        listed = re.findall(rf"automodule:: (lmm_sae_nb\.{folder}\.[\w.]+)\n", text)
+        assert sorted(listed) == sorted(".".join(file.with_suffix("").parts) for file in modules)
 
 
 def test_a_folders_modules_stand_in_the_reading_order_of_its_docstring(tmp_path):

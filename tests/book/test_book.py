@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from conftest import build
 
-from book import pages
+from book import api, pages
 
 pytestmark = pytest.mark.book
 SITE = pages.ROOT / "book" / "_build" / "html"
@@ -95,7 +95,7 @@ def test_building_again_does_nothing_and_takes_little_more_than_a_list_of_the_ta
 
 def test_every_source_has_its_page(site, published):
     assert [page.stem for page in published] == [source.stem for source in pages.sources()]
-    for name in ("index", "intro", "notation", "departures", "features", "results", "references", "api"):
+    for name in ("index", "intro", "notation", "departures", "features", "results", "references", *api.pages()):
         assert (site / f"{name}.html").is_file()
     for page in published:
         assert (site / "notebooks" / f"{page.stem}.html").is_file()

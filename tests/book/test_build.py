@@ -102,7 +102,7 @@ def written(folder: Path, files: dict[str, str]) -> Path:
     scripts = ("api", "features", "pages", "progress", "results")
     support = ("files", "names", "notebooks", "parameters", "presets")
     copied = [f"book/{script}.py" for script in scripts] + [f"lmm_sae_nb/support/{name}.py" for name in support]
-    for name in ("dodo.py", *copied):
+    for name in ("dodo.py", "lmm_sae_nb/__init__.py", *copied):
         shutil.copy(pages.ROOT / name, folder / name)
     return folder
 

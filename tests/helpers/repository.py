@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lmm_sae_nb.support.notebooks import REPOSITORY
 
-MADE = ("__pycache__", "_build", "*.ipynb", "results.md", "features.md", "api.md", "features")
+MADE = ("__pycache__", "_build", "*.ipynb", "results.md", "features.md", "api.md", "reference", "features")
 
 
 def copy_repository(folder: Path) -> Path:

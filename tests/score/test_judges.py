@@ -89,7 +89,7 @@ def test_as_many_latents_of_each_kind_are_judged_on_both_names():
 
 
 def wilson(hits: int, asked: int, z: float = 2.5758293035489004) -> tuple[float, float]:
-    """Its formula, at 99 %."""
+    """Its formula, at 99%."""
     p, n = hits / asked, asked
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)

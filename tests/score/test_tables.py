@@ -90,7 +90,7 @@ def test_the_metrics_of_a_stage_come_from_the_columns():
     assert found["iou_strict_gain"] == pytest.approx(0.3)
     assert found["iou_strict_colour"] == pytest.approx(0.4)
     assert found["iou_strict_seg_a_correlation"] == pytest.approx(-1)
-    # objects gain 0, 2, 4 and 6: a resample has the mean 0 in 1 of 256, less than 0.5 %; colours gain -1, 1, 3 and 5
+    # objects gain 0, 2, 4 and 6: a resample has the mean 0 in 1 of 256, less than 0.5%; colours gain -1, 1, 3 and 5
     assert (found["clip_paper_kinds"], found["clip_paper_kinds_above_random"]) == (2, 1)
     assert found["clip_paper_colour_gain"] == pytest.approx(2)
     assert found["iou_strict_colour_random"] == pytest.approx(0.05)

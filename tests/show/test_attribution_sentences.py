@@ -72,7 +72,7 @@ def test_one_layer_alone_is_told_in_five_sentences():
     assert [text for (text,) in told().values()] == [
         "The linear form agrees with ablation in rank: the correlation within a decision is 0.95 [0.90, 0.98], and "
         "98.5% of the signs are the same.",
-        "In size: for the 3 largest effects (5 % of the drawn pairs) the ratio of linear to exact has the median 1.00. "
+        "In size: for the 3 largest effects (5% of the drawn pairs) the ratio of linear to exact has the median 1.00. "
         "Half of the ratios lie between 0.75 and 1.25.",
         "It costs 1.8 forward passes of the spliced model, for all pairs together: its forward and backward pass are "
         "both counted. Both ways start from the pixels, but the backward pass ends at the layer. The paper's code "
@@ -164,7 +164,7 @@ def test_the_result_has_the_layers_of_which_every_pair_was_ablated():
         "the linear form, at the cost of 1.8 forward passes, has a rank correlation of 0.95 [0.90, 0.98] with "
         "ablation. These are 60 drawn pairs of 2 decisions."
     )
-    end = " For the 5 % largest effects the median of linear over exact is 0.90."
+    end = " For the 5% largest effects the median of linear over exact is 0.90."
     every = "it is 0.80 at layer 1 (75% of the signs are right); 0.92 at layer 4 (75% of the signs are right)."
     earlier = " With all pairs ablated, for SAEs of an earlier training, "
     assert attribution_in_short(OURS, [], ["one"]) == start + end

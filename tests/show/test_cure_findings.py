@@ -1,6 +1,6 @@
 """What page 08 says of its cures: against numbers read by hand, also where something was not measured.
 
-With z = 2.576, Wilson's 99 % interval of none of ten is 0 to z^2 / (10 + z^2) = 0.399, and that of all ten 0.601 to 1.
+With z = 2.576, Wilson's 99% interval of none of ten is 0 to z^2 / (10 + z^2) = 0.399, and that of all ten 0.601 to 1.
 So a balanced rate of 10 and 0 of ten is 0.5 [0.301, 0.699], and one of all is 1 [1 - 0.399 / sqrt 2 = 0.718, 1].
 """
 
@@ -270,7 +270,7 @@ def test_the_result_has_cures_costs_pope_and_other_saes():
     )
     assert cure_in_short(measured(), None) == of_both.format("")
     assert cure_in_short(measured(), study()) == of_both.format(
-        " Balanced over seeds: median of 3 SAEs: 60 %, lowest 50 %, highest 90 %."
+        " Balanced over seeds: median of 3 SAEs: 60%, lowest 50%, highest 90%."
     )
     words = {name.replace("object", "word"): 0 if "_change" in name else value for name, value in POPE.items()}
     asked = replace(measured(), field=POPE | words, kinds=["object", "word"])

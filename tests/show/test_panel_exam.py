@@ -78,7 +78,7 @@ def names(right: float, spread: float) -> dict:
 
 def test_a_random_dictionary_is_compared_by_its_interval():
     (same,) = random_beside_trained(names(0.9, 0.05), names(0.88, 0.05))
-    assert "88 % (83 to 93 %) have the right name; of this run's SAE, 90 % (85 to 95 %)" in same
+    assert "88% (83 to 93%) have the right name; of this run's SAE, 90% (85 to 95%)" in same
     assert "The intervals overlap" in same
     (apart,) = random_beside_trained(names(0.9, 0.05), names(0.5, 0.05))
     assert "do not overlap: the trained SAE is better." in apart

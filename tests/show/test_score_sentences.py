@@ -115,10 +115,10 @@ def test_a_judge_is_named_and_the_ground_truth_is_called_no_judge():
     def told(judged, judge=""):
         return score_findings(METRICS, TABLES, (), judged, judge=judge)[3:]
 
-    accepted = "accepts 95.0 % (90.0 to 100.0 %) of the names"
+    accepted = "accepts 95.0% (90.0 to 100.0%) of the names"
     assert told(own) == [f"The judge (ground truth) {accepted}.{nobody}"]
     assert told(own | others, "org/it") == [
-        f"The judge (org/it) {accepted}, and 0.0 % (0.0 to 1.2 %) of other names."
+        f"The judge (org/it) {accepted}, and 0.0% (0.0 to 1.2%) of other names."
     ]  # fmt: skip
     assert told({}) == told(None) == told({"replies_failed": 3}, "org/it") == []
 
@@ -143,7 +143,7 @@ def test_the_result_without_clip_seeds_and_panel_is_the_iou_alone():
     ours, paper, why, controls = score_result(METRICS)
     assert ours == (
         "on images that excite a latent, the IoU with its concept (in the paper's mode) is 0.500 [0.400, 0.600]. In "
-        "brackets: 99 % intervals; 59 latents."
+        "brackets: 99% intervals; 59 latents."
     )
     assert paper == (
         "an IoU of 0.20 against 0.005 on random images, and a CLIP score of 23.6 against 18.2 (Table 1). It does not "
@@ -161,7 +161,7 @@ def test_the_result_has_every_chance_that_was_measured():
     assert ours == (
         "on images that excite a latent, the IoU with its concept (in the paper's mode) is 0.500 [0.400, 0.600], with "
         "the activation moved 0.250 [0.200, 0.300], with another name 0.125 [0.100, 0.150]. The CLIP score is 28.0 "
-        "[26.0, 30.0], on random images 10.5 [10.0, 11.0]. In brackets: 99 % intervals; 59 latents. IoU over seeds: "
+        "[26.0, 30.0], on random images 10.5 [10.0, 11.0]. In brackets: 99% intervals; 59 latents. IoU over seeds: "
         "median of 3 SAEs: 0.40, lowest 0.25, highest 0.50."
     )
     assert why.endswith("only with chance: 28.0 - 10.5 here, 23.6 - 18.2 in the paper.")

@@ -126,7 +126,7 @@ def test_a_word_has_an_effect_if_the_interval_leaves_out_zero(low, high, effect)
     found = steering_findings(NOTHING | WORDS | {"word_difference_low": low, "word_difference_high": high}, 32)
     read = among(found, "When the model reads")
     assert "on average 5.0% of its maximum on patches; with other names 3.0%." in read
-    assert read.endswith(f"is 2.0 points (99 % interval {100 * low:.1f} to {100 * high:.1f}): {effect}.")
+    assert read.endswith(f"is 2.0 points (99% interval {100 * low:.1f} to {100 * high:.1f}): {effect}.")
     assert among(found, "123 of 198").endswith("a response to one of the many other names is enough.")
     assert "18 are more active on their name than on the mean of the others, 57 less." in among(found, "123 of 198")
 
@@ -137,7 +137,7 @@ def test_a_word_has_an_effect_if_the_interval_leaves_out_zero(low, high, effect)
 )
 def test_low_level_kinds_are_more_or_less_frequent_if_the_interval_leaves_out_the_usual(usual, often):
     *_, kinds, scenes, panel = steering_findings(NOTHING | {"all_latents_low_level": usual}, 32)
-    assert f"name 20% (99 % interval over images 10% to 30%) of the latents in ranks 1 to 10, and {usual:.0%}" in kinds
+    assert f"name 20% (99% interval over images 10% to 30%) of the latents in ranks 1 to 10, and {usual:.0%}" in kinds
     assert f"they are {often} frequent in the first ranks." in kinds
     assert scenes.startswith("Scenes name 50% of the latents in ranks 1 to 10, and 15% of all")
     assert panel == "The panel answers a moved slider in 0.12 s."
@@ -182,7 +182,7 @@ def test_without_a_study_and_a_panel_nothing_is_said_of_other_saes():
 def test_the_result_has_objects_random_latents_seeds_and_controls():
     ours, _, why, controls = steering_result(NOTHING | OBJECTS, STUDY, steered_panel())
     assert ours == (
-        "34 of 100 object latents (99 % interval 23 to 47) make the model name their object, 30 of them in a fluent "
+        "34 of 100 object latents (99% interval 23 to 47) make the model name their object, 30 of them in a fluent "
         "answer. Random latents at the same values: 1 of 100 (0 to 9). A clamp changes the answer for 67 of 100 object "
         "latents, and for 57 of 100 random latents at the same values. Named over seeds: median of 3 SAEs: 35, lowest "
         "30, highest 40."

@@ -70,11 +70,15 @@ k: int = 32  # active latents per token; the paper: 256
 # one of "topk", "batch_topk" or "matryoshka". BatchTopK has k latents on
 # average; in a Matryoshka SAE the first latents alone reconstruct, too
 kind: str = "topk"
-steps: int = 2000  # optimiser steps
-batch_tokens: int = 256  # tokens per optimiser step
+steps: int = 1500  # optimiser steps
+batch_tokens: int = 512  # tokens per optimiser step
+# tokens of many samples that a buffer mixes; 0: 16 batches
+buffer_tokens: int = 131_072
+# times that the SAE learns from each token, which the model computes once
+repeats: int = 3
 # samples the model reads at a time, at least 1; fewer take less memory
 batch_samples: int = 16
-lr: float = 2e-3  # highest learning rate
+lr: float = 3e-3  # highest learning rate
 # tokens without activation after which a latent counts as dead
 dead_after_tokens: int = 100_000
 # kinds of token that the SAE learns from, each one of "base", "tiles",
@@ -231,8 +235,8 @@ stage = page.stage(
 )  # fmt: skip
 settings = dict(
     n_latents=n_latents, k=k, kind=kind, lr=lr, steps=steps, kinds=kinds,
-    seed=seed, batch_tokens=batch_tokens, batch_samples=batch_samples,
-    accumulate=accumulate,
+    seed=seed, batch_tokens=batch_tokens, buffer_tokens=buffer_tokens,
+    repeats=repeats, batch_samples=batch_samples, accumulate=accumulate,
     dead_after_tokens=dead_after_tokens, mixed_precision=mixed_precision,
     tf32=tf32, k_aux=k_aux, workers=workers,
     checkpoint_minutes=checkpoint_minutes, tracker=tracker,

@@ -183,8 +183,8 @@ plots.stacked(dict(zip(labels, hours, strict=True)), f"hours, {gpu}");
 
 # %%
 used = (
-    "layer", "n_latents", "k", "steps", "batch_tokens", "batch_samples",
-    "workers",
+    "layer", "n_latents", "k", "steps", "batch_tokens", "buffer_tokens",
+    "repeats", "batch_samples", "workers",
 )  # fmt: skip
 train = {name: values["01_train_sae"][name] for name in used}
 k_aux = values["01_train_sae"]["k_aux"]

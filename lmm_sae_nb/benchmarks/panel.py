@@ -65,8 +65,8 @@ def inputs() -> dict[str, object]:
     """Return what all parts depend on: the notebooks' parameters, the panel's sizes, and hashes of models and data."""
     pages = {number: page_parameters(number) for number in ("01", "02", "03", "04", "06", "07")}
     used = {
-        "01": ("model", "dataset", "heldout", "layer", "n_latents", "k", "steps", "batch_tokens", "lr",
-               "dead_after_tokens", "kinds", "accumulate", "mixed_precision"),
+        "01": ("model", "dataset", "heldout", "layer", "n_latents", "k", "steps", "batch_tokens", "buffer_tokens",
+               "repeats", "lr", "dead_after_tokens", "kinds", "accumulate", "mixed_precision"),
         "02": ("images", "n_top", "batch_size", "store"),
         "03": ("heldout", "concepts", "explainer", "refiner", "labeller", "n_top", "threshold", "dim"),
         "04": ("similarity", "n_top", "threshold", "random_runs"),

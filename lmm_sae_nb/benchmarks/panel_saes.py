@@ -170,10 +170,10 @@ def train(name: str, saes: Sequence[str]) -> None:
     page, one = page_parameters("01"), PASSES[name]
     size = {key: page[key] for key in ("n_latents", "k", "lr")}
     recipes = {sae: Recipe(page["layer"], **size | dict(SAES[sae].differs or {})) for sae in saes}
-    shared = {key: page[key] for key in ("batch_tokens", "dead_after_tokens", "kinds", "accumulate", "mixed_precision")}
+    names = ("batch_tokens", "buffer_tokens", "repeats", "dead_after_tokens", "kinds", "accumulate", "mixed_precision")
     train_saes(
-        load_model(one.model), samples(), recipes, **shared, steps=round(one.part * page["steps"]), seed=one.seed,
-        folder=folder_of("trained", name), checkpoint_minutes=2,
+        load_model(one.model), samples(), recipes, **{name: page[name] for name in names}, seed=one.seed,
+        steps=round(one.part * page["steps"]), folder=folder_of("trained", name), checkpoint_minutes=2,
     )  # fmt: skip
 
 

@@ -192,7 +192,7 @@ TOPK_BYTES = 3 * 4.0 * BLOCK  # a block of pre-activations, with the bias added,
 
 def train_cost(
     model: PreTrainedModel, layer: Hookpoint, n_latents: int, k: int, steps: int, batch_tokens: int, *, gpus: int = 1,
-    buffer_tokens: int | None = None, batch_samples: int = 16, dtype: str = "bfloat16",
+    buffer_tokens: int | None = None, repeats: int = 1, batch_samples: int = 16, dtype: str = "bfloat16",
     mixed_precision: str = "no", tf32: bool = True, k_aux: int = 0, workers: int = 0,
     assumptions: Assumptions = ASSUMPTIONS,
 ) -> StageCost:  # fmt: skip
@@ -201,9 +201,8 @@ def train_cost(
     The SAE, its gradient and Adam's two moments are float32.
 
     model, layer, n_latents, k, steps, batch_tokens, batch_samples: as in `train_sae`.
-    buffer_tokens: None is 16 batches.
     dtype: of the model and of the buffer.
-    mixed_precision, tf32, k_aux, workers: as in `train_saes`.
+    buffer_tokens, repeats, mixed_precision, tf32, k_aux, workers: as in `train_saes`.
 
     Raises:
         ValueError: another `mixed_precision`.
@@ -214,7 +213,7 @@ def train_cost(
         raise ValueError(f"mixed_precision is {mixed_precision!r}; choose 'no' or 'bf16'")
     width, size, image = width_of(model), getattr(torch, dtype).itemsize, image_layout(model, assumptions.image)
     sample, tokens = image.tokens + assumptions.text_tokens, float(steps) * batch_tokens
-    samples, tokens_of_gpu = tokens / sample, batch_tokens / gpus
+    samples, tokens_of_gpu = tokens / repeats / sample, batch_tokens / gpus
     weights, sae = float(size * count_parameters(model)), sae_bytes(width, n_latents)
     k_aux, n_dead = k_aux or width // 2, assumptions.dead_fraction * n_latents
     return StageCost(

@@ -21,7 +21,7 @@ from lmm_sae_nb.full_scale.models import meta_model
 from lmm_sae_nb.support.notebooks import parameters, sources
 from lmm_sae_nb.support.presets import preset as notebooks_values
 
-TRAIN = ("model", "layer", "n_latents", "k", "steps", "batch_tokens", "batch_samples")
+TRAIN = ("model", "layer", "n_latents", "k", "steps", "batch_tokens", "buffer_tokens", "repeats", "batch_samples")
 JOB = (*TRAIN, "loading", "dataset", "lr", "dead_after_tokens", "kinds", "seed", "tf32", "k_aux", "workers")
 SPEED = ("tf32", "workers")
 CACHE = ("model", "layer", "n_top", "batch_size")

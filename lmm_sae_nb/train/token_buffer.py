@@ -34,7 +34,7 @@ class Position(NamedTuple):
     """Where a stream of batches stands; all numbers count from 0, over all processes.
 
     block: number of the buffer's filling that the next batch comes from.
-    batch: number of the next batch in that block.
+    batch: number of the next batch in that block; with `repeats` it goes through the block several times.
     part: part of the stream in which the block starts.
     skip: tokens of that part before the block's start.
     """
@@ -200,14 +200,15 @@ def mixed(
     buffer_tokens: int,
     batch_tokens: int,
     seed: int,
+    repeats: int = 1,
     start: Position = START,
 ) -> Iterator[tuple[Float[Tensor, "local width"], Position]]:
     """Yield this process's tokens of each batch, and the position after the batch.
 
     A buffer is filled with the stream's next tokens, rounded down to whole batches. They are given out in random
-    order until none is left, so every token is in one batch. The tokens of a batch are the same for any number of
-    processes. Each of n processes computes and keeps every n-th part, so hidden states never travel. Its tokens of a
-    batch vary in number and can be none.
+    order until none is left, so every token is in one batch. With `repeats` the buffer is given out again, each time
+    in another order. The tokens of a batch are the same for any number of processes. Each of n processes computes and
+    keeps every n-th part, so hidden states never travel. Its tokens of a batch vary in number and can be none.
 
     stream: computes a part.
     parts_an_epoch: parts in an epoch.
@@ -215,16 +216,21 @@ def mixed(
     buffer_tokens: capacity of the buffer, over all processes.
     batch_tokens: tokens per batch, over all processes.
     seed: of the random order.
+    repeats: times that each token is given out, at least 1.
     start: position to continue from; its block is computed again.
 
     Raises:
-        ValueError: the buffer is smaller than a batch, or an epoch has no token of the chosen kinds.
+        ValueError: the buffer is smaller than a batch, `repeats` is below 1, or an epoch has no token of the chosen
+            kinds.
     """
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}: each token is to be given out at least once; give 1 or more")
     if not 1 <= batch_tokens <= buffer_tokens:
         raise ValueError(
             f"batches of {batch_tokens} tokens from a buffer of {buffer_tokens}; make the buffer the larger"
         )
     length = buffer_tokens - buffer_tokens % batch_tokens
+    batches = repeats * (length // batch_tokens)
     parts: deque[_Part] = deque()
     rounds = _rounds(stream, accelerator, start.part)
     parts.extend(next(rounds))
@@ -236,11 +242,12 @@ def mixed(
             if tried >= parts_an_epoch and not any(part.tokens for part in parts):
                 raise ValueError("no sample has a token of the chosen kinds; choose others")
             parts.extend(next(rounds))
-        order = torch.from_numpy(np.random.default_rng((seed, BLOCK, position.block)).permutation(length))
+        turns = (np.random.default_rng((seed, BLOCK, position.block, turn)) for turn in range(repeats))
+        order = torch.from_numpy(np.concatenate([turn.permutation(length) for turn in turns]))
         pieces = _pieces(parts, position.skip, length)
-        for batch in range(position.batch, length // batch_tokens):
+        for batch in range(position.batch, batches):
             position = position._replace(batch=batch + 1)
-            if batch + 1 == length // batch_tokens:
+            if batch + 1 == batches:
                 position = _next_block(parts, position, length)
             here = _local_tokens(pieces, order[batch * batch_tokens : (batch + 1) * batch_tokens])
             yield torch.cat([nothing, *here]), position

@@ -106,6 +106,7 @@ def train_saes(
     auxk_alpha: float = 1 / 32,
     dead_after_tokens: int = 10_000_000,
     buffer_tokens: int | None = None,
+    repeats: int = 1,
     batch_samples: int = 16,
     warm_steps: int | None = None,
     mixed_precision: str = "no",
@@ -142,8 +143,10 @@ def train_saes(
     seed: of the first weights and of the order of tokens.
     auxk_alpha: weight of AuxK in the loss.
     dead_after_tokens: tokens without activation after which a latent counts as dead.
-    buffer_tokens: tokens in the buffer that mixes samples, over all processes; by default 16 batches. It holds every
+    buffer_tokens: tokens in the buffer that mixes samples, over all processes; None or 0: 16 batches. It holds every
         layer's states in the model's dtype.
+    repeats: times that each token is in a batch, each time among other tokens of the buffer. The model computes it
+        once, so a larger number costs fewer forward passes and shows fewer samples.
     batch_samples: samples per forward pass of the model.
     warm_steps: steps of warm-up; by default 5% of all.
     mixed_precision: "no", or "bf16" (autocast; weights stay float32).
@@ -185,7 +188,8 @@ def train_saes(
         "warm_steps": max(1, steps // 20) if warm_steps is None else warm_steps, "mixed_precision": mixed_precision,
         "samples": data_fingerprint(samples), "image_size": lmm.image_size and list(lmm.image_size),
     }  # fmt: skip
-    shared |= {"k_aux": k_aux} if k_aux else {}  # only what differs from before, so that older records hold
+    shared |= {"repeats": repeats} if repeats != 1 else {}  # only what differs from before, so that older records hold
+    shared |= {"k_aux": k_aux} if k_aux else {}
     shared |= {"tf32": True} if tf32 and lmm.device.type == "cuda" else {}
     runs = {name: shared | recipe.run(lmm) for name, recipe in recipes.items()}
     folder = Path(folder)
@@ -281,6 +285,7 @@ def _begin(
     start = Position(**saved.state["position"]) if saved else Position()
     any_run = next(iter(runs.values()))
     sizes = {name: any_run[name] for name in ("buffer_tokens", "batch_tokens", "seed")}
+    sizes |= {"repeats": any_run.get("repeats", 1)}
     batches = mixed(stream, stream.parts_an_epoch, accelerator, **sizes, start=start)
     batches = ((stream.by_layer(tokens), position) for tokens, position in batches)
     learners = {name: _learner(lmm, run, accelerator) for name, run in runs.items()}

@@ -270,7 +270,7 @@ layer: 3
 A1_picture_world: {{model: data/models/tiny-llava-next}}
 """)
     train, cache, _ = preset_costs(given := read_preset(file), 100)
-    assert (train.tokens, cache.host["processes"]) == (2000 * 512, ASSUMPTIONS.process_memory)
+    assert (train.tokens, cache.host["processes"]) == (1500 * 512, ASSUMPTIONS.process_memory)
     assert set(page_needs(given, 100)) >= {"01", "05", "08"}
     file.write_text(file.read_text() + "01_train_sae: {ready: {sae: some/repository}}\n")
     ready, same, _ = preset_costs(read_preset(file), 100)

@@ -67,27 +67,50 @@ def numbered(sizes):
     return part
 
 
-def told(stream, sizes, buffer, batch, start=START):
-    return mixed(stream, len(sizes), ALONE, buffer_tokens=max(buffer, batch), batch_tokens=batch, seed=0, start=start)
+def told(stream, sizes, buffer, batch, start=START, **more):
+    of_sizes = dict(buffer_tokens=max(buffer, batch), batch_tokens=batch, seed=0)
+    return mixed(stream, len(sizes), ALONE, **of_sizes, start=start, **more)
 
 
 part_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
 
 
 @settings(deadline=None, max_examples=60)
-@given(sizes=part_sizes, buffer=st.integers(1, 90), batch=st.integers(1, 30), blocks=st.integers(1, 4))
-def test_mixing_neither_loses_nor_repeats_a_token(sizes, buffer, batch, blocks):
+@given(
+    sizes=part_sizes,
+    buffer=st.integers(1, 90),
+    batch=st.integers(1, 30),
+    blocks=st.integers(1, 4),
+    repeats=st.integers(1, 3),
+)
+def test_mixing_gives_each_token_out_as_often_as_wanted_and_loses_none(sizes, buffer, batch, blocks, repeats):
     length = max(buffer, batch) // batch
-    out = list(itertools.islice(told(numbered(sizes), sizes, buffer, batch), blocks * length))
-    assert all(len(x) == batch for x, _ in out)
-    assert sorted(torch.cat([x for x, _ in out]).flatten().tolist()) == list(range(blocks * length * batch))
+    told_all = told(numbered(sizes), sizes, buffer, batch, repeats=repeats)
+    out = [x.flatten().tolist() for x, _ in itertools.islice(told_all, blocks * repeats * length)]
+    assert all(len(x) == batch for x in out)
+    for turn in range(blocks * repeats):  # every turn of a block has each of its tokens once
+        tokens = itertools.chain.from_iterable(out[turn * length : (turn + 1) * length])
+        first = turn // repeats * length * batch
+        assert sorted(tokens) == list(range(first, first + length * batch))
+
+
+def test_a_token_is_given_out_again_among_other_tokens():
+    out = itertools.islice(told(numbered([60]), [60], 60, 30, repeats=2), 3)
+    first, _, third = (set(x.flatten().tolist()) for x, _ in out)
+    assert first != third and first & third
 
 
 @settings(deadline=None, max_examples=60)
-@given(sizes=part_sizes, buffer=st.integers(1, 90), batch=st.integers(1, 30), done=st.integers(1, 40))
-def test_a_stream_goes_on_from_any_position(sizes, buffer, batch, done):
-    whole = list(itertools.islice(told(numbered(sizes), sizes, buffer, batch), done + 8))
-    resumed = told(numbered(sizes), sizes, buffer, batch, whole[done - 1][1])
+@given(
+    sizes=part_sizes,
+    buffer=st.integers(1, 90),
+    batch=st.integers(1, 30),
+    done=st.integers(1, 40),
+    repeats=st.integers(1, 3),
+)
+def test_a_stream_goes_on_from_any_position(sizes, buffer, batch, done, repeats):
+    whole = list(itertools.islice(told(numbered(sizes), sizes, buffer, batch, repeats=repeats), done + 8))
+    resumed = told(numbered(sizes), sizes, buffer, batch, whole[done - 1][1], repeats=repeats)
     for (x, position), (again, position_again) in zip(whole[done:], resumed, strict=False):
         assert torch.equal(x, again)
         assert position == position_again
@@ -119,9 +142,11 @@ def test_processes_share_the_batches_of_one(sizes, buffer, batch, n, done):
         assert {share[number][1] for share in shares} == {position}
 
 
-def test_a_buffer_smaller_than_a_batch_is_refused():
+def test_a_buffer_smaller_than_a_batch_and_no_repeat_at_all_are_refused():
     with pytest.raises(ValueError, match="batches of 9 tokens from a buffer of 8"):
         next(mixed(numbered([8]), 1, ALONE, buffer_tokens=8, batch_tokens=9, seed=0))
+    with pytest.raises(ValueError, match="repeats is 0"):
+        next(told(numbered([8]), [8], 8, 4, repeats=0))
 
 
 def test_mixing_mixes_across_parts():
@@ -247,10 +272,18 @@ def test_a_training_is_what_plain_torch_makes_of_its_batches(lmm, samples, tmp_p
     n, k, steps, lr, dead_after = 60, 3, 5, 5e-3, 150
     wanted = dict(n_latents=n, k=k, steps=steps, batch_tokens=60, accumulate=2, lr=lr, seed=7, batch_samples=2)
     trained = train_sae(
-        lmm, samples, 1, folder=tmp_path, dead_after_tokens=dead_after, buffer_tokens=300, log_every=1, **wanted
+        lmm,
+        samples,
+        1,
+        folder=tmp_path,
+        dead_after_tokens=dead_after,
+        buffer_tokens=300,
+        repeats=2,
+        log_every=1,
+        **wanted,
     )
     stream = Stream(lmm, samples, 1, ("base", "tiles", "newline", "text"), 7, 2)
-    batches = mixed(stream, 3, ALONE, buffer_tokens=300, batch_tokens=60, seed=7)
+    batches = mixed(stream, 3, ALONE, buffer_tokens=300, repeats=2, batch_tokens=60, seed=7)
     x, _ = first = next(batches)
     batches = itertools.chain([first], batches)
     start = TopKSAE(lmm.width, n, k, generator=torch.Generator().manual_seed(7))

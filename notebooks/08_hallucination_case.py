@@ -93,7 +93,7 @@ contradicting: int = 320  # held-out cases that contradict memory
 agreeing: int = 60  # held-out cases that agree with it
 right_cases: int = 60  # held-out cases answered right, to be harmed
 price_questions: int = 60  # held-out questions answered in full
-control_draws: int = 2  # draws of each random control
+control_draws: int = 3  # draws of each random control
 # words before the question, a control that needs no SAE
 plain_prompt: str = "see what is in the image ."
 seed: int = 0  # of these draws

@@ -211,7 +211,9 @@ assert_close(torch.zeros_like(z).scatter(-1, indices, acts), z)
 # for comparison; the paper's SAE is `topk`.
 #
 # The model does not change. Its hidden states flow into a buffer that mixes the
-# tokens of many samples.
+# tokens of many samples. The model takes about as long for a token as the SAE
+# does, and a large model takes much longer. So the SAE learns from each token
+# of the buffer `repeats` times, each time among other tokens.
 #
 # While training goes on, a figure below the cell grows. If you stop it, or the
 # power fails, run the page again: it continues from the last checkpoint and

@@ -218,6 +218,15 @@ def test_the_paper_s_training_by_hand(preset):
     assert hours[0]["Adam"] == hours[1]["Adam"] and hours[0]["sum over GPUs"] == 0 < hours[1]["sum over GPUs"]
 
 
+def test_a_token_that_the_sae_learns_from_twice_goes_through_the_model_once(preset):
+    once = preset_costs(preset, 46_684)[0]
+    twice = preset_costs(preset | {"01_train_sae": preset["01_train_sae"] | {"repeats": 2}}, 46_684)[0]
+    (model, *others), (same, *other_work) = once.work, twice.work
+    assert (model.name, same.flops) == ("LMM forward", model.flops / 2) and others == other_work
+    assert (twice.disk["samples"], twice.prepared) == (once.disk["samples"] / 2, once.prepared / 2)
+    assert (twice.tokens, twice.gpu) == (once.tokens, once.gpu)
+
+
 def test_the_paper_s_cache_by_hand(preset):
     cost = preset_costs(preset, 46_684)[1]
     assert next(work for work in cost.work if work.name == "SAE encoder").flops == 2 * 46_684 * 576 * 4096 * 131_072

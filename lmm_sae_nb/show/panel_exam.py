@@ -109,13 +109,13 @@ def exam_in_short(exam: Exam) -> str:
     """Return for the top of a page what trained SAEs and controls reach, and which metrics tell them apart."""
     if exam.panel is None:
         return ""
-    apart = _complete(exam)
+    apart, new_layers = _complete(exam), exam.values.get(NEW_LAYERS)
+    kept = new_layers and f", and one control that keeps the trained image encoder {new_layers['concepts named']:.2f}"
     return (
         f" In the panel, {len(exam.column('concepts named', 'seed'))} trained SAEs detect and name "
         f"{exam.spread('concepts named')} of the concepts, controls "
-        f"{exam.spread('concepts named', 'control', but=(NEW_LAYERS,))}, and one control that keeps the trained image "
-        f"encoder {exam.values[NEW_LAYERS]['concepts named']:.2f}. Clamped object latents name their object in "
-        f"{exam.spread(NAMED, form='{:.0f}')} of 100 cases, those of controls in "
+        f"{exam.spread('concepts named', 'control', but=(NEW_LAYERS,))}{kept or ''}. Clamped object latents name "
+        f"their object in {exam.spread(NAMED, form='{:.0f}')} of 100 cases, those of controls in "
         f"{exam.spread(NAMED, 'control', '{:.0f}')}{_at_highest_dose(exam.panel)}. Of {len(exam.metrics)} metrics, "
         f"{len(apart)} put all trained SAEs on one side of all controls: {'; '.join(apart) or 'none'}."
     )
@@ -131,21 +131,31 @@ def explained_by_steering(panel: Panel | None) -> list[str]:
 
 
 def _reached(exam: Exam) -> list[str]:
-    new_layers = exam.values[NEW_LAYERS]
-    touching = _touching(exam, NAMED)
+    touching, new_layers = _touching(exam, NAMED), exam.values.get(NEW_LAYERS)
+    kept = new_layers and (
+        f" But the control with new language layers detects {new_layers['concepts detected']:.2f} and names "
+        f"{new_layers['concepts named']:.2f}. It keeps the trained image encoder."
+    )
     return [
         f"Trained SAEs detect {exam.spread('concepts detected')} of the concepts, and detect and name "
         f"{exam.spread('concepts named')}. Controls detect "
         f"{exam.spread('concepts detected', 'control', but=(NEW_LAYERS,))} and name "
-        f"{exam.spread('concepts named', 'control', but=(NEW_LAYERS,))}. But the control with new language layers "
-        f"detects {new_layers['concepts detected']:.2f} and names {new_layers['concepts named']:.2f}. It keeps the "
-        "trained image encoder.",
+        f"{exam.spread('concepts named', 'control', but=(NEW_LAYERS,))}.{kept or ''}",
         f"Object latents of trained SAEs make the model name their object in {exam.spread(NAMED, form='{:.0f}')} of "
         f"100 cases, those of controls in {exam.spread(NAMED, 'control', '{:.0f}')}{_at_highest_dose(exam.panel)}. Of "
         f"a trained SAE {_clamped(exam.panel, 'seed')} object latents are clamped, of a control "
-        f"{_clamped(exam.panel, 'control')}{', so intervals of single SAEs overlap' if touching else ''}. Two of the "
-        "controls have models that cannot answer, so three count.",
+        f"{_clamped(exam.panel, 'control')}{', so intervals of single SAEs overlap' if touching else ''}."
+        f"{_cannot_answer(exam)}",
     ]
+
+
+def _cannot_answer(exam: Exam) -> str:
+    mute = [name for name in OTHER_MODELS if name in exam.values]
+    if not mute:
+        return ""
+    left = len(exam.column(NAMED, "control", mute))
+    have = "have models that cannot answer" if len(mute) > 1 else "has a model that cannot answer"
+    return f" {len(mute)} of the controls {have}, so {left} count{'s' if left == 1 else ''}."
 
 
 def _told_apart(exam: Exam) -> list[str]:

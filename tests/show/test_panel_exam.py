@@ -1,5 +1,7 @@
 """The exam of a panel's metrics, and its sentences: against numbers read by hand."""
 
+from dataclasses import replace
+
 import pytest
 from panels import sae
 
@@ -83,3 +85,14 @@ def test_a_random_dictionary_is_compared_by_its_interval():
     (apart,) = random_beside_trained(names(0.9, 0.05), names(0.5, 0.05))
     assert "do not overlap: the trained SAE is better." in apart
     assert random_beside_trained(names(0.9, 0.05), {"explained_fraction": 0.5}) == []
+
+
+@pytest.mark.parametrize("missing", ["untrained_layers", "untrained", "random", "nmf", "seed_5"])
+def test_a_panel_that_lacks_one_is_told_without_it(committed, missing):
+    exam = examine(replace(committed, saes={name: one for name, one in committed.saes.items() if name != missing}))
+    told = " ".join(exam_sentences(exam))
+    assert ("keeps the trained image encoder" in told and "image encoder" in exam_in_short(exam)) == (
+        missing != "untrained_layers"
+    )
+    count = {"untrained_layers": "1 of the controls has", "untrained": "1 of the controls has"}
+    assert f" {count.get(missing, '2 of the controls have')} " in told

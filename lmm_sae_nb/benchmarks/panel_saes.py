@@ -141,9 +141,14 @@ def place_of(name: str) -> SAEInPlace:
     return SAEInPlace(load_model(SAES[name].model), sae, page_parameters("01")["layer"])
 
 
+def caches_of(model: str) -> Path:
+    """Return the folder with the caches of a model's members; one process at a time works in it."""
+    return folder_of("caches", model or "studied")
+
+
 def cached(name: str) -> CachedSAE:
     """Return a member with its cache."""
-    return CachedSAE(place_of(name), LatentCache.load(folder_of("caches", name)))
+    return CachedSAE(place_of(name), LatentCache.load(caches_of(SAES[name].model) / name))
 
 
 @cache
@@ -218,7 +223,7 @@ def cache_all(model: str, saes: Sequence[str]) -> None:
     places = {name: place_of(name) for name in saes}
     cache_several(
         places, pictures(), n_top=page["n_top"], batch_size=page["batch_size"], store=page["store"],
-        folder=folder_of("caches", ""), save_every=60,
+        folder=caches_of(model), save_every=60,
     )  # fmt: skip
 
 

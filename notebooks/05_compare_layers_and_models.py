@@ -88,7 +88,7 @@ ks: list[int] = [8, 16, 32]
 # "batch_topk" or "matryoshka"; []: none
 training_kinds: list[str] = ["batch_topk", "matryoshka"]
 # held-out samples, at least 1, on which each SAE is evaluated
-evaluated: int = 16
+evaluated: int = 12
 # the model that names what exemplars have in common
 explainer: dict = {
     # a folder, a name on the hub, or name@http://host:port/v1
@@ -115,7 +115,7 @@ endpoint: dict = {
 }
 # explained latents of each layer and model: at least so many, because the
 # last batch of questions is kept whole
-n_explained: int = 48
+n_explained: int = 36
 n_swept: int = 12  # the same for each SAE of another size
 n_top: int = 5  # exemplars of each latent
 # a patch is visible above this fraction, from 0 to 1, of its image's
@@ -142,7 +142,7 @@ steering: dict = {
 }
 # the comparison of notebook 07, in small
 attribution: dict = {
-    "decisions": 8,  # held-out decisions of each layer
+    "decisions": 6,  # held-out decisions of each layer
     "pairs": 12,  # active (token, latent) pairs ablated in each decision
 }
 seed: int = 0  # of everything random

@@ -25,7 +25,7 @@
 #
 # | preset | decisions, pairs ablated in each | time |
 # |---|---|---|
-# | `tiny` | 20 held-out decisions, 16 random active pairs | 1 minute, 2 cores |
+# | `tiny` | 16 held-out decisions, 16 random active pairs | 1 minute, one core |
 # | `paper` | 20 held-out decisions, 200 pairs | GPUs |
 
 # %% tags=["parameters"]
@@ -50,14 +50,14 @@ dataset: str = "data/artifacts/tiny/world/train"
 # samples whose picture cannot be read; one of "refuse" or "skip", which
 # leaves them out and names them
 unreadable: str = "refuse"
-decisions: int = 20  # held-out decisions to attribute, at least 2
+decisions: int = 16  # held-out decisions to attribute, at least 2
 pairs: int = 16  # active (token, latent) pairs ablated in each decision
 path_pairs: int = 1  # of these, integrated on a separate path
 ig_steps: int = 4  # steps of integrated gradients
 many_steps: int = 16  # the same, to see what more steps do
 many_decisions: int = 4  # the first ones get many steps, too
 other_layers: list[int] = [4, 6]  # layers that get a small SAE, to compare
-other_decisions: int = 8  # for each of these layers, at least 2
+other_decisions: int = 6  # for each of these layers, at least 2
 # the small SAE of each of these layers
 other_sae: dict = {
     "n_latents": 1024,

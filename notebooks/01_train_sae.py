@@ -29,7 +29,7 @@
 #
 # | preset | model | latents, k | time |
 # |---|---|---|---|
-# | `tiny` | LLaVA-NeXT of Picture World | 1,024, 32 | 2.5 minutes, one core |
+# | `tiny` | LLaVA-NeXT of Picture World | 1,024, 32 | 1.5 minutes, one core |
 # | `paper` | LLaVA-NeXT-LLaMA3-8B, layer 24 | 131,072, 256 | never run; see [A3](A3_full_scale) |
 
 # %% tags=["parameters"]
@@ -74,7 +74,7 @@ steps: int = 1500  # optimiser steps
 batch_tokens: int = 512  # tokens per optimiser step
 # tokens of many samples that a buffer mixes; 0: 16 batches
 buffer_tokens: int = 131_072
-# times that the SAE learns from each token, which the model computes once
+# times, at least 1, that the SAE learns from each token of the buffer
 repeats: int = 3
 # samples the model reads at a time, at least 1; fewer take less memory
 batch_samples: int = 16
@@ -211,13 +211,13 @@ assert_close(torch.zeros_like(z).scatter(-1, indices, acts), z)
 # for comparison; the paper's SAE is `topk`.
 #
 # The model does not change. Its hidden states flow into a buffer that mixes the
-# tokens of many samples. The model takes about as long for a token as the SAE
-# does, and a large model takes much longer. So the SAE learns from each token
-# of the buffer `repeats` times, each time among other tokens.
+# tokens of many samples. The SAE learns from each token of the buffer `repeats`
+# times, each time among other tokens. In `tiny`, the model takes about as long
+# for a token as the SAE does, so this saves a third of the time.
 #
-# While training goes on, a figure below the cell grows. If you stop it, or the
-# power fails, run the page again: it continues from the last checkpoint and
-# ends with the same SAE.
+# When the buffer is full for the first time, a figure below the cell begins to
+# grow. If you stop it, or the power fails, run the page again: it fills the
+# buffer again, continues from the last checkpoint and ends with the same SAE.
 #
 # With `ready`, an SAE of another library is read and checked instead. It must
 # have the model's width. If its files name the layer that it reads, this must

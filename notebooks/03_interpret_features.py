@@ -384,9 +384,10 @@ if truth:
 # ## The metrics
 #
 # The embedded explainer was trained to name masked scenes. Many of the masks
-# came from latents of this same SAE, on other scenes (`taught.json` beside the
-# explainer lists these latents). Metrics that end in `_unseen` are of the
-# other latents alone: their masks were no lessons.
+# came from latents of an SAE, on other scenes (`taught.json` beside the
+# explainer says which). That SAE had an earlier training than today's of page
+# 01. If this run's SAE is that one, there are metrics that end in `_unseen`.
+# They are of the latents whose masks were no lessons.
 #
 # There are two controls for the names, both from latents of the same kind if
 # possible. `concept_accuracy_shuffled` gives each latent *another name*, which
@@ -493,8 +494,9 @@ if truth and "refused" in responses:
 # The intervals above say how much the choice of latents matters. They do not
 # say how much the choice of the SAE matters. So this page ran for several
 # SAEs that differ only in the seed of notebook 01
-# (`python -m lmm_sae_nb.benchmarks seeds`). The explainer saw masks of one of
-# them in its training, that with seed 0.
+# (`python -m lmm_sae_nb.benchmarks seeds`). The explainer learned from none of
+# them, but from an SAE that began with the same weights as seed 0. The names of
+# seed 0 are not right more often than the others' ([lab notebook](../lab_notebook)).
 
 # %% mystnb={"figure": {"caption": "The same page for several SAEs that differ only in their seed (grey), with their median (black), and this page's SAE (blue).", "name": "fig-interpret-seeds"}, "image": {"alt": "A row for each metric with a dot for each SAE."}}
 study = read_study(page.locate(seeds_study), page)

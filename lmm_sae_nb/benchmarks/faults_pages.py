@@ -43,7 +43,7 @@ SHARED = {  # parameters of several pages
 TRAINING = {"n_latents": 64, "k": 4, "steps": 12, "batch_tokens": 256, "dead_after_tokens": 1000}
 FIT = {"wrong": 3, "right": 2, "others": 2, "rounds": 1, "each": 2, "direction_steps": 2}
 PAGES = {  # what else differs from the defaults: small enough for some seconds
-    "01": {"evaluated": 12, "n_latents": 128, "k": 8, "steps": 60, "checkpoint_minutes": 0.02},
+    "01": {"evaluated": 12, "n_latents": 128, "k": 8, "steps": 60, "buffer_tokens": 2048, "checkpoint_minutes": 0.02},
     "02": {"n_texts": 24},
     "03": {"n_explained": 24},
     "04": {"n_scored": 12, "random_runs": 2, "clip_runs": 2, "segmenter": "", "similarity": "", "n_judged": 5},

@@ -205,12 +205,14 @@ def train_cost(
     buffer_tokens, repeats, mixed_precision, tf32, k_aux, workers: as in `train_saes`.
 
     Raises:
-        ValueError: another `mixed_precision`.
+        ValueError: another `mixed_precision`, or `repeats` is below 1.
     """
     product = "tf32" if tf32 else "float32"
     encoders = {"no": product, "bf16": "bfloat16"}
     if mixed_precision not in encoders:
         raise ValueError(f"mixed_precision is {mixed_precision!r}; choose 'no' or 'bf16'")
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; give 1 or more")
     width, size, image = width_of(model), getattr(torch, dtype).itemsize, image_layout(model, assumptions.image)
     sample, tokens = image.tokens + assumptions.text_tokens, float(steps) * batch_tokens
     samples, tokens_of_gpu = tokens / repeats / sample, batch_tokens / gpus

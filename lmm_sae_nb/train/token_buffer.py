@@ -242,8 +242,8 @@ def mixed(
             if tried >= parts_an_epoch and not any(part.tokens for part in parts):
                 raise ValueError("no sample has a token of the chosen kinds; choose others")
             parts.extend(next(rounds))
-        turns = (np.random.default_rng((seed, BLOCK, position.block, turn)) for turn in range(repeats))
-        order = torch.from_numpy(np.concatenate([turn.permutation(length) for turn in turns]))
+        numbers = [(seed, BLOCK, position.block, *([turn] if turn else [])) for turn in range(repeats)]
+        order = torch.from_numpy(np.concatenate([np.random.default_rng(each).permutation(length) for each in numbers]))
         pieces = _pieces(parts, position.skip, length)
         for batch in range(position.batch, batches):
             position = position._replace(batch=batch + 1)

@@ -144,7 +144,7 @@ def train_saes(
     auxk_alpha: weight of AuxK in the loss.
     dead_after_tokens: tokens without activation after which a latent counts as dead.
     buffer_tokens: tokens in the buffer that mixes samples, over all processes; None or 0: 16 batches. It holds every
-        layer's states in the model's dtype.
+        layer's states in the model's dtype. After a stop it is filled again.
     repeats: times that each token is in a batch, each time among other tokens of the buffer. The model computes it
         once, so a larger number costs fewer forward passes and shows fewer samples.
     batch_samples: samples per forward pass of the model.
@@ -171,10 +171,10 @@ def train_saes(
     """
     check_samples(samples, lmm)
     streams = isinstance(samples, IterableDataset)
-    if min(1 if streams else len(samples), len(recipes), steps, accumulate) < 1:
+    if min(1 if streams else len(samples), len(recipes), steps, accumulate, repeats) < 1:
         raise ValueError(
             f"{'a stream of' if streams else len(samples)} samples, {len(recipes)} recipes, {steps} steps of "
-            f"{accumulate} batches: there is nothing to train on; give at least one of each"
+            f"{accumulate} batches, {repeats} repeats: there is nothing to train on; give at least one of each"
         )
     if wrong := [name for name in recipes if name in (CHECKPOINTS, LOGS) or not re.fullmatch(r"(\w[\w.+-]*)?", name)]:
         raise ValueError(f"{wrong} cannot name SAEs: a name is also a folder's; use letters, digits and _ . + -")

@@ -28,7 +28,7 @@ from lmm_sae_nb.sae.topk import TopKSAE
 from lmm_sae_nb.train.training import Recipe, TrainResult, train_sae, train_saes
 
 SETTINGS = dict(
-    n_latents=40, k=4, steps=6, batch_tokens=512, buffer_tokens=1024, repeats=2, batch_samples=2, lr=3e-3, seed=3,
+    n_latents=40, k=4, steps=6, batch_tokens=512, buffer_tokens=1536, batch_samples=2, lr=3e-3, seed=3,
     dead_after_tokens=200, log_every=1, checkpoint_minutes=0,
 )  # fmt: skip
 

@@ -259,6 +259,24 @@ def test_training_lowers_fvu_and_is_reproducible(lmm, samples, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.sae.parameters(), loaded.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("step", [2, 3, 5])
+def test_a_training_stopped_within_a_repeated_buffer_ends_with_the_same_bits(lmm, samples, tmp_path, step):
+    """A buffer has two batches, given out twice: steps 1 to 4 are of the first, 5 and 6 of the second."""
+    wanted = dict(n_latents=40, k=4, steps=6, batch_tokens=256, buffer_tokens=512, repeats=2, batch_samples=2, lr=3e-3,
+                  log_every=1, checkpoint_minutes=0)  # fmt: skip
+
+    def stop(rows):
+        if len(rows) == step:
+            raise KeyboardInterrupt
+
+    whole = train_sae(lmm, samples, 1, folder=tmp_path / "whole", **wanted).sae
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(lmm, samples, 1, folder=tmp_path / "run", on_log=stop, **wanted)
+    assert (tmp_path / "run" / "checkpoint").is_dir()
+    resumed = train_sae(lmm, samples, 1, folder=tmp_path / "run", **wanted).sae
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
 def dense(x, W_enc, b_enc, W_dec, b_dec, k):
     """Equations 1 and 2 without a thought for memory."""
     z = torch.relu((x - b_dec) @ W_enc.T + b_enc)

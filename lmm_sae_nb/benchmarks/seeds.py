@@ -168,7 +168,7 @@ def _measured(rows: Sequence[dict]) -> dict[str, Measured]:
     ends = {name for name in names if name.endswith(("_low", "_high")) and name.rpartition("_")[0] in names}
 
     def column(name: str) -> list[int | float | None] | None:
-        return [_short(row.get(name)) for row in rows] if name in names else None
+        return [_short(row.get(name), 4 if name in ends else 5) for row in rows] if name in names else None
 
     found = {
         name: Measured.of(column(name), column(f"{name}_low"), column(f"{name}_high"))
@@ -178,8 +178,8 @@ def _measured(rows: Sequence[dict]) -> dict[str, Measured]:
     return {name: replace(measured, median=_short(measured.median)) for name, measured in found.items()}
 
 
-def _short(value: int | float | None) -> int | float | None:
-    return float(f"{value:.5g}") if isinstance(value, float) else value
+def _short(value: int | float | None, digits: int = 5) -> int | float | None:
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def write_study(path: Path, study: SeedStudy) -> None:

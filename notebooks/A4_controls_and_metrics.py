@@ -279,8 +279,8 @@ plots.table(all_methods(known), digits=2)
 # *One latent for each concept* uses the first trained SAE, but labels choose the
 # latent. It is there to compare with the three rows below it, which have labels
 # too. These four steer towards the same objects, with a dose of their own. The
-# SAEs above steer with 7 to 30 of their own object latents, so compare them among
-# each other.
+# SAEs above steer with their own object latents, up to 30 each, so compare
+# them among each other.
 #
 # Fluency says little alone: an answer that did not change is fluent. Where all
 # answers are alike, its interval has no width. The steered answers of both models

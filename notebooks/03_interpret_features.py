@@ -522,9 +522,9 @@ findings(
 # common. The rule counts a detail as nothing in common, so a name for a detail
 # is wrong, and its refusal is right. A latent that responds to several things,
 # to a place or to an edge is rightly refused, too. The limit of confidence was
-# chosen on 600 latents of an earlier SAE, with an earlier explainer. Without label maps, as for photographs,
-# accuracy, recall and their figures are left out. Notebook 04 scores what was
-# explained.
+# chosen on 600 latents of an earlier SAE, with an earlier explainer. Without
+# label maps, as for photographs, accuracy, recall and their figures are left
+# out. Notebook 04 scores what was explained.
 
 # %% tags=["result", "remove-input"]
 headline(

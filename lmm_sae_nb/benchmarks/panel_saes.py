@@ -177,7 +177,7 @@ def train(name: str, saes: Sequence[str]) -> None:
     recipes = {sae: Recipe(page["layer"], **size | dict(SAES[sae].differs or {})) for sae in saes}
     names = ("batch_tokens", "buffer_tokens", "repeats", "dead_after_tokens", "kinds", "accumulate", "mixed_precision")
     train_saes(
-        load_model(one.model), samples(), recipes, **{name: page[name] for name in names}, seed=one.seed,
+        load_model(one.model), samples(), recipes, **{key: page[key] for key in names}, seed=one.seed,
         steps=round(one.part * page["steps"]), folder=folder_of("trained", name), checkpoint_minutes=2,
     )  # fmt: skip
 

@@ -73,16 +73,11 @@ def told(stream, sizes, buffer, batch, start=START, **more):
 
 
 part_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
+MIXED = {"sizes": part_sizes, "buffer": st.integers(1, 90), "batch": st.integers(1, 30)}
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    sizes=part_sizes,
-    buffer=st.integers(1, 90),
-    batch=st.integers(1, 30),
-    blocks=st.integers(1, 4),
-    repeats=st.integers(1, 3),
-)
+@given(**MIXED, blocks=st.integers(1, 4), repeats=st.integers(1, 3))
 def test_mixing_gives_each_token_out_as_often_as_wanted_and_loses_none(sizes, buffer, batch, blocks, repeats):
     length = max(buffer, batch) // batch
     told_all = told(numbered(sizes), sizes, buffer, batch, repeats=repeats)
@@ -101,13 +96,7 @@ def test_a_token_is_given_out_again_among_other_tokens():
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    sizes=part_sizes,
-    buffer=st.integers(1, 90),
-    batch=st.integers(1, 30),
-    done=st.integers(1, 40),
-    repeats=st.integers(1, 3),
-)
+@given(**MIXED, done=st.integers(1, 40), repeats=st.integers(1, 3))
 def test_a_stream_goes_on_from_any_position(sizes, buffer, batch, done, repeats):
     whole = list(itertools.islice(told(numbered(sizes), sizes, buffer, batch, repeats=repeats), done + 8))
     resumed = told(numbered(sizes), sizes, buffer, batch, whole[done - 1][1], repeats=repeats)
@@ -117,9 +106,7 @@ def test_a_stream_goes_on_from_any_position(sizes, buffer, batch, done, repeats)
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    sizes=part_sizes, buffer=st.integers(1, 90), batch=st.integers(1, 30), n=st.integers(2, 5), done=st.integers(0, 9)
-)
+@given(**MIXED, n=st.integers(2, 5), done=st.integers(0, 9))
 def test_processes_share_the_batches_of_one(sizes, buffer, batch, n, done):
     stream = numbered(sizes)
     alone = list(itertools.islice(told(stream, sizes, buffer, batch), done + 6))

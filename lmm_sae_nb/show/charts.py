@@ -43,6 +43,7 @@ WORDS = {
     "dead_fraction": "fraction of dead latents",
     "l0": "active latents per token",
 }
+TICKS = 0.75  # inches for the widest numbers beside an axis
 TRAINING = ("loss", "fvu", "dead_fraction", "l0", "tokens_per_second")  # quantities in a training's history
 
 
@@ -64,7 +65,7 @@ def training(history: Sequence[Mapping[str, float]], names: Sequence[str] = TRAI
     """Draw a panel for each logged quantity of a training, in rows of three; its title is the quantity."""
     axes = panels(len(names), columns=3, inches=2.2)
     for ax, name in zip(axes, names, strict=True):
-        curve(history, name, x, ax=ax).set(ylabel="", title=wrapped(_words(name), WIDTH / 3, 3))
+        curve(history, name, x, ax=ax).set(ylabel="", title=wrapped(_words(name), WIDTH / 3 - TICKS, 3))
     return axes
 
 

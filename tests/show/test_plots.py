@@ -121,8 +121,10 @@ WAYS = {
     key: value for name in ("right", "right_object") for way in ("exemplars", "steering", "both")
     for key, value in bounds(f"{way}_{name}", Mean(0.5, 0.4, 0.6)).items()
 }  # fmt: skip
+DYING = [{"step": n, "loss": 0.1, "fvu": 0.1, "dead_fraction": 0.001 * (n == 7)} for n in range(1500)]
 FIGURES = {
     "training": lambda: plots.training(ROWS, ["fvu", "l0"]),
+    "training with long ticks": lambda: plots.training(DYING, ["loss", "fvu", "dead_fraction"]),
     "proportions": lambda: plots.proportions({LONG[:40]: {"fraction": 0.5, "low": 0.4, "high": 0.6, "least": 0.7}}),
     "means": lambda: plots.means(MEANS, "IoU"),
     "mean_panels": lambda: plots.mean_panels({"IoU, paper": MEANS, "IoU, strict": MEANS}),

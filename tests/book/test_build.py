@@ -221,7 +221,7 @@ def test_the_injected_cell_is_hidden_and_the_page_tells_no_times(built):
 
 
 def test_a_mistaken_params_file_stops_the_build_with_its_reason(built):
-    edit(built, "notebooks/params/tiny.yaml", "steps", "stpes")
+    (built / "notebooks/params/tiny.yaml").write_text("run: tiny\nstpes: 6\n")
     done = subprocess.run(
         [sys.executable, "-m", "doit"], cwd=built, env=environment(built), capture_output=True, text=True, timeout=60
     )

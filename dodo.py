@@ -132,13 +132,13 @@ def made_by() -> dict[Path, Path]:
 
 
 MADE_BY = made_by()
-# What these pages wait for, though they do not read it. The chain of 01, 02, 03 and 08 takes longest: it must not wait
-# for a free core. Beside 01 runs 05, then the short pages; beside 08 run 04, and then 06 and A4.
-SHORT = ("07_attribute_decisions", "A1_picture_world", "A2_benchmarks", "A3_full_scale")
+# These read nothing of the page that they wait for. But 01, 02, 03 and 08, one after the other, take longest, and must
+# not wait for a free core. Beside 01 runs 05, then these; beside 08 run 04, and then 06 and A4.
 LATER = {
-    **dict.fromkeys(SHORT, ("05_compare_layers_and_models",)),
-    "04_score_interpretations": SHORT,
-    **dict.fromkeys(("06_steer_features", "A4_controls_and_metrics"), ("04_score_interpretations",)),
+    **dict.fromkeys(
+        ("07_attribute_decisions", "A1_picture_world", "A2_benchmarks", "A3_full_scale"), "05_compare_layers_and_models"
+    ),
+    **dict.fromkeys(("06_steer_features", "A4_controls_and_metrics"), "04_score_interpretations"),
 }
 
 
@@ -148,7 +148,7 @@ def waits(source: Path) -> list[str]:
     The drawing uses every core. So all pages wait for it if the first one does.
     """
     makers = {maker.stem for path in RESULTS[source] if (maker := MADE_BY.get(path, source)) != source}
-    makers.update(LATER.get(source.stem, ()))
+    makers |= {LATER[source.stem]} if source.stem in LATER else set()
     drawn = any(path.is_relative_to(WORLD) for path in RESULTS[source] + RESULTS[SOURCES[0]])
     return ["world"] * drawn + [f"page:{maker}" for maker in sorted(makers)]
 

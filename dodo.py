@@ -133,7 +133,8 @@ def made_by() -> dict[Path, Path]:
 
 MADE_BY = made_by()
 # These read nothing of the page that they wait for. But 01, 02, 03 and 08, one after the other, take longest, and must
-# not wait for a free core. Beside 01 runs 05, then these; beside 08 run 04, and then 06 and A4.
+# not wait for a free core. Beside 01 runs 05, then these; beside 08 run 04, and then 06 and A4. A page that is named
+# alone also runs the one that it waits for here, so 01 to 04, which your_own_lmm.md names alone, are not in the list.
 LATER = {
     **dict.fromkeys(
         ("07_attribute_decisions", "A1_picture_world", "A2_benchmarks", "A3_full_scale"), "05_compare_layers_and_models"

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int64
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers.processing_utils import TextKwargs
 
 from lmm_sae_nb.model.found_layouts import WRITTEN
 from lmm_sae_nb.model.templates import ChatTemplate, Turns
@@ -177,7 +178,9 @@ class PromptMaker:
         Raises:
             ValueError: such a processor is given more than one answer.
         """
-        if "suffix" not in signature(type(self.processor).__call__).parameters:
+        options = getattr(getattr(self.processor, "valid_processor_kwargs", None), "__annotations__", {})
+        of_text = getattr(options.get("text_kwargs"), "__annotations__", {})  # where it stood before Transformers 5.23
+        if "suffix" not in {*signature(type(self.processor).__call__).parameters, *of_text}:
             return None
         for turns in conversations:
             if any(turn["role"] == "assistant" for turn in turns[:-1]):
@@ -197,7 +200,7 @@ class PromptMaker:
             padding=True,
             return_tensors="pt",
             add_special_tokens=self._adds_special_tokens(rendered),
-            **({WRITTEN_TOO: True} if hasattr(self.processor, WRITTEN_TOO) else {}),
+            **({WRITTEN_TOO: True} if self._tells_what_it_writes() else {}),
             **({} if suffixes is None else {"suffix": suffixes}),
         )
         inputs.pop("labels", None)  # PaliGemma's processor makes some
@@ -254,6 +257,11 @@ class PromptMaker:
                 "sample for each answer, or set lmm.processor.chat_template to one that does not"
             )
         return before, until
+
+    def _tells_what_it_writes(self) -> bool:
+        """Tell whether the processor can say what it wrote for each image; before Transformers 5.23 as an option of
+        its text."""
+        return hasattr(self.processor, WRITTEN_TOO) or WRITTEN_TOO in TextKwargs.__annotations__
 
     def _places(
         self, inputs: BatchFeature, number: int, whole: list[int], written: list[dict] | None

@@ -55,8 +55,9 @@ def _load_pickled(path: Path) -> object:
         with torch.serialization.safe_globals([(_plain, "collections.defaultdict"), list]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except NOT_WHOLE as error:
+        reason = (str(error) or repr(error)).splitlines()[0]  # some errors of PyTorch have no text
         raise ValueError(
-            f"{path} is not a whole file of tensors ({str(error).splitlines()[0]}): it was cut short, is something "
+            f"{path} is not a whole file of tensors ({reason}): it was cut short, is something "
             "else, or holds objects that would have to be run; download it again or save its state_dict"
         ) from error
 

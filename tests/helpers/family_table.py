@@ -124,10 +124,9 @@ def refused_row(family: str) -> dict:
     }  # fmt: skip
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(rows: list[dict], version: str = transformers.__version__) -> str:
     lines = [
-        f"With transformers {transformers.__version__}, randomly initialised models of the true classes, float32, on a "
-        "CPU:\n",
+        f"With transformers {version}, randomly initialised models of the true classes, float32, on a CPU:\n",
         "| family | layout of image tokens | train | cache, interpret | steer | attribute | note |",
         "|---|---|---|---|---|---|---|",
     ]

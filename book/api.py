@@ -157,6 +157,7 @@ def setup(app) -> dict[str, bool]:
     app.setup_extension("sphinx.ext.autodoc")
     app.connect("autodoc-process-docstring", read_docstring)
     app.connect("autodoc-skip-member", skip)
-    if numbering := app.extensions.get("sphinx_multitoc_numbering"):  # it numbers chapters after all pages are read,
-        numbering.parallel_read_safe = True  # and does not say so; Sphinx would read one page at a time
+    if numbering := app.extensions.get("sphinx_multitoc_numbering"):
+        # It numbers chapters after all pages are read, but does not say so. Then Sphinx would read one page at a time.
+        numbering.parallel_read_safe = True
     return {"parallel_read_safe": True, "parallel_write_safe": True}

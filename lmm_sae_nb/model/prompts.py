@@ -179,7 +179,7 @@ class PromptMaker:
             ValueError: such a processor is given more than one answer.
         """
         options = getattr(getattr(self.processor, "valid_processor_kwargs", None), "__annotations__", {})
-        of_text = getattr(options.get("text_kwargs"), "__annotations__", {})  # where it stood before Transformers 5.23
+        of_text = getattr(options.get("text_kwargs"), "__annotations__", {})  # where Transformers 5.20 has it
         if "suffix" not in {*signature(type(self.processor).__call__).parameters, *of_text}:
             return None
         for turns in conversations:
@@ -259,8 +259,8 @@ class PromptMaker:
         return before, until
 
     def _tells_what_it_writes(self) -> bool:
-        """Tell whether the processor can say what it wrote for each image; before Transformers 5.23 as an option of
-        its text."""
+        """Tell whether the processor can say what it wrote for each image. In Transformers 5.20 this is an option of
+        the text, in 5.23 one of the processor."""
         return hasattr(self.processor, WRITTEN_TOO) or WRITTEN_TOO in TextKwargs.__annotations__
 
     def _places(

@@ -206,6 +206,18 @@ def test_only_the_saes_that_are_read_are_made(log, monkeypatch):
     assert "train second" in panel.make_tasks(["made"], ["names"])
 
 
+def test_each_model_s_saes_are_cached_in_a_folder_of_that_model(log, monkeypatch):
+    other = Member("of a model with new weights", "control", "second", "untrained")
+    for module in (panel, panel_saes):
+        monkeypatch.setattr(module, "SAES", SAES | {"other": other})
+    tasks = panel.make_tasks(["one", "made", "other"], ["names"])
+    assert tasks["cache "].arguments == ("", ("one", "made"))
+    assert tasks["cache untrained"].arguments == ("untrained", ("other",))
+    assert [name for name in tasks["names, other"].after if name.startswith("cache")] == ["cache untrained"]
+    models = {member.model for member in panel_saes.SAES.values()}
+    assert len({panel_saes.caches_of(model) for model in models}) == len(models) == 2
+
+
 def test_a_part_can_be_of_some_saes_only(log, monkeypatch):
     monkeypatch.setitem(panel.PARTS, "reads", panel.Part(reading_part, (), reads=("names",), saes=("made",)))
     found = measure_all()

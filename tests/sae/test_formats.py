@@ -501,6 +501,17 @@ def test_an_ae_pt_of_another_content_is_refused_and_not_run(tmp_path, monkeypatc
     assert not Path("boom").exists()
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, EOFError, ValueError])
+def test_an_error_of_pytorch_that_has_no_text_is_told_by_its_kind(tmp_path, monkeypatch, kind):
+    def without_text(*_, **__):
+        raise kind
+
+    write_sae(tmp_path, weights(), "dictionary_learning")
+    monkeypatch.setattr(torch, "load", without_text)
+    with pytest.raises(ValueError, match=rf"ae\.pt is not a whole file of tensors \({kind.__name__}\(\)\)"):
+        read_sae(tmp_path)
+
+
 def test_an_ae_pt_without_config_is_refused(tmp_path):
     write_sae(tmp_path, weights(), "dictionary_learning")
     (tmp_path / "config.json").write_text("{}")
